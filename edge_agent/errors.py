@@ -1,0 +1,177 @@
+"""Everything that can go wrong between a prompt and its image, and what the wire says about it.
+
+RouteT2IError
+├── InvalidRequest       the request cannot be served as it is written; `field` names the part
+├── UnknownApp           the settings list the apps that may call, and this one is not among them
+├── DuplicateRequest     this request id was used before and may have been charged
+├── DeadlinePassed       the caller's deadline is over
+├── Busy                 the queue is full; `retry_after_s` says when to come back
+├── QuotaExhausted       the budget or rate `budget` has no room for one more call
+├── PolicyConflict       the caller asks for a route that this daemon cannot take
+├── Cancelled            the caller went away
+├── Draining             the daemon is shutting down
+├── CloudError           the cloud did not deliver; `never_ran` says whether it certainly neither ran nor charged
+│   ├── CloudUnavailable   not reached, overloaded, broke off or too slow: may work later
+│   ├── CloudRefused       it will not serve this request: price, size, credentials
+│   └── CloudLied          what it sent is not what it said: hash, format, size, price
+├── BundleError          a bundle is incomplete, altered or of an unknown schema
+├── LedgerError          the quota ledger cannot be read or written
+└── GenerationFailed     the image could not be made on this device
+"""
+
+from __future__ import annotations
+
+import math
+
+import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.message import Message
+from google.rpc.error_details_pb2 import BadRequest, QuotaFailure, RetryInfo
+from google.rpc.status_pb2 import Status
+
+
+class RouteT2IError(Exception):
+    """Base of the tree. `message` is for people: it says what is wrong and what to do.
+
+    `field` names the part of the request that is wrong, `retry_after_s` the seconds after which trying again may
+    help; both are None where they do not apply.
+    """
+
+    def __init__(self, message: str, *, field: str | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+        self.retry_after_s = retry_after_s
+
+
+class InvalidRequest(RouteT2IError):
+    """The request cannot be served as it is written."""
+
+
+class UnknownApp(RouteT2IError):
+    """The settings list the apps that may call, and this one is not among them."""
+
+
+class DuplicateRequest(RouteT2IError):
+    """This request id was used before and may have been charged."""
+
+
+class DeadlinePassed(RouteT2IError):
+    """The caller's deadline is over."""
+
+
+class Busy(RouteT2IError):
+    """The queue is full."""
+
+
+class QuotaExhausted(RouteT2IError):
+    """A budget or rate, named by `budget`, has no room for one more call."""
+
+    def __init__(self, message: str, *, budget: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.budget = budget
+
+
+class PolicyConflict(RouteT2IError):
+    """The caller asks for a route that this daemon cannot take."""
+
+
+class Cancelled(RouteT2IError):
+    """The caller went away."""
+
+
+class Draining(RouteT2IError):
+    """The daemon is shutting down and takes no new requests."""
+
+
+class CloudError(RouteT2IError):
+    """The cloud did not deliver an image.
+
+    `never_ran` is True only when the cloud certainly neither ran nor charged the request, so that what was reserved
+    for it can be released at once. Otherwise the outcome has to be looked up.
+    """
+
+    def __init__(self, message: str, *, never_ran: bool, retry_after_s: float | None = None) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.never_ran = never_ran
+
+
+class CloudUnavailable(CloudError):
+    """The cloud was not reached, is overloaded, broke off or was too slow: it may work later."""
+
+
+class CloudRefused(CloudError):
+    """The cloud will not serve this request: price, size, credentials."""
+
+
+class CloudLied(CloudError):
+    """What the cloud sent is not what it said it was."""
+
+
+class BundleError(RouteT2IError):
+    """A bundle is incomplete, altered or of an unknown schema; the message names the file."""
+
+
+class LedgerError(RouteT2IError):
+    """The quota ledger cannot be read or written."""
+
+
+class GenerationFailed(RouteT2IError):
+    """The image could not be made on this device."""
+
+
+GRPC_CODES: dict[type[RouteT2IError], grpc.StatusCode] = {
+    InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    UnknownApp: grpc.StatusCode.PERMISSION_DENIED,
+    DuplicateRequest: grpc.StatusCode.ALREADY_EXISTS,
+    DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
+    Busy: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    QuotaExhausted: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    PolicyConflict: grpc.StatusCode.FAILED_PRECONDITION,
+    Cancelled: grpc.StatusCode.CANCELLED,
+    Draining: grpc.StatusCode.UNAVAILABLE,
+    CloudUnavailable: grpc.StatusCode.UNAVAILABLE,
+    CloudRefused: grpc.StatusCode.FAILED_PRECONDITION,
+    CloudLied: grpc.StatusCode.UNAVAILABLE,
+    BundleError: grpc.StatusCode.FAILED_PRECONDITION,
+    LedgerError: grpc.StatusCode.INTERNAL,
+    GenerationFailed: grpc.StatusCode.INTERNAL,
+}
+"""The one table from errors to gRPC status codes. A cloud error reaches the wire only for a caller who asked for
+`cloud_only`; for everyone else the edge makes the image."""
+
+
+def grpc_code(error: BaseException) -> grpc.StatusCode:
+    """The status code `error` has on the wire: its own class's, else its nearest base's, else INTERNAL."""
+    for cls in type(error).__mro__:
+        if cls in GRPC_CODES:
+            return GRPC_CODES[cls]
+    return grpc.StatusCode.INTERNAL
+
+
+def status_details(error: BaseException) -> Status:
+    """`error` as a google.rpc.Status with BadRequest, QuotaFailure and RetryInfo where they apply.
+
+    An error outside the tree is a fault of this program: its text stays in the log and off the wire.
+    """
+    code: int = grpc_code(error).value[0]
+    if not isinstance(error, RouteT2IError):
+        return Status(code=code, message="internal error; the daemon's log has the details")
+    details: list[Message] = []
+    if error.field is not None:
+        violation = BadRequest.FieldViolation(field=error.field, description=error.message)
+        details.append(BadRequest(field_violations=[violation]))
+    if isinstance(error, QuotaExhausted):
+        details.append(
+            QuotaFailure(violations=[QuotaFailure.Violation(subject=error.budget, description=error.message)])
+        )
+    if error.retry_after_s is not None:
+        retry = RetryInfo()
+        retry.retry_delay.FromMilliseconds(max(0, math.ceil(error.retry_after_s * 1000)))
+        details.append(retry)
+    status = Status(code=code, message=error.message)
+    for detail in details:
+        packed = AnyMessage()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return status

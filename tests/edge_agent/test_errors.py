@@ -1,0 +1,61 @@
+"""Every error has one code and carries, machine-readable, what the caller needs to react."""
+
+from __future__ import annotations
+
+import grpc
+import pytest
+from google.rpc.error_details_pb2 import BadRequest, QuotaFailure, RetryInfo
+
+from edge_agent import errors
+from edge_agent.errors import (
+    GRPC_CODES,
+    Busy,
+    CloudError,
+    InvalidRequest,
+    QuotaExhausted,
+    RouteT2IError,
+    grpc_code,
+    status_details,
+)
+
+TREE = [cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, RouteT2IError)]
+
+
+@pytest.mark.parametrize("cls", [cls for cls in TREE if cls not in (RouteT2IError, CloudError)])
+def test_every_error_is_in_the_table_and_in_the_tree_on_top(cls: type[RouteT2IError]) -> None:
+    assert cls in GRPC_CODES
+    assert f"─ {cls.__name__} " in (errors.__doc__ or "")
+
+
+def test_a_subclass_has_its_base_class_code_and_a_stranger_is_internal() -> None:
+    class PromptTooLong(InvalidRequest):
+        pass
+
+    assert grpc_code(PromptTooLong("too long")) is grpc.StatusCode.INVALID_ARGUMENT
+    assert grpc_code(ZeroDivisionError()) is grpc.StatusCode.INTERNAL
+
+
+def test_a_bad_field_travels_as_bad_request() -> None:
+    status = status_details(InvalidRequest("the prompt is empty", field="prompt"))
+    assert (status.code, status.message) == (grpc.StatusCode.INVALID_ARGUMENT.value[0], "the prompt is empty")
+    (detail,) = status.details
+    bad = BadRequest()
+    assert detail.Unpack(bad)
+    assert [(v.field, v.description) for v in bad.field_violations] == [("prompt", "the prompt is empty")]
+
+
+def test_an_exhausted_quota_travels_with_its_budget_and_the_time_to_wait() -> None:
+    status = status_details(QuotaExhausted("nothing left today", budget="daily", retry_after_s=90.5))
+    failure, retry = QuotaFailure(), RetryInfo()
+    assert status.details[0].Unpack(failure) and status.details[1].Unpack(retry)
+    assert failure.violations[0].subject == "daily"
+    assert retry.retry_delay.ToMilliseconds() == 90_500
+
+
+def test_a_full_queue_says_when_to_come_back_and_is_no_quota_failure() -> None:
+    status = status_details(Busy("64 requests are waiting", retry_after_s=0.2))
+    assert [detail.TypeName() for detail in status.details] == ["google.rpc.RetryInfo"]
+
+
+def test_the_text_of_a_fault_of_our_own_stays_off_the_wire() -> None:
+    assert "secret" not in status_details(RuntimeError("secret")).message
