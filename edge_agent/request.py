@@ -1,0 +1,192 @@
+"""What an app asks for: an image request, and the checks it passes before anything is computed."""
+
+from __future__ import annotations
+
+import math
+import re
+import secrets
+import time
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from edge_agent.errors import DeadlinePassed, InvalidRequest, UnknownApp
+
+
+class Routing(Enum):
+    """The caller's wish: AUTO leaves the route to the policy."""
+
+    AUTO = "auto"
+    LOCAL_ONLY = "local_only"
+    CLOUD_ONLY = "cloud_only"
+
+
+class Privacy(Enum):
+    """LOCAL_ONLY: nothing of this prompt may leave the device."""
+
+    NORMAL = "normal"
+    LOCAL_ONLY = "local_only"
+
+
+MEDIA_TYPE = "image/png"
+"""The one format images are made in."""
+
+MAX_SEED = 2**32 - 1
+"""Seeds are unsigned 32-bit numbers, as the noise's MT19937 takes them."""
+
+MAX_ID_CHARS = 128
+"""Longest request id and app name, in characters: they are keys in the ledger and in two services' logs."""
+
+MAX_MONEY = 2**63 - 1
+"""Money is a signed 64-bit integer of micro-dollars on the wire and in the ledger."""
+
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+"""https://www.w3.org/TR/trace-context/#traceparent-header"""
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """One image, as an app asks for it. None means: not said; `validate` fills it in.
+
+    `width` and `height` are in pixels, `seed` is in 0..MAX_SEED, `max_price_micro_usd` in micro-dollars.
+    `resume_offset` is the number of image bytes that the caller already has. `deadline` is a reading of
+    `time.monotonic()`, in seconds; None means no deadline.
+    """
+
+    request_id: str
+    prompt: str
+    app: str = "default"
+    negative_prompt: str = ""
+    seed: int | None = None
+    width: int | None = None
+    height: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    media_type: str = MEDIA_TYPE
+    privacy: Privacy = Privacy.NORMAL
+    routing: Routing = Routing.AUTO
+    max_price_micro_usd: int | None = None
+    preview: bool = False
+    traceparent: str = ""
+    resume_offset: int = 0
+    deadline: float | None = None
+
+    @property
+    def local_only(self) -> bool:
+        """True when this request must not reach the cloud, whichever way the caller said it."""
+        return self.routing is Routing.LOCAL_ONLY or self.privacy is Privacy.LOCAL_ONLY
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What can be served: the bundle's sizes and step counts, and the settings' bounds.
+
+    `sizes` are (width, height) in pixels; the first one is the default. `apps` lists who may call; None lets
+    everyone.
+    """
+
+    sizes: tuple[tuple[int, int], ...]
+    steps: tuple[int, ...]
+    default_steps: int
+    default_guidance: float
+    max_prompt_chars: int = 2_000
+    max_guidance: float = 50.0
+    apps: frozenset[str] | None = None
+
+
+def validate(
+    request: ImageRequest,
+    limits: Limits,
+    *,
+    draw_seed: Callable[[], int] = lambda: secrets.randbelow(MAX_SEED + 1),
+    monotonic: Callable[[], float] = time.monotonic,
+) -> ImageRequest:
+    """`request` with its seed drawn and its size, steps and guidance filled in; nothing else is changed.
+
+    Raises InvalidRequest (naming the field), UnknownApp or DeadlinePassed.
+    """
+    _check_name(request.request_id, "request_id")
+    _check_name(request.app, "app")
+    if limits.apps is not None and request.app not in limits.apps:
+        raise UnknownApp(f"the app {request.app!r} is not among those the settings allow; add it to `apps`")
+    if request.deadline is not None and request.deadline <= monotonic():
+        raise DeadlinePassed("the deadline had passed before the request was looked at; allow more time")
+    if not request.prompt.strip():
+        raise InvalidRequest("the prompt is empty; say what the image should show", field="prompt")
+    _check_text(request.prompt, "prompt", limits.max_prompt_chars)
+    _check_text(request.negative_prompt, "negative_prompt", limits.max_prompt_chars)
+    if request.routing is Routing.CLOUD_ONLY and request.local_only:
+        raise InvalidRequest(
+            "cloud_only and privacy local_only exclude each other; drop one of them", field="privacy"
+        )
+    if request.media_type != MEDIA_TYPE:
+        raise InvalidRequest(
+            f"images are made as {MEDIA_TYPE}, not {request.media_type!r}", field="media_type"
+        )
+    if request.traceparent and not _TRACEPARENT.fullmatch(request.traceparent):
+        raise InvalidRequest("not a W3C traceparent (00-<32 hex>-<16 hex>-<2 hex>)", field="traceparent")
+    _check_range(request.seed, "seed", MAX_SEED)
+    _check_range(request.max_price_micro_usd, "max_price_micro_usd", MAX_MONEY)
+    _check_range(request.resume_offset, "resume_offset", MAX_MONEY)
+    width, height = _size(request, limits)
+    steps = limits.default_steps if request.steps is None else request.steps
+    if steps not in limits.steps:
+        have = ", ".join(str(count) for count in sorted(limits.steps))
+        raise InvalidRequest(f"{steps} steps are not compiled into this bundle; it has {have}", field="steps")
+    guidance = limits.default_guidance if request.guidance_scale is None else request.guidance_scale
+    if not (math.isfinite(guidance) and 0 <= guidance <= limits.max_guidance):
+        raise InvalidRequest(
+            f"guidance_scale must be between 0 and {limits.max_guidance:g}, not {guidance:g}",
+            field="guidance_scale",
+        )
+    seed = draw_seed() if request.seed is None else request.seed
+    return replace(request, seed=seed, width=width, height=height, steps=steps, guidance_scale=guidance)
+
+
+def _check_name(name: str, field: str) -> None:
+    if not name:
+        raise InvalidRequest(f"{field} is empty", field=field)
+    if len(name) > MAX_ID_CHARS:
+        raise InvalidRequest(
+            f"{field} has {len(name)} characters; at most {MAX_ID_CHARS} are taken", field=field
+        )
+    if not (name.isascii() and name.isprintable()):
+        raise InvalidRequest(f"{field} may hold printable ASCII characters only", field=field)
+
+
+def _check_text(text: str, field: str, max_chars: int) -> None:
+    if len(text) > max_chars:
+        raise InvalidRequest(
+            f"the {field} has {len(text):,} characters; at most {max_chars:,} are taken: shorten it",
+            field=field,
+        )
+    for position, character in enumerate(text):
+        category = unicodedata.category(character)
+        # Format characters (Cf) stay: the zero-width joiner is part of many emoji.
+        if category == "Cs":
+            what = "half of a surrogate pair, which is not text"
+        elif category == "Cc" and character not in "\t\n":
+            what = "a control character"
+        else:
+            continue
+        raise InvalidRequest(
+            f"character {position + 1} of the {field}, U+{ord(character):04X}, is {what}; remove it",
+            field=field,
+        )
+
+
+def _check_range(value: int | None, field: str, maximum: int) -> None:
+    if value is not None and not 0 <= value <= maximum:
+        raise InvalidRequest(f"{field} must be between 0 and {maximum}, not {value}", field=field)
+
+
+def _size(request: ImageRequest, limits: Limits) -> tuple[int, int]:
+    """The size of the image: the first of the bundle's sizes that agrees with what the request says of it."""
+    for width, height in limits.sizes:
+        if request.width in (None, width) and request.height in (None, height):
+            return width, height
+    have = ", ".join(f"{width}x{height}" for width, height in limits.sizes)
+    asked = "x".join("any" if side is None else str(side) for side in (request.width, request.height))
+    field = "width" if request.width not in {None, *(width for width, _ in limits.sizes)} else "height"
+    raise InvalidRequest(f"this bundle does not make {asked} pixels; it makes {have}", field=field)

@@ -1,0 +1,136 @@
+"""What cannot be served is refused before any work, naming the field; what can be is completed, not altered."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_agent.errors import DeadlinePassed, InvalidRequest, UnknownApp
+from edge_agent.request import MAX_SEED, ImageRequest, Limits, Privacy, Routing, validate
+
+LIMITS = Limits(sizes=((64, 64), (128, 64)), steps=(4, 8, 25), default_steps=8, default_guidance=3.0)
+REQUEST = ImageRequest(request_id="r-1", prompt="two cats on a beach")
+
+
+def test_what_is_left_open_is_filled_in_and_nothing_else_changes() -> None:
+    done = validate(REQUEST, LIMITS, draw_seed=lambda: 17)
+    assert done == replace(REQUEST, seed=17, width=64, height=64, steps=8, guidance_scale=3.0)
+
+
+def test_what_the_caller_said_stays() -> None:
+    said = replace(
+        REQUEST, seed=0, width=128, height=64, steps=25, guidance_scale=0.0, negative_prompt="blurry"
+    )
+    assert validate(said, LIMITS) == said
+
+
+def test_a_drawn_seed_is_a_seed_and_two_draws_differ() -> None:
+    seeds = {validate(REQUEST, LIMITS).seed for _ in range(4)}
+    assert len(seeds) > 1
+    assert all(seed is not None and 0 <= seed <= MAX_SEED for seed in seeds)
+
+
+def test_one_side_of_the_size_selects_a_size_that_has_it() -> None:
+    wide = validate(replace(REQUEST, width=128), LIMITS)
+    assert (wide.width, wide.height) == (128, 64)
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "says"),
+    [
+        ({"prompt": ""}, "prompt", "empty"),
+        ({"prompt": " \n\t "}, "prompt", "empty"),
+        ({"prompt": "\u00a0\u3000"}, "prompt", "empty"),
+        ({"prompt": "x" * 10_000}, "prompt", "10,000 characters; at most 2,000"),
+        ({"prompt": "cat\x00dog"}, "prompt", "character 4 of the prompt, U+0000"),
+        ({"prompt": "cat\rdog"}, "prompt", "U+000D"),
+        ({"prompt": "cat \x9b"}, "prompt", "character 5 of the prompt, U+009B"),
+        ({"prompt": "\ud83d cat"}, "prompt", "character 1 of the prompt, U+D83D"),
+        ({"negative_prompt": "a\x1bb"}, "negative_prompt", "character 2 of the negative_prompt"),
+        ({"negative_prompt": "x" * 2_001}, "negative_prompt", "at most 2,000"),
+        ({"width": 512}, "width", "64x64, 128x64"),
+        ({"height": 512}, "height", "64x64, 128x64"),
+        ({"width": 128, "height": 128}, "height", "128x128 pixels"),
+        ({"width": 0}, "width", "0xany pixels"),
+        ({"steps": 5}, "steps", "4, 8, 25"),
+        ({"steps": 0}, "steps", "4, 8, 25"),
+        ({"steps": -1}, "steps", "4, 8, 25"),
+        ({"seed": -1}, "seed", "4294967295"),
+        ({"seed": 2**32}, "seed", "4294967295"),
+        ({"guidance_scale": -0.1}, "guidance_scale", "between 0 and 50"),
+        ({"guidance_scale": 51.0}, "guidance_scale", "between 0 and 50"),
+        ({"guidance_scale": float("nan")}, "guidance_scale", "nan"),
+        ({"media_type": "image/jpeg"}, "media_type", "image/png"),
+        ({"max_price_micro_usd": -1}, "max_price_micro_usd", "-1"),
+        ({"resume_offset": -1}, "resume_offset", "-1"),
+        ({"traceparent": "00-xyz"}, "traceparent", "traceparent"),
+        ({"request_id": ""}, "request_id", "empty"),
+        ({"request_id": "x" * 129}, "request_id", "129"),
+        ({"request_id": "a\nb"}, "request_id", "printable"),
+        ({"app": ""}, "app", "empty"),
+        ({"app": "café"}, "app", "ASCII"),
+        ({"routing": Routing.CLOUD_ONLY, "privacy": Privacy.LOCAL_ONLY}, "privacy", "exclude each other"),
+    ],
+)
+def test_a_wrong_field_is_named_and_the_message_says_what_there_is(
+    change: dict[str, Any], field: str, says: str
+) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        validate(replace(REQUEST, **change), LIMITS)
+    assert refused.value.field == field
+    assert says in refused.value.message
+    refused.value.message.encode()  # also of a lone surrogate: the message itself can travel
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "x" * 2_000,
+        "👩‍👩‍👧‍👦 on a beach 🏖️",
+        "line one\nline two\tand a tab",
+        "猫が二匹",
+        "a\u200dcat",
+        "e\u0301",
+        "مرحبا",
+    ],
+)
+def test_any_text_is_a_prompt(prompt: str) -> None:
+    assert validate(replace(REQUEST, prompt=prompt), LIMITS).prompt == prompt
+
+
+@given(st.text(st.characters() | st.characters(categories=["Cs", "Cc"]), max_size=30))
+def test_what_passes_can_be_written_as_utf8_and_what_does_not_names_the_prompt(prompt: str) -> None:
+    try:
+        assert validate(replace(REQUEST, prompt=prompt), LIMITS).prompt.encode().decode() == prompt
+    except InvalidRequest as refused:
+        assert refused.field == "prompt"
+
+
+def test_only_listed_apps_may_call_when_the_settings_list_them() -> None:
+    listed = replace(LIMITS, apps=frozenset({"camera"}))
+    assert validate(replace(REQUEST, app="camera"), listed).app == "camera"
+    with pytest.raises(UnknownApp, match="'default'"):
+        validate(REQUEST, listed)
+
+
+def test_a_deadline_that_has_passed_is_refused_and_one_to_come_is_kept() -> None:
+    assert validate(replace(REQUEST, deadline=100.5), LIMITS, monotonic=lambda: 100.0).deadline == 100.5
+    with pytest.raises(DeadlinePassed):
+        validate(replace(REQUEST, deadline=100.0), LIMITS, monotonic=lambda: 100.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "local"),
+    [({}, False), ({"routing": Routing.LOCAL_ONLY}, True), ({"privacy": Privacy.LOCAL_ONLY}, True)],
+)
+def test_local_only_is_one_answer_to_two_ways_of_asking(change: dict[str, Any], local: bool) -> None:
+    assert replace(REQUEST, **change).local_only is local
+
+
+def test_validating_twice_changes_nothing_more() -> None:
+    once = validate(REQUEST, LIMITS)
+    assert asdict(validate(once, LIMITS)) == asdict(once)
