@@ -1,0 +1,1 @@
+"""Tests of both processes together, on real sockets."""

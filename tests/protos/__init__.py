@@ -1,0 +1,1 @@
+"""Tests of the .proto files and their generated code."""

@@ -1,0 +1,1 @@
+"""Tests of the repository: what is packaged, and what importing costs."""
