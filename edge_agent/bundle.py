@@ -1,0 +1,264 @@
+"""The bundle: a folder with everything the edge runs, and a manifest that names every file with its bytes and sha256.
+
+    manifest.json                       what this module reads and writes
+    tokenizer/tokenizer.json ...        `edge_agent.tokens`
+    text_encoder/ unet/ vae_decoder/    one `model.onnx` each: `edge_agent.diffusion`
+    schedules/<steps>.json              compiled schedulers: `edge_agent.diffusion.schedule`
+    predictor/                          quality predictor and its calibration, once they are made
+
+Nothing in a bundle is imported or unpickled. A file that is missing, truncated, altered, a symbolic link or outside
+the folder is refused by name when the bundle is opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path, PurePosixPath
+from typing import Any, get_type_hints
+
+from edge_agent.calibration import Calibration
+from edge_agent.errors import BundleError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer/tokenizer.json"
+TEXT_ENCODER = "text_encoder/model.onnx"
+DENOISER = "unet/model.onnx"
+DECODER = "vae_decoder/model.onnx"
+PREDICTOR = "predictor/model.onnx"
+CALIBRATION = "predictor/calibration.json"
+
+# The folders that decide what an image looks like. Predictor and calibration are made *for* these, so they stay out of
+# the model digest: adding them must not change the digest that the calibration was made for.
+MODEL_FOLDERS = ("text_encoder", "unet", "vae_decoder", "schedules", "tokenizer")
+
+_READ_BYTES = 1 << 20
+
+
+def schedule_file(steps: int) -> str:
+    """Where a bundle keeps the schedule compiled for `steps` steps."""
+    return f"schedules/{steps}.json"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """What the manifest promises about one file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What an export states about its models. Sizes are in pixels, latent sizes in latent positions."""
+
+    name: str
+    licence: str
+    width: int
+    height: int
+    latent_channels: int
+    latent_height: int
+    latent_width: int
+    latent_scaling: float  # the decoder gets latents / latent_scaling + latent_shift
+    latent_shift: float
+    default_steps: int
+    default_guidance: float
+    steps: tuple[int, ...]  # the step counts that are compiled
+    text_tokens: int  # positions the text encoder sees, padding included
+    text_hidden: int  # size of one token's state
+    text_output: str  # the text encoder's output that drives the denoiser and that the predictor reads
+
+
+@dataclass(frozen=True)
+class Manifest(Facts):
+    """The facts and every file. `files` maps a path relative to the bundle, with forward slashes, to its entry."""
+
+    schema_version: int
+    files: Mapping[str, FileEntry]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle. `Bundle.open` is the only way in."""
+
+    folder: Path
+    manifest: Manifest
+    digest: str  # sha256 of manifest.json, hex
+    model_digest: str  # sha256 over the sorted sha256 of the files in MODEL_FOLDERS, hex; the wire's edge_model_digest
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str], verify: bool = True) -> Bundle:
+        """Read the manifest and check the files against it.
+
+        Existence, kind and size are always checked; `verify=False` leaves out only the reading of every byte for sha256.
+
+        Raises:
+            BundleError: naming the file that is missing, truncated, altered, a link, outside the folder or too new.
+        """
+        root = Path(folder)
+        if not root.is_dir():
+            raise BundleError(f"no bundle at {root}: the folder does not exist")
+        _refuse_links(root, MANIFEST)
+        try:
+            text = (root / MANIFEST).read_bytes()
+        except OSError as error:
+            raise BundleError(f"{root / MANIFEST} cannot be read: {error.strerror}; is this a bundle folder?") from error
+        manifest = _parse(text, root / MANIFEST)
+        for name in _required(manifest):
+            if name not in manifest.files:
+                raise BundleError(f"{root / MANIFEST} does not list {name}, which every bundle must have")
+        for name, entry in manifest.files.items():
+            _check(root, name, entry, verify)
+        return cls(root, manifest, hashlib.sha256(text).hexdigest(), _model_digest(manifest.files))
+
+    def path(self, name: str) -> Path:
+        """The path of a file that the manifest lists. Raises BundleError for any other."""
+        if name not in self.manifest.files:
+            raise BundleError(f"{self.folder / MANIFEST} does not list {name}")
+        return self.folder / name
+
+    @property
+    def predictor(self) -> Path | None:
+        """The quality predictor's graph, or None when the bundle has none."""
+        return self.path(PREDICTOR) if PREDICTOR in self.manifest.files else None
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """The calibration, or None when the bundle has none. Raises BundleError when it cannot be read."""
+        return Calibration.load(self.path(CALIBRATION)) if CALIBRATION in self.manifest.files else None
+
+
+def write_manifest(folder: str | os.PathLike[str], **facts: Any) -> Path:
+    """Hash every file of `folder` and write its manifest.json; returns its path.
+
+    `facts` are the fields of `Facts`. Those left out are kept from the manifest that is there, so that a file can be
+    added to a finished bundle with `write_manifest(folder)`.
+
+    Raises:
+        BundleError: a fact is missing, unknown or of the wrong type, or the folder holds a symbolic link.
+    """
+    root = Path(folder)
+    target = root / MANIFEST
+    known = {field.name for field in fields(Facts)}
+    if unknown := sorted(set(facts) - known):
+        raise BundleError(f"a manifest has no {', '.join(unknown)}")
+    if target.exists():
+        kept = asdict(_parse(target.read_bytes(), target))
+        facts = {name: kept[name] for name in known} | facts
+    files = {}
+    for path in sorted(root.rglob("*")):
+        name = path.relative_to(root).as_posix()
+        _refuse_links(root, name)
+        if path.is_file() and name != MANIFEST:
+            files[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    document = {"schema_version": SCHEMA_VERSION, **facts, "files": files}
+    text = json.dumps(document, indent=2, ensure_ascii=False).encode() + b"\n"
+    _parse(text, target)  # what is written can be read
+    partial = target.with_suffix(".json.partial")
+    partial.write_bytes(text)
+    os.replace(partial, target)
+    return target
+
+
+def _required(manifest: Manifest) -> list[str]:
+    return [TOKENIZER, TEXT_ENCODER, DENOISER, DECODER, *(schedule_file(steps) for steps in manifest.steps)]
+
+
+def _parse(text: bytes, path: Path) -> Manifest:
+    try:
+        document = json.loads(text)
+    except ValueError as error:
+        raise BundleError(f"{path} is not JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise BundleError(f"{path} must hold a JSON object")
+    version = _typed(document, "schema_version", int, path)
+    if version > SCHEMA_VERSION:
+        raise BundleError(
+            f"{path} has schema version {version}; this version reads up to {SCHEMA_VERSION}: update edge_agent"
+        )
+    if version < 1:
+        raise BundleError(f"{path} has schema version {version}; versions start at 1")
+    facts: dict[str, Any] = {}
+    for name, kind in get_type_hints(Facts).items():
+        if kind in (int, float, str):
+            facts[name] = _typed(document, name, kind, path)
+    steps = _typed(document, "steps", list, path)
+    if not steps or not all(type(count) is int and count > 0 for count in steps):
+        raise BundleError(f"{path}: steps must list step counts above zero")
+    manifest = Manifest(
+        **facts, steps=tuple(sorted(steps)), schema_version=version, files=_parse_files(document, path)
+    )
+    for name in ("width", "height", "latent_channels", "latent_height", "latent_width", "text_tokens", "text_hidden"):
+        if getattr(manifest, name) <= 0:
+            raise BundleError(f"{path}: {name} must be above zero")
+    if manifest.latent_scaling == 0.0:
+        raise BundleError(f"{path}: latent_scaling must not be zero")
+    if manifest.default_steps not in manifest.steps:
+        raise BundleError(f"{path}: default_steps {manifest.default_steps} is not among steps {steps}")
+    return manifest
+
+
+def _parse_files(document: dict[str, Any], path: Path) -> dict[str, FileEntry]:
+    entries = {}
+    for name, entry in _typed(document, "files", dict, path).items():
+        parts = PurePosixPath(name).parts
+        inside = parts and not name.startswith("/") and ".." not in parts and "\\" not in name and "\0" not in name
+        # A colon could name a drive or a stream on Windows.
+        if not inside or ":" in name or PurePosixPath(name).as_posix() != name:
+            raise BundleError(f"{path} lists {name!r}, which is not a plain path inside the bundle")
+        if not isinstance(entry, dict):
+            raise BundleError(f"{path}: the entry of {name} must hold bytes and sha256")
+        entries[name] = FileEntry(_typed(entry, "bytes", int, path), _typed(entry, "sha256", str, path))
+    return entries
+
+
+def _typed(document: dict[str, Any], name: str, kind: Any, path: Path) -> Any:
+    value = document.get(name)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise BundleError(f"{path}: {name} must be a {kind.__name__}, not {value!r:.60}")
+    return value
+
+
+def _check(root: Path, name: str, entry: FileEntry, verify: bool) -> None:
+    path = root / name
+    _refuse_links(root, name)
+    if not path.exists():
+        raise BundleError(f"{path} is missing; fetch or export the bundle again")
+    if not path.is_file():
+        raise BundleError(f"{path} is not a plain file")
+    size = path.stat().st_size
+    if size != entry.bytes:
+        raise BundleError(f"{path} has {size} bytes where {MANIFEST} says {entry.bytes}; fetch or export it again")
+    if verify and _sha256(path) != entry.sha256:
+        raise BundleError(f"{path} does not match its sha256 in {MANIFEST}; fetch or export the bundle again")
+
+
+def _refuse_links(root: Path, name: str) -> None:
+    """A link could lead out of the folder, or to other bytes after the check. The bundle folder itself may be one."""
+    path = root
+    for part in PurePosixPath(name).parts:
+        path = path / part
+        if path.is_symlink():
+            raise BundleError(f"{path} is a symbolic link; a bundle holds plain files only")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(_READ_BYTES):
+                digest.update(block)
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+def _model_digest(files: Mapping[str, FileEntry]) -> str:
+    digests = sorted(entry.sha256 for name, entry in files.items() if name.split("/")[0] in MODEL_FOLDERS)
+    return hashlib.sha256("".join(digests).encode()).hexdigest()

@@ -1,0 +1,87 @@
+"""The calibration: what turns predicted qualities into a threshold for the two models it was made for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from edge_agent.errors import BundleError
+from edge_agent.superiority import largest_alpha
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Scales, weights and the scores of the calibration prompts, with the digests of both models.
+
+    M metrics, in the order of `edge_agent.superiority.METRICS`.
+    """
+
+    edge_digest: str  # `Bundle.model_digest` of the edge model
+    cloud_digest: str
+    metrics: tuple[tuple[str, str, str], ...]  # M of (name, positive text, negative text)
+    scale: tuple[float, ...]  # M, above zero: the quality gap that counts as one
+    weights: tuple[float, ...]  # M
+    scores: tuple[float, ...]  # PRS of the calibration prompts, ascending
+    alpha_over_rho: tuple[tuple[float, float], ...]  # (routing rate, alpha), for people and plots
+    created: str  # ISO 8601
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    calibration_id: str = ""  # first 16 hex digits of the file's sha256; set by `load` and `save`
+
+    def alpha(self, rho: float) -> float:
+        """The largest alpha, at most 1/2, that sends a share of at most `rho` of the calibration prompts to the cloud."""
+        return float(largest_alpha(self.scores, rho))
+
+    def save(self, path: str | os.PathLike[str]) -> Calibration:
+        """Write the calibration as JSON and return it with its id. Raises BundleError when it is not consistent."""
+        document = asdict(self)
+        del document["calibration_id"]
+        text = json.dumps(document, indent=1, ensure_ascii=False).encode() + b"\n"
+        calibration = _parse(text, Path(path))
+        Path(path).write_bytes(text)
+        return calibration
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Calibration:
+        """Read a calibration. Raises BundleError, naming the file and what is wrong in it."""
+        try:
+            text = Path(path).read_bytes()
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read: {error.strerror}") from error
+        return _parse(text, Path(path))
+
+
+def _parse(text: bytes, path: Path) -> Calibration:
+    try:
+        document = json.loads(text)
+        calibration = Calibration(
+            edge_digest=str(document["edge_digest"]),
+            cloud_digest=str(document["cloud_digest"]),
+            metrics=tuple((str(name), str(good), str(bad)) for name, good, bad in document["metrics"]),
+            scale=tuple(map(float, document["scale"])),
+            weights=tuple(map(float, document["weights"])),
+            scores=tuple(map(float, document["scores"])),
+            alpha_over_rho=tuple((float(rho), float(alpha)) for rho, alpha in document["alpha_over_rho"]),
+            created=str(document["created"]),
+            recipe=dict(document["recipe"]),
+            calibration_id=hashlib.sha256(text).hexdigest()[:16],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        names = ", ".join(entry.name for entry in fields(Calibration) if entry.name != "calibration_id")
+        raise BundleError(f"{path} is not a calibration ({names}): {error!r}") from error
+    if not len(calibration.metrics) == len(calibration.scale) == len(calibration.weights) > 0:
+        raise BundleError(f"{path}: metrics, scale and weights must have the same length")
+    if not all(math.isfinite(scale) and scale > 0 for scale in calibration.scale):
+        raise BundleError(f"{path}: every scale must be above zero")
+    if not all(math.isfinite(weight) and weight >= 0 for weight in calibration.weights):
+        raise BundleError(f"{path}: no weight may be below zero")
+    if not calibration.scores or list(calibration.scores) != sorted(calibration.scores):
+        raise BundleError(f"{path}: scores must be there, in ascending order")
+    if not all(math.isfinite(score) for score in calibration.scores):
+        raise BundleError(f"{path}: every score must be finite")
+    return calibration

@@ -1,0 +1,30 @@
+"""Latents to pixels."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_agent.bundle import DECODER, Bundle
+from edge_agent.diffusion.sessions import Runtime, Session, Stop
+
+
+class Decoder:
+    """The decoding half of the bundle's autoencoder."""
+
+    def __init__(self, bundle: Bundle, runtime: Runtime) -> None:
+        """Raises BundleError when the graph cannot be loaded or has another signature."""
+        self._session = Session(bundle.path(DECODER), ["latent_sample"], ["sample"], runtime)
+        self._scaling = np.float32(bundle.manifest.latent_scaling)
+        self._shift = np.float32(bundle.manifest.latent_shift)
+
+    def decode(self, latents: NDArray[np.float32], *, stop: Stop | None = None) -> NDArray[np.float32]:
+        """Colours in 0..1, float32 [H, W, 3], of latents [1, C, h, w].
+
+        Raises:
+            Cancelled, GenerationFailed: see `Session.run`.
+        """
+        scaled = latents / self._scaling + self._shift
+        (sample,) = self._session.run({"latent_sample": scaled}, stop=stop, shrink=True)
+        colours: NDArray[np.float32] = np.clip(sample[0].transpose(1, 2, 0) / 2 + np.float32(0.5), 0, 1)
+        return colours

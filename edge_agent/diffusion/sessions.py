@@ -1,0 +1,136 @@
+"""onnxruntime sessions: how they are opened, run, and stopped from another thread."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from edge_agent.errors import BundleError, Cancelled, GenerationFailed
+
+Array = NDArray[Any]
+
+# Element types a graph may ask for, and how numpy spells them.
+_DTYPES: dict[str, type[np.generic]] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(int32)": np.int32,
+    "tensor(int64)": np.int64,
+    "tensor(bool)": np.bool_,
+}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What onnxruntime runs on."""
+
+    threads: int | None = None  # intra-op threads; None = one a physical core
+    providers: tuple[str, ...] = ("CPUExecutionProvider",)
+
+
+class Stop(threading.Event):
+    """An event whose `set` also ends the onnxruntime run in progress, between two nodes of its graph.
+
+    One `Stop` belongs to one image; once set it stays set.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lock = threading.Lock()
+        self._running: list[ort.RunOptions] = []
+
+    def set(self) -> None:
+        with self._lock:
+            super().set()
+            for options in self._running:
+                options.terminate = True
+
+    def check(self) -> None:
+        """Raises Cancelled once the event is set."""
+        if self.is_set():
+            raise Cancelled("the image was cancelled")
+
+    def enter(self, options: ort.RunOptions) -> None:
+        """Bind a run that is about to start. Raises Cancelled when it must not start."""
+        with self._lock:
+            self.check()
+            self._running.append(options)
+
+    def leave(self, options: ort.RunOptions) -> None:
+        """Unbind a run that has ended."""
+        with self._lock:
+            self._running.remove(options)
+
+
+class Session:
+    """One graph of a bundle. Inputs are cast to the types the graph asks for; float outputs come back as float32."""
+
+    def __init__(self, path: Path, inputs: Sequence[str], outputs: Sequence[str], runtime: Runtime) -> None:
+        """Open the graph at `path`, which must take exactly `inputs` and give at least `outputs`.
+
+        Raises:
+            BundleError: naming the file, when onnxruntime cannot load it or its signature differs.
+        """
+        options = ort.SessionOptions()
+        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+        options.intra_op_num_threads = runtime.threads or 0  # 0: onnxruntime counts physical cores
+        # Several sessions share the cores; threads that spin between runs would take them from the others.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 3  # errors; the rest is about graphs nobody here can change
+        try:
+            self._session = ort.InferenceSession(str(path), options, providers=list(runtime.providers))
+        except Exception as error:  # onnxruntime's own exceptions share no base class
+            raise BundleError(f"{path} cannot be loaded by onnxruntime: {error}") from error
+        found = {node.name: node for node in self._session.get_inputs()}
+        given = {node.name for node in self._session.get_outputs()}
+        if set(found) != set(inputs) or not set(outputs) <= given:
+            raise BundleError(
+                f"{path} takes {sorted(found)} and gives {sorted(given)}; "
+                f"expected to take {sorted(inputs)} and give {sorted(outputs)}"
+            )
+        if unknown := {node.type for node in found.values()} - set(_DTYPES):
+            raise BundleError(f"{path} asks for inputs of the types {sorted(unknown)}, which are not supported")
+        self._dtypes = {name: _DTYPES[node.type] for name, node in found.items()}
+        self._outputs = list(outputs)
+        self._devices = _devices(self._session.get_providers())
+        self.path = path
+
+    def run(self, inputs: Mapping[str, Array], *, stop: Stop | None = None, shrink: bool = False) -> list[Array]:
+        """The outputs, in the order of the constructor's `outputs`.
+
+        Args:
+            stop: ends the run early when set from another thread.
+            shrink: give the memory that this session's arena holds back to the system after the run. It costs an
+                allocation in the next run, so ask for it only in the last run for an image.
+
+        Raises:
+            Cancelled: `stop` was set before or during the run.
+            GenerationFailed: onnxruntime failed.
+        """
+        options = ort.RunOptions()
+        if shrink:
+            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", self._devices)
+        feeds = {name: np.asarray(value, self._dtypes[name]) for name, value in inputs.items()}
+        stop = stop or Stop()
+        stop.enter(options)
+        try:
+            outputs = self._session.run(self._outputs, feeds, options)
+        except Exception as error:  # onnxruntime's own exceptions share no base class
+            stop.check()
+            raise GenerationFailed(f"onnxruntime failed in {self.path}: {error}") from error
+        finally:
+            stop.leave(options)
+        return [value.astype(np.float32, copy=False) if value.dtype.kind == "f" else value for value in outputs]
+
+
+def _devices(providers: Sequence[str]) -> str:
+    """The arenas of a session, as onnxruntime's shrinkage option names them."""
+    gpu = any(name.startswith(("CUDA", "Tensorrt")) for name in providers)
+    return "cpu:0;gpu:0" if gpu else "cpu:0"

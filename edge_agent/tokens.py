@@ -1,0 +1,65 @@
+"""From a prompt to token ids, with the text each token stands for."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer as TokenizersTokenizer
+
+from edge_agent.errors import BundleError
+
+FILE = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One prompt in L positions, padding included."""
+
+    ids: NDArray[np.int64]  # [1, L]
+    mask: NDArray[np.bool_]  # [L], True on the prompt's own tokens: not start, not end, not padding
+    texts: tuple[str, ...]  # L; the prompt's own characters, or the name of the start, end or padding token
+    truncated: bool  # the prompt had more tokens than fit
+
+
+class Tokenizer:
+    """A tokenizer.json that carries its own padding and truncation, as the export writes it."""
+
+    def __init__(self, tokenizer: TokenizersTokenizer, length: int) -> None:
+        self._tokenizer = tokenizer
+        self.length = length
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Tokenizer:
+        """Read `tokenizer.json` in `folder`.
+
+        Raises:
+            BundleError: the file cannot be read, or it does not pad and truncate every prompt to one length.
+        """
+        path = Path(folder) / FILE
+        try:
+            tokenizer = TokenizersTokenizer.from_buffer(path.read_bytes())
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read: {error.strerror}") from error
+        except Exception as error:  # tokenizers raises bare Exception and ValueError
+            raise BundleError(f"{path} is not a tokenizer: {error}") from error
+        length = (tokenizer.truncation or {}).get("max_length")
+        if not length or length != (tokenizer.padding or {}).get("length"):
+            raise BundleError(f"{path} must pad and truncate to one length; export the bundle again")
+        return cls(tokenizer, int(length))
+
+    def encode(self, prompt: str) -> Tokens:
+        """Tokens of `prompt`, which must be valid Unicode (`edge_agent.request` refuses lone surrogates).
+
+        A character made of several tokens, such as an emoji, is the text of each of them.
+        """
+        encoding = self._tokenizer.encode(prompt)
+        mask = np.asarray(encoding.special_tokens_mask) == 0
+        texts = tuple(
+            prompt[start:end] if own else token
+            for token, (start, end), own in zip(encoding.tokens, encoding.offsets, mask, strict=True)
+        )
+        return Tokens(np.asarray([encoding.ids], np.int64), mask, texts, bool(encoding.overflowing))
