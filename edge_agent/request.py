@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import secrets
 import time
@@ -41,13 +40,17 @@ MAX_ID_CHARS = 128
 MAX_MONEY = 2**63 - 1
 """Money is a signed 64-bit integer of micro-dollars on the wire and in the ledger."""
 
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]+")
+_APP = re.compile(r"[ -~]+")
+
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 """https://www.w3.org/TR/trace-context/#traceparent-header"""
 
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """One image, as an app asks for it. None means: not said; `validate` fills it in.
+    """One image, as an app asks for it. None means: not said. `validate` fills in seed and size; steps and guidance
+    scale stay None, because each model has defaults of its own.
 
     `width` and `height` are in pixels, `seed` is in 0..MAX_SEED, `max_price_micro_usd` in micro-dollars.
     `resume_offset` is the number of image bytes that the caller already has. `deadline` is a reading of
@@ -88,8 +91,6 @@ class Limits:
 
     sizes: tuple[tuple[int, int], ...]
     steps: tuple[int, ...]
-    default_steps: int
-    default_guidance: float
     max_prompt_chars: int = 2_000
     max_guidance: float = 50.0
     apps: frozenset[str] | None = None
@@ -102,12 +103,12 @@ def validate(
     draw_seed: Callable[[], int] = lambda: secrets.randbelow(MAX_SEED + 1),
     monotonic: Callable[[], float] = time.monotonic,
 ) -> ImageRequest:
-    """`request` with its seed drawn and its size, steps and guidance filled in; nothing else is changed.
+    """`request` with its seed drawn and its size filled in, both where they were None; nothing else is changed.
 
     Raises InvalidRequest (naming the field), UnknownApp or DeadlinePassed.
     """
-    _check_name(request.request_id, "request_id")
-    _check_name(request.app, "app")
+    _check_name(request.request_id, "request_id", _REQUEST_ID, "letters, digits and . _ : - only")
+    _check_name(request.app, "app", _APP, "printable ASCII characters only")
     if limits.apps is not None and request.app not in limits.apps:
         raise UnknownApp(f"the app {request.app!r} is not among those the settings allow; add it to `apps`")
     if request.deadline is not None and request.deadline <= monotonic():
@@ -130,29 +131,30 @@ def validate(
     _check_range(request.max_price_micro_usd, "max_price_micro_usd", MAX_MONEY)
     _check_range(request.resume_offset, "resume_offset", MAX_MONEY)
     width, height = _size(request, limits)
-    steps = limits.default_steps if request.steps is None else request.steps
-    if steps not in limits.steps:
+    if request.steps is not None and request.steps not in limits.steps:
         have = ", ".join(str(count) for count in sorted(limits.steps))
-        raise InvalidRequest(f"{steps} steps are not compiled into this bundle; it has {have}", field="steps")
-    guidance = limits.default_guidance if request.guidance_scale is None else request.guidance_scale
-    if not (math.isfinite(guidance) and 0 <= guidance <= limits.max_guidance):
+        raise InvalidRequest(
+            f"{request.steps} steps are not compiled into this bundle; it has {have}", field="steps"
+        )
+    guidance = request.guidance_scale
+    if guidance is not None and not 0 <= guidance <= limits.max_guidance:  # also refuses NaN
         raise InvalidRequest(
             f"guidance_scale must be between 0 and {limits.max_guidance:g}, not {guidance:g}",
             field="guidance_scale",
         )
     seed = draw_seed() if request.seed is None else request.seed
-    return replace(request, seed=seed, width=width, height=height, steps=steps, guidance_scale=guidance)
+    return replace(request, seed=seed, width=width, height=height)
 
 
-def _check_name(name: str, field: str) -> None:
+def _check_name(name: str, field: str, pattern: re.Pattern[str], holds: str) -> None:
     if not name:
         raise InvalidRequest(f"{field} is empty", field=field)
     if len(name) > MAX_ID_CHARS:
         raise InvalidRequest(
             f"{field} has {len(name)} characters; at most {MAX_ID_CHARS} are taken", field=field
         )
-    if not (name.isascii() and name.isprintable()):
-        raise InvalidRequest(f"{field} may hold printable ASCII characters only", field=field)
+    if not pattern.fullmatch(name):
+        raise InvalidRequest(f"{field} may hold {holds}", field=field)
 
 
 def _check_text(text: str, field: str, max_chars: int) -> None:

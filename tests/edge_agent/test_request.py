@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from edge_agent.errors import DeadlinePassed, InvalidRequest, UnknownApp
 from edge_agent.request import MAX_SEED, ImageRequest, Limits, Privacy, Routing, validate
 
-LIMITS = Limits(sizes=((64, 64), (128, 64)), steps=(4, 8, 25), default_steps=8, default_guidance=3.0)
+LIMITS = Limits(sizes=((64, 64), (128, 64)), steps=(4, 8, 25))
 REQUEST = ImageRequest(request_id="r-1", prompt="two cats on a beach")
 
 
-def test_what_is_left_open_is_filled_in_and_nothing_else_changes() -> None:
+def test_seed_and_size_are_filled_in_and_steps_and_guidance_are_left_to_the_model_that_runs() -> None:
     done = validate(REQUEST, LIMITS, draw_seed=lambda: 17)
-    assert done == replace(REQUEST, seed=17, width=64, height=64, steps=8, guidance_scale=3.0)
+    assert done == replace(REQUEST, seed=17, width=64, height=64)
 
 
 def test_what_the_caller_said_stays() -> None:
@@ -70,7 +70,8 @@ def test_one_side_of_the_size_selects_a_size_that_has_it() -> None:
         ({"traceparent": "00-xyz"}, "traceparent", "traceparent"),
         ({"request_id": ""}, "request_id", "empty"),
         ({"request_id": "x" * 129}, "request_id", "129"),
-        ({"request_id": "a\nb"}, "request_id", "printable"),
+        ({"request_id": "a\nb"}, "request_id", "letters, digits"),
+        ({"request_id": "a b"}, "request_id", "letters, digits"),
         ({"app": ""}, "app", "empty"),
         ({"app": "café"}, "app", "ASCII"),
         ({"routing": Routing.CLOUD_ONLY, "privacy": Privacy.LOCAL_ONLY}, "privacy", "exclude each other"),
