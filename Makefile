@@ -1,0 +1,70 @@
+# Every target makes the environment it needs. `make` alone lists them.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+MAKEFLAGS += --no-print-directory
+unexport VIRTUAL_ENV
+
+PYTHON ?= python3
+BIN := .venv/bin
+ENV := .venv/.installed
+BUF_VERSION := 1.75.0
+BUF := npx --yes --loglevel=error @bufbuild/buf@$(BUF_VERSION)
+ARGS ?=
+
+.PHONY: help env demo bench test lint format protos protos-baseline node constraints wheel edge-versions clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env: $(ENV)  ## make .venv, or bring it up to date
+
+$(ENV): pyproject.toml constraints.txt export/command.py .ci/environment
+	@PYTHON="$(PYTHON)" .ci/environment
+	@touch $@
+
+demo: $(ENV)  ## both processes on loopback, a dozen prompts, pictures in demo-out/
+	@$(BIN)/python deploy/demo $(ARGS)
+
+bench: $(ENV)  ## the table of numbers, as ratios measured in one run, in bench-out/
+	@$(BIN)/python deploy/bench $(ARGS)
+
+test: $(ENV)  ## run the tests; ARGS="-k quota" runs some of them
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(ENV) node  ## ruff, mypy --strict, buf lint, buf breaking
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BUF) lint
+	$(BUF) breaking --against protos/baseline.binpb
+
+format: $(ENV)  ## let ruff sort imports and lay out the code
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+protos: $(ENV)  ## generate the Python code of the .proto files
+	$(BIN)/python protos/generate.py
+
+protos-baseline: node  ## after a release: what later changes of the .proto files are compared with
+	$(BUF) build -o protos/baseline.binpb --exclude-source-info
+
+node:
+	@npx --version >/dev/null 2>&1 || { echo "buf comes from npm: install Node.js 18 or newer (Debian: apt-get install npm)"; exit 1; }
+
+# torch names the CUDA packages that it wants itself; naming them here too would clash with its other builds.
+constraints: $(ENV)  ## resolve constraints.txt anew, for Python 3.10 to 3.13
+	@uv=$$(uv --version >/dev/null 2>&1 && echo uv || echo $(BIN)/uv); \
+	{ sed '/^[^#]/,$$d' constraints.txt; \
+	  UV_FIND_LINKS= "$$uv" pip compile --quiet --universal --python-version 3.10 --all-extras --upgrade \
+	    --no-annotate --no-header pyproject.toml | grep -vE '^(nvidia|cuda|triton)'; } > constraints.new \
+	&& mv constraints.new constraints.txt
+
+wheel: $(ENV)  ## build the wheel into dist/
+	$(BIN)/python -m hatchling build -t wheel
+
+edge-versions: $(ENV)  ## install the edge alone on Python 3.10, 3.12 and 3.13, and route a prompt on each
+	@.ci/edge-versions
+
+clean:  ## remove what building, testing and the demo wrote; .venv stays
+	rm -rf build dist *.egg-info demo-out bench-out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
