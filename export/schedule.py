@@ -1,0 +1,169 @@
+"""Compile a diffusers scheduler to the matrix that `edge_agent.diffusion.schedule` runs.
+
+The scheduler is a black box here, driven exactly as diffusers' StableDiffusionPipeline drives it. A run with unit
+vectors for the initial noise and for every model output reads the coefficients off; a run with zeros shows what the
+scheduler's own fresh noise does, which is known because its draws can be repeated; a run with random inputs must then
+agree with the sums, or the scheduler is not linear and is refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from edge_agent.diffusion.schedule import Schedule
+
+# Some schedulers compute in float32 whatever they are given, so the check cannot be tighter than its rounding.
+TOLERANCE = 1e-4
+_MOST_DRAWS = 4  # fresh noises in one step; no scheduler known draws more than one
+
+Doubles = NDArray[np.float64]
+
+
+class NotLinear(ValueError):
+    """The scheduler cannot be written as weighted sums; the message says why and what to do."""
+
+
+def compile_schedule(scheduler: Any, steps: int) -> Schedule:
+    """The scheduler's matrix for `steps` steps.
+
+    Args:
+        scheduler: any diffusers scheduler; it is copied through its config and left as it is.
+
+    Raises:
+        NotLinear: it clips, thresholds, draws noise that cannot be repeated, or is otherwise not linear.
+        ValueError: it has no such number of steps.
+    """
+    name = type(scheduler).__name__
+    timesteps = _fresh(scheduler, steps).timesteps
+    calls = len(timesteps)
+    # One coordinate for the initial noise and each model output, and enough of them to solve for fresh noise.
+    width = 4 * calls + 16
+    units = [np.eye(width)[index] for index in range(calls + 1)]
+    nothing = [np.zeros(width)] * (calls + 1)
+
+    silent, draws = _drive(scheduler, steps, nothing, seed=0)
+    probed, _ = _drive(scheduler, steps, units, seed=0)
+    signal, noise = [], []
+    for call, (with_units, without) in enumerate(zip(probed, silent, strict=True)):
+        signal.append(tuple(float(value) for value in (with_units - without)[: call + 1]))
+        drawn = [draw for after, draw in draws if after < call]
+        noise.append(_solve(drawn, without))
+    schedule = Schedule(
+        scheduler=name,
+        steps=steps,
+        timesteps=tuple(float(timestep) for timestep in timesteps),
+        signal=tuple(signal),
+        noise=tuple(noise),
+        clean=tuple(_clean(scheduler, float(timestep)) for timestep in timesteps),
+    )
+    for scale in (1.0, 10.0):  # clipping at one leaves small values alone, so large ones are tried as well
+        _check(scheduler, schedule, scale)
+    return schedule
+
+
+def _fresh(scheduler: Any, steps: int) -> Any:
+    copy = type(scheduler).from_config(scheduler.config)
+    try:
+        copy.set_timesteps(steps)
+    except Exception as error:  # each scheduler fails in its own way
+        raise ValueError(f"{type(scheduler).__name__} has no schedule of {steps} steps: {error}") from error
+    return copy
+
+
+def _drive(
+    scheduler: Any, steps: int, inputs: Sequence[Doubles], seed: int
+) -> tuple[list[Doubles], list[tuple[int, Doubles]]]:
+    """Run the pipeline's loop on initial noise inputs[0] and model outputs inputs[1:].
+
+    Returns the T denoiser inputs and the final latents, and each fresh noise with the call after which it was drawn.
+    """
+    scheduler = _fresh(scheduler, steps)
+    generator = torch.Generator().manual_seed(seed)
+    parameters = inspect.signature(scheduler.step).parameters
+    extra = {"generator": generator} if "generator" in parameters else {}
+    scales = hasattr(scheduler, "scale_model_input")
+    shape = (-1, 1, 1, 1)
+    latents = torch.from_numpy(inputs[0]).reshape(shape) * getattr(scheduler, "init_noise_sigma", 1.0)
+    seen, draws = [], []
+    for call, timestep in enumerate(scheduler.timesteps):
+        # Flow matching has neither a scaling of its inputs nor of its first noise.
+        scaled = scheduler.scale_model_input(latents, timestep) if scales else latents
+        seen.append(_array(scaled))
+        before = generator.get_state()
+        output = torch.from_numpy(inputs[call + 1]).reshape(shape)
+        latents = scheduler.step(output, timestep, latents, **extra, return_dict=False)[0]
+        draws += [(call, draw) for draw in _repeat(before, generator, latents, type(scheduler).__name__)]
+    return [*seen, _array(latents)], draws
+
+
+def _repeat(before: torch.Tensor, generator: torch.Generator, like: torch.Tensor, name: str) -> list[Doubles]:
+    """What the scheduler drew between the state `before` and now."""
+    for dtype in (torch.float64, torch.float32):  # what it was given, or what it insists on
+        replay = torch.Generator()
+        replay.set_state(before)
+        draws: list[Doubles] = []
+        while len(draws) <= _MOST_DRAWS:
+            if torch.equal(replay.get_state(), generator.get_state()):
+                return draws
+            draws.append(_array(torch.randn(like.shape, generator=replay, dtype=dtype)))
+    raise NotLinear(f"{name} draws noise in a way that cannot be repeated; choose another scheduler")
+
+
+def _solve(drawn: list[Doubles], total: Doubles) -> tuple[float, ...]:
+    """The coefficients of `drawn` that add up to `total`."""
+    if not drawn:
+        return ()
+    coefficients = np.linalg.lstsq(np.stack(drawn, axis=1), total, rcond=None)[0]
+    return tuple(float(value) for value in coefficients)
+
+
+def _check(scheduler: Any, schedule: Schedule, scale: float) -> None:
+    random = np.random.default_rng(1)
+    width = 4 * schedule.calls + 16
+    inputs = [scale * random.standard_normal(width) for _ in range(schedule.calls + 1)]
+    seen, draws = _drive(scheduler, schedule.steps, inputs, seed=1)
+    for call, values in enumerate(seen):
+        expected = np.asarray(schedule.signal[call]) @ np.stack(inputs[: call + 1])
+        drawn = [draw for after, draw in draws if after < call]
+        if len(drawn) != len(schedule.noise[call]):
+            raise NotLinear(f"{schedule.scheduler} draws a different number of noises from run to run")
+        if drawn:
+            expected = expected + np.asarray(schedule.noise[call]) @ np.stack(drawn)
+        difference = float(np.abs(values - expected).max() / max(1.0, np.abs(values).max()))
+        if not difference <= TOLERANCE:  # also when it is not a number
+            flags = [flag for flag in ("clip_sample", "thresholding") if scheduler.config.get(flag)]
+            why = f"it has {' and '.join(flags)} on; turn that off" if flags else "choose another scheduler"
+            where = "the final latents" if call == schedule.calls else f"the input of call {call + 1}"
+            raise NotLinear(
+                f"{schedule.scheduler} is not linear ({where} differ by {difference:.1e} from a weighted sum): {why}"
+            )
+
+
+def _clean(scheduler: Any, timestep: float) -> tuple[float, float]:
+    """a, b such that a * input + b * output estimates the clean latents; (1, 0) where that is not known.
+
+    Every scheduler's scaled input has the form sqrt(p) * clean + sqrt(1 - p) * noise with p = alphas_cumprod[t], so
+    the estimate follows from the prediction type alone: Salimans & Ho, "Progressive Distillation", 2022, appendix D.
+    """
+    kind = scheduler.config.get("prediction_type", "epsilon")
+    products = getattr(scheduler, "alphas_cumprod", None)
+    if kind == "sample":
+        return 0.0, 1.0
+    if products is None or kind not in ("epsilon", "v_prediction"):
+        return 1.0, 0.0
+    p = float(np.interp(timestep, np.arange(len(products)), products.numpy()))
+    signal, noise = np.sqrt(p), np.sqrt(1.0 - p)
+    if kind == "v_prediction":
+        return float(signal), float(-noise)
+    signal = max(signal, 1e-3)  # a schedule that ends in pure noise has no estimate there
+    return float(1.0 / signal), float(-noise / signal)
+
+
+def _array(tensor: torch.Tensor) -> Doubles:
+    return tensor.to(torch.float64).reshape(-1).numpy().copy()
