@@ -10,7 +10,7 @@ RouteT2IError
 ├── PolicyConflict       the caller asks for a route that this daemon cannot take
 ├── Cancelled            the caller went away
 ├── Draining             the daemon is shutting down
-├── CloudError           the cloud did not deliver; `never_ran` says whether it certainly neither ran nor charged
+├── CloudError           the cloud did not deliver; `never_ran`: it certainly neither ran nor charged
 │   ├── CloudUnavailable   not reached, overloaded, broke off or too slow: may work later
 │   ├── CloudRefused       it will not serve this request: price, size, credentials
 │   └── CloudLied          what it sent is not what it said: hash, format, size, price
@@ -33,8 +33,8 @@ from google.rpc.status_pb2 import Status
 class RouteT2IError(Exception):
     """Base of the tree. `message` is for people: it says what is wrong and what to do.
 
-    `field` names the part of the request that is wrong, `retry_after_s` the seconds after which trying again may
-    help; both are None where they do not apply.
+    `field` names the part of the request that is wrong, `retry_after_s` the seconds after which trying again
+    may help; both are None where they do not apply.
     """
 
     def __init__(self, message: str, *, field: str | None = None, retry_after_s: float | None = None) -> None:
@@ -87,8 +87,8 @@ class Draining(RouteT2IError):
 class CloudError(RouteT2IError):
     """The cloud did not deliver an image.
 
-    `never_ran` is True only when the cloud certainly neither ran nor charged the request, so that what was reserved
-    for it can be released at once. Otherwise the outcome has to be looked up.
+    `never_ran` is True only when the cloud certainly neither ran nor charged the request, so that what was
+    reserved for it can be released at once. Otherwise the outcome has to be looked up.
     """
 
     def __init__(self, message: str, *, never_ran: bool, retry_after_s: float | None = None) -> None:
@@ -137,8 +137,8 @@ GRPC_CODES: dict[type[RouteT2IError], grpc.StatusCode] = {
     LedgerError: grpc.StatusCode.INTERNAL,
     GenerationFailed: grpc.StatusCode.INTERNAL,
 }
-"""The one table from errors to gRPC status codes. A cloud error reaches the wire only for a caller who asked for
-`cloud_only`; for everyone else the edge makes the image."""
+"""The one table from errors to gRPC status codes. A cloud error reaches the wire only for a caller who asked
+for `cloud_only`; for everyone else the edge makes the image."""
 
 
 def grpc_code(error: BaseException) -> grpc.StatusCode:

@@ -49,8 +49,8 @@ _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """One image, as an app asks for it. None means: not said. `validate` fills in seed and size; steps and guidance
-    scale stay None, because each model has defaults of its own.
+    """One image, as an app asks for it. None means: not said. `validate` fills in seed and size; steps and
+    guidance scale stay None, because each model has defaults of its own.
 
     `width` and `height` are in pixels, `seed` is in 0..MAX_SEED, `max_price_micro_usd` in micro-dollars.
     `resume_offset` is the number of image bytes that the caller already has. `deadline` is a reading of
@@ -103,7 +103,8 @@ def validate(
     draw_seed: Callable[[], int] = lambda: secrets.randbelow(MAX_SEED + 1),
     monotonic: Callable[[], float] = time.monotonic,
 ) -> ImageRequest:
-    """`request` with its seed drawn and its size filled in, both where they were None; nothing else is changed.
+    """`request` with its seed drawn and its size filled in, both where they were None; nothing else is
+    changed.
 
     Raises InvalidRequest (naming the field), UnknownApp or DeadlinePassed.
     """

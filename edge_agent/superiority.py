@@ -29,14 +29,15 @@ ALPHA_BOUND = 0.5
 """Above a PRS of 1/2 the edge image is expected to be the better one: no alpha may send it to the cloud."""
 
 SD_FLOOR = 0.25
-"""A metric's scale is at least this share of the paired differences' standard deviation. Ours: with a mean gap
-near zero the paper's scale would turn the metric into a vote on noise."""
+"""A metric's scale is at least this share of the paired differences' standard deviation. Ours: with a mean
+gap near zero the paper's scale would turn the metric into a vote on noise."""
 
 Floats = NDArray[np.floating[Any]]
 
 
 def relative_superiority(edge: ArrayLike, cloud: ArrayLike, scale: ArrayLike, weights: ArrayLike) -> Floats:
-    """PRS = sum_i w_i sigmoid((edge_i - cloud_i) / scale_i): above 1/2 the edge is superior, below it the cloud.
+    """PRS = sum_i w_i sigmoid((edge_i - cloud_i) / scale_i): above 1/2 the edge is superior, below it the
+    cloud.
 
     `edge` and `cloud` are qualities in [0, 1] of shape [..., M]; `scale` and `weights` have shape [M], scales
     positive and weights non-negative with sum 1. Returns float64 of shape [...].
@@ -59,8 +60,8 @@ def relative_superiority(edge: ArrayLike, cloud: ArrayLike, scale: ArrayLike, we
 def paper_scale(mean_gap: ArrayLike, sd_paired: ArrayLike, gamma: float = 1.0) -> Floats:
     """Each metric's scale: max(gamma * |mean gap|, SD_FLOOR * sd), float64 of shape [M].
 
-    `mean_gap` is the metric's mean over the edge's training images minus that over the cloud's, `sd_paired` the
-    standard deviation of the paired differences; both of shape [M].
+    `mean_gap` is the metric's mean over the edge's training images minus that over the cloud's, `sd_paired`
+    the standard deviation of the paired differences; both of shape [M].
     """
     mean_gap_, sd_ = np.asarray(mean_gap, np.float64), np.asarray(sd_paired, np.float64)
     return np.maximum(gamma * np.abs(mean_gap_), SD_FLOOR * sd_)
@@ -69,8 +70,8 @@ def paper_scale(mean_gap: ArrayLike, sd_paired: ArrayLike, gamma: float = 1.0) -
 def largest_alpha(scores: ArrayLike, rho: float) -> float:
     """The largest alpha <= 1/2 for which at most the share `rho` of `scores` lies below alpha.
 
-    `scores` are the calibration prompts' PRS, shape [N], in any order; `rho` is the wanted routing rate in [0, 1].
-    Since alpha stops at 1/2, the realised rate can stay below rho.
+    `scores` are the calibration prompts' PRS, shape [N], in any order; `rho` is the wanted routing rate in
+    [0, 1]. Since alpha stops at 1/2, the realised rate can stay below rho.
 
     Raises ValueError without scores, with scores that are not finite, or with rho outside [0, 1].
     """

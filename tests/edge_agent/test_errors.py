@@ -47,7 +47,8 @@ def test_a_bad_field_travels_as_bad_request() -> None:
 def test_an_exhausted_quota_travels_with_its_budget_and_the_time_to_wait() -> None:
     status = status_details(QuotaExhausted("nothing left today", budget="daily", retry_after_s=90.5))
     failure, retry = QuotaFailure(), RetryInfo()
-    assert status.details[0].Unpack(failure) and status.details[1].Unpack(retry)
+    assert status.details[0].Unpack(failure)
+    assert status.details[1].Unpack(retry)
     assert failure.violations[0].subject == "daily"
     assert retry.retry_delay.ToMilliseconds() == 90_500
 

@@ -46,18 +46,18 @@ def test_gaps_many_scales_wide_saturate_without_a_warning() -> None:
 
 
 @pytest.mark.parametrize(
-    ("edge", "scale", "weights"),
+    ("edge", "scale", "weights", "says"),
     [
-        ([0.5], [0.0], [1.0]),
-        ([0.5], [0.1], [0.9]),
-        ([0.5], [float("nan")], [1.0]),
-        ([float("nan")], [0.1], [1.0]),
+        ([0.5], [0.0], [1.0], "scale"),
+        ([0.5], [0.1], [0.9], "weights"),
+        ([0.5], [float("nan")], [1.0], "scale"),
+        ([float("nan")], [0.1], [1.0], "finite"),
     ],
 )
 def test_a_scale_weights_or_quality_that_cannot_be_are_refused(
-    edge: list[float], scale: list[float], weights: list[float]
+    edge: list[float], scale: list[float], weights: list[float], says: str
 ) -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=says):
         relative_superiority(edge, [0.5], scale, weights)
 
 
@@ -96,5 +96,5 @@ def test_alpha_is_one_half_at_rate_one_and_lets_nothing_through_at_rate_zero() -
 def test_alpha_without_scores_or_with_a_rate_that_cannot_be_is_refused(
     scores: list[float], rho: float
 ) -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"score|rate"):
         largest_alpha(scores, rho)
