@@ -1,0 +1,113 @@
+"""Where a prompt's image is made, and the account of why. Pure: numbers in, route and reason out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Literal
+
+from edge_agent.errors import PolicyConflict
+from edge_agent.quota import BudgetState
+from edge_agent.request import Privacy, Routing
+
+Route = Literal["edge", "cloud"]
+
+
+class Reason(Enum):
+    """Why a prompt goes where it goes."""
+
+    PARETO_EDGE = "pareto_edge"
+    """PRS >= alpha: the cloud's image is not expected to be enough better."""
+    PARETO_CLOUD = "pareto_cloud"
+    """PRS < alpha, and the quota allows the call."""
+    QUOTA_EXHAUSTED = "quota_exhausted"
+    """PRS < alpha, but a budget or rate has no room."""
+    CLOUD_UNAVAILABLE = "cloud_unavailable"
+    """PRS < alpha, but no cloud is configured or it was lately not reached."""
+    LOCAL_ONLY = "local_only"
+    """The caller keeps the prompt on the device."""
+    CLOUD_ONLY = "cloud_only"
+    """The caller asks for the cloud."""
+    UNCALIBRATED = "uncalibrated"
+    """The models in use are not those the calibration was made for: PRS and alpha would mean nothing."""
+
+
+@dataclass(frozen=True)
+class TokenPull:
+    """How much one token pulls each metric's predicted gap, cloud minus edge, in METRICS order."""
+
+    text: str
+    pull: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A route that explains itself.
+
+    `prs` and `alpha` are None where no calibration gives them a meaning. The qualities are in [0, 1], in
+    METRICS order. `timings_ms` maps each stage of the decision to its milliseconds.
+    """
+
+    route: Route
+    reason: Reason
+    prs: float | None
+    alpha: float | None
+    edge_quality: tuple[float, ...] = ()
+    cloud_quality: tuple[float, ...] = ()
+    tokens: tuple[TokenPull, ...] = ()
+    quota: tuple[BudgetState, ...] = ()
+    timings_ms: Mapping[str, float] = field(default_factory=dict)
+
+
+def decide(
+    prs: float | None,
+    alpha: float | None,
+    *,
+    routing: Routing,
+    privacy: Privacy,
+    calibrated: bool,
+    cloud_configured: bool,
+    cloud_healthy: bool,
+    quota_allows: bool,
+) -> tuple[Route, Reason]:
+    """The route and its reason. What comes first below wins over what comes later.
+
+    Someone who asks for `cloud_only` wants the cloud's own answer, so health and quota do not turn that
+    wish down here: the call, or the ledger's refusal of it, does, and says more.
+
+    Raises PolicyConflict for a `cloud_only` that cannot be: privacy is local_only, no cloud is configured,
+    or the models are uncalibrated. Raises ValueError when calibrated without a PRS and an alpha.
+    """
+    if routing is Routing.CLOUD_ONLY:
+        _check_cloud_only(privacy, calibrated=calibrated, cloud_configured=cloud_configured)
+        return "cloud", Reason.CLOUD_ONLY
+    if routing is Routing.LOCAL_ONLY or privacy is Privacy.LOCAL_ONLY:
+        return "edge", Reason.LOCAL_ONLY
+    if not calibrated:
+        return "edge", Reason.UNCALIBRATED
+    if prs is None or alpha is None:
+        raise ValueError("a calibrated decision needs a PRS and an alpha")
+    if not prs < alpha:
+        return "edge", Reason.PARETO_EDGE
+    if not (cloud_configured and cloud_healthy):
+        return "edge", Reason.CLOUD_UNAVAILABLE
+    if not quota_allows:
+        return "edge", Reason.QUOTA_EXHAUSTED
+    return "cloud", Reason.PARETO_CLOUD
+
+
+def _check_cloud_only(privacy: Privacy, *, calibrated: bool, cloud_configured: bool) -> None:
+    if privacy is Privacy.LOCAL_ONLY:
+        raise PolicyConflict(
+            "cloud_only was asked for a prompt that may not leave the device; drop one of the two"
+        )
+    if not cloud_configured:
+        raise PolicyConflict(
+            "cloud_only was asked, but no cloud is configured; start the daemon with --cloud"
+        )
+    if not calibrated:
+        raise PolicyConflict(
+            "cloud_only was asked, but this calibration was made for other models; "
+            "`edge-agent status` says what to run"
+        )

@@ -1,0 +1,418 @@
+"""The quota ledger: what the cloud may cost, and what it has cost, in a file that survives crashes.
+
+A cloud call is *reserved* at its price ceiling before the stream opens, *settled* at what was charged when
+the image has arrived, *released* when the cloud certainly never ran it. A reservation whose outcome is
+unknown counts as spent until it is resolved. So, whatever crashes, the spend of a window never exceeds its
+cap, and no request id is paid for twice.
+
+Money is whole micro-dollars. A call counts in the window in which it was reserved. Windows are calendar
+hours, days and months in UTC. Calls that bear a later date than now (the clock was set back, or a board
+without a battery booted in 1970) count in the current window too: a wrong clock can make the ledger
+stricter, never more generous.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Literal, cast, get_args
+
+from edge_agent.errors import DuplicateRequest, LedgerError, QuotaExhausted
+
+log = logging.getLogger(__name__)
+
+Window = Literal["hour", "day", "month", "total"]
+
+APPLICATION_ID = 0x52543249  # "RT2I"
+SCHEMA_VERSION = 1
+_SCHEMA = (
+    """
+    CREATE TABLE calls (
+        request_id TEXT PRIMARY KEY,
+        app TEXT NOT NULL,
+        state TEXT NOT NULL CHECK (state IN ('reserved', 'settled', 'released')),
+        ceiling_micro_usd INTEGER NOT NULL,
+        cost_micro_usd INTEGER NOT NULL, -- what counts: the ceiling, then what was charged, or 0
+        reserved_at REAL NOT NULL        -- seconds since 1970, UTC
+    )
+    """,
+    "CREATE INDEX calls_by_time ON calls (reserved_at, app, state, cost_micro_usd)",
+    f"PRAGMA application_id = {APPLICATION_ID}",
+    f"PRAGMA user_version = {SCHEMA_VERSION}",
+)
+
+_LOCK_WAIT_S = 1.0
+"""How long opening waits for another process to let go of the file: enough for one that is just closing."""
+
+_MAX_INTEGER = 2**63 - 1
+
+_ADVICE = (
+    ("not a database", "is not a quota ledger: move it away, or name another state folder with --state"),
+    ("malformed", "is damaged: restore it from a backup, or move it away to begin a new one"),
+    (
+        "readonly",
+        "cannot be written: check the permissions of the file and its folder, or use another --state",
+    ),
+    ("is full", "cannot grow because the disk is full: free some space and try again"),
+    ("locked", "is in use by another edge-agent: stop that one, or use another --state"),
+    ("unable to open", "cannot be opened: check the path and its permissions, or use another --state"),
+)
+"""SQLite's words, and what to do about each. By text, because error codes came with Python 3.11 only."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """At most `cap_micro_usd` in each window; of one `app` alone, or of all apps together when it is None."""
+
+    name: str
+    window: Window
+    cap_micro_usd: int
+    app: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.window not in get_args(Window):
+            raise ValueError(f"budget {self.name!r}: a window is one of {', '.join(get_args(Window))}")
+        if not 0 <= self.cap_micro_usd <= _MAX_INTEGER:
+            raise ValueError(f"budget {self.name!r}: the cap must not be negative, nor above {_MAX_INTEGER}")
+
+
+@dataclass(frozen=True)
+class Rate:
+    """At most `max_calls` cloud calls in any `per_seconds` seconds, all apps together."""
+
+    name: str
+    max_calls: int
+    per_seconds: float
+
+    def __post_init__(self) -> None:
+        if self.max_calls < 0 or not self.per_seconds > 0:
+            raise ValueError(f"rate {self.name!r}: needs a number of calls, not negative, and a time above 0")
+
+
+@dataclass(frozen=True)
+class BudgetState:
+    """A budget in its current window; remaining = cap - spent - reserved."""
+
+    name: str
+    window: Window
+    cap_micro_usd: int
+    spent_micro_usd: int
+    reserved_micro_usd: int
+    remaining_micro_usd: int
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """Money set aside for one cloud call; `reserved_at` is in seconds since 1970."""
+
+    request_id: str
+    app: str
+    ceiling_micro_usd: int
+    reserved_at: float
+
+
+class Ledger:
+    """The ledger on disk. One process holds it open at a time; its methods may be called from any thread.
+
+    Every method may wait for the disk (some milliseconds): call them in a worker thread. Every method raises
+    LedgerError, saying what to do, when the file cannot be used.
+    """
+
+    def __init__(
+        self,
+        connection: sqlite3.Connection,
+        path: Path,
+        budgets: tuple[Budget, ...],
+        rates: tuple[Rate, ...],
+        clock: Callable[[], float],
+    ) -> None:
+        self._connection = connection
+        self._path = path
+        self._budgets = budgets
+        self._rates = rates
+        self._clock = clock
+        # SQLite before 3.51.3 can corrupt a write-ahead log that two connections use: there is one, and one
+        # lock.
+        self._lock = threading.Lock()
+        self._closed = False
+
+    @classmethod
+    def open(
+        cls,
+        path: Path | str,
+        budgets: tuple[Budget, ...],
+        rates: tuple[Rate, ...] = (),
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> Ledger:
+        """Open the ledger at `path`; begin a new one where there is none. `clock` gives seconds since 1970.
+
+        Raises LedgerError when the file is no ledger, damaged, not writable or in use by another process, and
+        ValueError when two budgets or rates share a name.
+        """
+        path = Path(path)
+        names = [budget.name for budget in budgets] + [rate.name for rate in rates]
+        if len(set(names)) < len(names):
+            raise ValueError(f"budgets and rates need names of their own: {', '.join(names)}")
+        connection = None
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            connection = sqlite3.connect(
+                path, timeout=_LOCK_WAIT_S, isolation_level=None, check_same_thread=False
+            )
+            _prepare(connection, path)
+        except BaseException as error:
+            if connection is not None:
+                connection.close()
+            if isinstance(error, (OSError, sqlite3.Error)):
+                raise _explained(path, error) from error
+            raise
+        return cls(connection, path, tuple(budgets), tuple(rates), clock)
+
+    def reserve(self, request_id: str, app: str, ceiling_micro_usd: int) -> Reservation:
+        """Set aside `ceiling_micro_usd` for this call in every budget that applies, or in none.
+
+        Raises QuotaExhausted, naming the budget or rate without room, and DuplicateRequest when this
+        request id is reserved or settled already. A released one may be reserved again: it never ran.
+        """
+        _check_money(ceiling_micro_usd)
+        with self._transaction() as connection:
+            now = self._clock()
+            earlier = connection.execute(
+                "SELECT state FROM calls WHERE request_id = ?", (request_id,)
+            ).fetchone()
+            if earlier is not None and earlier[0] != "released":
+                raise DuplicateRequest(
+                    f"the request id {request_id!r} is {earlier[0]} already; use a new one for a new image"
+                )
+            refusal = self._refusal(connection, app, ceiling_micro_usd, now)
+            if refusal is not None:
+                raise refusal
+            connection.execute(
+                "INSERT OR REPLACE INTO calls VALUES (?, ?, 'reserved', ?, ?, ?)",
+                (request_id, app, ceiling_micro_usd, ceiling_micro_usd, now),
+            )
+        return Reservation(request_id, app, ceiling_micro_usd, now)
+
+    def settle(self, request_id: str, charged_micro_usd: int) -> int:
+        """Record what a reserved call was charged; returns the micro-dollars that count from now on.
+
+        That is never more than the reserved ceiling, because more was never agreed to: a higher charge is
+        logged as an error and counted as the ceiling. (The cloud client has refused such an answer before
+        it comes to this.) Settling again at the same amount changes nothing.
+
+        Raises LedgerError when the call was never reserved, was released, or was settled at another amount.
+        """
+        _check_money(charged_micro_usd)
+        with self._transaction() as connection:
+            state, ceiling, cost = self._call(connection, request_id)
+            counted = min(charged_micro_usd, ceiling)
+            if state == "settled" and cost == counted:
+                return counted
+            if state != "reserved":
+                raise LedgerError(
+                    f"request {request_id!r} cannot be settled at {dollars(charged_micro_usd)}: "
+                    f"it is {state} at {dollars(cost)}"
+                )
+            if charged_micro_usd > ceiling:
+                log.error(
+                    "request %s: the cloud says it charged %s, above the agreed %s; counting what was agreed",
+                    request_id,
+                    dollars(charged_micro_usd),
+                    dollars(ceiling),
+                )
+            connection.execute(
+                "UPDATE calls SET state = 'settled', cost_micro_usd = ? WHERE request_id = ?",
+                (counted, request_id),
+            )
+        return counted
+
+    def release(self, request_id: str) -> None:
+        """Give back what was reserved for a call that certainly never ran. Releasing again changes nothing.
+
+        Raises LedgerError when the call was never reserved, or was settled.
+        """
+        with self._transaction() as connection:
+            state, _, cost = self._call(connection, request_id)
+            if state == "settled":
+                raise LedgerError(
+                    f"request {request_id!r} cannot be released: it is settled at {dollars(cost)}"
+                )
+            connection.execute(
+                "UPDATE calls SET state = 'released', cost_micro_usd = 0 WHERE request_id = ?", (request_id,)
+            )
+
+    def unresolved(self) -> list[Reservation]:
+        """The reservations neither settled nor released, oldest first: in flight, or cut short by a crash."""
+        with self._transaction() as connection:
+            rows = connection.execute(
+                "SELECT request_id, app, ceiling_micro_usd, reserved_at FROM calls WHERE state = 'reserved' "
+                "ORDER BY reserved_at, request_id"
+            ).fetchall()
+        return [Reservation(*row) for row in rows]
+
+    def allows(self, app: str, ceiling_micro_usd: int) -> bool:
+        """Whether `reserve` would find room at this moment. A snapshot: nothing is set aside."""
+        _check_money(ceiling_micro_usd)
+        with self._transaction() as connection:
+            return self._refusal(connection, app, ceiling_micro_usd, self._clock()) is None
+
+    def states(self, app: str | None = None) -> tuple[BudgetState, ...]:
+        """The budgets in their current windows: those that apply to `app`, or all of them when it is None."""
+        with self._transaction() as connection:
+            now = self._clock()
+            return tuple(
+                self._state(connection, budget, now)
+                for budget in self._budgets
+                if app is None or budget.app in (None, app)
+            )
+
+    def close(self) -> None:
+        """Close the file. Closing again does nothing; every other method raises LedgerError from then on."""
+        with self._lock:
+            self._closed = True
+            self._connection.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """The connection, alone, in a transaction that is durable when the block is left without an error."""
+        with self._lock:
+            if self._closed:
+                raise LedgerError(f"the quota ledger {self._path} is closed")
+            try:
+                self._connection.execute("BEGIN IMMEDIATE")
+                yield self._connection
+                self._connection.execute("COMMIT")
+            except BaseException as error:
+                # After a failed COMMIT it is open whether the change is durable. Either way is safe: what
+                # was to be reserved then counts until it is resolved, what was to be settled or released
+                # was so in truth.
+                with suppress(sqlite3.Error):
+                    self._connection.rollback()
+                if isinstance(error, sqlite3.Error):
+                    raise _explained(self._path, error) from error
+                raise
+
+    def _call(self, connection: sqlite3.Connection, request_id: str) -> tuple[str, int, int]:
+        """State, ceiling and cost of a call."""
+        row = connection.execute(
+            "SELECT state, ceiling_micro_usd, cost_micro_usd FROM calls WHERE request_id = ?", (request_id,)
+        ).fetchone()
+        if row is None:
+            raise LedgerError(f"nothing was ever reserved for request {request_id!r}")
+        return cast("tuple[str, int, int]", row)
+
+    def _state(self, connection: sqlite3.Connection, budget: Budget, now: float) -> BudgetState:
+        start, _ = window_bounds(budget.window, now)
+        spent, reserved = connection.execute(
+            "SELECT COALESCE(SUM(cost_micro_usd) FILTER (WHERE state = 'settled'), 0), "
+            "COALESCE(SUM(cost_micro_usd) FILTER (WHERE state = 'reserved'), 0) "
+            "FROM calls WHERE reserved_at >= ? AND (? IS NULL OR app = ?)",
+            (start, budget.app, budget.app),
+        ).fetchone()
+        # Below zero when the cap was lowered within the window.
+        remaining = max(0, budget.cap_micro_usd - spent - reserved)
+        return BudgetState(budget.name, budget.window, budget.cap_micro_usd, spent, reserved, remaining)
+
+    def _refusal(
+        self, connection: sqlite3.Connection, app: str, ceiling_micro_usd: int, now: float
+    ) -> QuotaExhausted | None:
+        """Why there is no room for one more call of `app` at this ceiling; None when there is."""
+        for budget in self._budgets:
+            if budget.app not in (None, app):
+                continue
+            state = self._state(connection, budget, now)
+            overdrawn = state.spent_micro_usd + state.reserved_micro_usd > state.cap_micro_usd
+            if overdrawn or ceiling_micro_usd > state.remaining_micro_usd:
+                _, end = window_bounds(budget.window, now)
+                fits_later = ceiling_micro_usd <= budget.cap_micro_usd and end is not None
+                left, cap = dollars(state.remaining_micro_usd), dollars(budget.cap_micro_usd)
+                return QuotaExhausted(
+                    f"the budget {budget.name!r} ({budget.window}) has {left} left of {cap}, "
+                    f"and this call may cost {dollars(ceiling_micro_usd)}",
+                    budget=budget.name,
+                    retry_after_s=end - now if fits_later and end is not None else None,
+                )
+        for rate in self._rates:
+            recent = connection.execute(
+                "SELECT reserved_at FROM calls WHERE reserved_at > ? AND state != 'released' ORDER BY 1",
+                (now - rate.per_seconds,),
+            ).fetchall()
+            if len(recent) >= rate.max_calls:
+                # There is room again once the last `max_calls` calls but one are all that is recent.
+                leaves = recent[len(recent) - rate.max_calls][0] if rate.max_calls else None
+                return QuotaExhausted(
+                    f"the rate {rate.name!r} allows {rate.max_calls} cloud calls in {rate.per_seconds:g} s, "
+                    f"and there were {len(recent)}",
+                    budget=rate.name,
+                    retry_after_s=leaves + rate.per_seconds - now if leaves is not None else None,
+                )
+        return None
+
+
+def window_bounds(window: Window, now: float) -> tuple[float, float | None]:
+    """Start and end, in seconds since 1970, of the window that `now` lies in; `total` has no end (None)."""
+    if window == "total":
+        return -math.inf, None
+    if window == "month":
+        today = datetime.fromtimestamp(now, timezone.utc)
+        first = datetime(today.year, today.month, 1, tzinfo=timezone.utc)
+        later = (today.year, today.month + 1) if today.month < 12 else (today.year + 1, 1)
+        return first.timestamp(), datetime(*later, 1, tzinfo=timezone.utc).timestamp()
+    seconds = 3_600 if window == "hour" else 86_400  # UTC days have no daylight saving
+    start = now // seconds * seconds
+    return start, start + seconds
+
+
+def dollars(micro_usd: int) -> str:
+    """Micro-dollars for people: 1_250_000 is "$1.25", 40 is "$0.00004"."""
+    whole, fraction = divmod(micro_usd, 1_000_000)
+    digits = f"{fraction:06d}".rstrip("0")
+    return f"${whole}.{digits:0<2}"
+
+
+def _prepare(connection: sqlite3.Connection, path: Path) -> None:
+    """Check that the file is a ledger (an empty file becomes one) and hold it. Foreign files stay as is."""
+    # First of all: it keeps other processes out, and does away with the shared memory that a WAL else needs.
+    connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+    application_id, version, tables = (
+        connection.execute(query).fetchone()[0]
+        for query in ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master")
+    )
+    if tables and application_id != APPLICATION_ID:
+        raise LedgerError(f"{path} is another program's database: name another state folder with --state")
+    if version > SCHEMA_VERSION:
+        raise LedgerError(
+            f"{path} has schema {version} and this edge-agent knows {SCHEMA_VERSION}: update edge-agent"
+        )
+    found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if found != "ok":
+        raise sqlite3.DatabaseError(f"database disk image is malformed: {found}")
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")
+    # Fails here, at start, when the file cannot be written or another process has it.
+    connection.execute("BEGIN EXCLUSIVE")
+    if not tables:
+        for statement in _SCHEMA:
+            connection.execute(statement)
+    connection.execute("COMMIT")
+
+
+def _explained(path: Path, error: Exception) -> LedgerError:
+    for words, advice in _ADVICE:
+        if words in str(error):
+            return LedgerError(f"the quota ledger {path} {advice} ({error})")
+    return LedgerError(f"the quota ledger {path} cannot be used: {error}")
+
+
+def _check_money(micro_usd: int) -> None:
+    if not 0 <= micro_usd <= _MAX_INTEGER:
+        raise ValueError(f"not an amount of micro-dollars: {micro_usd}")

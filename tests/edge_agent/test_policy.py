@@ -1,0 +1,86 @@
+"""The route follows the caller's wish, then calibration, PRS, the cloud's health and the quota."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+
+from edge_agent.errors import PolicyConflict
+from edge_agent.policy import Reason, decide
+from edge_agent.request import Privacy, Routing
+
+WORTH_IT: dict[str, Any] = {
+    "prs": 0.3,
+    "alpha": 0.4,
+    "routing": Routing.AUTO,
+    "privacy": Privacy.NORMAL,
+    "calibrated": True,
+    "cloud_configured": True,
+    "cloud_healthy": True,
+    "quota_allows": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "route", "reason"),
+    [
+        ({}, "cloud", Reason.PARETO_CLOUD),
+        ({"prs": 0.4}, "edge", Reason.PARETO_EDGE),
+        ({"prs": 0.41}, "edge", Reason.PARETO_EDGE),
+        ({"quota_allows": False}, "edge", Reason.QUOTA_EXHAUSTED),
+        ({"cloud_healthy": False}, "edge", Reason.CLOUD_UNAVAILABLE),
+        ({"cloud_configured": False}, "edge", Reason.CLOUD_UNAVAILABLE),
+        ({"cloud_healthy": False, "quota_allows": False}, "edge", Reason.CLOUD_UNAVAILABLE),
+        ({"prs": 0.4, "cloud_healthy": False}, "edge", Reason.PARETO_EDGE),
+        ({"calibrated": False}, "edge", Reason.UNCALIBRATED),
+        ({"calibrated": False, "prs": None, "alpha": None}, "edge", Reason.UNCALIBRATED),
+        ({"routing": Routing.LOCAL_ONLY}, "edge", Reason.LOCAL_ONLY),
+        ({"privacy": Privacy.LOCAL_ONLY}, "edge", Reason.LOCAL_ONLY),
+        ({"privacy": Privacy.LOCAL_ONLY, "calibrated": False}, "edge", Reason.LOCAL_ONLY),
+        ({"routing": Routing.CLOUD_ONLY}, "cloud", Reason.CLOUD_ONLY),
+        ({"routing": Routing.CLOUD_ONLY, "prs": 0.9}, "cloud", Reason.CLOUD_ONLY),
+        ({"routing": Routing.CLOUD_ONLY, "quota_allows": False}, "cloud", Reason.CLOUD_ONLY),
+        ({"routing": Routing.CLOUD_ONLY, "cloud_healthy": False}, "cloud", Reason.CLOUD_ONLY),
+    ],
+)
+def test_each_reason_has_its_place_in_the_order(change: dict[str, Any], route: str, reason: Reason) -> None:
+    assert decide(**{**WORTH_IT, **change}) == (route, reason)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"privacy": Privacy.LOCAL_ONLY}, "may not leave the device"),
+        ({"cloud_configured": False}, "--cloud"),
+        ({"calibrated": False}, "edge-agent status"),
+    ],
+)
+def test_a_cloud_only_that_cannot_be_is_a_conflict_that_says_what_to_do(
+    change: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(PolicyConflict, match=says):
+        decide(**{**WORTH_IT, "routing": Routing.CLOUD_ONLY, **change})
+
+
+def test_whatever_else_holds_a_private_prompt_never_goes_to_the_cloud() -> None:
+    switches = product(Routing, (True, False), (True, False), (True, False), (True, False))
+    for routing, calibrated, configured, healthy, quota in switches:
+        facts = {
+            "routing": routing,
+            "calibrated": calibrated,
+            "cloud_configured": configured,
+            "cloud_healthy": healthy,
+            "quota_allows": quota,
+            "privacy": Privacy.LOCAL_ONLY,
+        }
+        try:
+            assert decide(**{**WORTH_IT, **facts})[0] == "edge"
+        except PolicyConflict:
+            assert routing is Routing.CLOUD_ONLY
+
+
+def test_a_calibrated_decision_without_prs_is_a_mistake_and_not_an_edge_image() -> None:
+    with pytest.raises(ValueError, match="PRS"):
+        decide(**{**WORTH_IT, "prs": None})
