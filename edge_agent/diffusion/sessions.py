@@ -70,7 +70,8 @@ class Stop(threading.Event):
 
 
 class Session:
-    """One graph of a bundle. Inputs are cast to the types the graph asks for; float outputs come back as float32."""
+    """One graph of a bundle. Inputs are cast to the types the graph asks for; float outputs come back as
+    float32."""
 
     def __init__(self, path: Path, inputs: Sequence[str], outputs: Sequence[str], runtime: Runtime) -> None:
         """Open the graph at `path`, which must take exactly `inputs` and give at least `outputs`.
@@ -96,18 +97,27 @@ class Session:
                 f"expected to take {sorted(inputs)} and give {sorted(outputs)}"
             )
         if unknown := {node.type for node in found.values()} - set(_DTYPES):
-            raise BundleError(f"{path} asks for inputs of the types {sorted(unknown)}, which are not supported")
+            raise BundleError(
+                f"{path} asks for inputs of the types {sorted(unknown)}, which are not supported"
+            )
         self._dtypes = {name: _DTYPES[node.type] for name, node in found.items()}
+        # Of every input and output; a size that may vary is None or has a name.
+        self.shapes = {
+            n.name: tuple(n.shape) for n in (*self._session.get_inputs(), *self._session.get_outputs())
+        }
         self._outputs = list(outputs)
         self._devices = _devices(self._session.get_providers())
         self.path = path
 
-    def run(self, inputs: Mapping[str, Array], *, stop: Stop | None = None, shrink: bool = False) -> list[Array]:
+    def run(
+        self, inputs: Mapping[str, Array], *, stop: Stop | None = None, shrink: bool = False
+    ) -> list[Array]:
         """The outputs, in the order of the constructor's `outputs`.
 
         Args:
             stop: ends the run early when set from another thread.
-            shrink: give the memory that this session's arena holds back to the system after the run. It costs an
+            shrink: give the memory that this session's arena holds back to the system after the run. It
+            costs an
                 allocation in the next run, so ask for it only in the last run for an image.
 
         Raises:
@@ -127,7 +137,9 @@ class Session:
             raise GenerationFailed(f"onnxruntime failed in {self.path}: {error}") from error
         finally:
             stop.leave(options)
-        return [value.astype(np.float32, copy=False) if value.dtype.kind == "f" else value for value in outputs]
+        return [
+            value.astype(np.float32, copy=False) if value.dtype.kind == "f" else value for value in outputs
+        ]
 
 
 def _devices(providers: Sequence[str]) -> str:
