@@ -1,4 +1,5 @@
-"""The bundle: a folder with everything the edge runs, and a manifest that names every file with its bytes and sha256.
+"""The bundle: a folder with everything the edge runs, and a manifest that names every file with its bytes
+and sha256.
 
     manifest.json                       what this module reads and writes
     tokenizer/tokenizer.json ...        `edge_agent.tokens`
@@ -6,8 +7,8 @@
     schedules/<steps>.json              compiled schedulers: `edge_agent.diffusion.schedule`
     predictor/                          quality predictor and its calibration, once they are made
 
-Nothing in a bundle is imported or unpickled. A file that is missing, truncated, altered, a symbolic link or outside
-the folder is refused by name when the bundle is opened.
+Nothing in a bundle is imported or unpickled. A file that is missing, truncated, altered, a symbolic link or
+outside the folder is refused by name when the bundle is opened.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ DECODER = "vae_decoder/model.onnx"
 PREDICTOR = "predictor/model.onnx"
 CALIBRATION = "predictor/calibration.json"
 
-# The folders that decide what an image looks like. Predictor and calibration are made *for* these, so they stay out of
-# the model digest: adding them must not change the digest that the calibration was made for.
+# The folders that decide what an image looks like. Predictor and calibration are made *for* these, so they
+# stay out of the model digest: adding them must not change the digest that the calibration was made for.
 MODEL_FOLDERS = ("text_encoder", "unet", "vae_decoder", "schedules", "tokenizer")
 
 _READ_BYTES = 1 << 20
@@ -75,7 +76,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Manifest(Facts):
-    """The facts and every file. `files` maps a path relative to the bundle, with forward slashes, to its entry."""
+    """The facts, and every file by its path relative to the bundle, with forward slashes."""
 
     schema_version: int
     files: Mapping[str, FileEntry]
@@ -88,16 +89,18 @@ class Bundle:
     folder: Path
     manifest: Manifest
     digest: str  # sha256 of manifest.json, hex
-    model_digest: str  # sha256 over the sorted sha256 of the files in MODEL_FOLDERS, hex; the wire's edge_model_digest
+    # sha256 over the sorted sha256 of the files in MODEL_FOLDERS, hex; edge_model_digest on the wire.
+    model_digest: str
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], verify: bool = True) -> Bundle:
         """Read the manifest and check the files against it.
 
-        Existence, kind and size are always checked; `verify=False` leaves out only the reading of every byte for sha256.
+        Existence, kind and size are always checked; `verify=False` leaves out only the reading of every byte
+        for sha256.
 
         Raises:
-            BundleError: naming the file that is missing, truncated, altered, a link, outside the folder or too new.
+            BundleError: naming the file that is missing, truncated, altered, a link, outside or too new.
         """
         root = Path(folder)
         if not root.is_dir():
@@ -106,7 +109,9 @@ class Bundle:
         try:
             text = (root / MANIFEST).read_bytes()
         except OSError as error:
-            raise BundleError(f"{root / MANIFEST} cannot be read: {error.strerror}; is this a bundle folder?") from error
+            raise BundleError(
+                f"{root / MANIFEST} cannot be read: {error.strerror}; is this a bundle folder?"
+            ) from error
         manifest = _parse(text, root / MANIFEST)
         for name in _required(manifest):
             if name not in manifest.files:
@@ -135,27 +140,28 @@ class Bundle:
 def write_manifest(folder: str | os.PathLike[str], **facts: Any) -> Path:
     """Hash every file of `folder` and write its manifest.json; returns its path.
 
-    `facts` are the fields of `Facts`. Those left out are kept from the manifest that is there, so that a file can be
-    added to a finished bundle with `write_manifest(folder)`.
+    `facts` are the fields of `Facts`. Those left out are kept from the manifest that is there, so that a
+    file can be added to a finished bundle with `write_manifest(folder)`.
 
     Raises:
         BundleError: a fact is missing, unknown or of the wrong type, or the folder holds a symbolic link.
     """
     root = Path(folder)
     target = root / MANIFEST
-    known = {field.name for field in fields(Facts)}
-    if unknown := sorted(set(facts) - known):
+    known = [field.name for field in fields(Facts)]
+    if unknown := sorted(set(facts) - set(known)):
         raise BundleError(f"a manifest has no {', '.join(unknown)}")
     if target.exists():
         kept = asdict(_parse(target.read_bytes(), target))
-        facts = {name: kept[name] for name in known} | facts
+        facts = kept | facts
     files = {}
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
         _refuse_links(root, name)
         if path.is_file() and name != MANIFEST:
             files[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    document = {"schema_version": SCHEMA_VERSION, **facts, "files": files}
+    stated = {name: facts[name] for name in known if name in facts}
+    document = {"schema_version": SCHEMA_VERSION, **stated, "files": files}
     text = json.dumps(document, indent=2, ensure_ascii=False).encode() + b"\n"
     _parse(text, target)  # what is written can be read
     partial = target.with_suffix(".json.partial")
@@ -178,7 +184,7 @@ def _parse(text: bytes, path: Path) -> Manifest:
     version = _typed(document, "schema_version", int, path)
     if version > SCHEMA_VERSION:
         raise BundleError(
-            f"{path} has schema version {version}; this version reads up to {SCHEMA_VERSION}: update edge_agent"
+            f"{path} has schema version {version} and this program reads {SCHEMA_VERSION}: update it"
         )
     if version < 1:
         raise BundleError(f"{path} has schema version {version}; versions start at 1")
@@ -192,8 +198,8 @@ def _parse(text: bytes, path: Path) -> Manifest:
     manifest = Manifest(
         **facts, steps=tuple(sorted(steps)), schema_version=version, files=_parse_files(document, path)
     )
-    for name in ("width", "height", "latent_channels", "latent_height", "latent_width", "text_tokens", "text_hidden"):
-        if getattr(manifest, name) <= 0:
+    for name, kind in get_type_hints(Facts).items():
+        if kind is int and getattr(manifest, name) <= 0:
             raise BundleError(f"{path}: {name} must be above zero")
     if manifest.latent_scaling == 0.0:
         raise BundleError(f"{path}: latent_scaling must not be zero")
@@ -206,9 +212,14 @@ def _parse_files(document: dict[str, Any], path: Path) -> dict[str, FileEntry]:
     entries = {}
     for name, entry in _typed(document, "files", dict, path).items():
         parts = PurePosixPath(name).parts
-        inside = parts and not name.startswith("/") and ".." not in parts and "\\" not in name and "\0" not in name
-        # A colon could name a drive or a stream on Windows.
-        if not inside or ":" in name or PurePosixPath(name).as_posix() != name:
+        inside = (
+            parts
+            and not name.startswith("/")
+            and ".." not in parts
+            and PurePosixPath(name).as_posix() == name
+        )
+        # A backslash parts folders on Windows, where a colon names a drive or a stream.
+        if not inside or set(name) & set("\\:\0"):
             raise BundleError(f"{path} lists {name!r}, which is not a plain path inside the bundle")
         if not isinstance(entry, dict):
             raise BundleError(f"{path}: the entry of {name} must hold bytes and sha256")
@@ -234,13 +245,15 @@ def _check(root: Path, name: str, entry: FileEntry, verify: bool) -> None:
         raise BundleError(f"{path} is not a plain file")
     size = path.stat().st_size
     if size != entry.bytes:
-        raise BundleError(f"{path} has {size} bytes where {MANIFEST} says {entry.bytes}; fetch or export it again")
+        raise BundleError(
+            f"{path} has {size} bytes where {MANIFEST} says {entry.bytes}; fetch or export it again"
+        )
     if verify and _sha256(path) != entry.sha256:
         raise BundleError(f"{path} does not match its sha256 in {MANIFEST}; fetch or export the bundle again")
 
 
 def _refuse_links(root: Path, name: str) -> None:
-    """A link could lead out of the folder, or to other bytes after the check. The bundle folder itself may be one."""
+    """A link could lead out of the folder, or to other bytes later. The bundle folder itself may be one."""
     path = root
     for part in PurePosixPath(name).parts:
         path = path / part

@@ -34,11 +34,11 @@ class Calibration:
     calibration_id: str = ""  # first 16 hex digits of the file's sha256; set by `load` and `save`
 
     def alpha(self, rho: float) -> float:
-        """The largest alpha, at most 1/2, that sends a share of at most `rho` of the calibration prompts to the cloud."""
+        """The largest alpha <= 1/2 that sends at most the share `rho` of the calibration prompts away."""
         return float(largest_alpha(self.scores, rho))
 
     def save(self, path: str | os.PathLike[str]) -> Calibration:
-        """Write the calibration as JSON and return it with its id. Raises BundleError when it is not consistent."""
+        """Write JSON and return the calibration with its id. Raises BundleError when it is inconsistent."""
         document = asdict(self)
         del document["calibration_id"]
         text = json.dumps(document, indent=1, ensure_ascii=False).encode() + b"\n"

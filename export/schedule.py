@@ -1,9 +1,9 @@
 """Compile a diffusers scheduler to the matrix that `edge_agent.diffusion.schedule` runs.
 
-The scheduler is a black box here, driven exactly as diffusers' StableDiffusionPipeline drives it. A run with unit
-vectors for the initial noise and for every model output reads the coefficients off; a run with zeros shows what the
-scheduler's own fresh noise does, which is known because its draws can be repeated; a run with random inputs must then
-agree with the sums, or the scheduler is not linear and is refused.
+The scheduler is a black box here, driven exactly as diffusers' StableDiffusionPipeline drives it. A run with
+unit vectors for the initial noise and for every model output reads the coefficients off; a run with zeros
+shows what the scheduler's own fresh noise does, which is known because its draws can be repeated; a run with
+random inputs must then agree with the sums, or the scheduler is not linear and is refused.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ import torch
 from numpy.typing import NDArray
 
 from edge_agent.diffusion.schedule import Schedule
+from export.errors import ExportError
 
-# Some schedulers compute in float32 whatever they are given, so the check cannot be tighter than its rounding.
+# Some schedulers compute in float32 whatever they are given, so the check cannot be tighter than its
+# rounding.
 TOLERANCE = 1e-4
 _MOST_DRAWS = 4  # fresh noises in one step; no scheduler known draws more than one
 
 Doubles = NDArray[np.float64]
 
 
-class NotLinear(ValueError):
+class NotLinear(ExportError):
     """The scheduler cannot be written as weighted sums; the message says why and what to do."""
 
 
@@ -37,7 +39,7 @@ def compile_schedule(scheduler: Any, steps: int) -> Schedule:
 
     Raises:
         NotLinear: it clips, thresholds, draws noise that cannot be repeated, or is otherwise not linear.
-        ValueError: it has no such number of steps.
+        ExportError: it has no such number of steps.
     """
     name = type(scheduler).__name__
     timesteps = _fresh(scheduler, steps).timesteps
@@ -72,7 +74,7 @@ def _fresh(scheduler: Any, steps: int) -> Any:
     try:
         copy.set_timesteps(steps)
     except Exception as error:  # each scheduler fails in its own way
-        raise ValueError(f"{type(scheduler).__name__} has no schedule of {steps} steps: {error}") from error
+        raise ExportError(f"{type(scheduler).__name__} has no schedule of {steps} steps: {error}") from error
     return copy
 
 
@@ -81,7 +83,8 @@ def _drive(
 ) -> tuple[list[Doubles], list[tuple[int, Doubles]]]:
     """Run the pipeline's loop on initial noise inputs[0] and model outputs inputs[1:].
 
-    Returns the T denoiser inputs and the final latents, and each fresh noise with the call after which it was drawn.
+    Returns the T denoiser inputs and the final latents, and each fresh noise with the call after which it
+    was drawn.
     """
     scheduler = _fresh(scheduler, steps)
     generator = torch.Generator().manual_seed(seed)
@@ -141,15 +144,17 @@ def _check(scheduler: Any, schedule: Schedule, scale: float) -> None:
             why = f"it has {' and '.join(flags)} on; turn that off" if flags else "choose another scheduler"
             where = "the final latents" if call == schedule.calls else f"the input of call {call + 1}"
             raise NotLinear(
-                f"{schedule.scheduler} is not linear ({where} differ by {difference:.1e} from a weighted sum): {why}"
+                f"{schedule.scheduler} is not linear: {why} "
+                f"({where} differ by {difference:.1e} from a weighted sum)"
             )
 
 
 def _clean(scheduler: Any, timestep: float) -> tuple[float, float]:
     """a, b such that a * input + b * output estimates the clean latents; (1, 0) where that is not known.
 
-    Every scheduler's scaled input has the form sqrt(p) * clean + sqrt(1 - p) * noise with p = alphas_cumprod[t], so
-    the estimate follows from the prediction type alone: Salimans & Ho, "Progressive Distillation", 2022, appendix D.
+    Every scheduler's scaled input has the form sqrt(p) * clean + sqrt(1 - p) * noise with p =
+    alphas_cumprod[t], so the estimate follows from the prediction type alone: Salimans & Ho, "Progressive
+    Distillation", 2022, appendix D.
     """
     kind = scheduler.config.get("prediction_type", "epsilon")
     products = getattr(scheduler, "alphas_cumprod", None)

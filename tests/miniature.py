@@ -1,4 +1,5 @@
-"""Tiny seeded pipelines of Stable Diffusion 1.5's shape: 77 tokens, cross-attention, guidance, an autoencoder.
+"""Tiny seeded pipelines of Stable Diffusion 1.5's shape: 77 tokens, cross-attention, guidance, an
+autoencoder.
 
 Random weights, made by code in a second. Everything that runs Stable Diffusion runs on them.
 """
@@ -21,7 +22,9 @@ HIDDEN = 32
 _WORDS = ("cat", "dog", "the", "and", "red", "beach", "moon", "two", "a", "on", "of")
 
 
-def miniature_pipeline(seed: int = 0, size: int = 64, factor: int = 8, tokens: int = TOKENS) -> StableDiffusionPipeline:
+def miniature_pipeline(
+    seed: int = 0, size: int = 64, factor: int = 8, tokens: int = TOKENS
+) -> StableDiffusionPipeline:
     """A pipeline for images of `size` pixels a side, whose autoencoder shrinks by `factor` (4 or 8)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -92,7 +95,7 @@ def save_miniature(folder: str | Path, seed: int = 0, size: int = 64) -> Path:
 
 
 def miniature_tokenizer(folder: Path, tokens: int = TOKENS) -> CLIPTokenizer:
-    """A byte-level BPE of CLIP's kind: every byte, every byte at the end of a word, a few merges, start and end."""
+    """A byte-level BPE of CLIP's kind: every byte, each again at a word's end, a few merges, start, end."""
     letters = list(bytes_to_unicode().values())
     vocabulary = letters + [letter + "</w>" for letter in letters]
     merges: list[str] = []

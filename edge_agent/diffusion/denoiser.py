@@ -34,9 +34,10 @@ class Denoiser:
 
         Args:
             latents: [1, C, h, w], already scaled as the scheduler asks.
-            states: [1, L, d] of the prompt, or [2, L, d] of the negative prompt and the prompt; then both go through
-                the network as one batch and the result is negative + guidance_scale * (prompt - negative), as in
-                Ho & Salimans, "Classifier-Free Diffusion Guidance", 2022.
+            states: [1, L, d] of the prompt, or [2, L, d] of the negative prompt and the prompt; then both go
+                through the network as one batch and the result is
+                negative + guidance_scale * (prompt - negative), as in Ho & Salimans, "Classifier-Free
+                Diffusion Guidance", 2022.
             last: the final call for this image, after which memory is given back.
 
         Raises:

@@ -57,7 +57,7 @@ class Generator:
         self.text_encoder = TextEncoder(bundle, runtime)
         self._denoiser = Denoiser(bundle, runtime)
         self._decoder = Decoder(bundle, runtime)
-        self._schedules = {steps: Schedule.load(bundle.path(schedule_file(steps))) for steps in manifest.steps}
+        self._schedules = {n: Schedule.load(bundle.path(schedule_file(n))) for n in manifest.steps}
         self._latent_shape = (1, manifest.latent_channels, manifest.latent_height, manifest.latent_width)
 
     def encode(self, prompt: str) -> tuple[Tokens, Floats]:
@@ -78,8 +78,12 @@ class Generator:
         """Yields a `Step` after each call of the denoiser, then one `Image`.
 
         Args:
-            states, negative_states: float32 [1, L, d] of the prompt and the negative prompt (the empty one by default).
+            states: float32 [1, L, d] of the prompt.
+            negative_states: float32 [1, L, d] of the negative prompt, or of the empty one.
                 With a guidance scale of 1 or below, the negative prompt takes no part, as in diffusers.
+            seed: gives the noise that torch's CPU generator gives.
+            steps: one of the step counts compiled in this bundle.
+            guidance_scale: how far to go from the negative prompt to the prompt, and beyond.
             previews: decode an image with every step; each costs one run of the decoder.
             stop: ends the work within a fraction of a second when set from another thread.
 
@@ -100,11 +104,12 @@ class Generator:
         stacked = np.concatenate((negative_states, states)) if guidance_scale > 1.0 else states
         sums = schedule.run(self._latent_shape, noise)
         latents = next(sums)
-        for call, (timestep, (a, b)) in enumerate(zip(schedule.timesteps, schedule.clean, strict=True), start=1):
+        for call, timestep in enumerate(schedule.timesteps, start=1):
             last = call == schedule.calls
             output = self._denoiser.predict(latents, timestep, stacked, guidance_scale, stop=stop, last=last)
             preview = None
             if previews and not last:  # after the last call comes the image itself
+                a, b = schedule.clean[call - 1]
                 clean = np.float32(a) * latents + np.float32(b) * output
                 preview = Image(self._decoder.decode(clean, stop=stop)).pixels
             try:
@@ -113,5 +118,7 @@ class Generator:
                 latents = final.value
             yield Step(call, schedule.calls, preview)
         if not np.isfinite(latents).all():
-            raise GenerationFailed("the denoiser gave numbers that are not finite; try another seed or guidance scale")
+            raise GenerationFailed(
+                "the denoiser gave numbers that are not finite; try another seed or guidance scale"
+            )
         yield Image(self._decoder.decode(latents, stop=stop))

@@ -24,7 +24,7 @@ class TorchNoise:
         if not 0 <= seed < SEED_LIMIT:
             raise ValueError(f"seed must be in 0..{SEED_LIMIT - 1}, not {seed}")
         self._bits = np.random.MT19937()
-        self._bits._legacy_seeding(seed)  # the seeding of RandomState(seed), and of torch
+        self._bits._legacy_seeding(seed)  # noqa: SLF001  # RandomState(seed) seeds so, and torch
         self._spare: float | None = None  # torch keeps the second of a pair for the next small draw
 
     def draw(self, shape: Sequence[int]) -> NDArray[np.float32]:

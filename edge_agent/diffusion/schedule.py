@@ -1,13 +1,13 @@
 """A scheduler compiled to a lower-triangular matrix.
 
-For a fixed number of steps every input to the denoiser, and the final latents, are a linear function of the initial
-noise z, the model outputs o_1, o_2, ... so far, and any fresh noise f_1, f_2, ...:
+For a fixed number of steps every input to the denoiser, and the final latents, are a linear function of the
+initial noise z, the model outputs o_1, o_2, ... so far, and any fresh noise f_1, f_2, ...:
 
     input_k = signal[k] . (z, o_1 .. o_k) + noise[k] . (f_1 .. f_j),    k = 0 .. T - 1
     final   = signal[T] . (z, o_1 .. o_T) + noise[T] . (f_1 .. f_j)
 
-`export/schedule.py` reads the coefficients off the real scheduler. Prediction type, sigmas, model-input scaling and
-multistep history are all in them, so one weighted sum a step runs any such scheduler.
+`export/schedule.py` reads the coefficients off the real scheduler. Prediction type, sigmas, model-input
+scaling and multistep history are all in them, so one weighted sum a step runs any such scheduler.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Schedule:
-    """A scheduler for one number of steps. T calls of the denoiser, which may be more than `steps` (PNDM, Heun)."""
+    """A scheduler for one number of steps: T calls of the denoiser, which may be more (PNDM, Heun)."""
 
     scheduler: str  # diffusers class name, for people
     steps: int
     timesteps: tuple[float, ...]  # T
     signal: tuple[tuple[float, ...], ...]  # T + 1 rows; row k has k + 1 coefficients
     noise: tuple[tuple[float, ...], ...]  # T + 1 rows; row k has one for each fresh noise drawn before it
-    clean: tuple[tuple[float, float], ...]  # T; a, b such that a * input + b * output estimates the clean latents
+    clean: tuple[tuple[float, float], ...]  # T; a * input + b * output estimates the clean latents
 
     @property
     def calls(self) -> int:
@@ -49,12 +49,12 @@ class Schedule:
         return len(self.timesteps)
 
     def run(self, shape: Sequence[int], noise: TorchNoise) -> Coroutine[Floats, Floats, Floats]:
-        """Yields each denoiser input, float32 [*shape], is sent the model's output, and returns the final latents.
+        """Yields each denoiser input, float32 [*shape], is sent the output, returns the final latents.
 
-        `noise` gives the initial noise first and then the fresh noises, in the order in which diffusers draws them from
-        its generator.
+        `noise` gives the initial noise first and then the fresh noises, in the order in which diffusers
+        draws them from its generator.
         """
-        # float64 sums: the rows of high-order solvers cancel, and a row is small beside one call of the denoiser.
+        # float64: the rows of high-order solvers cancel, and a sum is little beside a call of the denoiser.
         signals = np.empty((self.calls + 1, math.prod(shape)))
         noises = np.empty((len(self.noise[-1]), signals.shape[1]))
         signals[0] = noise.draw(shape).reshape(-1)
@@ -76,7 +76,7 @@ class Schedule:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Schedule:
-        """Read a schedule. Raises BundleError, naming the file, when it cannot be read or is not lower-triangular."""
+        """Read a schedule. Raises BundleError, naming the file, unless it is lower-triangular."""
         try:
             document = json.loads(Path(path).read_bytes())
             schedule = cls(

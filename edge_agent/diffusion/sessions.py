@@ -47,6 +47,7 @@ class Stop(threading.Event):
         self._running: list[ort.RunOptions] = []
 
     def set(self) -> None:
+        """Stop, from any thread."""
         with self._lock:
             super().set()
             for options in self._running:
@@ -70,8 +71,7 @@ class Stop(threading.Event):
 
 
 class Session:
-    """One graph of a bundle. Inputs are cast to the types the graph asks for; float outputs come back as
-    float32."""
+    """One graph of a bundle. Inputs are cast to the graph's types; float outputs come back as float32."""
 
     def __init__(self, path: Path, inputs: Sequence[str], outputs: Sequence[str], runtime: Runtime) -> None:
         """Open the graph at `path`, which must take exactly `inputs` and give at least `outputs`.
@@ -117,8 +117,7 @@ class Session:
         Args:
             stop: ends the run early when set from another thread.
             shrink: give the memory that this session's arena holds back to the system after the run. It
-            costs an
-                allocation in the next run, so ask for it only in the last run for an image.
+                costs allocations in the next run, so ask for it only in the last run for an image.
 
         Raises:
             Cancelled: `stop` was set before or during the run.

@@ -15,7 +15,9 @@ class TextEncoder:
 
     def __init__(self, bundle: Bundle, runtime: Runtime) -> None:
         """Raises BundleError when the graph cannot be loaded or has another signature."""
-        self._session = Session(bundle.path(TEXT_ENCODER), ["input_ids"], [bundle.manifest.text_output], runtime)
+        self._session = Session(
+            bundle.path(TEXT_ENCODER), ["input_ids"], [bundle.manifest.text_output], runtime
+        )
         self._shape = (bundle.manifest.text_tokens, bundle.manifest.text_hidden)
 
     def encode(self, ids: NDArray[np.integer]) -> NDArray[np.float32]:
@@ -28,5 +30,7 @@ class TextEncoder:
         # No shrinking: this arena is small, and the encoder also runs for prompts that only want a decision.
         (states,) = self._session.run({"input_ids": ids})
         if states.shape[1:] != self._shape:
-            raise BundleError(f"{self._session.path} gives states {states.shape[1:]}, the manifest says {self._shape}")
+            raise BundleError(
+                f"{self._session.path} gives states {states.shape[1:]}, the manifest says {self._shape}"
+            )
         return states

@@ -1,0 +1,92 @@
+"""Write a CLIP tokenizer as the one tokenizer.json that runs without transformers, and prove that it is the
+same.
+
+transformers' CLIPTokenizer cleans its text in one of two ways: with ftfy where that is installed, otherwise
+with BERT's basic tokenizer, which also puts spaces around Chinese characters. The conversion in transformers
+knows neither; here the second is rebuilt, and text that ftfy would repair is the one thing that is left out.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Regex, Tokenizer, normalizers
+from transformers import CLIPTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import convert_slow_tokenizer
+
+from edge_agent import tokens
+from export.errors import ExportError
+
+# What the written file is compared on: cases, contractions, digits, scripts, combining marks, emoji, blanks,
+# controls, the names of special tokens, more than fits.
+PROBES = (
+    "",
+    "A photo of an astronaut riding a horse on Mars, highly detailed, 4k",
+    "it's the cat's; they'll say I'm here, you've DON'T",
+    "  blanks \t\n around   and between  ",
+    "Straße, naïve café, ÅNGSTRÖM, ﬁne ½ Ⅷ İstanbul ΟΔΥΣΣΕΥΣ Σ",
+    "cafe\u0301 and a\u0308",
+    "一只猫在月亮上 two 猫s ねこ 고양이",
+    "кошка на пляже, قطة, חתול, बिल्ली, แมว",
+    "🐈 👩‍👩‍👧‍👦 two 🏳️‍🌈flags 👍🏽",
+    "100% (really) -- [x] {y} <z> a_b #tag @you $5.00 & more…",
+    "zero\u200bwidth soft\u00adhyphen no\u00a0break \ufeffmark \u2028line",
+    "<|startoftext|> inside <|endoftext|> text",
+    "word " * 300,
+    "🐈‍⬛" * 100,
+)
+
+
+def convert(tokenizer: Any) -> Tokenizer:
+    """A tokenizers.Tokenizer that pads and truncates every prompt to the model's length.
+
+    Raises:
+        ExportError: the tokenizer is no CLIP tokenizer, or the result differs from it on one of `PROBES`.
+    """
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        converted = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    elif isinstance(tokenizer, CLIPTokenizer):
+        converted = convert_slow_tokenizer(tokenizer)
+        converted.add_special_tokens(list(tokenizer.added_tokens_decoder.values()))
+        if tokenizer.fix_text is None:
+            converted.normalizer = normalizers.Sequence(
+                [
+                    normalizers.BertNormalizer(
+                        clean_text=True, handle_chinese_chars=True, strip_accents=False, lowercase=False
+                    ),
+                    normalizers.NFC(),
+                    # Python lowers a sigma at the end of a word differently; tokenizers goes letter by
+                    # letter.
+                    normalizers.Replace(Regex(r"(?<=\p{L})Σ(?!\p{L})"), "ς"),
+                    normalizers.Lowercase(),
+                ]
+            )
+    else:
+        raise ExportError(
+            f"{type(tokenizer).__name__} is not supported; CLIPTokenizer and fast tokenizers are"
+        )
+    length = tokenizer.model_max_length
+    converted.enable_truncation(length)
+    converted.enable_padding(length=length, pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token)
+    _compare(tokenizer, tokens.Tokenizer(converted, length))
+    return converted
+
+
+def write(tokenizer: Any, folder: Path) -> None:
+    """Write tokenizer.json into `folder`. Raises ExportError, see `convert`."""
+    convert(tokenizer).save(str(folder / tokens.FILE))
+
+
+def _compare(tokenizer: Any, converted: tokens.Tokenizer) -> None:
+    fix_text = getattr(tokenizer, "fix_text", None)
+    for text in PROBES:
+        if fix_text is not None and fix_text(text) != text:
+            continue
+        expected = tokenizer(
+            text, padding="max_length", max_length=converted.length, truncation=True
+        ).input_ids
+        if converted.encode(text).ids[0].tolist() != expected:
+            raise ExportError(
+                f"tokenizer.json differs from {type(tokenizer).__name__} on the text {text[:60]!r}"
+            )
