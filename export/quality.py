@@ -1,0 +1,71 @@
+"""How good an image is: contrastive metrics, each a pair of texts, measured with any CLIP.
+
+q(I, m) = sigmoid(CLIP(I, m+) - CLIP(I, m-)), CLIP being the scaled cosine similarity (RouteT2I, arXiv 2411.13787).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import CLIPModel, CLIPProcessor
+
+METRICS_FILE = Path(__file__).parent / "metrics.json"
+STARTER_JUDGE = Path(__file__).parent / "starter" / "weights" / "judge"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One quality metric: a text that praises and one that blames, otherwise alike, and why these two."""
+
+    name: str
+    positive: str
+    negative: str
+    reason: str
+
+
+def load_metrics(file: Path = METRICS_FILE) -> tuple[Metric, ...]:
+    """Read metrics from a JSON file. Raises ValueError when it is not one."""
+    try:
+        metrics = tuple(Metric(**entry) for entry in json.loads(file.read_text())["metrics"])
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} is not a file of metrics: {error}") from error
+    if len({metric.name for metric in metrics}) != len(metrics):
+        raise ValueError(f"{file} names a metric twice")
+    return metrics
+
+
+class Judge:
+    """Measures images with the CLIP in ``model``, a folder or a hub id."""
+
+    def __init__(self, model: Path | str = STARTER_JUDGE, metrics: Sequence[Metric] | None = None) -> None:
+        self.metrics = tuple(metrics) if metrics is not None else load_metrics()
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.clip = CLIPModel.from_pretrained(model, torch_dtype=torch.float32).to(self.device).eval()
+        self.processor = CLIPProcessor.from_pretrained(model, use_fast=False)
+        texts = [text for metric in self.metrics for text in (metric.positive, metric.negative)]
+        self.directions = self._directions(texts)
+
+    def quality(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """float32 [N, M] in (0, 1), a row an image, a column a metric."""
+        pixels = self.processor(images=list(images), return_tensors="pt")["pixel_values"].to(self.device)
+        with torch.inference_mode():
+            seen = self.clip.get_image_features(pixel_values=pixels)
+            seen = seen / seen.norm(dim=-1, keepdim=True)
+            return torch.sigmoid(seen @ self.directions.T).float().cpu().numpy()
+
+    def _directions(self, texts: list[str]) -> torch.Tensor:
+        """scale * (text+ - text-) of every metric, [M, D]: a score is then one dot product."""
+        tokens = self.processor(text=texts, padding="max_length", truncation=True, return_tensors="pt")
+        with torch.inference_mode():
+            read = self.clip.get_text_features(
+                input_ids=tokens["input_ids"].to(self.device),
+                attention_mask=tokens["attention_mask"].to(self.device),
+            )
+            read = read / read.norm(dim=-1, keepdim=True)
+            return self.clip.logit_scale.exp() * (read[0::2] - read[1::2])

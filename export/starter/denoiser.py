@@ -1,0 +1,216 @@
+"""Stage 2: the edge and the cloud model, two StableDiffusionPipelines that differ in size, steps and guidance.
+
+Both see the same scenes, the same captions and the same recipe. The text encoder learns together with the UNet,
+from random weights; a tenth of the captions is dropped, so that classifier-free guidance has its other half.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from torch import nn
+from torch.nn import functional as F
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from export.starter.tokenizer import token_ids, train_tokenizer
+from export.starter.training import Run, write_record
+from export.starter.world import Scene, caption, render, sample_scenes
+
+SCENES = 40_000  # of the generators' split, rendered and encoded once
+CAPTION_DROPPED = 0.1
+MIN_SNR_GAMMA = 5.0  # weight of clean steps is held down, Hang et al., arXiv 2303.09556
+FILE_LIMIT = "15MB"  # larger weights are written in shards
+
+
+@dataclass(frozen=True)
+class Size:
+    """What sets one model apart from the other."""
+
+    name: str
+    channels: tuple[int, int, int]  # of the UNet at 16 x 16, 8 x 8 and 4 x 4
+    heads: tuple[int, int, int]
+    text_width: int
+    text_layers: int
+    inference_steps: int
+    guidance_scale: float
+    training_steps: int
+    batch: int
+    learning_rate: float
+    seed: int
+
+
+EDGE = Size("edge", (32, 64, 128), (1, 2, 4), 128, 2, 8, 3.0, 6000, 32, 1.5e-3, 11)
+CLOUD = Size("cloud", (64, 128, 256), (2, 4, 8), 160, 3, 25, 4.0, 5000, 32, 1.0e-3, 12)
+SIZES = {size.name: size for size in (EDGE, CLOUD)}
+
+
+class Denoiser(nn.Module):
+    """Text encoder and UNet, trained as one."""
+
+    def __init__(self, size: Size, tokenizer: CLIPTokenizer) -> None:
+        super().__init__()
+        self.text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=size.text_width,
+                intermediate_size=4 * size.text_width,
+                projection_dim=size.text_width,
+                num_hidden_layers=size.text_layers,
+                num_attention_heads=size.text_width // 32,
+                max_position_embeddings=tokenizer.model_max_length,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+        self.unet = UNet2DConditionModel(
+            sample_size=16,
+            in_channels=4,
+            out_channels=4,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=size.channels,
+            layers_per_block=1,
+            norm_num_groups=16,
+            cross_attention_dim=size.text_width,
+            attention_head_dim=size.heads,
+        )
+
+    def forward(self, latents: torch.Tensor, timesteps: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return self.unet(latents, timesteps, self.text_encoder(ids).last_hidden_state).sample
+
+
+def noise_schedule() -> dict[str, object]:
+    """The forward process both models learn to undo; sampling starts from pure noise ("trailing")."""
+    return {
+        "num_train_timesteps": 1000,
+        "beta_schedule": "squaredcos_cap_v2",
+        "prediction_type": "v_prediction",
+        "timestep_spacing": "trailing",
+    }
+
+
+def encode_scenes(autoencoder: AutoencoderKL, scenes: list[Scene], file: Path, seed: int) -> torch.Tensor:
+    """Latents of the scenes, scaled to unit variance: float16 [N, 4, 16, 16], kept in ``file``."""
+    if file.exists():
+        return torch.load(file, weights_only=True)
+    rng = np.random.default_rng(seed)
+    device = next(autoencoder.parameters()).device
+    parts = []
+    for start in range(0, len(scenes), 200):
+        images = np.stack([render(scene, rng) for scene in scenes[start : start + 200]])
+        tensor = torch.from_numpy(images).permute(0, 3, 1, 2).float().to(device) / 127.5 - 1
+        with torch.inference_mode():
+            latents = autoencoder.encode(tensor).latent_dist.mean * autoencoder.config.scaling_factor
+        parts.append(latents.half().cpu())
+        if start % 4000 == 0:
+            print(f"encoding scenes: {start}/{len(scenes)}", flush=True)
+    latents = torch.cat(parts)
+    partial = file.with_suffix(".partial")
+    torch.save(latents, partial)
+    partial.replace(file)
+    return latents
+
+
+def train(work: Path, size: Size, *, steps: int | None = None, seconds: float | None = None) -> bool:
+    """Train or go on training ``size``; True when done, and then ``work/<name>/model`` holds the pipeline."""
+    folder = work / size.name
+    folder.mkdir(parents=True, exist_ok=True)
+    autoencoder = AutoencoderKL.from_pretrained(work / "autoencoder" / "model").eval()
+    if torch.cuda.is_available():
+        autoencoder.to("cuda")
+    tokenizer = train_tokenizer(folder / "tokenizer")
+    scenes = sample_scenes("generators", SCENES, seed=3)
+    latents = encode_scenes(autoencoder, scenes, work / "latents.pt", seed=4)
+
+    torch.manual_seed(size.seed)
+    run = Run(
+        folder,
+        Denoiser(size, tokenizer),
+        steps=steps or size.training_steps,
+        batch=size.batch,
+        learning_rate=size.learning_rate,
+        seed=size.seed,
+        seconds=seconds,
+    )
+    scheduler = DDPMScheduler(**noise_schedule())
+    signal = scheduler.alphas_cumprod.to(run.device)
+    weights = (signal / (1 - signal)).clamp(max=MIN_SNR_GAMMA) / (signal / (1 - signal) + 1)
+
+    def loss_of_batch(step: int) -> torch.Tensor:
+        rng = np.random.default_rng((size.seed, step))
+        generator = torch.Generator().manual_seed(size.seed * 10_000_000 + step)
+        chosen = rng.integers(len(scenes), size=size.batch)
+        texts = ["" if rng.random() < CAPTION_DROPPED else caption(scenes[i], rng) for i in chosen]
+        ids = torch.from_numpy(token_ids(tokenizer, texts)).to(run.device)
+        clean = latents[torch.from_numpy(chosen)].float().to(run.device)
+        noise = torch.randn(clean.shape, generator=generator).to(run.device)
+        timesteps = torch.randint(1000, (size.batch,), generator=generator).to(run.device)
+        noisy = scheduler.add_noise(clean, noise, timesteps)
+        target = scheduler.get_velocity(clean, noise, timesteps)
+        error = F.mse_loss(run.model(noisy, timesteps, ids), target, reduction="none").mean(dim=(1, 2, 3))
+        return (weights[timesteps] * error).mean()
+
+    done = run.train(loss_of_batch)
+    # A pipeline is written after every piece: an unfinished model can be looked at.
+    write_pipeline(folder / "model", size, run, autoencoder, tokenizer)
+    write_record(folder, run.record())
+    return done
+
+
+def write_pipeline(
+    folder: Path, size: Size, run: Run, autoencoder: AutoencoderKL, tokenizer: CLIPTokenizer
+) -> None:
+    """An ordinary diffusers pipeline in float16, and beside it the defaults the model is meant to run with."""
+    trained = run.averaged_model()
+    pipeline = StableDiffusionPipeline(
+        vae=autoencoder,
+        text_encoder=trained.text_encoder,
+        tokenizer=tokenizer,
+        unet=trained.unet,
+        scheduler=DPMSolverMultistepScheduler(**noise_schedule(), algorithm_type="dpmsolver++"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    pipeline.to(torch.float16).save_pretrained(partial, max_shard_size=FILE_LIMIT)
+    facts = {
+        "name": f"routet2i-starter-{size.name}",
+        "licence": "Apache-2.0",
+        "width": 64,
+        "height": 64,
+        "steps": size.inference_steps,
+        "guidance_scale": size.guidance_scale,
+    }
+    (partial / "routet2i.json").write_text(json.dumps(facts, indent=1) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="edge-export starter denoiser", description=__doc__)
+    parser.add_argument("size", choices=SIZES)
+    parser.add_argument("--work", type=Path, default=Path("runs/starter"), help="folder of checkpoints")
+    parser.add_argument("--steps", type=int, help="training steps (default: the recipe's)")
+    parser.add_argument("--seconds", type=float, help="stop after this long; the next call goes on")
+    options = parser.parse_args(argv)
+    train(options.work, SIZES[options.size], steps=options.steps, seconds=options.seconds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""The starter world: scenes of sprites, the pictures they make and the sentences that describe them.
+
+A *scene* is what a caption can say: which objects, how many, how big, how they stand to each other, and where.
+Where exactly each sprite lands is left to the renderer's random generator, as a photographer's framing is.
+
+What makes a prompt hard has several sources, so that counting its nouns is not the whole answer: the number of
+objects, rare objects, look-alikes, binding a size or a place to the right object, and words that make the prompt
+longer and the picture no harder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from export.starter.sprites import OBJECTS, sprite
+
+SIZE = 64  # pixels, width and height of every picture
+
+COMMON = tuple(OBJECTS)[:16]
+LOOK_ALIKES = tuple(OBJECTS)[16:20]
+RARE = tuple(OBJECTS)[20:]
+# Look-alikes are half as frequent as common objects, rare ones a quarter: a small model learns them less well.
+FREQUENCY = {**dict.fromkeys(COMMON, 1.0), **dict.fromkeys(LOOK_ALIKES, 0.5), **dict.fromkeys(RARE, 0.25)}
+
+BACKGROUNDS = ("plain", "beach", "night", "snow", "meadow", "desert")
+SIZES = ("small", "medium", "big")
+RELATIONS = ("left of", "right of", "above", "below")
+NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
+
+# Share of scene hashes, in percent, that belongs to each purpose. Disjoint by construction.
+SPLITS = {
+    "generators": 60,
+    "judge": 12,
+    "inspector": 4,
+    "train": 12,
+    "validation": 3,
+    "calibration": 4,
+    "test": 5,
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """``count`` objects of one kind and size."""
+
+    name: str
+    count: int = 1
+    size: str = "medium"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One to three groups, the relation of the first to the second (two groups only), and the background."""
+
+    groups: tuple[Group, ...]
+    background: str = "plain"
+    relation: str | None = None
+
+    @property
+    def objects(self) -> int:
+        """How many sprites the picture shows."""
+        return sum(group.count for group in self.groups)
+
+    @property
+    def split(self) -> str:
+        """The one purpose this scene may be used for: a hash decides, so it holds in every run and process."""
+        bucket = int.from_bytes(hashlib.sha256(repr(self).encode()).digest()[:4], "big") % 100
+        for split, share in SPLITS.items():
+            bucket -= share
+            if bucket < 0:
+                return split
+        raise AssertionError("the shares of SPLITS do not add up to 100")
+
+
+def sample_scene(rng: np.random.Generator) -> Scene:
+    """Draw a scene: about half show one group, a third two, the rest three."""
+    kinds = int(rng.choice([1, 2, 3], p=[0.5, 0.35, 0.15]))
+    weights = np.array([FREQUENCY[name] for name in OBJECTS])
+    names = rng.choice(list(OBJECTS), size=kinds, replace=False, p=weights / weights.sum())
+    if kinds == 1:
+        counts = [int(rng.choice([1, 2, 3, 4], p=[0.5, 0.2, 0.15, 0.15]))]
+    elif kinds == 2:
+        counts = [int(c) for c in rng.choice([1, 2], size=2, p=[0.7, 0.3])]
+    else:
+        counts = [1, 1, 1]
+    groups = tuple(
+        Group(str(name), count, str(rng.choice(SIZES, p=[0.2, 0.6, 0.2]))) for name, count in zip(names, counts)
+    )
+    relation = str(rng.choice(RELATIONS)) if kinds == 2 else None
+    return Scene(groups, str(rng.choice(BACKGROUNDS)), relation)
+
+
+def sample_scenes(split: str, number: int, seed: int) -> list[Scene]:
+    """``number`` scenes of one split, in an order that ``seed`` fixes; the same scene may come again."""
+    rng = np.random.default_rng(seed)
+    scenes: list[Scene] = []
+    while len(scenes) < number:
+        scene = sample_scene(rng)
+        if scene.split == split:
+            scenes.append(scene)
+    return scenes
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------
+
+# Sprite edge in pixels for small, medium and big, by how many sprites share the picture.
+_PIXELS = {1: (20, 32, 46), 2: (16, 24, 30), 3: (14, 20, 25), 4: (14, 20, 25)}
+
+# Centres of a group's members in a cell of width and height one.
+_ARRANGEMENT = {
+    1: ((0.5, 0.5),),
+    2: ((0.27, 0.5), (0.73, 0.5)),
+    3: ((0.5, 0.28), (0.25, 0.73), (0.75, 0.73)),
+    4: ((0.27, 0.27), (0.73, 0.27), (0.27, 0.73), (0.73, 0.73)),
+}
+
+
+def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+    """Paint the scene: uint8 [SIZE, SIZE, 3]. ``rng`` shifts sprites, colours and horizon a little."""
+    canvas = _background(scene.background, rng)
+    for group, (left, top, width, height) in zip(scene.groups, _cells(scene)):
+        arrangement = _ARRANGEMENT[group.count]
+        if group.count == 2 and height > width:
+            arrangement = tuple((y, x) for x, y in arrangement)
+        pixels = _PIXELS[min(scene.objects, 4)][SIZES.index(group.size)]
+        for x, y in arrangement:
+            size = int(np.clip(pixels + rng.integers(-1, 2), 12, SIZE))
+            jitter = rng.uniform(-2.5, 2.5, size=2)
+            _paste(canvas, sprite(group.name, size), left + x * width + jitter[0], top + y * height + jitter[1])
+    return (canvas.clip(0, 1) * 255 + 0.5).astype(np.uint8)  # resampled sprites overshoot a little
+
+
+def _cells(scene: Scene) -> list[tuple[float, float, float, float]]:
+    """(left, top, width, height) in pixels of the part of the picture that each group fills."""
+    half = SIZE / 2
+    if len(scene.groups) == 1:
+        return [(0, 0, SIZE, SIZE)]
+    if len(scene.groups) == 3:  # an even triangle; the caption names them from the top, clockwise
+        return [(SIZE / 4, 0, half, half), (half, half, half, half), (0, half, half, half)]
+    sides = {
+        "left of": [(0, 0, half, SIZE), (half, 0, half, SIZE)],
+        "above": [(0, 0, SIZE, half), (0, half, SIZE, half)],
+    }
+    if scene.relation in sides:
+        return list(sides[scene.relation])
+    return sides["left of" if scene.relation == "right of" else "above"][::-1]
+
+
+def _paste(canvas: np.ndarray, stamp: np.ndarray, centre_x: float, centre_y: float) -> None:
+    size = stamp.shape[0]
+    left = int(np.clip(round(centre_x - size / 2), 0, SIZE - size))
+    top = int(np.clip(round(centre_y - size / 2), 0, SIZE - size))
+    window = canvas[top : top + size, left : left + size]
+    window *= 1 - stamp[..., 3:]
+    window += stamp[..., :3]
+
+
+# (sky at the top, sky at the horizon, ground at the horizon, ground at the bottom), RGB in [0, 1]
+_COLOURS = {
+    "plain": ((0.97, 0.97, 0.97), (0.97, 0.97, 0.97), (0.97, 0.97, 0.97), (0.97, 0.97, 0.97)),
+    "beach": ((0.45, 0.75, 0.98), (0.25, 0.60, 0.85), (0.95, 0.87, 0.65), (0.92, 0.80, 0.52)),
+    "night": ((0.03, 0.04, 0.16), (0.12, 0.13, 0.34), (0.08, 0.09, 0.20), (0.04, 0.05, 0.12)),
+    "snow": ((0.70, 0.80, 0.92), (0.86, 0.91, 0.97), (0.99, 0.99, 1.00), (0.88, 0.93, 0.98)),
+    "meadow": ((0.60, 0.85, 1.00), (0.82, 0.94, 1.00), (0.45, 0.75, 0.30), (0.28, 0.58, 0.18)),
+    "desert": ((0.98, 0.75, 0.45), (1.00, 0.88, 0.62), (0.88, 0.62, 0.35), (0.76, 0.46, 0.24)),
+}
+
+
+def _background(name: str, rng: np.random.Generator) -> np.ndarray:
+    top, sky, ground, bottom = (np.array(c, np.float32) for c in _COLOURS[name])
+    horizon = int(rng.integers(30, 39))
+    up = np.linspace(0, 1, horizon, dtype=np.float32)[:, None]
+    down = np.linspace(0, 1, SIZE - horizon, dtype=np.float32)[:, None]
+    column = np.concatenate([top + (sky - top) * up, ground + (bottom - ground) * down])
+    canvas = np.repeat(column[:, None], SIZE, axis=1)
+    if name == "night":
+        for x, y in rng.integers(0, (SIZE, horizon - 4), size=(14, 2)):
+            canvas[y, x] = 0.9
+    return np.clip(canvas + rng.uniform(-0.02, 0.02, size=3).astype(np.float32), 0, 1)
+
+
+# --- sentences --------------------------------------------------------------------------------------------------
+
+_PLACES = {
+    "plain": ("", "", " on a plain background", " on white"),
+    "beach": (" on a beach", " on the beach", " by the sea"),
+    "night": (" at night", " under the stars", " in the dark of night"),
+    "snow": (" in the snow", " on a snowy day", " in winter"),
+    "meadow": (" on a meadow", " in a green field", " on the grass"),
+    "desert": (" in the desert", " in a hot desert", " on desert sand"),
+}
+_SIZE_WORDS = {"small": ("small", "tiny", "little"), "medium": ("",), "big": ("big", "large", "huge")}
+_LEADS = ("", "", "", "a picture of ", "an image of ", "a drawing of ", "please draw ", "i want to see ")
+# Words that ask for nothing: longer prompts, no harder pictures.
+_ASIDES = (
+    "",
+    "",
+    "",
+    "",
+    ", as my sister would like it",
+    ", made for the cover of a calendar",
+    ", something nice for the kitchen wall, thank you",
+    ", the way people used to draw in old books for children",
+)
+_PLURALS = {
+    "strawberry": "strawberries",
+    "cactus": "cacti",
+    "fish": "fish",
+    "fox": "foxes",
+}
+
+
+@cache
+def plural(name: str) -> str:
+    """The English plural of an object's name."""
+    return _PLURALS.get(name, name + "s")
+
+
+def caption(scene: Scene, rng: np.random.Generator) -> str:
+    """One of the many sentences that say what the scene is, in lower case."""
+    nouns = [_noun(group, rng) for group in scene.groups]
+    place = _pick(_PLACES[scene.background], rng)
+    if len(nouns) == 2:
+        said = _pick(_related(scene.relation or "", *nouns), rng)
+    elif len(nouns) == 3:
+        said = _pick(("{}, {} and {}", "{} with {} and {}", "{} and {} and {}"), rng).format(*nouns)
+    else:
+        said = nouns[0]
+    return f"{_pick(_LEADS, rng)}{said}{place}{_pick(_ASIDES, rng)}"
+
+
+def _related(relation: str, first: str, second: str) -> tuple[str, ...]:
+    """Sentences for 'first RELATION second'; the last names the second group first."""
+    inverse = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}[relation]
+    spoken = {"left of": "to the left of", "right of": "to the right of", "above": "over", "below": "under"}
+    return (
+        f"{first} {relation} {second}",
+        f"{first} {spoken[relation]} {second}",
+        f"{second} {inverse} {first}",
+    )
+
+
+def _noun(group: Group, rng: np.random.Generator) -> str:
+    size = _pick(_SIZE_WORDS[group.size], rng)
+    words = [size] if size else []
+    words.append(group.name if group.count == 1 else plural(group.name))
+    if group.count > 1:
+        return " ".join([NUMBERS[group.count], *words])
+    phrase = " ".join(words)
+    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
+
+
+def _pick(options: tuple[str, ...], rng: np.random.Generator) -> str:
+    return options[int(rng.integers(len(options)))]
