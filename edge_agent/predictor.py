@@ -1,0 +1,67 @@
+"""From a prompt's token states to the predicted quality of the edge's and of the cloud's image, metric by metric."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_agent.diffusion.sessions import Runtime, Session
+from edge_agent.errors import BundleError
+from edge_agent.superiority import METRICS
+
+INPUTS = ("states", "mask")
+OUTPUTS = ("edge", "cloud", "pull")
+
+# A fraction of a million multiply-adds: waking a second thread would cost more than it saves.
+_ONE_THREAD = Runtime(threads=1)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the two models' images are expected to be worth. M metrics, in the order of METRICS."""
+
+    edge: NDArray[np.float32]  # [M], qualities in [0, 1]
+    cloud: NDArray[np.float32]  # [M], qualities in [0, 1]
+    pull: NDArray[np.float32]
+    """[L, M], what each token adds to the predicted gap, logit(cloud) - logit(edge); above zero it pulls to the cloud.
+
+    Summed over the tokens it is the gap less the model's own bias; without a token's term the gap is smaller by just
+    that. Zero for padding and for tokens that the metric's expert did not keep.
+    """
+
+
+class Predictor:
+    """The predictor's graph: a mixture of experts, one a metric, that read a selection of the tokens (RouteT2I)."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], width: int | None = None) -> Predictor:
+        """Open the graph at `path`. `width` is the size of the token states it will get, where that is known.
+
+        Raises:
+            BundleError: naming the file, when it is not a predictor of these metrics for states of that size.
+        """
+        session = Session(Path(path), INPUTS, OUTPUTS, _ONE_THREAD)
+        own_width, metrics = session.shapes["states"][-1], session.shapes["edge"][-1]
+        if metrics != len(METRICS):
+            raise BundleError(f"{path} predicts {metrics} metrics; this version compares {len(METRICS)}")
+        if width is not None and own_width != width:
+            raise BundleError(
+                f"{path} reads token states of size {own_width}; this bundle's have size {width}"
+            )
+        return cls(session)
+
+    def predict(self, states: NDArray[np.float32], mask: NDArray[np.bool_]) -> Prediction:
+        """Predict from the `states` [1, L, d] of a prompt; `mask` [L] is True on its own tokens.
+
+        Raises:
+            GenerationFailed: the states have another size than the graph reads.
+        """
+        edge, cloud, pull = self._session.run({"states": states, "mask": mask[None]})
+        return Prediction(edge[0], cloud[0], pull[0])

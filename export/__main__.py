@@ -1,0 +1,68 @@
+"""`edge-export STAGE ...`: one command for every stage of making and measuring what the edge runs.
+
+Each stage is also a module of its own: `edge-export train` is `python -m export.train`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+
+from edge_agent.errors import RouteT2IError
+from export.errors import ExportError
+from export.terminal import console
+
+STAGES = {
+    "starter": ("export.starter.__main__", "make the starter world's models"),
+    "diffusion": ("export.diffusion_onnx", "write a diffusers pipeline as a bundle"),
+    "label": ("export.label", "measure both models' images: prompts x models x seeds x metrics"),
+    "train": ("export.train", "train the quality predictor on those labels"),
+    "predictor": ("export.predictor_onnx", "write the predictor into the bundle"),
+    "calibrate": (
+        "export.calibrate",
+        "score the calibration prompts, so that a routing rate has a threshold",
+    ),
+    "evaluate": ("export.evaluate", "measure the routing on held-out prompts"),
+}
+"""Stage -> module with `main(argv) -> exit code`, and what it does, in the order they are run. Modules are imported
+when their stage is asked for: torch takes seconds."""
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+
+def usage() -> str:
+    """What is printed for `--help`."""
+    lines = [f"  {name:<10} {purpose}" for name, (_, purpose) in STAGES.items()]
+    return "\n".join(
+        ["usage: edge-export STAGE ...", "", *lines, "", "edge-export STAGE --help explains a stage."]
+    )
+
+
+def run(stage: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
+    """Run a stage's `main`; what it refuses becomes one line and exit code 2."""
+    try:
+        return stage(argv)
+    except (ExportError, RouteT2IError, OSError) as error:
+        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the stage that `argv` (the process's own arguments when None) names; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(usage())
+        return 0
+    if not arguments or arguments[0] not in STAGES:
+        named = f"there is no stage {arguments[0]!r}\n\n" if arguments else ""
+        print(named + usage(), file=sys.stderr)
+        return BAD_INPUT
+    return run(importlib.import_module(STAGES[arguments[0]][0]).main, arguments[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""Score the calibration prompts with the bundle's predictor, so that every routing rate has its threshold alpha.
+
+    edge-export calibrate LABELS BUNDLE [--cloud-digest HEX] [--gamma 1]
+
+Writes predictor/calibration.json. The scales come from the training split, the scores from the calibration split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_agent.bundle import CALIBRATION, PREDICTOR, Bundle, write_manifest
+from edge_agent.calibration import Calibration
+from edge_agent.predictor import Predictor
+from edge_agent.superiority import (
+    ALPHA_BOUND,
+    METRICS,
+    SD_FLOOR,
+    paper_scale,
+    realised_rate,
+    relative_superiority,
+)
+from export.errors import ExportError
+from export.outcomes import Outcomes
+from export.states import encode
+from export.terminal import console
+
+RATES = tuple(round(0.05 * k, 2) for k in range(21))
+"""Routing rates whose alpha the calibration lists for people and plots. The daemon takes any from the scores."""
+
+Qualities = NDArray[np.float32]
+
+
+def predicted(bundle: Bundle, prompts: Sequence[str]) -> tuple[Qualities, Qualities]:
+    """Predicted qualities of edge and cloud, [N, M] each, by the graphs that the daemon runs."""
+    if bundle.predictor is None:
+        raise ExportError(f"{bundle.folder} has no predictor; write one with `edge-export predictor`")
+    predictor = Predictor.load(bundle.predictor, bundle.manifest.text_hidden)
+    predictions = [predictor.predict(states, mask) for states, mask in encode(bundle, prompts)]
+    return np.stack([p.edge for p in predictions]), np.stack([p.cloud for p in predictions])
+
+
+def scale_of(train: Outcomes, gamma: float) -> NDArray[np.floating]:
+    """Each metric's scale [M] from the training split; ExportError for a metric on which no two images ever differ."""
+    gap = train.edge.astype(np.float64) - train.cloud
+    scale = paper_scale(gap.mean(0), gap.std(0, ddof=1), gamma)
+    if flat := [name for name, size in zip(METRICS, scale, strict=True) if size <= 0]:
+        raise ExportError(
+            f"on {', '.join(flat)} edge and cloud are equal on every training prompt: nothing to learn"
+        )
+    return scale
+
+
+def calibrate(outcomes: Outcomes, bundle: Bundle, cloud_digest: str, gamma: float) -> Calibration:
+    """The calibration of `bundle`'s predictor. ExportError when the labels are of other models or lack their facts."""
+    made_for = outcomes.facts.get("edge_digest", bundle.model_digest)
+    if made_for != bundle.model_digest:
+        raise ExportError(
+            f"the labels are of edge model {made_for[:16]}, the bundle holds {bundle.model_digest[:16]}"
+        )
+    if "metrics" not in outcomes.facts:
+        raise ExportError(
+            "the labels do not state their metrics' texts; make them again with `edge-export label`"
+        )
+    metrics = tuple((name, good, bad) for name, good, bad in json.loads(outcomes.facts["metrics"]))
+    if tuple(name for name, _, _ in metrics) != METRICS:
+        raise ExportError(f"the labels' metrics are not {', '.join(METRICS)}")
+
+    train, calibration = outcomes.split("train"), outcomes.split("calibration")
+    scale, weights = scale_of(train, gamma), np.full(len(METRICS), 1 / len(METRICS))
+    scores = np.sort(relative_superiority(*predicted(bundle, calibration.prompts), scale, weights))
+    made = Calibration(
+        edge_digest=bundle.model_digest,
+        cloud_digest=cloud_digest,
+        metrics=metrics,
+        scale=tuple(scale.tolist()),
+        weights=tuple(weights.tolist()),
+        scores=tuple(scores.tolist()),
+        alpha_over_rho=(),
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        recipe={
+            "scale": f"max(gamma * |mean gap|, {SD_FLOOR} * sd of the paired differences), on the training split",
+            "gamma": gamma,
+            "train_prompts": len(train),
+            "calibration_prompts": len(calibration),
+            "predictor_sha256": bundle.manifest.files[PREDICTOR].sha256,
+            "largest_rate": realised_rate(scores, ALPHA_BOUND),
+        },
+    )
+    return replace(made, alpha_over_rho=tuple((rho, made.alpha(rho)) for rho in RATES))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of the stage; returns the exit code."""
+    parser = argparse.ArgumentParser("edge-export calibrate", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("labels", type=Path, help="labels.parquet of `edge-export label`")
+    parser.add_argument("bundle", type=Path, help="bundle with its predictor")
+    parser.add_argument(
+        "--cloud-digest", help="of the cloud model, from `cloud-server digest`; default: the labels'"
+    )
+    parser.add_argument("--gamma", type=float, default=1.0, help="Gamma of the paper (default: %(default)s)")
+    options = parser.parse_args(argv)
+    if not (np.isfinite(options.gamma) and options.gamma >= 0):
+        parser.error("--gamma must be a number of at least 0")
+
+    outcomes, bundle = Outcomes.read(options.labels), Bundle.open(options.bundle)
+    cloud_digest = options.cloud_digest or outcomes.facts.get("cloud_digest")
+    if not cloud_digest:
+        raise ExportError(
+            "the labels do not say which cloud model they were measured on; pass --cloud-digest"
+        )
+    calibration = calibrate(outcomes, bundle, cloud_digest, options.gamma)
+    calibration = calibration.save(bundle.folder / CALIBRATION)
+    write_manifest(bundle.folder)
+    console.print(
+        f"{bundle.folder / CALIBRATION}: {calibration.calibration_id}, {len(calibration.scores)} scores; "
+        f"alpha {calibration.alpha(0.5):.4f} at a routing rate of 50 %; "
+        f"at most {calibration.recipe['largest_rate']:.0%} can go to the cloud"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    from export.__main__ import run
+
+    raise SystemExit(run(main))

@@ -1,0 +1,217 @@
+"""Measure the routing on held-out prompts: does predicted PRS follow the realised one, and what is it worth.
+
+    edge-export evaluate LABELS BUNDLE [--rate 0.5] [--out evaluation.json]
+
+For each way of choosing the prompts that go to the cloud, on the test split:
+
+- Spearman's rank correlation of its score with realised PRS, that of the measured mean qualities;
+- captured headroom = (gain - gain of random) / (gain of the oracle - gain of random) when the share `rate` of the
+  prompts goes to the cloud, the gain being the quality won over edge only, a mean over metrics and prompts;
+- pooled dP = sum of gains / sum of |gaps| over the metrics, in percent; cloud-only makes at most 100.
+
+The oracle knows what to expect of each prompt, not the luck of an image: it chooses by all seeds but one, is paid by
+that one, and takes its turn over the seeds. With few seeds it chooses less well than it might, and headroom flatters
+the router. Intervals are 95 % bootstraps over prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import rankdata
+
+from edge_agent.bundle import Bundle
+from edge_agent.superiority import relative_superiority
+from export.calibrate import predicted
+from export.errors import ExportError
+from export.outcomes import Outcomes
+from export.terminal import console
+
+RESAMPLES = 1000
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One router of the table; None where a measure says nothing about it."""
+
+    router: str
+    rank_correlation: Estimate | None
+    headroom: Estimate
+    pooled_dp: Estimate
+
+
+def routed(scores: Floats, rate: float) -> Floats:
+    """How much of each prompt [N] goes to the cloud when the share `rate` with the lowest scores does.
+
+    Equal scores at the border share what is left, so that ties (numbers of objects) are neither luck nor order.
+    """
+    wanted = rate * len(scores)
+    border = np.sort(scores)[max(0, int(np.ceil(wanted)) - 1)]
+    below, at = scores < border, scores == border
+    return below + at * ((wanted - below.sum()) / at.sum())
+
+
+def spearman(one: Floats, other: Floats) -> float:
+    """Rank correlation with ties; 0 where one side does not vary."""
+    a, b = (ranks - ranks.mean() for ranks in (rankdata(one), rankdata(other)))
+    size = np.sqrt((a @ a) * (b @ b))
+    return float(a @ b / size) if size else 0.0
+
+
+@dataclass(frozen=True)
+class Paired:
+    """What each held-out prompt would gain in the cloud: [N, S, M], cloud minus edge, seeds paired by their order."""
+
+    gaps: Floats
+
+    @classmethod
+    def of(cls, outcomes: Outcomes) -> Paired:
+        """The seeds that every prompt has on both models; at least two, or there is no oracle."""
+        seeds = [
+            int((~np.isnan(one[..., 0])).sum(1).min()) for one in (outcomes.edge_seeds, outcomes.cloud_seeds)
+        ]
+        count = min(seeds)
+        if count < 2:
+            raise ExportError(
+                "the oracle needs two seeds of every test prompt on both models; label more seeds"
+            )
+        gaps = outcomes.cloud_seeds[:, :count].astype(np.float64) - outcomes.edge_seeds[:, :count]
+        return cls(gaps)
+
+    def gain(self, share: Floats) -> float:
+        """Quality won over edge only, the mean over all, when `share` [N] of each prompt goes to the cloud."""
+        return float(share @ self.gaps.mean((1, 2))) / len(share)
+
+    def oracle_gain(self, rate: float) -> float:
+        """The same for the oracle, cross-fitted over the seeds."""
+        quality = self.gaps.mean(2)
+        count = quality.shape[1]
+        others = (quality.sum(1, keepdims=True) - quality) / (count - 1)
+        turns = [routed(-others[:, turn], rate) @ quality[:, turn] for turn in range(count)]
+        return float(np.mean(turns)) / len(quality)
+
+    def rows(self, chosen: NDArray[np.int64]) -> Paired:
+        """Some of the prompts."""
+        return Paired(self.gaps[chosen])
+
+
+def evaluate(
+    scores: Mapping[str, Floats], realised: Floats, paired: Paired, rate: float, seed: int = 0
+) -> list[Row]:
+    """Rows of the table, one a router (router -> scores [N], low goes to the cloud) and those of random and oracle.
+
+    `realised` is the PRS of the measured mean qualities, [N]. `seed` draws the bootstrap.
+    """
+    draw = np.random.default_rng(seed)
+    resamples = [np.arange(len(realised)), *draw.integers(0, len(realised), (RESAMPLES, len(realised)))]
+    parts = [paired.rows(chosen) for chosen in resamples]
+    random = np.array([rate * part.gaps.mean() for part in parts])
+    oracle = np.array([part.oracle_gain(rate) for part in parts])
+    # What is won over edge only, as a share of what lies between the models on every metric.
+    full = np.array([np.abs(part.gaps.mean((0, 1))).mean() for part in parts])
+
+    def row(router: str, gains: Floats, correlations: Floats | None) -> Row:
+        headroom = (gains - random) / (oracle - random)
+        return Row(
+            router,
+            None if correlations is None else _estimate(correlations),
+            _estimate(headroom),
+            _estimate(100 * gains / full),
+        )
+
+    rows = [row("random", random, None)]
+    for router, score in scores.items():
+        gains = [
+            part.gain(routed(score[chosen], rate)) for part, chosen in zip(parts, resamples, strict=True)
+        ]
+        correlations = [spearman(score[chosen], realised[chosen]) for chosen in resamples]
+        rows.append(row(router, np.array(gains), np.array(correlations)))
+    return [*rows, row("oracle", oracle, None)]
+
+
+def _estimate(values: Floats) -> Estimate:
+    """The first is the value itself, the others are the resamples'."""
+    low, high = np.quantile(values[1:], (0.025, 0.975))
+    return Estimate(float(values[0]), float(low), float(high))
+
+
+def table(rows: Sequence[Row], rate: float) -> Table:
+    """For a terminal or a pipe."""
+    made = Table("router", "Spearman with realised PRS", f"captured headroom at {rate:.0%}", "pooled dP, %")
+    for row in rows:
+        dp = f"{row.pooled_dp.value:.1f} [{row.pooled_dp.low:.1f}, {row.pooled_dp.high:.1f}]"
+        made.add_row(row.router, str(row.rank_correlation or ""), str(row.headroom), dp)
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of the stage; returns the exit code."""
+    parser = argparse.ArgumentParser("edge-export evaluate", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("labels", type=Path, help="labels.parquet of `edge-export label`")
+    parser.add_argument("bundle", type=Path, help="bundle with predictor and calibration")
+    parser.add_argument(
+        "--rate", type=float, default=0.5, help="share that goes to the cloud (default: %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("evaluation.json"), help="default: %(default)s")
+    options = parser.parse_args(argv)
+    if not 0 < options.rate < 1:
+        parser.error("--rate must lie between 0 and 1")
+
+    bundle = Bundle.open(options.bundle)
+    calibration = bundle.calibration
+    if calibration is None:
+        raise ExportError(f"{bundle.folder} has no calibration; make it with `edge-export calibrate`")
+    test = Outcomes.read(options.labels).split("test")
+    paired = Paired.of(test)
+
+    def prs(edge: NDArray[np.float32], cloud: NDArray[np.float32]) -> Floats:
+        return np.asarray(
+            relative_superiority(edge, cloud, calibration.scale, calibration.weights), np.float64
+        )
+
+    scores = {
+        "number of objects": -test.objects.astype(np.float64),
+        "predictor": prs(*predicted(bundle, test.prompts)),
+    }
+    rows = evaluate(scores, prs(test.edge, test.cloud), paired, options.rate)
+    record = {
+        "rate": options.rate,
+        "prompts": len(test),
+        "seeds": paired.gaps.shape[1],
+        "calibration_id": calibration.calibration_id,
+        "edge_digest": calibration.edge_digest,
+        "cloud_digest": calibration.cloud_digest,
+        "bootstrap_resamples": RESAMPLES,
+        "routers": [asdict(row) for row in rows],
+    }
+    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    Console().print(table(rows, options.rate))
+    console.print(f"{len(test)} test prompts, {paired.gaps.shape[1]} seeds; written to {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    from export.__main__ import run
+
+    raise SystemExit(run(main))

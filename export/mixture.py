@@ -1,0 +1,128 @@
+"""The predictor's model: a mixture of experts, one a metric, with token selection and a dual gate.
+
+Follows RouteT2I (arXiv 2411.13787). For the states ``T[t]`` of a prompt's own tokens and the expert of metric ``m``
+
+1. gate       ``A[t, m] = softmax over experts of T[t] . E_m``; the expert keeps the K tokens with the largest gate;
+2. dual gate  ``T+[t] = T[t] P+_m S_m`` and ``T-[t] = T[t] P-_m S_m``, the second factor shared by both signs;
+3. contrast   ``C[t] = sigmoid(T+[t] - T-[t])``: does this token help or hurt this metric;
+4. head       of each metric, read from the contrasts of the tokens kept.
+
+What the paper leaves open, and is chosen here:
+
+- The softmax runs over the experts *and one more choice, none of them* (logit 0). A token's gate is then its own
+  affair: it does not change when another token is deleted, and it still means something with one expert only.
+- The head is a sum over tokens, ``logit = bias + sum_t A[t, m] (C[t] - 1/2) . w_m``. A contrast of one half is
+  undecided and adds nothing; what one token adds is what is lost without it. Two such sums a metric, one for the
+  *level* of both models and one for the *gap* between them, give ``edge = sigmoid(level - gap / 2)`` and
+  ``cloud = sigmoid(level + gap / 2)``. The gap is the smaller signal and the one that routes: it has weights of its
+  own.
+- ``pull[t, m]`` is the token's term in the gap's sum: ``logit(cloud) - logit(edge) = bias + sum_t pull[t]`` exactly.
+
+Between the two gates stands nothing that is not linear, so that ``T+ - T- = T (P+ - P-) S``: both signs together can
+say what one could. They differ in how they learn. The exported graph therefore carries one folded gate.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from export.errors import ExportError
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the mixture; ``selection`` and ``dual_gate`` switch parts of it off for ablations."""
+
+    width: int
+    """d, length of one token state."""
+    metrics: int
+    """Experts: one a metric; one in all for the single-metric ablation."""
+    kept: int = 12
+    """K. A caption has 5 to 25 tokens of its own: 12 hold the nouns, numbers and relations of most, not the rest."""
+    rank: int = 8
+    """l. Difficulty has a handful of sources, and l(2d + h) weights an expert must be learnt from ~1,000 prompts."""
+    hidden: int = 32
+    """h. As many contrasts a token as the head may weigh; four times l, beyond which validation did not gain."""
+    selection: bool = True
+    dual_gate: bool = True
+
+
+class Mixture(nn.Module):
+    """The mixture that the module's docstring describes."""
+
+    def __init__(self, shape: Shape, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.shape = shape
+        d, m, rank, hidden = shape.width, shape.metrics, shape.rank, shape.hidden
+        self.register_buffer("mean", torch.zeros(d))
+        self.register_buffer("deviation", torch.ones(d))
+        self.embedding = nn.Parameter(torch.randn(m, d) * 0.5 * d**-0.5)
+        self.positive = nn.Parameter(torch.randn(m, d, rank) * d**-0.5)
+        self.negative = nn.Parameter(torch.randn(m, d, rank) * d**-0.5) if shape.dual_gate else None
+        self.shared = nn.Parameter(torch.randn(m, rank, hidden) * rank**-0.5)
+        self.head = nn.Parameter(torch.randn(m, hidden, 2) * hidden**-0.5)
+        self.bias = nn.Parameter(torch.zeros(m, 2))
+        self.dropout = nn.Dropout(dropout)
+
+    def start_from(self, states: Tensor, edge: Tensor, cloud: Tensor) -> None:
+        """Standardise by ``states [tokens, d]``; begin by predicting the means of ``edge`` and ``cloud`` [N, M]."""
+        self.mean = states.mean(0)
+        self.deviation = states.std(0).clamp_min(1e-6)
+        low, high = torch.logit(edge.mean(0), 1e-4), torch.logit(cloud.mean(0), 1e-4)
+        with torch.no_grad():
+            self.bias.copy_(torch.stack([(low + high) / 2, high - low], dim=-1))
+
+    def gates(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Gate of each expert for each token, [B, L, M]; zero for what the expert does not keep."""
+        scores = tokens @ self.embedding.T
+        gates = torch.softmax(nn.functional.pad(scores, (0, 1)), dim=-1)[..., :-1] * mask[..., None]
+        if not self.shape.selection:
+            return gates
+        # Where fewer than K tokens are the prompt's own, the K-th largest gate is zero and every one of them is kept.
+        least = gates.topk(min(self.shape.kept, gates.shape[1]), dim=1).values[:, -1:]
+        return gates * (gates >= least)
+
+    def projection(self) -> Tensor:
+        """Both signs' first factor folded into one, [M, d, l]."""
+        return self.positive if self.negative is None else self.positive - self.negative
+
+    def forward(self, states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``states [B, L, d], mask [B, L] -> edge [B, M], cloud [B, M], pull [B, L, M]``."""
+        m, d, rank = self.positive.shape
+        batch, length, _ = states.shape
+        tokens = self.dropout((states - self.mean) / self.deviation)
+        narrow = tokens @ self.projection().permute(1, 0, 2).reshape(d, m * rank)
+        # One matrix product an expert, [M, B * L, l] x [M, l, h], in place of one a token.
+        contrast = torch.sigmoid(narrow.reshape(-1, m, rank).transpose(0, 1) @ self.shared)
+        votes = ((contrast - 0.5) @ self.head).reshape(m, batch, length, 2).permute(1, 2, 0, 3)
+        terms = self.gates(tokens, mask)[..., None] * votes
+        level, gap = (terms.sum(dim=1) + self.bias).unbind(-1)
+        return torch.sigmoid(level - gap / 2), torch.sigmoid(level + gap / 2), terms[..., 1]
+
+    def save(self, path: Path, record: Mapping[str, Any]) -> None:
+        """Write the weights with the shape and a record of how they were made. Nothing in the file is pickled."""
+        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        save_file(tensors, path, {"shape": json.dumps(asdict(self.shape)), "record": json.dumps(record)})
+
+    @classmethod
+    def load(cls, path: Path) -> tuple[Mixture, dict[str, Any]]:
+        """The trained mixture, in evaluation mode, and its record. Raises ExportError when the file is not one."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                facts = file.metadata()
+                mixture = cls(Shape(**json.loads(facts["shape"])))
+                mixture.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ExportError(
+                f"{path}: not a trained predictor ({error}); make it with `edge-export train`"
+            ) from error
+        return mixture.eval(), json.loads(facts["record"])

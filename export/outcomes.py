@@ -1,0 +1,152 @@
+"""The outcome matrix: measured qualities, prompts x models x seeds x metrics, read from ``labels.parquet``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from edge_agent.superiority import METRICS
+from export.errors import ExportError
+
+SPLITS = ("train", "validation", "calibration", "test")
+COLUMNS = ("prompt_id", "prompt", "split", "objects", "model", "seed", *METRICS)
+FACTS = ("edge_digest", "cloud_digest", "metrics")
+"""Metadata of the Parquet schema: `Bundle.model_digest` of the edge model, the cloud model's digest (`cloud-server
+digest`), and the metrics as JSON: one [name, positive text, negative text] a metric, in the order of METRICS."""
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """Qualities in [0, 1] of ``N`` prompts. ``*_seeds`` hold each image, NaN beyond the seeds a prompt has."""
+
+    ids: NDArray[np.int64]
+    """[N]"""
+    prompts: tuple[str, ...]
+    splits: NDArray[np.str_]
+    """[N], each one of SPLITS."""
+    objects: NDArray[np.int64]
+    """[N], number of objects the prompt names."""
+    edge_seeds: NDArray[np.float32]
+    """[N, S, M]"""
+    cloud_seeds: NDArray[np.float32]
+    """[N, S, M]"""
+    facts: Mapping[str, str]
+    """The file's own metadata, see FACTS; what is not stated is missing here."""
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def edge(self) -> NDArray[np.float32]:
+        """Mean over seeds, [N, M]."""
+        return np.nanmean(self.edge_seeds, axis=1)
+
+    @property
+    def cloud(self) -> NDArray[np.float32]:
+        """Mean over seeds, [N, M]."""
+        return np.nanmean(self.cloud_seeds, axis=1)
+
+    def where(self, chosen: NDArray[np.bool_]) -> Outcomes:
+        """The prompts that ``chosen`` [N] is true for."""
+        rows = np.flatnonzero(chosen)
+        return Outcomes(
+            self.ids[rows],
+            tuple(self.prompts[row] for row in rows),
+            self.splits[rows],
+            self.objects[rows],
+            self.edge_seeds[rows],
+            self.cloud_seeds[rows],
+            self.facts,
+        )
+
+    def split(self, name: str) -> Outcomes:
+        """The prompts of one split; ExportError when there are fewer than two."""
+        part = self.where(self.splits == name)
+        if len(part) < 2:
+            raise ExportError(
+                f"the labels hold {len(part)} prompts of the split {name!r}: label more prompts"
+            )
+        return part
+
+    @classmethod
+    def read(cls, path: Path) -> Outcomes:
+        """Read and check the matrix; ExportError names the first prompt whose cells are missing or wrong."""
+        table = _table(path)
+        column = {name: table[name].to_numpy() for name in COLUMNS}
+        ids, first, row_of = np.unique(column["prompt_id"], return_index=True, return_inverse=True)
+        for name in ("prompt", "split", "objects"):
+            unlike = np.flatnonzero(column[name] != column[name][first][row_of])
+            if unlike.size:
+                raise ExportError(f"{path}: prompt {ids[row_of[unlike[0]]]} has more than one {name}")
+        splits = column["split"][first].astype(str)
+        if unknown := sorted(set(splits) - set(SPLITS)):
+            raise ExportError(f"{path}: unknown split {unknown[0]!r}; there are {', '.join(SPLITS)}")
+
+        values = np.stack([column[name] for name in METRICS], axis=1).astype(np.float32)
+        wrong = np.flatnonzero(~((values >= 0) & (values <= 1)).all(axis=1))
+        if wrong.size:
+            where = ", ".join(f"{name} {column[name][wrong[0]]}" for name in ("prompt_id", "model", "seed"))
+            raise ExportError(f"{path}: a quality outside [0, 1] or not a number at {where}; label it again")
+        seeds = {
+            model: _seeds(path, model, ids, row_of, column["seed"], values, column["model"] == model)
+            for model in ("edge", "cloud")
+        }
+        facts = table.schema.metadata or {}
+        return cls(
+            ids.astype(np.int64),
+            tuple(column["prompt"][first].tolist()),
+            splits,
+            column["objects"][first].astype(np.int64),
+            seeds["edge"],
+            seeds["cloud"],
+            {name: facts[name.encode()].decode() for name in FACTS if name.encode() in facts},
+        )
+
+
+def _table(path: Path) -> pa.Table:
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise ExportError(
+            f"{path}: not readable as labels ({error}); make them with `edge-export label`"
+        ) from error
+    if missing := [name for name in COLUMNS if name not in table.column_names]:
+        raise ExportError(f"{path}: no column {missing[0]!r}; make the labels again with `edge-export label`")
+    if unknown := set(table["model"].unique().to_pylist()) - {"edge", "cloud"}:
+        raise ExportError(f"{path}: unknown model {sorted(map(str, unknown))[0]!r}; there are edge and cloud")
+    return table
+
+
+def _seeds(
+    path: Path,
+    model: str,
+    ids: NDArray[np.int64],
+    row_of: NDArray[np.int64],
+    seed: NDArray[np.int64],
+    values: NDArray[np.float32],
+    chosen: NDArray[np.bool_],
+) -> NDArray[np.float32]:
+    """Rows of one model as [N, S, M], seeds in ascending order, NaN where a prompt has fewer than S."""
+    rows = np.flatnonzero(chosen)
+    rows = rows[np.lexsort((seed[rows], row_of[rows]))]
+    prompt = row_of[rows]
+    twice = np.flatnonzero((np.diff(prompt) == 0) & (np.diff(seed[rows]) == 0))
+    if twice.size:
+        where = f"prompt {ids[prompt[twice[0]]]}, model {model}, seed {seed[rows][twice[0]]}"
+        raise ExportError(f"{path}: two rows of {where}; remove one")
+    count = np.bincount(prompt, minlength=len(ids))
+    if not count.all():
+        missing = ids[np.argmin(count)]
+        raise ExportError(
+            f"{path}: prompt {missing} has no image of the {model} model; run `edge-export label` again"
+        )
+    place = np.arange(len(rows)) - np.repeat(np.cumsum(count) - count, count)
+    grid = np.full((len(ids), int(count.max()), values.shape[1]), np.nan, np.float32)
+    grid[prompt, place] = values[rows]
+    return grid

@@ -1,0 +1,118 @@
+"""Write a trained predictor into a bundle as an ONNX graph, checked against torch.
+
+    edge-export predictor WEIGHTS BUNDLE
+
+The graph takes `states [1, L, d]` and `mask [1, L]` and gives `edge [1, M]`, `cloud [1, M]`, `pull [1, L, M]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from edge_agent.bundle import CALIBRATION, PREDICTOR, Bundle, write_manifest
+from edge_agent.predictor import INPUTS, OUTPUTS, Predictor
+from edge_agent.superiority import METRICS
+from export.errors import ExportError
+from export.mixture import Mixture
+from export.terminal import console
+
+TOLERANCE = 1e-5
+"""Largest difference from torch in any output; float32 rounding over sums this short stays well below it."""
+
+
+def export(mixture: Mixture, path: Path, tokens: int) -> float:
+    """Write `mixture` for prompts of `tokens` positions (L) to `path`; returns the largest difference from torch.
+
+    ExportError when the mixture is an ablation that does not predict every metric, or the graph differs from torch.
+    """
+    shape = mixture.shape
+    if shape.metrics != len(METRICS):
+        raise ExportError(
+            f"a predictor of {shape.metrics} metrics is an ablation; a bundle's has {len(METRICS)}"
+        )
+    mixture = mixture.eval()
+    example = torch.randn(1, tokens, shape.width), torch.ones(1, tokens, dtype=torch.bool)
+    with warnings.catch_warnings():
+        # torch's newer exporter needs packages that nothing else here does; its notice of that is for developers.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.onnx.export(
+            mixture,
+            example,
+            path,
+            input_names=list(INPUTS),
+            output_names=list(OUTPUTS),
+            dynamic_axes={"states": {1: "L"}, "mask": {1: "L"}, "pull": {1: "L"}},
+            opset_version=18,
+            dynamo=False,
+        )
+    difference = max(
+        _difference(mixture, Predictor.load(path, shape.width), tokens, own) for own in range(1, tokens)
+    )
+    if not difference <= TOLERANCE:
+        raise ExportError(
+            f"not written: the graph differs from torch by {difference:.2g}, more than {TOLERANCE:g}"
+        )
+    return difference
+
+
+def _difference(mixture: Mixture, predictor: Predictor, tokens: int, own: int) -> float:
+    """Between torch and the graph, for a made-up prompt with `own` tokens of its own."""
+    draw = torch.Generator().manual_seed(own)
+    states = mixture.mean + mixture.deviation * torch.randn(1, tokens, mixture.shape.width, generator=draw)
+    mask = (torch.arange(tokens) > 0) & (torch.arange(tokens) <= own)
+    with torch.inference_mode():
+        expected = mixture(states, mask[None])
+    made = predictor.predict(states.numpy(), mask.numpy())
+    return max(
+        float(np.abs(ours - theirs[0].numpy()).max())
+        for ours, theirs in zip((made.edge, made.cloud, made.pull), expected, strict=True)
+    )
+
+
+def install(weights: Path, bundle: Bundle) -> float:
+    """Put the trained predictor into `bundle` and renew its manifest; returns the largest difference from torch.
+
+    A calibration that is there was made with another predictor's scores and is removed.
+    """
+    mixture, record = Mixture.load(weights)
+    if record.get("edge_digest") != bundle.model_digest:
+        raise ExportError(
+            f"{weights} was trained on another edge model's token states; train it on {bundle.folder}"
+        )
+    target = bundle.folder / PREDICTOR
+    target.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=bundle.folder.parent) as scratch:
+        graph = Path(scratch) / target.name
+        difference = export(mixture, graph, bundle.manifest.text_tokens)
+        (bundle.folder / CALIBRATION).unlink(missing_ok=True)
+        graph.replace(target)
+    write_manifest(bundle.folder)
+    return difference
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of the stage; returns the exit code."""
+    parser = argparse.ArgumentParser("edge-export predictor", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("weights", type=Path, help="predictor.safetensors of `edge-export train`")
+    parser.add_argument("bundle", type=Path, help="bundle the predictor was trained on")
+    options = parser.parse_args(argv)
+    difference = install(options.weights, Bundle.open(options.bundle))
+    target = options.bundle / PREDICTOR
+    console.print(
+        f"{target}: {target.stat().st_size:,} bytes; differs from torch by {difference:.1e} at most"
+    )
+    console.print("Now calibrate it: edge-export calibrate LABELS BUNDLE")
+    return 0
+
+
+if __name__ == "__main__":
+    from export.__main__ import run
+
+    raise SystemExit(run(main))
