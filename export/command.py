@@ -29,7 +29,7 @@ class EdgeExportCommand(BuildHookInterface):  # type: ignore[type-arg]
             script.write_text(SCRIPT, encoding="utf-8")
             build_data["shared_scripts"][str(script)] = "edge-export"
 
-    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
+    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:  # noqa: ARG002 - hatchling's signature
         """Called by hatchling after the build."""
         if version == "editable":
             self.folder.cleanup()

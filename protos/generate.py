@@ -43,5 +43,7 @@ def generate(output: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Generate the Python code of the .proto files.")
-    parser.add_argument("folder", nargs="?", type=Path, default=SOURCES, help="where to write; default: the sources")
+    parser.add_argument(
+        "folder", nargs="?", type=Path, default=SOURCES, help="where to write; default: the sources"
+    )
     generate(parser.parse_args().folder)
