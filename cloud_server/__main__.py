@@ -1,0 +1,87 @@
+"""`cloud-server`: the command line."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import sys
+
+from cloud_server import log, settings
+from cloud_server.errors import StartRefused
+
+DESCRIPTION = "Hosts a large text-to-image model for the edge agents that route prompts to it."
+
+SERVE_EPILOG = """\
+Every option is also an environment variable (--max-queue is CLOUD_SERVER_MAX_QUEUE) and a key of the TOML
+file given by --config (max_queue = 8). Options beat the environment, the environment beats the file.
+
+examples:
+  cloud-server serve
+      the starter model on 127.0.0.1:50052, for an edge agent on the same machine
+  cloud-server serve --model ./my-pipeline --price-micro-usd 4000
+      a folder written by a diffusers pipeline's save_pretrained(), at 0.4 cents an image
+  cloud-server serve --listen 0.0.0.0:443 --tls-cert chain.pem --tls-key key.pem --tokens tokens.txt
+      for other machines; tokens.txt has a line 'TENANT TOKEN' for each caller
+
+SIGTERM and Ctrl-C let requests in flight finish (--grace-s); a second one stops them at their next step.
+Exit codes: 0 stopped when told to, 2 could not start (the message says why).
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    top = argparse.ArgumentParser(prog="cloud-server", description=DESCRIPTION)
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    serve = commands.add_parser(
+        "serve",
+        help="load a model and serve it over gRPC",
+        description="Loads a diffusers text-to-image pipeline and serves it over gRPC, one image at a time.",
+        epilog=SERVE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    settings.add_flags(serve)
+    digest = commands.add_parser(
+        "digest",
+        help="print a model's digest",
+        description="Prints a model's digest, as GetModel answers it: what a router is calibrated for.",
+    )
+    digest.add_argument(
+        "--model", metavar="DIR_OR_HUB_ID", default=str(settings.STARTER), help="as for serve"
+    )
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    parsed = parser().parse_args(arguments)
+    try:
+        if parsed.command == "digest":
+            from cloud_server.model import open_model
+
+            print(open_model(parsed.model).digest)
+            return 0
+        return _serve(settings.resolve(vars(parsed), os.environ))
+    except StartRefused as refusal:
+        print(f"cloud-server: {refusal.message}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # before the server took over the signals
+        return 130
+
+
+def _serve(chosen: settings.Settings) -> int:
+    log.configure(as_json=chosen.log_format == "json")
+    from cloud_server.server import run
+
+    server = asyncio.run(run(chosen))
+    if server.still_loading:
+        # Everything is closed; only the loader thread is left, deep in native code that cannot be interrupted
+        # and must not run while the interpreter is being taken down.
+        logging.shutdown()
+        os._exit(0)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

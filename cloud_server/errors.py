@@ -1,0 +1,151 @@
+"""What can go wrong in the cloud server, and which gRPC status says so.
+
+CloudServerError
+├── InvalidRequest       INVALID_ARGUMENT
+├── OffsetPastEnd        OUT_OF_RANGE
+├── Unauthenticated      UNAUTHENTICATED
+├── PriceAboveCeiling    FAILED_PRECONDITION
+├── ImageWithheld        FAILED_PRECONDITION
+├── AlreadyExists        ALREADY_EXISTS
+├── NotKept              NOT_FOUND
+├── QueueFull            RESOURCE_EXHAUSTED
+├── DeadlineTooShort     DEADLINE_EXCEEDED
+├── Unavailable          UNAVAILABLE
+├── CallerStalled        CANCELLED
+├── GenerationFailed     INTERNAL
+├── JournalError         INTERNAL
+└── StartRefused         exit code 2
+"""
+
+from __future__ import annotations
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+
+
+class CloudServerError(Exception):
+    """Base of every error this package raises on purpose. The message says what to do about it.
+
+    `field` names the request field at fault; `retry_after_s` says when trying again may help, in seconds;
+    `facts` are machine-readable strings that travel as google.rpc.ErrorInfo metadata.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        field: str | None = None,
+        retry_after_s: float | None = None,
+        facts: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+        self.retry_after_s = retry_after_s
+        self.facts = facts or {}
+
+
+class InvalidRequest(CloudServerError):
+    """A field of the request cannot be served as it is."""
+
+
+class OffsetPastEnd(CloudServerError):
+    """resume_offset lies behind the image's last byte."""
+
+
+class Unauthenticated(CloudServerError):
+    """No bearer token, or one that stands for no tenant."""
+
+
+class PriceAboveCeiling(CloudServerError):
+    """The price is above what the caller would pay. Nothing ran."""
+
+
+class ImageWithheld(CloudServerError):
+    """The model's own safety checker blanked the image. Nothing is charged."""
+
+
+class AlreadyExists(CloudServerError):
+    """The request id is being made, made another image, or made one that is no longer kept."""
+
+
+class NotKept(CloudServerError):
+    """The rest of an image was asked for that is not kept."""
+
+
+class QueueFull(CloudServerError):
+    """As many requests wait as may wait. Nothing ran."""
+
+
+class DeadlineTooShort(CloudServerError):
+    """The image would come after the caller's deadline. Nothing ran."""
+
+
+class Unavailable(CloudServerError):
+    """The model is still loading, or the server is shutting down. Nothing ran."""
+
+
+class CallerStalled(CloudServerError):
+    """The caller stopped reading the stream."""
+
+
+class GenerationFailed(CloudServerError):
+    """The pipeline raised. Nothing is charged."""
+
+
+class JournalError(CloudServerError):
+    """The journal of generations cannot be read or written."""
+
+
+class StartRefused(CloudServerError):
+    """Settings, model, port or state folder with which no server can run."""
+
+
+GRPC_CODES: dict[type[CloudServerError], grpc.StatusCode] = {
+    InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    OffsetPastEnd: grpc.StatusCode.OUT_OF_RANGE,
+    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    PriceAboveCeiling: grpc.StatusCode.FAILED_PRECONDITION,
+    ImageWithheld: grpc.StatusCode.FAILED_PRECONDITION,
+    AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
+    NotKept: grpc.StatusCode.NOT_FOUND,
+    QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    DeadlineTooShort: grpc.StatusCode.DEADLINE_EXCEEDED,
+    Unavailable: grpc.StatusCode.UNAVAILABLE,
+    CallerStalled: grpc.StatusCode.CANCELLED,
+    GenerationFailed: grpc.StatusCode.INTERNAL,
+    JournalError: grpc.StatusCode.INTERNAL,
+}
+
+ERROR_DOMAIN = "cloud.routet2i"  # the `domain` of google.rpc.ErrorInfo
+MAX_MESSAGE_CHARACTERS = 500  # a status travels in headers, of which gRPC takes 8 KiB
+
+
+def grpc_status(error: CloudServerError) -> status_pb2.Status:
+    """`error` as a google.rpc.Status, with BadRequest, RetryInfo and ErrorInfo details where they apply."""
+    message = error.message[:MAX_MESSAGE_CHARACTERS]
+    details: list[Message] = []
+    if error.field is not None:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=message)
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if error.retry_after_s is not None:
+        delay = duration_pb2.Duration()
+        delay.FromMilliseconds(round(error.retry_after_s * 1000))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    if error.facts:
+        details.append(
+            error_details_pb2.ErrorInfo(
+                reason=_upper_snake(type(error).__name__), domain=ERROR_DOMAIN, metadata=error.facts
+            )
+        )
+    packed = [any_pb2.Any() for _ in details]
+    for box, detail in zip(packed, details, strict=True):
+        box.Pack(detail)
+    code: int = GRPC_CODES[type(error)].value[0]
+    return status_pb2.Status(code=code, message=message, details=packed)
+
+
+def _upper_snake(name: str) -> str:
+    return "".join(f"_{c}" if c.isupper() and i else c for i, c in enumerate(name)).upper()

@@ -1,0 +1,237 @@
+"""The diffusers pipeline behind one worker thread: yields each denoising `Step`, then the `Image`."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import inspect
+import io
+import math
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from cloud_server.errors import GenerationFailed, ImageWithheld, StartRefused
+from cloud_server.model import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, Model
+from cloud_server.request import Limits, Spec
+
+PREVIEW_SIDE = 128  # pixels of a preview's longer side
+MIN_SIDE_MULTIPLE = 8  # diffusers' pipelines refuse sizes that are not multiples of 8 pixels
+
+
+@dataclass(frozen=True)
+class Step:
+    """Denoising step `step` of `steps` is done. `preview`: PNG of the image as it stands, if asked for."""
+
+    step: int
+    steps: int
+    preview: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Image:
+    """A finished image: PNG bytes, their SHA-256 in hex, and how long pipeline and PNG took, in seconds."""
+
+    png: bytes
+    sha256: str
+    generate_s: float
+    png_s: float
+
+
+class _Stopped(Exception):
+    """Raised inside the pipeline's step callback to leave the pipeline at once."""
+
+
+class Generator:
+    """One loaded pipeline. Makes one image at a time, whatever the callers do."""
+
+    def __init__(self, pipeline: Any, model: Model) -> None:
+        self.model = model
+        self._pipeline = pipeline
+        self._parameters = frozenset(inspect.signature(pipeline.__call__).parameters)
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generator")
+        if "callback_on_step_end" not in self._parameters:
+            raise StartRefused(
+                f"{type(pipeline).__name__} has no callback_on_step_end, so a cancelled call could not stop "
+                "it; choose a text-to-image pipeline that has one"
+            )
+
+    @classmethod
+    def load(cls, model: Model, device: str, dtype: str) -> Generator:
+        """Loads the weights; blocks for seconds to minutes. Raises StartRefused with what diffusers said.
+
+        `device` "auto" is CUDA when there is a GPU, else the CPU; `dtype` "auto" is float16 on CUDA, else
+        float32.
+        """
+        import torch
+        from diffusers import DiffusionPipeline
+        from diffusers.utils import logging as diffusers_logging
+        from transformers.utils import logging as transformers_logging
+
+        for library in (diffusers_logging, transformers_logging):
+            library.set_verbosity_error()
+            library.disable_progress_bar()
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if dtype == "auto":
+            dtype = "float16" if device.startswith("cuda") else "float32"
+        try:
+            pipeline = DiffusionPipeline.from_pretrained(
+                str(model.folder), torch_dtype=getattr(torch, dtype), local_files_only=True
+            ).to(device)
+        except Exception as error:  # loaders of many formats, each with its own exceptions
+            raise StartRefused(
+                f"cannot load the model in {model.folder}: {type(error).__name__}: {error}. "
+                "Save it again with save_pretrained(), or choose another with --model"
+            ) from error
+        pipeline.set_progress_bar_config(disable=True)
+        return cls(pipeline, model)
+
+    def limits(self, *, max_side: int, max_steps: int, max_prompt_characters: int) -> Limits:
+        """What this model serves within the settings. Raises StartRefused when it does not say its size."""
+        card = self.model.card
+        width, height = (
+            self._own_size() if card.width is None or card.height is None else (card.width, card.height)
+        )
+        return Limits(
+            width=width,
+            height=height,
+            steps=DEFAULT_STEPS if card.steps is None else card.steps,
+            guidance_scale=DEFAULT_GUIDANCE_SCALE
+            if card.guidance_scale is None
+            else float(card.guidance_scale),
+            sizes=card.sizes,
+            side_multiple=math.lcm(MIN_SIDE_MULTIPLE, self._latent_factor()),
+            max_side=max(max_side, width, height),
+            max_steps=max_steps,
+            max_prompt_characters=max_prompt_characters,
+            negative_prompt="negative_prompt" in self._parameters,
+        )
+
+    async def generate(self, spec: Spec, preview: bool = False) -> AsyncGenerator[Step | Image, None]:
+        """Steps, then one Image. Closing the generator stops the pipeline at its next step and awaits that.
+
+        Raises GenerationFailed when the pipeline raised, ImageWithheld when its safety checker blanked the image.
+        """
+        loop = asyncio.get_running_loop()
+        steps: asyncio.Queue[Step | None] = asyncio.Queue()
+        stop = threading.Event()
+
+        def tell(step: Step) -> None:
+            loop.call_soon_threadsafe(steps.put_nowait, step)
+
+        job = loop.run_in_executor(self._worker, self._make, spec, preview, stop, tell)
+
+        def done(job: asyncio.Future[Image | None]) -> None:
+            job.exception()  # seen: nobody may be left to await it
+            steps.put_nowait(None)
+
+        job.add_done_callback(done)
+        try:
+            while (step := await steps.get()) is not None:
+                yield step
+            if (image := await job) is not None:
+                yield image
+        finally:
+            stop.set()
+            await asyncio.wait([job])
+
+    def close(self) -> None:
+        """Waits for the worker thread to end. The caller has closed every generation before."""
+        self._worker.shutdown(wait=True)
+
+    def _make(
+        self, spec: Spec, preview: bool, stop: threading.Event, tell: Callable[[Step], None]
+    ) -> Image | None:
+        """Runs in the worker thread. None when stopped."""
+        import torch
+
+        told = 0
+
+        def on_step_end(pipeline: Any, index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            nonlocal told
+            if stop.is_set():
+                raise _Stopped
+            # Some schedulers (Heun, PNDM) take more timesteps than the steps asked for; progress counts these.
+            step = math.ceil((index + 1) * spec.steps / pipeline.num_timesteps)
+            if step > told:
+                told = step
+                tell(Step(step, spec.steps, _preview(pipeline, tensors["latents"]) if preview else None))
+            return tensors
+
+        started = time.perf_counter()
+        arguments = {
+            "prompt": spec.prompt,
+            "width": spec.width,
+            "height": spec.height,
+            "num_inference_steps": spec.steps,
+            "guidance_scale": spec.guidance_scale,
+            # On the CPU whatever the device: the same seed is the same noise everywhere.
+            "generator": torch.Generator("cpu").manual_seed(spec.seed),
+            "callback_on_step_end": on_step_end,
+        }
+        if spec.negative_prompt:
+            arguments["negative_prompt"] = spec.negative_prompt
+        if stop.is_set():
+            return None
+        try:
+            output = self._pipeline(**arguments)
+        except _Stopped:
+            return None
+        except Exception as error:  # whatever torch, diffusers or a driver raise
+            raise GenerationFailed(f"the pipeline failed: {type(error).__name__}: {error}") from error
+        if any(getattr(output, "nsfw_content_detected", None) or ()):
+            raise ImageWithheld("the model's safety checker withheld the image; nothing is charged")
+        generated = time.perf_counter()
+        png = _png(output.images[0])
+        return Image(
+            png=png,
+            sha256=hashlib.sha256(png).hexdigest(),
+            generate_s=generated - started,
+            png_s=time.perf_counter() - generated,
+        )
+
+    def _latent_factor(self) -> int:
+        return int(getattr(self._pipeline, "vae_scale_factor", MIN_SIDE_MULTIPLE))
+
+    def _own_size(self) -> tuple[int, int]:
+        """(width, height) in pixels that the denoiser was trained for, as its config says."""
+        for name in ("unet", "transformer"):
+            config = getattr(getattr(self._pipeline, name, None), "config", None)
+            size = getattr(config, "sample_size", None)
+            if size is not None:
+                height, width = (size, size) if isinstance(size, int) else size
+                return width * self._latent_factor(), height * self._latent_factor()
+        raise StartRefused(
+            f"the model in {self.model.folder} does not say its image size; write width and height to "
+            "routet2i.json beside model_index.json"
+        )
+
+
+def _preview(pipeline: Any, latents: Any) -> bytes | None:
+    """PNG of `latents` [1, C, H, W] decoded as they are, at most PREVIEW_SIDE on a side.
+
+    None where decoding takes more than the autoencoder: packed latents, or a float16 autoencoder that has to
+    be upcast first.
+    """
+    vae = getattr(pipeline, "vae", None)
+    config = getattr(vae, "config", None)
+    scaling = getattr(config, "scaling_factor", None)
+    if vae is None or scaling is None or latents.ndim != 4:
+        return None
+    if getattr(config, "force_upcast", False) and vae.dtype.itemsize < 4:
+        return None
+    shift = getattr(config, "shift_factor", None) or 0.0
+    pixels = vae.decode(latents.to(vae.dtype) / scaling + shift).sample
+    picture = pipeline.image_processor.postprocess(pixels, output_type="pil")[0]
+    picture.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
+    return _png(picture)
+
+
+def _png(picture: Any) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, format="PNG")
+    return file.getvalue()

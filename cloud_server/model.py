@@ -1,0 +1,175 @@
+"""The model folder: where it lies, what it is called, what it serves, and its digest. Needs no torch.
+
+A model is a diffusers folder (the one that holds model_index.json), or a hub id that is downloaded to one.
+Beside model_index.json may lie `routet2i.json`, which says what diffusers folders leave open:
+
+    {
+      "name": "starter-cloud",        how people call it
+      "licence": "Apache-2.0",        SPDX id of the weights' licence
+      "width": 64, "height": 64,      pixels, when the request names none
+      "steps": 25,                    denoising steps, when the request names none
+      "guidance_scale": 3.0,          classifier-free guidance scale, when the request names none
+      "sizes": [[64, 64]]             the only [width, height] served; left out: what the autoencoder allows
+    }
+
+Every key may be left out. Without the file a model is named after its folder and serves its own size with the
+defaults that diffusers' own documentation uses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cloud_server.errors import StartRefused
+
+INDEX_FILE = "model_index.json"
+CARD_FILE = "routet2i.json"
+DEFAULT_STEPS = 25  # enough for DPM-Solver++, which most pipelines ship with or profit from
+DEFAULT_GUIDANCE_SCALE = 7.5  # diffusers' default for Stable Diffusion
+HASH_BLOCK = 1 << 20  # bytes read at a time
+
+
+@dataclass(frozen=True)
+class Card:
+    """The content of routet2i.json. None where it is silent."""
+
+    name: str | None = None
+    licence: str | None = None
+    width: int | None = None
+    height: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    sizes: tuple[tuple[int, int], ...] | None = None
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model folder that looks loadable.
+
+    `digest` is the SHA-256 (lower-case hex) over one line "<sha256 of the file>  <path>" for each file, sorted by
+    path: model_index.json, routet2i.json and everything in the folders that model_index.json names. Prose beside
+    them (a README, a model card) can change without the digest changing.
+    """
+
+    name: str
+    licence: str
+    folder: Path
+    digest: str
+    card: Card
+
+
+def locate(model: str) -> Path:
+    """The folder of `model`: itself when it is one, otherwise the snapshot of the hub id, downloaded if needed.
+
+    Raises StartRefused when there is neither.
+    """
+    folder = Path(model).expanduser()
+    if (folder / INDEX_FILE).is_file():
+        return folder.resolve()
+    if folder.exists():
+        raise StartRefused(f"{folder} has no {INDEX_FILE}, so it is not a diffusers pipeline. {_WHAT_TO_DO}")
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise StartRefused(f"there is no model folder {folder}. {_WHAT_TO_DO}")
+    try:
+        from diffusers import DiffusionPipeline
+
+        return Path(DiffusionPipeline.download(model)).resolve()
+    except Exception as error:  # the hub client raises whatever its transport raises
+        raise StartRefused(
+            f"there is no folder {model}, and the hub did not give it: {error}. {_WHAT_TO_DO}"
+        ) from error
+
+
+_WHAT_TO_DO = (
+    "Give --model a folder saved by a diffusers pipeline's save_pretrained(), or a hub id such as owner/name."
+)
+
+
+def open_model(model: str) -> Model:
+    """Locates a model, reads its card and takes its digest (reads every file once). Raises StartRefused."""
+    folder = locate(model)
+    try:
+        card = _read_card(folder / CARD_FILE)
+        return Model(
+            name=card.name or folder.name,
+            licence=card.licence or "",
+            folder=folder,
+            digest=digest(folder),
+            card=card,
+        )
+    except OSError as error:
+        raise StartRefused(f"cannot read the model: {error}") from error
+
+
+def digest(folder: Path) -> str:
+    """The model's digest, as `Model` defines it."""
+    lines = [f"{_sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in _model_files(folder)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _model_files(folder: Path) -> list[Path]:
+    index = _read_object(folder / INDEX_FILE)
+    files = [folder / INDEX_FILE]
+    if (folder / CARD_FILE).is_file():
+        files.append(folder / CARD_FILE)
+    for component in index:
+        if not component.startswith("_"):
+            files += [path for path in (folder / component).rglob("*") if path.is_file()]
+    return sorted(files, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def _sha256(path: Path) -> str:
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(HASH_BLOCK):
+            total.update(block)
+    return total.hexdigest()
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise StartRefused(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise StartRefused(f"{path} must hold one JSON object")
+    return content
+
+
+def _read_card(path: Path) -> Card:
+    if not path.is_file():
+        return Card()
+    content = _read_object(path)
+    checks: dict[str, Callable[[Any], bool]] = {
+        "name": lambda v: isinstance(v, str),
+        "licence": lambda v: isinstance(v, str),
+        "width": _is_count,
+        "height": _is_count,
+        "steps": _is_count,
+        "guidance_scale": lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and 0 <= v < 1e3,
+        "sizes": lambda v: isinstance(v, list) and bool(v) and all(_is_size(pair) for pair in v),
+    }
+    for key, value in content.items():
+        if key not in checks:
+            raise StartRefused(f"{path}: unknown key {key!r}; there are {', '.join(checks)}")
+        if not checks[key](value):
+            raise StartRefused(f"{path}: {key} cannot be {value!r}")
+    if "sizes" in content:
+        content["sizes"] = tuple((width, height) for width, height in content["sizes"])
+    card = Card(**content)
+    if card.sizes is not None and (card.width, card.height) not in card.sizes:
+        raise StartRefused(f"{path}: the default width and height must be one of sizes")
+    return card
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(_is_count(side) for side in value)

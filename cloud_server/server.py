@@ -1,0 +1,192 @@
+"""The server's life: start up, serve, drain, shut down. The only place where the parts are put together."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from cloud_server.admission import Admission
+from cloud_server.errors import StartRefused
+from cloud_server.generator import Generator
+from cloud_server.journal import Journal
+from cloud_server.model import open_model
+from cloud_server.service import CloudServerService, Serving
+from cloud_server.settings import Settings
+from cloud_server.tenants import Tenants
+from routet2i.cloud.v1 import cloud_pb2, cloud_pb2_grpc
+
+log = logging.getLogger("cloud_server")
+
+SERVICE = cloud_pb2.DESCRIPTOR.services_by_name["CloudServerService"].full_name
+HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+
+CHANNEL_OPTIONS = (
+    # Without it two servers share a port in silence, each getting some of the calls.
+    ("grpc.so_reuseport", 0),
+    # A dead link is noticed in 10 + 5 s; ping_timeout as well, or a stalled peer takes over a minute.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),
+    # Edges ping every 10 s, also between calls; without these two they are sent away with too_many_pings.
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    # A request is a prompt and a few numbers.
+    ("grpc.max_receive_message_length", 256 * 1024),
+)
+CLOSE_S = 1.0  # what handlers that were told to stop get to say so before their connections close
+
+
+class Server:
+    """One cloud server. `startup()`, then `serve()` until `stop()` is called, then `shutdown()`."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.port = 0
+        self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._health = health.aio.HealthServicer()
+        self._loading: asyncio.Future[Serving] | None = None
+
+    async def startup(self) -> None:
+        """Opens the journal and the port; health says NOT_SERVING. Raises StartRefused."""
+        settings = self.settings
+        tenants = Tenants.load(settings.tokens) if settings.tokens else Tenants()
+        self._journal = Journal.open(settings.journal_file, keep_images_s=settings.keep_images_s)
+        try:
+            self._service = CloudServerService(
+                price_micro_usd=settings.price_micro_usd,
+                admission=Admission(settings.max_queue),
+                journal=self._journal,
+                tenants=tenants,
+            )
+            self._server = grpc.aio.server(options=CHANNEL_OPTIONS)
+            cloud_pb2_grpc.add_CloudServerServiceServicer_to_server(self._service, self._server)
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+            reflection.enable_server_reflection((SERVICE, HEALTH, reflection.SERVICE_NAME), self._server)
+            await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+            self.port = self._bind()
+            await self._server.start()
+        except BaseException:
+            self._journal.close()
+            raise
+        log.info(
+            "listening",
+            extra={"fields": {"address": settings.listen, "port": self.port, "tls": settings.tls}},
+        )
+
+    async def serve(self) -> None:
+        """Loads the model and serves it until `stop()`. Raises StartRefused when the model cannot be loaded."""
+        loading = self._loading = self._load()
+        stopped = asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait((stopped, loading), return_when=asyncio.FIRST_COMPLETED)
+            if self._stop.is_set():
+                return
+            serving = self._service.serving = loading.result()
+            await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+            model = serving.generator.model
+            log.info("serving", extra={"fields": {"model": model.name, "digest": model.digest}})
+            await stopped
+        finally:
+            stopped.cancel()
+
+    async def shutdown(self) -> None:
+        """Drains: health NOT_SERVING, new requests refused, those in flight get the grace period to finish."""
+        self._service.draining = True
+        await self._health.enter_graceful_shutdown()
+        log.info("draining", extra={"fields": {"in_flight": self._service.in_flight}})
+        idle = asyncio.ensure_future(self._service.idle())
+        hurry = asyncio.ensure_future(self._hurry.wait())
+        await asyncio.wait((idle, hurry), timeout=self.settings.grace_s, return_when=asyncio.FIRST_COMPLETED)
+        idle.cancel()
+        hurry.cancel()
+        await self._server.stop(CLOSE_S)  # cancels what is not done by now
+        await self._service.idle()  # a cancelled request leaves the model at its next step
+        self._journal.close()
+        if self._service.serving is not None:
+            self._service.serving.generator.close()
+        log.info("stopped", extra={"fields": {}})
+
+    def stop(self) -> None:
+        """Asks for the shutdown. A second call cuts the grace period short."""
+        if self._stop.is_set():
+            self._hurry.set()
+        self._stop.set()
+
+    @property
+    def still_loading(self) -> bool:
+        """Whether a thread is loading the model, which nothing can interrupt."""
+        return self._loading is not None and not self._loading.done()
+
+    def _bind(self) -> int:
+        settings = self.settings
+        try:
+            if not settings.tls:
+                port = self._server.add_insecure_port(settings.listen)
+            else:
+                key, chain = Path(settings.tls_key).read_bytes(), Path(settings.tls_cert).read_bytes()
+                credentials = grpc.ssl_server_credentials([(key, chain)])
+                port = self._server.add_secure_port(settings.listen, credentials)
+        except (RuntimeError, OSError) as error:
+            raise StartRefused(
+                f"cannot listen on {settings.listen}: the port is taken, or the address is not this "
+                "machine's. Stop what uses it, or choose another with --listen"
+            ) from error
+        if port == 0:
+            raise StartRefused(f"cannot listen on {settings.listen}; choose another address with --listen")
+        return port
+
+    def _load(self) -> asyncio.Future[Serving]:
+        """Loads the model in a daemon thread, so that a server told to stop need not wait for it."""
+        loading: concurrent.futures.Future[Serving] = concurrent.futures.Future()
+
+        def load() -> None:
+            try:
+                loading.set_result(self._open_model())
+            except BaseException as error:
+                loading.set_exception(error)
+
+        threading.Thread(target=load, name="loader", daemon=True).start()
+        return asyncio.wrap_future(loading)
+
+    def _open_model(self) -> Serving:
+        settings = self.settings
+        generator = Generator.load(open_model(settings.model), settings.device, settings.dtype)
+        return Serving(
+            generator,
+            generator.limits(
+                max_side=settings.max_side,
+                max_steps=settings.max_steps,
+                max_prompt_characters=settings.max_prompt_characters,
+            ),
+        )
+
+    async def _set_health(self, status: Any) -> None:
+        for service in ("", SERVICE):
+            await self._health.set(service, status)
+
+
+async def run(settings: Settings) -> Server:
+    """Starts a server and serves until SIGTERM or SIGINT; a second signal cuts the grace period short.
+
+    Returns the stopped server. Raises StartRefused.
+    """
+    server = Server(settings)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, server.stop)
+    await server.startup()
+    try:
+        await server.serve()
+    finally:
+        await server.shutdown()
+    return server

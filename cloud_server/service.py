@@ -1,0 +1,360 @@
+"""CloudServerService: turns wire messages into domain objects and back. Protobuf stays in this file."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from cloud_server.admission import Admission
+from cloud_server.errors import (
+    GRPC_CODES,
+    AlreadyExists,
+    CallerStalled,
+    CloudServerError,
+    NotKept,
+    OffsetPastEnd,
+    PriceAboveCeiling,
+    Unavailable,
+    grpc_status,
+)
+from cloud_server.generator import Generator, Step
+from cloud_server.journal import Finished, Journal, State
+from cloud_server.request import MEDIA_TYPE, Limits, Spec, Wish, check_request_id, validate
+from cloud_server.tenants import Tenants
+from routet2i.cloud.v1 import cloud_pb2, cloud_pb2_grpc
+from routet2i.image.v1 import image_pb2
+
+log = logging.getLogger("cloud_server")
+
+CHUNK_BYTES = 65_536  # of image data in one message; far below gRPC's 4 MiB, so that no image size matters
+STALLED_READER_S = (
+    30.0  # a caller that takes no message for so long is dropped, so that it cannot hold the model
+)
+LOADING_RETRY_S = 2.0  # what RetryInfo says while the model is loading
+
+STATES = {
+    State.RUNNING: cloud_pb2.GENERATION_STATE_RUNNING,
+    State.FINISHED: cloud_pb2.GENERATION_STATE_FINISHED,
+    State.FAILED: cloud_pb2.GENERATION_STATE_FAILED,
+    State.CANCELLED: cloud_pb2.GENERATION_STATE_CANCELLED,
+}
+
+Line = dict[str, Any]  # the fields of a request's log line
+
+
+@dataclass(frozen=True)
+class Serving:
+    """The loaded model and what it serves."""
+
+    generator: Generator
+    limits: Limits
+
+
+class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
+    """The service. The server sets `serving` once the model is loaded, and `draining` when it shuts down."""
+
+    def __init__(
+        self, *, price_micro_usd: int, admission: Admission, journal: Journal, tenants: Tenants
+    ) -> None:
+        self.price_micro_usd = price_micro_usd
+        self.admission = admission
+        self.serving: Serving | None = None
+        self.draining = False
+        self.in_flight = 0  # Generate calls that have not ended
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._journal = journal
+        self._tenants = tenants
+
+    async def _generate(
+        self, tenant: str, wish: Wish, preview: bool, remaining_s: float | None, line: Line
+    ) -> AsyncGenerator[cloud_pb2.GenerateResponse, None]:
+        """The whole request: one image, made or sent again."""
+        arrived = time.perf_counter()
+        serving = self._serving()
+        spec = validate(wish, serving.limits, drawn_seed=secrets.randbelow(2**32))
+        digest = serving.generator.model.digest
+
+        finished = await self._kept(tenant, wish)
+        timings: dict[str, float] = {}
+        if finished is not None:
+            line["replayed"] = True
+            yield _accepted(0, finished.charged_micro_usd, finished.model_digest)
+        else:
+            price = self.price_micro_usd
+            if wish.max_price_micro_usd is not None and price > wish.max_price_micro_usd:
+                raise PriceAboveCeiling(
+                    f"an image costs {price} micro-USD here, above the ceiling of {wish.max_price_micro_usd}: "
+                    "raise max_price_micro_usd or stay on the edge",
+                    facts={"price_micro_usd": str(price)},
+                )
+            async with self.admission.enter(spec.work, remaining_s) as ticket, self._running(tenant, wish):
+                yield _accepted(ticket.position, price, digest)
+                await ticket.turn.wait()
+                timings["queue"] = time.perf_counter() - arrived
+                async with aclosing(serving.generator.generate(spec, preview)) as events:
+                    async for event in events:
+                        if isinstance(event, Step):
+                            yield _progress(event)
+                        else:
+                            image = event
+                self.admission.record(ticket, image.generate_s)
+                timings |= {"generate": image.generate_s, "png": image.png_s}
+                finished = Finished(price, image.sha256, digest, spec, image.png)
+                await asyncio.to_thread(self._journal.finish, tenant, wish.request_id, finished)
+            line["charged_micro_usd"] = price
+
+        png = finished.image or b""
+        for offset in range(wish.resume_offset, len(png), CHUNK_BYTES):
+            yield _chunk(offset, png[offset : offset + CHUNK_BYTES])
+        timings["total"] = time.perf_counter() - arrived
+        line |= {"sha256": finished.sha256} | {
+            f"{stage}_ms": round(s * 1e3, 1) for stage, s in timings.items()
+        }
+        yield _result(wish.request_id, finished, timings)
+
+    async def Generate(  # type: ignore[override]  # writes to the context, so that a cancellation reaches it
+        self, request: cloud_pb2.GenerateRequest, context: Any
+    ) -> None:
+        """Makes one image, or sends a kept one again; see the .proto file."""
+        wish = _wish(request.image)
+        line: Line = {"rpc": "Generate", "request_id": wish.request_id, "app": wish.app or "default"}
+        if wish.traceparent:
+            line["traceparent"] = wish.traceparent
+        async with self._counted(), self._call(context, line) as tenant:
+            responses = self._generate(tenant, wish, request.preview, _remaining_s(context), line)
+            async with aclosing(responses):
+                async for response in responses:
+                    await _write(context, response)
+
+    async def GetModel(
+        self,
+        request: cloud_pb2.GetModelRequest,  # noqa: ARG002  # empty
+        context: Any,
+    ) -> cloud_pb2.GetModelResponse:
+        """What is served here, and for how much."""
+        async with self._call(context, {"rpc": "GetModel"}):
+            serving = self._serving()
+            model, limits = serving.generator.model, serving.limits
+            default = (limits.width, limits.height)
+            others = [size for size in limits.sizes or () if size != default]
+            return cloud_pb2.GetModelResponse(
+                model_digest=model.digest,
+                name=model.name,
+                licence=model.licence,
+                sizes=[cloud_pb2.ImageSize(width=w, height=h) for w, h in (default, *others)],
+                default_steps=limits.steps,
+                max_steps=limits.max_steps,
+                default_guidance_scale=limits.guidance_scale,
+                price_micro_usd=self.price_micro_usd,
+                queue_length=self.admission.waiting,
+                max_queue=self.admission.max_queue,
+            )
+
+    async def LookupGeneration(
+        self, request: cloud_pb2.LookupGenerationRequest, context: Any
+    ) -> cloud_pb2.LookupGenerationResponse:
+        """What became of a request id; answers across restarts, and before the model is loaded."""
+        request_id = request.request_id
+        async with self._call(context, {"rpc": "LookupGeneration", "request_id": request_id}) as tenant:
+            check_request_id(request_id)
+            entry = await asyncio.to_thread(self._journal.find, tenant, request_id)
+            if entry is None:
+                unknown = cloud_pb2.GENERATION_STATE_UNKNOWN
+                return cloud_pb2.LookupGenerationResponse(request_id=request_id, state=unknown)
+            finished = entry.finished
+            return cloud_pb2.LookupGenerationResponse(
+                request_id=request_id,
+                state=STATES[entry.state],
+                charged=finished is not None,
+                charged_micro_usd=finished.charged_micro_usd if finished else 0,
+                sha256=finished.sha256 if finished else "",
+            )
+
+    async def idle(self) -> None:
+        """Returns once no Generate call is in flight."""
+        await self._idle.wait()
+
+    def _serving(self) -> Serving:
+        if self.draining:
+            raise Unavailable("the server is shutting down and takes no new requests")
+        if self.serving is None:
+            raise Unavailable("the model is still loading; try again shortly", retry_after_s=LOADING_RETRY_S)
+        return self.serving
+
+    async def _kept(self, tenant: str, wish: Wish) -> Finished | None:
+        """The image this request id has made already, to be sent from the wanted byte; None: make it."""
+        entry = await asyncio.to_thread(self._journal.find, tenant, wish.request_id)
+        finished = entry.finished if entry else None
+        if entry and finished and entry.fingerprint != _fingerprint(wish):
+            raise AlreadyExists(
+                "this request_id made another image; use a new one for each image", facts=_outcome(finished)
+            )
+        if finished and finished.image is not None:
+            if wish.resume_offset > len(finished.image):
+                raise OffsetPastEnd(
+                    f"the image has {len(finished.image)} bytes; resume_offset {wish.resume_offset} is past them",
+                    field="resume_offset",
+                )
+            return finished
+        if wish.resume_offset:
+            raise NotKept("no image of this request_id is kept, so there is no rest to send")
+        if finished:
+            raise AlreadyExists(
+                "this request_id has made its image, which is no longer kept. It was charged once and will "
+                "not be charged again; use a new request_id for a new image",
+                facts=_outcome(finished),
+            )
+        return None
+
+    @asynccontextmanager
+    async def _counted(self) -> AsyncIterator[None]:
+        self.in_flight += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+            if not self.in_flight:
+                self._idle.set()
+
+    @asynccontextmanager
+    async def _running(self, tenant: str, wish: Wish) -> AsyncIterator[None]:
+        """Journals the block as running and, unless it finished, how it ended."""
+        await asyncio.to_thread(self._journal.begin, tenant, wish.request_id, _fingerprint(wish))
+        try:
+            yield
+        except BaseException as error:
+            state = State.FAILED if isinstance(error, Exception) else State.CANCELLED
+            # Shielded: a second cancellation must not leave the id running in the journal.
+            await asyncio.shield(asyncio.to_thread(self._journal.end, tenant, wish.request_id, state))
+            raise
+
+    @asynccontextmanager
+    async def _call(self, context: Any, line: Line) -> AsyncIterator[str]:
+        """Names the tenant, turns errors into statuses, and writes the call's one log line."""
+        began = time.perf_counter()
+        line["outcome"] = "OK"
+        try:
+            metadata = dict(context.invocation_metadata() or ())
+            tenant = line["tenant"] = self._tenants.identify(metadata.get("authorization"))
+            yield tenant
+        except CloudServerError as error:
+            line |= {"outcome": GRPC_CODES[type(error)].name, "error": error.message}
+            status = grpc_status(error)
+            await context.abort(
+                GRPC_CODES[type(error)],
+                status.message,
+                (("grpc-status-details-bin", status.SerializeToString()),),
+            )
+        except asyncio.CancelledError:
+            line["outcome"] = "CANCELLED"
+            raise
+        except Exception:
+            line["outcome"] = "INTERNAL"
+            log.exception("a bug in the server ended a call")
+            await context.abort(grpc.StatusCode.INTERNAL, "internal error; the server's log has the details")
+        finally:
+            line["elapsed_ms"] = round((time.perf_counter() - began) * 1e3, 1)
+            log.info("call", extra={"fields": line})
+
+
+async def _write(context: Any, response: cloud_pb2.GenerateResponse) -> None:
+    try:
+        await asyncio.wait_for(context.write(response), STALLED_READER_S)
+    except asyncio.TimeoutError:
+        raise CallerStalled(
+            f"the caller read nothing for {STALLED_READER_S:.0f} s; read the stream as it comes"
+        ) from None
+
+
+def _wish(image: image_pb2.ImageRequest) -> Wish:
+    def optional(name: str) -> Any:
+        return getattr(image, name) if image.HasField(name) else None
+
+    return Wish(
+        request_id=image.request_id,
+        app=image.app,
+        prompt=image.prompt,
+        negative_prompt=image.negative_prompt,
+        seed=optional("seed"),
+        width=optional("width"),
+        height=optional("height"),
+        steps=optional("steps"),
+        guidance_scale=optional("guidance_scale"),
+        media_type=image.media_type,
+        local_only=image.privacy == image_pb2.PRIVACY_LOCAL_ONLY,
+        max_price_micro_usd=optional("max_price_micro_usd"),
+        resume_offset=image.resume_offset,
+        traceparent=image.traceparent,
+    )
+
+
+def _fingerprint(wish: Wish) -> str:
+    """SHA-256 of what decides the pixels. One request id with two fingerprints is a caller's mistake."""
+    wanted = [
+        wish.prompt,
+        wish.negative_prompt,
+        wish.seed,
+        wish.width,
+        wish.height,
+        wish.steps,
+        wish.guidance_scale,
+    ]
+    return hashlib.sha256(json.dumps(wanted).encode()).hexdigest()
+
+
+def _outcome(finished: Finished) -> dict[str, str]:
+    return {"charged_micro_usd": str(finished.charged_micro_usd), "sha256": finished.sha256}
+
+
+def _remaining_s(context: Any) -> float | None:
+    remaining: float | None = context.time_remaining()
+    return remaining
+
+
+def _accepted(position: int, price: int, digest: str) -> cloud_pb2.GenerateResponse:
+    accepted = cloud_pb2.Accepted(queue_position=position, charged_micro_usd=price, model_digest=digest)
+    return cloud_pb2.GenerateResponse(accepted=accepted)
+
+
+def _progress(step: Step) -> cloud_pb2.GenerateResponse:
+    progress = image_pb2.Progress(step=step.step, steps=step.steps, preview=step.preview)
+    return cloud_pb2.GenerateResponse(progress=progress)
+
+
+def _chunk(offset: int, data: bytes) -> cloud_pb2.GenerateResponse:
+    return cloud_pb2.GenerateResponse(image_chunk=image_pb2.ImageChunk(offset=offset, data=data))
+
+
+def _result(request_id: str, finished: Finished, timings: dict[str, float]) -> cloud_pb2.GenerateResponse:
+    spec: Spec = finished.spec
+    info = image_pb2.ImageInfo(
+        sha256=finished.sha256,
+        total_bytes=len(finished.image or b""),
+        media_type=MEDIA_TYPE,
+        width=spec.width,
+        height=spec.height,
+        seed=spec.seed,
+        steps=spec.steps,
+        guidance_scale=spec.guidance_scale,
+        model_digest=finished.model_digest,
+    )
+    return cloud_pb2.GenerateResponse(
+        result=cloud_pb2.Result(
+            request_id=request_id,
+            image=info,
+            charged_micro_usd=finished.charged_micro_usd,
+            timings=[image_pb2.Timing(stage=stage, milliseconds=s * 1e3) for stage, s in timings.items()],
+        )
+    )

@@ -1,0 +1,229 @@
+"""The settings of `cloud-server serve`. Each field of `Settings` is a flag, an environment variable, a TOML key.
+
+`price_micro_usd` is --price-micro-usd, CLOUD_SERVER_PRICE_MICRO_USD and price_micro_usd = ... in the file.
+Flags beat the environment, the environment beats the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import ipaddress
+import os
+import ssl
+import sys
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from cloud_server.errors import StartRefused
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ENVIRONMENT_PREFIX = "CLOUD_SERVER_"
+STARTER = Path(__file__).parent / "starter"
+
+
+def _setting(default: Any, kind: type, metavar: str, explanation: str, choices: tuple[str, ...] = ()) -> Any:
+    return field(
+        default=default,
+        metadata={"kind": kind, "metavar": metavar, "help": explanation, "choices": choices},
+    )
+
+
+def default_state_folder() -> str:
+    """Where the journal lies unless --state says otherwise: under XDG_STATE_HOME."""
+    home = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    return str(Path(home).expanduser() / "routet2i" / "cloud-server")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Checked settings. Money in micro-dollars, times in seconds, sides in pixels."""
+
+    listen: str = _setting(
+        "127.0.0.1:50052",
+        str,
+        "HOST:PORT",
+        "address to listen on (port 0: a free one); beyond loopback --tls-cert, --tls-key and --tokens are needed",
+    )
+    model: str = _setting(
+        str(STARTER),
+        str,
+        "DIR_OR_HUB_ID",
+        "diffusers pipeline to serve: a folder with model_index.json, or a hub id",
+    )
+    device: str = _setting(
+        "auto", str, "DEVICE", "torch device: auto (CUDA if there is a GPU, else CPU), cpu, cuda:1"
+    )
+    dtype: str = _setting(
+        "auto",
+        str,
+        "DTYPE",
+        "number format of the weights: auto (float16 on CUDA, else float32), float32, float16 or bfloat16",
+        ("auto", "float32", "float16", "bfloat16"),
+    )
+    price_micro_usd: int = _setting(
+        10_000, int, "N", "price of one image in micro-dollars (10000 is one cent)"
+    )
+    max_queue: int = _setting(32, int, "N", "requests that may wait for the model; more are refused at once")
+    max_steps: int = _setting(150, int, "N", "most denoising steps a request may ask for")
+    max_side: int = _setting(
+        1024, int, "PIXELS", "largest width or height, for models that do not list their sizes"
+    )
+    max_prompt_characters: int = _setting(
+        2_000, int, "N", "longest prompt and negative prompt, in characters"
+    )
+    tls_cert: str = _setting("", str, "FILE", "PEM file with the server's certificate chain; turns TLS on")
+    tls_key: str = _setting("", str, "FILE", "PEM file with the private key of --tls-cert")
+    tokens: str = _setting(
+        "",
+        str,
+        "FILE",
+        "file with a line 'TENANT TOKEN' for each caller; without it, loopback only, tenant 'default'",
+    )
+    state: str = _setting(
+        "", str, "DIR", "folder of the journal; default: $XDG_STATE_HOME/routet2i/cloud-server"
+    )
+    keep_images_s: float = _setting(
+        3_600.0, float, "SECONDS", "how long a finished image is kept, so that a broken stream can be resumed"
+    )
+    grace_s: float = _setting(30.0, float, "SECONDS", "how long SIGTERM waits for requests in flight")
+    log_format: str = _setting("text", str, "FORMAT", "one line a request as text or json", ("text", "json"))
+
+    @property
+    def tls(self) -> bool:
+        """Whether callers must use TLS."""
+        return bool(self.tls_cert)
+
+    @property
+    def journal_file(self) -> Path:
+        """The journal of generations."""
+        return Path(self.state or default_state_folder()).expanduser() / "generations.sqlite"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds --config and one flag for each setting; a flag that is not given leaves no trace."""
+    parser.add_argument("--config", metavar="FILE", help="TOML file with any of the settings below")
+    for setting in fields(Settings):
+        default = f" (default: {setting.default})" if setting.default != "" else ""
+        if setting.name == "model":
+            default = " (default: the starter model that comes with the project)"
+        parser.add_argument(
+            "--" + setting.name.replace("_", "-"),
+            metavar=setting.metadata["metavar"],
+            help=setting.metadata["help"] + default,
+            default=argparse.SUPPRESS,
+        )
+
+
+def resolve(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Settings:
+    """The settings out of flags, environment and file, checked. `flags` holds what add_flags() parsed.
+
+    Raises StartRefused naming the setting, where it was set, and what it may be.
+    """
+    values: dict[str, Any] = {}
+    known = {setting.name: setting for setting in fields(Settings)}
+    config = flags.get("config") or environment.get(ENVIRONMENT_PREFIX + "CONFIG")
+    if config:
+        for name, value in _read_toml(Path(config).expanduser()).items():
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known)}"
+                raise StartRefused(f"{config}: unknown setting {name!r}{hint}")
+            values[name] = _parse(known[name], value, f"{name} in {config}")
+    for name, setting in known.items():
+        variable = ENVIRONMENT_PREFIX + name.upper()
+        if variable in environment:
+            values[name] = _parse(setting, environment[variable], variable)
+        if name in flags:
+            values[name] = _parse(setting, flags[name], "--" + name.replace("_", "-"))
+    settings = Settings(**values)
+    _check(settings)
+    return settings
+
+
+def split_address(listen: str) -> tuple[str, int]:
+    """("::1", 50052) for "[::1]:50052". Raises StartRefused when it is not HOST:PORT."""
+    host, colon, port = listen.rpartition(":")
+    host = host.strip("[]")
+    if not (colon and host and port.isdecimal() and int(port) <= 65_535):
+        raise StartRefused(f"--listen must be HOST:PORT, such as 127.0.0.1:50052, not {listen!r}")
+    return host, int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`. Other names than localhost are taken as reachable."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StartRefused(f"cannot read the settings file {path}: {error}") from error
+
+
+def _parse(setting: Field[Any], value: Any, where: str) -> Any:
+    kind, choices = setting.metadata["kind"], setting.metadata["choices"]
+    wrong = StartRefused(f"{where} must be {_KINDS[kind]}, not {value!r}")
+    if kind is str:
+        if not isinstance(value, str):
+            raise wrong
+        if choices and value not in choices:
+            raise StartRefused(f"{where} must be one of {', '.join(choices)}, not {value!r}")
+        return value
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (str, int, float))
+        or (kind is int and type(value) is float)
+    ):
+        raise wrong
+    try:
+        number = kind(value)
+    except ValueError:
+        raise wrong from None
+    if not 0 <= number < 2**53:  # 2**53: also refuses infinity and what a float cannot count
+        raise wrong
+    return number
+
+
+_KINDS = {str: "text", int: "a whole number, 0 or more", float: "a number of seconds, 0 or more"}
+
+
+def _check(settings: Settings) -> None:
+    host, _ = split_address(settings.listen)
+    for name in ("max_steps", "max_side", "max_prompt_characters"):
+        if getattr(settings, name) == 0:
+            raise StartRefused(f"--{name.replace('_', '-')} must be at least 1")
+    if bool(settings.tls_cert) != bool(settings.tls_key):
+        raise StartRefused(
+            "--tls-cert and --tls-key go together; give both, or neither for loopback without TLS"
+        )
+    if not is_loopback(host):
+        if not settings.tls:
+            raise StartRefused(
+                f"{settings.listen} can be reached from other machines, and prompts and tokens would cross "
+                "the network in clear. Give --tls-cert and --tls-key, or listen on 127.0.0.1"
+            )
+        if not settings.tokens:
+            raise StartRefused(
+                f"{settings.listen} can be reached from other machines, and anyone could use the model. "
+                "Give --tokens, or listen on 127.0.0.1"
+            )
+    if settings.tls:
+        try:
+            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(
+                settings.tls_cert, settings.tls_key
+            )
+        except (OSError, ssl.SSLError) as error:
+            raise StartRefused(
+                f"cannot use --tls-cert {settings.tls_cert} with --tls-key {settings.tls_key}: {error}"
+            ) from error
