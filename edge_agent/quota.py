@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import sqlite3
 import threading
 import time
@@ -52,6 +53,8 @@ _SCHEMA = (
 _LOCK_WAIT_S = 1.0
 """How long opening waits for another process to let go of the file: enough for one that is just closing."""
 
+_EFFECTIVE_IDS = os.access in os.supports_effective_ids
+
 _MAX_INTEGER = 2**63 - 1
 
 _ADVICE = (
@@ -62,6 +65,7 @@ _ADVICE = (
         "cannot be written: check the permissions of the file and its folder, or use another --state",
     ),
     ("is full", "cannot grow because the disk is full: free some space and try again"),
+    ("disk I/O", "cannot be read or written: check the disk (full, failing, removed?) and try again"),
     ("locked", "is in use by another edge-agent: stop that one, or use another --state"),
     ("unable to open", "cannot be opened: check the path and its permissions, or use another --state"),
 )
@@ -165,6 +169,9 @@ class Ledger:
         connection = None
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # SQLite opens such a file for reading and then calls the lock it cannot take an I/O error.
+            if path.exists() and not os.access(path, os.W_OK, effective_ids=_EFFECTIVE_IDS):
+                raise PermissionError("the file is readonly")
             connection = sqlite3.connect(
                 path, timeout=_LOCK_WAIT_S, isolation_level=None, check_same_thread=False
             )
