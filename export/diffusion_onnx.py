@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import shutil
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -197,12 +196,16 @@ def _trace(pipeline: StableDiffusionPipeline, folder: Path) -> None:
         # Here, because importing it takes seconds that a refusal should not cost.
         from optimum.exporters.onnx.convert import onnx_export_from_model
 
-        # Validation is ours: the whole line is compared, not graph by graph on random inputs.
-        onnx_export_from_model(pipeline, output=folder, task="text-to-image", do_validation=False)
+        try:
+            # Validation is ours: the whole line is compared, not graph by graph on random inputs.
+            onnx_export_from_model(pipeline, output=folder, task="text-to-image", do_validation=False)
+        except OSError:
+            raise  # a full disk says so itself
+        except Exception as error:  # torch and optimum fail in many ways
+            raise ExportError(f"optimum cannot trace the pipeline: {error}") from error
     shutil.rmtree(folder / "vae_encoder", ignore_errors=True)  # text to image never encodes an image
-    for path in folder.glob(
-        "*/config.json"
-    ):  # where the weights lay on the exporting machine is nobody's business
+    # Where the weights lay on the exporting machine is nobody's business.
+    for path in (folder / "model_index.json", *folder.glob("*/config.json")):
         config = json.loads(path.read_text())
         config.pop("_name_or_path", None)
         path.write_text(json.dumps(config, indent=2) + "\n")
@@ -267,8 +270,8 @@ def _counts(text: str) -> tuple[int, ...]:
 _counts.__name__ = "list of step counts"  # argparse names the type in its message
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line of this stage; returns the exit code."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of this stage; returns the exit code. Raises ExportError for what it refuses."""
     parser = argparse.ArgumentParser(prog="edge-export diffusion", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model", metavar="MODEL", help="folder that diffusers saved, or hub id")
     parser.add_argument("out", metavar="OUT", help="bundle folder to write")
@@ -282,14 +285,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--name", help="name in the manifest; the model's own by default")
     parser.add_argument("--licence", default="unknown", help="licence in the manifest, as an SPDX id")
     parser.add_argument("--force", action="store_true", help="replace the bundle at OUT")
-    options = vars(parser.parse_args(arguments))
-    try:
-        export_bundle(options.pop("model"), options.pop("out"), **options)
-    except ExportError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
+    options = vars(parser.parse_args(argv))
+    export_bundle(options.pop("model"), options.pop("out"), **options)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from export.__main__ import run
+
+    raise SystemExit(run(main))

@@ -1,0 +1,185 @@
+"""The bundle makes the images that diffusers makes, step by step, and stops when it is told."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from edge_agent.bundle import DECODER, DENOISER, TEXT_ENCODER, Bundle
+from edge_agent.diffusion.generator import Generator, Image, Step
+from edge_agent.diffusion.sessions import Runtime, Stop
+from edge_agent.errors import BundleError, Cancelled, InvalidRequest
+from tests.miniature import miniature_pipeline
+
+TOLERANCE = 1e-3  # of colours in 0..1, before rounding
+PROMPT, NEGATIVE = "two red cats on the beach 🐈", "blurry, dark"
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> StableDiffusionPipeline:
+    return miniature_pipeline()
+
+
+@pytest.fixture(scope="module")
+def generator(miniature_bundle: Path) -> Generator:
+    return Generator(Bundle.open(miniature_bundle), Runtime(threads=1))
+
+
+def events(
+    generator: Generator,
+    prompt: str = PROMPT,
+    negative: str = NEGATIVE,
+    *,
+    seed: int = 42,
+    steps: int = 4,
+    guidance: float = 5.0,
+    previews: bool = False,
+) -> tuple[list[Step], Image]:
+    states, negative_states = generator.encode(prompt)[1], generator.encode(negative)[1]
+    *progress, image = generator.generate(states, negative_states, seed, steps, guidance, previews)
+    assert isinstance(image, Image)
+    assert all(isinstance(step, Step) for step in progress)
+    return progress, image
+
+
+def reference(pipeline: StableDiffusionPipeline, prompt: str, negative: str, **options: float) -> np.ndarray:
+    return pipeline(
+        prompt,
+        negative_prompt=negative,
+        num_inference_steps=options["steps"],
+        guidance_scale=options["guidance"],
+        generator=torch.Generator("cpu").manual_seed(int(options["seed"])),
+        output_type="np",
+    ).images[0]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "negative", "seed", "steps", "guidance"),
+    [
+        (PROMPT, NEGATIVE, 42, 4, 5.0),
+        (PROMPT, "", 42, 8, 7.5),
+        (PROMPT, NEGATIVE, 2**32 - 1, 4, 1.0),  # no guidance: the negative prompt takes no part
+        (PROMPT, NEGATIVE, 0, 4, 0.5),
+        ("word " * 200, "一只猫", 7, 4, 1.5),
+    ],
+)
+def test_pixels_equal_diffusers(
+    pipeline: StableDiffusionPipeline,
+    generator: Generator,
+    prompt: str,
+    negative: str,
+    seed: int,
+    steps: int,
+    guidance: float,
+) -> None:
+    _, image = events(generator, prompt, negative, seed=seed, steps=steps, guidance=guidance)
+    expected = reference(pipeline, prompt, negative, seed=seed, steps=steps, guidance=guidance)
+    assert image.colours.shape == (64, 64, 3)
+    assert np.abs(image.colours - expected).max() <= TOLERANCE
+    assert image.pixels.dtype == np.uint8
+    assert np.abs(image.pixels - np.round(expected * 255)).max() <= 1
+
+
+def test_every_part_of_a_request_changes_the_image(generator: Generator) -> None:
+    """Without this, equal pixels could mean that the miniature does not listen."""
+    _, base = events(generator)
+    for other in (
+        events(generator, prompt="moon")[1],
+        events(generator, negative="")[1],
+        events(generator, seed=43)[1],
+        events(generator, guidance=2.0)[1],
+        events(generator, steps=8)[1],
+    ):
+        assert np.abs(other.colours - base.colours).max() > 20 * TOLERANCE
+
+
+def test_the_same_request_gives_the_same_bits(generator: Generator) -> None:
+    np.testing.assert_array_equal(events(generator)[1].colours, events(generator)[1].colours)
+
+
+def test_progress_counts_every_call_of_the_denoiser(generator: Generator) -> None:
+    """PNDM calls it once more than it has steps."""
+    progress, _ = events(generator, steps=4)
+    assert [(step.k, step.n) for step in progress] == [(k, 5) for k in range(1, 6)]
+    assert all(step.preview is None for step in progress)
+
+
+def test_previews_come_with_every_step_but_the_last_and_approach_the_image(generator: Generator) -> None:
+    progress, image = events(generator, steps=8, guidance=1.0, previews=True)
+    previews = [step.preview for step in progress]
+    assert previews[-1] is None
+    shown = [preview for preview in previews if preview is not None]
+    assert len(shown) == len(progress) - 1
+    distances = [np.abs(preview.astype(float) - image.pixels).mean() for preview in shown]
+    assert distances[-1] < 0.5 * distances[0]
+
+
+def test_a_prompts_states_are_the_text_encoders(
+    pipeline: StableDiffusionPipeline, generator: Generator
+) -> None:
+    tokens, states = generator.encode(PROMPT)
+    with torch.no_grad():
+        expected = pipeline.text_encoder(torch.from_numpy(tokens.ids))[0].numpy()
+    assert states.shape == (1, 77, 32)
+    assert np.abs(states - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_a_stop_ends_the_image_and_leaves_the_next_one_alone(generator: Generator, after: int) -> None:
+    """Before the first step, or between two."""
+    _, states = generator.encode(PROMPT)
+    expected = events(generator)[1]
+    stop = Stop()
+    steps = generator.generate(states, states, 42, 8, 5.0, stop=stop)
+    for _ in range(after):
+        next(steps)
+    stop.set()
+    with pytest.raises(Cancelled):
+        next(steps)
+    np.testing.assert_array_equal(events(generator)[1].colours, expected.colours)
+
+
+def test_a_stop_from_another_thread_ends_a_series_of_images(generator: Generator) -> None:
+    """Wherever in a step it strikes."""
+    _, states = generator.encode(PROMPT)
+    for delay in (0.001, 0.004, 0.011, 0.023):
+        stop = Stop()
+        timer = threading.Timer(delay, stop.set)
+        timer.start()
+        with pytest.raises(Cancelled):
+            while True:
+                for _ in generator.generate(states, states, 1, 8, 5.0, stop=stop):
+                    pass
+        timer.join()
+
+
+def test_steps_that_are_not_compiled_are_refused_naming_those_there_are(generator: Generator) -> None:
+    _, states = generator.encode(PROMPT)
+    with pytest.raises(InvalidRequest, match="4, 8, not 5") as refused:
+        next(generator.generate(states, states, 1, 5, 5.0))
+    assert refused.value.field == "steps"
+
+
+def test_a_seed_out_of_range_is_refused(generator: Generator) -> None:
+    _, states = generator.encode(PROMPT)
+    with pytest.raises(InvalidRequest, match="seed") as refused:
+        next(generator.generate(states, states, 2**32, 4, 5.0))
+    assert refused.value.field == "seed"
+
+
+@pytest.mark.parametrize(
+    ("name", "other"), [(TEXT_ENCODER, DECODER), (DENOISER, DECODER), (DECODER, DENOISER)]
+)
+def test_graphs_in_each_others_places_are_refused_by_name(bundle_copy: Path, name: str, other: str) -> None:
+    """Hashes agree here; the signatures do not."""
+    from edge_agent.bundle import write_manifest
+
+    (bundle_copy / name).write_bytes((bundle_copy / other).read_bytes())
+    write_manifest(bundle_copy)
+    with pytest.raises(BundleError, match=name):
+        Generator(Bundle.open(bundle_copy))

@@ -1,0 +1,112 @@
+"""A session refuses graphs that do not fit, and a stop ends a run that is under way."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from edge_agent.diffusion.sessions import Runtime, Session, Stop
+from edge_agent.errors import BundleError, Cancelled, GenerationFailed
+
+ONE_THREAD = Runtime(threads=1)
+
+
+def save(path: Path, nodes: list[onnx.NodeProto], inputs: dict[str, tuple[int, list[int | str]]]) -> Path:
+    graph = helper.make_graph(
+        nodes,
+        "made",
+        [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in inputs.items()],
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, None)],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8), path)
+    return path
+
+
+@pytest.fixture
+def slow(tmp_path: Path) -> Session:
+    """A chain of products that takes many seconds on one core."""
+    names = ["x", *(f"y{step}" for step in range(2999)), "out"]
+    nodes = [helper.make_node("MatMul", [a, "x"], [b]) for a, b in zip(names, names[1:], strict=False)]
+    path = save(tmp_path / "slow.onnx", nodes, {"x": (TensorProto.FLOAT, [1024, 1024])})
+    return Session(path, ["x"], ["out"], ONE_THREAD)
+
+
+def test_stop_ends_a_run_that_is_under_way(slow: Session) -> None:
+    """Within a second here, on a busy machine; the run would take many."""
+    stop = Stop()
+    struck: list[float] = []
+
+    def strike() -> None:
+        struck.append(time.monotonic())
+        stop.set()
+
+    timer = threading.Timer(0.3, strike)
+    timer.start()
+    with pytest.raises(Cancelled):
+        slow.run({"x": np.zeros((1024, 1024), np.float32)}, stop=stop)
+    assert time.monotonic() - struck[0] < 1.0
+    timer.join()
+
+
+def test_a_stop_that_is_set_starts_nothing(slow: Session) -> None:
+    stop = Stop()
+    stop.set()
+    before = time.monotonic()
+    with pytest.raises(Cancelled):
+        slow.run({"x": np.zeros((1024, 1024), np.float32)}, stop=stop)
+    assert time.monotonic() - before < 0.3
+
+
+def test_inputs_take_the_types_of_the_graph(tmp_path: Path) -> None:
+    """Exports differ in whether token ids are int32 or int64, and timesteps floats or integers."""
+    for kind in (TensorProto.INT32, TensorProto.INT64, TensorProto.FLOAT16, TensorProto.DOUBLE):
+        node = helper.make_node("Cast", ["x"], ["out"], to=TensorProto.FLOAT)
+        session = Session(
+            save(tmp_path / "cast.onnx", [node], {"x": (kind, [1])}), ["x"], ["out"], ONE_THREAD
+        )
+        (out,) = session.run({"x": np.asarray([7], np.int64)})
+        assert out.tolist() == [7.0]
+
+
+def test_float16_outputs_come_back_as_float32(tmp_path: Path) -> None:
+    node = helper.make_node("Cast", ["x"], ["out"], to=TensorProto.FLOAT16)
+    graph = helper.make_graph(
+        [node],
+        "made",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])],
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT16, [1])],
+    )
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8),
+        tmp_path / "h.onnx",
+    )
+    (out,) = Session(tmp_path / "h.onnx", ["x"], ["out"], ONE_THREAD).run({"x": np.ones(1)})
+    assert out.dtype == np.float32
+
+
+def test_a_graph_with_another_signature_is_refused_by_name(tmp_path: Path) -> None:
+    node = helper.make_node("Identity", ["x"], ["out"])
+    path = save(tmp_path / "other.onnx", [node], {"x": (TensorProto.FLOAT, [1])})
+    with pytest.raises(BundleError, match=r"other\.onnx takes \['x'\]"):
+        Session(path, ["sample"], ["out"], ONE_THREAD)
+    with pytest.raises(BundleError, match=r"other\.onnx .* gives \['out'\]"):
+        Session(path, ["x"], ["sample"], ONE_THREAD)
+
+
+def test_a_file_that_is_no_graph_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "bad.onnx").write_bytes(b"not a graph")
+    with pytest.raises(BundleError, match=r"bad\.onnx cannot be loaded"):
+        Session(tmp_path / "bad.onnx", ["x"], ["out"], ONE_THREAD)
+
+
+def test_a_run_that_fails_names_the_graph(tmp_path: Path) -> None:
+    node = helper.make_node("Identity", ["x"], ["out"])
+    path = save(tmp_path / "two.onnx", [node], {"x": (TensorProto.FLOAT, [2])})
+    with pytest.raises(GenerationFailed, match=r"two\.onnx"):
+        Session(path, ["x"], ["out"], ONE_THREAD).run({"x": np.zeros(3)})

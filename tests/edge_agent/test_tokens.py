@@ -1,0 +1,66 @@
+"""A prompt's tokens, their own text, and which of them are the prompt's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge_agent.errors import BundleError
+from edge_agent.tokens import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(miniature_bundle: Path) -> Tokenizer:
+    return Tokenizer.load(miniature_bundle / "tokenizer")
+
+
+def test_start_end_and_padding_are_not_the_prompts_own(tokenizer: Tokenizer) -> None:
+    tokens = tokenizer.encode("the Red moon")
+    assert tokens.ids.shape == (1, 77)
+    assert tokens.ids.dtype == np.int64
+    assert np.flatnonzero(tokens.mask).tolist() == [1, 2, 3]
+    assert tokens.texts[:5] == ("<|startoftext|>", "the", "Red", "moon", "<|endoftext|>")
+    assert not tokens.truncated
+
+
+def test_an_empty_prompt_has_no_tokens_of_its_own(tokenizer: Tokenizer) -> None:
+    tokens = tokenizer.encode("")
+    assert not tokens.mask.any()
+    assert len(tokens.texts) == 77
+
+
+def test_an_emoji_is_the_text_of_each_of_its_tokens(tokenizer: Tokenizer) -> None:
+    tokens = tokenizer.encode("a 🐈")
+    assert [tokens.texts[index] for index in np.flatnonzero(tokens.mask)] == ["a", "🐈", "🐈", "🐈", "🐈"]
+
+
+def test_a_prompt_that_fits_exactly_is_not_truncated_and_one_more_word_is(tokenizer: Tokenizer) -> None:
+    fits = tokenizer.encode("cat " * 75)
+    assert fits.mask.sum() == 75
+    assert not fits.truncated
+    more = tokenizer.encode("cat " * 76)
+    assert more.truncated
+    np.testing.assert_array_equal(more.ids, fits.ids)
+    assert more.ids[0, -1] == tokenizer.encode("").ids[0, -1]  # the end token is kept
+
+
+def test_a_tokenizer_without_a_length_is_refused(bundle_copy: Path) -> None:
+    path = bundle_copy / "tokenizer" / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"truncation": None}))
+    with pytest.raises(BundleError, match=r"tokenizer\.json must pad and truncate"):
+        Tokenizer.load(path.parent)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"\xff"])
+def test_a_file_that_is_no_tokenizer_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(BundleError, match=r"tokenizer\.json is not a tokenizer"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"tokenizer\.json cannot be read"):
+        Tokenizer.load(tmp_path)
