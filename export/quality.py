@@ -5,6 +5,7 @@ q(I, m) = sigmoid(CLIP(I, m+) - CLIP(I, m-)), CLIP being the scaled cosine simil
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ class Judge:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.clip = CLIPModel.from_pretrained(model, torch_dtype=torch.float32).to(self.device).eval()
         self.processor = CLIPProcessor.from_pretrained(model, use_fast=False)
+        self.digest = _digest(self.clip)
         texts = [text for metric in self.metrics for text in (metric.positive, metric.negative)]
         self.directions = self._directions(texts)
 
@@ -60,7 +62,7 @@ class Judge:
             return torch.sigmoid(seen @ self.directions.T).float().cpu().numpy()
 
     def _directions(self, texts: list[str]) -> torch.Tensor:
-        """scale * (text+ - text-) of every metric, [M, D]: a score is then one dot product."""
+        """Scale * (text+ - text-) of every metric, [M, D]: a score is then one dot product."""
         tokens = self.processor(text=texts, padding="max_length", truncation=True, return_tensors="pt")
         with torch.inference_mode():
             read = self.clip.get_text_features(
@@ -69,3 +71,12 @@ class Judge:
             )
             read = read / read.norm(dim=-1, keepdim=True)
             return self.clip.logit_scale.exp() * (read[0::2] - read[1::2])
+
+
+def _digest(model: CLIPModel) -> str:
+    """SHA-256 of the weights, wherever they were loaded from: which judge measured is part of a measurement."""
+    summed = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        summed.update(name.encode())
+        summed.update(tensor.cpu().numpy().tobytes())
+    return summed.hexdigest()

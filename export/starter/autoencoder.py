@@ -7,6 +7,7 @@ the same and nothing wide runs at full resolution.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch.nn import functional as F
 
-from export.starter.training import Run, write_record
+from export.starter.training import UNFINISHED, Run, write_record
 from export.starter.world import render, sample_scenes
 
 STEPS, BATCH, LEARNING_RATE, SEED = 1000, 32, 2e-3, 1
@@ -23,6 +24,7 @@ EDGE_WEIGHT = 1.0  # of the difference between neighbouring pixels: sharp outlin
 
 
 def new_autoencoder() -> AutoencoderKL:
+    """Random weights; seed torch before."""
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -47,14 +49,22 @@ def pictures(split: str, number: int, seed: int) -> torch.Tensor:
 def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """L1 of pixels and of their differences to the right and lower neighbours."""
     error = output - target
-    return error.abs().mean() + EDGE_WEIGHT * (error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean())
+    return error.abs().mean() + EDGE_WEIGHT * (
+        error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+    )
 
 
 def train(folder: Path, *, steps: int = STEPS, seconds: float | None = None) -> bool:
     """Train or go on training; True when done, and then ``folder/model`` holds the autoencoder."""
     torch.manual_seed(SEED)
     run = Run(
-        folder, new_autoencoder(), steps=steps, batch=BATCH, learning_rate=LEARNING_RATE, seed=SEED, seconds=seconds
+        folder,
+        new_autoencoder(),
+        steps=steps,
+        batch=BATCH,
+        learning_rate=LEARNING_RATE,
+        seed=SEED,
+        seconds=seconds,
     )
 
     def loss_of_batch(step: int) -> torch.Tensor:
@@ -81,14 +91,17 @@ def train(folder: Path, *, steps: int = STEPS, seconds: float | None = None) -> 
     return True
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """The stage's command; 0 when done, UNFINISHED when the next call has to go on."""
     parser = argparse.ArgumentParser(prog="edge-export starter autoencoder", description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("runs/starter"), help="folder of checkpoints")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seconds", type=float, help="stop after this long; the next call goes on")
     options = parser.parse_args(argv)
-    train(options.work / "autoencoder", steps=options.steps, seconds=options.seconds)
+    return (
+        0 if train(options.work / "autoencoder", steps=options.steps, seconds=options.seconds) else UNFINISHED
+    )
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""Ten ways to spoil a picture, one for each quality metric, from which the judge learns what the metrics' words mean."""
+"""Ten ways to spoil a picture, one a quality metric: from them the judge learns what the metrics' words mean."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def damage(
         tile = 16 if severity > 0.5 else 32
         tiles = [(y, x) for y in range(0, height, tile) for x in range(0, width, tile)]
         out = image.copy()
-        for (y, x), (v, u) in zip(tiles, rng.permutation(tiles)):
+        for (y, x), (v, u) in zip(tiles, rng.permutation(tiles), strict=True):
             out[y : y + tile, x : x + tile] = image[v : v + tile, u : u + tile]
         return out
     if metric == "integrity":  # pieces missing, filled with the background of the same rows

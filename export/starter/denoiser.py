@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from export.starter.tokenizer import token_ids, train_tokenizer
-from export.starter.training import Run, write_record
+from export.starter.training import UNFINISHED, Run, write_record
 from export.starter.world import Scene, caption, render, sample_scenes
 
 SCENES = 40_000  # of the generators' split, rendered and encoded once
@@ -90,6 +91,7 @@ class Denoiser(nn.Module):
         )
 
     def forward(self, latents: torch.Tensor, timesteps: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Predicted velocity [B, 4, 16, 16] of noisy latents at timesteps [B], under captions ids [B, L]."""
         return self.unet(latents, timesteps, self.text_encoder(ids).last_hidden_state).sample
 
 
@@ -202,15 +204,20 @@ def write_pipeline(
     partial.rename(folder)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """The stage's command; 0 when done, UNFINISHED when the next call has to go on."""
     parser = argparse.ArgumentParser(prog="edge-export starter denoiser", description=__doc__)
     parser.add_argument("size", choices=SIZES)
     parser.add_argument("--work", type=Path, default=Path("runs/starter"), help="folder of checkpoints")
     parser.add_argument("--steps", type=int, help="training steps (default: the recipe's)")
     parser.add_argument("--seconds", type=float, help="stop after this long; the next call goes on")
     options = parser.parse_args(argv)
-    train(options.work, SIZES[options.size], steps=options.steps, seconds=options.seconds)
+    return (
+        0
+        if train(options.work, SIZES[options.size], steps=options.steps, seconds=options.seconds)
+        else UNFINISHED
+    )
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

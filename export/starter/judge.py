@@ -8,6 +8,7 @@ Scenes come from a split that no generator and no router sees.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from edge_agent.superiority import METRICS
 from export.quality import Metric, load_metrics
 from export.starter.damage import SIDE_EFFECTS, damage
 from export.starter.tokenizer import token_ids, train_tokenizer
-from export.starter.training import Run, write_record
+from export.starter.training import UNFINISHED, Run, write_record
 from export.starter.world import caption, render, sample_scenes
 
 STEPS, BATCH, LEARNING_RATE, SEED = 1800, 64, 1e-3, 21
@@ -32,6 +33,7 @@ PIXEL_MEAN = PIXEL_STD = (0.5, 0.5, 0.5)
 
 
 def new_judge(tokenizer: CLIPTokenizer) -> CLIPModel:
+    """Random weights; seed torch before."""
     tower = {
         "hidden_size": WIDTH,
         "intermediate_size": 4 * WIDTH,
@@ -124,14 +126,15 @@ def train(work: Path, *, steps: int = STEPS, seconds: float | None = None) -> bo
     return True
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """The stage's command; 0 when done, UNFINISHED when the next call has to go on."""
     parser = argparse.ArgumentParser(prog="edge-export starter judge", description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("runs/starter"), help="folder of checkpoints")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seconds", type=float, help="stop after this long; the next call goes on")
     options = parser.parse_args(argv)
-    train(options.work, steps=options.steps, seconds=options.seconds)
+    return 0 if train(options.work, steps=options.steps, seconds=options.seconds) else UNFINISHED
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -7,6 +7,7 @@ Remake the pack with ``python -m export.starter.sprites``; rendering scenes need
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -89,16 +90,22 @@ def _sheet() -> Image.Image:
     return Image.open(PACK).convert("RGBA")
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """The stage's command; exit code 0, or 2 when the font is missing."""
     parser = argparse.ArgumentParser(prog="edge-export starter sprites", description=__doc__)
-    parser.add_argument("--font", type=Path, default=FONT, help="Noto Color Emoji (default: where Debian puts it)")
+    parser.add_argument(
+        "--font", type=Path, default=FONT, help="Noto Color Emoji (default: where Debian puts it)"
+    )
     parser.add_argument("--out", type=Path, default=PACK)
     options = parser.parse_args(argv)
     if not options.font.exists():
-        parser.error(f"{options.font} is not there: install fonts-noto-color-emoji, or name the font with --font")
+        parser.error(
+            f"{options.font} is not there: install fonts-noto-color-emoji, or name the font with --font"
+        )
     make_pack(options.font, options.out)
     print(f"{len(OBJECTS)} sprites -> {options.out}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

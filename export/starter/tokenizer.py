@@ -45,7 +45,13 @@ def train_tokenizer(folder: Path, captions: list[str] | None = None) -> CLIPToke
     tokenizer.train_from_iterator(captions, trainer)
     merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
     # The order CLIP uses: bytes, bytes that end a word, merges, then the two special tokens.
-    tokens = [*alphabet, *(byte + "</w>" for byte in alphabet), *("".join(pair) for pair in merges), START, END]
+    tokens = [
+        *alphabet,
+        *(byte + "</w>" for byte in alphabet),
+        *("".join(pair) for pair in merges),
+        START,
+        END,
+    ]
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
@@ -66,5 +72,9 @@ def train_tokenizer(folder: Path, captions: list[str] | None = None) -> CLIPToke
 def token_ids(tokenizer: CLIPTokenizer, prompts: list[str]) -> np.ndarray:
     """int64 [N, MAX_LENGTH], as a StableDiffusionPipeline would make them."""
     return tokenizer(
-        prompts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="np"
+        prompts,
+        padding="max_length",
+        truncation=True,
+        max_length=tokenizer.model_max_length,
+        return_tensors="np",
     ).input_ids

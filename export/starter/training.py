@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+UNFINISHED = 75  # exit code of a stage that ran out of its --seconds; calling it again goes on (EX_TEMPFAIL)
+
 WARM_UP = 100  # steps of linearly rising learning rate
 CHECKPOINT_EVERY = 120.0  # seconds
 AVERAGE_DECAY = 0.999  # of the averaged (EMA) weights once enough steps have been made
@@ -62,15 +64,18 @@ class Run:
 
     @property
     def checkpoint(self) -> Path:
+        """Where the run is kept."""
         return self.folder / "checkpoint.pt"
 
     @property
     def done(self) -> bool:
+        """Whether every step has been made."""
         return self.step >= self.steps
 
     def train(self, loss_of_batch: Callable[[int], torch.Tensor]) -> bool:
         """Run steps until done or out of time; True when done. ``loss_of_batch(step)`` must depend on the step and
-        the seed alone, so that a resumed run sees the batches an unbroken one would have seen."""
+        the seed alone, so that a resumed run sees the batches an unbroken one would have seen.
+        """
         started = saved = time.monotonic()
         spent_before = self.trained_seconds
         smooth: float | None = None
@@ -121,7 +126,9 @@ class Run:
             "hardware": hardware(),
             "torch": torch.__version__,
             "final_loss": round(self.losses[-1][1], 5) if self.losses else None,
-            "losses": [(step, round(loss, 5)) for step, loss in self.losses[:: max(1, len(self.losses) // 40)]],
+            "losses": [
+                (step, round(loss, 5)) for step, loss in self.losses[:: max(1, len(self.losses) // 40)]
+            ],
         }
 
     def _remaining(self) -> Iterator[int]:
@@ -153,7 +160,9 @@ class Run:
         }
         partial = self.checkpoint.with_suffix(".partial")
         torch.save(state, partial)
-        os.replace(partial, self.checkpoint)  # a kill leaves the old checkpoint or the new one, never half of one
+        os.replace(
+            partial, self.checkpoint
+        )  # a kill leaves the old checkpoint or the new one, never half of one
 
     def _resume(self) -> None:
         state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)

@@ -88,7 +88,8 @@ def sample_scene(rng: np.random.Generator) -> Scene:
     else:
         counts = [1, 1, 1]
     groups = tuple(
-        Group(str(name), count, str(rng.choice(SIZES, p=[0.2, 0.6, 0.2]))) for name, count in zip(names, counts)
+        Group(str(name), count, str(rng.choice(SIZES, p=[0.2, 0.6, 0.2])))
+        for name, count in zip(names, counts, strict=True)
     )
     relation = str(rng.choice(RELATIONS)) if kinds == 2 else None
     return Scene(groups, str(rng.choice(BACKGROUNDS)), relation)
@@ -122,7 +123,7 @@ _ARRANGEMENT = {
 def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     """Paint the scene: uint8 [SIZE, SIZE, 3]. ``rng`` shifts sprites, colours and horizon a little."""
     canvas = _background(scene.background, rng)
-    for group, (left, top, width, height) in zip(scene.groups, _cells(scene)):
+    for group, (left, top, width, height) in zip(scene.groups, _cells(scene), strict=True):
         arrangement = _ARRANGEMENT[group.count]
         if group.count == 2 and height > width:
             arrangement = tuple((y, x) for x, y in arrangement)
@@ -130,7 +131,9 @@ def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
         for x, y in arrangement:
             size = int(np.clip(pixels + rng.integers(-1, 2), 12, SIZE))
             jitter = rng.uniform(-2.5, 2.5, size=2)
-            _paste(canvas, sprite(group.name, size), left + x * width + jitter[0], top + y * height + jitter[1])
+            _paste(
+                canvas, sprite(group.name, size), left + x * width + jitter[0], top + y * height + jitter[1]
+            )
     return (canvas.clip(0, 1) * 255 + 0.5).astype(np.uint8)  # resampled sprites overshoot a little
 
 

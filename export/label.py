@@ -1,0 +1,181 @@
+"""Measure both models: the outcome matrix, prompts x models x seeds x metrics, as Parquet.
+
+Both models really generate; the judge measures every image. Work is cut into pieces that are kept as they are
+finished, so an interrupted run goes on where it was, and several processes may share one run (``--only``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from cloud_server.model import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, open_model
+from edge_agent.bundle import Bundle
+from export.errors import ExportError
+from export.prompts import PROMPTS, Prompt, router_prompts
+from export.quality import STARTER_JUDGE, Judge
+from export.terminal import progress
+
+ROOT = Path(__file__).parent.parent
+STARTER_EDGE = ROOT / "export" / "starter" / "weights" / "edge"
+STARTER_CLOUD = ROOT / "cloud_server" / "starter"
+STARTER_BUNDLE = ROOT / "edge_agent" / "starter"
+
+PIECE = 25  # prompts; what an interruption loses at most
+MODELS = ("edge", "cloud")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Up to PIECE prompts, one model, one seed each; kept in one file."""
+
+    model: str
+    draw: int  # 0 for the first image of a prompt, 1 for the second, ...
+    prompts: tuple[Prompt, ...]
+
+    @property
+    def file(self) -> str:
+        """Name of the file it is kept in."""
+        ids = [prompt.prompt_id for prompt in self.prompts]
+        return f"{self.model}-{self.draw}-{ids[0]}-{ids[-1]}-{len(ids)}.parquet"
+
+    @property
+    def seeds(self) -> list[int]:
+        """One seed an image, the same for both models, different for every prompt."""
+        return [prompt.prompt_id * 1000 + self.draw for prompt in self.prompts]
+
+
+class Painter:
+    """Generates with a diffusers pipeline at the steps and guidance its model card names."""
+
+    def __init__(self, model: str) -> None:
+        opened = open_model(model)
+        self.steps = opened.card.steps or DEFAULT_STEPS
+        self.guidance_scale = opened.card.guidance_scale or DEFAULT_GUIDANCE_SCALE
+        self.pipeline = DiffusionPipeline.from_pretrained(opened.folder, torch_dtype=torch.float32)
+        self.pipeline.set_progress_bar_config(disable=True)
+        if torch.cuda.is_available():
+            self.pipeline.to("cuda")
+
+    def paint(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+        """One image a prompt. Noise comes from the CPU, so a seed is the same image on every device."""
+        return self.pipeline(
+            list(prompts),
+            num_inference_steps=self.steps,
+            guidance_scale=self.guidance_scale,
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+        ).images
+
+
+def pieces(
+    prompts: Sequence[Prompt], models: Sequence[str], draws: int, measured_draws: int
+) -> Iterator[Piece]:
+    """All pieces: ``draws`` images a prompt, ``measured_draws`` for calibration and test prompts."""
+    for draw in range(max(draws, measured_draws)):
+        wanted = [
+            prompt
+            for prompt in prompts
+            if draw < (measured_draws if prompt.split in ("calibration", "test") else draws)
+        ]
+        for start in range(0, len(wanted), PIECE):
+            for model in models:
+                yield Piece(model, draw, tuple(wanted[start : start + PIECE]))
+
+
+def measure(piece: Piece, painter: Painter, judge: Judge) -> pa.Table:
+    """Generate and judge one piece: a row an image."""
+    images = painter.paint([prompt.text for prompt in piece.prompts], piece.seeds)
+    scores = judge.quality(images)
+    columns: dict[str, object] = {
+        "prompt_id": pa.array([prompt.prompt_id for prompt in piece.prompts], pa.int32()),
+        "prompt": [prompt.text for prompt in piece.prompts],
+        "split": [prompt.split for prompt in piece.prompts],
+        "objects": pa.array([prompt.scene.objects for prompt in piece.prompts], pa.int16()),
+        "model": [piece.model] * len(piece.prompts),
+        "seed": pa.array(piece.seeds, pa.int64()),
+    }
+    for index, metric in enumerate(judge.metrics):
+        columns[metric.name] = pa.array(scores[:, index].astype(np.float32))
+    return pa.table(columns)
+
+
+def label(
+    sources: Mapping[str, str], judge: Judge, parts: Path, wanted: Sequence[Piece], facts: Mapping[str, str]
+) -> None:
+    """Measure what is not in ``parts`` yet. Parts made with other models or another judge are refused."""
+    parts.mkdir(parents=True, exist_ok=True)
+    made_with = parts / "made_with.json"
+    if made_with.exists() and json.loads(made_with.read_text()) != facts:
+        raise ExportError(
+            f"{parts} holds labels of other models or another judge: remove it, or name another --out"
+        )
+    made_with.write_text(json.dumps(facts))
+    missing = [piece for piece in wanted if not (parts / piece.file).exists()]
+    if not missing:
+        return
+    painters = {model: Painter(sources[model]) for model in {piece.model for piece in missing}}
+    with progress() as bar:
+        task = bar.add_task("label", total=len(missing))
+        for piece in missing:
+            table = measure(piece, painters[piece.model], judge)
+            partial = parts / (piece.file + ".partial")
+            pq.write_table(table, partial)
+            partial.replace(parts / piece.file)
+            bar.advance(task)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The stage's command; exit code 0 when the matrix is written, 1 when pieces of it are still to be made."""
+    parser = argparse.ArgumentParser(prog="edge-export label", description=__doc__)
+    parser.add_argument(
+        "--edge", default=str(STARTER_EDGE), help="the edge model: a diffusers folder or hub id"
+    )
+    parser.add_argument("--cloud", default=str(STARTER_CLOUD), help="the cloud model, likewise")
+    parser.add_argument("--bundle", type=Path, default=STARTER_BUNDLE, help="the edge model's bundle")
+    parser.add_argument(
+        "--judge", default=STARTER_JUDGE, help="a CLIP: folder or hub id (default: the starter's)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/labels.parquet"))
+    parser.add_argument("--parts", type=Path, help="folder of finished pieces (default: beside --out)")
+    parser.add_argument("--draws", type=int, default=1, help="images a prompt and model (default: 1)")
+    parser.add_argument(
+        "--measured-draws", type=int, default=2, help="the same, on calibration and test (default: 2)"
+    )
+    for split, number in PROMPTS.items():
+        parser.add_argument(f"--{split}", type=int, default=number, help=f"prompts (default: {number})")
+    parser.add_argument("--only", choices=MODELS, help="this model's images alone, beside another process")
+    options = parser.parse_args(argv)
+
+    prompts = router_prompts({split: getattr(options, split) for split in PROMPTS})
+    judge = Judge(options.judge)
+    facts = {
+        "edge_digest": Bundle.open(options.bundle).model_digest,
+        "cloud_digest": open_model(options.cloud).digest,
+        "metrics": json.dumps([[metric.name, metric.positive, metric.negative] for metric in judge.metrics]),
+        "judge_digest": judge.digest,
+    }
+    parts = options.parts or options.out.with_suffix(".parts")
+    every = list(pieces(prompts, MODELS, options.draws, options.measured_draws))
+    mine = [piece for piece in every if options.only in (None, piece.model)]
+    label({"edge": options.edge, "cloud": options.cloud}, judge, parts, mine, facts)
+    if left := [piece for piece in every if not (parts / piece.file).exists()]:
+        print(f"{len(every) - len(left)} of {len(every)} pieces are made; run on without --only for the rest")
+        return 1
+    table = pa.concat_tables([pq.read_table(parts / piece.file) for piece in every])
+    pq.write_table(table.replace_schema_metadata(facts), options.out, compression="zstd")
+    print(f"{table.num_rows} images of {len(prompts)} prompts -> {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

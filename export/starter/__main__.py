@@ -1,0 +1,120 @@
+"""`edge-export starter`: the whole chain from sprites to a calibrated bundle, or one stage of it.
+
+Every stage can be interrupted and goes on where it was; a finished stage is not made again. On two CPU cores the
+whole takes some hours, most of it the cloud model; on a GPU minutes. Stages, in order:
+
+  sprites        cut the sprites out of the font (they are committed; needed only to change them)
+  autoencoder    train the autoencoder both models share
+  judge          train the judge
+  edge, cloud    train the two text-to-image models
+  install        copy finished weights to where they ship from, with their model cards
+  bundle         export the edge model to the bundle the daemon runs
+  label          generate with both models and judge every image
+  predictor      train the predictor, put it into the bundle, calibrate it
+  evaluate       measure the routing on held-out prompts
+  contact-sheet  edge and cloud side by side
+  all            everything but sprites, in this order (the default)
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from export import calibrate, diffusion_onnx, evaluate, label, predictor_onnx
+from export import train as train_predictor
+from export.label import STARTER_BUNDLE, STARTER_CLOUD, STARTER_EDGE
+from export.quality import STARTER_JUDGE
+from export.starter import autoencoder, contact_sheet, denoiser, judge, sprites
+from export.starter.card import read_records, write_card
+from export.starter.training import UNFINISHED
+
+EDGE_STEPS = "8,4,16"  # step counts compiled into the bundle, the default first
+OUTCOMES = STARTER_EDGE.parent / "labels.parquet"
+
+
+def install(work: Path) -> int:
+    """Copy finished weights into the packages that ship them."""
+    places = {"edge": STARTER_EDGE, "cloud": STARTER_CLOUD, "judge": STARTER_JUDGE}
+    for name, place in places.items():
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(work / name / "model", place)
+    write_card(read_records(work, ("autoencoder", "edge", "judge")), STARTER_EDGE.parent / "README.md")
+    write_card(read_records(work, ("autoencoder", "cloud")), STARTER_CLOUD / "README.md")
+    return 0
+
+
+def bundle() -> int:
+    """Export the installed edge model, replacing the embedded bundle."""
+    guidance = denoiser.EDGE.guidance_scale
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "bundle"
+        arguments = ["--steps", EDGE_STEPS, "--guidance", str(guidance), "--name", "routet2i-starter-edge"]
+        code = diffusion_onnx.main([str(STARTER_EDGE), str(made), *arguments, "--licence", "Apache-2.0"])
+        if code == 0:
+            shutil.rmtree(STARTER_BUNDLE, ignore_errors=True)
+            shutil.copytree(made, STARTER_BUNDLE)
+    return code
+
+
+def predictor(work: Path) -> int:
+    """Train the predictor on the shipped labels, write it into the bundle, calibrate."""
+    folder = work / "predictor"
+    steps = (
+        lambda: train_predictor.main([str(OUTCOMES), str(STARTER_BUNDLE), str(folder)]),
+        lambda: predictor_onnx.main([str(folder / train_predictor.WEIGHTS), str(STARTER_BUNDLE)]),
+        lambda: calibrate.main([str(OUTCOMES), str(STARTER_BUNDLE)]),
+    )
+    return _first_failure(steps)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The chain's command; 0 when done, UNFINISHED when the next call has to go on."""
+    parser = argparse.ArgumentParser(
+        prog="edge-export starter", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("stage", nargs="?", default="all", metavar="STAGE")
+    parser.add_argument("--work", type=Path, default=Path("runs/starter"), help="folder of checkpoints")
+    parser.add_argument(
+        "--seconds", type=float, help="a training stage stops after this long; the next call goes on"
+    )
+    options, rest = parser.parse_known_args(argv)
+    work = options.work
+    training = ["--work", str(work), *(["--seconds", str(options.seconds)] if options.seconds else [])]
+
+    stages: dict[str, Callable[[], int]] = {
+        "autoencoder": lambda: autoencoder.main([*training, *rest]),
+        "judge": lambda: judge.main([*training, *rest]),
+        "edge": lambda: denoiser.main(["edge", *training, *rest]),
+        "cloud": lambda: denoiser.main(["cloud", *training, *rest]),
+        "install": lambda: install(work),
+        "bundle": bundle,
+        "label": lambda: label.main(["--out", str(OUTCOMES), "--parts", str(work / "labels"), *rest]),
+        "predictor": lambda: predictor(work),
+        "evaluate": lambda: evaluate.main([str(OUTCOMES), str(STARTER_BUNDLE), *rest]),
+        "contact-sheet": lambda: contact_sheet.main(rest),
+    }
+    if options.stage == "all":
+        return _first_failure(stages.values())
+    if options.stage == "sprites":
+        return sprites.main(rest)
+    if options.stage not in stages:
+        parser.error(f"there is no stage {options.stage!r}; there are sprites, {', '.join(stages)} and all")
+    return stages[options.stage]()
+
+
+def _first_failure(stages: Sequence[Callable[[], int]]) -> int:
+    for stage in stages:
+        code = stage()
+        if code == UNFINISHED:
+            print(f"not finished (exit code {UNFINISHED}): the same command goes on from here")
+        if code:
+            return code
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,38 @@
+"""Model cards: what each shipped model is, and how exactly it was made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+PURPOSE = {
+    "autoencoder": "Pictures of 64 x 64 pixels to latents of 4 x 16 x 16 and back; part of both pipelines.",
+    "edge": "The small text-to-image model, a StableDiffusionPipeline that runs on the device.",
+    "cloud": "The large text-to-image model, a StableDiffusionPipeline for the cloud server.",
+    "judge": "A small CLIP that knows the starter world; measures the quality metrics. Never sees a router's prompt.",
+}
+
+
+def write_card(records: dict[str, dict[str, Any]], out: Path) -> None:
+    """Write ``out`` (Markdown) from the records that the runs left."""
+    lines = [
+        "# Model card",
+        "",
+        "Starter weights of RouteT2I: made by `edge-export starter` in this repository from its own synthetic world",
+        "(sprites of Noto Color Emoji, SIL Open Font License 1.1), from random weights. Licence: Apache-2.0.",
+        "They draw 24 objects on six backgrounds and nothing else. Nothing was degraded on purpose.",
+    ]
+    for name, record in records.items():
+        lines += ["", f"## {name}", "", PURPOSE[name], "", "| | |", "|---|---|"]
+        lines += [
+            f"| {key.replace('_', ' ')} | {value} |" for key, value in record.items() if key != "losses"
+        ]
+        losses = ", ".join(f"{step}: {loss}" for step, loss in record["losses"])
+        lines += ["", f"Loss (smoothed) by step: {losses}."]
+    out.write_text("\n".join(lines) + "\n")
+
+
+def read_records(work: Path, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """The records that finished runs left under ``work``."""
+    return {name: json.loads((work / name / "record.json").read_text()) for name in names}

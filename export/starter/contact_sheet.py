@@ -1,0 +1,62 @@
+"""Edge and cloud side by side on the same prompts, as one picture to look at."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from export.label import STARTER_CLOUD, STARTER_EDGE, Painter
+from export.prompts import router_prompts
+
+PROMPTS = 24
+COLUMNS = 4
+TILE = 128  # pixels; pictures are shown at twice their size
+MARGIN, CAPTION = 12, 58
+SEED = 5
+
+
+def sheet(prompts: Sequence[str], edge: Sequence[Image.Image], cloud: Sequence[Image.Image]) -> Image.Image:
+    """A cell a prompt: its words above, the edge picture left, the cloud picture right."""
+    width, height = 2 * TILE + 4 + MARGIN, TILE + CAPTION + MARGIN
+    rows = -(-len(prompts) // COLUMNS)
+    page = Image.new("RGB", (COLUMNS * width + MARGIN, rows * height + MARGIN), "white")
+    draw = ImageDraw.Draw(page)
+    font = ImageFont.load_default(13)
+    for index, (prompt, *pair) in enumerate(zip(prompts, edge, cloud, strict=True)):
+        left, top = MARGIN + index % COLUMNS * width, MARGIN + index // COLUMNS * height
+        draw.text((left, top), textwrap.fill(prompt, 38, max_lines=3), "black", font)
+        for place, picture in enumerate(pair):
+            large = picture.resize((TILE, TILE), Image.Resampling.LANCZOS)
+            page.paste(large, (left + place * (TILE + 4), top + CAPTION))
+    return page
+
+
+def graded_prompts(number: int = PROMPTS) -> list[str]:
+    """Test prompts from one object to many: none was seen in training."""
+    candidates = router_prompts({"test": 10 * number})
+    candidates.sort(key=lambda prompt: (len(prompt.scene.groups), prompt.scene.objects))
+    return [prompt.text for prompt in candidates[:: len(candidates) // number][:number]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The stage's command; exit code 0."""
+    parser = argparse.ArgumentParser(prog="edge-export starter contact-sheet", description=__doc__)
+    parser.add_argument("--edge", default=str(STARTER_EDGE))
+    parser.add_argument("--cloud", default=str(STARTER_CLOUD))
+    parser.add_argument("--out", type=Path, default=Path("docs/images/contact-sheet.png"))
+    options = parser.parse_args(argv)
+    prompts = graded_prompts()
+    seeds = [SEED] * len(prompts)
+    pictures = [Painter(model).paint(prompts, seeds) for model in (options.edge, options.cloud)]
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    sheet(prompts, *pictures).save(options.out, optimize=True)
+    print(f"{len(prompts)} prompts, edge left, cloud right -> {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
