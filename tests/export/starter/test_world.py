@@ -1,0 +1,108 @@
+import numpy as np
+import pytest
+
+from export.prompts import router_prompts
+from export.starter.sprites import CELL, COLUMNS, OBJECTS, PACK, sprite
+from export.starter.world import (
+    BACKGROUNDS,
+    SIZE,
+    SPLITS,
+    Group,
+    Scene,
+    caption,
+    plural,
+    render,
+    sample_scene,
+    sample_scenes,
+)
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def test_every_object_has_a_sprite_with_something_on_it():
+    for name in OBJECTS:
+        stamp = sprite(name, 32)
+        assert stamp.shape == (32, 32, 4)
+        assert stamp[..., 3].max() > 0.9
+        assert (stamp[..., :3] <= stamp[..., 3:] + 0.05).all(), "colours are premultiplied"
+
+
+def test_the_pack_holds_a_cell_for_each_object():
+    from PIL import Image
+
+    with Image.open(PACK) as sheet:
+        assert sheet.size == (COLUMNS * CELL, -(-len(OBJECTS) // COLUMNS) * CELL)
+
+
+def test_a_picture_is_a_function_of_scene_and_seed():
+    scene = Scene((Group("cat", 2), Group("car", 1, "big")), "beach", "above")
+    first, again, other = render(scene, rng(1)), render(scene, rng(1)), render(scene, rng(2))
+    assert first.dtype == np.uint8
+    assert first.shape == (SIZE, SIZE, 3)
+    assert (first == again).all()
+    assert (first != other).any()
+
+
+@pytest.mark.parametrize("relation", ["left of", "right of", "above", "below"])
+def test_the_relation_decides_which_half_an_object_is_in(relation):
+    """A red apple against a blue fish on white: the centre of the red pixels tells."""
+    picture = render(Scene((Group("apple"), Group("fish")), "plain", relation), rng()).astype(int)
+    red = (picture[..., 0] - picture[..., 2]) > 100
+    rows, columns = np.nonzero(red)
+    centre = {"left of": columns, "right of": SIZE - columns, "above": rows, "below": SIZE - rows}[relation].mean()
+    assert centre < SIZE / 2
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_more_objects_cover_more_of_the_picture_than_the_empty_scene(count):
+    picture = render(Scene((Group("apple", count),), "plain"), rng())
+    assert (picture.astype(int)[..., 0] - picture.astype(int)[..., 2] > 100).sum() > 60 * count
+
+
+def test_a_caption_names_every_object_its_count_and_its_size():
+    for seed in range(300):
+        scene = sample_scene(rng(seed))
+        text = caption(scene, rng(seed))
+        for group in scene.groups:
+            assert (group.name if group.count == 1 else plural(group.name)) in text
+            if group.count > 1:
+                assert {2: "two", 3: "three", 4: "four"}[group.count] in text
+        sized = sum(group.size != "medium" for group in scene.groups)
+        words = text.replace(",", "").split()
+        assert sum(words.count(word) for word in ("small", "tiny", "little", "big", "large", "huge")) == sized
+
+
+def test_the_relation_survives_the_paraphrase_that_swaps_its_sides():
+    scene = Scene((Group("cat"), Group("dog")), "plain", "left of")
+    for seed in range(50):
+        text = caption(scene, rng(seed))
+        if text.index("cat") < text.index("dog"):
+            assert "left of" in text
+        else:
+            assert "right of" in text
+
+
+def test_splits_are_disjoint_and_the_same_in_every_process():
+    assert sum(SPLITS.values()) == 100
+    scene = Scene((Group("cat"),), "beach")
+    assert scene.split == Scene((Group("cat"),), "beach").split
+    drawn = {split: set(sample_scenes(split, 40, seed=1)) for split in SPLITS}
+    for split, scenes in drawn.items():
+        assert all(scene.split == split for scene in scenes)
+    assert len(set().union(*drawn.values())) == sum(len(scenes) for scenes in drawn.values())
+
+
+def test_every_background_and_every_object_can_be_drawn():
+    scenes = [sample_scene(rng(seed)) for seed in range(2000)]
+    assert {scene.background for scene in scenes} == set(BACKGROUNDS)
+    assert {group.name for scene in scenes for group in scene.groups} == set(OBJECTS)
+
+
+def test_asking_for_more_prompts_keeps_the_ones_there_were():
+    few = router_prompts({"train": 20, "test": 5})
+    many = router_prompts({"train": 40, "test": 12})
+    assert set(few) <= set(many)
+    assert len({prompt.text for prompt in many}) == len(many)
+    assert all(prompt.scene.split == prompt.split for prompt in many)
