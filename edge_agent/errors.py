@@ -9,11 +9,13 @@ RouteT2IError
 ├── QuotaExhausted       the budget or rate `budget` has no room for one more call
 ├── PolicyConflict       the caller asks for a route that this daemon cannot take
 ├── Cancelled            the caller went away
+├── NotReady             the daemon is still loading its models
 ├── Draining             the daemon is shutting down
 ├── CloudError           the cloud did not deliver; `never_ran`: it certainly neither ran nor charged
 │   ├── CloudUnavailable   not reached, overloaded, broke off or too slow: may work later
 │   ├── CloudRefused       it will not serve this request: price, size, credentials
 │   └── CloudLied          what it sent is not what it said: hash, format, size, price
+├── StartRefused         a setting is wrong, or the address to listen on cannot be had
 ├── BundleError          a bundle is incomplete, altered or of an unknown schema
 ├── LedgerError          the quota ledger cannot be read or written
 └── GenerationFailed     the image could not be made on this device
@@ -80,6 +82,10 @@ class Cancelled(RouteT2IError):
     """The caller went away."""
 
 
+class NotReady(RouteT2IError):
+    """The daemon is still loading its models."""
+
+
 class Draining(RouteT2IError):
     """The daemon is shutting down and takes no new requests."""
 
@@ -108,6 +114,10 @@ class CloudLied(CloudError):
     """What the cloud sent is not what it said it was."""
 
 
+class StartRefused(RouteT2IError):
+    """The daemon cannot start: a setting is wrong, or the address to listen on cannot be had."""
+
+
 class BundleError(RouteT2IError):
     """A bundle is incomplete, altered or of an unknown schema; the message names the file."""
 
@@ -129,10 +139,12 @@ GRPC_CODES: dict[type[RouteT2IError], grpc.StatusCode] = {
     QuotaExhausted: grpc.StatusCode.RESOURCE_EXHAUSTED,
     PolicyConflict: grpc.StatusCode.FAILED_PRECONDITION,
     Cancelled: grpc.StatusCode.CANCELLED,
+    NotReady: grpc.StatusCode.UNAVAILABLE,
     Draining: grpc.StatusCode.UNAVAILABLE,
     CloudUnavailable: grpc.StatusCode.UNAVAILABLE,
     CloudRefused: grpc.StatusCode.FAILED_PRECONDITION,
     CloudLied: grpc.StatusCode.UNAVAILABLE,
+    StartRefused: grpc.StatusCode.FAILED_PRECONDITION,
     BundleError: grpc.StatusCode.FAILED_PRECONDITION,
     LedgerError: grpc.StatusCode.INTERNAL,
     GenerationFailed: grpc.StatusCode.INTERNAL,

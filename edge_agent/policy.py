@@ -46,7 +46,8 @@ class Decision:
     """A route that explains itself.
 
     `prs` and `alpha` are None where no calibration gives them a meaning. The qualities are in [0, 1], in
-    METRICS order. `timings_ms` maps each stage of the decision to its milliseconds.
+    METRICS order. `timings_ms` maps each stage of the decision to its milliseconds. `prompt_truncated`: the prompt
+    has more tokens than the model reads.
     """
 
     route: Route
@@ -58,6 +59,7 @@ class Decision:
     tokens: tuple[TokenPull, ...] = ()
     quota: tuple[BudgetState, ...] = ()
     timings_ms: Mapping[str, float] = field(default_factory=dict)
+    prompt_truncated: bool = False
 
 
 def decide(

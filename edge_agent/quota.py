@@ -111,6 +111,17 @@ class BudgetState:
     spent_micro_usd: int
     reserved_micro_usd: int
     remaining_micro_usd: int
+    app: str | None = None
+
+
+@dataclass(frozen=True)
+class RateState:
+    """A rate, and how many calls it counts in the time that ends now."""
+
+    name: str
+    max_calls: int
+    per_seconds: float
+    calls: int
 
 
 @dataclass(frozen=True)
@@ -282,6 +293,15 @@ class Ledger:
                 if app is None or budget.app in (None, app)
             )
 
+    def rates(self) -> tuple[RateState, ...]:
+        """The rates, and what they count now."""
+        with self._transaction() as connection:
+            now = self._clock()
+            return tuple(
+                RateState(rate.name, rate.max_calls, rate.per_seconds, len(_recent(connection, rate, now)))
+                for rate in self._rates
+            )
+
     def close(self) -> None:
         """Close the file. Closing again does nothing; every other method raises LedgerError from then on."""
         with self._lock:
@@ -327,7 +347,8 @@ class Ledger:
         ).fetchone()
         # Below zero when the cap was lowered within the window.
         remaining = max(0, budget.cap_micro_usd - spent - reserved)
-        return BudgetState(budget.name, budget.window, budget.cap_micro_usd, spent, reserved, remaining)
+        cap = budget.cap_micro_usd
+        return BudgetState(budget.name, budget.window, cap, spent, reserved, remaining, budget.app)
 
     def _refusal(
         self, connection: sqlite3.Connection, app: str, ceiling_micro_usd: int, now: float
@@ -349,13 +370,10 @@ class Ledger:
                     retry_after_s=end - now if fits_later and end is not None else None,
                 )
         for rate in self._rates:
-            recent = connection.execute(
-                "SELECT reserved_at FROM calls WHERE reserved_at > ? AND state != 'released' ORDER BY 1",
-                (now - rate.per_seconds,),
-            ).fetchall()
+            recent = _recent(connection, rate, now)
             if len(recent) >= rate.max_calls:
                 # There is room again once the last `max_calls` calls but one are all that is recent.
-                leaves = recent[len(recent) - rate.max_calls][0] if rate.max_calls else None
+                leaves = recent[len(recent) - rate.max_calls] if rate.max_calls else None
                 return QuotaExhausted(
                     f"the rate {rate.name!r} allows {rate.max_calls} cloud calls in {rate.per_seconds:g} s, "
                     f"and there were {len(recent)}",
@@ -363,6 +381,15 @@ class Ledger:
                     retry_after_s=leaves + rate.per_seconds - now if leaves is not None else None,
                 )
         return None
+
+
+def _recent(connection: sqlite3.Connection, rate: Rate, now: float) -> list[float]:
+    """When the calls were reserved that `rate` counts now, in ascending order."""
+    rows = connection.execute(
+        "SELECT reserved_at FROM calls WHERE reserved_at > ? AND state != 'released' ORDER BY 1",
+        (now - rate.per_seconds,),
+    )
+    return [reserved_at for (reserved_at,) in rows]
 
 
 def window_bounds(window: Window, now: float) -> tuple[float, float | None]:
