@@ -1,0 +1,476 @@
+"""The client of the cloud server: one call, one channel, one image that is what it is said to be.
+
+Nothing here opens a connection before `generate` or `lookup` is called. Each call has a channel of its own
+and closes
+it: then a connection that is refused is known to have run nothing, no dead connection from before is ever
+trusted with a paid request, and renewed certificates and changed addresses are picked up. The handshake it
+costs is small beside an image.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import ipaddress
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import grpc
+from google.protobuf.message import DecodeError
+from google.rpc.error_details_pb2 import RetryInfo
+from google.rpc.status_pb2 import Status
+from PIL import Image
+
+from edge_agent.errors import CloudError, CloudLied, CloudRefused, CloudUnavailable
+from edge_agent.request import ImageRequest
+from routet2i.cloud.v1 import cloud_pb2
+from routet2i.cloud.v1.cloud_pb2_grpc import CloudServerServiceStub
+from routet2i.image.v1 import image_pb2
+
+MAX_MESSAGE_BYTES = 4 * 2**20
+"""Largest message taken: image chunks are at most 64 KiB, previews are small images."""
+
+MAX_IMAGE_BYTES = 64 * 2**20
+"""Largest image taken. A 2048 x 2048 PNG of noise in 24 bits has 12 MiB."""
+
+FIRST_RETRY_S = 1.0
+LONGEST_RETRY_S = 60.0
+"""After a failed connection the cloud counts as unhealthy for 1 s, then 2, 4, ... up to a minute."""
+
+CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    # A dead link is noticed after about 15 s instead of never; the last of the three is for a peer whose
+    # kernel still acknowledges while its process stalls.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),
+    # A cloud model thinks for longer than two pings without sending anything.
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    # A request is paid for: whether it is sent again is decided above, with the ledger, never in here.
+    ("grpc.enable_retries", 0),
+    # Channels do not share connections, nor each other's wait after a failure.
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+_NOTHING_RAN = frozenset(
+    {
+        grpc.StatusCode.FAILED_PRECONDITION,
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.PERMISSION_DENIED,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        grpc.StatusCode.UNAUTHENTICATED,
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.UNIMPLEMENTED,
+    }
+)
+"""Codes by which the server says, before it accepts, that nothing ran. They count only with the details that
+the server's own answers carry: gRPC makes some of these codes itself when a connection breaks or a message
+is too large, and then nobody knows."""
+
+_REFUSALS = frozenset(
+    {
+        grpc.StatusCode.ALREADY_EXISTS,
+        grpc.StatusCode.FAILED_PRECONDITION,
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.NOT_FOUND,
+        grpc.StatusCode.OUT_OF_RANGE,
+        grpc.StatusCode.PERMISSION_DENIED,
+        grpc.StatusCode.UNAUTHENTICATED,
+        grpc.StatusCode.UNIMPLEMENTED,
+    }
+)
+"""Codes with which the same request would be refused again."""
+
+
+@dataclass(frozen=True)
+class CloudAccepted:
+    """The cloud has taken the request. `charged_micro_usd` is its price, the digest that of its model."""
+
+    queue_position: int
+    charged_micro_usd: int
+    model_digest: str
+
+
+@dataclass(frozen=True)
+class CloudProgress:
+    """Denoising step `step` of `steps` is done; `preview` is a small PNG, where asked for."""
+
+    step: int
+    steps: int
+    preview: bytes | None
+
+
+@dataclass(frozen=True)
+class CloudImage:
+    """A checked PNG, and the facts the cloud gives of its making."""
+
+    png: bytes
+    sha256: str
+    width: int
+    height: int
+    seed: int
+    steps: int
+    guidance_scale: float
+    model_digest: str
+    charged_micro_usd: int
+    timings_ms: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a request id. `known` is False while it may still be charged: ask again later.
+
+    With `known`, `charged_micro_usd` is final: what was charged, 0 when the request did not run to its end.
+    """
+
+    known: bool
+    ran: bool
+    charged_micro_usd: int
+
+
+class CloudClient:
+    """Calls the cloud server at `address` (HOST:PORT, [IPV6]:PORT or unix:PATH).
+
+    Addresses other than this machine's own are called over TLS, trusting the certificates in `ca_file` (PEM,
+    read anew for each call) or the system's; with a `ca_file`, so are this machine's own. `token` is sent as
+    a bearer token. `connect_timeout_s` bounds address lookup, connection and handshake.
+
+    Raises ValueError for an address without a port.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        ca_file: Path | None = None,
+        token: str | None = None,
+        connect_timeout_s: float = 5.0,
+        max_image_bytes: int = MAX_IMAGE_BYTES,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.address = address
+        self._secure = ca_file is not None or not is_local(address)
+        self._ca_file = ca_file
+        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self._connect_timeout_s = connect_timeout_s
+        self._max_image_bytes = max_image_bytes
+        self._monotonic = monotonic
+        self._failures = 0
+        self._retry_at = -math.inf
+        self._closed = False
+
+    @property
+    def healthy(self) -> bool:
+        """False for a while after a connection failed, or for as long as the cloud asked to be left alone."""
+        return self._monotonic() >= self._retry_at
+
+    async def generate(
+        self, request: ImageRequest, ceiling_micro_usd: int, timeout_s: float
+    ) -> AsyncIterator[CloudAccepted | CloudProgress | CloudImage]:
+        """Have the cloud make an image for at most `ceiling_micro_usd`, within `timeout_s` seconds in all.
+
+        Yields one CloudAccepted, any number of CloudProgress, one CloudImage. Closing the iterator
+        (`contextlib.aclosing` does), or cancelling the task that awaits it, cancels the call.
+
+        Raises CloudUnavailable, CloudRefused or CloudLied; their `never_ran` says whether the call can be
+        forgotten.
+        Otherwise, also after a cancellation, `lookup` tells what it came to.
+        """
+        deadline = self._monotonic() + timeout_s
+        async with self._connection(timeout_s) as channel:
+            stream = _ImageStream(request, ceiling_micro_usd, self._max_image_bytes)
+            call = CloudServerServiceStub(channel).Generate(
+                _wire_request(request, ceiling_micro_usd),
+                timeout=max(0.0, deadline - self._monotonic()),
+                metadata=self._metadata,
+            )
+            try:
+                async for response in call:
+                    event = await stream.take(response)
+                    if event is not None:
+                        yield event
+                    if isinstance(event, CloudAccepted):
+                        self._failures, self._retry_at = 0, -math.inf
+                    if isinstance(event, CloudImage):
+                        return
+            except grpc.aio.AioRpcError as error:
+                accepted = stream.accepted is not None
+                raise self._explained(error, accepted=accepted, timeout_s=timeout_s) from error
+            finally:
+                call.cancel()
+            raise CloudUnavailable(
+                f"the cloud at {self.address} broke off after {len(stream.received)} bytes of the image",
+                never_ran=False,
+            )
+
+    async def lookup(self, request_id: str, timeout_s: float = 10.0) -> Outcome:
+        """What became of `request_id`. Raises CloudError when there is no answer in `timeout_s` seconds."""
+        deadline = self._monotonic() + timeout_s
+        async with self._connection(timeout_s) as channel:
+            try:
+                answer = await CloudServerServiceStub(channel).LookupGeneration(
+                    cloud_pb2.LookupGenerationRequest(request_id=request_id),
+                    timeout=max(0.0, deadline - self._monotonic()),
+                    metadata=self._metadata,
+                )
+            except grpc.aio.AioRpcError as error:
+                raise self._explained(error, accepted=True, timeout_s=timeout_s) from error
+        charged = answer.charged_micro_usd if answer.charged else 0
+        if answer.request_id != request_id or charged < 0:
+            raise CloudLied(f"the cloud at {self.address} answered for another request", never_ran=False)
+        unfinished = {cloud_pb2.GENERATION_STATE_UNSPECIFIED, cloud_pb2.GENERATION_STATE_RUNNING}
+        return Outcome(
+            known=answer.state not in unfinished,
+            ran=answer.state not in {*unfinished, cloud_pb2.GENERATION_STATE_UNKNOWN},
+            charged_micro_usd=charged,
+        )
+
+    async def close(self) -> None:
+        """Take no more calls. Those under way end with the tasks that await them."""
+        self._closed = True
+
+    @asynccontextmanager
+    async def _connection(self, timeout_s: float) -> AsyncIterator[grpc.aio.Channel]:
+        """A channel that is connected. Until it is, nothing was sent: its errors have `never_ran`."""
+        if self._closed:
+            raise CloudUnavailable("the connection to the cloud was closed for good", never_ran=True)
+        channel = await self._channel()
+        try:
+            try:
+                await asyncio.wait_for(self._ready(channel), min(timeout_s, self._connect_timeout_s))
+            except asyncio.TimeoutError as error:
+                # A caller in a hurry says nothing about the cloud.
+                if timeout_s >= self._connect_timeout_s:
+                    self._failed()
+                raise CloudUnavailable(
+                    f"the cloud at {self.address} gave no connection within "
+                    f"{min(timeout_s, self._connect_timeout_s):g} s",
+                    never_ran=True,
+                ) from error
+            yield channel
+        finally:
+            await channel.close()
+
+    async def _channel(self) -> grpc.aio.Channel:
+        if not self._secure:
+            return grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS)
+        try:
+            roots = await asyncio.to_thread(self._ca_file.read_bytes) if self._ca_file else None
+        except OSError as error:
+            raise CloudUnavailable(
+                f"the cloud's certificates cannot be read: {error}; check the setting that names the file",
+                never_ran=True,
+            ) from error
+        credentials = grpc.ssl_channel_credentials(roots)
+        return grpc.aio.secure_channel(self.address, credentials, options=CHANNEL_OPTIONS)
+
+    async def _ready(self, channel: grpc.aio.Channel) -> None:
+        """Wait until the channel is connected; at the first failure, give its reason instead of trying on."""
+        state = channel.get_state(try_to_connect=True)
+        while state is not grpc.ChannelConnectivity.READY:
+            if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
+                self._failed()
+                raise CloudUnavailable(
+                    f"the cloud at {self.address} is not reached: {await self._reason(channel)}; "
+                    "check the address and that the cloud server runs",
+                    never_ran=True,
+                )
+            await channel.wait_for_state_change(state)
+            state = channel.get_state(try_to_connect=True)
+
+    async def _reason(self, channel: grpc.aio.Channel) -> str:
+        """Why the channel failed. Only a call is told, so this makes one that has no effect."""
+        try:
+            await CloudServerServiceStub(channel).GetModel(cloud_pb2.GetModelRequest())
+        except grpc.aio.AioRpcError as error:
+            return error.details() or error.code().name
+        return "it answers again just now"
+
+    def _failed(self) -> None:
+        """Remember a failed connection. Several calls that fail together count once."""
+        now = self._monotonic()
+        if now >= self._retry_at:
+            self._retry_at = now + min(LONGEST_RETRY_S, FIRST_RETRY_S * 2.0 ** min(self._failures, 16))
+            self._failures += 1
+
+    def _explained(self, error: grpc.aio.AioRpcError, *, accepted: bool, timeout_s: float) -> CloudError:
+        """A gRPC error of a connected call as one of ours."""
+        code, text = error.code(), error.details() or "no reason given"
+        status = _server_status(error)
+        never_ran = not accepted and status is not None and code in _NOTHING_RAN
+        if code in _REFUSALS:
+            return CloudRefused(f"the cloud at {self.address} refused: {text}", never_ran=never_ran)
+        if code is grpc.StatusCode.RESOURCE_EXHAUSTED and status is None:
+            return CloudLied(f"the cloud at {self.address} sent too much: {text}", never_ran=False)
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+            return CloudUnavailable(
+                f"the cloud at {self.address} was not done within {timeout_s:g} s", never_ran=never_ran
+            )
+        retry_after_s = _retry_after_s(status)
+        if retry_after_s is not None:
+            self._retry_at = max(self._retry_at, self._monotonic() + min(LONGEST_RETRY_S, retry_after_s))
+        elif code is grpc.StatusCode.UNAVAILABLE:
+            self._failed()
+        return CloudUnavailable(
+            f"the cloud at {self.address} failed: {text} ({code.name})",
+            never_ran=never_ran,
+            retry_after_s=retry_after_s,
+        )
+
+
+class _ImageStream:
+    """The answer to one call, checked as it comes in."""
+
+    def __init__(self, request: ImageRequest, ceiling_micro_usd: int, max_image_bytes: int) -> None:
+        self._request = request
+        self._ceiling_micro_usd = ceiling_micro_usd
+        self._max_image_bytes = max_image_bytes
+        self.accepted: CloudAccepted | None = None
+        self.received = bytearray()
+
+    async def take(
+        self, response: cloud_pb2.GenerateResponse
+    ) -> CloudAccepted | CloudProgress | CloudImage | None:
+        """The event in `response`; None for a piece of the image. Raises CloudLied."""
+        kind = response.WhichOneof("event")
+        if (kind == "accepted") is (self.accepted is not None):
+            raise CloudLied(f"the cloud sent {kind} where it may not", never_ran=False)
+        if kind == "accepted":
+            price = response.accepted.charged_micro_usd
+            if not 0 <= price <= self._ceiling_micro_usd:
+                raise CloudLied(
+                    f"the cloud's price is {price} micro-dollars, and {self._ceiling_micro_usd} were offered",
+                    never_ran=False,
+                )
+            self.accepted = CloudAccepted(
+                response.accepted.queue_position, price, response.accepted.model_digest
+            )
+            return self.accepted
+        if kind == "progress":
+            progress = response.progress
+            preview = progress.preview if progress.HasField("preview") else None
+            return CloudProgress(progress.step, progress.steps, preview)
+        if kind == "image_chunk":
+            self._append(response.image_chunk)
+            return None
+        if kind == "result":
+            return await self._image(response.result)
+        return None  # an event of a later version of the wire
+
+    def _append(self, chunk: image_pb2.ImageChunk) -> None:
+        if chunk.offset != len(self.received):
+            raise CloudLied(
+                f"the cloud sent byte {chunk.offset} where byte {len(self.received)} is due", never_ran=False
+            )
+        if len(self.received) + len(chunk.data) > self._max_image_bytes:
+            raise CloudLied(f"the cloud's image exceeds {self._max_image_bytes} bytes", never_ran=False)
+        self.received += chunk.data
+
+    async def _image(self, result: cloud_pb2.Result) -> CloudImage:
+        accepted = cast(CloudAccepted, self.accepted)
+        if result.request_id != self._request.request_id:
+            raise CloudLied("the cloud's result is another request's", never_ran=False)
+        if not 0 <= result.charged_micro_usd <= accepted.charged_micro_usd:
+            raise CloudLied(
+                f"the cloud charged {result.charged_micro_usd} micro-dollars after it had accepted at "
+                f"{accepted.charged_micro_usd}",
+                never_ran=False,
+            )
+        info, png = result.image, bytes(self.received)
+        width = self._request.width or info.width
+        height = self._request.height or info.height
+        # Hashing and decoding take tens of milliseconds for a large image: not on the event loop.
+        await asyncio.to_thread(_check_png, png, info.sha256, width, height)
+        return CloudImage(
+            png=png,
+            sha256=info.sha256,
+            width=width,
+            height=height,
+            seed=info.seed,
+            steps=info.steps,
+            guidance_scale=info.guidance_scale,
+            model_digest=info.model_digest,
+            charged_micro_usd=result.charged_micro_usd,
+            timings_ms={timing.stage: timing.milliseconds for timing in result.timings},
+        )
+
+
+def _check_png(png: bytes, sha256: str, width: int, height: int) -> None:
+    """Raises CloudLied unless `png` has this hash and decodes, to its last row, to an image of this size."""
+    if hashlib.sha256(png).hexdigest() != sha256:
+        raise CloudLied(f"the cloud's {len(png)} bytes have not the sha256 they came with", never_ran=False)
+    try:
+        with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
+            size = image.size
+            if size == (width, height):  # before any pixel is unpacked
+                image.load()
+    except Exception as error:  # a decoder fed with garbage may raise anything
+        raise CloudLied(f"what the cloud sent is not a PNG image: {error}", never_ran=False) from error
+    if size != (width, height):
+        raise CloudLied(
+            f"the cloud's image has {size[0]}x{size[1]} pixels instead of {width}x{height}", never_ran=False
+        )
+
+
+def _wire_request(request: ImageRequest, ceiling_micro_usd: int) -> cloud_pb2.GenerateRequest:
+    """What the cloud needs to know, and no more: the app's name stays here."""
+    if request.local_only:
+        raise ValueError("a prompt that may not leave the device was about to be sent to the cloud")
+    image = image_pb2.ImageRequest(
+        request_id=request.request_id,
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        seed=request.seed,
+        width=request.width,
+        height=request.height,
+        steps=request.steps,
+        guidance_scale=request.guidance_scale,
+        media_type=request.media_type,
+        privacy=image_pb2.PRIVACY_NORMAL,
+        max_price_micro_usd=ceiling_micro_usd,
+        traceparent=request.traceparent,
+    )
+    return cloud_pb2.GenerateRequest(image=image, preview=request.preview)
+
+
+def _server_status(error: grpc.aio.AioRpcError) -> Status | None:
+    """The google.rpc.Status that the server sent with its error; None when gRPC itself made the error."""
+    packed: Any = dict(error.trailing_metadata() or ()).get("grpc-status-details-bin")
+    if packed is None:
+        return None
+    try:
+        return Status.FromString(packed)
+    except DecodeError:
+        return None
+
+
+def _retry_after_s(status: Status | None) -> float | None:
+    retry = RetryInfo()
+    for detail in status.details if status is not None else ():
+        if detail.Unpack(retry):
+            milliseconds: int = retry.retry_delay.ToMilliseconds()
+            return max(0.0, milliseconds / 1000)
+    return None
+
+
+def is_local(address: str) -> bool:
+    """Whether `address` (HOST:PORT, [IPV6]:PORT or unix:PATH) lies within this machine. ValueError without a
+    port.
+    """
+    if address.startswith("unix:"):
+        return True
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65_536:
+        raise ValueError(f"{address!r} is not HOST:PORT, [IPV6]:PORT or unix:PATH")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,632 @@
+"""What the cloud sends is believed only as far as it can be checked, and an error says whether anything ran.
+
+Against a real gRPC server on a real loopback socket, which misbehaves as each test tells it to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from google.rpc.error_details_pb2 import RetryInfo
+from google.rpc.status_pb2 import Status
+from grpc_status.rpc_status import to_status
+from PIL import Image
+
+from edge_agent.cloud import (
+    MAX_MESSAGE_BYTES,
+    CloudAccepted,
+    CloudClient,
+    CloudImage,
+    CloudProgress,
+    Outcome,
+    is_local,
+)
+from edge_agent.errors import CloudError, CloudLied, CloudRefused, CloudUnavailable
+from edge_agent.request import ImageRequest, Privacy, Routing
+from routet2i.cloud.v1 import cloud_pb2, cloud_pb2_grpc
+from routet2i.image.v1 import image_pb2
+
+REQUEST = ImageRequest(
+    request_id="r-1", prompt="two cats on a beach", app="camera", seed=7, width=64, height=64, traceparent=""
+)
+CEILING = 40_000
+PRICE = 30_000
+
+Response = cloud_pb2.GenerateResponse
+
+
+def png(width: int = 64, height: int = 64, image_format: str = "PNG") -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, image_format)
+    return file.getvalue()
+
+
+def accepted(price: int = PRICE) -> Response:
+    return Response(
+        accepted=cloud_pb2.Accepted(queue_position=2, charged_micro_usd=price, model_digest="ab" * 32)
+    )
+
+
+def progress(step: int, preview: bytes | None = None) -> Response:
+    return Response(progress=image_pb2.Progress(step=step, steps=3, preview=preview))
+
+
+def chunk(offset: int, data: bytes) -> Response:
+    return Response(image_chunk=image_pb2.ImageChunk(offset=offset, data=data))
+
+
+def chunks(data: bytes) -> list[Response]:
+    return [chunk(offset, data[offset : offset + 65_536]) for offset in range(0, len(data), 65_536)]
+
+
+def result(
+    data: bytes, *, sha256: str | None = None, charged: int = PRICE, request_id: str = "r-1", side: int = 64
+) -> Response:
+    info = image_pb2.ImageInfo(
+        sha256=sha256 or hashlib.sha256(data).hexdigest(),
+        total_bytes=len(data),
+        media_type="image/png",
+        width=side,
+        height=side,
+        seed=7,
+        steps=3,
+        guidance_scale=3.0,
+        model_digest="ab" * 32,
+    )
+    timings = [image_pb2.Timing(stage="generate", milliseconds=12.5)]
+    return Response(
+        result=cloud_pb2.Result(request_id=request_id, image=info, charged_micro_usd=charged, timings=timings)
+    )
+
+
+def honest(data: bytes) -> list[Response]:
+    return [accepted(), progress(1), progress(2, b"preview"), progress(3), *chunks(data), result(data)]
+
+
+@dataclass
+class Cloud(cloud_pb2_grpc.CloudServerServiceServicer):
+    """A cloud server that plays back a script, and keeps what it received."""
+
+    script: list[Any] = field(default_factory=list)  # responses; a callable is awaited with the context
+    answer: cloud_pb2.LookupGenerationResponse = field(default_factory=cloud_pb2.LookupGenerationResponse)
+    received: list[cloud_pb2.GenerateRequest] = field(default_factory=list)
+    metadata: dict[str, str | bytes] = field(default_factory=dict)
+    started: asyncio.Event = field(default_factory=asyncio.Event)
+    cancelled: asyncio.Event = field(default_factory=asyncio.Event)
+    address: str = ""
+    connections: int = 0
+
+    async def Generate(
+        self, request: cloud_pb2.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[Response]:
+        self.received.append(request)
+        self.started.set()
+        self.metadata = dict(context.invocation_metadata() or ())
+        try:
+            for step in self.script:
+                if callable(step):
+                    await step(context)
+                else:
+                    yield step
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+
+    async def GetModel(
+        self, request: cloud_pb2.GetModelRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> cloud_pb2.GetModelResponse:
+        return cloud_pb2.GetModelResponse()
+
+    async def LookupGeneration(
+        self,
+        request: cloud_pb2.LookupGenerationRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> cloud_pb2.LookupGenerationResponse:
+        if not self.answer.request_id:
+            self.answer.request_id = request.request_id
+        return self.answer
+
+
+@pytest.fixture
+async def cloud() -> AsyncIterator[Cloud]:
+    """The scripted server, behind a listener that counts the connections made to it."""
+    cloud = Cloud()
+    server = grpc.aio.server()
+    cloud_pb2_grpc.add_CloudServerServiceServicer_to_server(cloud, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            while data := await reader.read(65_536):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        cloud.connections += 1
+        there_reader, there_writer = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.gather(pump(reader, there_writer), pump(there_reader, writer))
+
+    listener = await asyncio.start_server(forward, "127.0.0.1", 0)
+    cloud.address = f"127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+    yield cloud
+    listener.close()
+    await server.stop(None)
+
+
+async def collect(
+    client: CloudClient, request: ImageRequest = REQUEST, *, timeout_s: float = 20.0
+) -> list[CloudAccepted | CloudProgress | CloudImage]:
+    return [event async for event in client.generate(request, CEILING, timeout_s)]
+
+
+async def failure(
+    client: CloudClient, request: ImageRequest = REQUEST, *, timeout_s: float = 20.0
+) -> CloudError:
+    with pytest.raises(CloudError) as failed:
+        await collect(client, request, timeout_s=timeout_s)
+    return failed.value
+
+
+def abort(
+    code: grpc.StatusCode, text: str, *, details: bool = True, retry_after_s: int = 0
+) -> Callable[..., Any]:
+    """Ends the call with this code; with `details`, as cloud servers do, and otherwise as gRPC itself does."""
+
+    async def step(context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        if not details:
+            await context.abort(code, text)
+        status = Status(code=code.value[0], message=text)
+        if retry_after_s:
+            retry = RetryInfo()
+            retry.retry_delay.seconds = retry_after_s
+            status.details.add().Pack(retry)
+        packed = to_status(status)
+        await context.abort(packed.code, packed.details, packed.trailing_metadata)
+
+    return step
+
+
+async def stall(_: object) -> None:
+    await asyncio.sleep(60)
+
+
+# A cloud that keeps its word
+
+
+async def test_an_image_arrives_with_its_progress_and_its_facts(cloud: Cloud) -> None:
+    data = png(200, 200)
+    assert len(data) > 65_536
+    cloud.script = [
+        accepted(),
+        progress(1),
+        progress(2, b"preview"),
+        *chunks(data),
+        result(data, side=200),
+    ]
+    events = await collect(CloudClient(cloud.address), replace(REQUEST, width=200, height=200))
+    assert events[:3] == [
+        CloudAccepted(2, PRICE, "ab" * 32),
+        CloudProgress(1, 3, None),
+        CloudProgress(2, 3, b"preview"),
+    ]
+    assert events[3] == CloudImage(
+        png=data,
+        sha256=hashlib.sha256(data).hexdigest(),
+        width=200,
+        height=200,
+        seed=7,
+        steps=3,
+        guidance_scale=3.0,
+        model_digest="ab" * 32,
+        charged_micro_usd=PRICE,
+        timings_ms={"generate": 12.5},
+    )
+
+
+async def test_the_cloud_receives_what_it_needs_and_not_the_app(cloud: Cloud) -> None:
+    cloud.script = honest(png())
+    trace = "00-" + "a" * 32 + "-" + "b" * 16 + "-01"
+    asked = replace(REQUEST, negative_prompt="blurry", guidance_scale=2.5, preview=True, traceparent=trace)
+    await collect(CloudClient(cloud.address, token="sesame"), asked)
+    (received,) = cloud.received
+    assert received.preview
+    assert received.image == image_pb2.ImageRequest(
+        request_id="r-1",
+        prompt="two cats on a beach",
+        negative_prompt="blurry",
+        seed=7,
+        width=64,
+        height=64,
+        guidance_scale=2.5,
+        media_type="image/png",
+        privacy=image_pb2.PRIVACY_NORMAL,
+        max_price_micro_usd=CEILING,
+        traceparent=trace,
+    )
+    assert not received.image.HasField("steps")  # the caller did not say: the cloud model has its own default
+    assert cloud.metadata["authorization"] == "Bearer sesame"
+
+
+@pytest.mark.parametrize("private", [{"privacy": Privacy.LOCAL_ONLY}, {"routing": Routing.LOCAL_ONLY}])
+async def test_a_private_prompt_is_not_sent_even_when_asked(cloud: Cloud, private: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="may not leave the device"):
+        await collect(CloudClient(cloud.address), replace(REQUEST, **private))
+    assert cloud.received == []
+
+
+async def test_no_connection_exists_before_the_first_call_nor_after_the_last(cloud: Cloud) -> None:
+    client = CloudClient(cloud.address)
+    assert client.healthy
+    await asyncio.sleep(0.2)
+    assert cloud.connections == 0
+    cloud.script = honest(png())
+    await collect(client)
+    assert cloud.connections == 1
+    await client.close()
+    error = await failure(client)
+    assert error.never_ran
+    assert cloud.connections == 1
+
+
+# A cloud that lies
+
+
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [
+        ([accepted(), *chunks(png()), result(png(), sha256="0" * 64)], "sha256"),
+        ([accepted(), *chunks(b"no image at all"), result(b"no image at all")], "not a PNG"),
+        ([accepted(), *chunks(png()[:-2_000]), result(png()[:-2_000])], "not a PNG"),
+        ([accepted(), *chunks(png(image_format="JPEG")), result(png(image_format="JPEG"))], "not a PNG"),
+        ([accepted(), result(b"")], "not a PNG"),
+        ([accepted(), *chunks(png(32, 64)), result(png(32, 64))], "32x64 pixels instead of 64x64"),
+        ([accepted(), chunk(0, b"12"), chunk(3, b"4")], "byte 3 where byte 2 is due"),
+        ([accepted(), chunk(0, b"12"), chunk(0, b"12")], "byte 0 where byte 2 is due"),
+        ([accepted(), *chunks(png()), result(png(), request_id="r-2")], "another request's"),
+        ([accepted(), *chunks(png()), result(png(), charged=PRICE + 1)], "charged 30001"),
+        ([accepted(), *chunks(png()), result(png(), charged=-1)], "charged -1"),
+        ([accepted(CEILING + 1)], "price is 40001"),
+        ([accepted(-5)], "price is -5"),
+        ([accepted(), accepted()], "sent accepted where it may not"),
+        ([progress(1)], "sent progress where it may not"),
+        ([*chunks(png()), result(png())], "sent image_chunk where it may not"),
+    ],
+)
+async def test_a_lie_is_found_and_named_and_the_call_ended(
+    cloud: Cloud, script: list[Response], says: str
+) -> None:
+    cloud.script = [*script, stall]
+    error = await failure(CloudClient(cloud.address))
+    assert isinstance(error, CloudLied), error
+    assert says in error.message
+    assert not error.never_ran
+    await asyncio.wait_for(cloud.cancelled.wait(), 5)
+
+
+async def test_an_image_larger_than_any_image_is_cut_off(cloud: Cloud) -> None:
+    sent = 0
+
+    async def flood(context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        nonlocal sent
+        while True:
+            await context.write(chunk(sent, bytes(65_536)))
+            sent += 65_536
+
+    cloud.script = [accepted(), flood]
+    error = await failure(CloudClient(cloud.address, max_image_bytes=2**20))
+    assert isinstance(error, CloudLied)
+    assert "exceeds 1048576 bytes" in error.message
+    await asyncio.wait_for(cloud.cancelled.wait(), 5)
+    assert sent < 2**24
+
+
+@pytest.mark.parametrize("before", [[], [accepted()]])
+async def test_a_message_larger_than_any_message_is_a_lie_and_may_have_run(
+    cloud: Cloud, before: list[Response]
+) -> None:
+    cloud.script = [*before, chunk(0, bytes(MAX_MESSAGE_BYTES + 1))]
+    error = await failure(CloudClient(cloud.address))
+    assert isinstance(error, CloudLied)
+    assert "sent too much" in error.message
+    assert not error.never_ran
+
+
+# A cloud that refuses
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "never_ran"),
+    [
+        (grpc.StatusCode.FAILED_PRECONDITION, CloudRefused, True),
+        (grpc.StatusCode.INVALID_ARGUMENT, CloudRefused, True),
+        (grpc.StatusCode.UNAUTHENTICATED, CloudRefused, True),
+        (grpc.StatusCode.PERMISSION_DENIED, CloudRefused, True),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, CloudUnavailable, True),
+        (grpc.StatusCode.UNAVAILABLE, CloudUnavailable, True),
+        (grpc.StatusCode.ALREADY_EXISTS, CloudRefused, False),
+        (grpc.StatusCode.NOT_FOUND, CloudRefused, False),
+        (grpc.StatusCode.INTERNAL, CloudUnavailable, False),
+        (grpc.StatusCode.UNKNOWN, CloudUnavailable, False),
+        (grpc.StatusCode.CANCELLED, CloudUnavailable, False),
+    ],
+)
+async def test_a_refusal_before_accepting_says_whether_anything_ran(
+    cloud: Cloud, code: grpc.StatusCode, kind: type[CloudError], never_ran: bool
+) -> None:
+    cloud.script = [abort(code, "not today")]
+    error = await failure(CloudClient(cloud.address))
+    assert type(error) is kind
+    assert "not today" in error.message
+    assert error.never_ran is never_ran
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.UNAVAILABLE])
+async def test_the_same_refusals_after_accepting_leave_the_outcome_open(
+    cloud: Cloud, code: grpc.StatusCode
+) -> None:
+    cloud.script = [accepted(), abort(code, "withheld")]
+    assert not (await failure(CloudClient(cloud.address))).never_ran
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED])
+async def test_a_code_that_grpc_itself_may_have_made_leaves_the_outcome_open(
+    cloud: Cloud, code: grpc.StatusCode
+) -> None:
+    cloud.script = [abort(code, "who said this?", details=False)]
+    assert not (await failure(CloudClient(cloud.address))).never_ran
+
+
+async def test_a_full_cloud_is_left_alone_for_as_long_as_it_asks(cloud: Cloud) -> None:
+    now = 100.0
+    client = CloudClient(cloud.address, monotonic=lambda: now)
+    cloud.script = [abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "64 are waiting", retry_after_s=7)]
+    error = await failure(client)
+    assert (error.retry_after_s, error.never_ran, client.healthy) == (7.0, True, False)
+    now = 106.9
+    assert not client.healthy
+    now = 107.0
+    assert client.healthy
+
+
+# A cloud that fails
+
+
+async def test_a_stream_that_ends_early_is_no_image_whatever_its_status_says(cloud: Cloud) -> None:
+    cloud.script = [accepted(), chunk(0, png()[:100])]
+    error = await failure(CloudClient(cloud.address))
+    assert isinstance(error, CloudUnavailable)
+    assert "broke off after 100 bytes" in error.message
+    assert not error.never_ran
+
+
+async def test_a_cloud_slower_than_the_deadline_is_cancelled_there(cloud: Cloud) -> None:
+    cloud.script = [accepted(), progress(1), stall]
+    began = time.monotonic()
+    error = await failure(CloudClient(cloud.address), timeout_s=0.7)
+    assert 0.6 < time.monotonic() - began < 5
+    assert isinstance(error, CloudUnavailable)
+    assert "not done within 0.7 s" in error.message
+    assert not error.never_ran
+    await asyncio.wait_for(cloud.cancelled.wait(), 5)
+
+
+async def test_a_caller_who_leaves_cancels_the_call_at_the_cloud(cloud: Cloud) -> None:
+    cloud.script = [accepted(), stall]
+    task = asyncio.create_task(collect(CloudClient(cloud.address)))
+    await cloud.started.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await asyncio.wait_for(cloud.cancelled.wait(), 5)
+
+
+async def test_a_connection_that_breaks_mid_way_leaves_the_outcome_open() -> None:
+    cloud = Cloud()
+    cloud.script = [accepted(), stall]
+    server = grpc.aio.server()
+    cloud_pb2_grpc.add_CloudServerServiceServicer_to_server(cloud, server)
+    client = CloudClient(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
+    await server.start()
+    task = asyncio.create_task(failure(client))
+    await cloud.started.wait()
+    await server.stop(None)
+    error = await task
+    assert isinstance(error, CloudUnavailable)
+    assert not error.never_ran
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+async def test_a_port_where_nobody_listens_is_known_at_once_and_nothing_ran() -> None:
+    client = CloudClient(f"127.0.0.1:{free_port()}", connect_timeout_s=30)
+    began = time.monotonic()
+    error = await failure(client)
+    assert time.monotonic() - began < 5
+    assert isinstance(error, CloudUnavailable)
+    assert "refused" in error.message.lower()
+    assert "check the address" in error.message
+    assert error.never_ran
+    assert not client.healthy
+
+
+async def test_an_address_that_does_not_resolve_says_so_and_nothing_ran() -> None:
+    client = CloudClient("cloud.invalid:50051", connect_timeout_s=10)
+    error = await failure(client)
+    assert "cloud.invalid:50051" in error.message
+    assert error.never_ran
+    assert not client.healthy
+
+
+@asynccontextmanager
+async def silent_listener() -> AsyncIterator[str]:
+    """Takes connections and never says a word."""
+
+    async def silence(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(silence, "127.0.0.1", 0)
+    yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    server.close()
+
+
+async def test_a_peer_that_takes_the_connection_and_says_nothing_ran_nothing() -> None:
+    async with silent_listener() as address:
+        client = CloudClient(address, connect_timeout_s=0.5)
+        error = await failure(client)
+        assert "no connection within 0.5 s" in error.message
+        assert error.never_ran
+        assert not client.healthy
+
+
+async def test_a_caller_in_a_hurry_does_not_make_the_cloud_unhealthy() -> None:
+    async with silent_listener() as address:
+        client = CloudClient(address, connect_timeout_s=5)
+        error = await failure(client, timeout_s=0.2)
+        assert error.never_ran
+        assert client.healthy
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[Path, Path]:
+    """A key and a certificate for 127.0.0.1, made by OpenSSL."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs the program openssl")
+    key, pem = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=cloud"
+    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(pem)]
+    subprocess.run([*make.split(), *names], check=True, capture_output=True)
+    return key, pem
+
+
+async def test_over_tls_only_a_cloud_with_a_trusted_certificate_gets_the_prompt(
+    certificate: tuple[Path, Path], tmp_path: Path
+) -> None:
+    key, pem = certificate
+    cloud = Cloud(script=honest(png()))
+    server = grpc.aio.server()
+    cloud_pb2_grpc.add_CloudServerServiceServicer_to_server(cloud, server)
+    credentials = grpc.ssl_server_credentials([(key.read_bytes(), pem.read_bytes())])
+    address = f"127.0.0.1:{server.add_secure_port('127.0.0.1:0', credentials)}"
+    await server.start()
+    try:
+        assert isinstance((await collect(CloudClient(address, ca_file=pem)))[-1], CloudImage)
+        for client in (
+            CloudClient(address),
+            CloudClient(address.replace("127.0.0.1", "localhost"), ca_file=pem),
+        ):
+            assert (await failure(client)).never_ran
+        assert len(cloud.received) == 1
+    finally:
+        await server.stop(None)
+
+
+async def test_a_plain_server_behind_a_tls_address_is_not_reached(cloud: Cloud, tmp_path: Path) -> None:
+    (tmp_path / "ca.pem").write_text("not a certificate")
+    error = await failure(CloudClient(cloud.address, ca_file=tmp_path / "ca.pem", connect_timeout_s=5))
+    assert error.never_ran
+    error = await failure(CloudClient(cloud.address, ca_file=tmp_path / "missing.pem"))
+    assert "missing.pem" in error.message
+    assert error.never_ran
+    assert cloud.received == []
+
+
+async def test_failures_in_a_row_wait_longer_and_an_accepted_call_ends_the_wait(cloud: Cloud) -> None:
+    now = 0.0
+    client = CloudClient(f"127.0.0.1:{free_port()}", monotonic=lambda: now)
+    waits = []
+    for _ in range(8):
+        await failure(client)
+        await failure(client)  # at the same moment: counts once
+        began = now
+        while not client.healthy:
+            now += 0.5
+        waits.append(now - began)
+    assert waits == [1, 2, 4, 8, 16, 32, 60, 60]
+
+    await failure(client)
+    assert not client.healthy
+    client.address = cloud.address
+    cloud.script = honest(png())
+    await collect(client)
+    assert client.healthy
+
+
+# Looking up what became of a request
+
+
+@pytest.mark.parametrize(
+    ("state", "charged", "outcome"),
+    [
+        (cloud_pb2.GENERATION_STATE_UNKNOWN, None, Outcome(known=True, ran=False, charged_micro_usd=0)),
+        (cloud_pb2.GENERATION_STATE_RUNNING, None, Outcome(known=False, ran=False, charged_micro_usd=0)),
+        (cloud_pb2.GENERATION_STATE_UNSPECIFIED, None, Outcome(known=False, ran=False, charged_micro_usd=0)),
+        (cloud_pb2.GENERATION_STATE_FINISHED, PRICE, Outcome(known=True, ran=True, charged_micro_usd=PRICE)),
+        (cloud_pb2.GENERATION_STATE_FAILED, None, Outcome(known=True, ran=True, charged_micro_usd=0)),
+        (cloud_pb2.GENERATION_STATE_CANCELLED, None, Outcome(known=True, ran=True, charged_micro_usd=0)),
+    ],
+)
+async def test_a_lookup_tells_what_a_request_came_to(
+    cloud: Cloud, state: cloud_pb2.GenerationState, charged: int | None, outcome: Outcome
+) -> None:
+    cloud.answer = cloud_pb2.LookupGenerationResponse(
+        state=state, charged=charged is not None, charged_micro_usd=charged or 0
+    )
+    assert await CloudClient(cloud.address).lookup("r-1") == outcome
+
+
+async def test_a_lookup_that_answers_for_another_request_is_a_lie(cloud: Cloud) -> None:
+    cloud.answer.request_id = "r-2"
+    with pytest.raises(CloudLied):
+        await CloudClient(cloud.address).lookup("r-1")
+
+
+async def test_a_lookup_without_a_cloud_is_an_error_and_no_outcome() -> None:
+    with pytest.raises(CloudUnavailable):
+        await CloudClient(f"127.0.0.1:{free_port()}").lookup("r-1")
+
+
+@pytest.mark.parametrize(
+    ("address", "local"),
+    [
+        ("127.0.0.1:1", True),
+        ("127.9.9.9:1", True),
+        ("[::1]:1", True),
+        ("localhost:1", True),
+        ("unix:/run/cloud.sock", True),
+        ("10.0.0.1:1", False),
+        ("localhost.example.org:1", False),
+        ("[2001:db8::1]:1", False),
+    ],
+)
+def test_only_this_machines_own_addresses_are_called_without_tls(address: str, local: bool) -> None:
+    assert is_local(address) is local
+
+
+@pytest.mark.parametrize(
+    "address", ["", "cloud.example.org", "host:", ":50051", "host:port", "host:0", "host:65536"]
+)
+def test_an_address_without_a_port_is_refused_when_the_client_is_made(address: str) -> None:
+    with pytest.raises(ValueError, match="HOST:PORT"):
+        CloudClient(address)
