@@ -45,7 +45,7 @@ def run(stage: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None
     try:
         return stage(argv)
     except (ExportError, RouteT2IError, OSError) as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"error: {error}", style="red")
         return BAD_INPUT
     except KeyboardInterrupt:
         return INTERRUPTED

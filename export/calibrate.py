@@ -36,6 +36,9 @@ from export.terminal import console
 RATES = tuple(round(0.05 * k, 2) for k in range(21))
 """Routing rates whose alpha the calibration lists for people and plots. The daemon takes any from the scores."""
 
+METRICS_FILE = Path(__file__).parent / "metrics.json"
+"""Read here as it is: `export.quality`, which owns it, imports torch."""
+
 Qualities = NDArray[np.float32]
 
 
@@ -46,6 +49,12 @@ def predicted(bundle: Bundle, prompts: Sequence[str]) -> tuple[Qualities, Qualit
     predictor = Predictor.load(bundle.predictor, bundle.manifest.text_hidden)
     predictions = [predictor.predict(states, mask) for states, mask in encode(bundle, prompts)]
     return np.stack([p.edge for p in predictions]), np.stack([p.cloud for p in predictions])
+
+
+def project_metrics() -> tuple[tuple[str, str, str], ...]:
+    """Name, positive and negative text of the project's own metrics, for labels that do not state theirs."""
+    entries = json.loads(METRICS_FILE.read_text(encoding="utf-8"))["metrics"]
+    return tuple((entry["name"], entry["positive"], entry["negative"]) for entry in entries)
 
 
 def scale_of(train: Outcomes, gamma: float) -> NDArray[np.floating]:
@@ -66,11 +75,8 @@ def calibrate(outcomes: Outcomes, bundle: Bundle, cloud_digest: str, gamma: floa
         raise ExportError(
             f"the labels are of edge model {made_for[:16]}, the bundle holds {bundle.model_digest[:16]}"
         )
-    if "metrics" not in outcomes.facts:
-        raise ExportError(
-            "the labels do not state their metrics' texts; make them again with `edge-export label`"
-        )
-    metrics = tuple((name, good, bad) for name, good, bad in json.loads(outcomes.facts["metrics"]))
+    stated = json.loads(outcomes.facts.get("metrics", "[]"))
+    metrics = tuple((name, good, bad) for name, good, bad in stated) or project_metrics()
     if tuple(name for name, _, _ in metrics) != METRICS:
         raise ExportError(f"the labels' metrics are not {', '.join(METRICS)}")
 

@@ -18,12 +18,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import rankdata
@@ -36,6 +38,7 @@ from export.outcomes import Outcomes
 from export.terminal import console
 
 RESAMPLES = 1000
+TABLE_WIDTH = 110  # characters, where no terminal says how many there are
 Floats = NDArray[np.float64]
 
 
@@ -158,7 +161,9 @@ def _estimate(values: Floats) -> Estimate:
 
 def table(rows: Sequence[Row], rate: float) -> Table:
     """For a terminal or a pipe."""
-    made = Table("router", "Spearman with realised PRS", f"captured headroom at {rate:.0%}", "pooled dP, %")
+    made = Table(box=SIMPLE)
+    for name in ("router", "Spearman with realised PRS", f"captured headroom at {rate:.0%}", "pooled dP, %"):
+        made.add_column(name, no_wrap=True)
     for row in rows:
         dp = f"{row.pooled_dp.value:.1f} [{row.pooled_dp.low:.1f}, {row.pooled_dp.high:.1f}]"
         made.add_row(row.router, str(row.rank_correlation or ""), str(row.headroom), dp)
@@ -206,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "routers": [asdict(row) for row in rows],
     }
     options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    Console().print(table(rows, options.rate))
+    Console(width=None if sys.stdout.isatty() else TABLE_WIDTH).print(table(rows, options.rate))
     console.print(f"{len(test)} test prompts, {paired.gaps.shape[1]} seeds; written to {options.out}")
     return 0
 

@@ -116,6 +116,8 @@ def _table(path: Path) -> pa.Table:
         raise ExportError(
             f"{path}: not readable as labels ({error}); make them with `edge-export label`"
         ) from error
+    if not len(table):
+        raise ExportError(f"{path}: the labels have no rows; make them with `edge-export label`")
     if missing := [name for name in COLUMNS if name not in table.column_names]:
         raise ExportError(f"{path}: no column {missing[0]!r}; make the labels again with `edge-export label`")
     if unknown := set(table["model"].unique().to_pylist()) - {"edge", "cloud"}:

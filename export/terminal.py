@@ -13,7 +13,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-console = Console(stderr=True)
+console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+"""For what a stage says. Paths may hold brackets, and a line in a log stays one line."""
 
 
 class _Note(ProgressColumn):

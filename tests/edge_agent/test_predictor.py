@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from edge_agent.errors import BundleError, GenerationFailed
+from edge_agent.predictor import Predictor
+from edge_agent.superiority import METRICS
+from export.errors import ExportError
+from export.mixture import Mixture, Shape
+from export.predictor_onnx import TOLERANCE, export
+
+WIDTH, TOKENS = 16, 20
+
+
+def made_up(**parts: bool) -> Mixture:
+    torch.manual_seed(0)
+    mixture = Mixture(Shape(WIDTH, len(METRICS), kept=5, **parts))
+    mixture.start_from(
+        torch.randn(100, WIDTH) * 3 + 1, torch.rand(9, len(METRICS)), torch.rand(9, len(METRICS))
+    )
+    return mixture.eval()
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("predictor") / "model.onnx"
+    export(made_up(), path, TOKENS)
+    return path
+
+
+@pytest.mark.parametrize("parts", [{}, {"selection": False}, {"dual_gate": False}])
+def test_the_graph_says_what_torch_says(tmp_path: Path, parts: dict[str, bool]) -> None:
+    mixture = made_up(**parts)
+    assert export(mixture, tmp_path / "model.onnx", TOKENS) <= TOLERANCE
+    predictor = Predictor.load(tmp_path / "model.onnx", WIDTH)
+    states = torch.randn(1, TOKENS, WIDTH)
+    mask = torch.arange(TOKENS) % 3 > 0
+    with torch.no_grad():
+        expected = mixture(states, mask[None])
+    made = predictor.predict(states.numpy(), mask.numpy())
+    for ours, theirs in zip((made.edge, made.cloud, made.pull), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs[0].numpy(), atol=TOLERANCE, rtol=0)
+
+
+def test_a_prediction_has_a_quality_a_metric_and_a_pull_a_token(graph: Path) -> None:
+    mask = np.zeros(TOKENS, bool)
+    mask[1:9] = True
+    states = np.random.default_rng(0).standard_normal((1, TOKENS, WIDTH), np.float32)
+    made = Predictor.load(graph).predict(states, mask)
+    assert made.edge.shape == made.cloud.shape == (len(METRICS),)
+    assert ((made.edge > 0) & (made.edge < 1) & (made.cloud > 0) & (made.cloud < 1)).all()
+    assert made.pull.shape == (TOKENS, len(METRICS))
+    assert not made.pull[~mask].any()
+    assert ((made.pull[mask] != 0).sum(0) == 5).all()
+
+
+def test_a_prompt_length_other_than_the_exported_one_is_fine(graph: Path) -> None:
+    states = np.random.default_rng(0).standard_normal((1, 40, WIDTH), np.float32)
+    mask = np.arange(40) < 6
+    predictor = Predictor.load(graph)
+    np.testing.assert_allclose(
+        predictor.predict(states, mask).edge,
+        predictor.predict(states[:, :TOKENS], mask[:TOKENS]).edge,
+        atol=1e-6,
+    )
+
+
+def test_a_graph_for_other_states_is_refused_by_name(graph: Path) -> None:
+    with pytest.raises(
+        BundleError, match=f"{graph.name} reads token states of size 16; this bundle's have size 32"
+    ):
+        Predictor.load(graph, 32)
+
+
+def test_states_of_another_size_are_refused(graph: Path) -> None:
+    with pytest.raises(GenerationFailed):
+        Predictor.load(graph).predict(np.zeros((1, TOKENS, 3), np.float32), np.ones(TOKENS, bool))
+
+
+def test_a_file_that_is_no_predictor_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"nothing")
+    with pytest.raises(BundleError, match=r"model\.onnx"):
+        Predictor.load(tmp_path / "model.onnx")
+
+
+def test_an_ablation_with_one_metric_does_not_get_into_a_bundle(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="ablation"):
+        export(Mixture(Shape(WIDTH, 1)), tmp_path / "model.onnx", TOKENS)
+    assert not (tmp_path / "model.onnx").exists()

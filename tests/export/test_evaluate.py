@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from export import evaluate as evaluation
+from export.evaluate import Paired, evaluate, routed, spearman
+
+RATE = 0.5
+
+
+@pytest.fixture(autouse=True)
+def _few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "RESAMPLES", 200)
+
+
+def world(prompts: int = 400, seeds: int = 4) -> tuple[np.ndarray, Paired]:
+    """What each prompt would truly gain in the cloud, [N], and what was measured."""
+    draw = np.random.default_rng(0)
+    truth = draw.normal(0.05, 0.1, prompts)
+    return truth, Paired(truth[:, None, None] + draw.normal(0, 0.02, (prompts, seeds, 10)))
+
+
+def test_the_lowest_scores_go_to_the_cloud_and_ties_share_what_is_left() -> None:
+    np.testing.assert_array_equal(routed(np.array([4.0, 1.0, 3.0, 2.0]), 0.5), [0, 1, 0, 1])
+    np.testing.assert_allclose(routed(np.array([1.0, 2.0, 2.0, 2.0]), 0.5), [1, 1 / 3, 1 / 3, 1 / 3])
+    for rate in (0.05, 0.3, 0.99):
+        assert routed(np.random.default_rng(0).integers(0, 4, 57).astype(float), rate).sum() == pytest.approx(
+            rate * 57
+        )
+
+
+def test_rank_correlation_is_scipys_also_with_ties() -> None:
+    from scipy.stats import spearmanr
+
+    draw = np.random.default_rng(0)
+    a, b = draw.integers(0, 4, 100).astype(float), draw.normal(size=100)
+    assert spearman(a, b) == pytest.approx(spearmanr(a, b).statistic)
+    assert spearman(a, np.ones(100)) == 0
+
+
+def test_headroom_is_nothing_for_random_all_for_the_truth_and_ordered_between() -> None:
+    truth, paired = world()
+    draw = np.random.default_rng(1)
+    scores = {"truth": -truth, "noisy": -truth + draw.normal(0, 0.1, truth.size), "backwards": truth}
+    rows = {row.router: row for row in evaluate(scores, -truth, paired, RATE)}
+    assert list(rows) == ["random", *scores, "oracle"]
+    assert rows["random"].headroom.value == 0
+    assert rows["oracle"].headroom.value == 1
+    assert rows["truth"].headroom.value == pytest.approx(1, abs=0.01)
+    assert 0.3 < rows["noisy"].headroom.value < 0.95
+    assert rows["backwards"].headroom.value == pytest.approx(-1, abs=0.05)
+    assert rows["truth"].rank_correlation is not None
+    assert rows["truth"].rank_correlation.value == pytest.approx(1)
+    for row in rows.values():
+        assert row.headroom.low <= row.headroom.value <= row.headroom.high
+
+
+def test_pooled_dp_of_cloud_only_and_of_half_at_random() -> None:
+    _, paired = world()
+    everything = np.ones(len(paired.gaps))
+    (random, *_) = evaluate({}, everything, paired, RATE)
+    assert random.pooled_dp.value == pytest.approx(50)  # every metric's mean gap is positive here
+    assert paired.gain(everything) == pytest.approx(paired.gaps.mean())
+
+
+def test_the_oracle_is_not_paid_for_luck() -> None:
+    """Where all prompts are alike, an oracle that had seen the images it is paid for would gain by their noise."""
+    noise = Paired(np.random.default_rng(0).normal(0, 1, (2000, 4, 1)))
+    lucky = noise.gain(routed(-noise.gaps.mean((1, 2)), RATE))
+    assert lucky > 0.15
+    assert abs(noise.oracle_gain(RATE)) < 0.05

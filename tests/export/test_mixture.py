@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from export.errors import ExportError
+from export.mixture import Mixture, Shape
+
+SHAPE = Shape(width=16, metrics=3, kept=4, rank=2, hidden=8)
+
+
+def made_up(shape: Shape, seed: int = 0) -> Mixture:
+    torch.manual_seed(seed)
+    mixture = Mixture(shape).eval()
+    mixture.start_from(
+        torch.randn(50, shape.width), torch.rand(20, shape.metrics), torch.rand(20, shape.metrics)
+    )
+    return mixture
+
+
+def prompt(tokens: int, own: int) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(own)
+    return torch.randn(1, tokens, SHAPE.width), (torch.arange(tokens) < own)[None]
+
+
+def gap(edge: torch.Tensor, cloud: torch.Tensor) -> torch.Tensor:
+    return torch.logit(cloud) - torch.logit(edge)
+
+
+def test_the_gap_is_its_bias_and_what_every_token_pulls() -> None:
+    mixture = made_up(SHAPE)
+    edge, cloud, pull = mixture(*prompt(10, 7))
+    torch.testing.assert_close(gap(edge, cloud), mixture.bias[:, 1] + pull.sum(1), atol=1e-5, rtol=0)
+
+
+def test_without_a_token_the_gap_is_smaller_by_just_its_pull() -> None:
+    mixture = made_up(SHAPE)
+    states, mask = prompt(10, 4)  # as many as an expert keeps: no other token moves up
+    edge, cloud, pull = mixture(states, mask)
+    without = mask.clone()
+    without[0, 2] = False
+    torch.testing.assert_close(
+        gap(edge, cloud) - pull[:, 2], gap(*mixture(states, without)[:2]), atol=1e-5, rtol=0
+    )
+    assert pull[:, 2].abs().min() > 1e-4
+
+
+def test_an_expert_keeps_at_most_k_tokens_and_without_selection_all() -> None:
+    states, mask = prompt(10, 9)
+    assert ((made_up(SHAPE)(states, mask)[2] != 0).sum(1) == SHAPE.kept).all()
+    every = Shape(16, 3, kept=4, rank=2, hidden=8, selection=False)
+    assert ((made_up(every)(states, mask)[2] != 0).sum(1) == 9).all()
+
+
+def test_padding_changes_nothing() -> None:
+    mixture = made_up(SHAPE)
+    states, mask = prompt(10, 6)
+    longer = (
+        torch.cat([states, torch.randn(1, 5, SHAPE.width)], 1),
+        torch.cat([mask, torch.zeros(1, 5).bool()], 1),
+    )
+    for short, long in zip(mixture(states, mask)[:2], mixture(*longer)[:2], strict=True):
+        torch.testing.assert_close(short, long, atol=1e-6, rtol=0)
+
+
+def test_a_prompt_without_tokens_gets_the_mean_qualities() -> None:
+    torch.manual_seed(0)
+    mixture = Mixture(SHAPE).eval()
+    low, high = torch.rand(20, 3), torch.rand(20, 3)
+    mixture.start_from(torch.randn(50, 16), low, high)
+    edge, cloud, pull = mixture(*prompt(10, 0))
+    torch.testing.assert_close(torch.cat([edge, cloud]), torch.stack([low.mean(0), high.mean(0)]))
+    assert not pull.any()
+
+
+def test_two_gates_can_say_what_their_difference_says_alone() -> None:
+    dual, single = made_up(SHAPE), made_up(Shape(16, 3, 4, 2, 8, dual_gate=False))
+    state = dual.state_dict()
+    state["positive"] = state["positive"] - state.pop("negative")
+    single.load_state_dict(state)
+    for ours, theirs in zip(dual(*prompt(10, 7)), single(*prompt(10, 7)), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_an_expert_costs_l_times_d_and_h_and_not_d_times_h() -> None:
+    d, m, rank, hidden = 192, 10, 8, 32
+    count = sum(p.numel() for p in Mixture(Shape(d, m, rank=rank, hidden=hidden)).parameters())
+    assert count == m * (d + 2 * d * rank + rank * hidden + 2 * hidden + 2)
+
+
+def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
+    mixture = made_up(SHAPE)
+    mixture.save(tmp_path / "w.safetensors", {"seed": 3})
+    read, record = Mixture.load(tmp_path / "w.safetensors")
+    assert record == {"seed": 3}
+    assert read.shape == SHAPE
+    for ours, theirs in zip(mixture(*prompt(10, 7)), read(*prompt(10, 7)), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_pickle_is_not_opened(tmp_path: Path) -> None:
+    torch.save(made_up(SHAPE).state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(ExportError, match="not a trained predictor"):
+        Mixture.load(tmp_path / "w.safetensors")

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+
+from edge_agent.superiority import METRICS
+from export.errors import ExportError
+from export.outcomes import Outcomes
+from tests.export.routing_world import write_labels
+
+
+@pytest.fixture
+def labels(tmp_path: Path) -> Path:
+    return write_labels(
+        tmp_path / "labels.parquet", 12, seeds=3, facts={"cloud_digest": "c0ffee", "unknown": "x"}
+    )
+
+
+def test_the_matrix_holds_every_quality_in_its_place(labels: Path) -> None:
+    outcomes = Outcomes.read(labels)
+    assert outcomes.edge_seeds.shape == outcomes.cloud_seeds.shape == (12, 3, len(METRICS))
+    table = pq.read_table(labels)
+    row = table.filter(
+        (pc.field("prompt_id") == 7) & (pc.field("model") == "cloud") & (pc.field("seed") == 2)
+    )
+    assert outcomes.prompts[7] == row["prompt"][0].as_py()
+    np.testing.assert_array_equal(outcomes.cloud_seeds[7, 2], [row[name][0].as_py() for name in METRICS])
+    np.testing.assert_allclose(outcomes.edge, outcomes.edge_seeds.mean(1), rtol=1e-6)
+    assert outcomes.facts == {"cloud_digest": "c0ffee"}
+
+
+def test_the_order_of_the_rows_does_not_matter(labels: Path) -> None:
+    before, table = Outcomes.read(labels), pq.read_table(labels)
+    pq.write_table(table.take(np.random.default_rng(0).permutation(len(table))), labels)
+    after = Outcomes.read(labels)
+    assert after.prompts == before.prompts
+    np.testing.assert_array_equal(after.edge_seeds, before.edge_seeds)
+
+
+def test_a_prompt_may_have_more_seeds_than_another(labels: Path) -> None:
+    table = pq.read_table(labels)
+    pq.write_table(table.filter((pc.field("prompt_id") != 4) | (pc.field("seed") == 1)), labels)
+    outcomes = Outcomes.read(labels)
+    np.testing.assert_allclose(outcomes.edge[4], outcomes.edge_seeds[4, 0])
+    assert np.isnan(outcomes.edge_seeds[4, 1:]).all()
+    assert np.isfinite(outcomes.edge).all()
+
+
+def test_splits_part_the_prompts(labels: Path) -> None:
+    outcomes = Outcomes.read(labels)
+    train, test = outcomes.split("train"), outcomes.split("test")
+    assert (len(train), len(test)) == (6, 2)
+    assert not set(train.ids) & set(test.ids)
+
+
+def change(name: str, row: int, value: object) -> Callable[[pa.Table], pa.Table]:
+    def changed(table: pa.Table) -> pa.Table:
+        values = table[name].to_pylist()
+        values[row] = value
+        return table.set_column(
+            table.column_names.index(name), table.schema.field(name), pa.array(values, table[name].type)
+        )
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (change("detail", 3, float("nan")), "not a number at prompt_id 0, model cloud, seed 0"),
+        (change("detail", 3, None), "not a number at prompt_id 0, model cloud, seed 0"),
+        (change("color", 8, 1.5), r"outside \[0, 1\].*prompt_id 1, model edge, seed 2"),
+        (change("seed", 1, 0), "two rows of prompt 0, model edge, seed 0"),
+        (change("split", 0, "holdout"), "more than one split"),
+        (change("prompt", 0, "another"), "more than one prompt"),
+        (change("model", 0, "middle"), "unknown model 'middle'"),
+        (
+            lambda t: t.filter((pc.field("model") == "edge") | (pc.field("prompt_id") != 5)),
+            "prompt 5 has no image of the cloud",
+        ),
+        (lambda t: t.filter(pc.field("model") == "edge"), "no image of the cloud"),
+        (lambda t: t.drop_columns("layout"), "no column 'layout'"),
+        (lambda t: t.slice(0, 0), "no rows"),
+    ],
+)
+def test_labels_with_a_hole_or_a_mistake_are_refused(
+    labels: Path, spoil: Callable[[pa.Table], pa.Table], message: str
+) -> None:
+    pq.write_table(spoil(pq.read_table(labels)), labels)
+    with pytest.raises(ExportError, match=message):
+        Outcomes.read(labels)
+
+
+def test_a_file_that_is_not_parquet_or_not_there_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "labels.parquet").write_text("prompt,quality\n")
+    for name in ("labels.parquet", "none.parquet"):
+        with pytest.raises(ExportError, match=f"{name}: not readable as labels"):
+            Outcomes.read(tmp_path / name)
+
+
+def test_a_split_without_prompts_is_refused(labels: Path) -> None:
+    table = pq.read_table(labels)
+    pq.write_table(table.filter(pc.field("split") != "calibration"), labels)
+    with pytest.raises(ExportError, match="0 prompts of the split 'calibration'"):
+        Outcomes.read(labels).split("calibration")

@@ -1,0 +1,160 @@
+"""train -> predictor -> calibrate -> evaluate, by the command, on real token states."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge_agent.bundle import CALIBRATION, PREDICTOR, Bundle
+from edge_agent.errors import BundleError
+from edge_agent.predictor import Predictor
+from edge_agent.superiority import METRICS, paper_scale, relative_superiority
+from export.__main__ import main
+from export.outcomes import Outcomes
+from export.states import encode, of_prompts
+from tests.export.routing_world import WIDTH, write_bundle, write_labels
+
+
+class Chain:
+    """Where everything lies, after the four stages have run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.bundle, self.weights, self.report = folder / "bundle", folder / "run", folder / "evaluation.json"
+        digest = write_bundle(self.bundle).model_digest
+        texts = json.dumps([[name, f"good {name}", f"bad {name}"] for name in METRICS])
+        facts = {"edge_digest": digest, "cloud_digest": "c0ffee", "metrics": texts}
+        self.labels = write_labels(folder / "labels.parquet", 720, facts=facts)
+        train = ["--seeds", "1", "--epochs", "40", "--rank", "4", "--hidden", "16"]
+        self.codes = [
+            main(["train", str(self.labels), str(self.bundle), str(self.weights), *train]),
+            main(["predictor", str(self.weights / "predictor.safetensors"), str(self.bundle)]),
+            main(["calibrate", str(self.labels), str(self.bundle)]),
+            main(["evaluate", str(self.labels), str(self.bundle), "--out", str(self.report)]),
+        ]
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    return Chain(tmp_path_factory.mktemp("chain"))
+
+
+def test_every_stage_succeeds_and_the_bundle_passes_its_checks(chain: Chain) -> None:
+    assert chain.codes == [0, 0, 0, 0]
+    bundle = Bundle.open(chain.bundle)
+    assert {PREDICTOR, CALIBRATION} <= set(bundle.manifest.files)
+
+
+def test_predicted_prs_follows_the_measured_one_better_than_the_number_of_objects(chain: Chain) -> None:
+    report = json.loads(chain.report.read_text())
+    rows = {row["router"]: row for row in report["routers"]}
+    assert (
+        rows["predictor"]["rank_correlation"]["low"] > rows["number of objects"]["rank_correlation"]["value"]
+    )
+    assert rows["predictor"]["headroom"]["value"] > rows["number of objects"]["headroom"]["value"] > 0
+    assert report["prompts"] == 120
+
+
+def test_the_calibration_is_what_the_daemon_would_compute(chain: Chain) -> None:
+    bundle, outcomes = Bundle.open(chain.bundle), Outcomes.read(chain.labels)
+    calibration = bundle.calibration
+    assert calibration is not None
+    assert (calibration.edge_digest, calibration.cloud_digest) == (bundle.model_digest, "c0ffee")
+    assert calibration.metrics[0] == ("definition", "good definition", "bad definition")
+    train = outcomes.split("train")
+    gap = train.edge - train.cloud
+    np.testing.assert_allclose(calibration.scale, paper_scale(gap.mean(0), gap.std(0, ddof=1)), rtol=1e-4)
+
+    predictor = Predictor.load(bundle.path(PREDICTOR), WIDTH)
+    made = [predictor.predict(*one) for one in encode(bundle, outcomes.split("calibration").prompts)]
+    prs = [relative_superiority(p.edge, p.cloud, calibration.scale, calibration.weights) for p in made]
+    np.testing.assert_allclose(calibration.scores, np.sort(prs), rtol=1e-9)
+    assert dict(calibration.alpha_over_rho)[0.5] == calibration.alpha(0.5)
+
+
+def test_cached_states_are_those_the_encoder_makes(chain: Chain) -> None:
+    bundle, prompts = Bundle.open(chain.bundle), Outcomes.read(chain.labels).split("train").prompts
+    files = sorted(chain.weights.glob("states-*.npz"))
+    assert len(files) == 2
+    before = [file.stat().st_mtime_ns for file in files]
+    states, mask = of_prompts(chain.weights, bundle, prompts).padded()
+    assert [file.stat().st_mtime_ns for file in files] == before
+    expected, own = next(encode(bundle, prompts[3:4]))
+    np.testing.assert_allclose(states[3][mask[3]], expected[0][own], atol=1e-6)
+
+
+def test_a_spoilt_cache_is_made_again(chain: Chain, tmp_path: Path) -> None:
+    bundle = Bundle.open(chain.bundle)
+    right = of_prompts(tmp_path, bundle, ["two cat", "dog"])
+    (file,) = tmp_path.glob("states-*.npz")
+    file.write_bytes(file.read_bytes()[:50])
+    np.testing.assert_array_equal(of_prompts(tmp_path, bundle, ["two cat", "dog"]).tokens, right.tokens)
+
+
+def test_a_new_predictor_takes_the_old_calibration_away(tmp_path: Path, chain: Chain) -> None:
+    copy = tmp_path / "bundle"
+    for name in [*Bundle.open(chain.bundle).manifest.files, "manifest.json"]:
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_bytes((chain.bundle / name).read_bytes())
+    assert main(["predictor", str(chain.weights / "predictor.safetensors"), str(copy)]) == 0
+    assert Bundle.open(copy).calibration is None
+    assert Bundle.open(copy).model_digest == Bundle.open(chain.bundle).model_digest
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Run the command, which must refuse with exit code 2 and one line; returns that line."""
+    assert main([str(argument) for argument in arguments]) == 2
+    line = capsys.readouterr().err.strip()
+    assert line.startswith("error: ")
+    assert "\n" not in line
+    return line
+
+
+def test_labels_of_another_edge_model_are_refused(
+    tmp_path: Path, chain: Chain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = write_labels(
+        tmp_path / "labels.parquet", 12, facts={"edge_digest": "00ff", "cloud_digest": "c0ffee"}
+    )
+    assert "labels are of edge model 00ff" in refused(capsys, "calibrate", labels, chain.bundle)
+
+
+def test_labels_that_do_not_say_their_cloud_model_ask_for_it(
+    tmp_path: Path, chain: Chain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = write_labels(tmp_path / "labels.parquet", 12)
+    assert "--cloud-digest" in refused(capsys, "calibrate", labels, chain.bundle)
+
+
+def test_a_bundle_without_predictor_or_calibration_says_what_to_run(
+    tmp_path: Path, chain: Chain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_bundle(tmp_path / "bare")
+    assert "edge-export predictor" in refused(capsys, "calibrate", chain.labels, tmp_path / "bare")
+    assert "edge-export calibrate" in refused(capsys, "evaluate", chain.labels, tmp_path / "bare")
+    weights = tmp_path / "other"
+    weights.mkdir()
+    assert "not a trained predictor" in refused(capsys, "predictor", weights, tmp_path / "bare")
+
+
+def test_an_ablated_predictor_is_trained_and_stays_out_of_the_bundle(
+    tmp_path: Path, chain: Chain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = ["--seeds", "1", "--epochs", "1", "--ablate", "single-metric", "--ablate", "no-selection"]
+    assert main(["train", str(chain.labels), str(chain.bundle), str(tmp_path), *short]) == 0
+    capsys.readouterr()
+    assert "ablation" in refused(capsys, "predictor", tmp_path / "predictor.safetensors", chain.bundle)
+    assert Bundle.open(chain.bundle).calibration is not None
+
+
+def test_an_altered_predictor_is_refused_by_name(tmp_path: Path, chain: Chain) -> None:
+    bundle = Bundle.open(chain.bundle)
+    content = bundle.path(PREDICTOR).read_bytes()
+    bundle.path(PREDICTOR).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    try:
+        with pytest.raises(BundleError, match=r"predictor/model\.onnx"):
+            Bundle.open(chain.bundle)
+    finally:
+        bundle.path(PREDICTOR).write_bytes(content)

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+from edge_agent.superiority import relative_superiority
+from export.mixture import Shape
+from export.states import TokenStates
+from export.train import Epoch, Examples, Recipe, Trained, train
+
+RECIPE = Recipe(epochs=25, batch=32, learning_rate=3e-2, dropout=0.05, seeds=1)
+METRICS, WIDTH, WORDS = 3, 24, 30
+SHAPE = Shape(WIDTH, METRICS, kept=8)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def world(prompts: int, seed: int) -> Examples:
+    """Prompts of 3 to 8 words; each word has its state and makes the edge model's image so much worse."""
+    words = np.random.default_rng(0)
+    states, hardness = words.standard_normal((WORDS, WIDTH), np.float32), words.exponential(0.4, WORDS)
+    draw = np.random.default_rng(seed)
+    chosen = [draw.integers(WORDS, size=draw.integers(3, 9)) for _ in range(prompts)]
+    hard = np.array([hardness[c].sum() for c in chosen])[:, None] * np.linspace(0.8, 1.2, METRICS)
+
+    def quality(part: float) -> np.ndarray:
+        logits = 1.5 - part * hard + 0.2 * draw.standard_normal(hard.shape)
+        return (1 / (1 + np.exp(-logits))).astype(np.float32)
+
+    return Examples.of(TokenStates.join([states[c] for c in chosen]), quality(1.0), quality(0.4))
+
+
+def trained(learning: Examples, validating: Examples, recipe: Recipe = RECIPE) -> Trained:
+    (last,) = [e for e in train(learning, validating, SHAPE, recipe) if isinstance(e, Trained)]
+    return last
+
+
+def correlation(run: Trained, test: Examples) -> float:
+    """Of predicted with realised PRS."""
+    with torch.no_grad():
+        edge, cloud, _ = run.mixture(test.states, test.mask)
+    scale, weights = np.full(METRICS, 0.1), np.full(METRICS, 1 / METRICS)
+    prs = [
+        relative_superiority(a.numpy(), b.numpy(), scale, weights)
+        for a, b in ((edge, cloud), (test.edge, test.cloud))
+    ]
+    return float(spearmanr(*prs).statistic)
+
+
+def test_it_learns_which_prompts_the_cloud_does_better_and_not_from_shuffled_labels() -> None:
+    learning, validating, test = world(400, 1), world(100, 2), world(200, 3)
+    real = correlation(trained(learning, validating), test)
+    order = torch.randperm(len(learning), generator=torch.Generator().manual_seed(0))
+    shuffled = Examples(learning.states, learning.mask, learning.edge[order], learning.cloud[order])
+    chance = correlation(trained(shuffled, validating), test)
+    assert real > 0.8
+    assert abs(chance) < 0.4
+
+
+def test_a_seed_gives_the_same_weights_and_another_seed_others() -> None:
+    data, short = (world(64, 1), world(32, 2)), Recipe(epochs=2, seeds=2)
+    runs = [[e for e in train(*data, SHAPE, short) if isinstance(e, Trained)] for _ in range(2)]
+    (first, second), (again, _) = runs
+    assert torch.equal(first.mixture.head, again.mixture.head)
+    assert not torch.equal(first.mixture.head, second.mixture.head)
+
+
+def test_it_stops_when_validation_no_longer_gains_and_keeps_the_best_epoch() -> None:
+    learning, validating = world(64, 1), world(64, 2)
+    # Shuffled: only noise can be learnt, which costs on other prompts.
+    noise = Examples(learning.states, learning.mask, learning.edge.flip(0), learning.cloud.flip(0))
+    recipe = Recipe(epochs=200, patience=5, batch=16, learning_rate=2e-2, dropout=0.0, seeds=1)
+    events = list(train(noise, validating, SHAPE, recipe))
+    epochs = [event for event in events if isinstance(event, Epoch)]
+    assert len(epochs) < 100
+    best = min(epochs, key=lambda epoch: epoch.validation_loss)
+    assert epochs[-1].number - best.number == recipe.patience
+    run = events[-1]
+    assert isinstance(run, Trained)
+    with torch.no_grad():
+        edge, _, _ = run.mixture(validating.states, validating.mask)
+    (longer,) = [e for e in train(noise, validating, SHAPE, recipe) if isinstance(e, Trained)]
+    with torch.no_grad():
+        assert torch.equal(edge, longer.mixture(validating.states, validating.mask)[0])
