@@ -3,41 +3,44 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Hashable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from cloud_server.errors import DeadlineTooShort, QueueFull
 
-UNKNOWN_PACE_RETRY_S = 1.0  # what RetryInfo says before the first image has been timed
+DEFAULT_RETRY_S = 1.0  # what RetryInfo says while the pace is not known
 PACE_WEIGHT = 0.3  # share of the newest image in the moving average of the pace
+
+Shape = Hashable  # whatever images of the same cost a step have in common
 
 
 @dataclass(eq=False)
 class Ticket:
     """A request's place.
 
-    `position` is the number of requests before it on arrival, the running one included; `work` is what it asks of
-    the model, in pixels x denoiser passes.
+    `position` is the number of requests before it on arrival, the running one included. `steps_left` counts down
+    while its image is made.
     """
 
     position: int
-    work: float
+    shape: Shape
+    steps_left: int
     turn: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Admission:
     """Lets one request at a time at the model and `max_queue` more wait; refuses the rest at once.
 
-    It learns the model's pace (seconds a pixel and denoiser pass, a moving average) from the images made, so
-    that it can refuse a call whose deadline would pass before its image is there; before the first image it
-    refuses none. For one event loop; not thread-safe.
+    It learns the model's pace for each shape of image, in seconds a denoising step, so that it can refuse a call
+    whose deadline would pass. The estimate leaves out everything but steps of known pace: it is a lower bound,
+    and who is refused could not have been served in time. For one event loop; not thread-safe.
     """
 
     def __init__(self, max_queue: int) -> None:
         self.max_queue = max_queue
         self._tickets: list[Ticket] = []
-        self._pace_s: float | None = None
+        self._pace_s: dict[Shape, float] = {}
 
     @property
     def waiting(self) -> int:
@@ -45,24 +48,23 @@ class Admission:
         return max(0, len(self._tickets) - 1)
 
     @asynccontextmanager
-    async def enter(self, work: float, remaining_s: float | None) -> AsyncIterator[Ticket]:
+    async def enter(self, shape: Shape, steps: int, remaining_s: float | None) -> AsyncIterator[Ticket]:
         """A place in the queue, given back on leaving the block. Await `ticket.turn` before using the model.
 
         `remaining_s`: seconds to the caller's deadline, None when there is none.
-        Raises QueueFull (with the seconds after which one place should be free) and DeadlineTooShort.
+        Raises QueueFull (with the seconds after which a place should be free) and DeadlineTooShort.
         """
         if len(self._tickets) > self.max_queue:
-            first = self._estimate(self._tickets[:1])
             raise QueueFull(
                 f"{self.waiting} requests already wait, which is all the queue holds; try again later",
-                retry_after_s=UNKNOWN_PACE_RETRY_S if first is None else first,
+                retry_after_s=self._estimate(self._tickets[:1]) or DEFAULT_RETRY_S,
             )
-        ticket = Ticket(position=len(self._tickets), work=work)
+        ticket = Ticket(position=len(self._tickets), shape=shape, steps_left=steps)
         estimate = self._estimate([*self._tickets, ticket])
-        if remaining_s is not None and estimate is not None and remaining_s < estimate:
+        if remaining_s is not None and remaining_s < estimate:
             raise DeadlineTooShort(
-                f"the image would take about {estimate:.1f} s with {ticket.position} requests before it, and "
-                f" the deadline is in {remaining_s:.1f} s; allow more time"
+                f"the image would take {estimate:.1f} s or more, with {ticket.position} requests before it, and the "
+                f"deadline is in {remaining_s:.1f} s; allow more time"
             )
         self._tickets.append(ticket)
         self._call_first()
@@ -72,16 +74,14 @@ class Admission:
             self._tickets.remove(ticket)
             self._call_first()
 
-    def record(self, ticket: Ticket, seconds: float) -> None:
-        """Tells how long the model took for `ticket`."""
-        pace = seconds / ticket.work
-        self._pace_s = pace if self._pace_s is None else self._pace_s + PACE_WEIGHT * (pace - self._pace_s)
+    def record(self, shape: Shape, step_s: float) -> None:
+        """Tells how long a denoising step of an image of this shape took, in seconds."""
+        known = self._pace_s.get(shape, step_s)
+        self._pace_s[shape] = known + PACE_WEIGHT * (step_s - known)
 
     def _call_first(self) -> None:
         if self._tickets:
             self._tickets[0].turn.set()
 
-    def _estimate(self, tickets: list[Ticket]) -> float | None:
-        if self._pace_s is None:
-            return None
-        return self._pace_s * sum(ticket.work for ticket in tickets)
+    def _estimate(self, tickets: list[Ticket]) -> float:
+        return sum(ticket.steps_left * self._pace_s.get(ticket.shape, 0.0) for ticket in tickets)

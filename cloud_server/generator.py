@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import io
 import math
+import os
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -33,11 +34,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Image:
-    """A finished image: PNG bytes, their SHA-256 in hex, and how long pipeline and PNG took, in seconds."""
+    """A finished image: PNG bytes, their SHA-256 in hex, and how long pipeline and PNG took, in seconds.
+
+    `step_s` is how long a denoising step took, in seconds; None after a single one, which also warms up.
+    """
 
     png: bytes
     sha256: str
     generate_s: float
+    step_s: float | None
     png_s: float
 
 
@@ -66,14 +71,18 @@ class Generator:
         `device` "auto" is CUDA when there is a GPU, else the CPU; `dtype` "auto" is float16 on CUDA, else
         float32.
         """
+        for library in ("DIFFUSERS", "TRANSFORMERS"):
+            os.environ.setdefault(f"{library}_VERBOSITY", "error")  # both log while they are imported
         import torch
         from diffusers import DiffusionPipeline
         from diffusers.utils import logging as diffusers_logging
         from transformers.utils import logging as transformers_logging
 
-        for library in (diffusers_logging, transformers_logging):
-            library.set_verbosity_error()
-            library.disable_progress_bar()
+        for logs in (diffusers_logging, transformers_logging):
+            logs.set_verbosity_error()
+            logs.disable_progress_bar()
+            logs.disable_default_handler()
+            logs.enable_propagation()
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if dtype == "auto":
@@ -150,11 +159,13 @@ class Generator:
         import torch
 
         told = 0
+        moments: list[float] = []  # when each timestep was done
 
         def on_step_end(pipeline: Any, index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             nonlocal told
             if stop.is_set():
                 raise _Stopped
+            moments.append(time.perf_counter())
             # Some schedulers (Heun, PNDM) take more timesteps than the steps asked for; progress counts these.
             step = math.ceil((index + 1) * spec.steps / pipeline.num_timesteps)
             if step > told:
@@ -191,6 +202,9 @@ class Generator:
             png=png,
             sha256=hashlib.sha256(png).hexdigest(),
             generate_s=generated - started,
+            step_s=(moments[-1] - moments[0]) * len(moments) / (len(moments) - 1) / spec.steps
+            if len(moments) > 1
+            else None,
             png_s=time.perf_counter() - generated,
         )
 

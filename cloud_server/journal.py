@@ -22,7 +22,7 @@ from cloud_server.request import Spec
 SCHEMA_VERSION = 1
 KEEP_ROWS_S = 400 * 86_400.0  # a year and a bit: longer than any budget window an edge still asks about
 
-_SCHEMA = """
+_TABLE = """
 CREATE TABLE generations (
     tenant TEXT NOT NULL,
     request_id TEXT NOT NULL,
@@ -35,9 +35,9 @@ CREATE TABLE generations (
     spec TEXT NOT NULL DEFAULT '',        -- JSON of request.Spec
     image BLOB,                           -- PNG; NULL before it is finished and once it is no longer kept
     PRIMARY KEY (tenant, request_id)
-) WITHOUT ROWID;
-CREATE INDEX generations_began ON generations (began);
+) WITHOUT ROWID
 """
+_INDEX = "CREATE INDEX generations_began ON generations (began)"
 
 
 class State(enum.Enum):
@@ -102,8 +102,8 @@ class Journal:
             connection.execute("BEGIN IMMEDIATE")
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             if version == 0:
-                for statement in _SCHEMA.split(";"):
-                    connection.execute(statement)
+                connection.execute(_TABLE)
+                connection.execute(_INDEX)
                 connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             elif version != SCHEMA_VERSION:
                 raise StartRefused(

@@ -69,9 +69,9 @@ class Spec:
     guidance_scale: float
 
     @property
-    def work(self) -> float:
-        """What the image asks of the model, in pixels x denoiser passes (guidance doubles the passes)."""
-        return float(self.width * self.height * self.steps * (2 if self.guidance_scale > 1 else 1))
+    def shape(self) -> tuple[int, int, bool]:
+        """What decides how long one denoising step takes: width, height, and whether guidance doubles it."""
+        return self.width, self.height, self.guidance_scale > 1
 
 
 def validate(wish: Wish, limits: Limits, drawn_seed: int) -> Spec:

@@ -98,17 +98,22 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
                     "raise max_price_micro_usd or stay on the edge",
                     facts={"price_micro_usd": str(price)},
                 )
-            async with self.admission.enter(spec.work, remaining_s) as ticket, self._running(tenant, wish):
+            async with (
+                self.admission.enter(spec.shape, spec.steps, remaining_s) as ticket,
+                self._running(tenant, wish),
+            ):
                 yield _accepted(ticket.position, price, digest)
                 await ticket.turn.wait()
                 timings["queue"] = time.perf_counter() - arrived
                 async with aclosing(serving.generator.generate(spec, preview)) as events:
                     async for event in events:
                         if isinstance(event, Step):
+                            ticket.steps_left = event.steps - event.step
                             yield _progress(event)
                         else:
                             image = event
-                self.admission.record(ticket, image.generate_s)
+                if image.step_s is not None:
+                    self.admission.record(spec.shape, image.step_s)
                 timings |= {"generate": image.generate_s, "png": image.png_s}
                 finished = Finished(price, image.sha256, digest, spec, image.png)
                 await asyncio.to_thread(self._journal.finish, tenant, wish.request_id, finished)

@@ -1,0 +1,116 @@
+"""The journal charges once, keeps images for as long as it should, and tells a crash from a failure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cloud_server.errors import AlreadyExists, JournalError, StartRefused
+from cloud_server.journal import Finished, Journal, State
+from cloud_server.request import Spec
+
+SPEC = Spec(prompt="🐱", negative_prompt="", seed=1, width=64, height=64, steps=4, guidance_scale=3.0)
+FINISHED = Finished(charged_micro_usd=5, sha256="ab", model_digest="cd", spec=SPEC, image=b"png")
+
+
+class Clock:
+    now = 1_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def journal(tmp_path: Path, clock: Clock) -> Journal:
+    return Journal.open(tmp_path / "state" / "j.sqlite", keep_images_s=60.0, clock=clock)
+
+
+def state(journal: Journal, request_id: str) -> State | None:
+    entry = journal.find("t", request_id)
+    return entry.state if entry else None
+
+
+def test_what_is_finished_is_told_with_its_image(journal: Journal) -> None:
+    assert journal.find("t", "r") is None
+    journal.begin("t", "r", "f")
+    assert state(journal, "r") is State.RUNNING
+    journal.finish("t", "r", FINISHED)
+    entry = journal.find("t", "r")
+    assert entry is not None
+    assert (entry.state, entry.fingerprint, entry.finished) == (State.FINISHED, "f", FINISHED)
+    assert journal.find("other", "r") is None
+
+
+def test_an_id_is_charged_once_whatever_comes_after(journal: Journal) -> None:
+    journal.begin("t", "r", "f")
+    with pytest.raises(AlreadyExists):
+        journal.begin("t", "r", "f")
+    journal.finish("t", "r", FINISHED)
+    with pytest.raises(JournalError):
+        journal.finish("t", "r", FINISHED)
+    journal.end("t", "r", State.CANCELLED)  # a cancellation that comes too late
+    assert state(journal, "r") is State.FINISHED
+    with pytest.raises(AlreadyExists):
+        journal.begin("t", "r", "f")
+
+
+def test_an_id_that_came_to_nothing_cannot_be_charged_but_may_begin_again(journal: Journal) -> None:
+    for end in (State.FAILED, State.CANCELLED):
+        journal.begin("t", "r", "f")
+        journal.end("t", "r", end)
+        assert state(journal, "r") is end
+        with pytest.raises(JournalError):
+            journal.finish("t", "r", FINISHED)
+
+
+def test_what_ran_when_the_process_died_has_failed(journal: Journal, tmp_path: Path, clock: Clock) -> None:
+    journal.begin("t", "r", "f")
+    journal.close()
+    reopened = Journal.open(tmp_path / "state" / "j.sqlite", keep_images_s=60.0, clock=clock)
+    assert state(reopened, "r") is State.FAILED
+    reopened.begin("t", "r", "f")
+    assert state(reopened, "r") is State.RUNNING
+
+
+def test_an_image_is_dropped_after_its_time_and_its_charge_is_not(
+    journal: Journal, clock: Clock, tmp_path: Path
+) -> None:
+    journal.begin("t", "r", "f")
+    journal.finish("t", "r", FINISHED)
+    clock.now += 61.0
+    entry = journal.find("t", "r")
+    assert entry is not None
+    assert entry.finished is not None
+    assert entry.finished.image is None
+    assert entry.finished.charged_micro_usd == 5
+    journal.begin("t", "later", "f")
+    kept = journal._connection.execute("SELECT COUNT(image) FROM generations").fetchone()
+    assert kept == (0,), "its bytes are gone from the file as well"
+    assert oct((tmp_path / "state").stat().st_mode)[-3:] == "700"
+
+
+def test_a_file_that_is_no_journal_is_refused_and_left_alone(tmp_path: Path) -> None:
+    file = tmp_path / "j.sqlite"
+    file.write_text("not a database, but something of mine" * 100)
+    with pytest.raises(StartRefused, match="move the file away"):
+        Journal.open(file, keep_images_s=1.0)
+    assert file.read_text().startswith("not a database")
+
+
+def test_a_state_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("")
+    with pytest.raises(StartRefused, match="--state"):
+        Journal.open(tmp_path / "state" / "j.sqlite", keep_images_s=1.0)
+
+
+def test_another_version_s_journal_is_refused(journal: Journal, tmp_path: Path) -> None:
+    journal._connection.execute("PRAGMA user_version = 9")
+    journal.close()
+    with pytest.raises(StartRefused, match="another version"):
+        Journal.open(tmp_path / "state" / "j.sqlite", keep_images_s=1.0)

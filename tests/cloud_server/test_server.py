@@ -1,0 +1,232 @@
+"""The server's life: starting, being refused a start, draining, dying, and what is left afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from cloud_server.__main__ import main
+from cloud_server.errors import StartRefused
+from cloud_server.server import Server
+from cloud_server.settings import STARTER, Settings
+from tests.cloud_server.conftest import PRICE, Client, Process, Running, serve
+
+Start = Callable[..., Process]
+
+
+async def test_it_loads_serves_drains_and_stops(start: Start, model_folder: Path, tmp_path: Path) -> None:
+    """Health follows the model, a request in flight survives SIGTERM, and a new one is sent away."""
+    process = start("--listen", "127.0.0.1:0", "--model", model_folder, "--state", tmp_path / "state")
+    async with grpc.aio.insecure_channel(await process.address()) as channel:
+        client = Client(channel)
+        assert await client.health_status() == "NOT_SERVING", "the model takes seconds to load"
+        early = await client.generate()
+        assert early.error is not None
+        assert early.error.code == "UNAVAILABLE"
+        assert "loading" in early.error.message
+        assert "RetryInfo" in early.error.details
+        await process.until('"serving"')
+        assert await client.health_status() == "SERVING"
+        assert await client.health_status("") == "SERVING"
+
+        long = client.call(request_id="in-flight", steps=60, width=256, height=256)
+        await anext(aiter(long))
+        process.popen.send_signal(signal.SIGTERM)
+        await process.until('"draining"')
+        assert await client.health_status() == "NOT_SERVING"
+        late = await client.generate(request_id="late")
+        assert late.error is not None
+        assert late.error.code == "UNAVAILABLE"
+        assert "shutting down" in late.error.message
+        answer = await client.read(long)
+        assert answer.error is None
+        assert answer.result is not None, "a request in flight is finished"
+    assert await process.exit_code() == 0
+    assert "Traceback" not in process.text
+    lines = [json.loads(line) for line in process.text.splitlines()]
+    assert [line["outcome"] for line in lines if line["event"] == "call"] == [
+        "UNAVAILABLE",
+        "UNAVAILABLE",
+        "OK",
+    ]
+
+
+async def test_what_was_charged_survives_kill_9(start: Start, model_folder: Path, tmp_path: Path) -> None:
+    flags = ("--price-micro-usd", PRICE, "--model", model_folder, "--state", tmp_path / "state")
+    process = start("--listen", "127.0.0.1:0", *flags)
+    await process.until('"serving"')
+    async with grpc.aio.insecure_channel(await process.address()) as channel:
+        client = Client(channel)
+        finished = await client.generate(request_id="finished")
+        assert finished.result is not None
+        cut = client.call(request_id="cut-off", steps=140, width=512, height=512)
+        await anext(aiter(cut))
+        process.popen.kill()
+        assert await process.exit_code() == -signal.SIGKILL
+
+    async with serve(tmp_path / "state", model_folder) as restarted:
+        lookup = await restarted.client.lookup("finished")
+        assert (lookup.charged, lookup.charged_micro_usd) == (True, PRICE)
+        assert lookup.sha256 == finished.result.image.sha256
+        assert await restarted.client.state("finished") == "FINISHED"
+        assert await restarted.client.state("cut-off") == "FAILED"
+        assert not (await restarted.client.lookup("cut-off")).charged
+        assert await restarted.client.state("never-sent") == "UNKNOWN"
+
+        again = await restarted.client.generate(request_id="finished")
+        assert again.png == finished.png
+        assert restarted.passes == [0], "a charged image is sent again, not made again"
+        retried = await restarted.client.generate(request_id="cut-off", steps=1)
+        assert retried.result is not None
+
+
+async def test_ctrl_c_while_the_model_loads_ends_it_cleanly(
+    start: Start, model_folder: Path, tmp_path: Path
+) -> None:
+    process = start("--listen", "127.0.0.1:0", "--model", model_folder, "--state", tmp_path / "state")
+    await process.until('"listening"')
+    process.popen.send_signal(signal.SIGINT)
+    assert await process.exit_code() == 0
+    assert "Traceback" not in process.text
+    assert '"stopped"' in process.text
+
+
+async def test_when_the_grace_period_is_over_what_still_runs_is_cancelled(
+    tmp_path: Path, model_folder: Path
+) -> None:
+    async with serve(tmp_path, model_folder, grace_s=0.2) as running:
+        call = running.client.call(request_id="slow", steps=150, width=512, height=512)
+        await anext(aiter(call))
+        running.server.stop()
+        stopping = asyncio.create_task(running.server.shutdown())
+        answer = await running.client.read(call)
+        assert answer.error is not None
+        assert answer.result is None
+        await stopping
+        assert running.passes[0] < 150
+        # A second shutdown, by the fixture, finds nothing left to do.
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_reflection_lists_the_service(running: Running) -> None:
+    stub: Any = reflection_pb2_grpc.ServerReflectionStub(running.client.channel)
+    call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
+    names = [service.name async for reply in call for service in reply.list_services_response.service]
+    assert {"routet2i.cloud.v1.CloudServerService", "grpc.health.v1.Health"} <= set(names)
+
+
+def test_a_taken_port_is_said_with_exit_code_2(start: Start, model_folder: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        process = start("--listen", address, "--model", model_folder, "--state", tmp_path / "state")
+        assert process.popen.wait(60) == 2
+    assert f"cannot listen on {address}" in process.text
+    assert "--listen" in process.text
+    assert "Traceback" not in process.text
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_two_servers_cannot_share_a_port_or_a_journal(running: Running, tmp_path: Path) -> None:
+    state = Path(running.server.settings.state)
+    with pytest.raises(StartRefused, match="another cloud-server uses it"):
+        await Server(Settings(listen="127.0.0.1:0", state=str(state))).startup()
+    same_port = Settings(listen=f"127.0.0.1:{running.server.port}", state=str(tmp_path / "other"))
+    with pytest.raises(StartRefused, match="cannot listen"):
+        await Server(same_port).startup()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--listen", "0.0.0.0:50052"], "--tls-cert"),
+        (["--listen", "[::]:50052"], "--tls-cert"),
+        (["--listen", "cloud.example:50052"], "--tls-cert"),
+        (["--listen", "127.0.0.1"], "HOST:PORT"),
+        (["--listen", "127.0.0.1:70000"], "HOST:PORT"),
+        (["--tls-cert", "cert.pem"], "go together"),
+        (["--tls-cert", "no.pem", "--tls-key", "no.pem"], "no.pem"),
+        (["--tokens", "no-tokens.txt", "--listen", "127.0.0.1:0"], "no-tokens.txt"),
+        (["--model", "no-such-folder", "--listen", "127.0.0.1:0"], "no model folder no-such-folder"),
+        (["--max-queue", "-1"], "--max-queue"),
+    ],
+)
+def test_a_start_that_makes_no_sense_is_refused_with_what_to_do(
+    flags: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "--state", str(tmp_path / "state"), *flags]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("cloud-server: ")
+    assert words in error
+
+
+def test_a_model_that_cannot_be_loaded_is_refused_by_its_folder(
+    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = shutil.copytree(model_folder, tmp_path / "broken")
+    weights = next((broken / "unet").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    flags = ["--listen", "127.0.0.1:0", "--state", str(tmp_path / "state"), "--model", str(broken)]
+    assert main(["serve", *flags]) == 2
+    error = capsys.readouterr().err
+    assert f"cannot load the model in {broken}" in error
+    assert "Traceback" not in error
+
+
+def test_without_settings_the_model_is_the_starter() -> None:
+    assert Path(Settings().model) == STARTER
+    assert STARTER.parent.name == "cloud_server"
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[Path, Path]:
+    if shutil.which("openssl") is None:
+        pytest.skip("needs the openssl command to make a certificate")
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 1 -subj /CN=localhost"
+    names = ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([*command.split(), *names], check=True, capture_output=True)
+    return certificate, key
+
+
+async def test_beyond_loopback_tls_and_tokens_let_the_right_caller_in(
+    tmp_path: Path, model_folder: Path, certificate: tuple[Path, Path]
+) -> None:
+    tokens = tmp_path / "tokens.txt"
+    tokens.write_text("acme acme-token-0123456789\n")
+    chain, key = map(str, certificate)
+    settings = {"listen": "0.0.0.0:0", "tls_cert": chain, "tls_key": key, "tokens": str(tokens)}
+    async with serve(tmp_path / "state", model_folder, **settings) as running:
+        address = f"localhost:{running.server.port}"
+        trusted = grpc.ssl_channel_credentials(certificate[0].read_bytes())
+        async with grpc.aio.secure_channel(address, trusted) as channel:
+            answer = await Client(channel, (("authorization", "Bearer acme-token-0123456789"),)).generate()
+            assert answer.result is not None
+            stranger = await Client(channel).generate()
+            assert stranger.error is not None
+            assert stranger.error.code == "UNAUTHENTICATED"
+        clear = await running.client.generate(timeout=5)
+        assert clear.error is not None
+        assert clear.error.code == "UNAVAILABLE", "nothing is served in clear"
+        async with grpc.aio.secure_channel(address, grpc.ssl_channel_credentials()) as channel:
+            untrusting = await Client(channel).generate(timeout=5)
+            assert untrusting.error is not None
+            assert untrusting.error.code == "UNAVAILABLE", "the certificate is what the caller checks"
+
+
+def test_beyond_loopback_tls_alone_is_not_enough(
+    certificate: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    chain, key = map(str, certificate)
+    assert main(["serve", "--listen", "0.0.0.0:0", "--tls-cert", chain, "--tls-key", key]) == 2
+    assert "--tokens" in capsys.readouterr().err

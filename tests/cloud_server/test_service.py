@@ -1,0 +1,363 @@
+"""What a caller of CloudServerService sees, over a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import uuid
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.cloud_server.conftest import PRICE, Client, Running, serve
+from tests.miniature import miniature_pipeline
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")  # one server serves all of these tests
+
+LONG = 140  # denoising steps: more than a test waits for
+
+
+async def test_an_image_arrives_whole_and_is_what_diffusers_makes(running: Running) -> None:
+    answer = await running.client.generate(
+        width=256, height=128, steps=5, max_price_micro_usd=PRICE, app="demo"
+    )
+
+    assert answer.error is None
+    assert list(dict.fromkeys(answer.order)) == ["accepted", "progress", "image_chunk", "result"]
+    assert answer.accepted is not None
+    assert (answer.accepted.queue_position, answer.accepted.charged_micro_usd) == (0, PRICE)
+    assert [(p.step, p.steps) for p in answer.progress] == [(k, 5) for k in range(1, 6)]
+    assert len(answer.chunks) > 1
+    assert max(len(chunk.data) for chunk in answer.chunks) <= 65_536
+    positions = np.cumsum([0, *(len(chunk.data) for chunk in answer.chunks)])
+    assert [chunk.offset for chunk in answer.chunks] == positions[:-1].tolist()
+    assert answer.result is not None
+    info = answer.result.image
+    assert info.sha256 == hashlib.sha256(answer.png).hexdigest()
+    assert (info.total_bytes, info.media_type) == (len(answer.png), "image/png")
+    assert (info.width, info.height, info.seed, info.steps, info.guidance_scale) == (256, 128, 7, 5, 3.0)
+    assert info.model_digest == answer.accepted.model_digest
+    assert answer.result.charged_micro_usd == PRICE
+    assert {timing.stage for timing in answer.result.timings} == {"queue", "generate", "png", "total"}
+
+    expected = miniature_pipeline()(
+        "a cat on the beach",
+        width=256,
+        height=128,
+        num_inference_steps=5,
+        guidance_scale=3.0,
+        generator=torch.Generator("cpu").manual_seed(7),
+    ).images[0]
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(answer.png))), np.asarray(expected))
+
+
+async def test_what_a_request_leaves_out_the_model_chooses_and_the_result_tells(running: Running) -> None:
+    answers = [await running.client.generate(seed=None) for _ in range(2)]
+    infos = [answer.result.image for answer in answers if answer.result]
+    assert [(i.width, i.height, i.steps, i.guidance_scale) for i in infos] == [(64, 64, 4, 3.0)] * 2
+    assert infos[0].seed != infos[1].seed
+
+
+async def test_a_negative_prompt_and_another_seed_change_the_image(running: Running) -> None:
+    wishes: list[dict[str, Any]] = [{}, {"seed": 8}, {"negative_prompt": "red moon"}, {"guidance_scale": 1.0}]
+    assert len({(await running.client.generate(**wish)).png for wish in wishes}) == len(wishes)
+
+
+async def test_previews_come_with_the_progress_when_asked_for(running: Running) -> None:
+    plain = await running.client.generate(width=256, height=256)
+    assert not any(progress.HasField("preview") for progress in plain.progress)
+    answer = await running.client.generate(width=256, height=256, preview=True)
+    assert [Image.open(io.BytesIO(p.preview)).size for p in answer.progress] == [(128, 128)] * 4
+    assert answer.png == plain.png
+
+
+BAD_INPUT: list[tuple[dict[str, Any], str, str]] = [
+    ({"request_id": ""}, "request_id", "unique"),
+    ({"request_id": "x" * 129}, "request_id", "at most 128"),
+    ({"request_id": "a b"}, "request_id", "only"),
+    ({"prompt": ""}, "prompt", "empty"),
+    ({"prompt": " \t\n"}, "prompt", "empty"),
+    ({"prompt": "x" * 2_001}, "prompt", "at most 2000"),
+    ({"prompt": "a\x00cat"}, "prompt", "U+0000 at character 2"),
+    ({"prompt": "cat\x1b[2J"}, "prompt", "U+001B at character 4"),
+    ({"negative_prompt": "\x7f"}, "negative_prompt", "U+007F"),
+    ({"negative_prompt": "x" * 2_001}, "negative_prompt", "at most 2000"),
+    ({"app": "a\nb"}, "app", "U+000A"),
+    ({"app": "a" * 129}, "app", "at most 128"),
+    ({"width": 0}, "width", "multiples of 8"),
+    ({"width": 63}, "width", "multiples of 8"),
+    ({"height": 2_048}, "height", "up to 1024"),
+    ({"steps": 0}, "steps", "1 to 150"),
+    ({"steps": 151}, "steps", "1 to 150"),
+    ({"guidance_scale": -1.0}, "guidance_scale", "between 0"),
+    ({"guidance_scale": float("nan")}, "guidance_scale", "between 0"),
+    ({"guidance_scale": float("inf")}, "guidance_scale", "between 0"),
+    ({"media_type": "image/jpeg"}, "media_type", "image/png"),
+    ({"privacy": "PRIVACY_LOCAL_ONLY"}, "privacy", "local-only"),
+    ({"max_price_micro_usd": -1}, "max_price_micro_usd", "negative"),
+    ({"resume_offset": -1}, "resume_offset", "negative"),
+]
+
+
+async def test_bad_input_is_refused_by_the_name_of_its_field_and_nothing_runs(running: Running) -> None:
+    for wish, field, words in BAD_INPUT:
+        answer = await running.client.generate(**wish)
+        assert answer.error is not None, wish
+        assert answer.error.code == "INVALID_ARGUMENT", wish
+        assert answer.error.field == field, wish
+        assert words in answer.error.message, (wish, answer.error.message)
+        assert answer.order == [], wish
+    assert running.passes == [0]
+
+
+@pytest.mark.parametrize("prompt", ["🐱🏖️ e\u0301 猫 ‏שלום", "line one\n\tline two", "x" * 2_000])
+async def test_any_text_that_is_text_is_served(running: Running, prompt: str) -> None:
+    answer = await running.client.generate(prompt=prompt, steps=1)
+    assert answer.error is None
+
+
+async def test_bytes_that_are_no_request_end_the_call_and_not_the_server(running: Running) -> None:
+    generate = running.client.channel.unary_stream("/routet2i.cloud.v1.CloudServerService/Generate")
+    with pytest.raises(grpc.aio.AioRpcError):
+        [_ async for _ in generate(b"\x0a\x04\x1a\x02\xff\xfe", timeout=10)]
+    assert (await running.client.generate(steps=1)).error is None
+
+
+async def test_a_price_above_the_ceiling_is_refused_before_anything_runs(running: Running) -> None:
+    answer = await running.client.generate(request_id="dear", max_price_micro_usd=PRICE - 1)
+    assert answer.error is not None
+    assert answer.error.code == "FAILED_PRECONDITION"
+    assert str(PRICE) in answer.error.message
+    assert answer.error.details["ErrorInfo"].metadata["price_micro_usd"] == str(PRICE)
+    assert answer.order == []
+    assert running.passes == [0]
+    assert await running.client.state("dear") == "UNKNOWN"
+
+
+async def begun(client: Client, **wish: Any) -> Any:
+    """A call that has reached its first denoising step."""
+    call = client.call(**({"steps": LONG, "width": 256, "height": 256} | wish))
+    async for response in call:
+        if response.WhichOneof("event") == "progress":
+            return call
+    raise AssertionError("the stream ended")
+
+
+async def test_a_cancelled_call_stops_at_the_next_step_and_is_not_charged(running: Running) -> None:
+    call = await begun(running.client, request_id="gone")
+    assert await running.client.state("gone") == "RUNNING"
+    call.cancel()
+    await running.idle()
+    made = running.passes[0]
+    assert made < LONG / 2  # it stopped early,
+    await asyncio.sleep(0.3)
+    assert running.passes[0] == made  # and for good
+    lookup = await running.client.lookup("gone")
+    assert (lookup.charged, lookup.charged_micro_usd) == (False, 0)
+    assert await running.client.state("gone") == "CANCELLED"
+
+    again = await running.client.generate(request_id="gone", steps=2)
+    assert again.error is None, "a cancelled request may be made again under its id"
+    assert (await running.client.lookup("gone")).charged_micro_usd == PRICE
+
+
+async def test_a_call_past_its_deadline_stops_at_the_next_step_and_is_not_charged(running: Running) -> None:
+    answer = await running.client.generate(request_id="late", timeout=1.0, steps=LONG, width=768, height=768)
+    assert answer.error is not None
+    assert answer.error.code == "DEADLINE_EXCEEDED"
+    await running.idle()
+    assert running.passes[0] < LONG
+    assert await running.client.state("late") == "CANCELLED"
+
+
+async def test_a_caller_that_vanishes_frees_the_model(running: Running) -> None:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{running.server.port}") as channel:
+        await begun(Client(channel), request_id="vanished")
+    await running.idle()
+    assert running.passes[0] < LONG
+    assert await running.client.state("vanished") == "CANCELLED"
+
+
+async def test_the_queue_holds_what_it_may_and_refuses_the_rest_at_once(running: Running) -> None:
+    first = await begun(running.client)
+    second = running.client.call(request_id="second", steps=2)
+    assert (await anext(aiter(second))).accepted.queue_position == 1
+
+    third = await running.client.generate(request_id="third")
+    assert third.error is not None
+    assert third.error.code == "RESOURCE_EXHAUSTED"
+    assert third.error.details["RetryInfo"].retry_delay.ToMilliseconds() > 0
+    assert await running.client.state("third") == "UNKNOWN"
+
+    first.cancel()
+    answer = await running.client.read(second)
+    assert answer.result is not None, "who waited is served when the model is free"
+    assert (await running.client.generate(steps=1)).error is None
+
+
+async def test_a_waiting_call_that_is_cancelled_never_runs(running: Running) -> None:
+    first = await begun(running.client)
+    second = running.client.call(request_id="impatient", steps=2)
+    await anext(aiter(second))
+    second.cancel()
+    first.cancel()
+    await running.idle()
+    assert await running.client.state("impatient") == "CANCELLED"
+    assert running.passes[0] < LONG
+
+
+async def test_a_call_whose_deadline_would_pass_is_refused_before_it_runs(running: Running) -> None:
+    await running.client.generate(steps=3, width=512, height=512)  # the server learns its pace
+    made = running.passes[0]
+    answer = await running.client.generate(
+        request_id="hopeless", timeout=2.0, steps=150, width=512, height=512
+    )
+    assert answer.error is not None
+    assert answer.error.code == "DEADLINE_EXCEEDED"
+    assert "allow more time" in answer.error.message
+    assert running.passes[0] == made
+    assert await running.client.state("hopeless") == "UNKNOWN"
+
+
+async def test_a_request_id_is_charged_once_and_its_image_is_sent_again(running: Running) -> None:
+    wish: dict[str, Any] = {"request_id": "twice", "width": 256, "height": 256}
+    first = await running.client.generate(**wish)
+    made = running.passes[0]
+    assert first.result is not None
+    again = await running.client.generate(**wish, max_price_micro_usd=0)
+    assert again.result is not None
+    assert again.png == first.png
+    assert again.result.image == first.result.image
+    assert again.progress == []
+
+    rest = await running.client.generate(**wish, resume_offset=1_000)
+    assert rest.png == first.png[1_000:]
+    assert rest.chunks[0].offset == 1_000
+    assert rest.result is not None
+    assert rest.result.image.sha256 == hashlib.sha256(first.png).hexdigest()
+    end = await running.client.generate(**wish, resume_offset=len(first.png))
+    assert end.order == ["accepted", "result"]
+    past = await running.client.generate(**wish, resume_offset=len(first.png) + 1)
+    assert past.error is not None
+    assert past.error.code == "OUT_OF_RANGE"
+
+    other = await running.client.generate(**(wish | {"prompt": "two dogs"}))
+    assert other.error is not None
+    assert other.error.code == "ALREADY_EXISTS"
+    assert other.error.details["ErrorInfo"].metadata["charged_micro_usd"] == str(PRICE)
+    assert running.passes[0] == made, "nothing ran again"
+    assert (await running.client.lookup("twice")).charged_micro_usd == PRICE
+
+
+async def test_of_many_calls_with_one_request_id_one_runs(tmp_path: Path, model_folder: Path) -> None:
+    async with serve(tmp_path, model_folder, max_queue=32) as running:
+        calls = [running.client.generate(request_id="same", steps=10) for _ in range(16)]
+        answers = await asyncio.gather(*calls)
+        assert {a.error.code for a in answers if a.error} <= {"ALREADY_EXISTS"}
+        assert len({a.png for a in answers if a.result}) == 1
+        assert running.passes[0] == 11  # PNDM makes one pass more than steps
+        assert (await running.client.lookup("same")).charged_micro_usd == PRICE
+
+
+async def test_the_rest_of_an_image_that_was_never_made_is_not_found(running: Running) -> None:
+    answer = await running.client.generate(resume_offset=10)
+    assert answer.error is not None
+    assert answer.error.code == "NOT_FOUND"
+    assert running.passes == [0]
+
+
+async def test_an_image_no_longer_kept_is_neither_made_nor_charged_again(
+    tmp_path: Path, model_folder: Path
+) -> None:
+    async with serve(tmp_path, model_folder, keep_images_s=0.0) as running:
+        wish: dict[str, Any] = {"request_id": "old", "steps": 1}
+        first = await running.client.generate(**wish)
+        made = running.passes[0]
+        again = await running.client.generate(**wish)
+        assert again.error is not None
+        assert first.result is not None
+        assert again.error.code == "ALREADY_EXISTS"
+        assert again.error.details["ErrorInfo"].metadata["sha256"] == first.result.image.sha256
+        rest = await running.client.generate(**wish, resume_offset=1)
+        assert rest.error is not None
+        assert rest.error.code == "NOT_FOUND"
+        assert running.passes[0] == made
+
+
+async def test_a_pipeline_that_breaks_charges_nothing_and_the_next_call_is_served(running: Running) -> None:
+    def break_down(*_: Any) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    hook = running.pipeline.unet.register_forward_hook(break_down)
+    answer = await running.client.generate(request_id="broken")
+    hook.remove()
+    assert answer.error is not None
+    assert answer.error.code == "INTERNAL"
+    assert "out of memory" in answer.error.message
+    assert await running.client.state("broken") == "FAILED"
+    assert (await running.client.generate(request_id="broken")).error is None
+
+
+async def test_get_model_says_what_is_served_and_for_how_much(running: Running) -> None:
+    from routet2i.cloud.v1 import cloud_pb2
+
+    model = await running.client.stub.GetModel(cloud_pb2.GetModelRequest(), timeout=10)
+    assert (model.name, model.licence, model.price_micro_usd) == ("miniature", "Apache-2.0", PRICE)
+    assert [(size.width, size.height) for size in model.sizes] == [(64, 64)]
+    assert (model.default_steps, model.max_steps, model.default_guidance_scale) == (4, 150, 3.0)
+    assert (model.queue_length, model.max_queue) == (0, 1)
+    answer = await running.client.generate(steps=1)
+    assert answer.accepted is not None
+    assert model.model_digest == answer.accepted.model_digest
+
+
+async def test_a_token_names_the_tenant_and_tenants_do_not_see_each_other(
+    tmp_path: Path, model_folder: Path
+) -> None:
+    tokens = tmp_path / "tokens.txt"
+    tokens.write_text("# callers\nacme acme-token-0123456789\n\nglobex globex-token-0123456789\n")
+    async with serve(tmp_path / "state", model_folder, tokens=str(tokens)) as running:
+        for metadata in (
+            (),
+            (("authorization", "Bearer wrong"),),
+            (("authorization", "acme-token-0123456789"),),
+        ):
+            stranger = Client(running.client.channel, metadata)
+            answer = await stranger.generate()
+            assert answer.error is not None
+            assert answer.error.code == "UNAUTHENTICATED"
+            with pytest.raises(grpc.aio.AioRpcError, match="UNAUTHENTICATED"):
+                await stranger.lookup("mine")
+        acme, globex = (
+            Client(running.client.channel, (("authorization", f"Bearer {name}-token-0123456789"),))
+            for name in ("acme", "globex")
+        )
+        first = await acme.generate(request_id="mine", steps=1)
+        assert first.result is not None
+        assert await globex.state("mine") == "UNKNOWN"
+        other = await globex.generate(request_id="mine", steps=1, prompt="two dogs")
+        assert other.result is not None, "request ids are each tenant's own"
+        assert other.png != first.png
+        assert (await acme.lookup("mine")).sha256 == first.result.image.sha256
+
+
+async def test_one_log_line_a_request_and_no_prompt_in_it(
+    running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    with caplog.at_level("INFO", logger="cloud_server"):
+        name = uuid.uuid4().hex
+        await running.client.generate(request_id=name, prompt="a secret cat", steps=1, traceparent=trace)
+        await running.client.generate(steps=0)
+        await running.idle()
+    fields = [record.__dict__["fields"] for record in caplog.records if record.message == "call"]
+    assert [line["outcome"] for line in fields] == ["OK", "INVALID_ARGUMENT"]
+    assert fields[0] | {"request_id": name, "tenant": "default", "traceparent": trace} == fields[0]
+    assert fields[0]["charged_micro_usd"] == PRICE
+    assert "secret" not in str(fields)

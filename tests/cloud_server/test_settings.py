@@ -1,0 +1,104 @@
+"""Flags beat the environment, the environment beats the file, and docs/settings.md has them all."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from cloud_server.__main__ import main
+from cloud_server.errors import StartRefused
+from cloud_server.settings import Settings, is_loopback, resolve, split_address
+from tests.cloud_server.conftest import ROOT
+
+NAMES = [setting.name for setting in fields(Settings)]
+
+
+def test_flags_beat_the_environment_and_the_environment_beats_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "cloud-server.toml"
+    file.write_text("price_micro_usd = 1\nmax_queue = 1\nmax_steps = 1\ngrace_s = 2\n")
+    environment = {
+        "CLOUD_SERVER_CONFIG": str(file),
+        "CLOUD_SERVER_PRICE_MICRO_USD": "2",
+        "CLOUD_SERVER_MAX_QUEUE": "2",
+    }
+    settings = resolve({"price_micro_usd": "3"}, environment)
+    assert (settings.price_micro_usd, settings.max_queue, settings.max_steps) == (3, 2, 1)
+    assert settings.grace_s == 2.0
+    assert settings.max_side == Settings().max_side
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("prize_micro_usd = 1", "did you mean price_micro_usd"),
+        ("price_micro_usd = 1.5", "price_micro_usd in .* must be a whole number"),
+        ("price_micro_usd = true", "must be a whole number"),
+        ("price_micro_usd = -1", "must be a whole number, 0 or more"),
+        ("grace_s = inf", "must be a number of seconds"),
+        ('max_queue = "many"', "must be a whole number"),
+        ("model = 7", "model in .* must be text"),
+        ('dtype = "int3"', "one of auto, float32"),
+        ("max_steps = 0", "at least 1"),
+        ("price_micro_usd = ", "cannot read the settings file"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_its_file(tmp_path: Path, content: str, words: str) -> None:
+    file = tmp_path / "cloud-server.toml"
+    file.write_text(content)
+    with pytest.raises(StartRefused, match=words):
+        resolve({"config": str(file)}, {})
+
+
+def test_a_wrong_variable_is_named() -> None:
+    with pytest.raises(StartRefused, match="CLOUD_SERVER_MAX_QUEUE must be a whole number"):
+        resolve({}, {"CLOUD_SERVER_MAX_QUEUE": "x"})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_setting_is_documented_with_its_default(name: str) -> None:
+    text = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    section = text.split("\n## cloud-server\n")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith(f"| `{name}` |")]
+    assert len(rows) == 1, f"docs/settings.md has no row for {name}"
+    default = getattr(Settings(), name)
+    if default != "" and name != "model":
+        assert f"`{default}`" in rows[0]
+
+
+def test_every_documented_setting_exists() -> None:
+    text = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    section = text.split("\n## cloud-server\n")[1].split("\n## ")[0]
+    documented = [line.split("`")[1] for line in section.splitlines() if line.startswith("| `")]
+    assert documented == NAMES
+
+
+def test_help_shows_every_flag_and_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_code:
+        main(["serve", "--help"])
+    assert exit_code.value.code == 0
+    text = capsys.readouterr().out
+    assert [name for name in NAMES if "--" + name.replace("_", "-") not in text] == []
+    assert "examples:" in text
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [
+        ("127.0.0.1", True),
+        ("127.8.0.1", True),
+        ("::1", True),
+        ("localhost", True),
+        ("::", False),
+        ("192.168.1.2", False),
+        ("localhost.example", False),
+    ],
+)
+def test_loopback_is_what_only_this_machine_reaches(host: str, loopback: bool) -> None:
+    assert is_loopback(host) is loopback
+
+
+def test_an_address_is_host_and_port() -> None:
+    assert split_address("[::1]:80") == ("::1", 80)
+    assert split_address("127.0.0.1:0") == ("127.0.0.1", 0)
