@@ -26,7 +26,7 @@ class Calibration:
     cloud_digest: str
     metrics: tuple[tuple[str, str, str], ...]  # M of (name, positive text, negative text)
     scale: tuple[float, ...]  # M, above zero: the quality gap that counts as one
-    weights: tuple[float, ...]  # M
+    weights: tuple[float, ...]  # M, not below zero, adding up to 1
     scores: tuple[float, ...]  # PRS of the calibration prompts, ascending
     alpha_over_rho: tuple[tuple[float, float], ...]  # (routing rate, alpha), for people and plots
     created: str  # ISO 8601
@@ -78,8 +78,8 @@ def _parse(text: bytes, path: Path) -> Calibration:
         raise BundleError(f"{path}: metrics, scale and weights must have the same length")
     if not all(math.isfinite(scale) and scale > 0 for scale in calibration.scale):
         raise BundleError(f"{path}: every scale must be above zero")
-    if not all(math.isfinite(weight) and weight >= 0 for weight in calibration.weights):
-        raise BundleError(f"{path}: no weight may be below zero")
+    if not (min(calibration.weights) >= 0 and abs(sum(calibration.weights) - 1) < 1e-6):
+        raise BundleError(f"{path}: no weight may be below zero, and they must add up to 1")
     if not calibration.scores or list(calibration.scores) != sorted(calibration.scores):
         raise BundleError(f"{path}: scores must be there, in ascending order")
     if not all(math.isfinite(score) for score in calibration.scores):

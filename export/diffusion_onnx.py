@@ -18,16 +18,18 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from numpy.typing import NDArray
 
 from edge_agent.bundle import MANIFEST, Bundle, schedule_file, write_manifest
 from edge_agent.diffusion.generator import Generator, Image
-from edge_agent.errors import BundleError
+from edge_agent.errors import BundleError, GenerationFailed
 from export import tokenizer_json
 from export.errors import ExportError
 from export.schedule import compile_schedule
@@ -81,6 +83,7 @@ def export_bundle(
     _refuse_unsupported(pipeline)
     counts = list(dict.fromkeys(steps))
     schedules = [compile_schedule(pipeline.scheduler, count) for count in counts]
+    references = reference_images(pipeline, min(counts), guidance)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, so that the move at the end is one rename on one disk.
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
@@ -103,14 +106,14 @@ def export_bundle(
         }
         write_manifest(partial, **facts)
         report("comparing pixels with the torch pipeline")
-        difference = largest_difference(pipeline, Bundle.open(partial))
+        difference = largest_difference(Bundle.open(partial), references)
         report(f"largest difference {difference:.1e} of {PIXEL_TOLERANCE:.0e} allowed")
-        if not difference <= PIXEL_TOLERANCE:  # also when it is not a number
+        if difference > PIXEL_TOLERANCE:
             raise ExportError(
                 f"the bundle's pixels differ from the torch pipeline's by {difference:.1e}; not written"
             )
         _move(partial, target)
-    except BundleError as error:
+    except (BundleError, GenerationFailed) as error:
         raise ExportError(error.message) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -118,41 +121,65 @@ def export_bundle(
     return Bundle.open(target)
 
 
-def largest_difference(pipeline: StableDiffusionPipeline, bundle: Bundle) -> float:
-    """Largest difference of any colour in 0..1 between `bundle` and `pipeline`, before rounding.
+@dataclass(frozen=True)
+class Reference:
+    """An image that the torch pipeline made, and from what."""
 
-    Uses the fewest steps that the bundle has, with guidance and a negative prompt, and without.
+    prompt: str
+    negative: str
+    seed: int
+    steps: int
+    guidance: float
+    colours: NDArray[np.float32]  # [H, W, 3] in 0..1, before rounding
+
+
+def reference_images(pipeline: StableDiffusionPipeline, steps: int, guidance: float) -> list[Reference]:
+    """Images of `pipeline` in its own size: with `guidance` and a negative prompt, and without.
+
+    Raises ExportError when one of them has numbers that are not finite.
     """
-    generator = Generator(bundle)
-    manifest = bundle.manifest
-    steps = manifest.steps[0]
-    worst = 0.0
+    references = []
     for prompt, negative, seed, guided in _COMPARISONS:
-        guidance = max(manifest.default_guidance, 1.5) if guided else 1.0
-        expected = pipeline(
+        scale = max(guidance, 1.5) if guided else 1.0
+        colours = pipeline(
             prompt,
             negative_prompt=negative,
-            width=manifest.width,
-            height=manifest.height,
             num_inference_steps=steps,
-            guidance_scale=guidance,
+            guidance_scale=scale,
             generator=torch.Generator("cpu").manual_seed(seed),
             output_type="np",
         ).images[0]
-        _, states = generator.encode(prompt)
-        _, negative_states = generator.encode(negative)
-        *_, image = generator.generate(states, negative_states, seed, steps, guidance)
+        if not np.isfinite(colours).all():
+            raise ExportError("the torch pipeline gives numbers that are not finite in float32")
+        references.append(Reference(prompt, negative, seed, steps, scale, colours))
+    return references
+
+
+def largest_difference(bundle: Bundle, references: Sequence[Reference]) -> float:
+    """Largest difference of any colour in 0..1 between the images of `bundle` and `references`.
+
+    Raises GenerationFailed when the bundle gives numbers that are not finite.
+    """
+    generator = Generator(bundle)
+    worst = 0.0
+    for reference in references:
+        _, states = generator.encode(reference.prompt)
+        _, negative = generator.encode(reference.negative)
+        *_, image = generator.generate(states, negative, reference.seed, reference.steps, reference.guidance)
         assert isinstance(image, Image)
-        worst = float(np.fmax(worst, np.abs(image.colours - expected).max()))
-        if not np.isfinite(expected).all():
-            raise ExportError("the torch pipeline itself gives numbers that are not finite")
+        worst = max(worst, float(np.abs(image.colours - reference.colours).max()))
     return worst
 
 
 def _load(model: str | os.PathLike[str]) -> Any:
+    folder = Path(model)
+    if (folder / "model_index.json").is_file():
+        for name, part in DiffusionPipeline.load_config(folder).items():
+            if isinstance(part, list) and part[0] is not None and not (folder / name).is_dir():
+                raise ExportError(f"{folder} has no {name}, which its model_index.json names")
     try:
         return DiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32, safety_checker=None)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # each part's library fails in its own way
         reason = str(error).strip().split("\n")[0]
         raise ExportError(
             f"{model} cannot be loaded as a diffusers pipeline (folder or hub id): {reason}"

@@ -13,7 +13,7 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, normalizers
 from transformers import CLIPTokenizer, PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import convert_slow_tokenizer
+from transformers.convert_slow_tokenizer import CLIPConverter
 
 from edge_agent import tokens
 from export.errors import ExportError
@@ -47,7 +47,7 @@ def convert(tokenizer: Any) -> Tokenizer:
     if isinstance(tokenizer, PreTrainedTokenizerFast):
         converted = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     elif isinstance(tokenizer, CLIPTokenizer):
-        converted = convert_slow_tokenizer(tokenizer)
+        converted = CLIPConverter(tokenizer).converted()
         converted.add_special_tokens(list(tokenizer.added_tokens_decoder.values()))
         if tokenizer.fix_text is None:
             converted.normalizer = normalizers.Sequence(

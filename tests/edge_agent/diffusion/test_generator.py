@@ -147,14 +147,18 @@ def test_a_stop_ends_the_image_and_leaves_the_next_one_alone(generator: Generato
 def test_a_stop_from_another_thread_ends_a_series_of_images(generator: Generator) -> None:
     """Wherever in a step it strikes."""
     _, states = generator.encode(PROMPT)
+
+    def draw_on(stop: Stop) -> None:
+        while True:
+            for _ in generator.generate(states, states, 1, 8, 5.0, stop=stop):
+                pass
+
     for delay in (0.001, 0.004, 0.011, 0.023):
         stop = Stop()
         timer = threading.Timer(delay, stop.set)
         timer.start()
         with pytest.raises(Cancelled):
-            while True:
-                for _ in generator.generate(states, states, 1, 8, 5.0, stop=stop):
-                    pass
+            draw_on(stop)
         timer.join()
 
 

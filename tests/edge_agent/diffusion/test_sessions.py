@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ def save(path: Path, nodes: list[onnx.NodeProto], inputs: dict[str, tuple[int, l
 def slow(tmp_path: Path) -> Session:
     """A chain of products that takes many seconds on one core."""
     names = ["x", *(f"y{step}" for step in range(2999)), "out"]
-    nodes = [helper.make_node("MatMul", [a, "x"], [b]) for a, b in zip(names, names[1:], strict=False)]
+    nodes = [helper.make_node("MatMul", [a, "x"], [b]) for a, b in pairwise(names)]
     path = save(tmp_path / "slow.onnx", nodes, {"x": (TensorProto.FLOAT, [1024, 1024])})
     return Session(path, ["x"], ["out"], ONE_THREAD)
 

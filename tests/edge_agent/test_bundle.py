@@ -1,0 +1,199 @@
+"""A bundle that is not what its manifest says is refused, and the message names the file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_agent.bundle import (
+    CALIBRATION,
+    DECODER,
+    DENOISER,
+    MANIFEST,
+    SCHEMA_VERSION,
+    TEXT_ENCODER,
+    TOKENIZER,
+    Bundle,
+    schedule_file,
+    write_manifest,
+)
+from edge_agent.errors import BundleError
+
+EVERY_BUNDLE_HAS = (TOKENIZER, TEXT_ENCODER, DENOISER, DECODER, schedule_file(4), schedule_file(8))
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    path = folder / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_files(folder: Path, **entries: Any) -> None:
+    files = json.loads((folder / MANIFEST).read_text())["files"]
+    edit(folder, files=files | entries)
+
+
+def test_a_whole_bundle_opens_and_states_its_facts(miniature_bundle: Path) -> None:
+    bundle = Bundle.open(miniature_bundle)
+    manifest = bundle.manifest
+    assert (manifest.name, manifest.licence) == ("miniature", "Apache-2.0")
+    assert (manifest.width, manifest.height) == (64, 64)
+    assert (manifest.latent_channels, manifest.latent_height, manifest.latent_width) == (4, 8, 8)
+    assert (manifest.steps, manifest.default_steps, manifest.default_guidance) == ((4, 8), 4, 5.0)
+    assert (manifest.text_tokens, manifest.text_hidden) == (77, 32)
+    assert all(bundle.path(name).is_file() for name in EVERY_BUNDLE_HAS)
+    assert bundle.calibration is None
+    assert bundle.predictor is None
+
+
+@pytest.mark.parametrize("name", EVERY_BUNDLE_HAS)
+def test_a_missing_file_is_named(bundle_copy: Path, name: str) -> None:
+    (bundle_copy / name).unlink()
+    with pytest.raises(BundleError, match=f"{name} is missing"):
+        Bundle.open(bundle_copy, verify=False)
+
+
+@pytest.mark.parametrize("name", EVERY_BUNDLE_HAS)
+def test_a_required_file_that_is_not_listed_is_named(bundle_copy: Path, name: str) -> None:
+    files = json.loads((bundle_copy / MANIFEST).read_text())["files"]
+    del files[name]
+    edit(bundle_copy, files=files)
+    with pytest.raises(BundleError, match=f"does not list {name}"):
+        Bundle.open(bundle_copy)
+
+
+@pytest.mark.parametrize("name", EVERY_BUNDLE_HAS)
+def test_a_truncated_file_is_named_without_reading_it(bundle_copy: Path, name: str) -> None:
+    content = (bundle_copy / name).read_bytes()
+    (bundle_copy / name).write_bytes(content[:-1])
+    with pytest.raises(BundleError, match=f"{name} has {len(content) - 1} bytes"):
+        Bundle.open(bundle_copy, verify=False)
+
+
+@pytest.mark.parametrize("name", EVERY_BUNDLE_HAS)
+def test_one_altered_bit_is_found(bundle_copy: Path, name: str) -> None:
+    content = bytearray((bundle_copy / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (bundle_copy / name).write_bytes(content)
+    with pytest.raises(BundleError, match=f"{name} does not match its sha256"):
+        Bundle.open(bundle_copy)
+
+
+def test_a_folder_in_a_files_place_is_named(bundle_copy: Path) -> None:
+    (bundle_copy / DECODER).unlink()
+    (bundle_copy / DECODER).mkdir()
+    with pytest.raises(BundleError, match=f"{DECODER} is not a plain file"):
+        Bundle.open(bundle_copy)
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside", "/etc/hostname", "a/../../outside", "a\\..\\b", "C:x", "", "a//b", "./a"]
+)
+def test_a_path_that_could_lead_outside_is_refused(bundle_copy: Path, name: str) -> None:
+    (bundle_copy.parent / "outside").write_text("x")
+    edit_files(bundle_copy, **{name: {"bytes": 1, "sha256": "0" * 64}})
+    with pytest.raises(BundleError, match="not a plain path inside the bundle"):
+        Bundle.open(bundle_copy)
+
+
+@pytest.mark.parametrize("linked", [DENOISER, "unet", MANIFEST])
+def test_a_symbolic_link_is_refused_by_name(bundle_copy: Path, tmp_path: Path, linked: str) -> None:
+    """Even one to the very same bytes: they could be others a moment later."""
+    moved = (bundle_copy / linked).rename(tmp_path / "elsewhere")
+    (bundle_copy / linked).symlink_to(moved)
+    with pytest.raises(BundleError, match=f"{linked} is a symbolic link"):
+        Bundle.open(bundle_copy)
+
+
+def test_the_bundle_folder_itself_may_be_a_link(miniature_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "current").symlink_to(miniature_bundle)
+    assert Bundle.open(tmp_path / "current").digest == Bundle.open(miniature_bundle).digest
+
+
+def test_a_newer_schema_says_what_to_do(bundle_copy: Path) -> None:
+    edit(bundle_copy, schema_version=SCHEMA_VERSION + 1)
+    with pytest.raises(
+        BundleError, match=rf"manifest\.json has schema version {SCHEMA_VERSION + 1} .*update"
+    ):
+        Bundle.open(bundle_copy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"schema_version": 0}, "schema version"),
+        ({"schema_version": "1"}, "schema_version"),
+        ({"width": 64.5}, "width"),
+        ({"width": 0}, "width"),
+        ({"latent_scaling": 0}, "latent_scaling"),
+        ({"name": None}, "name"),
+        ({"steps": []}, "steps"),
+        ({"steps": [4, "8"]}, "steps"),
+        ({"steps": [4, 8, 16]}, r"schedules/16\.json"),
+        ({"default_steps": 16}, "default_steps"),
+        ({"files": []}, "files"),
+        ({"files": {"a": 1}}, "a must hold"),
+        ({"files": {"a": {"bytes": "1", "sha256": ""}}}, "bytes"),
+    ],
+)
+def test_a_manifest_with_a_wrong_fact_names_it(bundle_copy: Path, changes: dict[str, Any], what: str) -> None:
+    edit(bundle_copy, **changes)
+    with pytest.raises(BundleError, match=rf"manifest\.json.*{what}"):
+        Bundle.open(bundle_copy)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff\xfe", b'{"schema_version": 1'])
+def test_a_manifest_that_is_not_json_is_named(bundle_copy: Path, content: bytes) -> None:
+    (bundle_copy / MANIFEST).write_bytes(content)
+    with pytest.raises(BundleError, match=r"manifest\.json"):
+        Bundle.open(bundle_copy)
+
+
+def test_a_folder_that_is_no_bundle_says_so(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="does not exist"):
+        Bundle.open(tmp_path / "nothing")
+    with pytest.raises(BundleError, match=r"manifest\.json cannot be read"):
+        Bundle.open(tmp_path)
+
+
+def test_a_file_that_the_manifest_does_not_list_is_not_handed_out(bundle_copy: Path) -> None:
+    (bundle_copy / "stray.onnx").write_bytes(b"x")
+    with pytest.raises(BundleError, match=r"does not list stray\.onnx"):
+        Bundle.open(bundle_copy).path("stray.onnx")
+
+
+def test_adding_a_predictor_changes_the_digest_and_not_the_model_digest(bundle_copy: Path) -> None:
+    """A calibration names the models that it was made for, and lies in the bundle itself."""
+    before = Bundle.open(bundle_copy)
+    (bundle_copy / CALIBRATION).parent.mkdir()
+    (bundle_copy / CALIBRATION).write_text("{}")
+    write_manifest(bundle_copy)
+    after = Bundle.open(bundle_copy)
+    assert after.model_digest == before.model_digest
+    assert after.digest != before.digest
+    assert after.manifest.steps == before.manifest.steps
+    with pytest.raises(BundleError, match=r"calibration\.json is not a calibration"):
+        _ = after.calibration
+
+
+@pytest.mark.parametrize("name", EVERY_BUNDLE_HAS)
+def test_the_model_digest_depends_on_every_part_of_the_models(bundle_copy: Path, name: str) -> None:
+    before = Bundle.open(bundle_copy).model_digest
+    (bundle_copy / name).write_bytes((bundle_copy / name).read_bytes() + b" ")
+    write_manifest(bundle_copy)
+    assert Bundle.open(bundle_copy).model_digest != before
+
+
+def test_a_manifest_with_unknown_or_missing_facts_is_not_written(bundle_copy: Path) -> None:
+    before = (bundle_copy / MANIFEST).read_bytes()
+    with pytest.raises(BundleError, match="has no colour"):
+        write_manifest(bundle_copy, colour="blue")
+    with pytest.raises(BundleError, match="default_steps"):
+        write_manifest(bundle_copy, default_steps=5)
+    assert (bundle_copy / MANIFEST).read_bytes() == before
+    (bundle_copy / MANIFEST).unlink()
+    with pytest.raises(BundleError, match="name"):
+        write_manifest(bundle_copy, width=64)
+    assert not (bundle_copy / MANIFEST).exists()

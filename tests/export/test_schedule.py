@@ -1,0 +1,193 @@
+"""Any linear scheduler compiles to a matrix that makes diffusers' pixels; one that is not linear is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from edge_agent.bundle import Bundle, schedule_file, write_manifest
+from edge_agent.diffusion.generator import Generator, Image
+from edge_agent.diffusion.noise import TorchNoise
+from edge_agent.diffusion.sessions import Runtime
+from export.errors import ExportError
+from export.schedule import NotLinear, compile_schedule
+from tests.miniature import miniature_pipeline
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+V = {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+
+# Class in diffusers, what its config adds to BETAS, steps, calls of the denoiser.
+LINEAR: list[tuple[str, dict[str, Any], int, int]] = [
+    ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}, 7, 7),
+    ("DDIMScheduler", {"clip_sample": False, "rescale_betas_zero_snr": True, **V}, 7, 7),
+    ("PNDMScheduler", {"skip_prk_steps": True, "steps_offset": 1}, 7, 8),
+    ("PNDMScheduler", {}, 7, 16),
+    ("EulerDiscreteScheduler", {}, 7, 7),
+    ("EulerDiscreteScheduler", {"use_karras_sigmas": True, **V}, 7, 7),
+    ("EulerAncestralDiscreteScheduler", {}, 7, 7),
+    ("DPMSolverMultistepScheduler", {}, 7, 7),
+    ("DPMSolverMultistepScheduler", V, 7, 7),
+    ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}, 7, 7),
+    ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, 7, 7),
+    ("UniPCMultistepScheduler", {}, 7, 7),
+    ("HeunDiscreteScheduler", {}, 7, 13),
+    ("DEISMultistepScheduler", {}, 7, 7),
+    ("LCMScheduler", {}, 4, 4),
+    ("DDPMScheduler", {"clip_sample": False, "prediction_type": "sample"}, 7, 7),
+]
+
+
+def scheduler(name: str, config: dict[str, Any]) -> Any:
+    return getattr(diffusers, name)(**BETAS, **config)
+
+
+def label(case: object) -> str | None:
+    if isinstance(case, dict):
+        return (
+            "-".join(str(value) if isinstance(value, str) else key for key, value in case.items()) or "plain"
+        )
+    return None
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> StableDiffusionPipeline:
+    return miniature_pipeline()
+
+
+@pytest.mark.parametrize(("name", "config", "steps", "calls"), LINEAR, ids=label)
+def test_pixels_equal_diffusers(
+    pipeline: StableDiffusionPipeline,
+    bundle_copy: Path,
+    name: str,
+    config: dict[str, Any],
+    steps: int,
+    calls: int,
+) -> None:
+    """With guidance, a negative prompt and a seed, over every solver's whole history."""
+    pipeline.scheduler = scheduler(name, config)
+    compiled = compile_schedule(pipeline.scheduler, steps)
+    assert compiled.calls == calls
+    compiled.save(bundle_copy / schedule_file(steps))
+    write_manifest(bundle_copy, steps=[steps], default_steps=steps)
+
+    generator = Generator(Bundle.open(bundle_copy), Runtime(threads=1))
+    states, negative = generator.encode("two cats 🐈")[1], generator.encode("dog, blurry")[1]
+    *_, image = generator.generate(states, negative, 42, steps, 3.0)
+    assert isinstance(image, Image)
+    expected = pipeline(
+        "two cats 🐈",
+        negative_prompt="dog, blurry",
+        num_inference_steps=steps,
+        guidance_scale=3.0,
+        generator=torch.Generator("cpu").manual_seed(42),
+        output_type="np",
+    ).images[0]
+    assert expected.std() > 0.05  # else anything would agree
+    assert np.abs(image.colours - expected).max() <= 1e-3
+
+
+@pytest.mark.parametrize(("name", "config", "steps", "calls"), LINEAR, ids=label)
+def test_latents_equal_the_schedulers_own(name: str, config: dict[str, Any], steps: int, calls: int) -> None:
+    """To rounding, at the step counts that people use, whatever the model answers."""
+    made = scheduler(name, config)
+    shape = (1, 4, 5, 7)  # 140 numbers: not a multiple of 16
+    for count in (1, 2, 20) if name != "PNDMScheduler" else (4, 20):
+        compiled = compile_schedule(made, count)
+        random = np.random.default_rng(count)
+        outputs = random.standard_normal((compiled.calls, *shape)).astype(np.float32)
+
+        generator = torch.Generator().manual_seed(5)
+        made.set_timesteps(count)
+        takes_generator = "generator" in made.step.__code__.co_varnames
+        extra = {"generator": generator} if takes_generator else {}
+        latents = torch.randn(shape, generator=generator) * made.init_noise_sigma
+        sums = compiled.run(shape, TorchNoise(5))
+        ours = next(sums)
+        for index, timestep in enumerate(made.timesteps):
+            expected = made.scale_model_input(latents, timestep).numpy()
+            np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4 * max(1, np.abs(expected).max()))
+            assert compiled.timesteps[index] == float(timestep)
+            latents = made.step(torch.from_numpy(outputs[index]), timestep, latents, **extra).prev_sample
+            try:
+                ours = sums.send(outputs[index])
+            except StopIteration as final:
+                ours = final.value
+        np.testing.assert_allclose(
+            ours, latents.numpy(), rtol=1e-4, atol=1e-4 * max(1, float(latents.abs().max()))
+        )
+
+
+def test_fresh_noise_is_there_only_for_schedulers_that_draw_it() -> None:
+    plain = compile_schedule(scheduler("EulerDiscreteScheduler", {}), 5)
+    assert plain.noise == ((),) * 6
+    ancestral = compile_schedule(scheduler("EulerAncestralDiscreteScheduler", {}), 5)
+    assert [len(row) for row in ancestral.noise] == [0, 1, 2, 3, 4, 5]
+
+
+def test_flow_matching_compiles_too() -> None:
+    """Euler on a straight path: the final latents are the noise plus the velocities over the sigmas' steps."""
+    made = diffusers.FlowMatchEulerDiscreteScheduler()
+    compiled = compile_schedule(made, 5)
+    made.set_timesteps(5)
+    sigmas = made.sigmas.numpy().astype(float)
+    np.testing.assert_allclose(compiled.signal[-1], [1.0, *np.diff(sigmas)], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "why"),
+    [
+        ("DDIMScheduler", {"clip_sample": True}, "clip_sample"),
+        ("DDIMScheduler", {"clip_sample": True, "clip_sample_range": 20.0}, "clip_sample"),
+        ("DDPMScheduler", {"clip_sample": False, "thresholding": True}, "thresholding"),
+        ("DPMSolverMultistepScheduler", {"thresholding": True}, "thresholding"),
+    ],
+)
+@pytest.mark.parametrize("steps", [1, 5])
+def test_a_scheduler_that_is_not_linear_is_refused_with_the_reason(
+    name: str, config: dict[str, Any], why: str, steps: int
+) -> None:
+    with pytest.raises(NotLinear, match=f"{name} is not linear: it has {why} on"):
+        compile_schedule(scheduler(name, config), steps)
+
+
+def test_an_unknown_bend_is_found_by_the_check() -> None:
+    """No flag in the config says it; the numbers do."""
+
+    class Bent(diffusers.DDIMScheduler):
+        def step(self, *arguments: Any, **options: Any) -> Any:
+            (latents, *rest) = super().step(*arguments, **options)
+            return (latents + 0.01 * latents**3, *rest)
+
+    with pytest.raises(NotLinear, match="choose another scheduler"):
+        compile_schedule(Bent(**BETAS, clip_sample=False), 5)
+
+
+def test_noise_that_cannot_be_repeated_is_refused() -> None:
+    """Drawn past the generator, it is nobody's seed."""
+
+    class Restless(diffusers.DDIMScheduler):
+        def step(self, *arguments: Any, **options: Any) -> Any:
+            (latents, *rest) = super().step(*arguments, **options)
+            return (latents + torch.randn_like(latents), *rest)
+
+    with pytest.raises(NotLinear):
+        compile_schedule(Restless(**BETAS, clip_sample=False), 5)
+
+
+def test_compiling_leaves_the_scheduler_as_it_was() -> None:
+    made = scheduler("DPMSolverMultistepScheduler", {})
+    made.set_timesteps(3)
+    before = made.timesteps.clone()
+    compile_schedule(made, 9)
+    assert torch.equal(made.timesteps, before)
+
+
+def test_a_step_count_that_the_scheduler_does_not_have_is_refused() -> None:
+    with pytest.raises(ExportError, match="DDIMScheduler has no schedule of 1001 steps"):
+        compile_schedule(scheduler("DDIMScheduler", {"clip_sample": False}), 1001)

@@ -1,0 +1,75 @@
+"""The tokenizer.json that the edge reads gives the ids that transformers' CLIPTokenizer gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import BertTokenizer, CLIPTokenizer, CLIPTokenizerFast
+
+from edge_agent.tokens import Tokenizer
+from export import tokenizer_json
+from export.errors import ExportError
+from tests.miniature import miniature_tokenizer
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> CLIPTokenizer:
+    return miniature_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def ours(slow: CLIPTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("written")
+    tokenizer_json.write(slow, folder)
+    return Tokenizer.load(folder)
+
+
+def ids(tokenizer: CLIPTokenizer, text: str) -> list[int]:
+    """As StableDiffusionPipeline asks for them."""
+    return list(tokenizer(text, padding="max_length", max_length=77, truncation=True).input_ids)
+
+
+@pytest.mark.parametrize("text", tokenizer_json.PROBES, ids=ascii)
+def test_ids_equal_clips(slow: CLIPTokenizer, ours: Tokenizer, text: str) -> None:
+    assert ours.encode(text).ids[0].tolist() == ids(slow, text)
+
+
+# Blocks whose properties have not changed for many versions of Unicode: libraries differ on newer ones.
+SETTLED = st.characters(codec="utf-8", categories=("L", "N", "P", "S", "Z"), max_codepoint=0x24FF)
+EMOJI = st.sampled_from("🐈🌙🏖👍🏽👩\u200d🔥❤\ufe0f✨🇩🇪")
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(st.one_of(SETTLED, EMOJI, st.sampled_from("abc 'sΣσ猫"))))
+def test_ids_equal_clips_on_any_settled_text(slow: CLIPTokenizer, ours: Tokenizer, text: str) -> None:
+    assert ours.encode(text).ids[0].tolist() == ids(slow, text)
+
+
+def test_a_fast_tokenizer_is_taken_as_it_is(slow: CLIPTokenizer, tmp_path: Path) -> None:
+    slow.save_pretrained(tmp_path)
+    fast = CLIPTokenizerFast.from_pretrained(tmp_path)
+    converted = Tokenizer(tokenizer_json.convert(fast), 77)
+    for text in tokenizer_json.PROBES:
+        assert converted.encode(text).ids[0].tolist() == ids(fast, text)
+
+
+def test_a_conversion_that_differs_is_refused_naming_the_text(tmp_path: Path) -> None:
+    """A tokenizer that does something more than CLIP's is not silently replaced by CLIP's."""
+
+    class Shouting(CLIPTokenizer):
+        def _tokenize(self, text: str) -> list[str]:
+            return [*super()._tokenize(text), "a</w>"]
+
+    miniature_tokenizer(tmp_path)
+    other = Shouting(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"), model_max_length=77)
+    with pytest.raises(ExportError, match="differs from Shouting on the text"):
+        tokenizer_json.convert(other)
+
+
+def test_another_kind_of_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("[UNK]\n[PAD]\n[CLS]\n[SEP]\n[MASK]\n")
+    with pytest.raises(ExportError, match="BertTokenizer is not supported"):
+        tokenizer_json.convert(BertTokenizer(str(tmp_path / "vocab.txt")))
