@@ -202,8 +202,6 @@ class CloudClient:
             except grpc.aio.AioRpcError as error:
                 accepted = stream.accepted is not None
                 raise self._explained(error, accepted=accepted, timeout_s=timeout_s) from error
-            finally:
-                call.cancel()
             raise CloudUnavailable(
                 f"the cloud at {self.address} broke off after {len(stream.received)} bytes of the image",
                 never_ran=False,
@@ -255,7 +253,7 @@ class CloudClient:
                 ) from error
             yield channel
         finally:
-            await channel.close()
+            await channel.close()  # cancels a call that is still under way
 
     async def _channel(self) -> grpc.aio.Channel:
         if not self._secure:

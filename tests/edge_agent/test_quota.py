@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from edge_agent.errors import DuplicateRequest, LedgerError, QuotaExhausted
-from edge_agent.quota import Budget, BudgetState, Ledger, Rate, Reservation, dollars, window_bounds
+from edge_agent.quota import Budget, BudgetState, Ledger, Rate, RateState, Reservation, dollars, window_bounds
 
 NOON = datetime(2026, 11, 23, 12, 30, tzinfo=timezone.utc).timestamp()
 DAY = Budget("daily", "day", 100)
@@ -229,6 +229,7 @@ def test_a_rate_lets_calls_through_again_as_the_earlier_ones_grow_old(open_ledge
     with pytest.raises(QuotaExhausted, match="2 cloud calls in 60 s") as refused:
         ledger.reserve("c", "app", 5)
     assert (refused.value.budget, refused.value.retry_after_s) == ("burst", 30)
+    assert ledger.rates() == (RateState("burst", 2, 60.0, 2),)
     clock.now += 30
     ledger.reserve("c", "app", 5)
     assert not ledger.allows("app", 5)
