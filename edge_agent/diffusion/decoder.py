@@ -15,8 +15,12 @@ class Decoder:
     def __init__(self, bundle: Bundle, runtime: Runtime) -> None:
         """Raises BundleError when the graph cannot be loaded or has another signature."""
         self._session = Session(bundle.path(DECODER), ["latent_sample"], ["sample"], runtime)
-        self._scaling = np.float32(bundle.manifest.latent_scaling)
-        self._shift = np.float32(bundle.manifest.latent_shift)
+        facts = bundle.manifest
+        self._session.expect(
+            latent_sample=(None, facts.latent_channels, facts.latent_height, facts.latent_width),
+            sample=(None, 3, facts.height, facts.width),
+        )
+        self._scaling, self._shift = np.float32(facts.latent_scaling), np.float32(facts.latent_shift)
 
     def decode(self, latents: NDArray[np.float32], *, stop: Stop | None = None) -> NDArray[np.float32]:
         """Colours in 0..1, float32 [H, W, 3], of latents [1, C, h, w].

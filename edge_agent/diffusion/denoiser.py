@@ -19,6 +19,10 @@ class Denoiser:
         self._session = Session(
             bundle.path(DENOISER), ["sample", "timestep", "encoder_hidden_states"], ["out_sample"], runtime
         )
+        facts = bundle.manifest
+        latents = (None, facts.latent_channels, facts.latent_height, facts.latent_width)
+        states = (None, facts.text_tokens, facts.text_hidden)
+        self._session.expect(sample=latents, encoder_hidden_states=states, out_sample=latents)
 
     def predict(
         self,

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.bundle import Bundle, schedule_file
+from edge_agent.bundle import TOKENIZER, Bundle, schedule_file
 from edge_agent.diffusion.decoder import Decoder
 from edge_agent.diffusion.denoiser import Denoiser
 from edge_agent.diffusion.noise import TorchNoise
 from edge_agent.diffusion.schedule import Schedule
 from edge_agent.diffusion.sessions import Runtime, Stop
 from edge_agent.diffusion.text_encoder import TextEncoder
-from edge_agent.errors import GenerationFailed, InvalidRequest
+from edge_agent.errors import BundleError, GenerationFailed, InvalidRequest
 from edge_agent.tokens import Tokenizer, Tokens
 
 Floats = NDArray[np.float32]
@@ -54,10 +54,18 @@ class Generator:
         runtime = runtime or Runtime()
         manifest = bundle.manifest
         self.tokenizer = Tokenizer.load(bundle.folder / "tokenizer")
+        if self.tokenizer.length != manifest.text_tokens:
+            raise BundleError(
+                f"{bundle.path(TOKENIZER)} makes {self.tokenizer.length} tokens, "
+                f"the manifest asks for {manifest.text_tokens}"
+            )
         self.text_encoder = TextEncoder(bundle, runtime)
         self._denoiser = Denoiser(bundle, runtime)
         self._decoder = Decoder(bundle, runtime)
         self._schedules = {n: Schedule.load(bundle.path(schedule_file(n))) for n in manifest.steps}
+        for steps, schedule in self._schedules.items():
+            if schedule.steps != steps:
+                raise BundleError(f"{bundle.path(schedule_file(steps))} is for {schedule.steps} steps")
         self._latent_shape = (1, manifest.latent_channels, manifest.latent_height, manifest.latent_width)
 
     def encode(self, prompt: str) -> tuple[Tokens, Floats]:

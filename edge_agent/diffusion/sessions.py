@@ -109,6 +109,21 @@ class Session:
         self._devices = _devices(self._session.get_providers())
         self.path = path
 
+    def expect(self, **sizes: tuple[int | None, ...]) -> None:
+        """Check inputs and outputs against the sizes they must have; None where any will do.
+
+        Raises BundleError, naming the file, when the graph is made for others.
+        """
+        for name, expected in sizes.items():
+            found = self.shapes[name]
+            pairs = zip(found, expected, strict=False)
+            if len(found) != len(expected) or any(
+                isinstance(size, int) and wanted is not None and size != wanted for size, wanted in pairs
+            ):
+                raise BundleError(
+                    f"{self.path}: {name} has the shape {found}, the manifest asks for {expected}"
+                )
+
     def run(
         self, inputs: Mapping[str, Array], *, stop: Stop | None = None, shrink: bool = False
     ) -> list[Array]:

@@ -15,10 +15,10 @@ class TextEncoder:
 
     def __init__(self, bundle: Bundle, runtime: Runtime) -> None:
         """Raises BundleError when the graph cannot be loaded or has another signature."""
-        self._session = Session(
-            bundle.path(TEXT_ENCODER), ["input_ids"], [bundle.manifest.text_output], runtime
-        )
+        output = bundle.manifest.text_output
         self._shape = (bundle.manifest.text_tokens, bundle.manifest.text_hidden)
+        self._session = Session(bundle.path(TEXT_ENCODER), ["input_ids"], [output], runtime)
+        self._session.expect(input_ids=(None, self._shape[0]), **{output: (None, *self._shape)})
 
     def encode(self, ids: NDArray[np.integer]) -> NDArray[np.float32]:
         """States, float32 [B, L, d], of token ids [B, L].

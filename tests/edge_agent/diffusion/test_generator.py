@@ -10,7 +10,15 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from edge_agent.bundle import DECODER, DENOISER, TEXT_ENCODER, Bundle
+from edge_agent.bundle import (
+    DECODER,
+    DENOISER,
+    TEXT_ENCODER,
+    TOKENIZER,
+    Bundle,
+    schedule_file,
+    write_manifest,
+)
 from edge_agent.diffusion.generator import Generator, Image, Step
 from edge_agent.diffusion.sessions import Runtime, Stop
 from edge_agent.errors import BundleError, Cancelled, InvalidRequest
@@ -181,9 +189,30 @@ def test_a_seed_out_of_range_is_refused(generator: Generator) -> None:
 )
 def test_graphs_in_each_others_places_are_refused_by_name(bundle_copy: Path, name: str, other: str) -> None:
     """Hashes agree here; the signatures do not."""
-    from edge_agent.bundle import write_manifest
-
     (bundle_copy / name).write_bytes((bundle_copy / other).read_bytes())
     write_manifest(bundle_copy)
     with pytest.raises(BundleError, match=name):
+        Generator(Bundle.open(bundle_copy))
+
+
+@pytest.mark.parametrize(
+    ("fact", "value", "name"),
+    [
+        ("text_hidden", 64, TEXT_ENCODER),
+        ("latent_channels", 16, DENOISER),
+        ("text_tokens", 48, TOKENIZER),
+    ],
+)
+def test_facts_that_the_graphs_do_not_share_are_refused_at_start(
+    bundle_copy: Path, fact: str, value: int, name: str
+) -> None:
+    write_manifest(bundle_copy, **{fact: value})
+    with pytest.raises(BundleError, match=name):
+        Generator(Bundle.open(bundle_copy))
+
+
+def test_a_schedule_in_anothers_place_is_refused_at_start(bundle_copy: Path) -> None:
+    (bundle_copy / schedule_file(8)).write_bytes((bundle_copy / schedule_file(4)).read_bytes())
+    write_manifest(bundle_copy)
+    with pytest.raises(BundleError, match=r"8\.json is for 4 steps"):
         Generator(Bundle.open(bundle_copy))
