@@ -46,8 +46,9 @@ class Shape:
     """d, length of one token state."""
     metrics: int
     """Experts: one a metric; one in all for the single-metric ablation."""
-    kept: int = 12
-    """K. A caption has 5 to 25 tokens of its own: 12 hold the nouns, numbers and relations of most, not the rest."""
+    kept: int = 16
+    """K. Half of the starter's captions have up to 14 tokens of their own and are kept whole; of the longest, with 22
+    to 30, the words that say what is in the picture fit and those that only decorate the sentence do not."""
     rank: int = 8
     """l. Difficulty has a handful of sources, and l(2d + h) weights an expert must be learnt from ~1,000 prompts."""
     hidden: int = 32
