@@ -154,17 +154,17 @@ def write_manifest(folder: str | os.PathLike[str], **facts: Any) -> Path:
     if target.exists():
         kept = asdict(_parse(target.read_bytes(), target))
         facts = kept | facts
+    partial = target.with_suffix(".json.partial")
     files = {}
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
         _refuse_links(root, name)
-        if path.is_file() and name != MANIFEST:
+        if path.is_file() and path not in (target, partial):
             files[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     stated = {name: facts[name] for name in known if name in facts}
     document = {"schema_version": SCHEMA_VERSION, **stated, "files": files}
     text = json.dumps(document, indent=2, ensure_ascii=False).encode() + b"\n"
     _parse(text, target)  # what is written can be read
-    partial = target.with_suffix(".json.partial")
     partial.write_bytes(text)
     os.replace(partial, target)
     return target

@@ -197,3 +197,9 @@ def test_a_manifest_with_unknown_or_missing_facts_is_not_written(bundle_copy: Pa
     with pytest.raises(BundleError, match="name"):
         write_manifest(bundle_copy, width=64)
     assert not (bundle_copy / MANIFEST).exists()
+
+
+def test_what_a_crash_left_of_a_manifest_is_not_listed(bundle_copy: Path) -> None:
+    (bundle_copy / "manifest.json.partial").write_text("{")
+    write_manifest(bundle_copy)
+    assert "manifest.json.partial" not in Bundle.open(bundle_copy).manifest.files
