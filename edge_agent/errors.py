@@ -4,6 +4,7 @@ RouteT2IError
 ├── InvalidRequest       the request cannot be served as it is written; `field` names the part
 ├── UnknownApp           the settings list the apps that may call, and this one is not among them
 ├── DuplicateRequest     this request id was used before and may have been charged
+├── NotKept              the rest of an image is asked for that is not kept
 ├── DeadlinePassed       the caller's deadline is over
 ├── Busy                 the queue is full; `retry_after_s` says when to come back
 ├── QuotaExhausted       the budget or rate `budget` has no room for one more call
@@ -56,6 +57,10 @@ class UnknownApp(RouteT2IError):
 
 class DuplicateRequest(RouteT2IError):
     """This request id was used before and may have been charged."""
+
+
+class NotKept(RouteT2IError):
+    """The rest of an image is asked for that is not kept."""
 
 
 class DeadlinePassed(RouteT2IError):
@@ -134,6 +139,7 @@ GRPC_CODES: dict[type[RouteT2IError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     UnknownApp: grpc.StatusCode.PERMISSION_DENIED,
     DuplicateRequest: grpc.StatusCode.ALREADY_EXISTS,
+    NotKept: grpc.StatusCode.NOT_FOUND,
     DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
     Busy: grpc.StatusCode.RESOURCE_EXHAUSTED,
     QuotaExhausted: grpc.StatusCode.RESOURCE_EXHAUSTED,

@@ -1,0 +1,580 @@
+"""`edge-agent`: the command line."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from edge_agent import log, settings, version
+from edge_agent.client import BAD_INPUT, BROKEN, DONE, REFUSED, AgentClient, CallFailed, Received
+from edge_agent.errors import (
+    BundleError,
+    InvalidRequest,
+    LedgerError,
+    PolicyConflict,
+    QuotaExhausted,
+    RouteT2IError,
+    StartRefused,
+)
+from edge_agent.image import Progress
+from edge_agent.policy import Decision, decide
+from edge_agent.quota import BudgetState, dollars
+from edge_agent.request import MAX_SEED, ImageRequest, Limits, Privacy, Routing, validate
+from edge_agent.superiority import METRICS
+from routet2i.edge.v1 import edge_pb2
+
+DESCRIPTION = """\
+Makes images from prompts on this device, and asks a cloud server for those that a larger model is predicted to do
+better, as far as the quota allows.
+"""
+
+EPILOG = """\
+a first image, in two terminals:
+  edge-agent serve
+  edge-agent generate "a red apple on a beach" -o apple.png
+
+Commands other than serve talk to a running daemon. They find it by --agent, else by the environment variable
+EDGE_AGENT_ADDRESS, else at the default socket. `edge-agent COMMAND --help` has examples of each.
+
+exit codes: 0 done, 2 bad usage or input, 3 daemon or cloud not reachable, 4 refused by quota or policy
+(1: a fault of the program itself)
+"""
+
+SERVE_EPILOG = """\
+Every option is also an environment variable (--max-price is EDGE_AGENT_MAX_PRICE) and a key of the TOML file given by
+--config (max_price = 0.01). Options beat the environment, the environment beats the file.
+
+examples:
+  edge-agent serve
+      the starter model, everything on this device
+  edge-agent serve --cloud 127.0.0.1:50052 --routing-rate 0.3 --budget 0.50
+      up to 30 % of the prompts may go to the cloud, and at most 50 cents a day
+  edge-agent serve --cloud images.example.com:443 --cloud-token token.txt --budget 1/day,20/month --rate 10/60
+      another machine's cloud server over TLS, two budgets, and no more than ten calls a minute
+
+SIGTERM and Ctrl-C let images in the making finish (--grace-s); a second one stops them at their next step.
+"""
+
+GENERATE_EPILOG = """\
+examples:
+  edge-agent generate "three owls left of a tiny guitar at night" -o owls.png --seed 7
+  edge-agent generate "my diary, page one" --local-only
+  edge-agent generate "a red apple" -o - | feh -
+
+--json prints one object: request_id, route, served_by, reason, fallback, prs, alpha, seed, width, height, file, sha256,
+cost_micro_usd, timings_ms. `route` is what was decided, `served_by` who made the image; where they differ, `fallback`
+says what went wrong in the cloud, otherwise it is null.
+"""
+
+ROUTE_EPILOG = """\
+examples:
+  edge-agent route "a red apple" "three owls left of a tiny guitar at night"
+  edge-agent route - --json < prompts.txt
+
+Nothing is generated, reserved or sent. Without a running daemon, or with --bundle or --routing-rate, the bundle is
+loaded in this process and the answer is the prediction alone: a cloud within reach and no quota are taken for granted.
+
+--json prints one object a line: prompt, route, reason, prs, alpha, edge_quality, cloud_quality, tokens, quota,
+timings_ms.
+"""
+
+_EXIT_CODES: dict[type[RouteT2IError], int] = {
+    StartRefused: BAD_INPUT,
+    BundleError: BAD_INPUT,
+    LedgerError: BAD_INPUT,
+    InvalidRequest: BAD_INPUT,
+    PolicyConflict: REFUSED,
+    QuotaExhausted: REFUSED,
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    top = argparse.ArgumentParser(
+        prog="edge-agent",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"%(prog)s {version()}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    serve = _command(commands, "serve", _serve, "start the daemon", SERVE_EPILOG, client=False)
+    settings.add_flags(serve)
+
+    generate = _command(commands, "generate", _generate, "make an image", GENERATE_EPILOG)
+    generate.add_argument("prompt", metavar="PROMPT", help="what the picture shows")
+    generate.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="file to write; - is standard output (default: ID.png, ID being new)",
+    )
+    generate.add_argument(
+        "--seed", type=_number(MAX_SEED), metavar="N", help="same seed, same image (default: drawn)"
+    )
+    wish = generate.add_mutually_exclusive_group()
+    wish.add_argument("--local-only", action="store_true", help="the prompt does not leave this device")
+    wish.add_argument("--cloud-only", action="store_true", help="from the cloud or not at all")
+    generate.add_argument("--negative-prompt", metavar="TEXT", help="what the picture should not show")
+    generate.add_argument(
+        "--steps", type=_number(2**32 - 1), metavar="N", help="denoising steps; default: the model's"
+    )
+    generate.add_argument("--guidance-scale", type=float, metavar="X", help="default: the model's")
+    generate.add_argument("--width", type=_number(2**32 - 1), metavar="PIXELS", help="default: the model's")
+    generate.add_argument("--height", type=_number(2**32 - 1), metavar="PIXELS", help="default: the model's")
+    generate.add_argument("--max-price", type=_money, metavar="USD", help="most that this image may cost")
+    generate.add_argument("--request-id", metavar="ID", help="name of this request (default: drawn)")
+    _app(generate)
+    _timeout(generate)
+
+    route = _command(commands, "route", _route, "say where prompts would go, and why", ROUTE_EPILOG)
+    route.add_argument(
+        "prompts", metavar="PROMPT", nargs="+", help="a prompt; - reads one a line from standard input"
+    )
+    settings.add_flags(route, ("bundle", "routing_rate"))
+    _app(route)
+    _timeout(route)
+
+    quota = _command(
+        commands,
+        "quota",
+        _quota,
+        "show the budgets and what is left of them",
+        "--json prints one object a line: name, window, cap_micro_usd, spent_micro_usd, reserved_micro_usd, "
+        "remaining_micro_usd.\n",
+    )
+    quota.add_argument("--app", default="", metavar="NAME", help="only the budgets that count for this app")
+
+    _command(
+        commands,
+        "status",
+        _status,
+        "show what the daemon is doing, and what to do when it does not route",
+        "--json prints one object; `advice` lists what is not as it should be.\n",
+    )
+
+    models = commands.add_parser("models", help="show the models", description="Show the models.")
+    actions = models.add_subparsers(dest="action", metavar="ACTION", required=True)
+    _command(actions, "list", _models_list, "list the local and the cloud model", "")
+    show = _command(actions, "show", _models_show, "show everything known of a model", "")
+    show.add_argument("name", metavar="NAME", help="name, `edge`, `cloud`, or the beginning of the digest")
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    options = parser().parse_args(arguments)
+    try:
+        code: int = options.run(options)
+        return code
+    except CallFailed as error:
+        return _complain(error.message, error.exit_code)
+    except RouteT2IError as error:
+        return _complain(error.message, _EXIT_CODES.get(type(error), BROKEN))
+    except BrokenPipeError:  # whoever read our output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except KeyboardInterrupt:
+        return 130
+
+
+def _serve(options: argparse.Namespace) -> int:
+    chosen = settings.resolve(vars(options), os.environ)
+    log.configure(as_json=chosen.log_format == "json")
+    from edge_agent.daemon import run  # the commands need none of it
+
+    daemon = asyncio.run(run(chosen))
+    if daemon.still_loading:
+        # Everything is closed; only the loader thread is left, deep in native code that cannot be interrupted
+        # and must not run while the interpreter is being taken down.
+        logging.shutdown()
+        os._exit(DONE)
+    return DONE
+
+
+def _generate(options: argparse.Namespace) -> int:
+    target = _target(options.output)
+    fields = {
+        "prompt": options.prompt,
+        "negative_prompt": options.negative_prompt,
+        "app": options.app,
+        "request_id": options.request_id,
+        "seed": options.seed,
+        "width": options.width,
+        "height": options.height,
+        "steps": options.steps,
+        "guidance_scale": options.guidance_scale,
+        "max_price_micro_usd": options.max_price,
+    }
+    routing = edge_pb2.ROUTING_AUTO
+    if options.local_only:
+        routing = edge_pb2.ROUTING_LOCAL_ONLY
+    elif options.cloud_only:
+        routing = edge_pb2.ROUTING_CLOUD_ONLY
+    given = {name: value for name, value in fields.items() if value is not None}
+    decision, received = None, None
+    for event in _shown(_agent(options).generate(routing=routing, **given)):
+        if isinstance(event, Decision):
+            decision = event
+        elif isinstance(event, Received):
+            received = event
+    if decision is None or received is None:
+        raise CallFailed("the daemon sent an image without its decision", BROKEN)
+    file = _write(received, target)
+    if received.fallback_error:
+        print(f"edge-agent: made on this device, because {received.fallback_error}", file=sys.stderr)
+    if options.json:
+        _print_json(_image_facts(decision, received, file))
+    elif file != "-":
+        cost = f" for {dollars(received.cost_micro_usd)}" if received.cost_micro_usd else ""
+        seconds = received.timings_ms.get("total", 0.0) / 1e3
+        print(
+            f"{file}: {received.width}x{received.height}, seed {received.seed}, by the {received.served_by} "
+            f"({decision.reason.value}){cost}, {seconds:.2f} s"
+        )
+    return DONE
+
+
+def _route(options: argparse.Namespace) -> int:
+    prompts = _prompts(options.prompts)
+    agent = _agent(options)
+    own_terms = "bundle" in options or "routing_rate" in options
+    named = options.agent is not None or settings.ADDRESS_VARIABLE in os.environ
+    if own_terms or (not named and not agent.reachable()):
+        decisions = _routed_here(options, prompts)
+    else:
+        decisions = ((prompt, agent.route(prompt, app=options.app)) for prompt in prompts)
+    if options.json:
+        for prompt, decision in decisions:
+            _print_json(_decision_facts(prompt, decision))
+    else:
+        _print_table(
+            ("prompt", "PRS", "alpha", "route", "reason", "ms"),
+            (
+                (
+                    prompt,
+                    _rounded(decision.prs),
+                    _rounded(decision.alpha),
+                    decision.route,
+                    decision.reason.value,
+                    f"{decision.timings_ms.get('total', 0):.1f}",
+                )
+                for prompt, decision in decisions
+            ),
+        )
+    return DONE
+
+
+def _routed_here(options: argparse.Namespace, prompts: Iterable[str]) -> Iterator[tuple[str, Decision]]:
+    """Decisions of a bundle loaded in this process."""
+    from edge_agent.agent import explain
+    from edge_agent.bundle import Bundle
+    from edge_agent.diffusion.sessions import Runtime
+    from edge_agent.reader import Reader
+
+    chosen = settings.resolve(vars(options), os.environ)
+    bundle = Bundle.open(chosen.bundle_folder)
+    print(f"edge-agent: without a daemon, so by prediction alone, with {bundle.folder}", file=sys.stderr)
+    reader = Reader.open(bundle, chosen.routing_rate, Runtime(threads=chosen.threads or None))
+    if reader.advice:
+        print(f"edge-agent: {reader.advice}", file=sys.stderr)
+    size = (bundle.manifest.width, bundle.manifest.height)
+    limits = Limits((size,), bundle.manifest.steps, max_prompt_chars=chosen.max_prompt_characters)
+    for prompt in prompts:
+        validate(ImageRequest(request_id="route", prompt=prompt), limits)
+        reading = reader.read(prompt)
+        route, reason = decide(
+            reading.prs,
+            reader.alpha,
+            routing=Routing.AUTO,
+            privacy=Privacy.NORMAL,
+            calibrated=reader.alpha is not None,
+            cloud_configured=True,
+            cloud_healthy=True,
+            quota_allows=True,
+        )
+        yield prompt, explain(reading, route, reason, reader.alpha)
+
+
+def _quota(options: argparse.Namespace) -> int:
+    budgets = _agent(options).quota(options.app)
+    if options.json:
+        for budget in budgets:
+            _print_json(_budget_facts(budget))
+    else:
+        _print_table(
+            ("budget", "window", "cap", "spent", "reserved", "remaining"),
+            (
+                (
+                    budget.name,
+                    budget.window,
+                    dollars(budget.cap_micro_usd),
+                    dollars(budget.spent_micro_usd),
+                    dollars(budget.reserved_micro_usd),
+                    dollars(budget.remaining_micro_usd),
+                )
+                for budget in budgets
+            ),
+        )
+    return DONE
+
+
+def _status(options: argparse.Namespace) -> int:
+    return _show(_agent(options).status(), options)
+
+
+def _models_list(options: argparse.Namespace) -> int:
+    models = _agent(options).models()
+    if options.json:
+        for model in models:
+            _print_json(model)
+    else:
+        _print_table(
+            ("side", "name", "size", "steps", "digest"),
+            (
+                (
+                    model["side"],
+                    model["name"],
+                    f"{model['width']}x{model['height']}" if model["width"] else "",
+                    ", ".join(map(str, model["steps"])),
+                    model["digest"][:16],
+                )
+                for model in models
+            ),
+        )
+    return DONE
+
+
+def _models_show(options: argparse.Namespace) -> int:
+    models = _agent(options).models()
+    wanted = options.name
+    for model in models:
+        if wanted in (model["name"], model["side"]) or (wanted and model["digest"].startswith(wanted)):
+            return _show(model, options)
+    names = ", ".join(model["name"] for model in models)
+    raise InvalidRequest(f"there is no model {wanted!r}; there are {names}")
+
+
+def _command(
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    does: str,
+    epilog: str,
+    *,
+    client: bool = True,
+) -> argparse.ArgumentParser:
+    added: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=does,
+        description=f"{does[0].upper()}{does[1:]}.",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    added.set_defaults(run=run)
+    if client:
+        added.add_argument(
+            "--agent",
+            metavar="ADDRESS",
+            help="the daemon: unix:PATH or HOST:PORT (default: EDGE_AGENT_ADDRESS)",
+        )
+        added.add_argument("--json", action="store_true", help="print JSON, one object a line")
+    return added
+
+
+def _app(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--app", default="default", metavar="NAME", help="in whose name to ask (default: default)"
+    )
+
+
+def _timeout(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--timeout", type=float, metavar="SECONDS", help="give up after so long (default: never)"
+    )
+
+
+def _agent(options: argparse.Namespace) -> AgentClient:
+    address = options.agent or os.environ.get(settings.ADDRESS_VARIABLE) or settings.default_address()
+    timeout_s = getattr(options, "timeout", None)
+    if timeout_s is not None and not timeout_s > 0:
+        raise InvalidRequest("--timeout must be a number of seconds above 0")
+    return AgentClient(address, timeout_s)
+
+
+def _prompts(arguments: Sequence[str]) -> Iterator[str]:
+    for argument in arguments:
+        if argument == "-":
+            sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
+            yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
+        else:
+            yield argument
+
+
+def _target(output: str | None) -> Path | None:
+    """Where the image goes; None where its name depends on it. Checked before anything is paid for."""
+    if output is None or output == "-":
+        folder, target = Path(), None
+    else:
+        target = Path(output)
+        folder = target.parent
+        if target.is_dir():
+            raise InvalidRequest(f"{target} is a folder; name a file in it with -o")
+    if output != "-" and not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise InvalidRequest(
+            f"nothing can be written into the folder {folder.absolute()}; choose another with -o"
+        )
+    return Path("-") if output == "-" else target
+
+
+def _write(received: Received, target: Path | None) -> str:
+    """Writes the image at once or not at all; returns the file's name."""
+    if target == Path("-"):
+        sys.stdout.buffer.write(received.png)
+        sys.stdout.buffer.flush()
+        return "-"
+    target = target or Path(f"{received.request_id}.png")
+    try:
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as part:
+            part.write(received.png)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(part.name, 0o666 & ~umask)  # noqa: PTH101  # the mode that open() would have given
+        os.replace(part.name, target)
+    except OSError as error:
+        raise InvalidRequest(
+            f"{target} cannot be written: {error.strerror}; choose another with -o"
+        ) from error
+    return str(target)
+
+
+def _shown(events: Iterable[Decision | Progress | Received]) -> Iterator[Decision | Progress | Received]:
+    """The events, with a bar on the terminal; nothing is shown in a pipe."""
+    if not sys.stderr.isatty():
+        yield from events
+        return
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+
+    with Bars(console=Console(stderr=True), transient=True) as bars:
+        bar = bars.add_task("routing", total=None)
+        for event in events:
+            if isinstance(event, Decision):
+                bars.update(bar, description=f"{event.route} ({event.reason.value})")
+            elif isinstance(event, Progress):
+                bars.update(bar, completed=event.step, total=event.steps)
+            yield event
+
+
+def _image_facts(decision: Decision, received: Received, file: str) -> dict[str, Any]:
+    return {
+        "request_id": received.request_id,
+        "route": decision.route,
+        "served_by": received.served_by,
+        "reason": decision.reason.value,
+        "fallback": received.fallback_error or None,
+        "prs": decision.prs,
+        "alpha": decision.alpha,
+        "seed": received.seed,
+        "width": received.width,
+        "height": received.height,
+        "file": file,
+        "sha256": received.sha256,
+        "cost_micro_usd": received.cost_micro_usd,
+        "timings_ms": received.timings_ms,
+    }
+
+
+def _decision_facts(prompt: str, decision: Decision) -> dict[str, Any]:
+    def metrics(values: tuple[float, ...]) -> dict[str, float]:
+        return dict(zip(METRICS, values, strict=False))  # empty where no predictor ran
+
+    return {
+        "prompt": prompt,
+        "route": decision.route,
+        "reason": decision.reason.value,
+        "prs": decision.prs,
+        "alpha": decision.alpha,
+        "edge_quality": metrics(decision.edge_quality),
+        "cloud_quality": metrics(decision.cloud_quality),
+        "tokens": [{"text": token.text, "pull": metrics(token.pull)} for token in decision.tokens],
+        "quota": {budget.name: _budget_facts(budget) for budget in decision.quota},
+        "timings_ms": dict(decision.timings_ms),
+    }
+
+
+def _budget_facts(budget: BudgetState) -> dict[str, Any]:
+    return {
+        "name": budget.name,
+        "window": budget.window,
+        "cap_micro_usd": budget.cap_micro_usd,
+        "spent_micro_usd": budget.spent_micro_usd,
+        "reserved_micro_usd": budget.reserved_micro_usd,
+        "remaining_micro_usd": budget.remaining_micro_usd,
+    }
+
+
+def _show(facts: dict[str, Any], options: argparse.Namespace) -> int:
+    """One object, as JSON or a fact a line."""
+    if options.json:
+        _print_json(facts)
+        return DONE
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        lines = value if isinstance(value, list) and name == "advice" else [value]
+        for line in lines:
+            print(f"{name.replace('_', ' '):{width}}  {'' if line is None else line}")
+    return DONE
+
+
+def _print_json(facts: dict[str, Any]) -> None:
+    print(json.dumps(facts, ensure_ascii=False), flush=True)
+
+
+def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*columns, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*map(Text, row))  # Text: a prompt's [brackets] are no markup
+    Console().print(table)
+
+
+def _rounded(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _number(maximum: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) > maximum:
+            raise argparse.ArgumentTypeError(f"must be a whole number from 0 to {maximum}, not {text!r}")
+        return int(text)
+
+    return number
+
+
+def _money(text: str) -> int:
+    try:
+        return settings.parse_dollars(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"edge-agent: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,354 @@
+"""The straight line: a prompt is read, a route decided, an image made. Start here."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections.abc import AsyncGenerator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass, replace
+from typing import Any
+
+from edge_agent import version
+from edge_agent.cloud import CloudAccepted, CloudImage
+from edge_agent.device import Device, Drawn, Job
+from edge_agent.errors import CloudError, LedgerError, QuotaExhausted
+from edge_agent.image import Progress, with_facts
+from edge_agent.policy import Decision, Reason, Route, decide
+from edge_agent.purchase import Purchase, Purchases
+from edge_agent.quota import BudgetState
+from edge_agent.reader import Reader, Reading
+from edge_agent.request import ImageRequest, Limits, Routing, validate
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the settings say about generating. `max_price_micro_usd` is the most that one cloud image may cost."""
+
+    max_price_micro_usd: int
+    cloud_timeout_s: float
+    png_facts: bool
+
+
+@dataclass(frozen=True)
+class Made:
+    """An image as its maker delivers it."""
+
+    png: bytes
+    served_by: Route
+    steps: int
+    guidance_scale: float
+    model_digest: str
+    queue_position: int
+    timings_ms: Mapping[str, float]
+    cost_micro_usd: int = 0
+    fallback_error: str = ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """The finished image with its facts. `made.png` is what the maker delivered, `png` what the caller gets."""
+
+    request: ImageRequest
+    decision: Decision
+    made: Made
+    png: bytes
+    sha256: str
+    timings_ms: Mapping[str, float]
+
+
+class Agent:
+    """Reader, policy, device and cloud, put in line."""
+
+    def __init__(
+        self, reader: Reader, device: Device, purchases: Purchases, limits: Limits, terms: Terms
+    ) -> None:
+        self.reader = reader
+        self.device = device
+        self.purchases = purchases
+        self.limits = limits
+        self.cloud_digest = ""  # what the cloud server last said it is
+        self.cloud_connected = False  # whether a call has reached it
+        self.served: dict[Route, int] = {"edge": 0, "cloud": 0}
+        self.fallbacks = 0
+        self._terms = terms
+        # Apart from the device's worker: a decision must not wait for the image before it.
+        self._reading = ThreadPoolExecutor(1, thread_name_prefix="reading")
+        self._nothing_negative: Any = None  # token states of the empty negative prompt
+
+    async def generate(self, request: ImageRequest) -> AsyncGenerator[Decision | Progress | Result, None]:
+        """The decision, the progress of whoever makes the image, then the image. Closing the iterator stops all of it.
+
+        Raises any RouteT2IError; of the cloud's only to callers who asked for the cloud alone.
+        """
+        began = time.perf_counter()
+        request = validate(request, self.limits)
+        reading = await self._read(request.prompt)
+        async with AsyncExitStack() as closing:
+            decision, purchase = await self._decide(request, reading)
+            if purchase is not None:
+                await closing.enter_async_context(aclosing(purchase))
+            yield decision
+            events = await closing.enter_async_context(aclosing(self._make(request, reading, purchase)))
+            async for event in events:
+                if isinstance(event, Made):
+                    yield await self._result(request, decision, event, began)
+                else:
+                    yield event
+
+    async def route(self, request: ImageRequest) -> Decision:
+        """The decision alone, against the quota as it is now. Reserves nothing, calls nobody."""
+        request = validate(request, self.limits)
+        reading = await self._read(request.prompt)
+        began = time.perf_counter()
+        route, reason = self._verdict(request, reading, quota_allows=True)
+        if reason is Reason.PARETO_CLOUD:
+            allows = await asyncio.to_thread(
+                self.purchases.ledger.allows, request.app, self._ceiling(request)
+            )
+            route, reason = self._verdict(request, reading, quota_allows=allows)
+        return await self._explained(request, reading, route, reason, {"decide": _ms_since(began)})
+
+    @property
+    def advice(self) -> tuple[str, ...]:
+        """One sentence for each thing that keeps prompts from being routed: what it is, and what to do."""
+        calibration = self.reader.calibration
+        found = [self.reader.advice] if self.reader.advice else []
+        if calibration is not None and not self._cloud_fits:
+            found.append(
+                f"the cloud server runs model {self.cloud_digest[:16]} and the calibration was made for "
+                f"{calibration.cloud_digest[:16]}, so no prompt is routed: run `edge-export calibrate` for that model, "
+                "or start the cloud server with the other one; then restart edge-agent"
+            )
+        if self.purchases.cloud is None:
+            found.append(
+                "no cloud server is configured, so every prompt stays on the edge: start with --cloud HOST:PORT"
+            )
+        return tuple(found)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether PRS and alpha mean something for the two models in use, as far as they are known."""
+        return self.reader.alpha is not None and self._cloud_fits
+
+    def close(self) -> None:
+        """Let go of the reading thread."""
+        self._reading.shutdown(wait=False, cancel_futures=True)
+
+    async def _read(self, prompt: str) -> Reading:
+        return await asyncio.get_running_loop().run_in_executor(self._reading, self.reader.read, prompt)
+
+    async def _decide(self, request: ImageRequest, reading: Reading) -> tuple[Decision, Purchase | None]:
+        """Decision and reservation in one: whether the quota allows the cloud is found by reserving."""
+        began = time.perf_counter()
+        purchase = None
+        route, reason = self._verdict(request, reading, quota_allows=True)
+        timings_ms = {"decide": _ms_since(began)}
+        if route == "cloud":
+            began = time.perf_counter()
+            try:
+                purchase = await self.purchases.reserve(request, self._ceiling(request))
+            except (QuotaExhausted, LedgerError) as error:
+                if request.routing is Routing.CLOUD_ONLY:
+                    raise
+                if isinstance(error, LedgerError):  # a ledger that cannot be written allows nothing
+                    log.error("ledger", extra={"fields": {"error": error.message}})
+                route, reason = self._verdict(request, reading, quota_allows=False)
+            timings_ms["reserve"] = _ms_since(began)
+        try:
+            return await self._explained(request, reading, route, reason, timings_ms), purchase
+        except BaseException:
+            if purchase is not None:
+                await purchase.aclose()
+            raise
+
+    def _verdict(
+        self, request: ImageRequest, reading: Reading, *, quota_allows: bool
+    ) -> tuple[Route, Reason]:
+        cloud = self.purchases.cloud
+        return decide(
+            reading.prs,
+            self.reader.alpha,
+            routing=request.routing,
+            privacy=request.privacy,
+            calibrated=self.calibrated,
+            cloud_configured=cloud is not None,
+            cloud_healthy=cloud is not None and cloud.healthy,
+            quota_allows=quota_allows,
+        )
+
+    async def _explained(
+        self,
+        request: ImageRequest,
+        reading: Reading,
+        route: Route,
+        reason: Reason,
+        timings_ms: Mapping[str, float],
+    ) -> Decision:
+        stages = {**reading.timings_ms, **timings_ms}
+        decision = explain(reading, route, reason, self.reader.alpha if self.calibrated else None)
+        return replace(
+            decision,
+            quota=await self._quota(request.app),
+            timings_ms={**stages, "total": sum(stages.values())},
+        )
+
+    async def _quota(self, app: str) -> tuple[BudgetState, ...]:
+        try:
+            return await asyncio.to_thread(self.purchases.ledger.states, app)
+        except LedgerError as error:  # only an account is lost; an image on the edge costs nothing
+            log.error("ledger", extra={"fields": {"error": error.message}})
+            return ()
+
+    async def _make(
+        self, request: ImageRequest, reading: Reading, purchase: Purchase | None
+    ) -> AsyncGenerator[Progress | Made, None]:
+        """From the cloud where that was bought, otherwise, or when it fails, from this device."""
+        failure = ""
+        if purchase is not None:
+            try:
+                async with aclosing(self._buy(request, purchase)) as events:
+                    async for event in events:
+                        yield event
+                return
+            except CloudError as error:
+                if request.routing is Routing.CLOUD_ONLY:
+                    raise
+                failure = error.message
+                self.fallbacks += 1
+        async with aclosing(self._draw(request, reading, failure)) as events:
+            async for event in events:
+                yield event
+
+    async def _buy(self, request: ImageRequest, purchase: Purchase) -> AsyncGenerator[Progress | Made, None]:
+        began = time.perf_counter()
+        position = 0
+        async with aclosing(purchase.images(self._cloud_timeout_s(request))) as events:
+            async for event in events:
+                if isinstance(event, CloudAccepted):
+                    position, self.cloud_digest = event.queue_position, event.model_digest
+                    self.cloud_connected = True
+                elif isinstance(event, CloudImage):
+                    yield Made(
+                        event.png,
+                        "cloud",
+                        event.steps,
+                        event.guidance_scale,
+                        event.model_digest,
+                        position,
+                        {"cloud": _ms_since(began)},
+                        event.charged_micro_usd,
+                    )
+                else:
+                    yield Progress(event.step, event.steps, event.preview)
+
+    async def _draw(
+        self, request: ImageRequest, reading: Reading, failure: str
+    ) -> AsyncGenerator[Progress | Made, None]:
+        manifest = self.reader.bundle.manifest
+        guidance = manifest.default_guidance if request.guidance_scale is None else request.guidance_scale
+        job = Job(
+            states=reading.states,
+            negative_states=await self._negative_states(request, reading, guidance),
+            seed=request.seed or 0,  # drawn by validate
+            steps=request.steps or manifest.default_steps,
+            guidance_scale=guidance,
+            previews=request.preview,
+            deadline=request.deadline,
+        )
+        async with aclosing(self.device.draw(job)) as events:
+            async for event in events:
+                if isinstance(event, Drawn):
+                    yield Made(
+                        event.png,
+                        "edge",
+                        job.steps,
+                        guidance,
+                        self.reader.bundle.model_digest,
+                        event.queue_position,
+                        event.timings_ms,
+                        fallback_error=failure,
+                    )
+                else:
+                    yield event
+
+    async def _negative_states(self, request: ImageRequest, reading: Reading, guidance: float) -> Any:
+        if guidance <= 1.0:
+            return reading.states  # takes no part
+        loop = asyncio.get_running_loop()
+        if request.negative_prompt:
+            return await loop.run_in_executor(self._reading, self.reader.states, request.negative_prompt)
+        if self._nothing_negative is None:
+            self._nothing_negative = await loop.run_in_executor(self._reading, self.reader.states, "")
+        return self._nothing_negative
+
+    async def _result(self, request: ImageRequest, decision: Decision, made: Made, began: float) -> Result:
+        def finish() -> tuple[bytes, str]:
+            png = with_facts(made.png, _facts(request, decision, made)) if self._terms.png_facts else made.png
+            return png, hashlib.sha256(png).hexdigest()
+
+        png, sha256 = await asyncio.get_running_loop().run_in_executor(self._reading, finish)
+        self.served[made.served_by] += 1
+        timings_ms = {**decision.timings_ms, **made.timings_ms, "total": _ms_since(began)}
+        return Result(request, decision, made, png, sha256, timings_ms)
+
+    def _ceiling(self, request: ImageRequest) -> int:
+        own = self._terms.max_price_micro_usd
+        return own if request.max_price_micro_usd is None else min(own, request.max_price_micro_usd)
+
+    def _cloud_timeout_s(self, request: ImageRequest) -> float:
+        """How long the cloud may take: within the deadline, and early enough for the edge to step in."""
+        if request.deadline is None:
+            return self._terms.cloud_timeout_s
+        left = request.deadline - time.monotonic()
+        if request.routing is not Routing.CLOUD_ONLY:
+            left = max(left / 2, left - self.device.expected_s())
+        return min(self._terms.cloud_timeout_s, left)
+
+    @property
+    def _cloud_fits(self) -> bool:
+        calibration = self.reader.calibration
+        return not self.cloud_digest or calibration is None or calibration.cloud_digest == self.cloud_digest
+
+
+def explain(reading: Reading, route: Route, reason: Reason, alpha: float | None) -> Decision:
+    """The decision with everything the reading says for it; quota and timings are the caller's."""
+    prediction = reading.prediction
+    return Decision(
+        route=route,
+        reason=reason,
+        prs=reading.prs if alpha is not None else None,
+        alpha=alpha,
+        edge_quality=tuple(prediction.edge.tolist()) if prediction else (),
+        cloud_quality=tuple(prediction.cloud.tolist()) if prediction else (),
+        tokens=reading.token_pulls(),
+        timings_ms=reading.timings_ms,
+        prompt_truncated=reading.tokens.truncated,
+    )
+
+
+def _facts(request: ImageRequest, decision: Decision, made: Made) -> dict[str, Any]:
+    """What the image file says of its making. The same request to the same models gives the same file."""
+    facts: dict[str, Any] = {"prompt": request.prompt}
+    if request.negative_prompt:
+        facts["negative_prompt"] = request.negative_prompt
+    facts |= {
+        "seed": request.seed,
+        "steps": made.steps,
+        "guidance_scale": f"{made.guidance_scale:g}",
+        "route": made.served_by,
+        "reason": decision.reason.value,
+        "model_digest": made.model_digest,
+    }
+    if decision.prs is not None:
+        facts["prs"] = f"{decision.prs:.6f}"
+    return facts | {"Software": f"edge-agent {version()}"}
+
+
+def _ms_since(began: float) -> float:
+    return (time.perf_counter() - began) * 1e3

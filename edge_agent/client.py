@@ -1,0 +1,238 @@
+"""The client of a running daemon, as the commands use it: plain gRPC on one side, the project's own types on the other.
+
+An app needs none of this: docs/examples/client.py shows the same in twenty lines on the generated code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from edge_agent.errors import InvalidRequest, RouteT2IError
+from edge_agent.image import Progress
+from edge_agent.policy import Decision, Reason, Route, TokenPull
+from edge_agent.quota import BudgetState
+from edge_agent.settings import split_address
+from routet2i.edge.v1 import edge_pb2
+from routet2i.edge.v1.edge_pb2_grpc import EdgeAgentServiceStub
+from routet2i.image.v1 import image_pb2
+
+CONNECT_S = 2.0
+"""The daemon is on this machine: what does not answer by then is not there."""
+
+# Exit codes of the commands.
+DONE, BROKEN, BAD_INPUT, UNREACHABLE, REFUSED = 0, 1, 2, 3, 4
+
+_EXIT_CODES = {
+    grpc.StatusCode.INVALID_ARGUMENT: BAD_INPUT,
+    grpc.StatusCode.PERMISSION_DENIED: BAD_INPUT,
+    grpc.StatusCode.ALREADY_EXISTS: BAD_INPUT,
+    grpc.StatusCode.NOT_FOUND: BAD_INPUT,
+    grpc.StatusCode.UNAVAILABLE: UNREACHABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED: UNREACHABLE,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: REFUSED,
+    grpc.StatusCode.FAILED_PRECONDITION: REFUSED,
+}
+
+_ROUTES: dict[int, Route] = {edge_pb2.ROUTE_EDGE: "edge", edge_pb2.ROUTE_CLOUD: "cloud"}
+
+
+class CallFailed(RouteT2IError):
+    """The daemon is out of reach or said no; `exit_code` is the command's."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True)
+class Received:
+    """The finished image as it arrived, with its facts."""
+
+    png: bytes
+    request_id: str
+    served_by: Route
+    fallback_error: str
+    seed: int
+    width: int
+    height: int
+    sha256: str
+    cost_micro_usd: int
+    timings_ms: dict[str, float]
+
+
+class AgentClient:
+    """One daemon at `address` (unix:PATH or HOST:PORT). Every method raises CallFailed."""
+
+    def __init__(self, address: str, timeout_s: float | None = None) -> None:
+        self.address = address
+        self._timeout_s = timeout_s
+
+    def reachable(self) -> bool:
+        """Whether something listens there. Raises InvalidRequest when the address is not one."""
+        try:
+            if self.address.startswith("unix:"):
+                with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                    probe.settimeout(CONNECT_S)
+                    probe.connect(self.address.removeprefix("unix:"))
+            else:
+                socket.create_connection(split_address(self.address), CONNECT_S).close()
+        except OSError:
+            return False
+        except ValueError as error:
+            raise InvalidRequest(str(error)) from error
+        return True
+
+    def generate(self, **fields: Any) -> Iterator[Decision | Progress | Received]:
+        """The decision, progress, then the image, whose sha256 is checked. `fields` are the wire's ImageRequest's,
+        and `routing`.
+        """
+        routing = fields.pop("routing", edge_pb2.ROUTING_AUTO)
+        request = edge_pb2.GenerateRequest(image=_image_request(fields), routing=routing)
+        png = bytearray()
+        with self._stub() as stub, _explained(self.address):
+            for response in stub.Generate(request, timeout=self._timeout_s):
+                kind = response.WhichOneof("event")
+                if kind == "decision":
+                    yield decision(response.decision)
+                elif kind == "progress":
+                    yield Progress(response.progress.step, response.progress.steps, None)
+                elif kind == "image_chunk":
+                    png += response.image_chunk.data
+                elif kind == "result":
+                    yield _received(bytes(png), response.result)
+                    return
+        raise CallFailed(
+            f"the daemon at {self.address} ended its answer before the image was complete", BROKEN
+        )
+
+    def route(self, prompt: str, **fields: Any) -> Decision:
+        """Only the decision."""
+        request = edge_pb2.RouteRequest(image=_image_request({"prompt": prompt, **fields}))
+        with self._stub() as stub, _explained(self.address):
+            return decision(stub.Route(request, timeout=self._timeout_s).decision)
+
+    def quota(self, app: str = "") -> list[BudgetState]:
+        """The budgets that count for `app`; all of them when it is empty."""
+        with self._stub() as stub, _explained(self.address):
+            answer = stub.GetQuota(edge_pb2.GetQuotaRequest(app=app), timeout=self._timeout_s)
+            return [_budget(budget) for budget in answer.budgets]
+
+    def status(self) -> dict[str, Any]:
+        """What the daemon is doing: the wire's GetStatusResponse as plain values."""
+        with self._stub() as stub, _explained(self.address):
+            answer = stub.GetStatus(edge_pb2.GetStatusRequest(), timeout=self._timeout_s)
+        facts = {name: getattr(answer, name) for name in answer.DESCRIPTOR.fields_by_name}
+        facts["alpha"] = answer.alpha if answer.HasField("alpha") else None
+        facts["cloud_health"] = (
+            edge_pb2.CloudHealth.Name(answer.cloud_health).removeprefix("CLOUD_HEALTH_").lower()
+        )
+        facts["advice"] = list(answer.advice)
+        return facts
+
+    def models(self) -> list[dict[str, Any]]:
+        """The models: the wire's Model as plain values."""
+        with self._stub() as stub, _explained(self.address):
+            answer = stub.ListModels(edge_pb2.ListModelsRequest(), timeout=self._timeout_s)
+        found = []
+        for model in answer.models:
+            facts = {name: getattr(model, name) for name in model.DESCRIPTOR.fields_by_name}
+            price = model.price_micro_usd if model.HasField("price_micro_usd") else None
+            found.append(
+                facts | {"side": _ROUTES[model.side], "steps": list(model.steps), "price_micro_usd": price}
+            )
+        return found
+
+    @contextmanager
+    def _stub(self) -> Iterator[EdgeAgentServiceStub]:
+        if not self.reachable():
+            raise CallFailed(
+                f"no edge-agent answers at {self.address}; start one with `edge-agent serve`, or name its address "
+                "with --agent",
+                UNREACHABLE,
+            )
+        # A proxy for the world outside must not stand between two processes of this machine.
+        with grpc.insecure_channel(self.address, options=(("grpc.enable_http_proxy", 0),)) as channel:
+            yield EdgeAgentServiceStub(channel)
+
+
+@contextmanager
+def _explained(address: str) -> Iterator[None]:
+    try:
+        yield
+    except grpc.RpcError as error:
+        call: Any = error
+        code = call.code()
+        message = call.details() or code.name
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+            message = f"the daemon at {address} was not done in time; allow more with --timeout"
+        raise CallFailed(message, _EXIT_CODES.get(code, BROKEN)) from error
+
+
+def _image_request(fields: dict[str, Any]) -> image_pb2.ImageRequest:
+    """Raises InvalidRequest for text that cannot travel: protobuf's strings are UTF-8."""
+    for name, value in fields.items():
+        if isinstance(value, str):
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                raise InvalidRequest(
+                    f"character {error.start + 1} of the {name} is not valid UTF-8 "
+                    f"(U+{ord(value[error.start]):04X}, half of a surrogate pair); remove it",
+                    field=name,
+                ) from error
+    return image_pb2.ImageRequest(**fields)
+
+
+def decision(message: edge_pb2.Decision) -> Decision:
+    """A decision off the wire."""
+    return Decision(
+        route=_ROUTES[message.route],
+        reason=Reason[edge_pb2.DecisionReason.Name(message.reason).removeprefix("DECISION_REASON_")],
+        prs=message.prs if message.HasField("prs") else None,
+        alpha=message.alpha if message.HasField("alpha") else None,
+        edge_quality=tuple(metric.value for metric in message.edge_quality),
+        cloud_quality=tuple(metric.value for metric in message.cloud_quality),
+        tokens=tuple(
+            TokenPull(token.text, tuple(metric.value for metric in token.pull)) for token in message.tokens
+        ),
+        quota=tuple(_budget(budget) for budget in message.quota),
+        timings_ms={timing.stage: timing.milliseconds for timing in message.timings},
+        prompt_truncated=message.prompt_truncated,
+    )
+
+
+def _received(png: bytes, result: edge_pb2.Result) -> Received:
+    if hashlib.sha256(png).hexdigest() != result.image.sha256:
+        raise CallFailed("the image was damaged on its way: its sha256 is not the one it came with", BROKEN)
+    return Received(
+        png=png,
+        request_id=result.request_id,
+        served_by=_ROUTES[result.served_by],
+        fallback_error=result.fallback_error,
+        seed=result.image.seed,
+        width=result.image.width,
+        height=result.image.height,
+        sha256=result.image.sha256,
+        cost_micro_usd=result.cost_micro_usd,
+        timings_ms={timing.stage: timing.milliseconds for timing in result.timings},
+    )
+
+
+def _budget(budget: edge_pb2.BudgetState) -> BudgetState:
+    window: Any = budget.window
+    return BudgetState(
+        budget.name,
+        window,
+        budget.cap_micro_usd,
+        budget.spent_micro_usd,
+        budget.reserved_micro_usd,
+        budget.remaining_micro_usd,
+        budget.app or None,
+    )

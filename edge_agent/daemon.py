@@ -1,0 +1,263 @@
+"""The daemon's life: start up, serve, drain, shut down. The only place where the parts are put together."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import errno
+import logging
+import os
+import signal
+import socket
+import stat
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from edge_agent.agent import Agent, Terms
+from edge_agent.bundle import Bundle
+from edge_agent.cloud import CloudClient
+from edge_agent.device import Device
+from edge_agent.diffusion.generator import Generator
+from edge_agent.diffusion.sessions import Runtime
+from edge_agent.errors import StartRefused
+from edge_agent.purchase import Purchases
+from edge_agent.quota import Ledger
+from edge_agent.reader import Reader
+from edge_agent.request import Limits
+from edge_agent.service import EdgeAgentService
+from edge_agent.settings import Settings, split_address
+from routet2i.edge.v1 import edge_pb2, edge_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+SERVICE = edge_pb2.DESCRIPTOR.services_by_name["EdgeAgentService"].full_name
+HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+
+CHANNEL_OPTIONS = (
+    # Without it two daemons share a port in silence, each getting some of the calls.
+    ("grpc.so_reuseport", 0),
+    # A request is a prompt and a few numbers.
+    ("grpc.max_receive_message_length", 256 * 1024),
+)
+CLOSE_S = 1.0
+"""What handlers that were told to stop get to say so before their connections close."""
+
+PRIVATE = 0o700
+"""Mode of the socket's folder: only the user whose daemon it is gets in."""
+
+
+@dataclass(frozen=True)
+class Models:
+    """What is loaded from the bundle."""
+
+    reader: Reader
+    generator: Generator
+
+
+class Daemon:
+    """One edge agent. `startup()`, then `serve()` until `stop()` is called, then `shutdown()`."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.address = settings.address  # with the port that was found, once it listens
+        self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._health = health.aio.HealthServicer()
+        self._loading: asyncio.Future[Models] | None = None
+        self._agent: Agent | None = None
+
+    async def startup(self) -> None:
+        """Opens ledger and address; health says NOT_SERVING. Raises StartRefused or LedgerError."""
+        settings = self.settings
+        if settings.address.startswith("unix:"):
+            _clear_socket(Path(settings.address.removeprefix("unix:")))
+        ledger = Ledger.open(settings.ledger_file, settings.budget, settings.rate)
+        try:
+            self._purchases = Purchases(ledger, _cloud_client(settings))
+            self._service = EdgeAgentService()
+            self._server = grpc.aio.server(options=CHANNEL_OPTIONS)
+            edge_pb2_grpc.add_EdgeAgentServiceServicer_to_server(self._service, self._server)
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+            reflection.enable_server_reflection((SERVICE, HEALTH, reflection.SERVICE_NAME), self._server)
+            await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+            self.address = self._bind()
+            await self._server.start()
+        except BaseException:
+            ledger.close()
+            raise
+        log.info("listening", extra={"fields": {"address": self.address}})
+
+    async def serve(self) -> None:
+        """Loads the bundle and serves it until `stop()`. Raises BundleError or LedgerError."""
+        loading = self._loading = self._load()
+        stopped = asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait((stopped, loading), return_when=asyncio.FIRST_COMPLETED)
+            if self._stop.is_set():
+                return
+            self._agent = self._put_together(loading.result())
+            await self._purchases.start()
+            self._service.agent = self._agent
+            await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+            reader = self._agent.reader
+            fields: dict[str, Any] = {"bundle": reader.bundle.folder, "digest": reader.bundle.model_digest}
+            log.info("serving", extra={"fields": fields | {"calibrated": self._agent.calibrated}})
+            for advice in self._agent.advice:
+                log.warning("advice", extra={"fields": {"do": advice}})
+            await stopped
+        finally:
+            stopped.cancel()
+
+    async def shutdown(self) -> None:
+        """Drains: health NOT_SERVING, new requests refused, those in flight get the grace period to finish."""
+        self._service.draining = True
+        await self._health.enter_graceful_shutdown()
+        log.info("draining", extra={"fields": {"in_flight": self._service.in_flight}})
+        idle = asyncio.ensure_future(self._service.idle())
+        hurry = asyncio.ensure_future(self._hurry.wait())
+        await asyncio.wait((idle, hurry), timeout=self.settings.grace_s, return_when=asyncio.FIRST_COMPLETED)
+        idle.cancel()
+        hurry.cancel()
+        await self._server.stop(CLOSE_S)  # cancels what is not done by now
+        await self._service.idle()  # a cancelled image leaves the device at once
+        if self._agent is not None:
+            self._agent.close()
+            await self._agent.device.close()
+        await self._purchases.close()
+        log.info("stopped", extra={"fields": {}})
+
+    def stop(self) -> None:
+        """Asks for the shutdown. A second call cuts the grace period short."""
+        if self._stop.is_set():
+            self._hurry.set()
+        self._stop.set()
+
+    @property
+    def still_loading(self) -> bool:
+        """Whether a thread is loading the models, which nothing can interrupt."""
+        return self._loading is not None and not self._loading.done()
+
+    def _bind(self) -> str:
+        address = self.settings.address
+        before = os.umask(0o177)  # a socket file that only its owner may connect to
+        try:
+            port = self._server.add_insecure_port(address)
+        except RuntimeError:
+            port = 0
+        finally:
+            os.umask(before)
+        if port == 0:
+            raise StartRefused(
+                f"cannot listen on {address}: it is taken, or not this machine's. Stop what uses it, or choose "
+                "another address with --listen"
+            )
+        if address.startswith("unix:"):
+            return address
+        host, _ = split_address(address)
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    def _load(self) -> asyncio.Future[Models]:
+        """Loads the bundle in a daemon thread, so that a daemon told to stop need not wait for it."""
+        loading: concurrent.futures.Future[Models] = concurrent.futures.Future()
+
+        def load() -> None:
+            try:
+                loading.set_result(_load_models(self.settings))
+            except BaseException as error:
+                loading.set_exception(error)
+
+        threading.Thread(target=load, name="loader", daemon=True).start()
+        return asyncio.wrap_future(loading)
+
+    def _put_together(self, models: Models) -> Agent:
+        settings, manifest = self.settings, models.reader.bundle.manifest
+        limits = Limits(
+            sizes=((manifest.width, manifest.height),),
+            steps=manifest.steps,
+            max_prompt_chars=settings.max_prompt_characters,
+            apps=frozenset(settings.apps) or None,
+        )
+        terms = Terms(settings.max_price, settings.cloud_timeout_s, settings.png_facts)
+        device = Device(models.generator, settings.max_queue)
+        return Agent(models.reader, device, self._purchases, limits, terms)
+
+    async def _set_health(self, status: Any) -> None:
+        for service in ("", SERVICE):
+            await self._health.set(service, status)
+
+
+async def run(settings: Settings) -> Daemon:
+    """Starts a daemon and serves until SIGTERM or SIGINT; a second signal cuts the grace period short.
+
+    Returns the stopped daemon. Raises StartRefused, BundleError or LedgerError.
+    """
+    daemon = Daemon(settings)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, daemon.stop)
+    await daemon.startup()
+    try:
+        await daemon.serve()
+    finally:
+        await daemon.shutdown()
+    return daemon
+
+
+def _load_models(settings: Settings) -> Models:
+    bundle = Bundle.open(settings.bundle_folder)
+    generator = Generator(bundle, Runtime(threads=settings.threads or None))
+    reader = Reader(bundle, generator.tokenizer, generator.text_encoder, settings.routing_rate)
+    return Models(reader, generator)
+
+
+def _cloud_client(settings: Settings) -> CloudClient | None:
+    if not settings.cloud:
+        return None
+    token = None
+    if settings.cloud_token:
+        try:
+            token = Path(settings.cloud_token).expanduser().read_text(encoding="ascii").strip()
+        except (OSError, ValueError) as error:
+            raise StartRefused(f"cannot read the token in {settings.cloud_token}: {error}") from error
+    ca_file = Path(settings.cloud_ca).expanduser() if settings.cloud_ca else None
+    if ca_file is not None and not ca_file.is_file():
+        raise StartRefused(f"--cloud-ca {ca_file} is not a file")
+    return CloudClient(
+        settings.cloud, ca_file=ca_file, token=token, connect_timeout_s=settings.cloud_connect_timeout_s
+    )
+
+
+def _clear_socket(path: Path) -> None:
+    """Make the socket's folder, and take away the socket of a daemon that was killed.
+
+    Raises StartRefused when a daemon answers there, or something else lies there.
+    """
+    try:
+        path.parent.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
+        if not path.exists():
+            return
+        if not stat.S_ISSOCK(path.stat().st_mode):
+            raise StartRefused(f"{path} is there and is no socket; choose another with --listen unix:PATH")
+        if _answers(path):
+            raise StartRefused(
+                f"an edge-agent is already running at {path}; use that one, stop it, or choose another --listen"
+            )
+        path.unlink()
+    except OSError as error:
+        raise StartRefused(
+            f"cannot make the socket {path}: {error.strerror}; choose another with --listen unix:PATH"
+        ) from error
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        refused = probe.connect_ex(str(path))
+    # A socket whose process is gone refuses. One that does not take us in (full backlog) is somebody's.
+    return refused not in (errno.ECONNREFUSED, errno.ENOENT)

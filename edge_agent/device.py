@@ -1,0 +1,165 @@
+"""The device this daemon runs on: makes one image at a time, and keeps a bounded queue before it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_agent.diffusion.generator import Generator, Image
+from edge_agent.diffusion.sessions import Stop
+from edge_agent.errors import Busy, Cancelled, DeadlinePassed
+from edge_agent.image import PREVIEW_SIDE, Progress, encode_png
+
+_GUESS_S = 1.0
+"""How long an image takes, for the first caller who is told when to come back. From then on it is measured."""
+
+_RECENT = 0.3
+"""Weight of the newest image in the running mean of what an image takes."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image for this device. States are float32 [1, L, d]."""
+
+    states: NDArray[np.float32]
+    negative_states: NDArray[np.float32]
+    seed: int
+    steps: int
+    guidance_scale: float
+    previews: bool
+    deadline: float | None  # reading of time.monotonic()
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A finished image: PNG, images that waited or were in the making when it came in, and what each stage took."""
+
+    png: bytes
+    queue_position: int
+    timings_ms: Mapping[str, float]
+
+
+class Device:
+    """The local models behind one worker thread."""
+
+    def __init__(self, generator: Generator, max_queue: int) -> None:
+        self._generator = generator
+        self.max_queue = max_queue
+        self.images = 0  # waiting or in the making
+        self._image_s: float | None = None
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="device")
+
+    @property
+    def waiting(self) -> int:
+        """Images in the queue, without the one in the making."""
+        return max(0, self.images - 1)
+
+    def expected_s(self) -> float:
+        """How long an image that came now would take, the queue before it included."""
+        return (self._image_s or _GUESS_S) * (self.images + 1)
+
+    async def draw(self, job: Job) -> AsyncGenerator[Progress | Drawn, None]:
+        """Progress after each step, then the image. Closing the iterator stops the work at once.
+
+        Raises Busy when the queue is full, DeadlinePassed, GenerationFailed.
+        """
+        if self.images > self.max_queue:
+            raise Busy(
+                f"{self.waiting} images are waiting on this device, as many as its queue holds; try again later",
+                retry_after_s=self._image_s or _GUESS_S,
+            )
+        position = self.images
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[Progress | Drawn | Exception] = asyncio.Queue()
+
+        def post(event: Progress | Drawn | Exception) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        stop = Stop()
+        work = self._worker.submit(self._work, job, position, time.perf_counter(), stop, post)
+        self.images += 1
+        work.add_done_callback(lambda done: loop.call_soon_threadsafe(self._left, done))
+        try:
+            while True:
+                event = await _next(events, job.deadline)
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+                if isinstance(event, Drawn):
+                    return
+        finally:
+            stop.set()
+            work.cancel()
+
+    async def close(self) -> None:
+        """Wait until the worker has left the models. The callers have been told to go before."""
+        await asyncio.to_thread(self._worker.shutdown)
+
+    def _left(self, _: Future[None]) -> None:
+        self.images -= 1
+
+    def _work(
+        self,
+        job: Job,
+        position: int,
+        asked: float,
+        stop: Stop,
+        post: Callable[[Progress | Drawn | Exception], None],
+    ) -> None:
+        """In the worker thread: the whole image. Every outcome is posted; nothing is raised."""
+        began = stepped = time.perf_counter()
+        try:
+            for event in self._generator.generate(
+                job.states,
+                job.negative_states,
+                job.seed,
+                job.steps,
+                job.guidance_scale,
+                previews=job.previews,
+                stop=stop,
+            ):
+                if isinstance(event, Image):
+                    decoded = time.perf_counter()
+                    png = encode_png(event.pixels)
+                    done = time.perf_counter()
+                    self._image_s = _mean(self._image_s, done - began)
+                    timings_ms = {
+                        "queue": (began - asked) * 1e3,
+                        "denoise": (stepped - began) * 1e3,
+                        "decode": (decoded - stepped) * 1e3,
+                        "png": (done - decoded) * 1e3,
+                    }
+                    post(Drawn(png, position, timings_ms))
+                else:
+                    preview = None
+                    if event.preview is not None:
+                        preview = encode_png(event.preview, longest_side=PREVIEW_SIDE)
+                    post(Progress(event.k, event.n, preview))
+                    stepped = time.perf_counter()
+        except Cancelled:
+            pass  # whoever set the stop has gone
+        except Exception as error:
+            post(error)
+
+
+async def _next(
+    events: asyncio.Queue[Progress | Drawn | Exception], deadline: float | None
+) -> Progress | Drawn | Exception:
+    if deadline is None:
+        return await events.get()
+    try:
+        return await asyncio.wait_for(events.get(), deadline - time.monotonic())
+    except asyncio.TimeoutError:
+        raise DeadlinePassed(
+            "the deadline passed while the image waited or was being made; allow more time"
+        ) from None
+
+
+def _mean(before: float | None, newest: float) -> float:
+    return newest if before is None else (1 - _RECENT) * before + _RECENT * newest

@@ -1,0 +1,202 @@
+"""Buying an image: the reservation before the cloud call, and what becomes of it, whatever happens to the call.
+
+A reservation is *settled* when the image has arrived; *released* when the call was never sent or the cloud says
+that it never ran; and in every other case (broken off, cancelled, killed in between) the *resolver* asks the cloud
+by request id and settles or releases. Until it knows, the reservation counts as spent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any, cast
+
+from edge_agent.cloud import CloudAccepted, CloudClient, CloudImage, CloudProgress
+from edge_agent.errors import CloudError, DuplicateRequest, LedgerError, PolicyConflict, RouteT2IError
+from edge_agent.quota import Ledger, Reservation
+from edge_agent.request import ImageRequest
+
+log = logging.getLogger(__name__)
+
+FIRST_RETRY_S = 1.0
+LONGEST_RETRY_S = 60.0
+"""The resolver asks again after 1 s, then 2, 4, ... up to a minute, while an outcome is unknown."""
+
+CloudEvents = AsyncGenerator[CloudAccepted | CloudProgress | CloudImage, None]
+
+
+class Purchases:
+    """The ledger and the cloud client, kept in step. `cloud` is None where no cloud server is configured."""
+
+    def __init__(self, ledger: Ledger, cloud: CloudClient | None) -> None:
+        self.ledger = ledger
+        self.cloud = cloud
+        self._under_way: set[str] = set()  # ids that a Purchase of this process still holds
+        self._unsent: set[str] = set()  # ids left to the resolver whose call was never opened
+        self._wake = asyncio.Event()
+        self._resolver: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Resolve what an earlier run left behind. Opens no connection when there is nothing. Raises LedgerError."""
+        if await asyncio.to_thread(self.ledger.unresolved):
+            self._wake.set()
+        self._resolver = asyncio.create_task(self._resolve())
+
+    async def reserve(self, request: ImageRequest, ceiling_micro_usd: int) -> Purchase:
+        """Set the money aside; the caller closes the purchase, whatever comes of it.
+
+        Raises QuotaExhausted, DuplicateRequest, LedgerError, and PolicyConflict where there is no cloud.
+        """
+        if self.cloud is None:
+            raise PolicyConflict("no cloud is configured; start the daemon with --cloud")
+        key = purchase_id(request)
+        if key in self._under_way:
+            raise DuplicateRequest(
+                f"the request id {request.request_id!r} is under way; use a new one for a new image"
+            )
+        self._under_way.add(key)
+        reserving = asyncio.ensure_future(
+            asyncio.to_thread(self.ledger.reserve, key, request.app, ceiling_micro_usd)
+        )
+        try:
+            await asyncio.shield(reserving)
+        except asyncio.CancelledError:
+            # The thread may still reserve: once it has, the resolver gives the money back.
+            reserving.add_done_callback(lambda done: self.hand_over(key, sent=done.exception() is not None))
+            raise
+        except RouteT2IError:
+            self._under_way.discard(key)
+            raise
+        return Purchase(self, self.cloud, replace(request, request_id=key), ceiling_micro_usd)
+
+    async def settle(self, key: str, charged_micro_usd: int) -> bool:
+        """Record the charge, also when the caller is cancelled meanwhile. False when the ledger could not."""
+        return await self._write(key, self.ledger.settle, charged_micro_usd)
+
+    async def release(self, key: str) -> bool:
+        """Give the money back, also when the caller is cancelled meanwhile. False when the ledger could not."""
+        return await self._write(key, self.ledger.release)
+
+    def concluded(self, key: str) -> None:
+        """Nothing is open under `key` any more."""
+        self._under_way.discard(key)
+
+    def hand_over(self, key: str, *, sent: bool) -> None:
+        """From now on the reservation `key`, if it is still open, is the resolver's."""
+        self._under_way.discard(key)
+        if not sent:
+            self._unsent.add(key)
+        self._wake.set()
+
+    async def close(self) -> None:
+        """Stop resolving and close cloud and ledger. What is unresolved stays so until the next start."""
+        if self._resolver is not None:
+            self._resolver.cancel()
+            await asyncio.gather(self._resolver, return_exceptions=True)
+        if self.cloud is not None:
+            await self.cloud.close()
+        await asyncio.to_thread(self.ledger.close)
+
+    async def _write(self, key: str, write: Callable[..., Any], *arguments: Any) -> bool:
+        try:
+            await asyncio.shield(asyncio.to_thread(write, key, *arguments))
+        except LedgerError as error:
+            log.error("ledger", extra={"fields": {"purchase": key, "error": error.message}})
+            return False
+        return True
+
+    async def _resolve(self) -> None:
+        pause = FIRST_RETRY_S
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            if await self._all_resolved():
+                pause = FIRST_RETRY_S
+                continue
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LONGEST_RETRY_S)
+            self._wake.set()
+
+    async def _all_resolved(self) -> bool:
+        """Go once through the open reservations; False when some have to be asked for again later."""
+        try:
+            later = 0
+            for reservation in await asyncio.to_thread(self.ledger.unresolved):
+                if reservation.request_id not in self._under_way:
+                    later += not await self._resolved(reservation)
+        except (
+            RouteT2IError
+        ) as error:  # the cloud is out of reach, or the ledger is: so it would be for the others
+            log.warning("unresolved", extra={"fields": {"error": error.message}})
+            return False
+        return later == 0
+
+    async def _resolved(self, reservation: Reservation) -> bool:
+        key = reservation.request_id
+        if key in self._unsent:
+            released = await self.release(key)
+            if released:
+                self._unsent.discard(key)
+            return released
+        if self.cloud is None:
+            return True  # nobody to ask; the status says so
+        outcome = await self.cloud.lookup(key)
+        if not outcome.known:
+            return False
+        charged = outcome.charged_micro_usd
+        log.info("resolved", extra={"fields": {"purchase": key, "charged_micro_usd": charged}})
+        return await (self.settle(key, charged) if charged else self.release(key))
+
+
+class Purchase:
+    """One reservation, from the moment it is made. `aclose` it: what it has not concluded goes to the resolver."""
+
+    def __init__(
+        self, purchases: Purchases, cloud: CloudClient, request: ImageRequest, ceiling_micro_usd: int
+    ) -> None:
+        self._purchases = purchases
+        self._cloud = cloud
+        self._request = request
+        self._ceiling_micro_usd = ceiling_micro_usd
+        self._sent = False
+        self._concluded = False
+
+    async def images(self, timeout_s: float) -> CloudEvents:
+        """The cloud's events; the image comes when it is settled. Raises CloudError."""
+        self._sent = True
+        calling = cast(CloudEvents, self._cloud.generate(self._request, self._ceiling_micro_usd, timeout_s))
+        async with aclosing(calling) as events:
+            try:
+                async for event in events:
+                    if isinstance(event, CloudImage):
+                        self._concluded = await self._purchases.settle(
+                            self._request.request_id, event.charged_micro_usd
+                        )
+                    yield event
+            except CloudError as error:
+                if error.never_ran:
+                    self._concluded = await self._purchases.release(self._request.request_id)
+                raise
+
+    async def aclose(self) -> None:
+        """Give back what was never sent; hand what is of unknown outcome to the resolver."""
+        key = self._request.request_id
+        try:
+            if not self._sent:
+                self._concluded = await self._purchases.release(key)
+        finally:
+            if self._concluded:
+                self._purchases.concluded(key)
+            else:
+                self._purchases.hand_over(key, sent=self._sent)
+
+
+def purchase_id(request: ImageRequest) -> str:
+    """The request's id towards ledger and cloud. Ids are unique for each app only, so two apps may choose the same."""
+    if request.app == "default":
+        return request.request_id
+    return hashlib.sha256(f"{request.app}\0{request.request_id}".encode()).hexdigest()[:32]

@@ -1,0 +1,127 @@
+"""Reads a prompt: from its text to token states, predicted quality of both models' images, and PRS."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_agent.bundle import PREDICTOR, Bundle
+from edge_agent.calibration import Calibration
+from edge_agent.diffusion.sessions import Runtime
+from edge_agent.diffusion.text_encoder import TextEncoder
+from edge_agent.errors import BundleError
+from edge_agent.policy import TokenPull
+from edge_agent.predictor import Prediction, Predictor
+from edge_agent.superiority import METRICS, relative_superiority
+from edge_agent.tokens import Tokenizer, Tokens
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is known of a prompt before anything is generated.
+
+    `prediction` is None where the bundle has no predictor, `prs` also where its calibration is not for this model.
+    """
+
+    tokens: Tokens
+    states: NDArray[np.float32]  # [1, L, d]; they also drive the local image
+    prediction: Prediction | None
+    prs: float | None
+    timings_ms: Mapping[str, float]
+
+    def token_pulls(self) -> tuple[TokenPull, ...]:
+        """The prompt's own tokens in order, and what each contributes to the predicted gap."""
+        if self.prediction is None:
+            return ()
+        own = np.flatnonzero(self.tokens.mask)
+        pulls = self.prediction.pull[own].tolist()
+        return tuple(
+            TokenPull(self.tokens.texts[position], tuple(pull))
+            for position, pull in zip(own, pulls, strict=True)
+        )
+
+
+class Reader:
+    """Tokenizer, text encoder and predictor of a bundle, with its calibration.
+
+    `advice` says what to run when prompts cannot be routed; it is empty when they can.
+    """
+
+    def __init__(
+        self, bundle: Bundle, tokenizer: Tokenizer, text_encoder: TextEncoder, routing_rate: float
+    ) -> None:
+        """Raises BundleError, naming the file that does not fit."""
+        self.bundle = bundle
+        self.routing_rate = routing_rate
+        self._tokenizer = tokenizer
+        self._text_encoder = text_encoder
+        self._predictor = (
+            Predictor.load(bundle.predictor, bundle.manifest.text_hidden) if bundle.predictor else None
+        )
+        self.calibration = bundle.calibration
+        self.advice = _advice(bundle, self.calibration)
+        self._fitting = self.calibration if not self.advice else None
+        self.alpha = self._fitting.alpha(routing_rate) if self._fitting else None
+
+    @classmethod
+    def open(cls, bundle: Bundle, routing_rate: float, runtime: Runtime | None = None) -> Reader:
+        """Load what reading needs and no more. Raises BundleError, naming the file that cannot be used."""
+        tokenizer = Tokenizer.load(bundle.folder / "tokenizer")
+        return cls(bundle, tokenizer, TextEncoder(bundle, runtime or Runtime()), routing_rate)
+
+    def read(self, prompt: str) -> Reading:
+        """Some milliseconds of work; safe to call from several threads. Raises GenerationFailed or BundleError."""
+        began = time.perf_counter()
+        tokens = self._tokenizer.encode(prompt)
+        tokenized = time.perf_counter()
+        states = self._text_encoder.encode(tokens.ids)
+        encoded = time.perf_counter()
+        prediction = self._predictor.predict(states, tokens.mask) if self._predictor else None
+        prs = None
+        if prediction is not None and self._fitting is not None:
+            scale, weights = self._fitting.scale, self._fitting.weights
+            prs = float(relative_superiority(prediction.edge, prediction.cloud, scale, weights))
+        predicted = time.perf_counter()
+        timings_ms = {
+            "tokenize": (tokenized - began) * 1e3,
+            "encode": (encoded - tokenized) * 1e3,
+            "predict": (predicted - encoded) * 1e3,
+        }
+        return Reading(tokens, states, prediction, prs, timings_ms)
+
+    def states(self, prompt: str) -> NDArray[np.float32]:
+        """Only the token states [1, L, d] of `prompt`, such as a negative one."""
+        return self._text_encoder.encode(self._tokenizer.encode(prompt).ids)
+
+
+def _advice(bundle: Bundle, calibration: Calibration | None) -> str:
+    if bundle.predictor is None:
+        return (
+            f"the bundle {bundle.folder} has no quality predictor, so no prompt is routed: "
+            "run `edge-export train`, `edge-export predictor` and `edge-export calibrate` for it"
+        )
+    if calibration is None:
+        return (
+            f"the bundle {bundle.folder} has no calibration, so no prompt is routed: "
+            "run `edge-export calibrate` for it"
+        )
+    if calibration.edge_digest != bundle.model_digest:
+        return (
+            f"the calibration was made for edge model {calibration.edge_digest[:16]} and the bundle holds "
+            f"{bundle.model_digest[:16]}, so no prompt is routed: run `edge-export calibrate` for {bundle.folder}"
+        )
+    predictor = bundle.manifest.files[PREDICTOR].sha256
+    if calibration.recipe.get("predictor_sha256", predictor) != predictor:
+        return (
+            "the calibration was made for another predictor than the bundle's, so no prompt is routed: "
+            f"run `edge-export calibrate` for {bundle.folder}"
+        )
+    if tuple(name for name, _, _ in calibration.metrics) != METRICS:
+        raise BundleError(
+            f"{bundle.folder}: the calibration is not of the metrics {', '.join(METRICS)}; calibrate again"
+        )
+    return ""

@@ -1,0 +1,398 @@
+"""EdgeAgentService: between the wire and the agent. The only module of the daemon that knows its protobuf types."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import aclosing, asynccontextmanager
+from typing import Any, TypeVar
+
+from edge_agent import version
+from edge_agent.agent import Agent, Result
+from edge_agent.errors import (
+    Cancelled,
+    Draining,
+    InvalidRequest,
+    NotKept,
+    NotReady,
+    RouteT2IError,
+    grpc_code,
+    status_details,
+)
+from edge_agent.image import Progress
+from edge_agent.policy import Decision, Reason, Route
+from edge_agent.quota import BudgetState
+from edge_agent.request import MEDIA_TYPE, ImageRequest, Privacy, Routing
+from edge_agent.superiority import METRICS
+from routet2i.edge.v1 import edge_pb2, edge_pb2_grpc
+from routet2i.image.v1 import image_pb2
+
+log = logging.getLogger(__name__)
+
+CHUNK_BYTES = 65_536
+"""Image bytes in one message; far below gRPC's 4 MiB, so that no image size matters."""
+
+STALLED_READER_S = 30.0
+"""A caller that takes no message for so long is dropped, so that it cannot hold the device."""
+
+LOADING_RETRY_S = 1.0
+
+ROUTES: Mapping[Route, edge_pb2.Route] = {"edge": edge_pb2.ROUTE_EDGE, "cloud": edge_pb2.ROUTE_CLOUD}
+REASONS: Mapping[Reason, Any] = {
+    reason: edge_pb2.DecisionReason.Value(f"DECISION_REASON_{reason.name}") for reason in Reason
+}
+ROUTINGS = {
+    edge_pb2.ROUTING_UNSPECIFIED: Routing.AUTO,
+    edge_pb2.ROUTING_AUTO: Routing.AUTO,
+    edge_pb2.ROUTING_LOCAL_ONLY: Routing.LOCAL_ONLY,
+    edge_pb2.ROUTING_CLOUD_ONLY: Routing.CLOUD_ONLY,
+}
+PRIVACIES = {
+    image_pb2.PRIVACY_UNSPECIFIED: Privacy.NORMAL,
+    image_pb2.PRIVACY_NORMAL: Privacy.NORMAL,
+    image_pb2.PRIVACY_LOCAL_ONLY: Privacy.LOCAL_ONLY,
+}
+
+Line = dict[str, Any]  # the fields of a request's log line
+Wish = TypeVar("Wish")
+
+
+class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
+    """The service. The daemon sets `agent` once the models are loaded, and `draining` when it shuts down."""
+
+    def __init__(self) -> None:
+        self.agent: Agent | None = None
+        self.draining = False
+        self.in_flight = 0  # Generate calls that have not ended
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._started = time.monotonic()
+
+    async def Generate(self, request: edge_pb2.GenerateRequest, context: Any) -> None:  # type: ignore[override]
+        """Routes the prompt and makes the image; see the .proto file. Writes to the context, so that a
+        cancellation reaches it at every step.
+        """
+        line: Line = {"rpc": "Generate"}
+        async with self._counted(), self._call(context, line) as agent:
+            wish = _image_request(request.image, request.routing, context, preview=request.preview)
+            line |= _who(wish)
+            if wish.resume_offset:
+                raise NotKept("the edge keeps no images; ask for the whole one, under a new request_id")
+            async with aclosing(agent.generate(wish)) as events:
+                async for event in events:
+                    if isinstance(event, Decision):
+                        line |= _account(event)
+                        decision = _decision(event, agent)
+                        await _write(context, edge_pb2.GenerateResponse(decision=decision))
+                    elif isinstance(event, Progress):
+                        progress = image_pb2.Progress(
+                            step=event.step, steps=event.steps, preview=event.preview
+                        )
+                        await _write(context, edge_pb2.GenerateResponse(progress=progress))
+                    else:
+                        line |= _outcome(event)
+                        await self._write_image(context, event, agent)
+
+    async def Route(self, request: edge_pb2.RouteRequest, context: Any) -> edge_pb2.RouteResponse:
+        """Only the decision."""
+        line: Line = {"rpc": "Route"}
+        async with self._call(context, line) as agent:
+            wish = _image_request(request.image, request.routing, context)
+            line |= _who(wish)
+            decision = await agent.route(wish)
+            line |= _account(decision)
+            return edge_pb2.RouteResponse(decision=_decision(decision, agent))
+
+    async def GetQuota(self, request: edge_pb2.GetQuotaRequest, context: Any) -> edge_pb2.GetQuotaResponse:
+        """The budgets and what is left of them."""
+        async with self._call(context, {"rpc": "GetQuota"}) as agent:
+            ledger = agent.purchases.ledger
+            states = await asyncio.to_thread(ledger.states, request.app or None)
+            rates = await asyncio.to_thread(ledger.rates)
+            return edge_pb2.GetQuotaResponse(
+                budgets=map(_budget, states),
+                rates=[
+                    edge_pb2.RateState(
+                        name=rate.name,
+                        max_calls=rate.max_calls,
+                        per_seconds=rate.per_seconds,
+                        calls=rate.calls,
+                    )
+                    for rate in rates
+                ],
+            )
+
+    async def ListModels(
+        self,
+        request: edge_pb2.ListModelsRequest,  # noqa: ARG002  # empty
+        context: Any,
+    ) -> edge_pb2.ListModelsResponse:
+        """The local model and what is known of the cloud's, without asking it."""
+        async with self._call(context, {"rpc": "ListModels"}) as agent:
+            facts = agent.reader.bundle.manifest
+            models = [
+                edge_pb2.Model(
+                    side=edge_pb2.ROUTE_EDGE,
+                    name=facts.name,
+                    digest=agent.reader.bundle.model_digest,
+                    licence=facts.licence,
+                    width=facts.width,
+                    height=facts.height,
+                    steps=facts.steps,
+                    default_steps=facts.default_steps,
+                    default_guidance_scale=facts.default_guidance,
+                    price_micro_usd=0,
+                )
+            ]
+            cloud, digest = agent.purchases.cloud, _cloud_digest(agent)
+            if cloud is not None or digest:
+                name = cloud.address if cloud is not None else "not configured"
+                models.append(edge_pb2.Model(side=edge_pb2.ROUTE_CLOUD, name=name, digest=digest))
+            return edge_pb2.ListModelsResponse(models=models)
+
+    async def GetStatus(
+        self,
+        request: edge_pb2.GetStatusRequest,  # noqa: ARG002  # empty
+        context: Any,
+    ) -> edge_pb2.GetStatusResponse:
+        """What the daemon is doing, and what to do when it is not routing."""
+        async with self._call(context, {"rpc": "GetStatus"}) as agent:
+            reader, cloud = agent.reader, agent.purchases.cloud
+            unresolved = len(await asyncio.to_thread(agent.purchases.ledger.unresolved))
+            advice = list(agent.advice)
+            if unresolved and cloud is None:
+                advice.append(
+                    f"{unresolved} cloud calls of unknown outcome count as spent: "
+                    "start with --cloud to have them resolved"
+                )
+            return edge_pb2.GetStatusResponse(
+                version=version(),
+                uptime_seconds=time.monotonic() - self._started,
+                bundle=str(reader.bundle.folder),
+                edge_model_digest=reader.bundle.model_digest,
+                cloud_model_digest=_cloud_digest(agent),
+                calibration_id=reader.calibration.calibration_id if reader.calibration else "",
+                calibrated=agent.calibrated,
+                routing_rate=reader.routing_rate,
+                alpha=reader.alpha,
+                cloud_address=cloud.address if cloud is not None else "",
+                cloud_health=_cloud_health(agent),
+                queue_length=agent.device.waiting,
+                max_queue=agent.device.max_queue,
+                served_by_edge=agent.served["edge"],
+                served_by_cloud=agent.served["cloud"],
+                fallbacks=agent.fallbacks,
+                unresolved_reservations=unresolved,
+                advice=advice,
+            )
+
+    async def idle(self) -> None:
+        """Returns once no Generate call is in flight."""
+        await self._idle.wait()
+
+    async def _write_image(self, context: Any, result: Result, agent: Agent) -> None:
+        for start in range(0, len(result.png), CHUNK_BYTES):
+            chunk = image_pb2.ImageChunk(offset=start, data=result.png[start : start + CHUNK_BYTES])
+            await _write(context, edge_pb2.GenerateResponse(image_chunk=chunk))
+        await _write(context, edge_pb2.GenerateResponse(result=_result(result, agent)))
+
+    @asynccontextmanager
+    async def _counted(self) -> AsyncIterator[None]:
+        self.in_flight += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+            if not self.in_flight:
+                self._idle.set()
+
+    @asynccontextmanager
+    async def _call(self, context: Any, line: Line) -> AsyncIterator[Agent]:
+        """Hands out the agent, turns errors into statuses, and writes the call's one log line."""
+        began = time.perf_counter()
+        line["outcome"] = "OK"
+        try:
+            if self.draining:
+                raise Draining("the daemon is shutting down and takes no new requests")
+            if self.agent is None:
+                raise NotReady(
+                    "the models are still loading; try again shortly", retry_after_s=LOADING_RETRY_S
+                )
+            yield self.agent
+        except RouteT2IError as error:
+            line |= {"outcome": grpc_code(error).name, "error": error.message}
+            await _abort(context, error)
+        except asyncio.CancelledError:
+            line["outcome"] = "CANCELLED"
+            raise
+        except Exception as error:
+            line["outcome"] = "INTERNAL"
+            log.exception("a bug in the daemon ended a call")
+            await _abort(context, error)
+        finally:
+            line["elapsed_ms"] = round((time.perf_counter() - began) * 1e3, 1)
+            log.info("call", extra={"fields": line})
+
+
+async def _abort(context: Any, error: Exception) -> None:
+    status = status_details(error)
+    details = (("grpc-status-details-bin", status.SerializeToString()),)
+    await context.abort(grpc_code(error), status.message, details)
+
+
+async def _write(context: Any, response: edge_pb2.GenerateResponse) -> None:
+    try:
+        await asyncio.wait_for(context.write(response), STALLED_READER_S)
+    except asyncio.TimeoutError:
+        raise Cancelled(
+            f"the caller read nothing for {STALLED_READER_S:.0f} s; read the stream as it comes"
+        ) from None
+
+
+def _image_request(
+    image: image_pb2.ImageRequest, routing: int, context: Any, *, preview: bool = False
+) -> ImageRequest:
+    def optional(name: str) -> Any:
+        return getattr(image, name) if image.HasField(name) else None
+
+    remaining_s: float | None = context.time_remaining()
+    return ImageRequest(
+        request_id=image.request_id or uuid.uuid4().hex,
+        app=image.app or "default",
+        prompt=image.prompt,
+        negative_prompt=image.negative_prompt,
+        seed=optional("seed"),
+        width=optional("width"),
+        height=optional("height"),
+        steps=optional("steps"),
+        guidance_scale=optional("guidance_scale"),
+        media_type=image.media_type or MEDIA_TYPE,
+        privacy=_known(PRIVACIES, image.privacy, "privacy"),
+        routing=_known(ROUTINGS, routing, "routing"),
+        max_price_micro_usd=optional("max_price_micro_usd"),
+        preview=preview,
+        traceparent=image.traceparent,
+        resume_offset=image.resume_offset,
+        deadline=None if remaining_s is None else time.monotonic() + remaining_s,
+    )
+
+
+def _known(table: Mapping[Any, Wish], value: int, field: str) -> Wish:
+    if value not in table:
+        raise InvalidRequest(
+            f"this daemon does not know {field} {value}; is it older than the caller?", field=field
+        )
+    return table[value]
+
+
+def _decision(decision: Decision, agent: Agent) -> edge_pb2.Decision:
+    calibration = agent.reader.calibration
+    return edge_pb2.Decision(
+        route=ROUTES[decision.route],
+        reason=REASONS[decision.reason],
+        prs=decision.prs,
+        alpha=decision.alpha,
+        edge_quality=_metrics(decision.edge_quality),
+        cloud_quality=_metrics(decision.cloud_quality),
+        tokens=[edge_pb2.TokenPull(text=token.text, pull=_metrics(token.pull)) for token in decision.tokens],
+        quota=map(_budget, decision.quota),
+        timings=_timings(decision.timings_ms),
+        edge_model_digest=agent.reader.bundle.model_digest,
+        cloud_model_digest=calibration.cloud_digest if calibration else "",
+        calibration_id=calibration.calibration_id if calibration else "",
+        prompt_truncated=decision.prompt_truncated,
+    )
+
+
+def _result(result: Result, agent: Agent) -> edge_pb2.Result:
+    request, made = result.request, result.made
+    info = image_pb2.ImageInfo(
+        sha256=result.sha256,
+        total_bytes=len(result.png),
+        media_type=MEDIA_TYPE,
+        width=request.width,
+        height=request.height,
+        seed=request.seed,
+        steps=made.steps,
+        guidance_scale=made.guidance_scale,
+        model_digest=made.model_digest,
+    )
+    return edge_pb2.Result(
+        request_id=request.request_id,
+        image=info,
+        served_by=ROUTES[made.served_by],
+        fallback=bool(made.fallback_error),
+        fallback_error=made.fallback_error,
+        cost_micro_usd=made.cost_micro_usd,
+        timings=_timings(result.timings_ms),
+        edge_model_digest=agent.reader.bundle.model_digest,
+        cloud_model_digest=made.model_digest if made.served_by == "cloud" else "",
+        queue_position=made.queue_position,
+    )
+
+
+def _metrics(values: Iterable[float]) -> list[edge_pb2.MetricValue]:
+    values = tuple(values)
+    names = METRICS[: len(values)]  # none where no predictor ran
+    return [edge_pb2.MetricValue(name=name, value=value) for name, value in zip(names, values, strict=True)]
+
+
+def _budget(state: BudgetState) -> edge_pb2.BudgetState:
+    return edge_pb2.BudgetState(
+        name=state.name,
+        window=state.window,
+        cap_micro_usd=state.cap_micro_usd,
+        spent_micro_usd=state.spent_micro_usd,
+        reserved_micro_usd=state.reserved_micro_usd,
+        remaining_micro_usd=state.remaining_micro_usd,
+        app=state.app or "",
+    )
+
+
+def _timings(timings_ms: Mapping[str, float]) -> list[image_pb2.Timing]:
+    return [image_pb2.Timing(stage=stage, milliseconds=value) for stage, value in timings_ms.items()]
+
+
+def _cloud_digest(agent: Agent) -> str:
+    calibration = agent.reader.calibration
+    return agent.cloud_digest or (calibration.cloud_digest if calibration else "")
+
+
+def _cloud_health(agent: Agent) -> edge_pb2.CloudHealth:
+    cloud = agent.purchases.cloud
+    if cloud is None:
+        return edge_pb2.CLOUD_HEALTH_NOT_CONFIGURED
+    if not cloud.healthy:
+        return edge_pb2.CLOUD_HEALTH_UNREACHABLE
+    return edge_pb2.CLOUD_HEALTH_HEALTHY if agent.cloud_connected else edge_pb2.CLOUD_HEALTH_UNTRIED
+
+
+def _who(request: ImageRequest) -> Line:
+    line: Line = {"request_id": request.request_id, "app": request.app}
+    if request.traceparent:
+        line["traceparent"] = request.traceparent
+    return line
+
+
+def _account(decision: Decision) -> Line:
+    line: Line = {"route": decision.route, "reason": decision.reason.value}
+    if decision.prs is not None and decision.alpha is not None:
+        line |= {"prs": round(decision.prs, 4), "alpha": round(decision.alpha, 4)}
+    line |= {f"{budget.name}_left_micro_usd": budget.remaining_micro_usd for budget in decision.quota}
+    return line | _rounded(decision.timings_ms)
+
+
+def _outcome(result: Result) -> Line:
+    made = result.made
+    line: Line = {"served_by": made.served_by, "cost_micro_usd": made.cost_micro_usd, "sha256": result.sha256}
+    if made.fallback_error:
+        line["fallback_error"] = made.fallback_error
+    return line | _rounded(result.timings_ms)
+
+
+def _rounded(timings_ms: Mapping[str, float]) -> Line:
+    return {f"{stage}_ms": round(value, 1) for stage, value in timings_ms.items()}

@@ -1,0 +1,366 @@
+"""The settings of `edge-agent serve`. Each field of `Settings` is a flag, an environment variable, a TOML key.
+
+`routing_rate` is --routing-rate, EDGE_AGENT_ROUTING_RATE and routing_rate = ... in the file given by --config.
+Flags beat the environment, the environment beats the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import ipaddress
+import os
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, field, fields
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from edge_agent.cloud import is_local
+from edge_agent.errors import StartRefused
+from edge_agent.quota import Budget, Rate, Window
+from edge_agent.request import MAX_MONEY
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ENVIRONMENT_PREFIX = "EDGE_AGENT_"
+ADDRESS_VARIABLE = "EDGE_AGENT_ADDRESS"
+"""Where clients look for the daemon unless --agent says otherwise."""
+
+STARTER = Path(__file__).parent / "starter"
+"""The bundle that comes with the project."""
+
+SOCKET_PATH_BYTES = 107
+"""Longest path of a Unix socket on Linux."""
+
+
+def default_state_folder() -> Path:
+    """Where the ledger lies unless --state says otherwise: under XDG_STATE_HOME."""
+    return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "routet2i" / "edge-agent"
+
+
+def default_address() -> str:
+    """The socket that daemon and clients agree on unless told otherwise; loopback where there are no Unix sockets."""
+    if not hasattr(socket, "AF_UNIX"):
+        return "127.0.0.1:50051"
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    folder = Path(runtime) / "edge-agent" if runtime else default_state_folder() / "socket"
+    return f"unix:{folder / 'agent.sock'}"
+
+
+def parse_dollars(text: str) -> int:
+    """Micro-dollars of an amount in US dollars, such as 0.04. Raises ValueError."""
+    try:
+        micro = Decimal(text.strip().removeprefix("$")) * 1_000_000
+        if micro == micro.to_integral_value() and 0 <= micro <= MAX_MONEY:
+            return int(micro)
+    except (InvalidOperation, ValueError, OverflowError):
+        pass
+    raise ValueError(f"{text!r} is not an amount of US dollars with at most six decimals")
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """("::1", 50051) for "[::1]:50051". Raises ValueError when it is not HOST:PORT."""
+    host, colon, port = address.rpartition(":")
+    if not (colon and host and port.isdecimal() and int(port) <= 65_535):
+        raise ValueError(f"{address!r} is neither unix:PATH nor HOST:PORT")
+    return host.strip("[]"), int(port)
+
+
+# What a setting may be. Each takes the text of a flag or variable and raises ValueError with a phrase that says what
+# is expected.
+
+
+def _text(value: str) -> str:
+    return value
+
+
+def _listen(value: str) -> str:
+    if not value:
+        return value
+    if value.startswith("unix:"):
+        path = os.path.expanduser(value.removeprefix("unix:"))  # noqa: PTH111  # "" must stay ""
+        if not path:
+            raise ValueError("unix:PATH needs a path")
+        if len(os.fsencode(path)) > SOCKET_PATH_BYTES:
+            raise ValueError(
+                f"a socket's path has at most {SOCKET_PATH_BYTES} bytes, and this one has {len(os.fsencode(path))}"
+            )
+        return f"unix:{Path(path).absolute()}"
+    host, _ = split_address(value)
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = host == "localhost"
+    if not loopback:
+        raise ValueError(
+            "only this machine's apps may call the daemon: use unix:PATH, or a loopback address such as 127.0.0.1:50051"
+        )
+    return value
+
+
+def _cloud(value: str) -> str:
+    if value:
+        is_local(value)  # raises ValueError unless it is HOST:PORT or unix:PATH
+    return value
+
+
+def _share(value: str) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= 1:
+        raise ValueError("a share between 0 and 1 is expected")
+    return number
+
+
+def _count(value: str) -> int:
+    if not value.isdecimal() or int(value) > 2**31 - 1:
+        raise ValueError("a whole number, 0 or more, is expected")
+    return int(value)
+
+
+def _seconds(value: str) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        number = -1.0
+    if not 0 < number <= 1e9:
+        raise ValueError("a number of seconds above 0 is expected")
+    return number
+
+
+def _switch(value: str) -> bool:
+    words = {
+        "true": True,
+        "on": True,
+        "yes": True,
+        "1": True,
+        "false": False,
+        "off": False,
+        "no": False,
+        "0": False,
+    }
+    if value.lower() not in words:
+        raise ValueError("true or false is expected")
+    return words[value.lower()]
+
+
+def _log_format(value: str) -> str:
+    if value not in ("text", "json"):
+        raise ValueError("text or json is expected")
+    return value
+
+
+def _apps(value: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+def _budgets(value: str) -> tuple[Budget, ...]:
+    """Budgets of `1`, `0.20/hour, 20/month` or `0.50/day@kiosk`: dollars, window (a day where none is named), app."""
+    budgets: list[Budget] = []
+    for part in _apps(value):
+        rest, _, app = part.partition("@")
+        amount, _, window = rest.partition("/")
+        window = window.strip() or "day"
+        if window not in get_args(Window):
+            raise ValueError(f"a budget's window is one of {', '.join(get_args(Window))}, not {window!r}")
+        name = f"{window}@{app.strip()}" if app else window
+        if name in [budget.name for budget in budgets]:
+            raise ValueError(f"there are two budgets for {name}; give one")
+        budgets.append(Budget(name, cast(Window, window), parse_dollars(amount), app.strip() or None))
+    return tuple(budgets)
+
+
+def _rates(value: str) -> tuple[Rate, ...]:
+    """Rates of `10/60`: at most 10 cloud calls in any 60 seconds."""
+    rates = []
+    for part in _apps(value):
+        calls, slash, seconds = part.partition("/")
+        if not slash:
+            raise ValueError("CALLS/SECONDS is expected, such as 10/60")
+        rates.append(Rate(f"rate {part}", _count(calls.strip()), _seconds(seconds)))
+    if len({rate.name for rate in rates}) < len(rates):
+        raise ValueError("the same rate is given twice")
+    return tuple(rates)
+
+
+def _setting(default: str, parse: Callable[[str], Any], metavar: str, explanation: str) -> Any:
+    return field(
+        default_factory=lambda: parse(default),
+        metadata={"default": default, "parse": parse, "metavar": metavar, "help": explanation},
+    )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Checked settings. Money in micro-dollars, times in seconds."""
+
+    listen: str = _setting(
+        "",
+        _listen,
+        "unix:PATH|HOST:PORT",
+        "where apps reach the daemon: a Unix socket, or a loopback address (port 0: a free one); default: "
+        "$XDG_RUNTIME_DIR/edge-agent/agent.sock, without that ~/.local/state/routet2i/edge-agent/socket/agent.sock",
+    )
+    cloud: str = _setting(
+        "", _cloud, "HOST:PORT", "the cloud server; without one every prompt stays on the edge"
+    )
+    cloud_ca: str = _setting(
+        "",
+        _text,
+        "FILE",
+        "PEM file with the certificates to trust for the cloud server; default: the system's",
+    )
+    cloud_token: str = _setting(
+        "", _text, "FILE", "file that holds the token which the cloud server knows us by"
+    )
+    cloud_timeout_s: float = _setting(
+        "120", _seconds, "SECONDS", "how long the cloud may take for an image before the edge makes it"
+    )
+    cloud_connect_timeout_s: float = _setting(
+        "5", _seconds, "SECONDS", "how long connecting to the cloud server may take"
+    )
+    bundle: str = _setting(
+        "", _text, "DIR", "the local model: a bundle folder; default: the starter that comes with the project"
+    )
+    routing_rate: float = _setting(
+        "0.5", _share, "RHO", "wanted share of prompts in the cloud, 0 to 1; the true share can stay below it"
+    )
+    budget: tuple[Budget, ...] = _setting(
+        "1.00",
+        _budgets,
+        "USD_PER_DAY",
+        "most to spend in the cloud, in US dollars a day; or several USD/WINDOW[@APP] with commas between, "
+        "WINDOW being hour, day, month or total: 1/day,20/month,0.2/day@kiosk",
+    )
+    rate: tuple[Rate, ...] = _setting(
+        "",
+        _rates,
+        "CALLS/SECONDS",
+        "most cloud calls in any so many seconds, such as 10/60; several with commas",
+    )
+    max_price: int = _setting(
+        "0.01",
+        parse_dollars,
+        "USD",
+        "most that one cloud image may cost, in US dollars; this much is reserved",
+    )
+    state: str = _setting(
+        "",
+        _text,
+        "DIR",
+        "folder of the quota ledger; default: routet2i/edge-agent under $XDG_STATE_HOME or ~/.local/state",
+    )
+    apps: tuple[str, ...] = _setting(
+        "", _apps, "APP,APP", "the apps that may call; default: every app, under any name"
+    )
+    max_queue: int = _setting(
+        "64", _count, "N", "images that may wait for this device; more are refused at once"
+    )
+    max_prompt_characters: int = _setting(
+        "2000", _count, "N", "longest prompt and negative prompt, in characters"
+    )
+    threads: int = _setting("0", _count, "N", "threads of the local models; 0: one a physical core")
+    png_facts: bool = _setting(
+        "true",
+        _switch,
+        "BOOL",
+        "whether images carry prompt, seed, route, model digest and PRS in their text chunks",
+    )
+    grace_s: float = _setting("30", _seconds, "SECONDS", "how long SIGTERM waits for images in the making")
+    log_format: str = _setting("text", _log_format, "FORMAT", "one line a request as text (logfmt) or json")
+
+    @property
+    def address(self) -> str:
+        """Where to listen."""
+        return self.listen or default_address()
+
+    @property
+    def bundle_folder(self) -> Path:
+        """The bundle to run."""
+        return Path(self.bundle).expanduser() if self.bundle else STARTER
+
+    @property
+    def ledger_file(self) -> Path:
+        """The quota ledger."""
+        folder = Path(self.state).expanduser() if self.state else default_state_folder()
+        return folder / "quota.sqlite3"
+
+
+def add_flags(parser: argparse.ArgumentParser, names: tuple[str, ...] | None = None) -> None:
+    """Adds --config and one flag for each setting, or for those in `names`; one that is not given leaves no trace."""
+    parser.add_argument(
+        "--config", metavar="FILE", default=argparse.SUPPRESS, help="TOML file with any of the settings"
+    )
+    for setting in fields(Settings):
+        if names is None or setting.name in names:
+            default = f" (default: {setting.metadata['default']})" if setting.metadata["default"] else ""
+            parser.add_argument(
+                flag(setting.name),
+                metavar=setting.metadata["metavar"],
+                help=setting.metadata["help"] + default,
+                default=argparse.SUPPRESS,
+            )
+
+
+def flag(name: str) -> str:
+    """--max-price for max_price."""
+    return "--" + name.replace("_", "-")
+
+
+def variable(name: str) -> str:
+    """EDGE_AGENT_MAX_PRICE for max_price."""
+    return ENVIRONMENT_PREFIX + name.upper()
+
+
+def resolve(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Settings:
+    """The settings out of flags, environment and file, checked. `flags` holds what `add_flags` parsed.
+
+    Raises StartRefused naming the setting, where it was set, and what it may be.
+    """
+    known = {setting.name: setting for setting in fields(Settings)}
+    given: dict[str, tuple[Any, str]] = {}
+    config = flags.get("config") or environment.get(variable("config"))
+    if config:
+        for name, value in _read_toml(Path(config).expanduser()).items():
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+                raise StartRefused(f"{config}: unknown setting {name!r}; {hint}")
+            given[name] = value, f"{name} in {config}"
+    for name in known:
+        if variable(name) in environment:
+            given[name] = environment[variable(name)], variable(name)
+        if name in flags:
+            given[name] = flags[name], flag(name)
+    return Settings(**{name: _parse(known[name], value, where) for name, (value, where) in given.items()})
+
+
+def _parse(setting: Field[Any], value: Any, where: str) -> Any:
+    """The checked value. A TOML file may also give numbers, booleans, and lists of texts where flags have commas."""
+    if isinstance(value, list) and all(isinstance(part, (str, int, float)) for part in value):
+        value = ",".join(map(str, value))
+    if isinstance(value, bool):
+        value = str(value).lower()
+    if isinstance(value, (int, float)):
+        value = str(value)
+    try:
+        if not isinstance(value, str):
+            raise ValueError("text, a number, true or false, or a list of these is expected")
+        return setting.metadata["parse"](value)
+    except ValueError as error:
+        raise StartRefused(f"{where} is {value!r}: {error}") from error
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StartRefused(f"cannot read the settings file {path}: {error}") from error
