@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from export.starter.training import UNFINISHED, Run, write_record
 from export.starter.world import render, sample_scenes
 
-STEPS, BATCH, LEARNING_RATE, SEED = 1000, 32, 2e-3, 1
-KL_WEIGHT = 3e-6  # enough to keep latents near a unit Gaussian, too little to blur
+STEPS, BATCH, LEARNING_RATE, SEED = 2100, 32, 2e-3, 1
+KL_WEIGHT = 1e-6  # enough to keep latents near a unit Gaussian, too little to blur
 EDGE_WEIGHT = 1.0  # of the difference between neighbouring pixels: sharp outlines are what makes an emoji
 
 

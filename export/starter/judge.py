@@ -23,7 +23,7 @@ from export.starter.tokenizer import token_ids, train_tokenizer
 from export.starter.training import UNFINISHED, Run, write_record
 from export.starter.world import caption, render, sample_scenes
 
-STEPS, BATCH, LEARNING_RATE, SEED = 1800, 64, 1e-3, 21
+STEPS, BATCH, LEARNING_RATE, SEED = 1200, 64, 1e-3, 21
 WIDTH = 128
 UNDAMAGED, RUINED = 0.9, 0.1  # targets; short of 1 and 0, so that scores stay where the sigmoid still moves
 CLEAN_SHARE = 0.25  # of the pictures are left as they are

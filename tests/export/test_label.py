@@ -1,0 +1,116 @@
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessor, CLIPProcessor
+
+from edge_agent.superiority import METRICS
+from export import label
+from export.errors import ExportError
+from export.outcomes import Outcomes
+from export.quality import Judge, load_metrics
+from export.starter.judge import new_judge
+from export.starter.tokenizer import train_tokenizer
+from tests.miniature import save_miniature
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Two random pipelines of two steps, and a random judge."""
+    root = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("edge", "cloud")):
+        folder = save_miniature(root / name, seed=seed)
+        (folder / "routet2i.json").write_text(json.dumps({"steps": 2, "guidance_scale": 2.0}))
+    tokenizer = train_tokenizer(root / "tokenizer", ["a cat on a beach", "high definition photo"] * 5)
+    torch.manual_seed(0)
+    new_judge(tokenizer).save_pretrained(root / "judge")
+    images = CLIPImageProcessor(size={"shortest_edge": 64}, crop_size=64)
+    CLIPProcessor(images, tokenizer).save_pretrained(root / "judge")
+    return root
+
+
+def arguments(models, bundle, out, *more):
+    return [
+        *("--edge", str(models / "edge"), "--cloud", str(models / "cloud"), "--judge", str(models / "judge")),
+        *("--bundle", str(bundle), "--out", str(out), "--train", "3", "--validation", "2"),
+        *("--calibration", "2", "--test", "2", *more),
+    ]
+
+
+def test_the_matrix_holds_every_prompt_model_and_seed_and_says_what_it_was_made_with(
+    models, miniature_bundle, tmp_path
+):
+    out = tmp_path / "labels.parquet"
+    assert label.main(arguments(models, miniature_bundle, out)) == 0
+    outcomes = Outcomes.read(out)
+    assert [np.sum(outcomes.splits == split) for split in ("train", "validation", "calibration", "test")] == [3, 2, 2, 2]
+    drawn = (~np.isnan(outcomes.edge_seeds[..., 0])).sum(axis=1)
+    assert set(drawn[np.isin(outcomes.splits, ("calibration", "test"))]) == {2}
+    assert set(drawn[np.isin(outcomes.splits, ("train", "validation"))]) == {1}
+    assert {"edge_digest", "cloud_digest", "metrics", "judge_digest"} <= set(
+        key.decode() for key in pq.read_schema(out).metadata
+    )
+
+
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_matrix(models, miniature_bundle, tmp_path, monkeypatch):
+    whole, cut = tmp_path / "whole.parquet", tmp_path / "cut.parquet"
+    assert label.main(arguments(models, miniature_bundle, whole)) == 0
+    paint, painted = label.Painter.paint, []
+
+    def interrupted(self, prompts, seeds):
+        if len(painted) == 1:
+            raise KeyboardInterrupt
+        painted.append(prompts)
+        return paint(self, prompts, seeds)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(label.Painter, "paint", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            label.main(arguments(models, miniature_bundle, cut))
+    assert not cut.exists()
+    assert label.main(arguments(models, miniature_bundle, cut)) == 0
+    assert pq.read_table(cut).equals(pq.read_table(whole))
+
+
+def test_two_processes_share_a_run_and_the_last_one_writes_the_matrix(models, miniature_bundle, tmp_path):
+    out = tmp_path / "labels.parquet"
+    assert label.main(arguments(models, miniature_bundle, out, "--only", "edge")) == 1
+    assert not out.exists()
+    assert label.main(arguments(models, miniature_bundle, out, "--only", "cloud")) == 0
+    assert len(Outcomes.read(out)) == 9
+
+
+def test_labels_of_other_models_are_not_mixed_in(models, miniature_bundle, tmp_path):
+    out = tmp_path / "labels.parquet"
+    label.main(arguments(models, miniature_bundle, out, "--only", "edge"))
+    swapped = arguments(models, miniature_bundle, out)
+    swapped[3] = str(models / "edge")
+    with pytest.raises(ExportError, match="other models"):
+        label.main(swapped)
+
+
+def test_a_quality_is_the_sigmoid_of_the_difference_of_two_scaled_cosines(models):
+    judge = Judge(models / "judge")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    with torch.inference_mode():
+        inputs = judge.processor(
+            text=[judge.metrics[3].positive, judge.metrics[3].negative],
+            images=image,
+            padding="max_length",
+            return_tensors="pt",
+        )
+        praise, blame = judge.clip(**inputs).logits_per_image[0].tolist()
+    expected = 1 / (1 + np.exp(blame - praise))
+    assert judge.quality([image])[0, 3] == pytest.approx(expected, abs=1e-5)
+    assert tuple(metric.name for metric in judge.metrics) == METRICS
+
+
+def test_a_file_that_names_a_metric_twice_is_refused(tmp_path):
+    entry = {"name": "color", "positive": "a", "negative": "b", "reason": "c"}
+    file = tmp_path / "metrics.json"
+    file.write_text(json.dumps({"metrics": [entry, entry]}))
+    with pytest.raises(ValueError, match="twice"):
+        load_metrics(file)
