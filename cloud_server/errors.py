@@ -11,7 +11,7 @@ CloudServerError
 ├── QueueFull            RESOURCE_EXHAUSTED
 ├── DeadlineTooShort     DEADLINE_EXCEEDED
 ├── Unavailable          UNAVAILABLE
-├── CallerStalled        CANCELLED
+├── CallerGone           CANCELLED
 ├── GenerationFailed     INTERNAL
 ├── JournalError         INTERNAL
 └── StartRefused         exit code 2
@@ -87,8 +87,8 @@ class Unavailable(CloudServerError):
     """The model is still loading, or the server is shutting down. Nothing ran."""
 
 
-class CallerStalled(CloudServerError):
-    """The caller stopped reading the stream."""
+class CallerGone(CloudServerError):
+    """The caller went away, or stopped reading the stream."""
 
 
 class GenerationFailed(CloudServerError):
@@ -114,7 +114,7 @@ GRPC_CODES: dict[type[CloudServerError], grpc.StatusCode] = {
     QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     DeadlineTooShort: grpc.StatusCode.DEADLINE_EXCEEDED,
     Unavailable: grpc.StatusCode.UNAVAILABLE,
-    CallerStalled: grpc.StatusCode.CANCELLED,
+    CallerGone: grpc.StatusCode.CANCELLED,
     GenerationFailed: grpc.StatusCode.INTERNAL,
     JournalError: grpc.StatusCode.INTERNAL,
 }

@@ -19,7 +19,7 @@ from cloud_server.admission import Admission
 from cloud_server.errors import (
     GRPC_CODES,
     AlreadyExists,
-    CallerStalled,
+    CallerGone,
     CloudServerError,
     NotKept,
     OffsetPastEnd,
@@ -236,13 +236,19 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
     @asynccontextmanager
     async def _running(self, tenant: str, wish: Wish) -> AsyncIterator[None]:
         """Journals the block as running and, unless it finished, how it ended."""
-        await asyncio.to_thread(self._journal.begin, tenant, wish.request_id, _fingerprint(wish))
+        journal, request_id = self._journal, wish.request_id
+        # Cancelling the wait does not stop the thread: both writes are shielded, and the second follows the first.
+        beginning = asyncio.ensure_future(
+            asyncio.to_thread(journal.begin, tenant, request_id, _fingerprint(wish))
+        )
         try:
+            await asyncio.shield(beginning)
             yield
         except BaseException as error:
             state = State.FAILED if isinstance(error, Exception) else State.CANCELLED
-            # Shielded: a second cancellation must not leave the id running in the journal.
-            await asyncio.shield(asyncio.to_thread(self._journal.end, tenant, wish.request_id, state))
+            await asyncio.wait([beginning])
+            if beginning.exception() is None:
+                await asyncio.shield(asyncio.to_thread(journal.end, tenant, request_id, state))
             raise
 
     @asynccontextmanager
@@ -257,30 +263,48 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
         except CloudServerError as error:
             line |= {"outcome": GRPC_CODES[type(error)].name, "error": error.message}
             status = grpc_status(error)
-            await context.abort(
-                GRPC_CODES[type(error)],
-                status.message,
-                (("grpc-status-details-bin", status.SerializeToString()),),
-            )
+            trailing = (("grpc-status-details-bin", status.SerializeToString()),)
+            await _abort(context, GRPC_CODES[type(error)], status.message, trailing)
         except asyncio.CancelledError:
-            line["outcome"] = "CANCELLED"
+            line["outcome"] = "DEADLINE_EXCEEDED" if _remaining_s(context) == 0 else "CANCELLED"
             raise
         except Exception:
             line["outcome"] = "INTERNAL"
             log.exception("a bug in the server ended a call")
-            await context.abort(grpc.StatusCode.INTERNAL, "internal error; the server's log has the details")
+            await _abort(
+                context, grpc.StatusCode.INTERNAL, "internal error; the server's log has the details"
+            )
         finally:
             line["elapsed_ms"] = round((time.perf_counter() - began) * 1e3, 1)
             log.info("call", extra={"fields": line})
 
 
 async def _write(context: Any, response: cloud_pb2.GenerateResponse) -> None:
+    # Not wait_for: before Python 3.12 it swallows a cancellation that meets the end of what it waits for.
+    writing = asyncio.ensure_future(context.write(response))
+    writing.add_done_callback(
+        lambda done: done.cancelled() or done.exception()
+    )  # seen, even when nobody waits
     try:
-        await asyncio.wait_for(context.write(response), STALLED_READER_S)
-    except asyncio.TimeoutError:
-        raise CallerStalled(
-            f"the caller read nothing for {STALLED_READER_S:.0f} s; read the stream as it comes"
-        ) from None
+        await asyncio.wait([writing], timeout=STALLED_READER_S)
+        if not writing.done():
+            raise CallerGone(
+                f"the caller read nothing for {STALLED_READER_S:.0f} s; read the stream as it comes"
+            )
+        writing.result()
+    except grpc.aio.InternalError as error:  # the write and the caller's leaving crossed
+        raise CallerGone("the caller went away") from error
+    finally:
+        writing.cancel()
+
+
+async def _abort(
+    context: Any, code: grpc.StatusCode, message: str, trailing: tuple[tuple[str, bytes], ...] = ()
+) -> None:
+    try:
+        await context.abort(code, message, trailing)
+    except grpc.aio.InternalError:
+        raise asyncio.CancelledError from None  # nobody is left to be told
 
 
 def _wish(image: image_pb2.ImageRequest) -> Wish:

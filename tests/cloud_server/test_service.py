@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cloud_server import service
 from tests.cloud_server.conftest import PRICE, Client, Running, serve
 from tests.miniature import miniature_pipeline
 
@@ -182,6 +183,40 @@ async def test_a_caller_that_vanishes_frees_the_model(running: Running) -> None:
     await running.idle()
     assert running.passes[0] < LONG
     assert await running.client.state("vanished") == "CANCELLED"
+
+
+async def test_a_caller_that_stops_reading_does_not_hold_the_model(
+    running: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(service, "STALLED_READER_S", 0.5)
+    window = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65_536)]
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{running.server.port}", options=window) as channel:
+        # Previews fill the window of a caller that reads the first message and then no more.
+        call = Client(channel).call(request_id="stalled", steps=149, width=128, height=128, preview=True)
+        await anext(aiter(call))
+        assert (await running.client.generate(request_id="next", steps=1)).result is not None
+        assert await running.client.state("stalled") == "CANCELLED"
+        assert running.passes[0] < 149
+    await running.idle()
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+async def test_a_call_cancelled_at_any_moment_leaves_nothing_running(
+    running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = [f"moment-{number}" for number in range(40)]
+    for number, name in enumerate(names):
+        call = running.client.call(request_id=name, steps=3)
+        await asyncio.sleep(number * 0.002)
+        call.cancel()
+    await asyncio.sleep(0.2)  # the last call may not have reached the server yet
+    await running.idle()
+    states = {name: await running.client.state(name) for name in names}
+    assert set(states.values()) <= {"UNKNOWN", "CANCELLED", "FINISHED"}, states
+    charged = [name for name in names if (await running.client.lookup(name)).charged]
+    assert charged == [name for name, state in states.items() if state == "FINISHED"]
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+    assert (await running.client.generate(steps=1)).error is None
 
 
 async def test_the_queue_holds_what_it_may_and_refuses_the_rest_at_once(running: Running) -> None:
