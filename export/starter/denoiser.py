@@ -30,7 +30,7 @@ from export.starter.tokenizer import token_ids, train_tokenizer
 from export.starter.training import UNFINISHED, Run, write_record
 from export.starter.world import Scene, caption, render, sample_scenes
 
-SCENES = 40_000  # of the generators' split, rendered and encoded once
+SCENES = 30_000  # of the generators' split, rendered and encoded once
 CAPTION_DROPPED = 0.1
 MIN_SNR_GAMMA = 5.0  # weight of clean steps is held down, Hang et al., arXiv 2303.09556
 FILE_LIMIT = "15MB"  # larger weights are written in shards
@@ -53,8 +53,8 @@ class Size:
     seed: int
 
 
-EDGE = Size("edge", (32, 64, 128), (1, 2, 4), 128, 2, 8, 3.0, 3500, 32, 1.5e-3, 11)
-CLOUD = Size("cloud", (64, 128, 256), (2, 4, 8), 160, 3, 20, 4.0, 4300, 32, 1.2e-3, 12)
+EDGE = Size("edge", (32, 64, 128), (1, 2, 4), 128, 2, 8, 3.0, 3000, 32, 1.5e-3, 11)
+CLOUD = Size("cloud", (64, 128, 256), (2, 4, 8), 160, 3, 20, 4.0, 3200, 32, 1.2e-3, 12)
 SIZES = {size.name: size for size in (EDGE, CLOUD)}
 
 

@@ -23,8 +23,9 @@ from export.starter.tokenizer import token_ids, train_tokenizer
 from export.starter.training import UNFINISHED, Run, write_record
 from export.starter.world import caption, render, sample_scenes
 
-STEPS, BATCH, LEARNING_RATE, SEED = 1200, 64, 1e-3, 21
+STEPS, BATCH, LEARNING_RATE, SEED = 3000, 64, 1.5e-3, 21
 WIDTH = 128
+CONTRAST_WEIGHT = 0.1  # captions are there to know the world by; the metrics are what the judge is for
 UNDAMAGED, RUINED = 0.9, 0.1  # targets; short of 1 and 0, so that scores stay where the sigmoid still moves
 CLEAN_SHARE = 0.25  # of the pictures are left as they are
 
@@ -113,7 +114,7 @@ def train(work: Path, *, steps: int = STEPS, seconds: float | None = None) -> bo
         similarity = scale * seen @ read[BATCH:].T
         quality = similarity[:, 0::2] - similarity[:, 1::2]
         goal = torch.from_numpy(targets).to(run.device)
-        return 0.3 * contrast + F.binary_cross_entropy_with_logits(quality, goal)
+        return CONTRAST_WEIGHT * contrast + F.binary_cross_entropy_with_logits(quality, goal)
 
     if not run.train(loss_of_batch):
         return False

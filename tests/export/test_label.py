@@ -10,7 +10,7 @@ from transformers import CLIPImageProcessor, CLIPProcessor
 from edge_agent.superiority import METRICS
 from export import label
 from export.errors import ExportError
-from export.outcomes import Outcomes
+from export.outcomes import SPLITS, Outcomes
 from export.quality import Judge, load_metrics
 from export.starter.judge import new_judge
 from export.starter.tokenizer import train_tokenizer
@@ -46,16 +46,18 @@ def test_the_matrix_holds_every_prompt_model_and_seed_and_says_what_it_was_made_
     out = tmp_path / "labels.parquet"
     assert label.main(arguments(models, miniature_bundle, out)) == 0
     outcomes = Outcomes.read(out)
-    assert [np.sum(outcomes.splits == split) for split in ("train", "validation", "calibration", "test")] == [3, 2, 2, 2]
+    assert [np.sum(outcomes.splits == split) for split in SPLITS] == [3, 2, 2, 2]
     drawn = (~np.isnan(outcomes.edge_seeds[..., 0])).sum(axis=1)
     assert set(drawn[np.isin(outcomes.splits, ("calibration", "test"))]) == {2}
     assert set(drawn[np.isin(outcomes.splits, ("train", "validation"))]) == {1}
-    assert {"edge_digest", "cloud_digest", "metrics", "judge_digest"} <= set(
+    assert {"edge_digest", "cloud_digest", "metrics", "judge_digest"} <= {
         key.decode() for key in pq.read_schema(out).metadata
-    )
+    }
 
 
-def test_an_interrupted_run_goes_on_and_ends_with_the_same_matrix(models, miniature_bundle, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_matrix(
+    models, miniature_bundle, tmp_path, monkeypatch
+):
     whole, cut = tmp_path / "whole.parquet", tmp_path / "cut.parquet"
     assert label.main(arguments(models, miniature_bundle, whole)) == 0
     paint, painted = label.Painter.paint, []

@@ -51,7 +51,9 @@ def test_the_relation_decides_which_half_an_object_is_in(relation):
     picture = render(Scene((Group("apple"), Group("fish")), "plain", relation), rng()).astype(int)
     red = (picture[..., 0] - picture[..., 2]) > 100
     rows, columns = np.nonzero(red)
-    centre = {"left of": columns, "right of": SIZE - columns, "above": rows, "below": SIZE - rows}[relation].mean()
+    centre = {"left of": columns, "right of": SIZE - columns, "above": rows, "below": SIZE - rows}[
+        relation
+    ].mean()
     assert centre < SIZE / 2
 
 
