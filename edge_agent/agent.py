@@ -307,7 +307,7 @@ class Agent:
             return self._terms.cloud_timeout_s
         left = request.deadline - time.monotonic()
         if request.routing is not Routing.CLOUD_ONLY:
-            left = max(left / 2, left - self.device.expected_s())
+            left = min(max(left / 2, left - 2 * self.device.expected_s()), 0.9 * left)
         return min(self._terms.cloud_timeout_s, left)
 
     @property

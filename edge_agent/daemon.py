@@ -30,7 +30,7 @@ from edge_agent.purchase import Purchases
 from edge_agent.quota import Ledger
 from edge_agent.reader import Reader
 from edge_agent.request import Limits
-from edge_agent.service import EdgeAgentService
+from edge_agent.service import EdgeAgentService, HandOverMalformed
 from edge_agent.settings import Settings, split_address
 from routet2i.edge.v1 import edge_pb2, edge_pb2_grpc
 
@@ -81,7 +81,7 @@ class Daemon:
         try:
             self._purchases = Purchases(ledger, _cloud_client(settings))
             self._service = EdgeAgentService()
-            self._server = grpc.aio.server(options=CHANNEL_OPTIONS)
+            self._server = grpc.aio.server(interceptors=(HandOverMalformed(),), options=CHANNEL_OPTIONS)
             edge_pb2_grpc.add_EdgeAgentServiceServicer_to_server(self._service, self._server)
             health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
             reflection.enable_server_reflection((SERVICE, HEALTH, reflection.SERVICE_NAME), self._server)

@@ -8,7 +8,11 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError
 
 from edge_agent import version
 from edge_agent.agent import Agent, Result
@@ -60,6 +64,31 @@ Line = dict[str, Any]  # the fields of a request's log line
 Wish = TypeVar("Wish")
 
 
+@dataclass(frozen=True)
+class Malformed:
+    """What stands in for a request whose bytes are not what the .proto files describe."""
+
+    reason: str
+
+
+class HandOverMalformed(grpc.aio.ServerInterceptor):
+    """Lets the service refuse malformed requests itself; gRPC would answer UNKNOWN and log a traceback."""
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        """GRPC's hook; see the class."""
+        handler = await continuation(details)
+        if handler is None or not details.method.startswith("/routet2i."):
+            return handler
+
+        def deserialize(data: bytes) -> Any:
+            try:
+                return handler.request_deserializer(data)
+            except DecodeError as error:
+                return Malformed(str(error))
+
+        return handler._replace(request_deserializer=deserialize)
+
+
 class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
     """The service. The daemon sets `agent` once the models are loaded, and `draining` when it shuts down."""
 
@@ -76,7 +105,7 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
         cancellation reaches it at every step.
         """
         line: Line = {"rpc": "Generate"}
-        async with self._counted(), self._call(context, line) as agent:
+        async with self._counted(), self._call(request, context, line) as agent:
             wish = _image_request(request.image, request.routing, context, preview=request.preview)
             line |= _who(wish)
             if wish.resume_offset:
@@ -99,7 +128,7 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
     async def Route(self, request: edge_pb2.RouteRequest, context: Any) -> edge_pb2.RouteResponse:
         """Only the decision."""
         line: Line = {"rpc": "Route"}
-        async with self._call(context, line) as agent:
+        async with self._call(request, context, line) as agent:
             wish = _image_request(request.image, request.routing, context)
             line |= _who(wish)
             decision = await agent.route(wish)
@@ -108,7 +137,7 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
 
     async def GetQuota(self, request: edge_pb2.GetQuotaRequest, context: Any) -> edge_pb2.GetQuotaResponse:
         """The budgets and what is left of them."""
-        async with self._call(context, {"rpc": "GetQuota"}) as agent:
+        async with self._call(request, context, {"rpc": "GetQuota"}) as agent:
             ledger = agent.purchases.ledger
             states = await asyncio.to_thread(ledger.states, request.app or None)
             rates = await asyncio.to_thread(ledger.rates)
@@ -127,11 +156,11 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
 
     async def ListModels(
         self,
-        request: edge_pb2.ListModelsRequest,  # noqa: ARG002  # empty
+        request: edge_pb2.ListModelsRequest,
         context: Any,
     ) -> edge_pb2.ListModelsResponse:
         """The local model and what is known of the cloud's, without asking it."""
-        async with self._call(context, {"rpc": "ListModels"}) as agent:
+        async with self._call(request, context, {"rpc": "ListModels"}) as agent:
             facts = agent.reader.bundle.manifest
             models = [
                 edge_pb2.Model(
@@ -155,11 +184,11 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
 
     async def GetStatus(
         self,
-        request: edge_pb2.GetStatusRequest,  # noqa: ARG002  # empty
+        request: edge_pb2.GetStatusRequest,
         context: Any,
     ) -> edge_pb2.GetStatusResponse:
         """What the daemon is doing, and what to do when it is not routing."""
-        async with self._call(context, {"rpc": "GetStatus"}) as agent:
+        async with self._call(request, context, {"rpc": "GetStatus"}) as agent:
             reader, cloud = agent.reader, agent.purchases.cloud
             unresolved = len(await asyncio.to_thread(agent.purchases.ledger.unresolved))
             advice = list(agent.advice)
@@ -211,11 +240,15 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
                 self._idle.set()
 
     @asynccontextmanager
-    async def _call(self, context: Any, line: Line) -> AsyncIterator[Agent]:
+    async def _call(self, request: Any, context: Any, line: Line) -> AsyncIterator[Agent]:
         """Hands out the agent, turns errors into statuses, and writes the call's one log line."""
         began = time.perf_counter()
         line["outcome"] = "OK"
         try:
+            if isinstance(request, Malformed):
+                raise InvalidRequest(
+                    f"the request cannot be read: {request.reason}; text must be valid UTF-8"
+                )
             if self.draining:
                 raise Draining("the daemon is shutting down and takes no new requests")
             if self.agent is None:

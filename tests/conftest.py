@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -31,3 +32,30 @@ def miniature_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle_copy(miniature_bundle: Path, tmp_path: Path) -> Path:
     """A copy of the miniature bundle that a test may damage."""
     return Path(shutil.copytree(miniature_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="session")
+def cloud_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cloud model in miniature: a diffusers folder that `cloud-server serve --model` takes. Only to be read."""
+    from tests.miniature import save_miniature
+
+    folder = save_miniature(tmp_path_factory.mktemp("cloud") / "cloud-miniature", seed=1)
+    card = {"name": "cloud-miniature", "licence": "Apache-2.0", "steps": 4, "guidance_scale": 3.0}
+    (folder / "routet2i.json").write_text(json.dumps(card))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def routed_bundle(
+    tmp_path_factory: pytest.TempPathFactory, miniature_bundle: Path, cloud_model: Path
+) -> Path:
+    """The miniature bundle with a predictor of random weights, calibrated for `cloud_model`. Only to be read.
+
+    It can also take `routed.SLOW_STEPS` steps, for tests that have to find an image in the making.
+    """
+    from tests.routed import make_routed
+
+    folder = tmp_path_factory.mktemp("routed") / "bundle"
+    shutil.copytree(miniature_bundle, folder)
+    make_routed(folder, cloud_model)
+    return folder

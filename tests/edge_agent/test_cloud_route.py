@@ -1,0 +1,364 @@
+"""What becomes of a prompt that is worth the cloud, and of the money, however the cloud behaves.
+
+A real daemon on a real socket, and a cloud server that misbehaves as each test tells it to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytest_asyncio
+
+from edge_agent import purchase
+from edge_agent.bundle import Bundle
+from edge_agent.quota import Budget, Ledger
+from routet2i.edge.v1 import edge_pb2
+from routet2i.image.v1 import image_pb2
+from tests.running import (
+    CLOUD,
+    CLOUD_PROMPT,
+    EDGE_PROMPT,
+    LOCAL,
+    App,
+    Here,
+    ScriptedCloud,
+    daemon_here,
+    scripted_cloud,
+    until,
+)
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+CEILING = 10_000  # micro-dollars: the default of --max-price
+
+
+@pytest.fixture(scope="module")
+def digest(routed_bundle: Path) -> str:
+    """Of the cloud model that the bundle was calibrated for."""
+    calibration = Bundle.open(routed_bundle).calibration
+    assert calibration is not None
+    return calibration.cloud_digest
+
+
+@dataclass
+class Both:
+    cloud: ScriptedCloud
+    here: Here
+
+    @property
+    def app(self) -> App:
+        return self.here.app
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def shared(
+    tmp_path_factory: pytest.TempPathFactory, routed_bundle: Path, digest: str
+) -> AsyncIterator[Both]:
+    async with scripted_cloud(digest) as cloud:
+        state = tmp_path_factory.mktemp("state")
+        async with daemon_here(routed_bundle, state, cloud=cloud.address, budget="1000") as here:
+            yield Both(cloud, here)
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def both(shared: Both, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Both]:
+    """The module's daemon and cloud, honest again, with all money resolved."""
+    monkeypatch.setattr(purchase, "FIRST_RETRY_S", 0.1)
+    shared.cloud.manner = "honest"
+    for past in (shared.cloud.received, shared.cloud.metadata, shared.cloud.lookups):
+        past.clear()
+    yield shared
+    shared.cloud.manner = "honest"
+    await shared.here.restless()
+    await until(lambda: nothing_reserved(shared.app))
+
+
+async def nothing_reserved(app: App) -> bool:
+    return (await app.budget())[1] == 0
+
+
+async def test_a_prompt_worth_it_comes_from_the_cloud_and_is_charged_once(both: Both, digest: str) -> None:
+    spent, _ = await both.app.budget()
+    answer = await both.app.generate(CLOUD_PROMPT, seed=9, traceparent=TRACE, request_id="worth-it")
+    assert (answer.route, answer.reason, answer.served_by) == ("cloud", "pareto_cloud", "cloud")
+    assert answer.result.cost_micro_usd == ScriptedCloud.PRICE
+    assert await both.app.budget() == (spent + ScriptedCloud.PRICE, 0)
+    assert answer.result.image.model_digest == answer.result.cloud_model_digest == digest
+    (received,) = both.cloud.received
+    wish = received.image
+    assert (wish.prompt, wish.seed, wish.width, wish.height) == (CLOUD_PROMPT, 9, 64, 64)
+    assert (wish.request_id, wish.traceparent, wish.max_price_micro_usd) == ("worth-it", TRACE, CEILING)
+    assert not wish.HasField("steps") and not wish.HasField("guidance_scale")  # the cloud model's own
+    text = answer.picture.text
+    assert (text["route"], text["reason"], text["model_digest"]) == ("cloud", "pareto_cloud", digest)
+    assert len(answer.progress) == 3
+
+
+async def test_the_decision_counts_its_own_reservation(both: Both) -> None:
+    answer = await both.app.generate(CLOUD_PROMPT)
+    (budget,) = answer.decision.quota
+    assert budget.reserved_micro_usd == CEILING
+    assert "reserve" in {timing.stage for timing in answer.decision.timings}
+
+
+async def test_the_pixels_are_the_clouds_and_large_images_come_in_small_chunks(both: Both) -> None:
+    answer = await both.app.generate(CLOUD_PROMPT, seed=4)
+    expected = np.random.default_rng(4).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    assert np.array_equal(np.asarray(answer.picture), expected)
+    assert all(len(chunk.data) <= 65_536 for chunk in answer.chunks)
+    assert [chunk.offset for chunk in answer.chunks] == list(
+        np.cumsum([0] + [len(chunk.data) for chunk in answer.chunks[:-1]])
+    )
+
+
+async def test_route_answers_and_reserves_sends_and_draws_nothing(both: Both) -> None:
+    before, connections = await both.app.budget(), both.cloud.connections
+    decision = await both.app.route(CLOUD_PROMPT)
+    assert decision.reason == edge_pb2.DECISION_REASON_PARETO_CLOUD
+    assert decision.quota[0].reserved_micro_usd == 0
+    assert await both.app.budget() == before
+    assert both.cloud.connections == connections
+
+
+@pytest.mark.parametrize("how", [{"routing": LOCAL}, {"privacy": image_pb2.PRIVACY_LOCAL_ONLY}])
+async def test_what_is_local_only_never_leaves(both: Both, how: dict[str, int]) -> None:
+    answer = await both.app.generate(CLOUD_PROMPT, **how)
+    assert (answer.reason, answer.served_by) == ("local_only", "edge")
+    assert both.cloud.received == []
+
+
+async def test_who_asks_for_the_cloud_gets_it_for_any_prompt(both: Both) -> None:
+    answer = await both.app.generate(EDGE_PROMPT, routing=CLOUD)
+    assert (answer.reason, answer.served_by) == ("cloud_only", "cloud")
+
+
+@pytest.mark.parametrize(
+    ("manner", "words", "charged"),
+    [
+        ("refuse", "too dear", 0),
+        ("break", "broke", ScriptedCloud.PRICE),
+        ("lie", "sha256", ScriptedCloud.PRICE),
+        ("text", "not a PNG", ScriptedCloud.PRICE),
+        ("large", "96x96", ScriptedCloud.PRICE),
+    ],
+)
+async def test_when_the_cloud_fails_the_edge_steps_in_and_the_ledger_learns_the_truth(
+    both: Both, manner: str, words: str, charged: int
+) -> None:
+    spent, _ = await both.app.budget()
+    both.cloud.manner = manner
+    answer = await both.app.generate(CLOUD_PROMPT, seed=2)
+    assert (answer.route, answer.reason, answer.served_by) == ("cloud", "pareto_cloud", "edge")
+    assert answer.result.fallback and words in answer.result.fallback_error
+    assert (answer.result.cost_micro_usd, answer.picture.size) == (0, (64, 64))
+    assert answer.progress[-1].step == answer.progress[-1].steps
+    await until(lambda: nothing_reserved(both.app))
+    assert await both.app.budget() == (spent + charged, 0)
+    # A refusal is known to have cost nothing; for the rest, the cloud is asked.
+    assert len(both.cloud.lookups) == (0 if manner == "refuse" else 1)
+
+
+@pytest.mark.parametrize(
+    ("manner", "code"),
+    [("refuse", "FAILED_PRECONDITION"), ("break", "UNAVAILABLE"), ("lie", "UNAVAILABLE")],
+)
+async def test_who_asked_for_the_cloud_alone_gets_its_error(both: Both, manner: str, code: str) -> None:
+    both.cloud.manner = manner
+    answer = await both.app.generate(CLOUD_PROMPT, routing=CLOUD)
+    assert (answer.code, answer.result) == (code, None)
+
+
+async def test_a_slow_cloud_leaves_the_edge_time_within_the_deadline(both: Both) -> None:
+    both.cloud.manner = "hang"
+    answer = await both.app.generate(CLOUD_PROMPT, timeout=4.0)
+    assert (answer.code, answer.served_by) == ("OK", "edge")
+    assert "not done within" in answer.result.fallback_error
+    await until(lambda: both.cloud.cancelled)
+
+
+async def test_a_caller_who_goes_away_stops_the_cloud_and_what_was_spent_is_found_out(both: Both) -> None:
+    spent, _ = await both.app.budget()
+    both.cloud.manner, cancelled = "hang", both.cloud.cancelled
+    call = both.app.call(CLOUD_PROMPT)
+    await both.app.read(call, until="progress")
+    call.cancel()
+    await until(lambda: both.cloud.cancelled == cancelled + 1)
+    await until(lambda: nothing_reserved(both.app))
+    assert await both.app.budget() == (spent, 0)
+
+
+async def test_callers_who_go_away_at_any_moment_leave_no_reservation(both: Both) -> None:
+    spent, _ = await both.app.budget()
+    calls = []
+    for number in range(12):
+        calls.append(both.app.call(CLOUD_PROMPT, request_id=f"hasty-{number}"))
+        reading = asyncio.create_task(both.app.read(calls[-1]))
+        await asyncio.sleep(0.004 * number)
+        calls[-1].cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+    await until(lambda: nothing_reserved(both.app))
+    made = sum(f"hasty-{number}" in both.cloud.charged for number in range(12))
+    assert await both.app.budget() == (spent + made * ScriptedCloud.PRICE, 0)
+
+
+async def test_a_request_id_is_paid_for_once(both: Both) -> None:
+    first = await both.app.generate(CLOUD_PROMPT, request_id="twice")
+    second = await both.app.generate(CLOUD_PROMPT, request_id="twice")
+    assert (first.served_by, second.code) == ("cloud", "ALREADY_EXISTS")
+    together = await asyncio.gather(
+        *(both.app.generate(CLOUD_PROMPT, request_id="at-once") for _ in range(4))
+    )
+    assert sorted(answer.code for answer in together) == ["ALREADY_EXISTS"] * 3 + ["OK"]
+    assert len(both.cloud.received) == 2
+
+
+async def test_two_apps_may_choose_the_same_id(both: Both) -> None:
+    answers = [await both.app.generate(CLOUD_PROMPT, request_id="one", app=app) for app in ("a", "b")]
+    assert [answer.served_by for answer in answers] == ["cloud", "cloud"]
+    assert [answer.result.request_id for answer in answers] == ["one", "one"]
+    assert len({received.image.request_id for received in both.cloud.received}) == 2
+
+
+async def test_a_callers_own_ceiling_is_what_is_offered_to_the_cloud(both: Both) -> None:
+    await both.app.generate(CLOUD_PROMPT, max_price_micro_usd=7_000)
+    await both.app.generate(CLOUD_PROMPT, max_price_micro_usd=7_000_000)
+    offered = [received.image.max_price_micro_usd for received in both.cloud.received]
+    assert offered == [7_000, CEILING]
+
+
+async def test_32_at_once_against_a_budget_for_5(routed_bundle: Path, digest: str, tmp_path: Path) -> None:
+    async with (
+        scripted_cloud(digest) as cloud,
+        daemon_here(routed_bundle, tmp_path, cloud=cloud.address, budget="0.05") as here,
+    ):
+        cloud.PRICE = CEILING
+        answers = await asyncio.gather(*(here.app.generate(CLOUD_PROMPT) for _ in range(32)))
+        by_cloud = [answer for answer in answers if answer.served_by == "cloud"]
+        by_edge = [answer for answer in answers if answer.served_by == "edge"]
+        assert (len(by_cloud), len(by_edge)) == (5, 27)
+        assert {answer.reason for answer in by_cloud} == {"pareto_cloud"}
+        assert {answer.reason for answer in by_edge} == {"quota_exhausted"}
+        assert sum(cloud.charged.values()) == 5 * CEILING
+        assert await here.app.budget() == (5 * CEILING, 0)
+        assert all(answer.picture.size == (64, 64) for answer in answers)
+        refused = await here.app.generate(CLOUD_PROMPT, routing=CLOUD)
+        assert refused.code == "RESOURCE_EXHAUSTED"
+        assert refused.details["QuotaFailure"].violations[0].subject == "day"
+        assert (await here.app.route(CLOUD_PROMPT)).reason == edge_pb2.DECISION_REASON_QUOTA_EXHAUSTED
+
+
+async def test_edge_prompts_open_no_connection(routed_bundle: Path, digest: str, tmp_path: Path) -> None:
+    async with (
+        scripted_cloud(digest) as cloud,
+        daemon_here(routed_bundle, tmp_path, cloud=cloud.address) as here,
+    ):
+        for _ in range(3):
+            assert (await here.app.generate(EDGE_PROMPT)).reason == "pareto_edge"
+        await here.app.generate(CLOUD_PROMPT, routing=LOCAL)
+        await here.app.route(CLOUD_PROMPT)
+        assert (await here.app.status()).cloud_health == edge_pb2.CLOUD_HEALTH_UNTRIED
+        assert cloud.connections == 0
+        assert (await here.app.generate(CLOUD_PROMPT)).served_by == "cloud"
+        assert cloud.connections == 1  # which shows that the listener counts
+        assert (await here.app.status()).cloud_health == edge_pb2.CLOUD_HEALTH_HEALTHY
+
+
+async def test_another_cloud_model_than_the_calibrations_is_noticed(
+    routed_bundle: Path, tmp_path: Path
+) -> None:
+    async with (
+        scripted_cloud("f" * 64) as cloud,
+        daemon_here(routed_bundle, tmp_path, cloud=cloud.address) as here,
+    ):
+        assert (await here.app.generate(CLOUD_PROMPT)).served_by == "cloud"  # until then nobody could know
+        answer = await here.app.generate(CLOUD_PROMPT)
+        assert (answer.reason, answer.served_by) == ("uncalibrated", "edge")
+        status = await here.app.status()
+        assert not status.calibrated and "edge-export calibrate" in status.advice[0]
+
+
+@pytest.mark.parametrize("where", ["a closed port", "a name that does not resolve"])
+async def test_a_cloud_out_of_reach_is_left_alone_for_a_while(
+    routed_bundle: Path, tmp_path: Path, where: str
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound and not listening: nobody answers there
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        if where != "a closed port":
+            address = "no-such-host.invalid:443"
+        async with daemon_here(routed_bundle, tmp_path, cloud=address, cloud_connect_timeout_s="3") as here:
+            first = await here.app.generate(CLOUD_PROMPT)
+            assert (first.reason, first.served_by, first.result.fallback) == ("pareto_cloud", "edge", True)
+            assert address in first.result.fallback_error
+            assert await here.app.budget() == (0, 0)
+            second = await here.app.generate(CLOUD_PROMPT)
+            assert (second.reason, second.result.fallback) == ("cloud_unavailable", False)
+            assert (await here.app.status()).cloud_health == edge_pb2.CLOUD_HEALTH_UNREACHABLE
+            assert (await here.app.generate(routing=CLOUD)).code == "UNAVAILABLE"
+
+
+@pytest.mark.parametrize(("charged", "spent"), [(True, ScriptedCloud.PRICE), (False, 0)])
+async def test_what_a_crash_left_is_resolved_at_the_next_start(
+    routed_bundle: Path, digest: str, tmp_path: Path, charged: bool, spent: int
+) -> None:
+    ledger = Ledger.open(tmp_path / "quota.sqlite3", (Budget("day", "day", 1_000_000),))
+    ledger.reserve("left", "default", CEILING)
+    ledger.close()
+    async with scripted_cloud(digest) as cloud:
+        if charged:
+            cloud.charged["left"] = ScriptedCloud.PRICE
+        async with daemon_here(routed_bundle, tmp_path, cloud=cloud.address) as here:
+            await until(lambda: nothing_reserved(here.app))
+            assert await here.app.budget() == (spent, 0)
+            assert cloud.lookups == ["left"]
+
+
+async def test_without_a_cloud_what_a_crash_left_stays_spent_and_the_status_says_so(
+    routed_bundle: Path, tmp_path: Path
+) -> None:
+    ledger = Ledger.open(tmp_path / "quota.sqlite3", (Budget("day", "day", 1_000_000),))
+    ledger.reserve("left", "default", CEILING)
+    ledger.close()
+    async with daemon_here(routed_bundle, tmp_path) as here:
+        assert await here.app.budget() == (0, CEILING)
+        status = await here.app.status()
+        assert status.unresolved_reservations == 1
+        assert any("unknown outcome" in advice for advice in status.advice)
+
+
+async def test_a_ledger_that_breaks_keeps_prompts_on_the_edge(
+    routed_bundle: Path, digest: str, tmp_path: Path
+) -> None:
+    async with (
+        scripted_cloud(digest) as cloud,
+        daemon_here(routed_bundle, tmp_path, cloud=cloud.address) as here,
+    ):
+        here.daemon._purchases.ledger.close()
+        answer = await here.app.generate(CLOUD_PROMPT)
+        assert (answer.reason, answer.served_by) == ("quota_exhausted", "edge")
+        assert (await here.app.generate(EDGE_PROMPT)).served_by == "edge"
+        assert (await here.app.generate(routing=CLOUD)).code == "INTERNAL"
+        assert cloud.connections == 0
+
+
+async def test_a_stalled_connection_to_the_cloud_ends_at_the_connection_timeout(
+    routed_bundle: Path, tmp_path: Path
+) -> None:
+    """Something that accepts and never speaks, as a stopped process does."""
+    silent = await asyncio.start_server(lambda *_: asyncio.sleep(3600), "127.0.0.1", 0)
+    address = f"127.0.0.1:{silent.sockets[0].getsockname()[1]}"
+    async with daemon_here(routed_bundle, tmp_path, cloud=address, cloud_connect_timeout_s="1") as here:
+        began = time.monotonic()
+        answer = await here.app.generate(CLOUD_PROMPT)
+        assert (answer.served_by, answer.result.fallback) == ("edge", True)
+        assert time.monotonic() - began < 15
+        assert await here.app.budget() == (0, 0)
+    silent.close()

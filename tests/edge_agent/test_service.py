@@ -1,0 +1,295 @@
+"""The wire of a real daemon on a real socket: what an app gets, and what it is told when it asks for the impossible."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+import pytest_asyncio
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from edge_agent.bundle import Bundle
+from edge_agent.image import PREVIEW_SIDE
+from edge_agent.superiority import METRICS
+from routet2i.edge.v1 import edge_pb2
+from routet2i.image.v1 import image_pb2
+from tests.routed import SLOW_STEPS
+from tests.running import (
+    CLOUD,
+    CLOUD_PROMPT,
+    EDGE_PROMPT,
+    LOCAL,
+    SERVICE,
+    App,
+    Here,
+    daemon_here,
+    until,
+)
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+MAX_QUEUE = 3
+STAGES = {"tokenize", "encode", "predict", "decide", "total"}
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def shared(tmp_path_factory: pytest.TempPathFactory, routed_bundle: Path) -> AsyncIterator[Here]:
+    state = tmp_path_factory.mktemp("state")
+    async with daemon_here(
+        routed_bundle, state, max_queue=MAX_QUEUE, budget="1,0.5/month@kiosk", rate="9/60"
+    ) as here:
+        yield here
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def here(shared: Here) -> AsyncIterator[Here]:
+    """The module's daemon, which has no cloud, with nothing in flight."""
+    yield shared
+    await shared.restless()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def app(here: Here) -> App:
+    return here.app
+
+
+async def test_an_image_comes_as_decision_progress_chunks_and_result(app: App, routed_bundle: Path) -> None:
+    answer = await app.generate(EDGE_PROMPT, seed=7, request_id="mine", guidance_scale=3.0)
+    assert answer.order == ["decision"] + ["progress"] * len(answer.progress) + ["image_chunk", "result"]
+    steps = answer.progress[0].steps
+    assert [progress.step for progress in answer.progress] == list(range(1, steps + 1))
+    assert not any(progress.HasField("preview") for progress in answer.progress)
+    result, info = answer.result, answer.result.image
+    assert (result.request_id, answer.served_by, result.fallback, result.cost_micro_usd) == (
+        "mine",
+        "edge",
+        False,
+        0,
+    )
+    assert (info.width, info.height, info.seed, info.steps, info.guidance_scale) == (64, 64, 7, 4, 3.0)
+    assert info.model_digest == result.edge_model_digest == Bundle.open(routed_bundle).model_digest
+    assert info.total_bytes == len(answer.png)
+    assert answer.picture.size == (64, 64)
+    assert STAGES | {"queue", "denoise", "decode", "png"} <= {timing.stage for timing in result.timings}
+
+
+async def test_the_image_carries_the_facts_of_its_making(app: App, routed_bundle: Path) -> None:
+    answer = await app.generate("a cat, 猫 🐈", seed=3, negative_prompt="a dog")
+    text = answer.picture.text
+    assert text["prompt"] == "a cat, 猫 🐈"
+    assert (text["negative_prompt"], text["seed"], text["steps"], text["route"]) == (
+        "a dog",
+        "3",
+        "4",
+        "edge",
+    )
+    assert (text["reason"], text["model_digest"]) == (answer.reason, Bundle.open(routed_bundle).model_digest)
+    assert text["prs"] == f"{answer.decision.prs:.6f}"
+
+
+async def test_the_same_seed_gives_the_same_file_and_another_seed_another_image(app: App) -> None:
+    once, again, other = [await app.generate(seed=seed) for seed in (5, 5, 6)]
+    assert once.png == again.png
+    assert np.any(np.asarray(once.picture) != np.asarray(other.picture))
+
+
+async def test_a_seed_and_an_id_are_drawn_and_told(app: App) -> None:
+    first, second = await app.generate(), await app.generate()
+    assert first.result.image.seed != second.result.image.seed
+    assert first.result.request_id != second.result.request_id != ""
+    same = await app.generate(seed=first.result.image.seed)
+    assert same.png == first.png
+
+
+async def test_a_decision_explains_itself(app: App, routed_bundle: Path) -> None:
+    decision = await app.route("two dogs on the beach")
+    calibration = Bundle.open(routed_bundle).calibration
+    assert 0 < decision.prs < decision.alpha <= 0.5
+    for qualities in (decision.edge_quality, decision.cloud_quality, decision.tokens[0].pull):
+        assert tuple(quality.name for quality in qualities) == METRICS
+    assert "".join(token.text for token in decision.tokens).replace(" ", "") == "twodogsonthebeach"
+    assert {timing.stage for timing in decision.timings} == STAGES
+    assert [budget.name for budget in decision.quota] == ["day"]
+    assert decision.cloud_model_digest == calibration.cloud_digest
+    assert (decision.calibration_id, decision.prompt_truncated) == (calibration.calibration_id, False)
+
+
+async def test_a_prompt_longer_than_the_model_reads_is_said_to_be_cut(app: App) -> None:
+    decision = await app.route("x" * 500)
+    assert decision.prompt_truncated
+    assert len(decision.tokens) <= 75
+
+
+@pytest.mark.parametrize(
+    ("prompt", "reason"), [(EDGE_PROMPT, "pareto_edge"), (CLOUD_PROMPT, "cloud_unavailable")]
+)
+async def test_the_prompts_are_what_their_names_say(app: App, prompt: str, reason: str) -> None:
+    answer = await app.generate(prompt)
+    assert (answer.reason, answer.route, answer.served_by) == (reason, "edge", "edge")
+
+
+async def test_who_asks_for_the_edge_gets_it(app: App) -> None:
+    assert (await app.generate(CLOUD_PROMPT, routing=LOCAL)).reason == "local_only"
+    assert (await app.generate(CLOUD_PROMPT, privacy=image_pb2.PRIVACY_LOCAL_ONLY)).reason == "local_only"
+
+
+async def test_who_asks_for_a_cloud_that_is_not_configured_is_told_what_to_do(app: App) -> None:
+    answer = await app.generate(routing=CLOUD)
+    assert answer.code == "FAILED_PRECONDITION" and "--cloud" in answer.message
+
+
+async def test_previews_come_when_asked_for(app: App) -> None:
+    answer = await app.generate(preview=True)
+    previews = [progress.preview for progress in answer.progress if progress.HasField("preview")]
+    assert len(previews) == len(answer.progress) - 1  # after the last step comes the image itself
+    assert all(preview.startswith(b"\x89PNG") for preview in previews)
+    assert PREVIEW_SIDE >= 64
+
+
+@pytest.mark.parametrize(
+    ("wish", "field", "words"),
+    [
+        ({"prompt": ""}, "prompt", "empty"),
+        ({"prompt": " \t\n"}, "prompt", "empty"),
+        ({"prompt": "x" * 10_000}, "prompt", "10,000"),
+        ({"prompt": "a\0b"}, "prompt", "U+0000"),
+        ({"prompt": "a\x1bb"}, "prompt", "character 2"),
+        ({"negative_prompt": "a\x07"}, "negative_prompt", "U+0007"),
+        ({"width": 512}, "width", "64x64"),
+        ({"height": 0}, "height", "64x64"),
+        ({"steps": 5}, "steps", "4, 8"),
+        ({"steps": 0}, "steps", "4, 8"),
+        ({"guidance_scale": -1.0}, "guidance_scale", "between"),
+        ({"guidance_scale": float("nan")}, "guidance_scale", "between"),
+        ({"media_type": "image/jpeg"}, "media_type", "image/png"),
+        ({"request_id": "a b"}, "request_id", "letters"),
+        ({"request_id": "x" * 129}, "request_id", "128"),
+        ({"traceparent": "nonsense"}, "traceparent", "W3C"),
+        ({"max_price_micro_usd": -1}, "max_price_micro_usd", "between"),
+        ({"routing": 99}, "routing", "99"),
+        ({"privacy": 99}, "privacy", "99"),
+        ({"routing": CLOUD, "privacy": image_pb2.PRIVACY_LOCAL_ONLY}, "privacy", "exclude"),
+    ],
+)
+async def test_a_bad_field_is_named(app: App, wish: dict[str, object], field: str, words: str) -> None:
+    answer = await app.generate(**{"prompt": EDGE_PROMPT} | wish)
+    assert (answer.code, answer.order) == ("INVALID_ARGUMENT", [])
+    assert answer.field == field and words in answer.message
+
+
+@pytest.mark.parametrize("prompt", ["猫", "🐈‍⬛ and ʼn e\u0301", "a\tb\nc", "عربى", "x" * 2_000])
+async def test_any_text_is_a_prompt(app: App, prompt: str) -> None:
+    answer = await app.generate(prompt, seed=1)
+    assert answer.picture.text["prompt"] == prompt
+
+
+async def test_text_that_is_not_utf_8_is_refused(here: Here) -> None:
+    image = b"\x1a\x02\xed\xa0"  # field 3, the prompt, holding the first half of a surrogate
+    request = b"\x0a" + bytes([len(image)]) + image
+    call = here.app.channel.unary_stream(f"/{SERVICE}/Generate")
+    with pytest.raises(grpc.aio.AioRpcError) as failed:
+        [_ async for _ in call(request, timeout=30)]
+    assert failed.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "UTF-8" in failed.value.details()
+    assert (await here.app.health()) == "SERVING"
+
+
+async def test_the_rest_of_an_image_is_not_kept_here(app: App) -> None:
+    assert (await app.generate(resume_offset=10)).code == "NOT_FOUND"
+
+
+async def test_a_deadline_that_is_past_or_passes_ends_the_work(here: Here) -> None:
+    assert (await here.app.generate(timeout=0.0)).code == "DEADLINE_EXCEEDED"
+    answer = await here.app.generate(steps=SLOW_STEPS, timeout=0.1)
+    assert (answer.code, answer.result) == ("DEADLINE_EXCEEDED", None)
+    await here.restless()  # which fails where the device goes on
+
+
+async def test_a_caller_who_goes_away_frees_the_device_at_the_next_step(here: Here) -> None:
+    calls = [here.app.call(steps=SLOW_STEPS) for _ in range(MAX_QUEUE + 1)]
+    await asyncio.gather(*(here.app.read(call, until="decision") for call in calls))
+    for call in calls:
+        call.cancel()
+    await here.restless()
+    assert here.daemon._agent.device.waiting == 0
+    assert (await here.app.generate()).code == "OK"
+
+
+async def test_beyond_the_queue_callers_are_told_when_to_come_back(here: Here) -> None:
+    answers = await asyncio.gather(*(here.app.generate(steps=SLOW_STEPS) for _ in range(MAX_QUEUE + 5)))
+    refused = [answer for answer in answers if answer.code != "OK"]
+    assert len(refused) == 4
+    for answer in refused:
+        assert answer.code == "RESOURCE_EXHAUSTED"
+        assert answer.details["RetryInfo"].retry_delay.ToMilliseconds() > 0
+        assert "QuotaFailure" not in answer.details
+    positions = sorted(answer.result.queue_position for answer in answers if answer.code == "OK")
+    assert positions == list(range(MAX_QUEUE + 1))
+
+
+async def test_a_decision_does_not_wait_for_the_images_before_it(here: Here) -> None:
+    calls = [here.app.call(steps=SLOW_STEPS) for _ in range(MAX_QUEUE)]
+    await asyncio.gather(*(here.app.read(call, until="progress") for call in calls[:1]))
+    assert (await here.app.route()).route == edge_pb2.ROUTE_EDGE
+    assert here.daemon._agent.device.images > 0
+    for call in calls:
+        call.cancel()
+
+
+async def test_quota_tells_budgets_and_rates(app: App) -> None:
+    everything, kiosk = await app.quota(), await app.quota("kiosk")
+    assert [budget.name for budget in everything.budgets] == ["day", "month@kiosk"]
+    assert [budget.app for budget in kiosk.budgets] == ["", "kiosk"]
+    first = everything.budgets[0]
+    assert (first.cap_micro_usd, first.spent_micro_usd, first.reserved_micro_usd) == (1_000_000, 0, 0)
+    assert (everything.rates[0].max_calls, everything.rates[0].per_seconds) == (9, 60.0)
+
+
+async def test_models_and_status_tell_what_runs(app: App, routed_bundle: Path) -> None:
+    bundle = Bundle.open(routed_bundle)
+    edge, cloud = (await app.stub.ListModels(edge_pb2.ListModelsRequest(), timeout=30)).models
+    assert (edge.name, edge.licence, edge.digest) == ("miniature", "Apache-2.0", bundle.model_digest)
+    assert (edge.width, edge.height, edge.default_steps) == (64, 64, 4)
+    assert list(edge.steps) == [4, 8, SLOW_STEPS]
+    assert (cloud.side, cloud.digest) == (edge_pb2.ROUTE_CLOUD, bundle.calibration.cloud_digest)
+    status = await app.status()
+    assert (status.calibrated, status.routing_rate, status.max_queue) == (True, 0.5, MAX_QUEUE)
+    assert status.alpha == pytest.approx(bundle.calibration.alpha(0.5))
+    assert status.cloud_health == edge_pb2.CLOUD_HEALTH_NOT_CONFIGURED
+    assert any("--cloud" in advice for advice in status.advice)
+
+
+async def test_reflection_lists_the_services_and_health_serves(app: App) -> None:
+    stub = reflection_pb2_grpc.ServerReflectionStub(app.channel)
+    request = reflection_pb2.ServerReflectionRequest(list_services="")
+    answers = [answer async for answer in stub.ServerReflectionInfo(iter([request]), timeout=30)]
+    names = {service.name for service in answers[0].list_services_response.service}
+    assert {SERVICE, "grpc.health.v1.Health"} <= names
+    assert await app.health() == await app.health("") == "SERVING"
+
+
+async def test_only_the_apps_in_the_settings_may_call(routed_bundle: Path, tmp_path: Path) -> None:
+    async with daemon_here(routed_bundle, tmp_path, apps="kiosk,camera", png_facts="off") as here:
+        refused = await here.app.generate(app="stranger")
+        assert refused.code == "PERMISSION_DENIED" and "stranger" in refused.message
+        answer = await here.app.generate(app="kiosk")
+        assert answer.picture.text == {}  # the setting turns the facts off
+
+
+async def test_a_bundle_without_a_calibration_does_not_route(miniature_bundle: Path, tmp_path: Path) -> None:
+    async with daemon_here(miniature_bundle, tmp_path, cloud="127.0.0.1:9") as here:
+        answer = await here.app.generate(CLOUD_PROMPT)
+        assert (answer.reason, answer.served_by, answer.decision.HasField("prs")) == (
+            "uncalibrated",
+            "edge",
+            False,
+        )
+        assert "prs" not in answer.picture.text
+        assert (await here.app.generate(routing=CLOUD)).code == "FAILED_PRECONDITION"
+        status = await here.app.status()
+        assert not status.calibrated and "edge-export" in status.advice[0]
+        await until(lambda: here.daemon._agent.device.images == 0)

@@ -1,0 +1,398 @@
+"""What the edge's tests run and call: daemons in this process and in their own, an app's client, a scripted cloud."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from PIL import Image
+
+from edge_agent.daemon import Daemon
+from edge_agent.settings import resolve
+from routet2i.cloud.v1 import cloud_pb2, cloud_pb2_grpc
+from routet2i.edge.v1 import edge_pb2, edge_pb2_grpc
+from routet2i.image.v1 import image_pb2
+
+ROOT = Path(__file__).parents[1]
+SERVICE = "routet2i.edge.v1.EdgeAgentService"
+DETAILS = (error_details_pb2.BadRequest, error_details_pb2.QuotaFailure, error_details_pb2.RetryInfo)
+LOCAL, CLOUD = edge_pb2.ROUTING_LOCAL_ONLY, edge_pb2.ROUTING_CLOUD_ONLY
+
+# With the predictor of random weights that tests.routed makes: PRS 0.4946 and 0.4761, alpha 0.4927 at a routing
+# rate of one half. test_the_prompts_are_what_their_names_say fails where that changes.
+EDGE_PROMPT, CLOUD_PROMPT = "a cat", "two dogs on the beach"
+
+
+@dataclass
+class Answer:
+    """A Generate stream, read to its end, good or bad."""
+
+    decision: edge_pb2.Decision | None = None
+    progress: list[image_pb2.Progress] = field(default_factory=list)
+    chunks: list[image_pb2.ImageChunk] = field(default_factory=list)
+    result: edge_pb2.Result | None = None
+    order: list[str] = field(default_factory=list)
+    code: str = "OK"
+    message: str = ""
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def take(self, response: edge_pb2.GenerateResponse) -> str:
+        kind: str = response.WhichOneof("event")
+        self.order.append(kind)
+        value = getattr(response, kind)
+        if kind in ("decision", "result"):
+            setattr(self, kind, value)
+        else:
+            (self.progress if kind == "progress" else self.chunks).append(value)
+        return kind
+
+    def fail(self, error: grpc.aio.AioRpcError) -> None:
+        self.code, self.message = error.code().name, error.details() or ""
+        for key, value in error.trailing_metadata() or ():
+            if key == "grpc-status-details-bin":
+                for packed in status_pb2.Status.FromString(value).details:
+                    for kind in DETAILS:
+                        if packed.Is(kind.DESCRIPTOR):
+                            self.details[kind.DESCRIPTOR.name] = kind.FromString(packed.value)
+
+    @property
+    def png(self) -> bytes:
+        return b"".join(chunk.data for chunk in self.chunks)
+
+    @property
+    def picture(self) -> Image.Image:
+        """The image, once its hash has been compared with the result's."""
+        assert self.result is not None, (self.code, self.message)
+        assert hashlib.sha256(self.png).hexdigest() == self.result.image.sha256
+        picture = Image.open(io.BytesIO(self.png))
+        picture.load()
+        return picture
+
+    @property
+    def reason(self) -> str:
+        assert self.decision is not None, (self.code, self.message)
+        return edge_pb2.DecisionReason.Name(self.decision.reason).removeprefix("DECISION_REASON_").lower()
+
+    @property
+    def route(self) -> str:
+        assert self.decision is not None, (self.code, self.message)
+        return edge_pb2.Route.Name(self.decision.route).removeprefix("ROUTE_").lower()
+
+    @property
+    def served_by(self) -> str:
+        assert self.result is not None, (self.code, self.message)
+        return edge_pb2.Route.Name(self.result.served_by).removeprefix("ROUTE_").lower()
+
+    @property
+    def field(self) -> str:
+        """The bad field that the error names."""
+        name: str = self.details["BadRequest"].field_violations[0].field
+        return name
+
+
+class App:
+    """An app on the device: a channel to a daemon and what it calls."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self.channel = channel
+        self.stub: Any = edge_pb2_grpc.EdgeAgentServiceStub(channel)
+
+    def call(
+        self,
+        prompt: str = EDGE_PROMPT,
+        routing: int = 0,
+        timeout: float | None = 60.0,
+        preview: bool = False,
+        **image: Any,
+    ) -> Any:
+        """Opens a Generate stream."""
+        request = edge_pb2.GenerateRequest(
+            image=image_pb2.ImageRequest(prompt=prompt, **image), routing=routing, preview=preview
+        )
+        return self.stub.Generate(request, timeout=timeout)
+
+    async def generate(self, prompt: str = EDGE_PROMPT, **how: Any) -> Answer:
+        return await self.read(self.call(prompt, **how))
+
+    async def read(self, call: Any, until: str = "") -> Answer:
+        """Reads to the end, or up to the first event of the kind `until`."""
+        answer = Answer()
+        try:
+            async for response in call:
+                if answer.take(response) == until:
+                    break
+        except grpc.aio.AioRpcError as error:
+            answer.fail(error)
+        return answer
+
+    async def route(self, prompt: str = EDGE_PROMPT, routing: int = 0, **image: Any) -> edge_pb2.Decision:
+        request = edge_pb2.RouteRequest(image=image_pb2.ImageRequest(prompt=prompt, **image), routing=routing)
+        return (await self.stub.Route(request, timeout=30)).decision
+
+    async def quota(self, app: str = "") -> Any:
+        return await self.stub.GetQuota(edge_pb2.GetQuotaRequest(app=app), timeout=30)
+
+    async def budget(self) -> tuple[int, int]:
+        """What the first budget has spent and reserved, in micro-dollars."""
+        first = (await self.quota()).budgets[0]
+        return first.spent_micro_usd, first.reserved_micro_usd
+
+    async def status(self) -> edge_pb2.GetStatusResponse:
+        return await self.stub.GetStatus(edge_pb2.GetStatusRequest(), timeout=30)
+
+    async def health(self, service: str = SERVICE) -> str:
+        stub: Any = health_pb2_grpc.HealthStub(self.channel)
+        response = await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=30)
+        return health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)
+
+
+@dataclass
+class Here:
+    """A daemon in this process, and an app of it."""
+
+    daemon: Daemon
+    app: App
+
+    async def restless(self) -> None:
+        """Returns once nothing is in flight and the device is free."""
+        await self.daemon._service.idle()
+        agent = self.daemon._agent
+        await until(lambda: agent is not None and agent.device.images == 0)
+
+
+@asynccontextmanager
+async def daemon_here(bundle: Path, state: Path, **settings: Any) -> AsyncIterator[Here]:
+    """A daemon in this process on a real socket, ready to serve, with a budget of $1 a day and cents as prices."""
+    flags = {"listen": "127.0.0.1:0", "threads": "1", "grace_s": "20"}
+    flags |= {"bundle": str(bundle), "state": str(state)}
+    daemon = Daemon(resolve(flags | {name: str(value) for name, value in settings.items()}, {}))
+    await daemon.startup()
+    serving = asyncio.create_task(daemon.serve())
+    try:
+        async with grpc.aio.insecure_channel(daemon.address) as channel:
+            await until(lambda: daemon._service.agent is not None or serving.done())
+            if serving.done():
+                serving.result()
+            yield Here(daemon, App(channel))
+    finally:
+        daemon.stop()
+        daemon.stop()  # no need to wait for what a failed test left
+        await asyncio.gather(serving, return_exceptions=True)
+        await daemon.shutdown()
+
+
+async def until(holds: Callable[[], Any], timeout_s: float = 60.0) -> None:
+    """Waits until `holds` returns something true, or awaits to it."""
+    end = time.monotonic() + timeout_s
+    while True:
+        found = holds()
+        if isinstance(found, Awaitable):
+            found = await found
+        if found:
+            return
+        assert time.monotonic() < end, "it did not come true"
+        await asyncio.sleep(0.02)
+
+
+class Process:
+    """`edge-agent serve`, or `cloud-server serve`, as a process of its own."""
+
+    def __init__(self, package: str, folder: Path, *flags: str | Path, **environment: str) -> None:
+        self.folder = folder
+        self.log = folder / f"{package}-{time.monotonic_ns()}.log"
+        command = [sys.executable, "-m", package, "serve", "--log-format", "json", *map(str, flags)]
+        with self.log.open("wb") as file:
+            self.popen = subprocess.Popen(
+                command, stdout=file, stderr=file, cwd=folder, env=process_environment(folder, **environment)
+            )
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text()
+
+    @property
+    def calls(self) -> list[dict[str, Any]]:
+        """The log lines of calls."""
+        lines = [json.loads(line) for line in self.text.splitlines() if line.startswith("{")]
+        return [line for line in lines if line["event"] == "call"]
+
+    def wait_for(self, event: str, timeout_s: float = 90.0) -> dict[str, Any]:
+        """Waits for the log line of `event`."""
+        end = time.monotonic() + timeout_s
+        while True:
+            for line in self.text.splitlines():
+                if line.startswith("{") and json.loads(line)["event"] == event:
+                    found: dict[str, Any] = json.loads(line)
+                    return found
+            assert self.popen.poll() is None, self.text
+            assert time.monotonic() < end, self.text
+            time.sleep(0.02)
+
+    def stop(self, number: int = signal.SIGTERM, timeout_s: float = 60.0) -> int:
+        """Sends the signal; returns the exit code."""
+        self.popen.send_signal(number)
+        return self.popen.wait(timeout_s)
+
+    def kill(self) -> None:
+        self.popen.kill()
+        self.popen.wait()
+
+
+def process_environment(folder: Path, **extra: str) -> dict[str, str]:
+    """Of a program under test: settings only from `extra`, homes and sockets under `folder`."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("EDGE_AGENT_", "CLOUD_SERVER_"))
+    }
+    paths = {"HOME": folder, "XDG_STATE_HOME": folder / "state", "XDG_RUNTIME_DIR": folder}
+    return kept | {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'protos'}",
+        "OMP_NUM_THREADS": "1",
+        **{name: str(path) for name, path in paths.items()},
+        **extra,
+    }
+
+
+def short_folder() -> Path:
+    """A folder whose path leaves room for a socket's name, whatever pytest's own folders are called."""
+    return Path(tempfile.mkdtemp(prefix="edge-"))
+
+
+class ScriptedCloud(cloud_pb2_grpc.CloudServerServiceServicer):
+    """A cloud server without a model, which keeps honest books and misbehaves as a test tells it to.
+
+    `manner` is honest, refuse, break (after some progress), hang (the same, and then nothing), lie (about the hash),
+    text (which is no image) or large (an image of another size).
+    """
+
+    PRICE = 5_000
+
+    def __init__(self, digest: str) -> None:
+        self.digest = digest
+        self.manner = "honest"
+        self.received: list[cloud_pb2.GenerateRequest] = []
+        self.metadata: list[dict[str, Any]] = []
+        self.lookups: list[str] = []
+        self.charged: dict[str, int] = {}  # for each request id that was charged
+        self.cancelled = 0
+        self.connections = 0
+        self.address = ""
+
+    async def Generate(self, request: cloud_pb2.GenerateRequest, context: Any) -> None:
+        self.received.append(request)
+        self.metadata.append(dict(context.invocation_metadata() or ()))
+        wish = request.image
+        if self.manner == "refuse":
+            status = status_pb2.Status(code=grpc.StatusCode.FAILED_PRECONDITION.value[0], message="too dear")
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "too dear",
+                (("grpc-status-details-bin", status.SerializeToString()),),
+            )
+        accepted = cloud_pb2.Accepted(charged_micro_usd=self.PRICE, model_digest=self.digest)
+        await context.write(cloud_pb2.GenerateResponse(accepted=accepted))
+        for step in (1, 2, 3):
+            await context.write(
+                cloud_pb2.GenerateResponse(progress=image_pb2.Progress(step=step, steps=3, preview=None))
+            )
+        try:
+            if self.manner == "hang":
+                await asyncio.sleep(3600)
+            if self.manner == "break":
+                self.charged[wish.request_id] = self.PRICE  # it was made; only the way back broke
+                await context.abort(grpc.StatusCode.INTERNAL, "the server broke")
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        png = b"not an image at all" if self.manner == "text" else self.image(wish)
+        self.charged[wish.request_id] = self.PRICE
+        sha256 = hashlib.sha256(png if self.manner != "lie" else b"another").hexdigest()
+        for start in range(0, len(png), 65_536):
+            chunk = image_pb2.ImageChunk(offset=start, data=png[start : start + 65_536])
+            await context.write(cloud_pb2.GenerateResponse(image_chunk=chunk))
+        info = image_pb2.ImageInfo(
+            sha256=sha256,
+            total_bytes=len(png),
+            width=wish.width,
+            height=wish.height,
+            seed=wish.seed,
+            steps=3,
+            guidance_scale=3.0,
+            model_digest=self.digest,
+        )
+        await context.write(
+            cloud_pb2.GenerateResponse(
+                result=cloud_pb2.Result(request_id=wish.request_id, image=info, charged_micro_usd=self.PRICE)
+            )
+        )
+
+    async def LookupGeneration(
+        self, request: cloud_pb2.LookupGenerationRequest, context: Any
+    ) -> cloud_pb2.LookupGenerationResponse:
+        self.lookups.append(request.request_id)
+        charged = self.charged.get(request.request_id)
+        state = "GENERATION_STATE_UNKNOWN" if charged is None else "GENERATION_STATE_FINISHED"
+        return cloud_pb2.LookupGenerationResponse(
+            request_id=request.request_id,
+            state=cloud_pb2.GenerationState.Value(state),
+            charged=charged is not None,
+            charged_micro_usd=charged or 0,
+        )
+
+    def image(self, wish: image_pb2.ImageRequest) -> bytes:
+        side = 32 if self.manner == "large" else 0
+        pixels = np.random.default_rng(wish.seed).integers(
+            0, 256, (wish.height + side, wish.width + side, 3), dtype=np.uint8
+        )
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        return file.getvalue()
+
+
+@asynccontextmanager
+async def scripted_cloud(digest: str) -> AsyncIterator[ScriptedCloud]:
+    """The scripted cloud on a real socket, behind a listener that counts the connections made to it."""
+    cloud = ScriptedCloud(digest)
+    server = grpc.aio.server()
+    cloud_pb2_grpc.add_CloudServerServiceServicer_to_server(cloud, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            while data := await reader.read(65_536):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        cloud.connections += 1
+        with suppress(OSError):
+            there_reader, there_writer = await asyncio.open_connection("127.0.0.1", port)
+            await asyncio.gather(pump(reader, there_writer), pump(there_reader, writer))
+
+    listener = await asyncio.start_server(forward, "127.0.0.1", 0)
+    cloud.address = f"127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+    try:
+        yield cloud
+    finally:
+        listener.close()
+        await server.stop(None)
