@@ -1,0 +1,149 @@
+"""Flags beat the environment, the environment beats the file, and docs/settings.md has them all."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_agent.__main__ import main
+from edge_agent.errors import StartRefused
+from edge_agent.quota import Budget, Rate
+from edge_agent.settings import Settings, default_address, flag, parse_dollars, resolve, variable
+from tests.running import ROOT
+
+NAMES = [setting.name for setting in fields(Settings)]
+
+
+def test_flags_beat_the_environment_and_the_environment_beats_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "edge.toml"
+    file.write_text('routing_rate = 0.1\nmax_queue = 1\nbudget = ["1", "20/month"]\npng_facts = false\n')
+    environment = {
+        "EDGE_AGENT_ROUTING_RATE": "0.2",
+        "EDGE_AGENT_MAX_QUEUE": "2",
+        "EDGE_AGENT_CONFIG": str(file),
+    }
+    settings = resolve({"routing_rate": "0.3"}, environment)
+    assert (settings.routing_rate, settings.max_queue, settings.png_facts) == (0.3, 2, False)
+    assert [budget.name for budget in settings.budget] == ["day", "month"]
+    assert settings.grace_s == Settings().grace_s
+
+
+def test_budgets_and_rates_have_one_grammar() -> None:
+    settings = resolve({"budget": "1, 0.2/hour, 20/month, 0.5/day@kiosk", "rate": "10/60,2/1.5"}, {})
+    assert settings.budget == (
+        Budget("day", "day", 1_000_000),
+        Budget("hour", "hour", 200_000),
+        Budget("month", "month", 20_000_000),
+        Budget("day@kiosk", "day", 500_000, "kiosk"),
+    )
+    assert settings.rate == (Rate("rate 10/60", 10, 60.0), Rate("rate 2/1.5", 2, 1.5))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("listen", "0.0.0.0:50051", "loopback"),
+        ("listen", "192.168.1.7:50051", "loopback"),
+        ("listen", "example.com:50051", "loopback"),
+        ("listen", "50051", "HOST:PORT"),
+        ("listen", "localhost:http", "HOST:PORT"),
+        ("listen", "unix:", "path"),
+        ("listen", "unix:/" + "x" * 200, "107"),
+        ("cloud", "example.com", "HOST:PORT"),
+        ("routing_rate", "1.5", "between 0 and 1"),
+        ("routing_rate", "half", "between 0 and 1"),
+        ("budget", "1/week", "hour, day, month, total"),
+        ("budget", "one", "US dollars"),
+        ("budget", "-1", "US dollars"),
+        ("budget", "1,2/day", "two budgets"),
+        ("max_price", "0.0000001", "six decimals"),
+        ("max_price", "NaN", "US dollars"),
+        ("rate", "10", "CALLS/SECONDS"),
+        ("rate", "10/0", "above 0"),
+        ("max_queue", "-1", "whole number"),
+        ("max_queue", "1.5", "whole number"),
+        ("grace_s", "inf", "seconds"),
+        ("png_facts", "perhaps", "true or false"),
+        ("log_format", "xml", "text or json"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_place_and_what_it_may_be(
+    name: str, value: str, words: str
+) -> None:
+    for flags, environment, where in (
+        ({name: value}, {}, flag(name)),
+        ({}, {variable(name): value}, variable(name)),
+    ):
+        with pytest.raises(StartRefused) as refused:
+            resolve(flags, environment)
+        assert where in refused.value.message and words in refused.value.message
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("routing-rate = 0.5", "did you mean routing_rate"),
+        ("whatever = 1", "there are listen"),
+        ("routing_rate = ", "cannot read"),
+        ("routing_rate = {a = 1}", "routing_rate in"),
+        ("max_queue = [[1]]", "max_queue in"),
+    ],
+)
+def test_a_wrong_file_is_refused(tmp_path: Path, content: str, words: str) -> None:
+    file = tmp_path / "edge.toml"
+    file.write_text(content)
+    with pytest.raises(StartRefused, match=words):
+        resolve({"config": str(file)}, {})
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StartRefused, match="cannot read"):
+        resolve({"config": str(tmp_path / "none.toml")}, {})
+
+
+@pytest.mark.parametrize(
+    ("text", "micro_usd"), [("1", 1_000_000), ("0.01", 10_000), ("$0.000001", 1), ("0", 0), ("1e-3", 1_000)]
+)
+def test_dollars_become_whole_micro_dollars(text: str, micro_usd: int) -> None:
+    assert parse_dollars(text) == micro_usd
+
+
+def test_the_default_socket_lies_in_a_folder_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/7")
+    assert default_address() == "unix:/run/user/7/edge-agent/agent.sock"
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_address() == f"unix:{tmp_path}/.local/state/routet2i/edge-agent/socket/agent.sock"
+
+
+def _rows() -> dict[str, str]:
+    text = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    section = text.split("\n## edge-agent\n")[1].split("\n## ")[0]
+    return {line.split("`")[1]: line for line in section.splitlines() if line.startswith("| `")}
+
+
+@pytest.mark.parametrize("setting", fields(Settings), ids=NAMES)
+def test_every_setting_is_documented_with_its_default(setting: Any) -> None:
+    assert setting.name in _rows(), f"docs/settings.md has no row for {setting.name}"
+    default = setting.metadata["default"]
+    if default:
+        assert _rows()[setting.name].split("|")[2].strip() == f"`{default}`"
+
+
+def test_every_documented_setting_exists() -> None:
+    assert list(_rows()) == NAMES
+
+
+def test_help_shows_every_flag_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["serve", "--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert [name for name in NAMES if flag(name) not in text] == []
+    assert "examples:" in text
