@@ -10,6 +10,7 @@ stage() { .venv/bin/edge-export starter "$@"; }
 stage autoencoder &
 stage judge &
 wait
+stage decoder
 stage cloud &
 while [ ! -f runs/starter/latents.pt ]; do sleep 5; done # the cloud's run encodes the scenes for both
 stage edge &

@@ -5,6 +5,7 @@ whole takes some hours, most of it the cloud model; on a GPU minutes. Stages, in
 
   sprites        cut the sprites out of the font (they are committed; needed only to change them)
   autoencoder    train the autoencoder both models share
+  decoder        train its decoder on, alone
   judge          train the judge
   edge, cloud    train the two text-to-image models
   install        copy finished weights to where they ship from, with their model cards
@@ -42,8 +43,10 @@ def install(work: Path) -> int:
     for name, place in places.items():
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(work / name / "model", place)
-    write_card(read_records(work, ("autoencoder", "edge", "judge")), STARTER_EDGE.parent / "README.md")
-    write_card(read_records(work, ("autoencoder", "cloud")), STARTER_CLOUD / "README.md")
+    write_card(
+        read_records(work, ("autoencoder", "decoder", "edge", "judge")), STARTER_EDGE.parent / "README.md"
+    )
+    write_card(read_records(work, ("autoencoder", "decoder", "cloud")), STARTER_CLOUD / "README.md")
     return 0
 
 
@@ -86,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     training = ["--work", str(work), *(["--seconds", str(options.seconds)] if options.seconds else [])]
 
     stages: dict[str, Callable[[], int]] = {
-        "autoencoder": lambda: autoencoder.main([*training, *rest]),
+        "autoencoder": lambda: autoencoder.main(["autoencoder", *training, *rest]),
+        "decoder": lambda: autoencoder.main(["decoder", *training, *rest]),
         "judge": lambda: judge.main([*training, *rest]),
         "edge": lambda: denoiser.main(["edge", *training, *rest]),
         "cloud": lambda: denoiser.main(["cloud", *training, *rest]),

@@ -1,5 +1,7 @@
 """Stage 1: an autoencoder between 64 x 64 pictures and 4 x 16 x 16 latents, for both denoisers.
 
+First all of it is trained, then the decoder goes on alone: latents stay as they are, pictures get sharper.
+
 An ``AutoencoderKL`` of factor 4. Its width halves at every doubling of resolution, so that all three levels cost
 the same and nothing wide runs at full resolution.
 """
@@ -19,6 +21,8 @@ from export.starter.training import UNFINISHED, Run, write_record
 from export.starter.world import render, sample_scenes
 
 STEPS, BATCH, LEARNING_RATE, SEED = 2100, 32, 2e-3, 1
+DECODER_STEPS, DECODER_LEARNING_RATE = 1000, 1.5e-3
+LATENT_NOISE = 0.05  # standard deviation, of latents of about unit variance
 KL_WEIGHT = 1e-6  # enough to keep latents near a unit Gaussian, too little to blur
 EDGE_WEIGHT = 1.0  # of the difference between neighbouring pixels: sharp outlines are what makes an emoji
 
@@ -54,8 +58,9 @@ def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Ten
     )
 
 
-def train(folder: Path, *, steps: int = STEPS, seconds: float | None = None) -> bool:
-    """Train or go on training; True when done, and then ``folder/model`` holds the autoencoder."""
+def train(work: Path, *, steps: int = STEPS, seconds: float | None = None) -> bool:
+    """Train or go on training; True when done, and then ``work/autoencoder/model`` holds the autoencoder."""
+    folder = work / "autoencoder"
     torch.manual_seed(SEED)
     run = Run(
         folder,
@@ -77,25 +82,65 @@ def train(folder: Path, *, steps: int = STEPS, seconds: float | None = None) -> 
     if not run.train(loss_of_batch):
         return False
     model = run.averaged_model()
-    with torch.no_grad():
-        images = pictures("generators", 256, seed=7).to(run.device)
-        latents = model.encode(images).latent_dist.mean
-        held_out = pictures("validation", 256, seed=8).to(run.device)
-        restored = model.decode(model.encode(held_out).latent_dist.mean).sample.clamp(-1, 1)
+    with torch.inference_mode():
+        latents = model.encode(pictures("generators", 256, seed=7).to(run.device)).latent_dist.mean
     # Denoisers are trained on latents of unit variance; pipelines divide by this factor before decoding.
     model.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
-    psnr = 10 * torch.log10(4 / F.mse_loss(restored, held_out)).item()
-    print(f"autoencoder: {psnr:.2f} dB on held-out scenes")
     model.save_pretrained(folder / "model")
-    write_record(folder, run.record() | {"held_out_psnr_db": round(psnr, 2)})
+    write_record(folder, run.record() | {"held_out_psnr_db": held_out_psnr(model)})
     return True
+
+
+def train_decoder(work: Path, *, steps: int = DECODER_STEPS, seconds: float | None = None) -> bool:
+    """Train the decoder on, alone; True when done, and then ``work/decoder/model`` holds the whole autoencoder."""
+    folder = work / "decoder"
+    torch.manual_seed(SEED)
+    model = AutoencoderKL.from_pretrained(work / "autoencoder" / "model")
+    model.encoder.requires_grad_(False)
+    model.quant_conv.requires_grad_(False)
+    run = Run(
+        folder,
+        model,
+        steps=steps,
+        batch=BATCH,
+        learning_rate=DECODER_LEARNING_RATE,
+        seed=SEED,
+        seconds=seconds,
+    )
+
+    def loss_of_batch(step: int) -> torch.Tensor:
+        images = pictures("generators", BATCH, seed=SEED * 2_000_000 + step).to(run.device)
+        with torch.no_grad():
+            latents = run.model.encode(images).latent_dist.mean
+        # A denoiser's latents are never quite right; a decoder that expects it does not turn that into specks.
+        generator = torch.Generator(run.device).manual_seed(step)
+        noise = torch.randn(latents.shape, generator=generator, device=run.device)
+        return reconstruction_loss(run.model.decode(latents + LATENT_NOISE * noise).sample, images)
+
+    if not run.train(loss_of_batch):
+        return False
+    model = run.averaged_model()
+    model.save_pretrained(folder / "model")
+    write_record(folder, run.record() | {"held_out_psnr_db": held_out_psnr(model)})
+    return True
+
+
+def held_out_psnr(model: AutoencoderKL) -> float:
+    """Peak signal-to-noise ratio in dB of 256 reconstructed pictures of held-out scenes."""
+    images = pictures("validation", 256, seed=8).to(model.device)
+    with torch.inference_mode():
+        restored = model.decode(model.encode(images).latent_dist.mean).sample.clamp(-1, 1)
+    psnr = round(10 * torch.log10(4 / F.mse_loss(restored, images)).item(), 2)
+    print(f"autoencoder: {psnr} dB on held-out scenes")
+    return psnr
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The stage's command; 0 when done, UNFINISHED when the next call has to go on."""
     parser = argparse.ArgumentParser(prog="edge-export starter autoencoder", description=__doc__)
+    parser.add_argument("stage", choices=("autoencoder", "decoder"))
     parser.add_argument("--work", type=Path, default=Path("runs/starter"), help="folder of checkpoints")
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--steps", type=int, help="training steps (default: the recipe's)")
     parser.add_argument("--seconds", type=float, help="stop after this long; the next call goes on")
     options = parser.parse_args(argv)
     return (

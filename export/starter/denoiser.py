@@ -131,7 +131,7 @@ def train(work: Path, size: Size, *, steps: int | None = None, seconds: float | 
     """Train or go on training ``size``; True when done, and then ``work/<name>/model`` holds the pipeline."""
     folder = work / size.name
     folder.mkdir(parents=True, exist_ok=True)
-    autoencoder = AutoencoderKL.from_pretrained(work / "autoencoder" / "model").eval()
+    autoencoder = AutoencoderKL.from_pretrained(work / "decoder" / "model").eval()
     if torch.cuda.is_available():
         autoencoder.to("cuda")
     tokenizer = train_tokenizer(folder / "tokenizer")
@@ -196,6 +196,7 @@ def write_pipeline(
         "licence": "Apache-2.0",
         "width": 64,
         "height": 64,
+        "sizes": [[64, 64]],
         "steps": size.inference_steps,
         "guidance_scale": size.guidance_scale,
     }
