@@ -1,0 +1,110 @@
+"""`make bench`: the project's numbers, as ratios measured in one run.
+
+    python deploy/bench [--only ROW] [--bundle DIR] [--model DIR] [--out bench-out] [--quick]
+
+Ours and theirs take turns, each in a process that is alive all the while, and every ratio is one of a pair measured
+one right after the other: what else the machine does then weighs on both alike. No number here is a test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+
+import decision
+import headroom
+import images
+import imports
+import machine
+import overhead
+import report
+from edge_agent.bundle import Bundle
+from edge_agent.errors import BundleError
+from edge_agent.settings import STARTER
+from errors import BenchError
+from plan import Plan
+from row import Row
+
+ROOT = Path(__file__).resolve().parents[2]
+STARTER_WEIGHTS = ROOT / "export" / "starter" / "weights" / "edge"
+PIPE_WIDTH = 180  # characters, where no terminal says how many there are
+
+GROUPS: dict[str, Callable[[Plan], list[Row]]] = {
+    decision.GROUP: decision.rows,
+    overhead.GROUP: overhead.rows,
+    images.OPTIMUM: images.against_optimum,
+    images.DIFFUSERS: images.against_diffusers,
+    imports.GROUP: imports.rows,
+    headroom.GROUP: headroom.rows,
+}
+"""The rows that are measured together, by the name that --only takes."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 when everything was measured that was asked for, met or not; 1 when a row could not be; 2 on bad usage."""
+    parser = argparse.ArgumentParser(prog="bench", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument(
+        "--only",
+        action="append",
+        choices=GROUPS,
+        metavar="ROW",
+        help=f"one of {', '.join(GROUPS)}; may repeat",
+    )
+    parser.add_argument("--bundle", type=Path, default=STARTER, metavar="DIR", help="default: the starter")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=STARTER_WEIGHTS,
+        metavar="DIR",
+        help="diffusers folder with the bundle's weights; default: the starter's",
+    )
+    parser.add_argument(
+        "--evaluation",
+        type=Path,
+        default=Path("evaluation.json"),
+        metavar="FILE",
+        help="what `edge-export evaluate` wrote (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("bench-out"), metavar="DIR", help="default: %(default)s"
+    )
+    parser.add_argument("--quick", action="store_true", help="few repetitions: tries the machinery")
+    options = parser.parse_args(argv)
+    try:
+        bundle = Bundle.open(options.bundle)
+    except BundleError as error:
+        print(f"bench: {error.message}", file=sys.stderr)
+        return 2
+
+    plan = Plan.of(options.bundle, options.model, options.evaluation, quick=options.quick)
+    facts = {"machine": machine.facts(), "bundle": _bundle_facts(bundle), "quick": options.quick}
+    progress = Console(stderr=True)
+    rows: list[Row] = []
+    failed = False
+    for name in options.only or GROUPS:
+        with progress.status(f"measuring {name}"):
+            try:
+                rows += GROUPS[name](plan)
+            except BenchError as error:
+                failed = True
+                rows.append(Row.missing(name, name, str(error)))
+    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(report.table(rows))
+    written = report.write(options.out, rows, facts)
+    print(f"written to {', '.join(map(str, written))}")
+    return 1 if failed else 0
+
+
+def _bundle_facts(bundle: Bundle) -> dict[str, object]:
+    manifest = asdict(bundle.manifest)
+    kept = {name: manifest[name] for name in ("name", "width", "height", "text_tokens", "text_hidden")}
+    defaults = {"steps": bundle.manifest.default_steps, "guidance": bundle.manifest.default_guidance}
+    return {**kept, **defaults, "model_digest": bundle.model_digest}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

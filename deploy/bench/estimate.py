@@ -1,0 +1,38 @@
+"""A median, or another quantile, with the interval that the same run can vouch for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """`value` of `n` measurements, with a 95 % bootstrap interval over them."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    @classmethod
+    def exact(cls, value: float, n: int = 1) -> Estimate:
+        """A value that has no interval, such as a maximum."""
+        return cls(value, value, value, n)
+
+
+def quantile(values: Sequence[float], q: float = 0.5) -> Estimate:
+    """The `q` quantile of `values`; the median by default."""
+    found = np.asarray(values, np.float64)
+    draws = np.random.default_rng(0).choice(found, (RESAMPLES, len(found)))
+    low, high = np.quantile(np.quantile(draws, q, axis=1), (0.025, 0.975))
+    return Estimate(float(np.quantile(found, q)), float(low), float(high), len(found))
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Estimate:
+    """Median of the ratios of pairs measured one right after the other, so that both met the same weather."""
+    return quantile([our / their for our, their in zip(ours, theirs, strict=True)])

@@ -1,0 +1,160 @@
+"""A local image through the agent's socket, beside the same calls made directly. Neither process imports torch.
+
+Its own process is started as `python deploy/bench/overhead.py BUNDLE THREADS IMAGES`.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import numpy as np
+import PIL.Image
+
+from child import Child, Reply, answer
+from edge_agent.bundle import Bundle
+from edge_agent.client import AgentClient, CallFailed
+from edge_agent.diffusion.generator import Generator, Image
+from edge_agent.diffusion.sessions import Runtime
+from edge_agent.image import encode_png
+from edge_agent.reader import Reader
+from edge_agent.settings import ENVIRONMENT_PREFIX
+from errors import BenchError
+from estimate import quantile
+from plan import PROMPTS, Plan
+from routet2i.edge.v1 import edge_pb2
+from routet2i.edge.v1.edge_pb2_grpc import EdgeAgentServiceStub
+from routet2i.image.v1 import image_pb2
+from row import Row
+
+GROUP = "agent"
+PERCENT, MILLISECONDS = 3.0, 3.0  # target: the larger of the two
+LOADED_S = 120.0
+_POLL_S = 0.05
+
+
+def rows(plan: Plan) -> list[Row]:
+    """What the agent adds: socket, service, decision's account, worker thread, facts in the PNG, checksum."""
+    arguments = (str(plan.bundle), str(plan.threads), str(plan.images))
+    with Child("overhead.py", *arguments, threads=plan.threads, edge=True) as child:
+        found = child.ask()
+    agent, direct = found["agent_ms"], found["direct_ms"]
+    added = [ours - theirs for ours, theirs in zip(agent, direct, strict=True)]
+    percent = quantile([100 * extra / theirs for extra, theirs in zip(added, direct, strict=True)])
+    more = quantile(added)
+    cpu = zip(found["agent_cpu_ms"], found["direct_cpu_ms"], strict=True)
+    return [
+        Row(
+            GROUP,
+            "added by the agent to a local image",
+            "%",
+            f"<= {PERCENT:g} % or {MILLISECONDS:g} ms",
+            percent,
+            percent.value <= PERCENT or more.value <= MILLISECONDS,
+            note=f"{more.value:+.2f} ms [{more.low:.2f}, {more.high:.2f}] to {quantile(direct).value:.1f} ms of "
+            "reading the prompt, diffusion and PNG",
+            cpu=quantile([100 * (ours / theirs - 1) for ours, theirs in cpu]),
+            details=found,
+        )
+    ]
+
+
+def measure(folder: Path, threads: int, images: int) -> Reply:
+    """Images through the agent and directly, in turns, in milliseconds."""
+    bundle = Bundle.open(folder)
+    manifest = bundle.manifest
+    generator = Generator(bundle, Runtime(threads=threads))
+    reader = Reader(bundle, generator.tokenizer, generator.text_encoder, routing_rate=0.5)
+    negative = reader.states("")  # the agent keeps these too
+
+    def direct(prompt: str, seed: int) -> bytes:
+        states = reader.read(prompt).states
+        steps, guidance = manifest.default_steps, manifest.default_guidance
+        *_, image = generator.generate(states, negative, seed, steps, guidance)
+        assert isinstance(image, Image)  # noqa: S101  # the last event
+        return encode_png(image.pixels)
+
+    found: Reply = {"agent_ms": [], "direct_ms": [], "agent_cpu_ms": [], "direct_cpu_ms": []}
+    with running_agent(folder, threads) as (stub, daemon):
+
+        def agent(prompt: str, seed: int) -> bytes:
+            return through_agent(stub, prompt, seed)
+
+        for number in range(images + 1):
+            prompt = PROMPTS[number % len(PROMPTS)]
+            makers = [("agent", agent), ("direct", direct)]
+            pngs = []
+            for name, make in makers if number % 2 else reversed(makers):
+                began, computed = time.perf_counter(), cpu_s(daemon)
+                pngs.append(make(prompt, number))
+                found[f"{name}_ms"].append((time.perf_counter() - began) * 1e3)
+                found[f"{name}_cpu_ms"].append((cpu_s(daemon) - computed) * 1e3)
+            if not np.array_equal(*map(pixels, pngs)):
+                raise BenchError("the agent's image is not the one that the same calls make directly")
+    return {name: series[1:] for name, series in found.items()}  # the first pair warmed both up
+
+
+def cpu_s(daemon: int) -> float:
+    """Seconds that this process and `daemon` have computed; without /proc of this process alone."""
+    tasks = Path(f"/proc/{daemon}/task").glob("*/schedstat")
+    return time.process_time() + sum(int(task.read_text().split()[0]) for task in tasks) / 1e9
+
+
+def through_agent(stub: EdgeAgentServiceStub, prompt: str, seed: int) -> bytes:
+    """The PNG that the agent streams."""
+    png = bytearray()
+    request = edge_pb2.GenerateRequest(image=image_pb2.ImageRequest(prompt=prompt, seed=seed))
+    for response in stub.Generate(request):
+        png += response.image_chunk.data
+    return bytes(png)
+
+
+def pixels(png: bytes) -> np.ndarray:
+    """The PNG's pixels, without what its text chunks say."""
+    return np.asarray(PIL.Image.open(io.BytesIO(png)))
+
+
+@contextmanager
+def running_agent(folder: Path, threads: int) -> Iterator[tuple[EdgeAgentServiceStub, int]]:
+    """`edge-agent serve` on a socket of its own, once its models are loaded, and its process id."""
+    environment = {name: text for name, text in os.environ.items() if not name.startswith(ENVIRONMENT_PREFIX)}
+    with tempfile.TemporaryDirectory() as state:
+        address = f"unix:{state}/agent.sock"
+        settings = ["--listen", address, "--state", state, "--bundle", str(folder), "--threads", str(threads)]
+        daemon = subprocess.Popen([sys.executable, "-m", "edge_agent", "serve", *settings], env=environment)
+        try:
+            _wait(AgentClient(address), daemon)
+            with grpc.insecure_channel(address) as channel:
+                yield EdgeAgentServiceStub(channel), daemon.pid
+        finally:
+            daemon.terminate()
+            daemon.wait()
+
+
+def _wait(client: AgentClient, daemon: subprocess.Popen[bytes]) -> None:
+    until = time.monotonic() + LOADED_S
+    while not _ready(client):
+        if time.monotonic() > until or daemon.poll() is not None:
+            raise BenchError("edge-agent serve did not get ready; its log says why")
+        time.sleep(_POLL_S)
+
+
+def _ready(client: AgentClient) -> bool:
+    try:
+        client.status()
+    except CallFailed:  # not listening yet, or still loading
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    bundle_folder, thread_count, image_count = sys.argv[1:]
+    answer(lambda: lambda: measure(Path(bundle_folder), int(thread_count), int(image_count)))

@@ -1,0 +1,42 @@
+"""What a run of the benchmark measures, and how often."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+PROMPTS = (
+    "a cat",
+    "two dogs on a beach",
+    "a red apple left of a tiny guitar",
+    "three owls above a boat at night",
+    "a big moon, a small house and two trees in the snow",
+    "four bananas right of a bicycle under a rainbow, seen from far away",
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`threads` is what every pipeline gets. The counts are of pairs: ours and theirs, one right after the other."""
+
+    bundle: Path
+    model: Path  # a diffusers folder with the same weights
+    evaluation: Path
+    threads: int
+    decisions: int
+    images: int
+    starts: int  # fresh processes
+
+    @classmethod
+    def of(cls, bundle: Path, model: Path, evaluation: Path, *, quick: bool) -> Plan:
+        """`quick` measures so little that only the machinery is tried."""
+        decisions, images, starts = (24, 3, 1) if quick else (600, 15, 5)
+        return cls(bundle, model, evaluation, cores(), decisions, images, starts)
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
