@@ -245,6 +245,10 @@ class Process:
             assert time.monotonic() < end, self.text
             time.sleep(0.02)
 
+    def wait_for_nothing_bad(self) -> bool:
+        """Whether it has gone without a traceback or an error in its log."""
+        return "Traceback" not in self.text and '"level": "error"' not in self.text
+
     def stop(self, number: int = signal.SIGTERM, timeout_s: float = 60.0) -> int:
         """Sends the signal; returns the exit code."""
         self.popen.send_signal(number)

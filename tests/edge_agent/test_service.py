@@ -13,7 +13,9 @@ import pytest_asyncio
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from edge_agent.bundle import Bundle
+from edge_agent.daemon import Daemon
 from edge_agent.image import PREVIEW_SIDE
+from edge_agent.settings import resolve
 from edge_agent.superiority import METRICS
 from routet2i.edge.v1 import edge_pb2
 from routet2i.image.v1 import image_pb2
@@ -270,6 +272,24 @@ async def test_reflection_lists_the_services_and_health_serves(app: App) -> None
     names = {service.name for service in answers[0].list_services_response.service}
     assert {SERVICE, "grpc.health.v1.Health"} <= names
     assert await app.health() == await app.health("") == "SERVING"
+
+
+async def test_health_serves_only_once_the_models_are_loaded(routed_bundle: Path, tmp_path: Path) -> None:
+    daemon = Daemon(
+        resolve({"listen": "127.0.0.1:0", "bundle": str(routed_bundle), "state": str(tmp_path)}, {})
+    )
+    await daemon.startup()
+    async with grpc.aio.insecure_channel(daemon.address) as channel:
+        app = App(channel)
+        assert await app.health() == "NOT_SERVING"
+        early = await app.generate()
+        assert early.code == "UNAVAILABLE" and "loading" in early.message and "RetryInfo" in early.details
+        serving = asyncio.create_task(daemon.serve())
+        await until(lambda: daemon._service.agent is not None)
+        assert await app.health() == "SERVING"
+        daemon.stop()
+        await serving
+        await daemon.shutdown()
 
 
 async def test_only_the_apps_in_the_settings_may_call(routed_bundle: Path, tmp_path: Path) -> None:

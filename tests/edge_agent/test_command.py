@@ -1,0 +1,246 @@
+"""The commands, as programs with exit codes: what they print, and what they say when something is wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import pytest
+
+from edge_agent.__main__ import main
+from edge_agent.superiority import METRICS
+from tests.running import CLOUD_PROMPT, EDGE_PROMPT, Process, process_environment, short_folder
+
+DECISION = (
+    "prompt", "route", "reason", "prs", "alpha", "edge_quality", "cloud_quality", "tokens", "quota", "timings_ms"
+)  # fmt: skip
+IMAGE = (
+    "request_id", "route", "served_by", "reason", "fallback", "prs", "alpha", "seed", "width", "height", "file",
+    "sha256", "cost_micro_usd", "timings_ms"
+)  # fmt: skip
+BUDGET = (
+    "name", "window", "cap_micro_usd", "spent_micro_usd", "reserved_micro_usd", "remaining_micro_usd"
+)  # fmt: skip
+STAGES = ("tokenize", "encode", "predict", "total")
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    made = short_folder()
+    yield made
+    shutil.rmtree(made)
+
+
+@pytest.fixture(scope="module")
+def daemon(folder: Path, routed_bundle: Path) -> Iterator[Process]:
+    """A daemon at the default socket, without a cloud."""
+    flags = ("--bundle", routed_bundle, "--threads", "1", "--budget", "1,0.2/hour", "--max-queue", "7")
+    process = Process("edge_agent", folder, *flags)
+    process.wait_for("serving")
+    yield process
+    process.kill()
+
+
+@dataclass
+class Finished:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def objects(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.out.splitlines()]
+
+
+Run = Callable[..., Finished]
+
+
+@pytest.fixture
+def run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Run:
+    """Runs a command in this process, which is quicker, with the settings and the folder of a process of its own."""
+    for name in [name for name in os.environ if name.startswith("EDGE_AGENT_")]:
+        monkeypatch.delenv(name)
+    for name, value in process_environment(folder).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str | Path) -> Finished:
+        capfd.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as stopped:  # argparse's way
+            code = int(stopped.code or 0)
+        printed = capfd.readouterr()
+        assert "Traceback" not in printed.err
+        return Finished(code, printed.out, printed.err)
+
+    return run
+
+
+def test_generate_writes_the_image_and_says_so(run: Run, daemon: Process, tmp_path: Path) -> None:
+    finished = run("generate", EDGE_PROMPT, "-o", "cat.png", "--seed", 7)
+    assert (finished.code, finished.err) == (0, "")
+    assert "cat.png: 64x64, seed 7, by the edge (pareto_edge)" in finished.out
+    with PIL.Image.open(tmp_path / "cat.png") as image:
+        assert image.text["prompt"] == EDGE_PROMPT
+    assert list(tmp_path.iterdir()) == [tmp_path / "cat.png"]
+
+
+def test_generate_prints_exactly_these_fields(run: Run, daemon: Process, tmp_path: Path) -> None:
+    finished = run("generate", CLOUD_PROMPT, "--json", "--steps", 8, "--negative-prompt", "a dog")
+    (facts,) = finished.objects
+    assert tuple(facts) == IMAGE
+    assert (facts["route"], facts["served_by"], facts["fallback"]) == ("edge", "edge", None)
+    assert (facts["reason"], facts["width"], facts["cost_micro_usd"]) == ("cloud_unavailable", 64, 0)
+    assert facts["file"] == f"{facts['request_id']}.png"
+    assert hashlib.sha256((tmp_path / facts["file"]).read_bytes()).hexdigest() == facts["sha256"]
+    assert set(STAGES) < set(facts["timings_ms"])
+
+
+def test_generate_writes_to_a_pipe(daemon: Process, folder: Path) -> None:
+    finished = subprocess.run(
+        [sys.executable, "-m", "edge_agent", "generate", EDGE_PROMPT, "-o", "-"],
+        capture_output=True,
+        timeout=60,
+        env=process_environment(folder),
+    )
+    assert (finished.returncode, finished.stderr) == (0, b"")  # and no progress, since nobody watches
+    assert finished.stdout.startswith(b"\x89PNG")
+
+
+def test_route_prints_exactly_these_fields_for_each_prompt(run: Run, daemon: Process) -> None:
+    finished = run("route", EDGE_PROMPT, CLOUD_PROMPT, "--json")
+    assert finished.err == ""
+    edge, cloud = finished.objects
+    for facts, prompt in ((edge, EDGE_PROMPT), (cloud, CLOUD_PROMPT)):
+        assert tuple(facts) == DECISION
+        assert (facts["prompt"], facts["route"]) == (prompt, "edge")
+        for metrics in (facts["edge_quality"], facts["cloud_quality"], facts["tokens"][0]["pull"]):
+            assert tuple(metrics) == METRICS
+        assert set(facts["timings_ms"]) >= set(STAGES)
+        assert tuple(facts["quota"]) == ("day", "hour")
+    assert (edge["reason"], cloud["reason"]) == ("pareto_edge", "cloud_unavailable")
+    assert edge["prs"] >= edge["alpha"] > cloud["prs"]
+
+
+def test_route_reads_prompts_from_a_pipe(
+    run: Run, daemon: Process, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text(f"{EDGE_PROMPT}\n\n猫 🐈\r\n", encoding="utf-8")
+    with (tmp_path / "prompts.txt").open(encoding="utf-8") as prompts:
+        monkeypatch.setattr("sys.stdin", prompts)
+        finished = run("route", "first", "-", "--json")
+    assert [facts["prompt"] for facts in finished.objects] == ["first", EDGE_PROMPT, "猫 🐈"]
+
+
+@pytest.mark.parametrize("arguments", [("--routing-rate", "1"), ()])
+def test_route_works_without_a_daemon(run: Run, routed_bundle: Path, arguments: tuple[str, ...]) -> None:
+    finished = run("route", EDGE_PROMPT, CLOUD_PROMPT, "--bundle", routed_bundle, "--json", *arguments)
+    edge, cloud = finished.objects
+    assert tuple(edge) == tuple(cloud) == DECISION
+    assert cloud["reason"] == "pareto_cloud"
+    assert edge["reason"] == ("pareto_cloud" if arguments else "pareto_edge")
+    assert edge["quota"] == {}
+    assert "without a daemon" in finished.err
+
+
+def test_route_without_a_daemon_takes_the_bundle_of_the_environment(
+    run: Run, routed_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))  # where no daemon is
+    monkeypatch.setenv("EDGE_AGENT_BUNDLE", str(routed_bundle))
+    finished = run("route", "[bold]a cat[/bold]")
+    assert finished.code == 0
+    assert "[bold]a cat[/bold]" in finished.out  # brackets are the prompt's, not markup
+    monkeypatch.setenv("EDGE_AGENT_BUNDLE", str(tmp_path))
+    assert run("route", EDGE_PROMPT).code == 2
+
+
+def test_quota_prints_exactly_these_fields_for_each_budget(run: Run, daemon: Process) -> None:
+    day, hour = run("quota", "--json").objects
+    assert tuple(day) == tuple(hour) == BUDGET
+    assert (day["name"], day["window"], day["cap_micro_usd"]) == ("day", "day", 1_000_000)
+    table = run("quota").out
+    assert "$1.00" in table and "$0.20" in table
+
+
+def test_status_and_models_tell_what_runs(run: Run, daemon: Process, routed_bundle: Path) -> None:
+    (status,) = run("status", "--json").objects
+    assert (status["calibrated"], status["cloud_health"], status["max_queue"]) == (True, "not_configured", 7)
+    assert status["bundle"] == str(routed_bundle)
+    assert "--cloud" in status["advice"][0] and "--cloud" in run("status").out
+    edge, cloud = run("models", "list", "--json").objects
+    assert (edge["side"], cloud["side"], edge["name"]) == ("edge", "cloud", "miniature")
+    assert "miniature" in run("models", "list").out
+    assert run("models", "show", edge["digest"][:8], "--json").objects == [edge]
+    assert "Apache-2.0" in run("models", "show", "miniature").out
+    assert run("models", "show", "none").code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("generate", ""), 2, "empty"),
+        (("generate", "x" * 10_000), 2, "10,000"),
+        (("generate", "a\x1b[31m"), 2, "U+001B"),
+        (("generate", "half \udcff"), 2, "not valid UTF-8"),
+        (("route", "half \ud83d"), 2, "not valid UTF-8"),
+        (("generate", "a", "--seed", "-1"), 2, "--seed"),
+        (("generate", "a", "--seed", "4294967296"), 2, "4294967295"),
+        (("generate", "a", "--steps", "5"), 2, "4, 8"),
+        (("generate", "a", "--width", "65"), 2, "64x64"),
+        (("generate", "a", "--guidance-scale", "nan"), 2, "guidance_scale"),
+        (("generate", "a", "--max-price", "cheap"), 2, "US dollars"),
+        (("generate", "a", "--local-only", "--cloud-only"), 2, "not allowed with"),
+        (("generate", "a", "--cloud-only"), 4, "--cloud"),
+        (("generate", "a", "-o", "none/cat.png"), 2, "nothing can be written"),
+        (("generate", "a", "-o", "."), 2, "is a folder"),
+        (("generate", "a", "--timeout", "0"), 2, "--timeout"),
+        (("generate", "a", "--agent", "nowhere"), 2, "HOST:PORT"),
+        (("generate", "a", "--agent", "127.0.0.1:1"), 3, "edge-agent serve"),
+        (("route", "a", "--agent", "unix:/none/agent.sock"), 3, "edge-agent serve"),
+        (("quota", "--agent", "127.0.0.1:1"), 3, "edge-agent serve"),
+        (("generate", "a", "--timeout", "0.000001"), 3, "--timeout"),
+        (("nonsense",), 2, "invalid choice"),
+        ((), 2, "COMMAND"),
+    ],
+)
+def test_what_is_wrong_is_said_with_the_right_exit_code(
+    run: Run, daemon: Process, tmp_path: Path, arguments: tuple[str, ...], code: int, words: str
+) -> None:
+    finished = run(*arguments)
+    assert (finished.code, finished.out) == (code, "")
+    assert words in finished.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_address_comes_from_flag_then_environment(
+    run: Run, daemon: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = daemon.wait_for("listening")["address"]
+    monkeypatch.setenv("EDGE_AGENT_ADDRESS", "127.0.0.1:1")
+    assert run("quota").code == 3
+    assert run("quota", "--agent", address).code == 0
+    monkeypatch.setenv("EDGE_AGENT_ADDRESS", address)
+    assert run("quota").code == 0
+
+
+@pytest.mark.parametrize("command", [(), ("serve",), ("generate",), ("route",), ("quota",), ("status",)])
+def test_help_teaches(run: Run, command: tuple[str, ...]) -> None:
+    finished = run(*command, "--help")
+    assert finished.code == 0
+    if command in ((), ("serve",), ("generate",), ("route",)):
+        assert "  edge-agent " in finished.out  # an example
+    if command in ((), ("generate",), ("route",), ("quota",)):
+        assert "exit codes" in finished.out or "--json prints" in finished.out

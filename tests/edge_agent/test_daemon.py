@@ -1,0 +1,241 @@
+"""The daemon's life as a process of its own: it starts or says why not, serves, drains, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import socket
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from edge_agent.__main__ import main
+from edge_agent.quota import Ledger
+from routet2i.edge.v1 import edge_pb2, edge_pb2_grpc
+from routet2i.image.v1 import image_pb2
+from tests.routed import SLOW_STEPS
+from tests.running import SERVICE, Process, process_environment, short_folder
+
+Start = Callable[..., Process]
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    made = short_folder()
+    yield made
+    shutil.rmtree(made)
+
+
+@pytest.fixture
+def start(folder: Path, routed_bundle: Path) -> Iterator[Start]:
+    """Starts daemons with the routed bundle, and kills those that a test leaves behind."""
+    started: list[Process] = []
+
+    def start(*flags: str | Path, **environment: str) -> Process:
+        flags = ("--bundle", routed_bundle, "--threads", "1", *flags)
+        started.append(Process("edge_agent", folder, *flags, **environment))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+@pytest.fixture
+def refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """What a daemon that cannot start says; its exit code is 2. In this process, which is quicker."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
+    monkeypatch.setenv("XDG_STATE_HOME", str(folder / "state"))
+    monkeypatch.setattr("edge_agent.log.configure", lambda **_: None)  # pytest has the root logger
+
+    def refused(*flags: str | Path, **environment: str) -> str:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        assert main(["serve", *map(str, flags)]) == 2
+        return capsys.readouterr().err
+
+    return refused
+
+
+def health(address: str) -> str:
+    with grpc.insecure_channel(address) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        request = health_pb2.HealthCheckRequest(service=SERVICE)
+        response = stub.Check(request, timeout=20)
+        return health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)
+
+
+def test_by_default_it_listens_where_only_its_owner_gets_in(start: Start, folder: Path) -> None:
+    process = start()
+    path = folder / "edge-agent" / "agent.sock"
+    assert process.wait_for("serving")["calibrated"] is True
+    assert process.wait_for("listening")["address"] == f"unix:{path}"
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0
+    assert health(f"unix:{path}") == "SERVING"
+    assert process.stop(signal.SIGINT) == 0
+    assert not path.exists()
+
+
+def test_it_drains_and_leaves_with_zero(start: Start, folder: Path) -> None:
+    process = start("--listen", "127.0.0.1:0")
+    address = process.wait_for("listening")["address"]
+    process.wait_for("serving")
+    finished: list[str] = []
+    with grpc.insecure_channel(address) as channel:
+        stub = edge_pb2_grpc.EdgeAgentServiceStub(channel)
+        image = image_pb2.ImageRequest(prompt="a cat", steps=SLOW_STEPS)
+        calls = [stub.Generate(edge_pb2.GenerateRequest(image=image), timeout=60) for _ in range(2)]
+
+        def read(call: Any) -> None:
+            finished.append([response.WhichOneof("event") for response in call][-1])
+
+        assert all(next(call).WhichOneof("event") == "decision" for call in calls)
+        readers = [threading.Thread(target=read, args=(call,)) for call in calls]
+        for reader in readers:
+            reader.start()
+        process.popen.send_signal(signal.SIGTERM)
+        process.wait_for("draining")
+        health_stub: Any = health_pb2_grpc.HealthStub(channel)
+        answer = health_stub.Check(health_pb2.HealthCheckRequest(service=SERVICE), timeout=20)
+        assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
+        with pytest.raises(grpc.RpcError) as refusal:
+            stub.GetStatus(edge_pb2.GetStatusRequest(), timeout=20)
+        assert refusal.value.code() is grpc.StatusCode.UNAVAILABLE
+        for reader in readers:
+            reader.join()
+    assert finished == ["result"] * 2
+    assert process.popen.wait(60) == 0
+    assert process.wait_for_nothing_bad()
+
+
+def test_a_second_signal_does_not_wait(start: Start) -> None:
+    process = start("--listen", "127.0.0.1:0")
+    address = process.wait_for("listening")["address"]
+    process.wait_for("serving")
+    with grpc.insecure_channel(address) as channel:
+        stub = edge_pb2_grpc.EdgeAgentServiceStub(channel)
+        image = image_pb2.ImageRequest(prompt="a cat", steps=SLOW_STEPS)
+        calls = [stub.Generate(edge_pb2.GenerateRequest(image=image), timeout=60) for _ in range(8)]
+        assert next(calls[-1]).WhichOneof("event") == "decision"
+        process.popen.send_signal(signal.SIGTERM)
+        process.wait_for("draining")
+        assert process.stop() == 0
+        with pytest.raises(grpc.RpcError):
+            list(calls[-1])
+
+
+def test_the_socket_of_a_killed_daemon_is_taken_over_and_a_live_one_is_not(
+    start: Start, folder: Path, refused: Refused
+) -> None:
+    first = start()
+    first.wait_for("serving")
+    assert "already running" in refused("--state", folder / "other")
+    first.kill()
+    assert (folder / "edge-agent" / "agent.sock").exists()
+    second = start()
+    second.wait_for("serving")
+    assert health(f"unix:{folder}/edge-agent/agent.sock") == "SERVING"
+
+
+def test_what_lies_at_the_sockets_place_is_left_alone(folder: Path, refused: Refused) -> None:
+    (folder / "file").write_text("precious")
+    assert "no socket" in refused("--listen", f"unix:{folder}/file")
+    assert (folder / "file").read_text() == "precious"
+    assert "cannot make the socket" in refused("--listen", f"unix:{folder}/file/agent.sock")
+
+
+def test_a_port_in_use_is_refused(folder: Path, refused: Refused) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        assert f"cannot listen on {address}" in refused("--listen", address)
+
+
+def test_the_command_says_why_it_cannot_start_without_a_traceback(folder: Path) -> None:
+    finished = subprocess.run(
+        [sys.executable, "-m", "edge_agent", "serve", "--bundle", folder / "none"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=process_environment(folder),
+    )
+    assert (finished.returncode, finished.stdout) == (2, "")
+    assert "Traceback" not in finished.stderr
+    assert finished.stderr.splitlines()[-1].startswith("edge-agent: no bundle at")
+
+
+def test_an_address_beyond_this_machine_is_refused(folder: Path, refused: Refused) -> None:
+    assert "loopback" in refused("--listen", "0.0.0.0:0")
+    assert "EDGE_AGENT_LISTEN" in refused(EDGE_AGENT_LISTEN="[::]:0")
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "altered"])
+def test_a_damaged_bundle_is_refused_by_the_files_name(
+    folder: Path, bundle_copy: Path, damage: str, refused: Refused
+) -> None:
+    file = bundle_copy / "unet" / "model.onnx"
+    content = bytearray(file.read_bytes())
+    if damage == "missing":
+        file.unlink()
+    elif damage == "truncated":
+        file.write_bytes(content[:-1])
+    else:
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    assert str(file) in refused("--bundle", bundle_copy)
+
+
+def test_a_ledger_that_cannot_be_used_is_refused(folder: Path, routed_bundle: Path, refused: Refused) -> None:
+    state = folder / "ledger"
+    state.mkdir()
+    file = state / "quota.sqlite3"
+    file.write_bytes(b"this is not a database, but it is long enough to look at" * 100)
+    assert "not a quota ledger" in refused("--bundle", routed_bundle, "--state", state)
+    file.unlink()
+    sqlite3.connect(file).executescript("CREATE TABLE t (x); INSERT INTO t VALUES (1);").close()
+    assert "another program's database" in refused("--bundle", routed_bundle, "--state", state)
+    file.unlink()
+    held = Ledger.open(file, ())
+    assert "another edge-agent" in refused("--bundle", routed_bundle, "--state", state)
+    held.close()
+    file.unlink()
+    state.rmdir()
+    state.write_text("a file where the folder should be")
+    assert str(file) in refused("--bundle", routed_bundle, "--state", state)
+
+
+def test_a_token_that_cannot_be_read_is_refused(folder: Path, refused: Refused) -> None:
+    words = refused("--cloud", "127.0.0.1:1", "--cloud-token", folder / "none")
+    assert "cannot read the token" in words
+
+
+def test_each_request_has_one_line_without_its_prompt(start: Start, folder: Path) -> None:
+    process = start("--listen", "127.0.0.1:0", EDGE_AGENT_ROUTING_RATE="0.25")
+    address = process.wait_for("listening")["address"]
+    process.wait_for("serving")
+    with grpc.insecure_channel(address) as channel:
+        stub = edge_pb2_grpc.EdgeAgentServiceStub(channel)
+        image = image_pb2.ImageRequest(prompt="a secret cat", request_id="r-1", app="kiosk")
+        list(stub.Generate(edge_pb2.GenerateRequest(image=image), timeout=60))
+        with pytest.raises(grpc.RpcError):
+            list(stub.Generate(edge_pb2.GenerateRequest(image=image_pb2.ImageRequest()), timeout=60))
+    assert process.stop() == 0
+    made, bad = process.calls
+    assert made.items() >= {"request_id": "r-1", "app": "kiosk", "outcome": "OK", "served_by": "edge"}.items()
+    assert {"route", "reason", "prs", "alpha", "sha256", "encode_ms", "denoise_ms", "total_ms"} <= set(made)
+    assert bad["outcome"] == "INVALID_ARGUMENT" and "empty" in bad["error"]
+    assert "secret" not in process.text
