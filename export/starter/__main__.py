@@ -86,7 +86,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     options, rest = parser.parse_known_args(argv)
     work = options.work
-    training = ["--work", str(work), *(["--seconds", str(options.seconds)] if options.seconds else [])]
+    training = [
+        "--work",
+        str(work),
+        *(["--seconds", str(options.seconds)] if options.seconds is not None else []),
+    ]
 
     stages: dict[str, Callable[[], int]] = {
         "autoencoder": lambda: autoencoder.main(["autoencoder", *training, *rest]),

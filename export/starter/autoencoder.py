@@ -24,6 +24,7 @@ STEPS, BATCH, LEARNING_RATE, SEED = 2100, 32, 2e-3, 1
 DECODER_STEPS, DECODER_LEARNING_RATE = 1000, 1.5e-3
 LATENT_NOISE = 0.05  # standard deviation, of latents of about unit variance
 KL_WEIGHT = 1e-6  # enough to keep latents near a unit Gaussian, too little to blur
+MEASURED = 256  # pictures, for the scale of latents and for the quality of reconstruction
 EDGE_WEIGHT = 1.0  # of the difference between neighbouring pixels: sharp outlines are what makes an emoji
 
 
@@ -83,7 +84,7 @@ def train(work: Path, *, steps: int = STEPS, seconds: float | None = None) -> bo
         return False
     model = run.averaged_model()
     with torch.inference_mode():
-        latents = model.encode(pictures("generators", 256, seed=7).to(run.device)).latent_dist.mean
+        latents = model.encode(pictures("generators", MEASURED, seed=7).to(run.device)).latent_dist.mean
     # Denoisers are trained on latents of unit variance; pipelines divide by this factor before decoding.
     model.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     model.save_pretrained(folder / "model")
@@ -126,8 +127,8 @@ def train_decoder(work: Path, *, steps: int = DECODER_STEPS, seconds: float | No
 
 
 def held_out_psnr(model: AutoencoderKL) -> float:
-    """Peak signal-to-noise ratio in dB of 256 reconstructed pictures of held-out scenes."""
-    images = pictures("validation", 256, seed=8).to(model.device)
+    """Peak signal-to-noise ratio in dB of MEASURED reconstructed pictures of held-out scenes."""
+    images = pictures("validation", MEASURED, seed=8).to(model.device)
     with torch.inference_mode():
         restored = model.decode(model.encode(images).latent_dist.mean).sample.clamp(-1, 1)
     psnr = round(10 * torch.log10(4 / F.mse_loss(restored, images)).item(), 2)

@@ -102,6 +102,7 @@ def noise_schedule() -> dict[str, object]:
         "beta_schedule": "squaredcos_cap_v2",
         "prediction_type": "v_prediction",
         "timestep_spacing": "trailing",
+        "steps_offset": 1,  # takes no part in trailing spacing; diffusers asks for it all the same
     }
 
 

@@ -1,0 +1,86 @@
+"""The recipe itself, cut down to two steps a stage: that its parts fit together, not that they learn."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from export.quality import Judge
+from export.starter import __main__ as chain
+from export.starter import autoencoder, denoiser, judge
+from export.starter.card import read_records, write_card
+from export.starter.training import UNFINISHED
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """Every training stage, two steps long."""
+    folder = tmp_path_factory.mktemp("work")
+    patch = pytest.MonkeyPatch()
+    patch.setattr(denoiser, "SCENES", 64)
+    patch.setattr(autoencoder, "BATCH", 2)
+    patch.setattr(autoencoder, "MEASURED", 4)
+    patch.setattr(judge, "BATCH", 4)
+    try:
+        assert autoencoder.train(folder, steps=2)
+        assert autoencoder.train_decoder(folder, steps=2)
+        assert denoiser.train(folder, denoiser.EDGE, steps=2)
+        assert judge.train(folder, steps=2)
+    finally:
+        patch.undo()
+    return folder
+
+
+def test_the_edge_model_is_a_pipeline_that_diffusers_loads_and_runs(work):
+    pipeline = StableDiffusionPipeline.from_pretrained(work / "edge" / "model", torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    card = json.loads((work / "edge" / "model" / "routet2i.json").read_text())
+    generator = torch.Generator("cpu").manual_seed(0)
+    (image,) = pipeline("a cat", num_inference_steps=2, guidance_scale=3.0, generator=generator).images
+    assert image.size == (card["width"], card["height"]) == (64, 64)
+
+
+def test_the_decoder_s_stage_leaves_the_latents_as_they_were(work):
+    before = autoencoder.AutoencoderKL.from_pretrained(work / "autoencoder" / "model")
+    after = autoencoder.AutoencoderKL.from_pretrained(work / "decoder" / "model")
+    for name, value in before.encoder.state_dict().items():
+        assert torch.equal(after.encoder.state_dict()[name], value)
+    assert after.config.scaling_factor == before.config.scaling_factor
+    changed = [
+        not torch.equal(v, before.decoder.state_dict()[k]) for k, v in after.decoder.state_dict().items()
+    ]
+    assert any(changed)
+
+
+def test_the_judge_is_a_clip_that_measures(work):
+    from PIL import Image
+
+    grey = Image.fromarray(np.full((64, 64, 3), 128, np.uint8))
+    scores = Judge(work / "judge" / "model").quality([grey])
+    assert scores.shape == (1, 10)
+    assert ((scores > 0) & (scores < 1)).all()
+
+
+def test_the_model_card_tells_the_recipe(work, tmp_path):
+    write_card(read_records(work, ("autoencoder", "decoder", "edge", "judge")), tmp_path / "README.md")
+    card = (tmp_path / "README.md").read_text()
+    for fact in ("## edge", "| steps | 2 |", "| seed | 11 |", "Licence: Apache-2.0"):
+        assert fact in card
+
+
+def test_a_stage_that_runs_out_of_time_says_so_and_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(autoencoder, "BATCH", 2)
+    monkeypatch.setattr(autoencoder, "MEASURED", 4)
+    arguments = ["autoencoder", "--work", str(tmp_path), "--steps", "2", "--seconds", "0"]
+    assert chain.main(arguments) == UNFINISHED
+    assert chain.main(arguments) == 0
+    assert (tmp_path / "autoencoder" / "model" / "config.json").exists()
+
+
+def test_an_unknown_stage_is_refused_with_the_ones_there_are(capsys):
+    with pytest.raises(SystemExit) as refusal:
+        chain.main(["paint"])
+    assert refusal.value.code == 2
+    assert "autoencoder" in capsys.readouterr().err
