@@ -1,0 +1,116 @@
+"""What the demo shows while it runs: a table that fills on a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from answer import Answer
+from contact_sheet import CLOUD, EDGE
+from edge_agent.image import Progress
+from edge_agent.policy import Decision
+
+STYLES = {"edge": EDGE, "cloud": CLOUD}
+FAILED = "red"
+
+OTHER_COLUMNS = 57
+"""Characters that all columns but the prompt's take, with the spaces between."""
+
+
+class Board:
+    """The table of one phase. Enter it, then tell it what happens."""
+
+    def __init__(self, console: Console, title: str, prompts: Sequence[str]) -> None:
+        self._console = console
+        self._title = title
+        self._prompts = prompts
+        self._rows: list[tuple[Text, ...]] = []
+        self._under_way: tuple[Text, ...] | None = None
+        self._live = Live(console=console, get_renderable=self._table, refresh_per_second=8)
+
+    def __enter__(self) -> Board:
+        """Title first: the table, or the lines that stand for it, follow."""
+        self._console.print(f"\n{self._title}", style="bold", soft_wrap=True)
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Leaves the table as it is."""
+        self._under_way = None
+        self._live.stop()
+
+    def asked(self, prompt: str) -> None:
+        """The prompt is on its way."""
+        self._under_way = (Text(prompt), Text(), Text(), Text("…"), Text(), Text(), Text())
+
+    def decided(self, prompt: str, decision: Decision, progress: Progress | None = None) -> None:
+        """The decision is known; `progress` is how far the image is."""
+        steps = f" {progress.step}/{progress.steps}" if progress else ""
+        prs = "" if decision.prs is None else f"{decision.prs:.3f}"
+        alpha = "" if decision.alpha is None else f"{decision.alpha:.3f}"
+        self._under_way = (
+            Text(prompt),
+            Text(prs),
+            Text(alpha),
+            Text(f"{decision.route}{steps}", STYLES[decision.route]),
+            Text(decision.reason.value),
+            Text(),
+            Text(),
+        )
+
+    def answered(self, answer: Answer) -> None:
+        """The image is there."""
+        self._add(
+            answer.prompt,
+            answer.prs,
+            answer.alpha,
+            Text(answer.route, STYLES[answer.received.served_by]),
+            answer.decision.reason.value,
+            f"{answer.received.timings_ms.get('total', 0.0):.0f}",
+            answer.cost,
+        )
+
+    def failed(self, prompt: str, message: str) -> None:
+        """There is no image."""
+        self._add(prompt, "", "", Text("none", FAILED), Text(message, FAILED), "", "")
+
+    def _add(self, *cells: str | Text) -> None:
+        row = tuple(cell if isinstance(cell, Text) else Text(cell) for cell in cells)
+        self._rows.append(row)
+        self._under_way = None
+        if not self._console.is_terminal:
+            prompt, prs, alpha, route, reason, ms, cost = (cell.plain for cell in row)
+            number = f"{len(self._rows)}/{len(self._prompts)}"
+            scores = f"PRS {prs}, alpha {alpha}" if prs else ""
+            took = f"{ms} ms" if ms else ""
+            print(
+                f"{number:>6}  {route:12}  {reason:17}  {scores:23}  {took:>8}  {cost:5}  {prompt}",
+                flush=True,
+            )
+
+    def _table(self) -> Table:
+        table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+        width = min(60, max(12, self._console.width - OTHER_COLUMNS))
+        table.add_column("prompt", width=width, overflow="ellipsis", no_wrap=True)
+        for name in ("PRS", "alpha"):
+            table.add_column(name, justify="right", min_width=5)
+        table.add_column("route", min_width=12)
+        table.add_column("reason", min_width=17)
+        table.add_column("ms", justify="right", min_width=5)
+        table.add_column("cost", justify="right", min_width=5)
+        for row in self._rows:
+            table.add_row(*row)
+        if self._under_way:
+            table.add_row(*self._under_way, style="bold")
+        return table
