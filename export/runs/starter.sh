@@ -11,6 +11,9 @@ stage autoencoder &
 stage judge &
 wait
 stage decoder
+stage edge-text &
+stage cloud-text &
+wait
 stage cloud &
 while [ ! -f runs/starter/latents.pt ]; do sleep 5; done # the cloud's run encodes the scenes for both
 stage edge &

@@ -7,6 +7,7 @@ whole takes some hours, most of it the cloud model; on a GPU minutes. Stages, in
   autoencoder    train the autoencoder both models share
   decoder        train its decoder on, alone
   judge          train the judge
+  edge-text, cloud-text    teach the text encoders of both models to read
   edge, cloud    train the two text-to-image models
   install        copy finished weights to where they ship from, with their model cards
   bundle         export the edge model to the bundle the daemon runs
@@ -29,8 +30,9 @@ from export import calibrate, diffusion_onnx, evaluate, label, predictor_onnx
 from export import train as train_predictor
 from export.label import STARTER_BUNDLE, STARTER_CLOUD, STARTER_EDGE
 from export.quality import STARTER_JUDGE
-from export.starter import autoencoder, contact_sheet, denoiser, judge, sprites
+from export.starter import autoencoder, contact_sheet, denoiser, judge, sprites, text_encoder
 from export.starter.card import read_records, write_card
+from export.starter.size import EDGE
 from export.starter.training import UNFINISHED
 
 EDGE_STEPS = "8,4,16"  # step counts compiled into the bundle, the default first
@@ -44,15 +46,18 @@ def install(work: Path) -> int:
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(work / name / "model", place)
     write_card(
-        read_records(work, ("autoencoder", "decoder", "edge", "judge")), STARTER_EDGE.parent / "README.md"
+        read_records(work, ("autoencoder", "decoder", "edge-text", "edge", "judge")),
+        STARTER_EDGE.parent / "README.md",
     )
-    write_card(read_records(work, ("autoencoder", "decoder", "cloud")), STARTER_CLOUD / "README.md")
+    write_card(
+        read_records(work, ("autoencoder", "decoder", "cloud-text", "cloud")), STARTER_CLOUD / "README.md"
+    )
     return 0
 
 
 def bundle() -> int:
     """Export the installed edge model, replacing the embedded bundle."""
-    guidance = denoiser.EDGE.guidance_scale
+    guidance = EDGE.guidance_scale
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "bundle"
         arguments = ["--steps", EDGE_STEPS, "--guidance", str(guidance), "--name", "routet2i-starter-edge"]
@@ -96,6 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "autoencoder": lambda: autoencoder.main(["autoencoder", *training, *rest]),
         "decoder": lambda: autoencoder.main(["decoder", *training, *rest]),
         "judge": lambda: judge.main([*training, *rest]),
+        "edge-text": lambda: text_encoder.main(["edge", *training, *rest]),
+        "cloud-text": lambda: text_encoder.main(["cloud", *training, *rest]),
         "edge": lambda: denoiser.main(["edge", *training, *rest]),
         "cloud": lambda: denoiser.main(["cloud", *training, *rest]),
         "install": lambda: install(work),

@@ -21,7 +21,7 @@ from export.starter.training import UNFINISHED, Run, write_record
 from export.starter.world import render, sample_scenes
 
 STEPS, BATCH, LEARNING_RATE, SEED = 2100, 32, 2e-3, 1
-DECODER_STEPS, DECODER_LEARNING_RATE = 1000, 1.5e-3
+DECODER_STEPS, DECODER_LEARNING_RATE = 800, 1.5e-3
 LATENT_NOISE = 0.05  # standard deviation, of latents of about unit variance
 KL_WEIGHT = 1e-6  # enough to keep latents near a unit Gaussian, too little to blur
 MEASURED = 256  # pictures, for the scale of latents and for the quality of reconstruction

@@ -9,6 +9,8 @@ from typing import Any
 PURPOSE = {
     "autoencoder": "Pictures of 64 x 64 pixels to latents of 4 x 16 x 16 and back; part of both pipelines.",
     "decoder": "The autoencoder's decoder, trained on alone with the encoder fixed.",
+    "edge-text": "The edge model's text encoder, taught to say what fills each cell of an 8 x 8 grid over the picture.",
+    "cloud-text": "The cloud model's text encoder, taught likewise.",
     "edge": "The small text-to-image model, a StableDiffusionPipeline that runs on the device.",
     "cloud": "The large text-to-image model, a StableDiffusionPipeline for the cloud server.",
     "judge": "A small CLIP that knows the starter world; measures the quality metrics. Never sees a router's prompt.",

@@ -1,7 +1,7 @@
-"""Stage 2: the edge and the cloud model, two StableDiffusionPipelines that differ in size, steps and guidance.
+"""Stage 3: the edge and the cloud model, two StableDiffusionPipelines that differ in size, steps and guidance.
 
-Both see the same scenes, the same captions and the same recipe. The text encoder learns together with the UNet,
-from random weights; a tenth of the captions is dropped, so that classifier-free guidance has its other half.
+Both see the same scenes, the same captions and the same recipe. A tenth of the captions is dropped, so that
+classifier-free guidance has its other half.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import argparse
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +23,10 @@ from diffusers import (
 )
 from torch import nn
 from torch.nn import functional as F
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
-from export.starter.tokenizer import token_ids, train_tokenizer
+from export.starter.size import SIZES, Size
+from export.starter.tokenizer import token_ids
 from export.starter.training import UNFINISHED, Run, write_record
 from export.starter.world import Scene, caption, render, sample_scenes
 
@@ -36,47 +36,12 @@ MIN_SNR_GAMMA = 5.0  # weight of clean steps is held down, Hang et al., arXiv 23
 FILE_LIMIT = "15MB"  # larger weights are written in shards
 
 
-@dataclass(frozen=True)
-class Size:
-    """What sets one model apart from the other."""
-
-    name: str
-    channels: tuple[int, int, int]  # of the UNet at 16 x 16, 8 x 8 and 4 x 4
-    heads: tuple[int, int, int]
-    text_width: int
-    text_layers: int
-    inference_steps: int
-    guidance_scale: float
-    training_steps: int
-    batch: int
-    learning_rate: float
-    seed: int
-
-
-EDGE = Size("edge", (32, 64, 128), (1, 2, 4), 128, 2, 8, 3.0, 3000, 32, 1.5e-3, 11)
-CLOUD = Size("cloud", (64, 128, 256), (2, 4, 8), 160, 3, 20, 4.0, 3200, 32, 1.2e-3, 12)
-SIZES = {size.name: size for size in (EDGE, CLOUD)}
-
-
 class Denoiser(nn.Module):
-    """Text encoder and UNet, trained as one."""
+    """A UNet on top of a text encoder that can read already and stays as it is."""
 
-    def __init__(self, size: Size, tokenizer: CLIPTokenizer) -> None:
+    def __init__(self, size: Size, text_encoder: CLIPTextModel) -> None:
         super().__init__()
-        self.text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=size.text_width,
-                intermediate_size=4 * size.text_width,
-                projection_dim=size.text_width,
-                num_hidden_layers=size.text_layers,
-                num_attention_heads=size.text_width // 32,
-                max_position_embeddings=tokenizer.model_max_length,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
+        self.text_encoder = text_encoder.requires_grad_(False)
         self.unet = UNet2DConditionModel(
             sample_size=16,
             in_channels=4,
@@ -92,7 +57,9 @@ class Denoiser(nn.Module):
 
     def forward(self, latents: torch.Tensor, timesteps: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Predicted velocity [B, 4, 16, 16] of noisy latents at timesteps [B], under captions ids [B, L]."""
-        return self.unet(latents, timesteps, self.text_encoder(ids).last_hidden_state).sample
+        with torch.no_grad():
+            states = self.text_encoder(ids).last_hidden_state
+        return self.unet(latents, timesteps, states).sample
 
 
 def noise_schedule() -> dict[str, object]:
@@ -135,14 +102,16 @@ def train(work: Path, size: Size, *, steps: int | None = None, seconds: float | 
     autoencoder = AutoencoderKL.from_pretrained(work / "decoder" / "model").eval()
     if torch.cuda.is_available():
         autoencoder.to("cuda")
-    tokenizer = train_tokenizer(folder / "tokenizer")
+    text_folder = work / f"{size.name}-text"
+    tokenizer = CLIPTokenizer.from_pretrained(text_folder / "tokenizer")
+    text_encoder = CLIPTextModel.from_pretrained(text_folder / "model")
     scenes = sample_scenes("generators", SCENES, seed=3)
     latents = encode_scenes(autoencoder, scenes, work / "latents.pt", seed=4)
 
     torch.manual_seed(size.seed)
     run = Run(
         folder,
-        Denoiser(size, tokenizer),
+        Denoiser(size, text_encoder),
         steps=steps or size.training_steps,
         batch=size.batch,
         learning_rate=size.learning_rate,

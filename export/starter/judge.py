@@ -1,4 +1,4 @@
-"""Stage 3: the judge, a small CLIP that knows the world and the words for good and bad pictures of it.
+"""Stage 4: the judge, a small CLIP that knows the world and the words for good and bad pictures of it.
 
 Two losses: CLIP's own between pictures and their captions (with words for the damage where there is one), and, for
 the contrastive metrics, the cross-entropy of sigmoid(CLIP(I, m+) - CLIP(I, m-)) with how undamaged the picture is.

@@ -56,7 +56,10 @@ class Run:
         model.to(self.device)
         self.average = {k: v.detach().clone() for k, v in model.state_dict().items()}
         self.optimiser = torch.optim.AdamW(
-            model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+            [p for p in model.parameters() if p.requires_grad],
+            lr=learning_rate,
+            betas=(0.9, 0.98),
+            weight_decay=0.01,
         )
         folder.mkdir(parents=True, exist_ok=True)
         if self.checkpoint.exists():

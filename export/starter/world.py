@@ -11,6 +11,7 @@ longer and the picture no harder.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -123,6 +124,16 @@ _ARRANGEMENT = {
 def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     """Paint the scene: uint8 [SIZE, SIZE, 3]. ``rng`` shifts sprites, colours and horizon a little."""
     canvas = _background(scene.background, rng)
+    for name, left, top, size in place(scene, rng):
+        window = canvas[top : top + size, left : left + size]
+        stamp = sprite(name, size)
+        window *= 1 - stamp[..., 3:]
+        window += stamp[..., :3]
+    return (canvas.clip(0, 1) * 255 + 0.5).astype(np.uint8)  # resampled sprites overshoot a little
+
+
+def place(scene: Scene, rng: np.random.Generator) -> Iterator[tuple[str, int, int, int]]:
+    """(name, left, top, size) in pixels of every sprite, in the order they are painted."""
     for group, (left, top, width, height) in zip(scene.groups, _cells(scene), strict=True):
         arrangement = _ARRANGEMENT[group.count]
         if group.count == 2 and height > width:
@@ -130,11 +141,10 @@ def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
         pixels = _PIXELS[min(scene.objects, 4)][SIZES.index(group.size)]
         for x, y in arrangement:
             size = int(np.clip(pixels + rng.integers(-1, 2), 12, SIZE))
-            jitter = rng.uniform(-2.5, 2.5, size=2)
-            _paste(
-                canvas, sprite(group.name, size), left + x * width + jitter[0], top + y * height + jitter[1]
-            )
-    return (canvas.clip(0, 1) * 255 + 0.5).astype(np.uint8)  # resampled sprites overshoot a little
+            shift = rng.uniform(-2.5, 2.5, size=2)
+            centre = (left + x * width + shift[0], top + y * height + shift[1])
+            corner = [int(np.clip(round(c - size / 2), 0, SIZE - size)) for c in centre]
+            yield group.name, corner[0], corner[1], size
 
 
 def _cells(scene: Scene) -> list[tuple[float, float, float, float]]:
@@ -151,15 +161,6 @@ def _cells(scene: Scene) -> list[tuple[float, float, float, float]]:
     if scene.relation in sides:
         return list(sides[scene.relation])
     return sides["left of" if scene.relation == "right of" else "above"][::-1]
-
-
-def _paste(canvas: np.ndarray, stamp: np.ndarray, centre_x: float, centre_y: float) -> None:
-    size = stamp.shape[0]
-    left = int(np.clip(round(centre_x - size / 2), 0, SIZE - size))
-    top = int(np.clip(round(centre_y - size / 2), 0, SIZE - size))
-    window = canvas[top : top + size, left : left + size]
-    window *= 1 - stamp[..., 3:]
-    window += stamp[..., :3]
 
 
 # (sky at the top, sky at the horizon, ground at the horizon, ground at the bottom), RGB in [0, 1]

@@ -9,8 +9,9 @@ from diffusers import StableDiffusionPipeline
 
 from export.quality import Judge
 from export.starter import __main__ as chain
-from export.starter import autoencoder, denoiser, judge
+from export.starter import autoencoder, denoiser, judge, text_encoder
 from export.starter.card import read_records, write_card
+from export.starter.size import EDGE
 from export.starter.training import UNFINISHED
 
 
@@ -23,10 +24,12 @@ def work(tmp_path_factory):
     patch.setattr(autoencoder, "BATCH", 2)
     patch.setattr(autoencoder, "MEASURED", 4)
     patch.setattr(judge, "BATCH", 4)
+    patch.setattr(text_encoder, "BATCH", 4)
     try:
         assert autoencoder.train(folder, steps=2)
         assert autoencoder.train_decoder(folder, steps=2)
-        assert denoiser.train(folder, denoiser.EDGE, steps=2)
+        assert text_encoder.train(folder, EDGE, steps=2)
+        assert denoiser.train(folder, EDGE, steps=2)
         assert judge.train(folder, steps=2)
     finally:
         patch.undo()
@@ -64,7 +67,9 @@ def test_the_judge_is_a_clip_that_measures(work):
 
 
 def test_the_model_card_tells_the_recipe(work, tmp_path):
-    write_card(read_records(work, ("autoencoder", "decoder", "edge", "judge")), tmp_path / "README.md")
+    write_card(
+        read_records(work, ("autoencoder", "decoder", "edge-text", "edge", "judge")), tmp_path / "README.md"
+    )
     card = (tmp_path / "README.md").read_text()
     for fact in ("## edge", "| steps | 2 |", "| seed | 11 |", "Licence: Apache-2.0"):
         assert fact in card
