@@ -1,13 +1,14 @@
 """Measure both models: the outcome matrix, prompts x models x seeds x metrics, as Parquet.
 
 Both models really generate; the judge measures every image. Work is cut into pieces that are kept as they are
-finished, so an interrupted run goes on where it was, and several processes may share one run (``--only``).
+finished, so an interrupted run goes on where it was, and several processes may share one run (``--share``).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ MODELS = ("edge", "cloud")
 class Piece:
     """Up to PIECE prompts, one model, one seed each; kept in one file."""
 
+    number: int  # of these prompts and this draw, the same for both models
     model: str
     draw: int  # 0 for the first image of a prompt, 1 for the second, ...
     prompts: tuple[Prompt, ...]
@@ -77,10 +79,9 @@ class Painter:
         ).images
 
 
-def pieces(
-    prompts: Sequence[Prompt], models: Sequence[str], draws: int, measured_draws: int
-) -> Iterator[Piece]:
+def pieces(prompts: Sequence[Prompt], draws: int, measured_draws: int) -> Iterator[Piece]:
     """All pieces: ``draws`` images a prompt, ``measured_draws`` for calibration and test prompts."""
+    number = 0
     for draw in range(max(draws, measured_draws)):
         wanted = [
             prompt
@@ -88,8 +89,9 @@ def pieces(
             if draw < (measured_draws if prompt.split in ("calibration", "test") else draws)
         ]
         for start in range(0, len(wanted), PIECE):
-            for model in models:
-                yield Piece(model, draw, tuple(wanted[start : start + PIECE]))
+            for model in MODELS:
+                yield Piece(number, model, draw, tuple(wanted[start : start + PIECE]))
+            number += 1
 
 
 def measure(piece: Piece, painter: Painter, judge: Judge) -> pa.Table:
@@ -119,7 +121,7 @@ def label(
         raise ExportError(
             f"{parts} holds labels of other models or another judge: remove it, or name another --out"
         )
-    made_with.write_text(json.dumps(facts))
+    _write_whole(made_with, json.dumps(facts))
     missing = [piece for piece in wanted if not (parts / piece.file).exists()]
     if not missing:
         return
@@ -128,7 +130,7 @@ def label(
         task = bar.add_task("label", total=len(missing))
         for piece in missing:
             table = measure(piece, painters[piece.model], judge)
-            partial = parts / (piece.file + ".partial")
+            partial = parts / f"{piece.file}.{os.getpid()}"
             pq.write_table(table, partial)
             partial.replace(parts / piece.file)
             bar.advance(task)
@@ -153,7 +155,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     for split, number in PROMPTS.items():
         parser.add_argument(f"--{split}", type=int, default=number, help=f"prompts (default: {number})")
-    parser.add_argument("--only", choices=MODELS, help="this model's images alone, beside another process")
+    parser.add_argument(
+        "--share",
+        type=_share,
+        default=(1, 1),
+        metavar="K/N",
+        help="the K-th of N processes that share the work",
+    )
     options = parser.parse_args(argv)
 
     prompts = router_prompts({split: getattr(options, split) for split in PROMPTS})
@@ -165,16 +173,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         "judge_digest": judge.digest,
     }
     parts = options.parts or options.out.with_suffix(".parts")
-    every = list(pieces(prompts, MODELS, options.draws, options.measured_draws))
-    mine = [piece for piece in every if options.only in (None, piece.model)]
+    every = list(pieces(prompts, options.draws, options.measured_draws))
+    mine = [piece for piece in every if piece.number % options.share[1] == options.share[0] - 1]
     label({"edge": options.edge, "cloud": options.cloud}, judge, parts, mine, facts)
     if left := [piece for piece in every if not (parts / piece.file).exists()]:
-        print(f"{len(every) - len(left)} of {len(every)} pieces are made; run on without --only for the rest")
+        print(
+            f"{len(every) - len(left)} of {len(every)} pieces are made; the same command without --share makes the rest"
+        )
         return 1
     table = pa.concat_tables([pq.read_table(parts / piece.file) for piece in every])
     pq.write_table(table.replace_schema_metadata(facts), options.out, compression="zstd")
     print(f"{table.num_rows} images of {len(prompts)} prompts -> {options.out}")
     return 0
+
+
+def _write_whole(file: Path, text: str) -> None:
+    """Another process sharing the run reads all of it or nothing."""
+    partial = file.with_suffix(f".{os.getpid()}")
+    partial.write_text(text)
+    partial.replace(file)
+
+
+def _share(text: str) -> tuple[int, int]:
+    k, n = map(int, text.split("/"))
+    if not 1 <= k <= n:
+        raise ValueError(text)
+    return k, n
 
 
 if __name__ == "__main__":

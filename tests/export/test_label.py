@@ -77,21 +77,32 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_matrix(
     assert pq.read_table(cut).equals(pq.read_table(whole))
 
 
-def test_two_processes_share_a_run_and_the_last_one_writes_the_matrix(models, miniature_bundle, tmp_path):
+def test_two_processes_share_a_run_and_the_last_one_writes_the_matrix(
+    models, miniature_bundle, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(label, "PIECE", 4)
     out = tmp_path / "labels.parquet"
-    assert label.main(arguments(models, miniature_bundle, out, "--only", "edge")) == 1
+    assert label.main(arguments(models, miniature_bundle, out, "--share", "1/2")) == 1
     assert not out.exists()
-    assert label.main(arguments(models, miniature_bundle, out, "--only", "cloud")) == 0
+    assert label.main(arguments(models, miniature_bundle, out, "--share", "2/2")) == 0
     assert len(Outcomes.read(out)) == 9
 
 
-def test_labels_of_other_models_are_not_mixed_in(models, miniature_bundle, tmp_path):
+def test_labels_of_other_models_are_not_mixed_in(models, miniature_bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr(label, "PIECE", 4)
     out = tmp_path / "labels.parquet"
-    label.main(arguments(models, miniature_bundle, out, "--only", "edge"))
+    label.main(arguments(models, miniature_bundle, out, "--share", "1/2"))
     swapped = arguments(models, miniature_bundle, out)
     swapped[3] = str(models / "edge")
     with pytest.raises(ExportError, match="other models"):
         label.main(swapped)
+
+
+@pytest.mark.parametrize("share", ["0/2", "3/2", "half"])
+def test_a_share_that_is_none_is_refused(share):
+    with pytest.raises(SystemExit) as refusal:
+        label.main(["--share", share])
+    assert refusal.value.code == 2
 
 
 def test_a_quality_is_the_sigmoid_of_the_difference_of_two_scaled_cosines(models):
