@@ -274,16 +274,29 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
 async def _abort(context: Any, error: Exception) -> None:
     status = status_details(error)
     details = (("grpc-status-details-bin", status.SerializeToString()),)
-    await context.abort(grpc_code(error), status.message, details)
+    try:
+        await context.abort(grpc_code(error), status.message, details)
+    except grpc.aio.InternalError:
+        raise asyncio.CancelledError from None  # nobody is left to be told
 
 
 async def _write(context: Any, response: edge_pb2.GenerateResponse) -> None:
+    # Not wait_for: before Python 3.12 it swallows a cancellation that meets the end of what it waits for.
+    writing = asyncio.ensure_future(context.write(response))
+    writing.add_done_callback(
+        lambda done: done.cancelled() or done.exception()
+    )  # seen, even when nobody waits
     try:
-        await asyncio.wait_for(context.write(response), STALLED_READER_S)
-    except asyncio.TimeoutError:
-        raise Cancelled(
-            f"the caller read nothing for {STALLED_READER_S:.0f} s; read the stream as it comes"
-        ) from None
+        await asyncio.wait([writing], timeout=STALLED_READER_S)
+        if not writing.done():
+            raise Cancelled(
+                f"the caller read nothing for {STALLED_READER_S:.0f} s; read the stream as it comes"
+            )
+        writing.result()
+    except grpc.aio.InternalError as error:  # the write and the caller's leaving crossed
+        raise Cancelled("the caller went away") from error
+    finally:
+        writing.cancel()
 
 
 def _image_request(
