@@ -54,12 +54,13 @@ def with_facts(png: bytes, facts: Mapping[str, Any]) -> bytes:
 
 
 def _chunks(png: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Type and whole bytes of each chunk."""
-    position = len(_SIGNATURE)
-    while position < len(png):
+    """Type and whole bytes of each chunk up to the last, IEND; what a file holds behind it, decoders ignore."""
+    position, kind = len(_SIGNATURE), b""
+    while kind != b"IEND" and position + 12 <= len(png):
         (length,) = struct.unpack_from(">I", png, position)
         end = position + 12 + length  # length, type, data, checksum
-        yield png[position + 4 : position + 8], png[position:end]
+        kind = png[position + 4 : position + 8]
+        yield kind, png[position:end]
         position = end
 
 

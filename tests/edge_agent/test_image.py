@@ -6,6 +6,7 @@ import io
 
 import numpy as np
 import PIL.Image
+import pytest
 from PIL.PngImagePlugin import PngInfo
 
 from edge_agent.image import encode_png, with_facts
@@ -36,6 +37,14 @@ def test_a_files_own_texts_give_way_and_its_other_chunks_stay() -> None:
     image = opened(with_facts(file.getvalue(), {"prompt": "mine"}))
     assert image.text == {"prompt": "mine"}
     assert "dpi" in image.info
+    assert np.array_equal(np.asarray(image), PIXELS)
+
+
+@pytest.mark.parametrize("tail", [b"", b"x", b"\xff" * 20])
+@pytest.mark.parametrize("cut", [0, 4, 9, 12])
+def test_what_decoders_forgive_at_the_end_of_a_file_is_forgiven_here(cut: int, tail: bytes) -> None:
+    png = encode_png(PIXELS)
+    image = opened(with_facts(png[: len(png) - cut] + tail, FACTS))
     assert np.array_equal(np.asarray(image), PIXELS)
 
 
