@@ -145,7 +145,7 @@ class Journal:
                 (tenant, request_id, fingerprint, State.RUNNING.value, now),
             )
             self._prune(now)
-        self._live.add((tenant, request_id))
+            self._live.add((tenant, request_id))  # before anybody can find the row
 
     def finish(self, tenant: str, request_id: str, finished: Finished) -> None:
         """Writes the image and its charge, both or neither; only for an id that is running."""
@@ -171,12 +171,14 @@ class Journal:
 
     def end(self, tenant: str, request_id: str, state: State) -> None:
         """Records that a running id came to nothing (FAILED or CANCELLED). Leaves a finished one as it is."""
-        self._live.discard((tenant, request_id))
-        with self._transaction():
-            self._connection.execute(
-                "UPDATE generations SET state = ? WHERE tenant = ? AND request_id = ? AND state = ?",
-                (state.value, tenant, request_id, State.RUNNING.value),
-            )
+        try:
+            with self._transaction():
+                self._connection.execute(
+                    "UPDATE generations SET state = ? WHERE tenant = ? AND request_id = ? AND state = ?",
+                    (state.value, tenant, request_id, State.RUNNING.value),
+                )
+        finally:  # not before: a charge under way may still come first, and nobody may be told that it will not
+            self._live.discard((tenant, request_id))
 
     def close(self) -> None:
         """Lets go of the file."""
