@@ -73,10 +73,15 @@ class Generator:
         """
         for library in ("DIFFUSERS", "TRANSFORMERS"):
             os.environ.setdefault(f"{library}_VERBOSITY", "error")  # both log while they are imported
-        import torch
-        from diffusers import DiffusionPipeline
-        from diffusers.utils import logging as diffusers_logging
-        from transformers.utils import logging as transformers_logging
+        try:
+            import torch
+            from diffusers import DiffusionPipeline
+            from diffusers.utils import logging as diffusers_logging
+            from transformers.utils import logging as transformers_logging
+        except ImportError as error:
+            raise StartRefused(
+                f"{error}; install what a server needs: pip install 'routet2i[cloud]'"
+            ) from error
 
         for logs in (diffusers_logging, transformers_logging):
             logs.set_verbosity_error()

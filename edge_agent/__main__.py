@@ -180,6 +180,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(error.message, error.exit_code)
     except RouteT2IError as error:
         return _complain(error.message, _EXIT_CODES.get(type(error), BROKEN))
+    except ModuleNotFoundError as error:
+        if error.name != "onnxruntime":
+            raise
+        return _complain(
+            "there is no onnxruntime; install it: pip install 'routet2i[cpu]', or [gpu]", BAD_INPUT
+        )
     except BrokenPipeError:  # whoever read our output has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
