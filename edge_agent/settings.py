@@ -14,7 +14,7 @@ import socket
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -59,7 +59,7 @@ def parse_dollars(text: str) -> int:
         micro = Decimal(text.strip().removeprefix("$")) * 1_000_000
         if micro == micro.to_integral_value() and 0 <= micro <= MAX_MONEY:
             return int(micro)
-    except (InvalidOperation, ValueError, OverflowError):
+    except (ArithmeticError, ValueError):
         pass
     raise ValueError(f"{text!r} is not an amount of US dollars with at most six decimals")
 
@@ -166,7 +166,9 @@ def _budgets(value: str) -> tuple[Budget, ...]:
     """Budgets of `1`, `0.20/hour, 20/month` or `0.50/day@kiosk`: dollars, window (a day where none is named), app."""
     budgets: list[Budget] = []
     for part in _apps(value):
-        rest, _, app = part.partition("@")
+        rest, at, app = part.partition("@")
+        if at and not app.strip():
+            raise ValueError("a budget that ends in @ needs an app's name behind it")
         amount, _, window = rest.partition("/")
         window = window.strip() or "day"
         if window not in get_args(Window):
@@ -175,6 +177,8 @@ def _budgets(value: str) -> tuple[Budget, ...]:
         if name in [budget.name for budget in budgets]:
             raise ValueError(f"there are two budgets for {name}; give one")
         budgets.append(Budget(name, cast(Window, window), parse_dollars(amount), app.strip() or None))
+    if not budgets:  # an empty variable must not mean that there is no limit
+        raise ValueError("an amount of US dollars is expected; 0 keeps everything on the edge")
     return tuple(budgets)
 
 
