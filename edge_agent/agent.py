@@ -108,9 +108,13 @@ class Agent:
         began = time.perf_counter()
         route, reason = self._verdict(request, reading, quota_allows=True)
         if reason is Reason.PARETO_CLOUD:
-            allows = await asyncio.to_thread(
-                self.purchases.ledger.allows, request.app, self._ceiling(request)
-            )
+            try:
+                allows = await asyncio.to_thread(
+                    self.purchases.ledger.allows, request.app, self._ceiling(request)
+                )
+            except LedgerError as error:  # as in _decide: a ledger that cannot be read allows nothing
+                log.error("ledger", extra={"fields": {"error": error.message}})
+                allows = False
             route, reason = self._verdict(request, reading, quota_allows=allows)
         return await self._explained(request, reading, route, reason, {"decide": _ms_since(began)})
 

@@ -344,6 +344,7 @@ async def test_a_ledger_that_breaks_keeps_prompts_on_the_edge(
         here.daemon._purchases.ledger.close()
         answer = await here.app.generate(CLOUD_PROMPT)
         assert (answer.reason, answer.served_by) == ("quota_exhausted", "edge")
+        assert (await here.app.route(CLOUD_PROMPT)).reason == edge_pb2.DECISION_REASON_QUOTA_EXHAUSTED
         assert (await here.app.generate(EDGE_PROMPT)).served_by == "edge"
         assert (await here.app.generate(routing=CLOUD)).code == "INTERNAL"
         assert cloud.connections == 0
