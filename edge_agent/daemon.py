@@ -225,6 +225,8 @@ def _cloud_client(settings: Settings) -> CloudClient | None:
             token = Path(settings.cloud_token).expanduser().read_text(encoding="ascii").strip()
         except (OSError, ValueError) as error:
             raise StartRefused(f"cannot read the token in {settings.cloud_token}: {error}") from error
+        if not token or not token.isprintable() or " " in token:  # as a line of the server's own list has
+            raise StartRefused(f"{settings.cloud_token} must hold one token and nothing else, on one line")
     ca_file = Path(settings.cloud_ca).expanduser() if settings.cloud_ca else None
     if ca_file is not None and not ca_file.is_file():
         raise StartRefused(f"--cloud-ca {ca_file} is not a file")

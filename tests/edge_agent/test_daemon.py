@@ -223,6 +223,15 @@ def test_a_token_that_cannot_be_read_is_refused(folder: Path, refused: Refused) 
     assert "cannot read the token" in words
 
 
+@pytest.mark.parametrize("content", ["", "tenant 0123456789abcdef", "# mine\n0123456789abcdef"])
+def test_a_file_that_holds_more_or_less_than_a_token_is_refused(
+    folder: Path, refused: Refused, content: str
+) -> None:
+    file = folder / "token.txt"
+    file.write_text(content)
+    assert "must hold one token" in refused("--cloud", "127.0.0.1:1", "--cloud-token", file)
+
+
 def test_each_request_has_one_line_without_its_prompt(start: Start, folder: Path) -> None:
     process = start("--listen", "127.0.0.1:0", EDGE_AGENT_ROUTING_RATE="0.25")
     address = process.wait_for("listening")["address"]
