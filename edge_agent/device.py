@@ -151,14 +151,17 @@ class Device:
 async def _next(
     events: asyncio.Queue[Progress | Drawn | Exception], deadline: float | None
 ) -> Progress | Drawn | Exception:
-    if deadline is None:
-        return await events.get()
+    # Not wait_for: before Python 3.12 it swallows a cancellation that meets the end of what it waits for.
+    getting = asyncio.ensure_future(events.get())
     try:
-        return await asyncio.wait_for(events.get(), deadline - time.monotonic())
-    except asyncio.TimeoutError:
-        raise DeadlinePassed(
-            "the deadline passed while the image waited or was being made; allow more time"
-        ) from None
+        await asyncio.wait([getting], timeout=None if deadline is None else deadline - time.monotonic())
+        if not getting.done():
+            raise DeadlinePassed(
+                "the deadline passed while the image waited or was being made; allow more time"
+            )
+        return getting.result()
+    finally:
+        getting.cancel()
 
 
 def _mean(before: float | None, newest: float) -> float:
