@@ -30,14 +30,14 @@ from edge_agent.quota import Budget, Ledger
 from edge_agent.reader import Reader
 from edge_agent.request import ImageRequest, Limits
 from errors import BenchError
-from estimate import quantile, ratio
+from estimate import calm, calm_ratio, quantile, ratio
 from plan import PROMPTS, Plan
 from row import Row
 
 GROUP = "decision"
 ROUTING_RATE = 0.5
 RATIO, PREDICT_MS, DECISION_MS, SHARE_PERCENT = 1.3, 0.5, 3.0, 5.0  # targets
-SERIES = ("decision_ms", "decision_cpu_ms", "bare_ms", "bare_cpu_ms", "image_ms")
+SERIES = ("decision_ms", "bare_ms", "image_ms")
 NOBODY = "127.0.0.1:9"  # a cloud that is configured and never called: routing alone opens no connection
 
 
@@ -67,10 +67,12 @@ def rows(plan: Plan) -> list[Row]:
             "x",
             RATIO,
             note=f"{p50}, {p95}; {of_stages}, quota and threads {rest:.2f} ms",
-            cpu=ratio(found["decision_cpu_ms"], found["bare_cpu_ms"]),
+            calm=calm_ratio(whole, bare),
             details=found,
         ),
-        Row.at_most(GROUP, "predictor, PRS and policy, p50", quantile(predict), "ms", PREDICT_MS),
+        Row.at_most(
+            GROUP, "predictor, PRS and policy, p50", quantile(predict), "ms", PREDICT_MS, calm=calm(predict)
+        ),
         Row.at_most(GROUP, "whole decision, p95", quantile(whole, 0.95), "ms", DECISION_MS),
         Row.at_most(
             GROUP,
@@ -103,14 +105,14 @@ async def measure(folder: Path, decisions: int, images: int) -> Reply:
 
         async def decide(prompt: str) -> None:
             request = ImageRequest(request_id=uuid.uuid4().hex, prompt=prompt)
-            with timed(found["decision_ms"], found["decision_cpu_ms"]):
+            with timed(found["decision_ms"]):
                 decision = await agent.route(request)
             for stage, value in decision.timings_ms.items():
                 if stage != "total":
                     found["stages_ms"].setdefault(stage, []).append(value)
 
         def call(prompt: str) -> None:
-            with timed(found["bare_ms"], found["bare_cpu_ms"]):
+            with timed(found["bare_ms"]):
                 bare[prompt]()
 
         for prompt in PROMPTS:  # the first calls allocate
@@ -137,13 +139,11 @@ async def measure(folder: Path, decisions: int, images: int) -> Reply:
 
 
 @contextmanager
-def timed(wall_ms: list[float], cpu_ms: list[float] | None = None) -> Iterator[None]:
-    """Appends the milliseconds that passed, and those that this process computed."""
-    began, computed = time.perf_counter(), time.process_time()
+def timed(series_ms: list[float]) -> Iterator[None]:
+    """Appends the milliseconds that passed."""
+    began = time.perf_counter()
     yield
-    wall_ms.append((time.perf_counter() - began) * 1e3)
-    if cpu_ms is not None:
-        cpu_ms.append((time.process_time() - computed) * 1e3)
+    series_ms.append((time.perf_counter() - began) * 1e3)
 
 
 def bare_calls(bundle: Bundle) -> dict[str, Callable[[], None]]:

@@ -13,7 +13,7 @@ import numpy as np
 from child import Child, Reply
 from edge_agent.bundle import Bundle
 from errors import BenchError
-from estimate import Estimate, quantile, ratio
+from estimate import Estimate, calm_ratio, quantile, ratio
 from plan import PROMPTS, Plan
 from row import Row
 
@@ -26,7 +26,6 @@ class Pairs:
     """What both pipelines took, the edge's first. Seconds an image; seconds and bytes of fresh processes."""
 
     image_s: tuple[list[float], list[float]]
-    image_cpu_s: tuple[list[float], list[float]]
     start_s: tuple[list[float], list[float]]
     peak_bytes: tuple[list[float], list[float]]
     differences: list[float]  # an image's largest, of any colour in 0..1 before rounding
@@ -45,7 +44,7 @@ def against_optimum(plan: Plan) -> list[Row]:
             "x",
             TIME_RATIO,
             note=f"{_medians(*pairs.image_s)} s; {pixels}",
-            cpu=ratio(*pairs.image_cpu_s),
+            calm=calm_ratio(*pairs.image_s),
             details={"edge_s": pairs.image_s[0], "optimum_s": pairs.image_s[1]},
         ),
         Row.at_most(
@@ -93,7 +92,7 @@ def against_diffusers(plan: Plan) -> list[Row]:
             ratio(*pairs.image_s),
             None,
             note=f"{_medians(*pairs.image_s)} s",
-            cpu=ratio(*pairs.image_cpu_s),
+            calm=calm_ratio(*pairs.image_s),
             details={"edge_s": pairs.image_s[0], "diffusers_s": pairs.image_s[1]},
         ),
     ]
@@ -101,7 +100,7 @@ def against_diffusers(plan: Plan) -> list[Row]:
 
 def measure(plan: Plan, other: str, folder: Path) -> Pairs:
     """Fresh processes first; the last pair of them then paints in turns."""
-    pairs = Pairs(([], []), ([], []), ([], []), ([], []), [])
+    pairs = Pairs(([], []), ([], []), ([], []), [])
     manifest = Bundle.open(plan.bundle, verify=False).manifest
     more = [str(plan.threads), str(manifest.default_steps), str(manifest.default_guidance)]
 
@@ -128,7 +127,6 @@ def measure(plan: Plan, other: str, folder: Path) -> Pairs:
                 prompt = PROMPTS[number % len(PROMPTS)]
                 found: Reply = painters[side].ask(prompt=prompt, seed=number, keep=str(files[side]))
                 pairs.image_s[side].append(found["seconds"])
-                pairs.image_cpu_s[side].append(found["cpu_seconds"])
             ours, theirs = map(np.load, files)
             pairs.differences.append(float(np.abs(ours - theirs).max()))
     return pairs

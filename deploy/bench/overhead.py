@@ -28,7 +28,7 @@ from edge_agent.image import encode_png
 from edge_agent.reader import Reader
 from edge_agent.settings import ENVIRONMENT_PREFIX
 from errors import BenchError
-from estimate import quantile
+from estimate import calm_ratio, quantile
 from plan import PROMPTS, Plan
 from routet2i.edge.v1 import edge_pb2
 from routet2i.edge.v1.edge_pb2_grpc import EdgeAgentServiceStub
@@ -50,7 +50,6 @@ def rows(plan: Plan) -> list[Row]:
     added = [ours - theirs for ours, theirs in zip(agent, direct, strict=True)]
     percent = quantile([100 * extra / theirs for extra, theirs in zip(added, direct, strict=True)])
     more = quantile(added)
-    cpu = zip(found["agent_cpu_ms"], found["direct_cpu_ms"], strict=True)
     return [
         Row(
             GROUP,
@@ -61,7 +60,7 @@ def rows(plan: Plan) -> list[Row]:
             percent.value <= PERCENT or more.value <= MILLISECONDS,
             note=f"{more.value:+.2f} ms [{more.low:.2f}, {more.high:.2f}] to {quantile(direct).value:.1f} ms of "
             "reading the prompt, diffusion and PNG",
-            cpu=quantile([100 * (ours / theirs - 1) for ours, theirs in cpu]),
+            calm=100 * (calm_ratio(agent, direct) - 1),
             details=found,
         )
     ]
@@ -82,8 +81,8 @@ def measure(folder: Path, threads: int, images: int) -> Reply:
         assert isinstance(image, Image)  # noqa: S101  # the last event
         return encode_png(image.pixels)
 
-    found: Reply = {"agent_ms": [], "direct_ms": [], "agent_cpu_ms": [], "direct_cpu_ms": []}
-    with running_agent(folder, threads) as (stub, daemon):
+    found: Reply = {"agent_ms": [], "direct_ms": []}
+    with running_agent(folder, threads) as stub:
 
         def agent(prompt: str, seed: int) -> bytes:
             return through_agent(stub, prompt, seed)
@@ -93,19 +92,12 @@ def measure(folder: Path, threads: int, images: int) -> Reply:
             makers = [("agent", agent), ("direct", direct)]
             pngs = []
             for name, make in makers if number % 2 else reversed(makers):
-                began, computed = time.perf_counter(), cpu_s(daemon)
+                began = time.perf_counter()
                 pngs.append(make(prompt, number))
                 found[f"{name}_ms"].append((time.perf_counter() - began) * 1e3)
-                found[f"{name}_cpu_ms"].append((cpu_s(daemon) - computed) * 1e3)
             if not np.array_equal(*map(pixels, pngs)):
                 raise BenchError("the agent's image is not the one that the same calls make directly")
     return {name: series[1:] for name, series in found.items()}  # the first pair warmed both up
-
-
-def cpu_s(daemon: int) -> float:
-    """Seconds that this process and `daemon` have computed; without /proc of this process alone."""
-    tasks = Path(f"/proc/{daemon}/task").glob("*/schedstat")
-    return time.process_time() + sum(int(task.read_text().split()[0]) for task in tasks) / 1e9
 
 
 def through_agent(stub: EdgeAgentServiceStub, prompt: str, seed: int) -> bytes:
@@ -123,8 +115,8 @@ def pixels(png: bytes) -> np.ndarray:
 
 
 @contextmanager
-def running_agent(folder: Path, threads: int) -> Iterator[tuple[EdgeAgentServiceStub, int]]:
-    """`edge-agent serve` on a socket of its own, once its models are loaded, and its process id."""
+def running_agent(folder: Path, threads: int) -> Iterator[EdgeAgentServiceStub]:
+    """`edge-agent serve` on a socket of its own, once its models are loaded."""
     environment = {name: text for name, text in os.environ.items() if not name.startswith(ENVIRONMENT_PREFIX)}
     with tempfile.TemporaryDirectory() as state:
         address = f"unix:{state}/agent.sock"
@@ -133,7 +125,7 @@ def running_agent(folder: Path, threads: int) -> Iterator[tuple[EdgeAgentService
         try:
             _wait(AgentClient(address), daemon)
             with grpc.insecure_channel(address) as channel:
-                yield EdgeAgentServiceStub(channel), daemon.pid
+                yield EdgeAgentServiceStub(channel)
         finally:
             daemon.terminate()
             daemon.wait()

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from row import Row
 
-COLUMNS = ("what", "measured", "of CPU time", "target", "", "note")
+COLUMNS = ("what", "measured", "in calm moments", "target", "", "note")
 
 
 def table(rows: Sequence[Row]) -> Table:
@@ -22,7 +22,7 @@ def table(rows: Sequence[Row]) -> Table:
     colours = {True: "green", False: "red", None: "dim"}
     for row in rows:
         verdict = f"[{colours[row.met]}]{row.verdict}[/]"
-        made.add_row(row.what, row.shown, row.shown_cpu, row.target, verdict, row.note.replace("[", r"\["))
+        made.add_row(row.what, row.shown, row.shown_calm, row.target, verdict, row.note.replace("[", r"\["))
     return made
 
 
@@ -57,6 +57,6 @@ def _markdown(rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
             "",
             line(COLUMNS),
             line(("---",) * len(COLUMNS)),
-            *(line((row.what, row.shown, row.shown_cpu, row.target, row.verdict, row.note)) for row in rows),
+            *(line((row.what, row.shown, row.shown_calm, row.target, row.verdict, row.note)) for row in rows),
         )
     )

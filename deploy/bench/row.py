@@ -26,7 +26,9 @@ class Row:
     measured: Estimate | None
     met: bool | None
     note: str = ""
-    cpu: Estimate | None = None  # the same of time that was computed: what a busy machine cannot stretch
+    calm: float | None = (
+        None  # the same from the fastest tenth of each side, which other work disturbed least
+    )
     details: Mapping[str, Any] = field(default_factory=dict)  # for the JSON file
 
     @classmethod
@@ -53,9 +55,9 @@ class Row:
         return f"{value} {self.unit}".rstrip() + interval
 
     @property
-    def shown_cpu(self) -> str:
-        """The same of computing time, where it was measured."""
-        return "" if self.cpu is None else f"{_FORMATS[self.unit].format(self.cpu.value)} {self.unit}"
+    def shown_calm(self) -> str:
+        """The same in calm moments, where it was measured."""
+        return "" if self.calm is None else f"{_FORMATS[self.unit].format(self.calm)} {self.unit}"
 
     @property
     def verdict(self) -> str:

@@ -1,0 +1,69 @@
+"""The benchmark's machinery, on the miniature models. What it measures is nobody's test."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def bench(*arguments: str, out: Path) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+    command = [sys.executable, str(ROOT / "deploy" / "bench"), "--quick", "--out", str(out), *arguments]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=170, check=False)
+    written = out / "bench.json"
+    return finished, json.loads(written.read_text()) if written.exists() else {}
+
+
+@pytest.mark.parametrize("group", ["decision", "agent", "import"])
+def test_the_edges_rows_are_measured_and_written(group: str, routed_bundle: Path, tmp_path: Path) -> None:
+    finished, record = bench("--only", group, "--bundle", str(routed_bundle), out=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert {row["group"] for row in record["rows"]} == {group}
+    for row in record["rows"]:
+        numbers = [row["measured"][name] for name in ("low", "value", "high")]
+        assert all(map(math.isfinite, numbers)) and numbers == sorted(numbers)
+        assert isinstance(row["met"], bool) and row["target"]
+        assert row["what"] in (tmp_path / "bench.md").read_text()
+    assert record["bundle"]["name"] == "miniature"
+    assert record["machine"]["versions"]["onnxruntime"]
+
+
+def test_pixels_are_compared_with_those_of_the_same_weights(miniature_bundle: Path, tmp_path: Path) -> None:
+    from tests.miniature import save_miniature
+
+    model = save_miniature(tmp_path / "model")
+    bundle = ("--bundle", str(miniature_bundle), "--model", str(model))
+    finished, record = bench("--only", "diffusers", *bundle, out=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    pixels, time = record["rows"]
+    assert pixels["met"] and 0 < pixels["measured"]["value"] <= 1e-3
+    assert time["measured"]["value"] > 0 and time["met"] is None
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [("headroom", "edge-export evaluate"), ("decision", "edge-export train"), ("diffusers", "--model")],
+)
+def test_a_row_that_cannot_be_measured_says_what_to_do(
+    row: str, says: str, miniature_bundle: Path, tmp_path: Path
+) -> None:
+    missing = ("--model", str(tmp_path / "none"), "--evaluation", str(tmp_path / "none.json"))
+    finished, record = bench("--only", row, "--bundle", str(miniature_bundle), *missing, out=tmp_path)
+    assert finished.returncode == 1
+    (only,) = record["rows"]
+    assert only["measured"] is None and only["met"] is None
+    assert says in only["note"]
+
+
+def test_without_a_bundle_nothing_starts(tmp_path: Path) -> None:
+    finished, record = bench("--bundle", str(tmp_path / "none"), out=tmp_path)
+    assert finished.returncode == 2
+    assert "no bundle" in finished.stderr and "Traceback" not in finished.stderr
+    assert record == {}
