@@ -186,18 +186,19 @@ def run(options: argparse.Namespace, console: Console) -> int:
     prompts = read_prompts(options.prompts)
     out: Path = options.out
     make_room(out)
-    with ExitStack() as stack:
-        stack.callback(signal.signal, signal.SIGINT, signal.default_int_handler)
-        state = Path(
-            stack.enter_context(tempfile.TemporaryDirectory(prefix="demo-", ignore_cleanup_errors=True))
-        )
+    servers: list[Server] = []
+    with tempfile.TemporaryDirectory(prefix="demo-") as folder, ExitStack() as stack:
+        stack.callback(stop, console, servers)
+        state = Path(folder)
         with waiting(console, f"starting cloud-server with {options.model}"):
-            cloud = start_cloud(options, state, stack)
+            cloud = start_cloud(options, state)
+            servers.append(cloud)
             wanted = cloud_worthy(options, prompts)
             cloud_address = cloud.address()
         spare = wanted // 2
         with waiting(console, f"starting edge-agent with {options.bundle}"):
-            edge = start_edge(options, state, stack, cloud_address, wanted + spare, wanted)
+            edge = start_edge(options, state, cloud_address, wanted + spare, wanted)
+            servers.append(edge)
             edge.wait_until_serving()
         with waiting(console, "waiting for the cloud model"):
             cloud.wait_until_serving()
@@ -210,17 +211,10 @@ def run(options: argparse.Namespace, console: Console) -> int:
             demo.run(phase)
         if not edge.running:
             raise DidNotStart(f"edge-agent ended. The end of {edge.log_file}:\n{edge.tail()}")
-        advice = demo.agent.status()["advice"]
+        notes = [*demo.agent.status()["advice"], *hints(wanted, options.routing_rate)]
         budgets = demo.agent.quota()
     sheet = demo.sheet(phases)
-    account(
-        console,
-        demo,
-        budgets,
-        [*advice, *hints(wanted, options.routing_rate)],
-        sheet,
-        time.monotonic() - began,
-    )
+    account(console, demo, budgets, notes, sheet, time.monotonic() - began)
     return BROKEN if demo.unanswered else 0
 
 
@@ -249,53 +243,41 @@ def read_prompts(file: Path) -> list[str]:
 
 def make_room(out: Path) -> None:
     """Makes the folder, and removes what an earlier demo wrote there; whatever else lies in it stays."""
-    (out / "images").mkdir(parents=True, exist_ok=True)
-    for old in (
-        *(out / "images").glob("[123]-[0-9]*-*.png"),
-        out / "record.jsonl",
-        out / "contact-sheet.png",
-    ):
+    images = out / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    for old in (*images.glob("[123]-[0-9]*-*.png"), out / "record.jsonl", out / "contact-sheet.png"):
         old.unlink(missing_ok=True)
 
 
-def start_cloud(options: argparse.Namespace, state: Path, stack: ExitStack) -> Server:
-    """Starts the cloud server; `stack` stops it."""
-    choices = [
-        "--model",
-        options.model,
-        "--price-micro-usd",
-        str(PRICE_MICRO_USD),
-        "--state",
-        str(state / "cloud"),
-    ]
-    return started(stack, Server("cloud_server", choices, options.out / "cloud-server.log"))
+def start_cloud(options: argparse.Namespace, state: Path) -> Server:
+    """Starts the cloud server."""
+    choices = {"model": options.model, "price-micro-usd": PRICE_MICRO_USD, "state": state / "cloud"}
+    return Server("cloud_server", choices, options.out / "cloud-server.log")
 
 
-def start_edge(
-    options: argparse.Namespace, state: Path, stack: ExitStack, cloud: str, gallery: int, kiosk: int
-) -> Server:
-    """Starts the edge agent with budgets for so many cloud images of each app; `stack` stops it."""
-    budget = ",".join(
-        f"{images * PRICE_MICRO_USD / 1e6:.6f}/total@{app}"
-        for images, app in ((gallery, GALLERY), (kiosk, KIOSK))
-    )
-    choices = ["--bundle", str(options.bundle), "--cloud", cloud, "--routing-rate", options.routing_rate]
-    choices += [
-        "--budget",
-        budget,
-        "--max-price",
-        f"{PRICE_MICRO_USD / 1e6:.6f}",
-        "--state",
-        str(state / "edge"),
-    ]
-    return started(stack, Server("edge_agent", choices, options.out / "edge-agent.log"))
+def start_edge(options: argparse.Namespace, state: Path, cloud: str, gallery: int, kiosk: int) -> Server:
+    """Starts the edge agent with budgets for so many cloud images of each app."""
+    price = PRICE_MICRO_USD / 1e6
+    choices = {
+        "bundle": options.bundle,
+        "cloud": cloud,
+        "routing-rate": options.routing_rate,
+        "budget": f"{gallery * price:.6f}/total@{GALLERY},{kiosk * price:.6f}/total@{KIOSK}",
+        "max-price": f"{price:.6f}",
+        "state": state / "edge",
+    }
+    return Server("edge_agent", choices, options.out / "edge-agent.log")
 
 
-def started(stack: ExitStack, server: Server) -> Server:
-    """`server`, which `stack` stops, undisturbed by a second Ctrl-C."""
-    stack.callback(server.stop)
-    stack.callback(signal.signal, signal.SIGINT, signal.SIG_IGN)
-    return server
+def stop(console: Console, servers: Sequence[Server]) -> None:
+    """Ends them all, undisturbed by a second Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with waiting(console, "stopping the servers"):
+        for server in servers:
+            server.terminate()
+        for server in servers:
+            server.stop()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def cloud_worthy(options: argparse.Namespace, prompts: Sequence[str]) -> int:
@@ -310,7 +292,7 @@ def cloud_worthy(options: argparse.Namespace, prompts: Sequence[str]) -> int:
         check=False,
     )
     if routed.returncode:
-        raise Refused(routed.stderr.strip())
+        raise Refused(routed.stderr.strip().removeprefix("edge-agent: "))
     return sum(json.loads(line)["route"] == "cloud" for line in routed.stdout.splitlines())
 
 

@@ -7,8 +7,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -31,13 +32,14 @@ class DidNotStart(Exception):
 class Server:
     """`python -m PACKAGE serve ...` on a free loopback port. `stop()` it, whatever happens."""
 
-    def __init__(self, package: str, options: Sequence[str], log_file: Path) -> None:
+    def __init__(self, package: str, options: Mapping[str, object], log_file: Path) -> None:
         self.name = package.replace("_", "-")
         self.log_file = log_file
         self._address = ""
+        flags = [f"--{name}={value}" for name, value in {**_COMMON, **options}.items()]
         with log_file.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", package, "serve", "--listen", "127.0.0.1:0", *_COMMON, *options],
+                [sys.executable, "-m", package, "serve", *flags],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -105,7 +107,7 @@ class Server:
         return bool(self._address)
 
 
-_COMMON = ("--log-format", "json", "--grace-s", f"{GRACE_S:g}")
+_COMMON: dict[str, object] = {"listen": "127.0.0.1:0", "log-format": "json", "grace-s": GRACE_S}
 
 
 def own_environment() -> dict[str, str]:
@@ -114,7 +116,7 @@ def own_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
 
 
-def _serving(health: health_pb2_grpc.HealthStub) -> bool:
+def _serving(health: Any) -> bool:
     try:
         answer = health.Check(health_pb2.HealthCheckRequest(), timeout=2.0)
     except grpc.RpcError:
