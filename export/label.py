@@ -22,6 +22,7 @@ from PIL import Image
 
 from cloud_server.model import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, open_model
 from edge_agent.bundle import Bundle
+from export.__main__ import run
 from export.errors import ExportError
 from export.prompts import PROMPTS, Prompt, router_prompts
 from export.quality import STARTER_JUDGE, Judge
@@ -62,8 +63,9 @@ class Painter:
 
     def __init__(self, model: str) -> None:
         opened = open_model(model)
-        self.steps = opened.card.steps or DEFAULT_STEPS
-        self.guidance_scale = opened.card.guidance_scale or DEFAULT_GUIDANCE_SCALE
+        card = opened.card
+        self.steps = DEFAULT_STEPS if card.steps is None else card.steps
+        self.guidance_scale = DEFAULT_GUIDANCE_SCALE if card.guidance_scale is None else card.guidance_scale
         self.pipeline = DiffusionPipeline.from_pretrained(opened.folder, torch_dtype=torch.float32)
         self.pipeline.set_progress_bar_config(disable=True)
         if torch.cuda.is_available():
@@ -202,4 +204,4 @@ def _share(text: str) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run(main))

@@ -7,22 +7,22 @@ export OMP_NUM_THREADS=1 # a process a core: two threads in one process wait for
 
 stage() { .venv/bin/edge-export starter "$@"; }
 
-stage autoencoder &
-stage judge &
-wait
+# Two stages at once; either one's failure ends the run.
+both() {
+    stage $1 & one=$!
+    stage $2 & other=$!
+    trap 'kill $one $other 2>/dev/null' EXIT
+    wait $one && wait $other
+    trap - EXIT
+}
+
+both autoencoder judge
 stage decoder
-stage edge-text &
-stage cloud-text &
-wait
-stage cloud &
-while [ ! -f runs/starter/latents.pt ]; do sleep 5; done # the cloud's run encodes the scenes for both
-stage edge &
-wait
+both edge-text cloud-text
+both edge cloud
 stage install
 stage bundle
-stage label --share 1/2 &
-stage label --share 2/2 &
-wait
+both "label --share 1/2" "label --share 2/2" || true # the one that ends first says that pieces are left
 stage label # nothing is left to measure: this one writes the matrix
 stage predictor
 stage evaluate

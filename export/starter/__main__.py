@@ -28,6 +28,8 @@ from pathlib import Path
 
 from export import calibrate, diffusion_onnx, evaluate, label, predictor_onnx
 from export import train as train_predictor
+from export.__main__ import run
+from export.errors import ExportError
 from export.label import STARTER_BUNDLE, STARTER_CLOUD, STARTER_EDGE
 from export.quality import STARTER_JUDGE
 from export.starter import autoencoder, contact_sheet, denoiser, judge, sprites, text_encoder
@@ -40,8 +42,13 @@ OUTCOMES = STARTER_EDGE.parent / "labels.parquet"
 
 
 def install(work: Path) -> int:
-    """Copy finished weights into the packages that ship them."""
+    """Copy finished weights into the packages that ship them. Raises ExportError while one is unfinished."""
     places = {"edge": STARTER_EDGE, "cloud": STARTER_CLOUD, "judge": STARTER_JUDGE}
+    for name in places:
+        if not (work / name / "record.json").exists():
+            raise ExportError(
+                f"the model {name!r} is not finished: run `edge-export starter {name} --work {work}`"
+            )
     for name, place in places.items():
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(work / name / "model", place)
@@ -112,6 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "evaluate": lambda: evaluate.main([str(OUTCOMES), str(STARTER_BUNDLE), *rest]),
         "contact-sheet": lambda: contact_sheet.main(rest),
     }
+    if rest and options.stage in ("all", "install", "bundle", "predictor"):
+        parser.error(f"the stage {options.stage} does not take {rest[0]}")
     if options.stage == "all":
         return _first_failure(stages.values())
     if options.stage == "sprites":
@@ -132,4 +141,4 @@ def _first_failure(stages: Sequence[Callable[[], int]]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run(main))

@@ -59,14 +59,14 @@ def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Ten
     )
 
 
-def train(work: Path, *, steps: int = STEPS, seconds: float | None = None) -> bool:
+def train(work: Path, *, steps: int | None = None, seconds: float | None = None) -> bool:
     """Train or go on training; True when done, and then ``work/autoencoder/model`` holds the autoencoder."""
     folder = work / "autoencoder"
     torch.manual_seed(SEED)
     run = Run(
         folder,
         new_autoencoder(),
-        steps=steps,
+        steps=steps or STEPS,
         batch=BATCH,
         learning_rate=LEARNING_RATE,
         seed=SEED,
@@ -92,7 +92,7 @@ def train(work: Path, *, steps: int = STEPS, seconds: float | None = None) -> bo
     return True
 
 
-def train_decoder(work: Path, *, steps: int = DECODER_STEPS, seconds: float | None = None) -> bool:
+def train_decoder(work: Path, *, steps: int | None = None, seconds: float | None = None) -> bool:
     """Train the decoder on, alone; True when done, and then ``work/decoder/model`` holds the whole autoencoder."""
     folder = work / "decoder"
     torch.manual_seed(SEED)
@@ -102,7 +102,7 @@ def train_decoder(work: Path, *, steps: int = DECODER_STEPS, seconds: float | No
     run = Run(
         folder,
         model,
-        steps=steps,
+        steps=steps or DECODER_STEPS,
         batch=BATCH,
         learning_rate=DECODER_LEARNING_RATE,
         seed=SEED,
@@ -144,9 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="training steps (default: the recipe's)")
     parser.add_argument("--seconds", type=float, help="stop after this long; the next call goes on")
     options = parser.parse_args(argv)
-    return (
-        0 if train(options.work / "autoencoder", steps=options.steps, seconds=options.seconds) else UNFINISHED
-    )
+    stage = train_decoder if options.stage == "decoder" else train
+    return 0 if stage(options.work, steps=options.steps, seconds=options.seconds) else UNFINISHED
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,7 +92,7 @@ def encode_scenes(autoencoder: AutoencoderKL, scenes: list[Scene], file: Path, s
         if start % 4000 == 0:
             print(f"encoding scenes: {start}/{len(scenes)}", flush=True)
     latents = torch.cat(parts)
-    partial = file.with_suffix(".partial")
+    partial = file.with_suffix(f".{os.getpid()}")  # the other model's run may be at it too
     torch.save(latents, partial)
     partial.replace(file)
     return latents
@@ -139,7 +140,8 @@ def train(work: Path, size: Size, *, steps: int | None = None, seconds: float | 
     done = run.train(loss_of_batch)
     # A pipeline is written after every piece: an unfinished model can be looked at.
     write_pipeline(folder / "model", size, run, autoencoder, tokenizer)
-    write_record(folder, run.record())
+    if done:
+        write_record(folder, run.record())
     return done
 
 
