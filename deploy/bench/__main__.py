@@ -93,8 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             except BenchError as error:
                 failed = True
                 rows.append(Row.missing(name, name, str(error)))
+        # Each time, so that a run that is broken off leaves what it found.
+        written = report.write(options.out, rows, facts)
     Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(report.table(rows))
-    written = report.write(options.out, rows, facts)
     print(f"written to {', '.join(map(str, written))}")
     return 1 if failed else 0
 
