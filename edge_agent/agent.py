@@ -321,7 +321,7 @@ class Agent:
 
 
 def explain(reading: Reading, route: Route, reason: Reason, alpha: float | None) -> Decision:
-    """The decision with everything the reading says for it; quota and timings are the caller's."""
+    """The decision with everything the reading says for it; quota and later timings are the caller's."""
     prediction = reading.prediction
     return Decision(
         route=route,
@@ -331,7 +331,7 @@ def explain(reading: Reading, route: Route, reason: Reason, alpha: float | None)
         edge_quality=tuple(prediction.edge.tolist()) if prediction else (),
         cloud_quality=tuple(prediction.cloud.tolist()) if prediction else (),
         tokens=reading.token_pulls(),
-        timings_ms=reading.timings_ms,
+        timings_ms={**reading.timings_ms, "total": sum(reading.timings_ms.values())},
         prompt_truncated=reading.tokens.truncated,
     )
 
