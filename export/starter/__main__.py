@@ -37,7 +37,7 @@ from export.starter.card import read_records, write_card
 from export.starter.size import EDGE
 from export.starter.training import UNFINISHED
 
-EDGE_STEPS = "8,4,16"  # step counts compiled into the bundle, the default first
+EDGE_STEPS = f"{EDGE.inference_steps},8,16"  # step counts compiled into the bundle, the default first
 OUTCOMES = STARTER_EDGE.parent / "labels.parquet"
 
 

@@ -22,6 +22,6 @@ class Size:
     seed: int
 
 
-EDGE = Size("edge", (32, 64, 128), (1, 2, 4), 128, 2, 8, 3.0, 3000, 32, 1.5e-3, 11)
+EDGE = Size("edge", (32, 64, 128), (1, 2, 4), 128, 2, 4, 3.0, 3000, 32, 1.5e-3, 11)
 CLOUD = Size("cloud", (64, 128, 256), (2, 4, 8), 160, 3, 20, 4.0, 3000, 32, 1.2e-3, 12)
 SIZES = {size.name: size for size in (EDGE, CLOUD)}
