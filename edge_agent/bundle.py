@@ -36,6 +36,8 @@ CALIBRATION = "predictor/calibration.json"
 # The folders that decide what an image looks like. Predictor and calibration are made *for* these, so they
 # stay out of the model digest: adding them must not change the digest that the calibration was made for.
 MODEL_FOLDERS = ("text_encoder", "unet", "vae_decoder", "schedules", "tokenizer")
+# The facts that do not.
+_LABELS = ("name", "licence")
 
 _READ_BYTES = 1 << 20
 
@@ -89,7 +91,8 @@ class Bundle:
     folder: Path
     manifest: Manifest
     digest: str  # sha256 of manifest.json, hex
-    # sha256 over the sorted sha256 of the files in MODEL_FOLDERS, hex; edge_model_digest on the wire.
+    # sha256 over the facts that decide what an image looks like and the sorted sha256 of the files in
+    # MODEL_FOLDERS, hex; edge_model_digest on the wire.
     model_digest: str
 
     @classmethod
@@ -118,7 +121,7 @@ class Bundle:
                 raise BundleError(f"{root / MANIFEST} does not list {name}, which every bundle must have")
         for name, entry in manifest.files.items():
             _check(root, name, entry, verify)
-        return cls(root, manifest, hashlib.sha256(text).hexdigest(), _model_digest(manifest.files))
+        return cls(root, manifest, hashlib.sha256(text).hexdigest(), _model_digest(manifest))
 
     def path(self, name: str) -> Path:
         """The path of a file that the manifest lists. Raises BundleError for any other."""
@@ -272,6 +275,11 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _model_digest(files: Mapping[str, FileEntry]) -> str:
-    digests = sorted(entry.sha256 for name, entry in files.items() if name.split("/")[0] in MODEL_FOLDERS)
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
+def _model_digest(manifest: Manifest) -> str:
+    facts = {
+        field.name: getattr(manifest, field.name) for field in fields(Facts) if field.name not in _LABELS
+    }
+    digests = sorted(
+        entry.sha256 for name, entry in manifest.files.items() if name.split("/")[0] in MODEL_FOLDERS
+    )
+    return hashlib.sha256(json.dumps([facts, digests], sort_keys=True).encode()).hexdigest()

@@ -186,6 +186,23 @@ def test_the_model_digest_depends_on_every_part_of_the_models(bundle_copy: Path,
     assert Bundle.open(bundle_copy).model_digest != before
 
 
+@pytest.mark.parametrize(
+    ("fact", "told_apart"),
+    [
+        ({"default_steps": 8}, True),
+        ({"default_guidance": 7.5}, True),
+        ({"latent_scaling": 0.5}, True),
+        ({"name": "renamed"}, False),
+    ],
+)
+def test_the_model_digest_depends_on_the_facts_that_change_the_picture(
+    bundle_copy: Path, fact: dict[str, Any], told_apart: bool
+) -> None:
+    before = Bundle.open(bundle_copy).model_digest
+    write_manifest(bundle_copy, **fact)
+    assert (Bundle.open(bundle_copy).model_digest != before) is told_apart
+
+
 def test_a_manifest_with_unknown_or_missing_facts_is_not_written(bundle_copy: Path) -> None:
     before = (bundle_copy / MANIFEST).read_bytes()
     with pytest.raises(BundleError, match="has no colour"):
