@@ -156,7 +156,9 @@ class Agent:
         if route == "cloud":
             began = time.perf_counter()
             try:
-                purchase = await self.purchases.reserve(request, self._ceiling(request))
+                purchase = await self.purchases.reserve(
+                    request, self._ceiling(request), self._cloud_timeout_s(request)
+                )
             except (QuotaExhausted, LedgerError) as error:
                 if request.routing is Routing.CLOUD_ONLY:
                     raise
@@ -216,7 +218,7 @@ class Agent:
         failure = ""
         if purchase is not None:
             try:
-                async with aclosing(self._buy(request, purchase)) as events:
+                async with aclosing(self._buy(purchase)) as events:
                     async for event in events:
                         yield event
                 return
@@ -229,10 +231,10 @@ class Agent:
             async for event in events:
                 yield event
 
-    async def _buy(self, request: ImageRequest, purchase: Purchase) -> AsyncGenerator[Progress | Made, None]:
+    async def _buy(self, purchase: Purchase) -> AsyncGenerator[Progress | Made, None]:
         began = time.perf_counter()
         position = 0
-        async with aclosing(purchase.images(self._cloud_timeout_s(request))) as events:
+        async with aclosing(purchase.images()) as events:
             async for event in events:
                 if isinstance(event, CloudAccepted):
                     position, self.cloud_digest = event.queue_position, event.model_digest

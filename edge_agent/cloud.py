@@ -127,10 +127,11 @@ class Outcome:
     """What became of a request id. `known` is False while it may still be charged: ask again later.
 
     With `known`, `charged_micro_usd` is final: what was charged, 0 when the request did not run to its end.
+    `arrived` is False where the cloud has never heard of it: final only once it cannot be on its way any more.
     """
 
     known: bool
-    ran: bool
+    arrived: bool
     charged_micro_usd: int
 
 
@@ -140,6 +141,9 @@ class CloudClient:
     Addresses other than this machine's own are called over TLS, trusting the certificates in `ca_file` (PEM,
     read anew for each call) or the system's; with a `ca_file`, so are this machine's own. `token` is sent as
     a bearer token. `connect_timeout_s` bounds address lookup, connection and handshake.
+
+    `identity` tells apart servers and tenants, each of which knows of its own calls only; it does not give
+    the token away.
 
     Raises ValueError for an address without a port.
     """
@@ -155,6 +159,9 @@ class CloudClient:
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.address = address
+        self.identity = address
+        if token:
+            self.identity += f" with token {hashlib.sha256(token.encode()).hexdigest()[:8]}"
         self._secure = ca_file is not None or not is_local(address)
         self._ca_file = ca_file
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
@@ -225,7 +232,8 @@ class CloudClient:
         unfinished = {cloud_pb2.GENERATION_STATE_UNSPECIFIED, cloud_pb2.GENERATION_STATE_RUNNING}
         return Outcome(
             known=answer.state not in unfinished,
-            ran=answer.state not in {*unfinished, cloud_pb2.GENERATION_STATE_UNKNOWN},
+            arrived=answer.state
+            not in {cloud_pb2.GENERATION_STATE_UNSPECIFIED, cloud_pb2.GENERATION_STATE_UNKNOWN},
             charged_micro_usd=charged,
         )
 

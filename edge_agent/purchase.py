@@ -2,7 +2,8 @@
 
 A reservation is *settled* when the image has arrived; *released* when the call was never sent or the cloud says
 that it never ran; and in every other case (broken off, cancelled, killed in between) the *resolver* asks the cloud
-by request id and settles or releases. Until it knows, the reservation counts as spent.
+by request id and settles or releases. Until it knows, the reservation counts as spent. Only the cloud that the call
+went to can know: another server, or the same one asked by another tenant, has never heard of it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
@@ -46,8 +48,10 @@ class Purchases:
             self._wake.set()
         self._resolver = asyncio.create_task(self._resolve())
 
-    async def reserve(self, request: ImageRequest, ceiling_micro_usd: int) -> Purchase:
-        """Set the money aside; the caller closes the purchase, whatever comes of it.
+    async def reserve(self, request: ImageRequest, ceiling_micro_usd: int, timeout_s: float) -> Purchase:
+        """Set the money aside for a call of `timeout_s` seconds at most, from now on.
+
+        The caller closes the purchase, whatever comes of it.
 
         Raises QuotaExhausted, DuplicateRequest, LedgerError, and PolicyConflict where there is no cloud.
         """
@@ -59,8 +63,11 @@ class Purchases:
                 f"the request id {request.request_id!r} is under way; use a new one for a new image"
             )
         self._under_way.add(key)
+        deadline = time.monotonic() + timeout_s
         reserving = asyncio.ensure_future(
-            asyncio.to_thread(self.ledger.reserve, key, request.app, ceiling_micro_usd)
+            asyncio.to_thread(
+                self.ledger.reserve, key, request.app, ceiling_micro_usd, self.cloud.identity, timeout_s
+            )
         )
         try:
             await asyncio.shield(reserving)
@@ -71,7 +78,11 @@ class Purchases:
         except RouteT2IError:
             self._under_way.discard(key)
             raise
-        return Purchase(self, self.cloud, replace(request, request_id=key), ceiling_micro_usd)
+        return Purchase(self, self.cloud, replace(request, request_id=key), ceiling_micro_usd, deadline)
+
+    async def out_of_reach(self) -> list[Reservation]:
+        """The open reservations whose cloud is not the one in use, so that nobody can be asked. Raises LedgerError."""
+        return [left for left in await asyncio.to_thread(self.ledger.unresolved) if not self._knows(left)]
 
     async def settle(self, key: str, charged_micro_usd: int) -> bool:
         """Record the charge, also when the caller is cancelled meanwhile. False when the ledger could not."""
@@ -142,32 +153,43 @@ class Purchases:
             if released:
                 self._unsent.discard(key)
             return released
-        if self.cloud is None:
+        if self.cloud is None or not self._knows(reservation):
             return True  # nobody to ask; the status says so
+        may_arrive = self.ledger.clock() < reservation.expires_at  # before asking, as that takes time
         outcome = await self.cloud.lookup(key)
-        if not outcome.known:
+        if not outcome.known or (may_arrive and not outcome.arrived):
             return False
         charged = outcome.charged_micro_usd
         log.info("resolved", extra={"fields": {"purchase": key, "charged_micro_usd": charged}})
         return await (self.settle(key, charged) if charged else self.release(key))
+
+    def _knows(self, reservation: Reservation) -> bool:
+        return self.cloud is not None and self.cloud.identity == reservation.cloud
 
 
 class Purchase:
     """One reservation, from the moment it is made. `aclose` it: what it has not concluded goes to the resolver."""
 
     def __init__(
-        self, purchases: Purchases, cloud: CloudClient, request: ImageRequest, ceiling_micro_usd: int
+        self,
+        purchases: Purchases,
+        cloud: CloudClient,
+        request: ImageRequest,
+        ceiling_micro_usd: int,
+        deadline: float,
     ) -> None:
         self._purchases = purchases
         self._cloud = cloud
         self._request = request
         self._ceiling_micro_usd = ceiling_micro_usd
+        self._deadline = deadline  # time.monotonic(), s
         self._sent = False
         self._concluded = False
 
-    async def images(self, timeout_s: float) -> CloudEvents:
+    async def images(self) -> CloudEvents:
         """The cloud's events; the image comes when it is settled. Raises CloudError."""
         self._sent = True
+        timeout_s = self._deadline - time.monotonic()
         calling = cast(CloudEvents, self._cloud.generate(self._request, self._ceiling_micro_usd, timeout_s))
         async with aclosing(calling) as events:
             try:

@@ -42,7 +42,9 @@ _SCHEMA = (
         state TEXT NOT NULL CHECK (state IN ('reserved', 'settled', 'released')),
         ceiling_micro_usd INTEGER NOT NULL,
         cost_micro_usd INTEGER NOT NULL, -- what counts: the ceiling, then what was charged, or 0
-        reserved_at REAL NOT NULL        -- seconds since 1970, UTC
+        reserved_at REAL NOT NULL,       -- seconds since 1970, UTC
+        cloud TEXT NOT NULL,             -- `CloudClient.identity` of the only one that knows what became of it
+        expires_at REAL NOT NULL         -- until then the call may still be on its way to that cloud
     )
     """,
     "CREATE INDEX calls_by_time ON calls (reserved_at, app, state, cost_micro_usd)",
@@ -126,12 +128,14 @@ class RateState:
 
 @dataclass(frozen=True)
 class Reservation:
-    """Money set aside for one cloud call; `reserved_at` is in seconds since 1970."""
+    """Money set aside for one call of `cloud`, which ends at `expires_at`; times are in seconds since 1970."""
 
     request_id: str
     app: str
     ceiling_micro_usd: int
     reserved_at: float
+    cloud: str = ""
+    expires_at: float = 0.0
 
 
 class Ledger:
@@ -153,7 +157,7 @@ class Ledger:
         self._path = path
         self._budgets = budgets
         self._rates = rates
-        self._clock = clock
+        self.clock = clock
         # SQLite before 3.51.3 can corrupt a write-ahead log that two connections use: there is one, and one
         # lock.
         self._lock = threading.Lock()
@@ -195,15 +199,24 @@ class Ledger:
             raise
         return cls(connection, path, tuple(budgets), tuple(rates), clock)
 
-    def reserve(self, request_id: str, app: str, ceiling_micro_usd: int) -> Reservation:
+    def reserve(
+        self,
+        request_id: str,
+        app: str,
+        ceiling_micro_usd: int,
+        cloud: str = "",
+        timeout_s: float = 0.0,
+    ) -> Reservation:
         """Set aside `ceiling_micro_usd` for this call in every budget that applies, or in none.
+
+        `cloud` is who is to be asked what became of the call, which ends after `timeout_s` seconds.
 
         Raises QuotaExhausted, naming the budget or rate without room, and DuplicateRequest when this
         request id is reserved or settled already. A released one may be reserved again: it never ran.
         """
         _check_money(ceiling_micro_usd)
         with self._transaction() as connection:
-            now = self._clock()
+            now = self.clock()
             earlier = connection.execute(
                 "SELECT state FROM calls WHERE request_id = ?", (request_id,)
             ).fetchone()
@@ -215,10 +228,10 @@ class Ledger:
             if refusal is not None:
                 raise refusal
             connection.execute(
-                "INSERT OR REPLACE INTO calls VALUES (?, ?, 'reserved', ?, ?, ?)",
-                (request_id, app, ceiling_micro_usd, ceiling_micro_usd, now),
+                "INSERT OR REPLACE INTO calls VALUES (?, ?, 'reserved', ?, ?, ?, ?, ?)",
+                (request_id, app, ceiling_micro_usd, ceiling_micro_usd, now, cloud, now + timeout_s),
             )
-        return Reservation(request_id, app, ceiling_micro_usd, now)
+        return Reservation(request_id, app, ceiling_micro_usd, now, cloud, now + timeout_s)
 
     def settle(self, request_id: str, charged_micro_usd: int) -> int:
         """Record what a reserved call was charged; returns the micro-dollars that count from now on.
@@ -272,8 +285,8 @@ class Ledger:
         """The reservations neither settled nor released, oldest first: in flight, or cut short by a crash."""
         with self._transaction() as connection:
             rows = connection.execute(
-                "SELECT request_id, app, ceiling_micro_usd, reserved_at FROM calls WHERE state = 'reserved' "
-                "ORDER BY reserved_at, request_id"
+                "SELECT request_id, app, ceiling_micro_usd, reserved_at, cloud, expires_at FROM calls "
+                "WHERE state = 'reserved' ORDER BY reserved_at, request_id"
             ).fetchall()
         return [Reservation(*row) for row in rows]
 
@@ -281,12 +294,12 @@ class Ledger:
         """Whether `reserve` would find room at this moment. A snapshot: nothing is set aside."""
         _check_money(ceiling_micro_usd)
         with self._transaction() as connection:
-            return self._refusal(connection, app, ceiling_micro_usd, self._clock()) is None
+            return self._refusal(connection, app, ceiling_micro_usd, self.clock()) is None
 
     def states(self, app: str | None = None) -> tuple[BudgetState, ...]:
         """The budgets in their current windows: those that apply to `app`, or all of them when it is None."""
         with self._transaction() as connection:
-            now = self._clock()
+            now = self.clock()
             return tuple(
                 self._state(connection, budget, now)
                 for budget in self._budgets
@@ -296,7 +309,7 @@ class Ledger:
     def rates(self) -> tuple[RateState, ...]:
         """The rates, and what they count now."""
         with self._transaction() as connection:
-            now = self._clock()
+            now = self.clock()
             return tuple(
                 RateState(rate.name, rate.max_calls, rate.per_seconds, len(_recent(connection, rate, now)))
                 for rate in self._rates

@@ -192,10 +192,12 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
             reader, cloud = agent.reader, agent.purchases.cloud
             unresolved = len(await asyncio.to_thread(agent.purchases.ledger.unresolved))
             advice = list(agent.advice)
-            if unresolved and cloud is None:
+            if lost := await agent.purchases.out_of_reach():
+                clouds = ", ".join(sorted({reservation.cloud for reservation in lost}))
                 advice.append(
-                    f"{unresolved} cloud calls of unknown outcome count as spent: "
-                    "start with --cloud to have them resolved"
+                    f"{len(lost)} cloud calls of unknown outcome count as spent, and only the cloud server that they "
+                    f"went to can tell: start once more with the --cloud and --cloud-token of then ({clouds}) to have "
+                    "them resolved"
                 )
             return edge_pb2.GetStatusResponse(
                 version=version(),

@@ -353,7 +353,10 @@ class ScriptedCloud(cloud_pb2_grpc.CloudServerServiceServicer):
     ) -> cloud_pb2.LookupGenerationResponse:
         self.lookups.append(request.request_id)
         charged = self.charged.get(request.request_id)
-        state = "GENERATION_STATE_UNKNOWN" if charged is None else "GENERATION_STATE_FINISHED"
+        arrived = any(request.request_id == received.image.request_id for received in self.received)
+        state = "GENERATION_STATE_CANCELLED" if arrived else "GENERATION_STATE_UNKNOWN"
+        if charged is not None:
+            state = "GENERATION_STATE_FINISHED"
         return cloud_pb2.LookupGenerationResponse(
             request_id=request.request_id,
             state=cloud_pb2.GenerationState.Value(state),

@@ -579,12 +579,20 @@ async def test_failures_in_a_row_wait_longer_and_an_accepted_call_ends_the_wait(
 @pytest.mark.parametrize(
     ("state", "charged", "outcome"),
     [
-        (cloud_pb2.GENERATION_STATE_UNKNOWN, None, Outcome(known=True, ran=False, charged_micro_usd=0)),
-        (cloud_pb2.GENERATION_STATE_RUNNING, None, Outcome(known=False, ran=False, charged_micro_usd=0)),
-        (cloud_pb2.GENERATION_STATE_UNSPECIFIED, None, Outcome(known=False, ran=False, charged_micro_usd=0)),
-        (cloud_pb2.GENERATION_STATE_FINISHED, PRICE, Outcome(known=True, ran=True, charged_micro_usd=PRICE)),
-        (cloud_pb2.GENERATION_STATE_FAILED, None, Outcome(known=True, ran=True, charged_micro_usd=0)),
-        (cloud_pb2.GENERATION_STATE_CANCELLED, None, Outcome(known=True, ran=True, charged_micro_usd=0)),
+        (cloud_pb2.GENERATION_STATE_UNKNOWN, None, Outcome(known=True, arrived=False, charged_micro_usd=0)),
+        (cloud_pb2.GENERATION_STATE_RUNNING, None, Outcome(known=False, arrived=True, charged_micro_usd=0)),
+        (
+            cloud_pb2.GENERATION_STATE_UNSPECIFIED,
+            None,
+            Outcome(known=False, arrived=False, charged_micro_usd=0),
+        ),
+        (
+            cloud_pb2.GENERATION_STATE_FINISHED,
+            PRICE,
+            Outcome(known=True, arrived=True, charged_micro_usd=PRICE),
+        ),
+        (cloud_pb2.GENERATION_STATE_FAILED, None, Outcome(known=True, arrived=True, charged_micro_usd=0)),
+        (cloud_pb2.GENERATION_STATE_CANCELLED, None, Outcome(known=True, arrived=True, charged_micro_usd=0)),
     ],
 )
 async def test_a_lookup_tells_what_a_request_came_to(
@@ -594,6 +602,14 @@ async def test_a_lookup_tells_what_a_request_came_to(
         state=state, charged=charged is not None, charged_micro_usd=charged or 0
     )
     assert await CloudClient(cloud.address).lookup("r-1") == outcome
+
+
+def test_the_identity_tells_servers_and_tenants_apart_and_keeps_the_token() -> None:
+    clients = [CloudClient("a:1"), CloudClient("b:1"), CloudClient("a:1", token="secret-1")]
+    clients.append(CloudClient("a:1", token="secret-2"))
+    assert len({client.identity for client in clients}) == 4
+    assert CloudClient("a:1", token="secret-1").identity == clients[2].identity
+    assert not any("secret" in client.identity for client in clients)
 
 
 async def test_a_lookup_that_answers_for_another_request_is_a_lie(cloud: Cloud) -> None:

@@ -64,7 +64,8 @@ async def shared(
 ) -> AsyncIterator[Both]:
     async with scripted_cloud(digest) as cloud:
         state = tmp_path_factory.mktemp("state")
-        async with daemon_here(routed_bundle, state, cloud=cloud.address, budget="1000") as here:
+        how = {"cloud": cloud.address, "budget": "1000", "cloud_timeout_s": "10"}
+        async with daemon_here(routed_bundle, state, **how) as here:
             yield Both(cloud, here)
 
 
@@ -309,10 +310,8 @@ async def test_a_cloud_out_of_reach_is_left_alone_for_a_while(
 async def test_what_a_crash_left_is_resolved_at_the_next_start(
     routed_bundle: Path, digest: str, tmp_path: Path, charged: bool, spent: int
 ) -> None:
-    ledger = Ledger.open(tmp_path / "quota.sqlite3", (Budget("day", "day", 1_000_000),))
-    ledger.reserve("left", "default", CEILING)
-    ledger.close()
     async with scripted_cloud(digest) as cloud:
+        leave_reserved(tmp_path, cloud.address)
         if charged:
             cloud.charged["left"] = ScriptedCloud.PRICE
         async with daemon_here(routed_bundle, tmp_path, cloud=cloud.address) as here:
@@ -324,14 +323,51 @@ async def test_what_a_crash_left_is_resolved_at_the_next_start(
 async def test_without_a_cloud_what_a_crash_left_stays_spent_and_the_status_says_so(
     routed_bundle: Path, tmp_path: Path
 ) -> None:
-    ledger = Ledger.open(tmp_path / "quota.sqlite3", (Budget("day", "day", 1_000_000),))
-    ledger.reserve("left", "default", CEILING)
-    ledger.close()
+    leave_reserved(tmp_path, "images.example.com:443")
     async with daemon_here(routed_bundle, tmp_path) as here:
         assert await here.app.budget() == (0, CEILING)
         status = await here.app.status()
         assert status.unresolved_reservations == 1
-        assert any("unknown outcome" in advice for advice in status.advice)
+        assert any("images.example.com:443" in advice for advice in status.advice)
+
+
+@pytest.mark.parametrize("other", ["another server", "another tenant"])
+async def test_what_another_cloud_may_have_charged_stays_spent_and_the_status_names_that_cloud(
+    routed_bundle: Path, digest: str, tmp_path: Path, other: str
+) -> None:
+    (tmp_path / "token").write_text("a-tenant-of-many")
+    async with scripted_cloud(digest) as cloud:
+        left_at = "images.example.com:443" if other == "another server" else cloud.address
+        token = str(tmp_path / "token") if other == "another tenant" else ""
+        leave_reserved(tmp_path, left_at)
+        async with daemon_here(routed_bundle, tmp_path, cloud=cloud.address, cloud_token=token) as here:
+            assert (await here.app.generate(CLOUD_PROMPT)).served_by == "cloud"
+            assert await here.app.budget() == (ScriptedCloud.PRICE, CEILING)
+            status = await here.app.status()
+            assert status.unresolved_reservations == 1
+            assert any(f"({left_at})" in advice for advice in status.advice)
+            assert cloud.lookups == []
+
+
+async def test_a_call_that_may_still_arrive_stays_spent_until_it_cannot_any_more(
+    routed_bundle: Path, digest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(purchase, "FIRST_RETRY_S", 0.1)
+    async with scripted_cloud(digest) as cloud:
+        leave_reserved(tmp_path, cloud.address, timeout_s=3600.0)
+        async with daemon_here(routed_bundle, tmp_path, cloud=cloud.address) as here:
+            await until(lambda: len(cloud.lookups) >= 2)
+            assert await here.app.budget() == (0, CEILING)
+            ledger = here.daemon._purchases.ledger
+            monkeypatch.setattr(ledger, "clock", lambda: time.time() + 3600.0)
+            await until(lambda: not ledger.unresolved())
+
+
+def leave_reserved(state: Path, cloud: str, timeout_s: float = 0.0) -> None:
+    """What a daemon leaves that is killed in the middle of a call of `cloud`."""
+    ledger = Ledger.open(state / "quota.sqlite3", (Budget("day", "day", 1_000_000),))
+    ledger.reserve("left", "default", CEILING, cloud, timeout_s)
+    ledger.close()
 
 
 async def test_a_ledger_that_breaks_keeps_prompts_on_the_edge(

@@ -72,7 +72,9 @@ def remaining(ledger: Ledger) -> list[int]:
 
 def test_reserved_money_is_gone_until_what_was_charged_is_known(open_ledger: Open) -> None:
     ledger = open_ledger(DAY)
-    assert ledger.reserve("r", "app", 40) == Reservation("r", "app", 40, NOON)
+    reservation = Reservation("r", "app", 40, NOON, "cloud:1", NOON + 30)
+    assert ledger.reserve("r", "app", 40, "cloud:1", 30.0) == reservation
+    assert ledger.unresolved() == [reservation]
     assert ledger.states() == (BudgetState("daily", "day", 100, 0, 40, 60),)
     assert ledger.settle("r", 25) == 25
     assert ledger.states() == (BudgetState("daily", "day", 100, 25, 0, 75),)
