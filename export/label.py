@@ -85,15 +85,15 @@ def pieces(prompts: Sequence[Prompt], draws: int, measured_draws: int) -> Iterat
     """All pieces: ``draws`` images a prompt, ``measured_draws`` for calibration and test prompts."""
     number = 0
     for draw in range(max(draws, measured_draws)):
-        wanted = [
-            prompt
-            for prompt in prompts
-            if draw < (measured_draws if prompt.split in ("calibration", "test") else draws)
-        ]
-        for start in range(0, len(wanted), PIECE):
-            for model in MODELS:
-                yield Piece(number, model, draw, tuple(wanted[start : start + PIECE]))
-            number += 1
+        for split in dict.fromkeys(prompt.split for prompt in prompts):
+            if draw >= (measured_draws if split in ("calibration", "test") else draws):
+                continue
+            # Split by split, so that a run with more prompts keeps the pieces of one with fewer.
+            wanted = [prompt for prompt in prompts if prompt.split == split]
+            for start in range(0, len(wanted), PIECE):
+                for model in MODELS:
+                    yield Piece(number, model, draw, tuple(wanted[start : start + PIECE]))
+                number += 1
 
 
 def measure(piece: Piece, painter: Painter, judge: Judge) -> pa.Table:

@@ -9,7 +9,7 @@ import numpy as np
 
 from export.starter.world import Scene, caption, sample_scene
 
-PROMPTS = {"train": 800, "validation": 150, "calibration": 250, "test": 250}
+PROMPTS = {"train": 2000, "validation": 150, "calibration": 250, "test": 250}
 SEED = 31
 
 

@@ -66,9 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--evaluation",
         type=Path,
-        default=Path("evaluation.json"),
+        default=STARTER_WEIGHTS.parent / "evaluation.json",
         metavar="FILE",
-        help="what `edge-export evaluate` wrote (default: %(default)s)",
+        help="what `edge-export evaluate` wrote; default: the starter's",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("bench-out"), metavar="DIR", help="default: %(default)s"

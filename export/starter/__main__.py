@@ -39,6 +39,7 @@ from export.starter.training import UNFINISHED
 
 EDGE_STEPS = f"{EDGE.inference_steps},8,16"  # step counts compiled into the bundle, the default first
 OUTCOMES = STARTER_EDGE.parent / "labels.parquet"
+EVALUATION = STARTER_EDGE.parent / "evaluation.json"
 
 
 def install(work: Path) -> int:
@@ -116,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "bundle": bundle,
         "label": lambda: label.main(["--out", str(OUTCOMES), "--parts", str(work / "labels"), *rest]),
         "predictor": lambda: predictor(work),
-        "evaluate": lambda: evaluate.main([str(OUTCOMES), str(STARTER_BUNDLE), *rest]),
+        "evaluate": lambda: evaluate.main([str(OUTCOMES), str(STARTER_BUNDLE), "--out", str(EVALUATION), *rest]),
         "contact-sheet": lambda: contact_sheet.main(rest),
     }
     if rest and options.stage in ("all", "install", "bundle", "predictor"):
