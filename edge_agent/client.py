@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
+from google.rpc.error_details_pb2 import QuotaFailure
+from google.rpc.status_pb2 import Status
 
-from edge_agent.errors import InvalidRequest, RouteT2IError
+from edge_agent.errors import InvalidRequest, RouteT2IError, sent_status
 from edge_agent.image import Progress
 from edge_agent.policy import Decision, Reason, Route, TokenPull
 from edge_agent.quota import BudgetState
@@ -36,7 +38,6 @@ _EXIT_CODES = {
     grpc.StatusCode.NOT_FOUND: BAD_INPUT,
     grpc.StatusCode.UNAVAILABLE: UNREACHABLE,
     grpc.StatusCode.DEADLINE_EXCEEDED: UNREACHABLE,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: REFUSED,
     grpc.StatusCode.FAILED_PRECONDITION: REFUSED,
 }
 
@@ -172,7 +173,19 @@ def _explained(address: str) -> Iterator[None]:
         message = call.details() or code.name
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
             message = f"the daemon at {address} was not done in time; allow more with --timeout"
-        raise CallFailed(message, _EXIT_CODES.get(code, BROKEN)) from error
+        exit_code = _EXIT_CODES.get(code, BROKEN)
+        if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+            exit_code = _exhausted(sent_status(error))
+        raise CallFailed(message, exit_code) from error
+
+
+def _exhausted(status: Status | None) -> int:
+    """The exit code for RESOURCE_EXHAUSTED, which stands for three things."""
+    if status is None:
+        return BAD_INPUT  # from gRPC itself: the request is larger than any message may be
+    if any(detail.Is(QuotaFailure.DESCRIPTOR) for detail in status.details):
+        return REFUSED
+    return UNREACHABLE  # the device's queue is full: later it is not
 
 
 def _image_request(fields: dict[str, Any]) -> image_pb2.ImageRequest:

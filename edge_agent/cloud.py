@@ -19,15 +19,14 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import grpc
-from google.protobuf.message import DecodeError
 from google.rpc.error_details_pb2 import RetryInfo
 from google.rpc.status_pb2 import Status
 from PIL import Image
 
-from edge_agent.errors import CloudError, CloudLied, CloudRefused, CloudUnavailable
+from edge_agent.errors import CloudError, CloudLied, CloudRefused, CloudUnavailable, sent_status
 from edge_agent.request import ImageRequest
 from routet2i.cloud.v1 import cloud_pb2
 from routet2i.cloud.v1.cloud_pb2_grpc import CloudServerServiceStub
@@ -308,7 +307,7 @@ class CloudClient:
     def _explained(self, error: grpc.aio.AioRpcError, *, accepted: bool, timeout_s: float) -> CloudError:
         """A gRPC error of a connected call as one of ours."""
         code, text = error.code(), error.details() or "no reason given"
-        status = _server_status(error)
+        status = sent_status(error)
         never_ran = not accepted and status is not None and code in _NOTHING_RAN
         if code in _REFUSALS:
             return CloudRefused(f"the cloud at {self.address} refused: {text}", never_ran=never_ran)
@@ -443,17 +442,6 @@ def _wire_request(request: ImageRequest, ceiling_micro_usd: int) -> cloud_pb2.Ge
         traceparent=request.traceparent,
     )
     return cloud_pb2.GenerateRequest(image=image, preview=request.preview)
-
-
-def _server_status(error: grpc.aio.AioRpcError) -> Status | None:
-    """The google.rpc.Status that the server sent with its error; None when gRPC itself made the error."""
-    packed: Any = dict(error.trailing_metadata() or ()).get("grpc-status-details-bin")
-    if packed is None:
-        return None
-    try:
-        return Status.FromString(packed)
-    except DecodeError:
-        return None
 
 
 def _retry_after_s(status: Status | None) -> float | None:

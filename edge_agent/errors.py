@@ -25,10 +25,11 @@ RouteT2IError
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.rpc.error_details_pb2 import BadRequest, QuotaFailure, RetryInfo
 from google.rpc.status_pb2 import Status
 
@@ -193,3 +194,15 @@ def status_details(error: BaseException) -> Status:
         packed.Pack(detail)
         status.details.append(packed)
     return status
+
+
+def sent_status(error: grpc.RpcError) -> Status | None:
+    """The google.rpc.Status that a server of ours sent with its error; None when gRPC itself made the error."""
+    call: Any = error
+    packed: Any = dict(call.trailing_metadata() or ()).get("grpc-status-details-bin")
+    if packed is None:
+        return None
+    try:
+        return Status.FromString(packed)
+    except DecodeError:
+        return None

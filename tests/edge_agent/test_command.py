@@ -17,6 +17,8 @@ import PIL.Image
 import pytest
 
 from edge_agent.__main__ import main
+from edge_agent.client import _exhausted
+from edge_agent.errors import Busy, QuotaExhausted, status_details
 from edge_agent.superiority import METRICS
 from tests.running import CLOUD_PROMPT, EDGE_PROMPT, Process, process_environment, short_folder
 
@@ -193,6 +195,7 @@ def test_status_and_models_tell_what_runs(run: Run, daemon: Process, routed_bund
     [
         (("generate", ""), 2, "empty"),
         (("generate", "x" * 10_000), 2, "10,000"),
+        (("generate", "x" * 300_000), 2, "larger"),
         (("generate", "a\x1b[31m"), 2, "U+001B"),
         (("generate", "half \udcff"), 2, "not valid UTF-8"),
         (("route", "half \ud83d"), 2, "not valid UTF-8"),
@@ -223,6 +226,11 @@ def test_what_is_wrong_is_said_with_the_right_exit_code(
     assert (finished.code, finished.out) == (code, "")
     assert words in finished.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_queue_is_no_refusal_by_quota() -> None:
+    assert _exhausted(status_details(Busy("64 requests are waiting", retry_after_s=0.2))) == 3
+    assert _exhausted(status_details(QuotaExhausted("nothing left today", budget="daily"))) == 4
 
 
 def test_the_address_comes_from_flag_then_environment(
