@@ -15,7 +15,7 @@ from typing import Any
 from edge_agent import version
 from edge_agent.cloud import CloudAccepted, CloudImage
 from edge_agent.device import Device, Drawn, Job
-from edge_agent.errors import CloudError, LedgerError, QuotaExhausted
+from edge_agent.errors import CloudError, CloudRefused, LedgerError, QuotaExhausted
 from edge_agent.image import Progress, with_facts
 from edge_agent.policy import Decision, Reason, Route, decide
 from edge_agent.purchase import Purchase, Purchases
@@ -74,6 +74,7 @@ class Agent:
         self.limits = limits
         self.cloud_digest = ""  # what the cloud server last said it is
         self.cloud_connected = False  # whether a call has reached it
+        self._refusal = ""  # why the cloud server took none of the calls since the last one that it took
         self.served: dict[Route, int] = {"edge": 0, "cloud": 0}
         self.fallbacks = 0
         self._terms = terms
@@ -120,7 +121,7 @@ class Agent:
 
     @property
     def advice(self) -> tuple[str, ...]:
-        """One sentence for each thing that keeps prompts from being routed: what it is, and what to do."""
+        """One sentence for each thing that keeps prompts from the cloud: what it is, and what to do."""
         calibration = self.reader.calibration
         found = [self.reader.advice] if self.reader.advice else []
         if calibration is not None and not self._cloud_fits:
@@ -132,6 +133,11 @@ class Agent:
         if self.purchases.cloud is None:
             found.append(
                 "no cloud server is configured, so every prompt stays on the edge: start with --cloud HOST:PORT"
+            )
+        if self._refusal:
+            found.append(
+                f"{self._refusal}; that was its last answer: if it goes on, check --max-price, --cloud-token and the "
+                "cloud server's own settings"
             )
         return tuple(found)
 
@@ -223,6 +229,8 @@ class Agent:
                         yield event
                 return
             except CloudError as error:
+                if isinstance(error, CloudRefused):
+                    self._refusal = error.message
                 if request.routing is Routing.CLOUD_ONLY:
                     raise
                 failure = error.message
@@ -239,6 +247,7 @@ class Agent:
                 if isinstance(event, CloudAccepted):
                     position, self.cloud_digest = event.queue_position, event.model_digest
                     self.cloud_connected = True
+                    self._refusal = ""
                 elif isinstance(event, CloudImage):
                     yield Made(
                         event.png,

@@ -177,6 +177,16 @@ async def test_who_asked_for_the_cloud_alone_gets_its_error(both: Both, manner: 
     assert (answer.code, answer.result) == (code, None)
 
 
+async def test_the_status_tells_of_a_cloud_that_refuses_until_it_takes_a_call(both: Both) -> None:
+    both.cloud.manner = "refuse"
+    await both.app.generate(CLOUD_PROMPT)
+    (advice,) = (await both.app.status()).advice
+    assert "too dear" in advice and "--max-price" in advice
+    both.cloud.manner = "honest"
+    await both.app.generate(CLOUD_PROMPT)
+    assert not (await both.app.status()).advice
+
+
 async def test_a_slow_cloud_leaves_the_edge_time_within_the_deadline(both: Both) -> None:
     both.cloud.manner = "hang"
     answer = await both.app.generate(CLOUD_PROMPT, timeout=4.0)
