@@ -150,7 +150,7 @@ def parser() -> argparse.ArgumentParser:
         _quota,
         "show the budgets and what is left of them",
         "--json prints one object a line: name, window, cap_micro_usd, spent_micro_usd, reserved_micro_usd, "
-        "remaining_micro_usd.\n",
+        "remaining_micro_usd. Rates are in the table only.\n",
     )
     quota.add_argument("--app", default="", metavar="NAME", help="only the budgets that count for this app")
 
@@ -312,7 +312,7 @@ def _routed_here(options: argparse.Namespace, prompts: Iterable[str]) -> Iterato
 
 
 def _quota(options: argparse.Namespace) -> int:
-    budgets = _agent(options).quota(options.app)
+    budgets, rates = _agent(options).quota(options.app)
     if options.json:
         for budget in budgets:
             _print_json(_budget_facts(budget))
@@ -331,6 +331,14 @@ def _quota(options: argparse.Namespace) -> int:
                 for budget in budgets
             ),
         )
+        if rates:
+            _print_table(
+                ("rate", "calls", "at most", "in seconds"),
+                (
+                    (rate.name, str(rate.calls), str(rate.max_calls), f"{rate.per_seconds:g}")
+                    for rate in rates
+                ),
+            )
     return DONE
 
 

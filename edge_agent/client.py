@@ -19,7 +19,7 @@ from google.rpc.status_pb2 import Status
 from edge_agent.errors import InvalidRequest, RouteT2IError, sent_status
 from edge_agent.image import Progress
 from edge_agent.policy import Decision, Reason, Route, TokenPull
-from edge_agent.quota import BudgetState
+from edge_agent.quota import BudgetState, RateState
 from edge_agent.settings import split_address
 from routet2i.edge.v1 import edge_pb2
 from routet2i.edge.v1.edge_pb2_grpc import EdgeAgentServiceStub
@@ -119,11 +119,12 @@ class AgentClient:
         with self._stub() as stub, _explained(self.address):
             return decision(stub.Route(request, timeout=self._timeout_s).decision)
 
-    def quota(self, app: str = "") -> list[BudgetState]:
-        """The budgets that count for `app`; all of them when it is empty."""
+    def quota(self, app: str = "") -> tuple[list[BudgetState], list[RateState]]:
+        """The budgets that count for `app`, all of them when it is empty; and the rates."""
         with self._stub() as stub, _explained(self.address):
             answer = stub.GetQuota(edge_pb2.GetQuotaRequest(app=app), timeout=self._timeout_s)
-            return [_budget(budget) for budget in answer.budgets]
+        rates = [RateState(rate.name, rate.max_calls, rate.per_seconds, rate.calls) for rate in answer.rates]
+        return [_budget(budget) for budget in answer.budgets], rates
 
     def status(self) -> dict[str, Any]:
         """What the daemon is doing: the wire's GetStatusResponse as plain values."""

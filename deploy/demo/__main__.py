@@ -212,7 +212,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
         if not edge.running:
             raise DidNotStart(f"edge-agent ended. The end of {edge.log_file}:\n{edge.tail()}")
         notes = [*demo.agent.status()["advice"], *hints(wanted, options.routing_rate)]
-        budgets = demo.agent.quota()
+        budgets, _ = demo.agent.quota()
     sheet = demo.sheet(phases)
     account(console, demo, budgets, notes, sheet, time.monotonic() - began)
     return BROKEN if demo.unanswered else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -45,7 +46,18 @@ def folder() -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def daemon(folder: Path, routed_bundle: Path) -> Iterator[Process]:
     """A daemon at the default socket, without a cloud."""
-    flags = ("--bundle", routed_bundle, "--threads", "1", "--budget", "1,0.2/hour", "--max-queue", "7")
+    flags = (
+        "--bundle",
+        routed_bundle,
+        "--threads",
+        "1",
+        "--budget",
+        "1,0.2/hour",
+        "--rate",
+        "10/60",
+        "--max-queue",
+        "7",
+    )
     process = Process("edge_agent", folder, *flags)
     process.wait_for("serving")
     yield process
@@ -175,6 +187,7 @@ def test_quota_prints_exactly_these_fields_for_each_budget(run: Run, daemon: Pro
     assert (day["name"], day["window"], day["cap_micro_usd"]) == ("day", "day", 1_000_000)
     table = run("quota").out
     assert "$1.00" in table and "$0.20" in table
+    assert re.search(r"\b0 +10 +60\b", table)  # the rate: none of ten calls in 60 s
 
 
 def test_status_and_models_tell_what_runs(run: Run, daemon: Process, routed_bundle: Path) -> None:
