@@ -457,6 +457,7 @@ def _write(received: Received, target: Path | None) -> str:
         sys.stdout.buffer.flush()
         return "-"
     target = target or Path(f"{received.request_id}.png")
+    part = None
     try:
         with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as part:
             part.write(received.png)
@@ -464,7 +465,11 @@ def _write(received: Received, target: Path | None) -> str:
         os.umask(umask)
         os.chmod(part.name, 0o666 & ~umask)  # noqa: PTH101  # the mode that open() would have given
         os.replace(part.name, target)
-    except OSError as error:
+    except BaseException as error:
+        if part is not None:
+            Path(part.name).unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         raise InvalidRequest(
             f"{target} cannot be written: {error.strerror}; choose another with -o"
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -109,6 +110,18 @@ def test_generate_writes_the_image_and_says_so(run: Run, daemon: Process, tmp_pa
     with PIL.Image.open(tmp_path / "cat.png") as image:
         assert image.text["prompt"] == EDGE_PROMPT
     assert list(tmp_path.iterdir()) == [tmp_path / "cat.png"]
+
+
+def test_an_image_that_cannot_be_put_in_place_leaves_nothing_behind(
+    run: Run, daemon: Process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    finished = run("generate", EDGE_PROMPT, "-o", "cat.png")
+    assert finished.code == 2 and "No space left" in finished.err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_generate_prints_exactly_these_fields(run: Run, daemon: Process, tmp_path: Path) -> None:
