@@ -121,6 +121,7 @@ class AgentClient:
 
     def quota(self, app: str = "") -> tuple[list[BudgetState], list[RateState]]:
         """The budgets that count for `app`, all of them when it is empty; and the rates."""
+        _check_text("app", app)
         with self._stub() as stub, _explained(self.address):
             answer = stub.GetQuota(edge_pb2.GetQuotaRequest(app=app), timeout=self._timeout_s)
         rates = [RateState(rate.name, rate.max_calls, rate.per_seconds, rate.calls) for rate in answer.rates]
@@ -190,18 +191,22 @@ def _exhausted(status: Status | None) -> int:
 
 
 def _image_request(fields: dict[str, Any]) -> image_pb2.ImageRequest:
-    """Raises InvalidRequest for text that cannot travel: protobuf's strings are UTF-8."""
     for name, value in fields.items():
         if isinstance(value, str):
-            try:
-                value.encode()
-            except UnicodeEncodeError as error:
-                raise InvalidRequest(
-                    f"character {error.start + 1} of the {name} is not valid UTF-8 "
-                    f"(U+{ord(value[error.start]):04X}, half of a surrogate pair); remove it",
-                    field=name,
-                ) from error
+            _check_text(name, value)
     return image_pb2.ImageRequest(**fields)
+
+
+def _check_text(name: str, value: str) -> None:
+    """Raises InvalidRequest for text that cannot travel: protobuf's strings are UTF-8."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            f"character {error.start + 1} of the {name} is not valid UTF-8 "
+            f"(U+{ord(value[error.start]):04X}, half of a surrogate pair); remove it",
+            field=name,
+        ) from error
 
 
 def decision(message: edge_pb2.Decision) -> Decision:

@@ -225,6 +225,7 @@ def test_status_and_models_tell_what_runs(run: Run, daemon: Process, routed_bund
         (("generate", "a\x1b[31m"), 2, "U+001B"),
         (("generate", "half \udcff"), 2, "not valid UTF-8"),
         (("route", "half \ud83d"), 2, "not valid UTF-8"),
+        (("quota", "--app", "half \udcff"), 2, "not valid UTF-8"),
         (("generate", "a", "--seed", "-1"), 2, "--seed"),
         (("generate", "a", "--seed", "4294967296"), 2, "4294967295"),
         (("generate", "a", "--steps", "5"), 2, "4, 8"),
