@@ -79,8 +79,9 @@ examples:
   edge-agent route "a red apple" "three owls left of a tiny guitar at night"
   edge-agent route - --json < prompts.txt
 
-Nothing is generated, reserved or sent. Without a running daemon, or with --bundle or --routing-rate, the bundle is
-loaded in this process and the answer is the prediction alone: a cloud within reach and no quota are taken for granted.
+Nothing is generated, reserved or sent. Without a running daemon, or with --bundle, --routing-rate or --config, the
+bundle is loaded in this process and the answer is the prediction alone: a cloud within reach and no quota are taken
+for granted.
 
 --json prints one object a line: prompt, route, reason, prs, alpha, edge_quality, cloud_quality, tokens, quota,
 timings_ms.
@@ -253,7 +254,7 @@ def _generate(options: argparse.Namespace) -> int:
 def _route(options: argparse.Namespace) -> int:
     prompts = _prompts(options.prompts)
     agent = _agent(options)
-    own_terms = "bundle" in options or "routing_rate" in options
+    own_terms = any(name in options for name in ("bundle", "routing_rate", "config"))
     named = options.agent is not None or settings.ADDRESS_VARIABLE in os.environ
     if own_terms or (not named and not agent.reachable()):
         decisions = _routed_here(options, prompts)

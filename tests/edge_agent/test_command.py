@@ -194,6 +194,15 @@ def test_route_without_a_daemon_takes_the_bundle_of_the_environment(
     assert run("route", EDGE_PROMPT).code == 2
 
 
+def test_route_heeds_a_settings_file_also_where_a_daemon_answers(
+    run: Run, daemon: Process, routed_bundle: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "settings.toml").write_text(f"bundle = '{routed_bundle}'\nrouting_rate = 1.0\n")
+    finished = run("route", EDGE_PROMPT, "--config", "settings.toml", "--json")
+    assert finished.objects[0]["reason"] == "pareto_cloud"
+    assert "without a daemon" in finished.err
+
+
 def test_quota_prints_exactly_these_fields_for_each_budget(run: Run, daemon: Process) -> None:
     day, hour = run("quota", "--json").objects
     assert tuple(day) == tuple(hour) == BUDGET
