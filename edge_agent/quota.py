@@ -105,7 +105,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class BudgetState:
-    """A budget in its current window; remaining = cap - spent - reserved."""
+    """A budget in its current window; remaining = cap - spent - reserved, and never below 0."""
 
     name: str
     window: Window

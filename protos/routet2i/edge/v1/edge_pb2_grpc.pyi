@@ -7,12 +7,15 @@ cloud server makes the image.
 Errors:
   INVALID_ARGUMENT     a field is wrong; google.rpc.BadRequest names it.
   PERMISSION_DENIED    the app is not one of those in the settings.
+  ALREADY_EXISTS       this request_id went to the cloud before and may have been charged; use a new one.
+  NOT_FOUND            resume_offset asks for the rest of an image; the edge keeps none.
   RESOURCE_EXHAUSTED   the device's queue is full (google.rpc.RetryInfo says when to try again), or, for
                        ROUTING_CLOUD_ONLY, the quota is used up (google.rpc.QuotaFailure names the budget).
-  FAILED_PRECONDITION  ROUTING_CLOUD_ONLY where no cloud server is configured, or the models in use are not
-                       those of the calibration.
-  UNAVAILABLE          the daemon is draining; or, for ROUTING_CLOUD_ONLY, the cloud server cannot be reached or
-                       answered with something that is not the image.
+  FAILED_PRECONDITION  ROUTING_CLOUD_ONLY where no cloud server is configured, or it refuses the request (price,
+                       size, token).
+  UNAVAILABLE          the daemon is still loading its models (google.rpc.RetryInfo says when to try again) or is
+                       draining; or, for ROUTING_CLOUD_ONLY, the cloud server cannot be reached or answered with
+                       something that is not the image.
   DEADLINE_EXCEEDED, CANCELLED, INTERNAL   as usual.
 Unless the caller asked for ROUTING_CLOUD_ONLY, trouble with quota or cloud is never an error: the edge makes the
 image and the result says what happened.
