@@ -42,6 +42,7 @@ CHANNEL_OPTIONS = (
     # A request is a prompt and a few numbers.
     ("grpc.max_receive_message_length", 256 * 1024),
 )
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 CLOSE_S = 1.0  # what handlers that were told to stop get to say so before their connections close
 
 
@@ -182,8 +183,12 @@ async def run(settings: Settings) -> Server:
     """
     server = Server(settings)
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, server.stop)
+    try:
+        for number in STOP_SIGNALS:
+            loop.add_signal_handler(number, server.stop)
+    except NotImplementedError:  # on Windows
+        for number in STOP_SIGNALS:
+            signal.signal(number, lambda *_: loop.call_soon_threadsafe(server.stop))
     await server.startup()
     try:
         await server.serve()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import signal
 import socket
@@ -19,11 +20,13 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from edge_agent.__main__ import main
+from edge_agent.daemon import STOP_SIGNALS, run
 from edge_agent.quota import Ledger
+from edge_agent.settings import resolve
 from routet2i.edge.v1 import edge_pb2, edge_pb2_grpc
 from routet2i.image.v1 import image_pb2
 from tests.routed import SLOW_STEPS
-from tests.running import SERVICE, Process, process_environment, short_folder
+from tests.running import SERVICE, Process, process_environment, short_folder, until
 
 Start = Callable[..., Process]
 Refused = Callable[..., str]
@@ -248,3 +251,22 @@ def test_each_request_has_one_line_without_its_prompt(start: Start, folder: Path
     assert {"route", "reason", "prs", "alpha", "sha256", "encode_ms", "denoise_ms", "total_ms"} <= set(made)
     assert bad["outcome"] == "INVALID_ARGUMENT" and "empty" in bad["error"]
     assert "secret" not in process.text
+
+
+async def test_signals_stop_the_daemon_also_where_the_event_loop_takes_none(
+    routed_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(*_: object) -> None:  # as on Windows
+        raise NotImplementedError
+
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    monkeypatch.setattr(asyncio.get_running_loop(), "add_signal_handler", unsupported)
+    flags = {"listen": "127.0.0.1:0", "bundle": str(routed_bundle), "state": str(tmp_path), "threads": "1"}
+    running = asyncio.create_task(run(resolve(flags, {})))
+    try:
+        await until(lambda: signal.getsignal(signal.SIGTERM) is not before[signal.SIGTERM])
+        signal.raise_signal(signal.SIGTERM)
+        await asyncio.wait_for(running, 60)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
