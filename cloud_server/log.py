@@ -1,4 +1,4 @@
-"""The server's log: one line an event on standard error, as text for people or JSON for machines."""
+"""The server's log: one line an event on standard error, as text (logfmt) for people or JSON for machines."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ class Lines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """One line; a traceback, where the record has one, follows it (as text) or is a field (as JSON)."""
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
-        fields: dict[str, Any] = getattr(record, "fields", {})
+        line = {"time": stamp, "level": record.levelname.lower(), "event": record.getMessage()}
+        line |= getattr(record, "fields", {})
         trace = self.formatException(record.exc_info) if record.exc_info else ""
         if self._as_json:
-            head = {"time": stamp, "level": record.levelname.lower(), "event": record.getMessage()}
-            return json.dumps(head | fields | ({"traceback": trace} if trace else {}), default=str)
-        pairs = "".join(f" {name}={_quoted(value)}" for name, value in fields.items())
-        return f"{stamp} {record.levelname.lower():7} {record.getMessage()}{pairs}" + (
+            return json.dumps(line | ({"traceback": trace} if trace else {}), default=str)
+        return " ".join(f"{name}={_quoted(value)}" for name, value in line.items()) + (
             f"\n{trace}" if trace else ""
         )
 
@@ -37,6 +36,6 @@ def configure(as_json: bool) -> None:
     logging.getLogger("cloud_server").setLevel(logging.INFO)
 
 
-def _quoted(value: object) -> str:
+def _quoted(value: Any) -> str:
     text = str(value)
     return text if text.isprintable() and text and not set(' "=') & set(text) else json.dumps(text)
