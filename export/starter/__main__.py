@@ -117,7 +117,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "bundle": bundle,
         "label": lambda: label.main(["--out", str(OUTCOMES), "--parts", str(work / "labels"), *rest]),
         "predictor": lambda: predictor(work),
-        "evaluate": lambda: evaluate.main([str(OUTCOMES), str(STARTER_BUNDLE), "--out", str(EVALUATION), *rest]),
+        "evaluate": lambda: evaluate.main(
+            [str(OUTCOMES), str(STARTER_BUNDLE), "--out", str(EVALUATION), *rest]
+        ),
         "contact-sheet": lambda: contact_sheet.main(rest),
     }
     if rest and options.stage in ("all", "install", "bundle", "predictor"):
