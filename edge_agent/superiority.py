@@ -28,9 +28,10 @@ METRICS = (
 ALPHA_BOUND = 0.5
 """Above a PRS of 1/2 the edge image is expected to be the better one: no alpha may send it to the cloud."""
 
-SD_FLOOR = 0.25
+SD_FLOOR = 1.0
 """A metric's scale is at least this share of the paired differences' standard deviation. Ours: with a mean
-gap near zero the paper's scale would turn the metric into a vote on noise."""
+gap near zero the paper's scale would turn the metric into a vote on noise. On the starter's validation and calibration
+prompts 1.0 followed realised PRS better than 0.25 (rank correlation 0.22 against 0.18)."""
 
 Floats = NDArray[np.floating[Any]]
 
