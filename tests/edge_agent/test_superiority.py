@@ -62,8 +62,8 @@ def test_a_scale_weights_or_quality_that_cannot_be_are_refused(
 
 
 def test_the_scale_follows_the_mean_gap_until_the_noise_floor_is_larger() -> None:
-    assert paper_scale([-0.2, 0.01], [0.4, 0.4], gamma=1.0) == pytest.approx([0.2, 0.1])
-    assert paper_scale([-0.2, 0.01], [0.4, 0.4], gamma=2.0) == pytest.approx([0.4, 0.1])
+    assert paper_scale([-0.2, 0.01], [0.1, 0.1], gamma=1.0) == pytest.approx([0.2, 0.1])
+    assert paper_scale([-0.2, 0.01], [0.1, 0.1], gamma=2.0) == pytest.approx([0.4, 0.1])
 
 
 @given(
