@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import onnx
 import torch
 
 from edge_agent.bundle import CALIBRATION, PREDICTOR, Bundle, write_manifest
 from edge_agent.predictor import INPUTS, OUTPUTS, Predictor
 from edge_agent.superiority import METRICS
 from export.errors import ExportError
-from export.mixture import Mixture
+from export.mixture import Mixture, Shape
 from export.terminal import console
 
 TOLERANCE = 1e-5
@@ -53,6 +54,7 @@ def export(mixture: Mixture, path: Path, tokens: int) -> float:
             opset_version=18,
             dynamo=False,
         )
+    _state_sizes(path, shape)
     difference = max(
         _difference(mixture, Predictor.load(path, shape.width), tokens, own) for own in range(1, tokens)
     )
@@ -61,6 +63,19 @@ def export(mixture: Mixture, path: Path, tokens: int) -> float:
             f"not written: the graph differs from torch by {difference:.2g}, more than {TOLERANCE:g}"
         )
     return difference
+
+
+def _state_sizes(path: Path, shape: Shape) -> None:
+    """Write the outputs' sizes into the graph: tracing leaves names, which older onnxruntimes cannot resolve."""
+    model = onnx.load(path)
+    sizes = {"edge": (1, shape.metrics), "cloud": (1, shape.metrics), "pull": (1, "L", shape.metrics)}
+    for output in model.graph.output:
+        for dimension, size in zip(output.type.tensor_type.shape.dim, sizes[output.name], strict=True):
+            if isinstance(size, int):
+                dimension.dim_value = size
+            else:
+                dimension.dim_param = size
+    onnx.save(model, path)
 
 
 def _difference(mixture: Mixture, predictor: Predictor, tokens: int, own: int) -> float:
