@@ -163,6 +163,10 @@ def write_pipeline(
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipeline.to(torch.float16).save_pretrained(partial, max_shard_size=FILE_LIMIT)
+    for file in partial.glob("*/config.json"):  # where a part was loaded from is nobody's business
+        config = json.loads(file.read_text())
+        config.pop("_name_or_path", None)
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     facts = {
         "name": f"routet2i-starter-{size.name}",
         "licence": "Apache-2.0",
