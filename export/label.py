@@ -1,7 +1,8 @@
 """Measure both models: the outcome matrix, prompts x models x seeds x metrics, as Parquet.
 
 Both models really generate; the judge measures every image. Work is cut into pieces that are kept as they are
-finished, so an interrupted run goes on where it was, and several processes may share one run (``--share``).
+finished, so an interrupted run goes on where it was, and several processes may share one run (``--share``). Images
+are kept too: another judge measures them without generating anything again.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ STARTER_BUNDLE = ROOT / "edge_agent" / "starter"
 
 PIECE = 25  # prompts; what an interruption loses at most
 MODELS = ("edge", "cloud")
+IMAGES = "images"  # folder of finished pictures, beside one folder of measurements a judge
+CEILING_PROMPTS = 300
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,9 @@ class Piece:
 
     @property
     def file(self) -> str:
-        """Name of the file it is kept in."""
+        """Name, without its ending, of the files it is kept in."""
         ids = [prompt.prompt_id for prompt in self.prompts]
-        return f"{self.model}-{self.draw}-{ids[0]}-{ids[-1]}-{len(ids)}.parquet"
+        return f"{self.model}-{self.draw}-{ids[0]}-{ids[-1]}-{len(ids)}"
 
     @property
     def seeds(self) -> list[int]:
@@ -81,30 +84,68 @@ class Painter:
         ).images
 
 
-def pieces(prompts: Sequence[Prompt], draws: int, measured_draws: int) -> Iterator[Piece]:
-    """All pieces: ``draws`` images a prompt, ``measured_draws`` for calibration and test prompts."""
+@dataclass(frozen=True)
+class Draws:
+    """How many images of a prompt each model makes."""
+
+    train: int = 1
+    measured: int = 4
+    """On every other split: what is measured on them is an expectation, not one image's luck."""
+    ceiling: int = 16
+    """On the first CEILING_PROMPTS of test: enough to know what the best router could win."""
+
+    def of(self, split: str) -> int:
+        """Images of every prompt of the split."""
+        return self.train if split == "train" else self.measured
+
+
+def pieces(prompts: Sequence[Prompt], draws: Draws) -> Iterator[Piece]:
+    """All pieces, the first image of every prompt before any second one; those for the ceiling come last."""
+    splits = {
+        split: [prompt for prompt in prompts if prompt.split == split]
+        for split in dict.fromkeys(prompt.split for prompt in prompts)
+    }
     number = 0
-    for draw in range(max(draws, measured_draws)):
-        for split in dict.fromkeys(prompt.split for prompt in prompts):
-            if draw >= (measured_draws if split in ("calibration", "test") else draws):
-                continue
+    for draw in range(max(draws.train, draws.measured, draws.ceiling)):
+        for split, wanted in splits.items():
             # Split by split, so that a run with more prompts keeps the pieces of one with fewer.
-            wanted = [prompt for prompt in prompts if prompt.split == split]
+            if draw >= draws.of(split):
+                wanted = wanted[:CEILING_PROMPTS] if split == "test" and draw < draws.ceiling else []
             for start in range(0, len(wanted), PIECE):
                 for model in MODELS:
                     yield Piece(number, model, draw, tuple(wanted[start : start + PIECE]))
                 number += 1
 
 
-def measure(piece: Piece, painter: Painter, judge: Judge) -> pa.Table:
-    """Generate and judge one piece: a row an image."""
-    images = painter.paint([prompt.text for prompt in piece.prompts], piece.seeds)
-    scores = judge.quality(images)
+def generate(sources: Mapping[str, str], images: Path, wanted: Sequence[Piece]) -> None:
+    """Generate the pictures that are not in the folder ``images`` yet."""
+    missing = [piece for piece in wanted if not images_file(images, piece).exists()]
+    if not missing:
+        return
+    painters = {model: Painter(sources[model]) for model in {piece.model for piece in missing}}
+    with progress() as bar:
+        for piece in bar.track(missing, description="generate"):
+            pictures = painters[piece.model].paint([prompt.text for prompt in piece.prompts], piece.seeds)
+            partial = images_file(images, piece).with_suffix(f".{os.getpid()}")
+            with partial.open("wb") as file:
+                np.savez_compressed(file, images=np.stack([np.asarray(picture) for picture in pictures]))
+            partial.replace(images_file(images, piece))
+
+
+def images_file(images: Path, piece: Piece) -> Path:
+    """Where the piece's pictures are: one array ``images``, uint8 [prompts, height, width, 3]."""
+    return images / f"{piece.file}.npz"
+
+
+def measure(piece: Piece, images: Path, judge: Judge) -> pa.Table:
+    """Judge one generated piece: a row an image."""
+    with np.load(images_file(images, piece)) as kept:
+        scores = judge.quality([Image.fromarray(picture) for picture in kept["images"]])
     columns: dict[str, object] = {
         "prompt_id": pa.array([prompt.prompt_id for prompt in piece.prompts], pa.int32()),
         "prompt": [prompt.text for prompt in piece.prompts],
         "split": [prompt.split for prompt in piece.prompts],
-        "objects": pa.array([prompt.scene.objects for prompt in piece.prompts], pa.int16()),
+        "objects": pa.array([prompt.objects for prompt in piece.prompts], pa.int16()),
         "model": [piece.model] * len(piece.prompts),
         "seed": pa.array(piece.seeds, pa.int64()),
     }
@@ -113,29 +154,24 @@ def measure(piece: Piece, painter: Painter, judge: Judge) -> pa.Table:
     return pa.table(columns)
 
 
-def label(
-    sources: Mapping[str, str], judge: Judge, parts: Path, wanted: Sequence[Piece], facts: Mapping[str, str]
-) -> None:
-    """Measure what is not in ``parts`` yet. Parts made with other models or another judge are refused."""
-    parts.mkdir(parents=True, exist_ok=True)
-    made_with = parts / "made_with.json"
-    if made_with.exists() and json.loads(made_with.read_text()) != facts:
-        raise ExportError(
-            f"{parts} holds labels of other models or another judge: remove it, or name another --out"
-        )
-    _write_whole(made_with, json.dumps(facts))
-    missing = [piece for piece in wanted if not (parts / piece.file).exists()]
-    if not missing:
-        return
-    painters = {model: Painter(sources[model]) for model in {piece.model for piece in missing}}
+def judged(images: Path, parts: Path, wanted: Sequence[Piece], judge: Judge) -> None:
+    """Measure what is not in the folder ``parts`` yet."""
+    missing = [piece for piece in wanted if not (parts / f"{piece.file}.parquet").exists()]
     with progress() as bar:
-        task = bar.add_task("label", total=len(missing))
-        for piece in missing:
-            table = measure(piece, painters[piece.model], judge)
+        for piece in bar.track(missing, description="judge"):
             partial = parts / f"{piece.file}.{os.getpid()}"
-            pq.write_table(table, partial)
-            partial.replace(parts / piece.file)
-            bar.advance(task)
+            pq.write_table(measure(piece, images, judge), partial)
+            partial.replace(parts / f"{piece.file}.parquet")
+
+
+def _only_of(folder: Path, facts: Mapping[str, str], name: str) -> Path:
+    """The folder, made where it is not there yet; ExportError when what it holds was made with something else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made_with = folder / "made_with.json"
+    if made_with.exists() and json.loads(made_with.read_text()) != facts:
+        raise ExportError(f"{folder} holds {name}: remove it, or name another --parts")
+    _write_whole(made_with, json.dumps(facts))
+    return folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -151,12 +187,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/labels.parquet"))
     parser.add_argument("--parts", type=Path, help="folder of finished pieces (default: beside --out)")
-    parser.add_argument("--draws", type=int, default=1, help="images a prompt and model (default: 1)")
+    draws = Draws()
     parser.add_argument(
-        "--measured-draws", type=int, default=2, help="the same, on calibration and test (default: 2)"
+        "--draws",
+        type=int,
+        default=draws.train,
+        help="images a training prompt and model (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--measured-draws", type=int, default=draws.measured, help="on other splits (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--ceiling-draws",
+        type=int,
+        default=draws.ceiling,
+        help=f"on the first {CEILING_PROMPTS} test prompts (default: %(default)s)",
     )
     for split, number in PROMPTS.items():
-        parser.add_argument(f"--{split}", type=int, default=number, help=f"prompts (default: {number})")
+        parser.add_argument(
+            f"--{split}", type=int, default=number, dest=split, help=f"prompts (default: {number})"
+        )
     parser.add_argument(
         "--share",
         type=_share,
@@ -168,23 +218,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     prompts = router_prompts({split: getattr(options, split) for split in PROMPTS})
     judge = Judge(options.judge)
-    facts = {
+    models = {
         "edge_digest": Bundle.open(options.bundle).model_digest,
         "cloud_digest": open_model(options.cloud).digest,
+    }
+    measured = {
         "metrics": json.dumps([[metric.name, metric.positive, metric.negative] for metric in judge.metrics]),
         "judge_digest": judge.digest,
     }
-    parts = options.parts or options.out.with_suffix(".parts")
-    every = list(pieces(prompts, options.draws, options.measured_draws))
+    root = options.parts or options.out.with_suffix(".parts")
+    images = _only_of(root / IMAGES, models, "images of other models")
+    parts = _only_of(root / judge.digest[:16], models | measured, "measurements of other metrics")
+    draws = Draws(options.draws, options.measured_draws, options.ceiling_draws)
+    every = list(pieces(prompts, draws))
     mine = [piece for piece in every if piece.number % options.share[1] == options.share[0] - 1]
-    label({"edge": options.edge, "cloud": options.cloud}, judge, parts, mine, facts)
-    if left := [piece for piece in every if not (parts / piece.file).exists()]:
+    generate({"edge": options.edge, "cloud": options.cloud}, images, mine)
+    judged(images, parts, mine, judge)
+    files = [parts / f"{piece.file}.parquet" for piece in every]
+    if left := [file for file in files if not file.exists()]:
         print(
             f"{len(every) - len(left)} of {len(every)} pieces are made; the same command without --share makes the rest"
         )
         return 1
-    table = pa.concat_tables([pq.read_table(parts / piece.file) for piece in every])
-    pq.write_table(table.replace_schema_metadata(facts), options.out, compression="zstd")
+    table = pa.concat_tables([pq.read_table(file) for file in files])
+    pq.write_table(table.replace_schema_metadata(models | measured), options.out, compression="zstd")
     print(f"{table.num_rows} images of {len(prompts)} prompts -> {options.out}")
     return 0
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from edge_agent.superiority import METRICS
 from export.errors import ExportError
 
-SPLITS = ("train", "validation", "calibration", "test")
+SPLITS = ("train", "validation", "calibration", "test", "combinations", "wording", "free-form")
 COLUMNS = ("prompt_id", "prompt", "split", "objects", "model", "seed", *METRICS)
 FACTS = ("edge_digest", "cloud_digest", "metrics")
 """Metadata of the Parquet schema: `Bundle.model_digest` of the edge model, the cloud model's digest (`cloud-server

@@ -1,16 +1,36 @@
-"""The prompts a router learns from and is measured on: captions of scenes that no generator and no judge saw."""
+"""The prompts a router learns from and is measured on, split by what they are for.
+
+Scenes of `train`, `validation`, `calibration` and `test` are disjoint, and no generator, judge or inspector was trained
+on them. Three more splits ask how far a router carries: `combinations` pairs objects that no router split pairs,
+`wording` says scenes in sentences of its own, and `free-form` was written by hand, outside the grammar
+(``free_form.json``).
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import sha256
+from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 
-from export.starter.world import Scene, caption, sample_scene
+from export.starter.world import Group, Scene, caption, sample_scene
 
-PROMPTS = {"train": 2000, "validation": 150, "calibration": 250, "test": 250}
-SEED = 31
+PROMPTS = {
+    "train": 2800,
+    "validation": 200,
+    "calibration": 400,
+    "test": 400,
+    "combinations": 100,
+    "wording": 100,
+    "free-form": 60,
+}
+FREE_FORM = Path(__file__).parent / "free_form.json"
+SEED = 32
+HELD_OUT_PAIRS = 10  # one in so many pairs of objects appears in `combinations` alone
 
 
 @dataclass(frozen=True)
@@ -20,24 +40,48 @@ class Prompt:
     prompt_id: int
     text: str
     split: str
-    scene: Scene
+    objects: int
+    """How many objects it asks for."""
+    scene: Scene | None
+    """What its picture must show; None for a prompt that asks for what the world does not have."""
 
 
 def router_prompts(number: Mapping[str, int] = PROMPTS, seed: int = SEED) -> list[Prompt]:
     """``number`` distinct prompts a split. A larger number keeps the prompts of a smaller one, with their ids."""
-    rng = np.random.default_rng(seed)
-    prompts: list[Prompt] = []
-    wanted = dict(number)
-    texts: set[str] = set()
-    drawn = 0
-    while any(wanted.values()):
-        scene = sample_scene(rng)
-        text = caption(scene, rng)
-        if scene.split not in number or text in texts:
-            continue
-        texts.add(text)
-        drawn += 1
-        if wanted[scene.split]:
-            wanted[scene.split] -= 1
-            prompts.append(Prompt(drawn, text, scene.split, scene))
+    prompts = []
+    for index, split in enumerate(PROMPTS):
+        wanted = number.get(split, 0)
+        drawn = _free_form(wanted) if split == "free-form" else _drawn(split, wanted, (seed, index))
+        for place, (text, objects, scene) in enumerate(drawn):
+            prompts.append(Prompt((index + 1) * 100_000 + place, text, split, objects, scene))
     return prompts
+
+
+def holds_held_out_pair(scene: Scene) -> bool:
+    """Whether two of its objects are a pair kept for the split `combinations`."""
+    pairs = combinations(sorted(group.name for group in scene.groups), 2)
+    return any(sha256("+".join(pair).encode()).digest()[0] % HELD_OUT_PAIRS == 0 for pair in pairs)
+
+
+def _drawn(split: str, number: int, seed: tuple[int, int]) -> list[tuple[str, int, Scene]]:
+    rng = np.random.default_rng(seed)
+    hashed = split if split not in ("combinations", "wording") else "test"
+    texts: dict[str, Scene] = {}
+    while len(texts) < number:
+        scene = sample_scene(rng)
+        text = caption(scene, rng, held_out=split == "wording")
+        if scene.split == hashed and holds_held_out_pair(scene) == (split == "combinations"):
+            texts.setdefault(text, scene)
+    return [(text, scene.objects, scene) for text, scene in texts.items()]
+
+
+def _free_form(number: int) -> list[tuple[str, int, Scene | None]]:
+    drawn: list[tuple[str, int, Scene | None]] = []
+    for entry in json.loads(FREE_FORM.read_text(encoding="utf-8"))[:number]:
+        if "groups" in entry:
+            groups = tuple(Group(*group) for group in entry["groups"])
+            scene = Scene(groups, entry["background"], entry.get("relation"))
+            drawn.append((entry["prompt"], scene.objects, scene))
+        else:
+            drawn.append((entry["prompt"], entry["objects"], None))
+    return drawn

@@ -38,7 +38,7 @@ def sheet(prompts: Sequence[str], edge: Sequence[Image.Image], cloud: Sequence[I
 def graded_prompts(number: int = PROMPTS) -> list[str]:
     """Test prompts from one object to many: none was seen in training."""
     candidates = router_prompts({"test": 10 * number})
-    candidates.sort(key=lambda prompt: (len(prompt.scene.groups), prompt.scene.objects))
+    candidates.sort(key=lambda prompt: (len(prompt.scene.groups) if prompt.scene else 0, prompt.objects))
     return [prompt.text for prompt in candidates[:: len(candidates) // number][:number]]
 
 

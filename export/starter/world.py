@@ -36,11 +36,11 @@ NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
 SPLITS = {
     "generators": 60,
     "judge": 12,
-    "inspector": 4,
+    "test": 4,
     "train": 12,
     "validation": 3,
     "calibration": 4,
-    "test": 5,
+    "inspector": 5,
 }
 
 
@@ -197,6 +197,15 @@ _PLACES = {
     "meadow": (" on a meadow", " in a green field", " on the grass"),
     "desert": (" in the desert", " in a hot desert", " on desert sand"),
 }
+# Wordings kept from every training: what they cost tells whether sentences or words were learnt.
+_HELD_OUT_PLACES = {
+    "plain": "with nothing behind",
+    "beach": "where the sea meets the beach",
+    "night": "in a night full of stars",
+    "snow": "where winter snow lies",
+    "meadow": "where green grass grows",
+    "desert": "where hot desert sand lies",
+}
 _SIZE_WORDS = {"small": ("small", "tiny", "little"), "medium": ("",), "big": ("big", "large", "huge")}
 _LEADS = ("", "", "", "a picture of ", "an image of ", "a drawing of ", "please draw ", "i want to see ")
 # Words that ask for nothing: longer prompts, no harder pictures.
@@ -224,9 +233,14 @@ def plural(name: str) -> str:
     return _PLURALS.get(name, name + "s")
 
 
-def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """One of the many sentences that say what the scene is, in lower case."""
+def caption(scene: Scene, rng: np.random.Generator, *, held_out: bool = False) -> str:
+    """One of the many sentences that say what the scene is, in lower case.
+
+    ``held_out`` words it in ways that no model and no router has seen in training.
+    """
     nouns = [_noun(group, rng) for group in scene.groups]
+    if held_out:
+        return _held_out(scene, nouns, rng)
     place = _pick(_PLACES[scene.background], rng)
     if len(nouns) == 2:
         said = _pick(_related(scene.relation or "", *nouns), rng)
@@ -235,6 +249,25 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     else:
         said = nouns[0]
     return f"{_pick(_LEADS, rng)}{said}{place}{_pick(_ASIDES, rng)}"
+
+
+def _held_out(scene: Scene, nouns: list[str], rng: np.random.Generator) -> str:
+    place = _HELD_OUT_PLACES[scene.background]
+    if len(nouns) == 3:
+        return _pick(("{3} there are {0}, then {1}, then {2}", "{0}; {1}; {2}; all {3}"), rng).format(
+            *nouns, place
+        )
+    if len(nouns) == 2:
+        first, second = nouns
+        where = {"left of": "left", "right of": "right", "above": "top", "below": "bottom"}
+        inverse = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
+        side = where[scene.relation or ""]
+        templates = (
+            f"{first} on the {side}, {second} on the {inverse[side]}, {place}",
+            f"{place}, {second} at the {inverse[side]} and at the {side} {first}",
+        )
+        return _pick(templates, rng)
+    return _pick((f"{place} there should be {nouns[0]}", f"show {nouns[0]} {place}"), rng)
 
 
 def _related(relation: str, first: str, second: str) -> tuple[str, ...]:

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -36,7 +37,8 @@ def arguments(models, bundle, out, *more):
     return [
         *("--edge", str(models / "edge"), "--cloud", str(models / "cloud"), "--judge", str(models / "judge")),
         *("--bundle", str(bundle), "--out", str(out), "--train", "3", "--validation", "2"),
-        *("--calibration", "2", "--test", "2", *more),
+        *("--calibration", "2", "--test", "2", "--combinations", "1", "--wording", "1", "--free-form", "1"),
+        *("--measured-draws", "2", "--ceiling-draws", "3", *more),
     ]
 
 
@@ -46,10 +48,10 @@ def test_the_matrix_holds_every_prompt_model_and_seed_and_says_what_it_was_made_
     out = tmp_path / "labels.parquet"
     assert label.main(arguments(models, miniature_bundle, out)) == 0
     outcomes = Outcomes.read(out)
-    assert [np.sum(outcomes.splits == split) for split in SPLITS] == [3, 2, 2, 2]
+    assert [np.sum(outcomes.splits == split) for split in SPLITS] == [3, 2, 2, 2, 1, 1, 1]
     drawn = (~np.isnan(outcomes.edge_seeds[..., 0])).sum(axis=1)
-    assert set(drawn[np.isin(outcomes.splits, ("calibration", "test"))]) == {2}
-    assert set(drawn[np.isin(outcomes.splits, ("train", "validation"))]) == {1}
+    images = {split: np.unique(drawn[outcomes.splits == split]).tolist() for split in SPLITS}
+    assert images == {split: [{"train": 1, "test": 3}.get(split, 2)] for split in SPLITS}
     assert {"edge_digest", "cloud_digest", "metrics", "judge_digest"} <= {
         key.decode() for key in pq.read_schema(out).metadata
     }
@@ -77,6 +79,22 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_matrix(
     assert pq.read_table(cut).equals(pq.read_table(whole))
 
 
+def test_another_judge_measures_the_same_images_without_generating_them_again(
+    models, miniature_bundle, tmp_path, monkeypatch
+):
+    out, other = tmp_path / "labels.parquet", tmp_path / "other"
+    assert label.main(arguments(models, miniature_bundle, out)) == 0
+    shutil.copytree(models / "judge", other)
+    torch.manual_seed(1)
+    new_judge(CLIPProcessor.from_pretrained(other).tokenizer).save_pretrained(other)
+    monkeypatch.setattr(label, "Painter", None)
+    before = pq.read_table(out)
+    assert label.main(arguments(models, miniature_bundle, out, "--judge", str(other))) == 0
+    after = pq.read_table(out)
+    assert after["seed"].equals(before["seed"])
+    assert not after["detail"].equals(before["detail"])
+
+
 def test_two_processes_share_a_run_and_the_last_one_writes_the_matrix(
     models, miniature_bundle, tmp_path, monkeypatch
 ):
@@ -85,7 +103,7 @@ def test_two_processes_share_a_run_and_the_last_one_writes_the_matrix(
     assert label.main(arguments(models, miniature_bundle, out, "--share", "1/2")) == 1
     assert not out.exists()
     assert label.main(arguments(models, miniature_bundle, out, "--share", "2/2")) == 0
-    assert len(Outcomes.read(out)) == 9
+    assert len(Outcomes.read(out)) == 12
 
 
 def test_labels_of_other_models_are_not_mixed_in(models, miniature_bundle, tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from export.prompts import router_prompts
+from export.prompts import holds_held_out_pair, router_prompts
 from export.starter.sprites import CELL, COLUMNS, OBJECTS, PACK, sprite
 from export.starter.world import (
     BACKGROUNDS,
@@ -108,3 +108,25 @@ def test_asking_for_more_prompts_keeps_the_ones_there_were():
     assert set(few) <= set(many)
     assert len({prompt.text for prompt in many}) == len(many)
     assert all(prompt.scene.split == prompt.split for prompt in many)
+
+
+def test_pairs_kept_for_combinations_are_in_no_other_split():
+    prompts = router_prompts({"train": 60, "test": 20, "combinations": 6, "wording": 6})
+    assert {prompt.split for prompt in prompts if holds_held_out_pair(prompt.scene)} == {"combinations"}
+
+
+def test_held_out_wordings_are_none_of_the_usual_ones():
+    said = {caption(scene, rng(seed)) for seed in range(200) for scene in [sample_scene(rng(seed % 20))]}
+    held_out = {
+        caption(scene, rng(7), held_out=True) for seed in range(20) for scene in [sample_scene(rng(seed))]
+    }
+    assert not said & held_out
+
+
+def test_free_form_prompts_name_objects_of_the_world_or_none_at_all():
+    prompts = router_prompts({"free-form": 60})
+    assert len(prompts) == 60
+    scenes = [prompt.scene for prompt in prompts if prompt.scene]
+    assert {group.name for scene in scenes for group in scene.groups} <= set(OBJECTS)
+    assert {scene.background for scene in scenes} <= set(BACKGROUNDS)
+    assert any(prompt.scene is None for prompt in prompts)
