@@ -17,6 +17,10 @@ STAGES = {
     "starter": ("export.starter.__main__", "make the starter world's models"),
     "diffusion": ("export.diffusion_onnx", "write a diffusers pipeline as a bundle"),
     "label": ("export.label", "measure both models' images: prompts x models x seeds x metrics"),
+    "validity": (
+        "export.validity",
+        "measure what the metrics are worth: own and foreign damage, reliability",
+    ),
     "train": ("export.train", "train the quality predictor on those labels"),
     "predictor": ("export.predictor_onnx", "write the predictor into the bundle"),
     "calibrate": (

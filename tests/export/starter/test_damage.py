@@ -4,6 +4,7 @@ import pytest
 from edge_agent.superiority import METRICS
 from export.quality import load_metrics
 from export.starter.damage import SIDE_EFFECTS, damage
+from export.starter.foreign_damage import foreign_damage
 from export.starter.world import render, sample_scenes
 
 
@@ -13,11 +14,12 @@ def pictures():
     return [render(scene, rng) for scene in sample_scenes("inspector", 8, seed=0)]
 
 
+@pytest.mark.parametrize("spoil", [damage, foreign_damage])
 @pytest.mark.parametrize("metric", METRICS)
-def test_a_worse_damage_moves_a_picture_further_from_the_original(metric, pictures):
+def test_a_worse_damage_moves_a_picture_further_from_the_original(metric, spoil, pictures):
     def distance(severity):
         rng = np.random.default_rng(1)
-        spoiled = [damage(p, metric, severity, rng, pictures[i - 1]) for i, p in enumerate(pictures)]
+        spoiled = [spoil(p, metric, severity, rng, pictures[i - 1]) for i, p in enumerate(pictures)]
         assert all(s.shape == p.shape and s.dtype == np.uint8 for s, p in zip(spoiled, pictures, strict=True))
         return np.mean([np.abs(s.astype(int) - p).mean() for s, p in zip(spoiled, pictures, strict=True)])
 
@@ -32,6 +34,7 @@ def test_there_is_one_damage_and_one_pair_of_texts_for_every_metric():
         assert set(others) <= set(METRICS)
 
 
-def test_an_unknown_damage_is_refused(pictures):
+@pytest.mark.parametrize("spoil", [damage, foreign_damage])
+def test_an_unknown_damage_is_refused(spoil, pictures):
     with pytest.raises(ValueError, match="taste"):
-        damage(pictures[0], "taste", 0.5, np.random.default_rng(0), pictures[1])
+        spoil(pictures[0], "taste", 0.5, np.random.default_rng(0), pictures[1])

@@ -1,0 +1,39 @@
+import numpy as np
+import pytest
+
+from edge_agent.superiority import METRICS
+from export import validity
+from export.quality import Judge
+from export.starter.damage import damage
+from export.starter.world import render, sample_scenes
+from tests.export.routing_world import write_labels
+
+
+def test_a_metric_falls_under_its_own_damage_and_not_under_none():
+    rng = np.random.default_rng(0)
+    clean = [render(scene, rng) for scene in sample_scenes("inspector", 12, seed=0)]
+    judge = Judge()
+    shares = validity.falls(judge, damage, clean)
+    assert shares.shape == (len(METRICS), len(METRICS))
+    for name in ("clarity", "sharpness", "color"):
+        assert shares[METRICS.index(name), METRICS.index(name)] == 1
+    assert not validity.falls(judge, lambda image, *_: image, clean).any()
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+def test_reliability_is_the_share_of_the_variance_that_lies_between_prompts(share):
+    rng = np.random.default_rng(0)
+    prompts, seeds = 4000, 4
+    between = np.sqrt(share) * rng.normal(size=(prompts, 1, 1))
+    within = np.sqrt(1 - share) * rng.normal(size=(prompts, seeds, 1))
+    assert validity.reliability(between + within)[0] == pytest.approx(share, abs=0.04)
+
+
+def test_the_report_says_it_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(validity, "PICTURES", 4)
+    monkeypatch.setattr(validity, "RESAMPLES", 20)
+    labels, out = write_labels(tmp_path / "labels.parquet", 24), tmp_path / "metrics.md"
+    assert validity.main([str(labels), "--out", str(out)]) == 0
+    text = out.read_text()
+    assert all(text.count(f"| {name} |") >= 3 for name in METRICS)
+    assert "inspector finds" not in text
