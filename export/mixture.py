@@ -25,7 +25,7 @@ say what one could. They differ in how they learn. The exported graph therefore 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -96,8 +96,8 @@ class Mixture(nn.Module):
         """Both signs' first factor folded into one, [M, d, l]."""
         return self.positive if self.negative is None else self.positive - self.negative
 
-    def forward(self, states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``states [B, L, d], mask [B, L] -> edge [B, M], cloud [B, M], pull [B, L, M]``."""
+    def terms(self, states: Tensor, mask: Tensor) -> Tensor:
+        """What each token adds to each metric's level and gap: ``states [B, L, d], mask [B, L] -> [B, L, M, 2]``."""
         m, d, rank = self.positive.shape
         batch, length, _ = states.shape
         tokens = self.dropout((states - self.mean) / self.deviation)
@@ -105,25 +105,51 @@ class Mixture(nn.Module):
         # One matrix product an expert, [M, B * L, l] x [M, l, h], in place of one a token.
         contrast = torch.sigmoid(narrow.reshape(-1, m, rank).transpose(0, 1) @ self.shared)
         votes = ((contrast - 0.5) @ self.head).reshape(m, batch, length, 2).permute(1, 2, 0, 3)
-        terms = self.gates(tokens, mask)[..., None] * votes
-        level, gap = (terms.sum(dim=1) + self.bias).unbind(-1)
-        return torch.sigmoid(level - gap / 2), torch.sigmoid(level + gap / 2), terms[..., 1]
+        return self.gates(tokens, mask)[..., None] * votes
+
+    def forward(self, states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``states [B, L, d], mask [B, L] -> edge [B, M], cloud [B, M], pull [B, L, M]``."""
+        return _qualities(self.terms(states, mask), self.bias)
+
+
+class Ensemble(nn.Module):
+    """Mixtures of one shape that differ in their seed. Averaging their terms and biases averages out much of what each
+    has learnt from the noise of its labels, and leaves a token's pull what it is in one mixture.
+    """
+
+    def __init__(self, members: Sequence[Mixture]) -> None:
+        super().__init__()
+        self.shape = members[0].shape
+        self.members = nn.ModuleList(members)
+
+    def forward(self, states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``states [B, L, d], mask [B, L] -> edge [B, M], cloud [B, M], pull [B, L, M]``."""
+        terms = torch.stack([member.terms(states, mask) for member in self.members]).mean(dim=0)
+        return _qualities(terms, torch.stack([member.bias for member in self.members]).mean(dim=0))
 
     def save(self, path: Path, record: Mapping[str, Any]) -> None:
         """Write the weights with the shape and a record of how they were made. Nothing in the file is pickled."""
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, path, {"shape": json.dumps(asdict(self.shape)), "record": json.dumps(record)})
+        facts = {"shape": json.dumps(asdict(self.shape)), "members": str(len(self.members))}
+        save_file(tensors, path, facts | {"record": json.dumps(record)})
 
     @classmethod
-    def load(cls, path: Path) -> tuple[Mixture, dict[str, Any]]:
-        """The trained mixture, in evaluation mode, and its record. Raises ExportError when the file is not one."""
+    def load(cls, path: Path) -> tuple[Ensemble, dict[str, Any]]:
+        """The trained mixtures, in evaluation mode, and their record. Raises ExportError when the file is none."""
         try:
             with safe_open(path, framework="pt") as file:
                 facts = file.metadata()
-                mixture = cls(Shape(**json.loads(facts["shape"])))
-                mixture.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+                shape = Shape(**json.loads(facts["shape"]))
+                ensemble = cls([Mixture(shape) for _ in range(int(facts["members"]))])
+                ensemble.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        except (OSError, SafetensorError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ExportError(
                 f"{path}: not a trained predictor ({error}); make it with `edge-export train`"
             ) from error
-        return mixture.eval(), json.loads(facts["record"])
+        return ensemble.eval(), json.loads(facts["record"])
+
+
+def _qualities(terms: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``terms [B, L, M, 2], bias [M, 2] -> edge [B, M], cloud [B, M], pull [B, L, M]``."""
+    level, gap = (terms.sum(dim=1) + bias).unbind(-1)
+    return torch.sigmoid(level - gap / 2), torch.sigmoid(level + gap / 2), terms[..., 1]

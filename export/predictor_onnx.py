@@ -21,31 +21,31 @@ from edge_agent.bundle import CALIBRATION, PREDICTOR, Bundle, write_manifest
 from edge_agent.predictor import INPUTS, OUTPUTS, Predictor
 from edge_agent.superiority import METRICS
 from export.errors import ExportError
-from export.mixture import Mixture, Shape
+from export.mixture import Ensemble, Shape
 from export.terminal import console
 
 TOLERANCE = 1e-5
 """Largest difference from torch in any output; float32 rounding over sums this short stays well below it."""
 
 
-def export(mixture: Mixture, path: Path, tokens: int) -> float:
-    """Write `mixture` for prompts of `tokens` positions (L) to `path`; returns the largest difference from torch.
+def export(ensemble: Ensemble, path: Path, tokens: int) -> float:
+    """Write `ensemble` for prompts of `tokens` positions (L) to `path`; returns the largest difference from torch.
 
-    ExportError when the mixture is an ablation that does not predict every metric, or the graph differs from torch.
+    ExportError when it is an ablation that does not predict every metric, or the graph differs from torch.
     """
-    shape = mixture.shape
+    shape = ensemble.shape
     if shape.metrics != len(METRICS):
         raise ExportError(
             f"a predictor of {shape.metrics} metrics is an ablation; a bundle's has {len(METRICS)}"
         )
-    mixture = mixture.eval()
+    ensemble = ensemble.eval()
     example = torch.randn(1, tokens, shape.width), torch.ones(1, tokens, dtype=torch.bool)
     with warnings.catch_warnings():
         # Tracing warns of Python's min over K and L, and of a newer exporter, which needs packages that nothing else
         # here does. Whether the graph is right is decided by the comparison below.
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            mixture,
+            ensemble,
             example,
             path,
             input_names=list(INPUTS),
@@ -56,7 +56,7 @@ def export(mixture: Mixture, path: Path, tokens: int) -> float:
         )
     _state_sizes(path, shape)
     difference = max(
-        _difference(mixture, Predictor.load(path, shape.width), tokens, own) for own in range(1, tokens)
+        _difference(ensemble, Predictor.load(path, shape.width), tokens, own) for own in range(1, tokens)
     )
     if not difference <= TOLERANCE:
         raise ExportError(
@@ -78,13 +78,14 @@ def _state_sizes(path: Path, shape: Shape) -> None:
     onnx.save(model, path)
 
 
-def _difference(mixture: Mixture, predictor: Predictor, tokens: int, own: int) -> float:
+def _difference(ensemble: Ensemble, predictor: Predictor, tokens: int, own: int) -> float:
     """Between torch and the graph, for a made-up prompt with `own` tokens of its own."""
     draw = torch.Generator().manual_seed(own)
-    states = mixture.mean + mixture.deviation * torch.randn(1, tokens, mixture.shape.width, generator=draw)
+    scale = ensemble.members[0]
+    states = scale.mean + scale.deviation * torch.randn(1, tokens, ensemble.shape.width, generator=draw)
     mask = (torch.arange(tokens) > 0) & (torch.arange(tokens) <= own)
     with torch.inference_mode():
-        expected = mixture(states, mask[None])
+        expected = ensemble(states, mask[None])
     made = predictor.predict(states.numpy(), mask.numpy())
     return max(
         float(np.abs(ours - theirs[0].numpy()).max())
@@ -97,7 +98,7 @@ def install(weights: Path, bundle: Bundle) -> float:
 
     A calibration that is there was made with another predictor's scores and is removed.
     """
-    mixture, record = Mixture.load(weights)
+    ensemble, record = Ensemble.load(weights)
     if record.get("edge_digest") != bundle.model_digest:
         raise ExportError(
             f"{weights} was trained on another edge model's token states; train it on {bundle.folder}"
@@ -106,7 +107,7 @@ def install(weights: Path, bundle: Bundle) -> float:
     target.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=bundle.folder.parent) as scratch:
         graph = Path(scratch) / target.name
-        difference = export(mixture, graph, bundle.manifest.text_tokens)
+        difference = export(ensemble, graph, bundle.manifest.text_tokens)
         (bundle.folder / CALIBRATION).unlink(missing_ok=True)
         graph.replace(target)
     write_manifest(bundle.folder)

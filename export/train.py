@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edge_agent.bundle import Bundle
-from export.mixture import Mixture, Shape
+from export.mixture import Ensemble, Mixture, Shape
 from export.outcomes import Outcomes
 from export.states import TokenStates, of_prompts
 from export.terminal import console, progress
@@ -49,7 +49,7 @@ class Recipe:
     gap_weight: float = 1.0
     """Weight of the paired gap's error beside that of the two qualities: the gap is what routes."""
     seeds: int = 3
-    """Runs; the one with the lowest validation loss is kept."""
+    """Mixtures, averaged: what each has learnt from the noise of its labels is not what the others have."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Loss:
         self.gap = (train.cloud - train.edge).var(0).clamp_min(1e-8)
         self.gap_weight = gap_weight
 
-    def __call__(self, mixture: Mixture, batch: Examples) -> Tensor:
+    def __call__(self, mixture: Mixture | Ensemble, batch: Examples) -> Tensor:
         """Mean over the batch's prompts and metrics."""
         edge, cloud, _ = mixture(batch.states, batch.mask)
         level = (edge - batch.edge) ** 2 / self.edge + (cloud - batch.cloud) ** 2 / self.cloud
@@ -187,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("bundle", type=Path, help="bundle whose text encoder the predictor reads")
     parser.add_argument("out", type=Path, help=f"folder for {WEIGHTS} and the cached token states")
     parser.add_argument(
-        "--seeds", type=int, default=recipe.seeds, help="runs, the best is kept (default: %(default)s)"
+        "--seeds", type=int, default=recipe.seeds, help="mixtures, averaged (default: %(default)s)"
     )
     parser.add_argument("--epochs", type=int, default=recipe.epochs, help="at most (default: %(default)s)")
     parser.add_argument(
@@ -230,12 +230,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 note = f"loss {event.training_loss:.3f}, validation {event.validation_loss:.3f}"
                 bars.update(bar, advance=1, note=note)
-    best = min(runs, key=lambda run: run.validation_loss)
+    ensemble = Ensemble([run.mixture for run in runs]).eval()
+    with torch.no_grad():
+        loss = float(Loss(examples[0], recipe.gap_weight)(ensemble, examples[1]))
     record = {
         "recipe": asdict(recipe),
-        "seed": best.seed,
-        "epochs": [asdict(epoch) for epoch in best.epochs],
-        "validation_losses": {run.seed: run.validation_loss for run in runs},
+        "validation_loss": loss,
+        "members": [{"seed": run.seed, "epochs": [asdict(epoch) for epoch in run.epochs]} for run in runs],
         "prompts": {"train": len(learning), "validation": len(validating)},
         "labels_sha256": hashlib.sha256(options.labels.read_bytes()).hexdigest(),
         "edge_digest": bundle.model_digest,
@@ -243,13 +244,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "threads": options.threads,
         "seconds": round(time.monotonic() - started, 1),
     }
-    best.mixture.save(options.out / WEIGHTS, record)
-    count = sum(weights.numel() for weights in best.mixture.parameters())
-    kept = min(best.epochs, key=lambda epoch: epoch.validation_loss)
+    ensemble.save(options.out / WEIGHTS, record)
+    count = sum(weights.numel() for weights in ensemble.parameters())
+    alone = ", ".join(f"{run.validation_loss:.3f}" for run in runs)
     console.print(
-        f"{options.out / WEIGHTS}: {count:,} weights, epoch {kept.number} of seed {best.seed}; "
-        f"validation loss {kept.validation_loss:.3f}, where the means alone cost {1 + recipe.gap_weight:g}; "
-        f"{record['seconds']} s"
+        f"{options.out / WEIGHTS}: {count:,} weights in {len(runs)} mixtures; validation loss {loss:.3f} together, "
+        f"{alone} alone, where the means cost {1 + recipe.gap_weight:g}; {record['seconds']} s"
     )
     return 0
 

@@ -12,7 +12,7 @@ from edge_agent.bundle import CALIBRATION, Bundle, schedule_file, write_manifest
 from edge_agent.superiority import METRICS
 from export import predictor_onnx
 from export.calibrate import calibrate
-from export.mixture import Mixture, Shape
+from export.mixture import Ensemble, Mixture, Shape
 from export.outcomes import Outcomes
 from export.schedule import compile_schedule
 from tests.export.routing_world import write_labels
@@ -35,7 +35,7 @@ def make_routed(folder: Path, cloud_model: Path) -> None:
         with torch.no_grad():
             mixture.bias.zero_()  # the cloud is as often better as worse
     weights = folder.parent / "predictor.safetensors"
-    mixture.save(weights, {"edge_digest": bundle.model_digest})
+    Ensemble([mixture]).save(weights, {"edge_digest": bundle.model_digest})
     predictor_onnx.install(weights, bundle)
 
     metrics = [[name, f"high {name} photo", f"low {name} photo"] for name in METRICS]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from export.errors import ExportError
-from export.mixture import Mixture, Shape
+from export.mixture import Ensemble, Mixture, Shape
 
 SHAPE = Shape(width=16, metrics=3, kept=4, rank=2, hidden=8)
 
@@ -90,17 +90,26 @@ def test_an_expert_costs_l_times_d_and_h_and_not_d_times_h() -> None:
     assert count == m * (d + 2 * d * rank + rank * hidden + 2 * hidden + 2)
 
 
+def test_an_ensemble_s_gap_and_pull_are_the_means_of_its_members() -> None:
+    members = [made_up(SHAPE, seed) for seed in range(3)]
+    alone = [member(*prompt(10, 7)) for member in members]
+    edge, cloud, pull = Ensemble(members)(*prompt(10, 7))
+    mean = torch.stack([gap(low, high) for low, high, _ in alone]).mean(0)
+    torch.testing.assert_close(gap(edge, cloud), mean, atol=1e-5, rtol=0)
+    torch.testing.assert_close(pull, torch.stack([pulls for _, _, pulls in alone]).mean(0))
+
+
 def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
-    mixture = made_up(SHAPE)
-    mixture.save(tmp_path / "w.safetensors", {"seed": 3})
-    read, record = Mixture.load(tmp_path / "w.safetensors")
+    ensemble = Ensemble([made_up(SHAPE, seed) for seed in range(2)])
+    ensemble.save(tmp_path / "w.safetensors", {"seed": 3})
+    read, record = Ensemble.load(tmp_path / "w.safetensors")
     assert record == {"seed": 3}
     assert read.shape == SHAPE
-    for ours, theirs in zip(mixture(*prompt(10, 7)), read(*prompt(10, 7)), strict=True):
+    for ours, theirs in zip(ensemble(*prompt(10, 7)), read(*prompt(10, 7)), strict=True):
         assert torch.equal(ours, theirs)
 
 
 def test_a_pickle_is_not_opened(tmp_path: Path) -> None:
     torch.save(made_up(SHAPE).state_dict(), tmp_path / "w.safetensors")
     with pytest.raises(ExportError, match="not a trained predictor"):
-        Mixture.load(tmp_path / "w.safetensors")
+        Ensemble.load(tmp_path / "w.safetensors")
