@@ -11,7 +11,7 @@ BUF_VERSION := 1.75.0
 BUF := npx --yes --loglevel=error @bufbuild/buf@$(BUF_VERSION)
 ARGS ?=
 
-.PHONY: help env demo bench test lint format protos protos-baseline node constraints wheel edge-versions clean
+.PHONY: help env demo bench routerbench test lint format protos protos-baseline node constraints wheel edge-versions clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ demo: $(ENV)  ## both processes on loopback, a dozen prompts, pictures in demo-o
 
 bench: $(ENV)  ## the table of numbers, as ratios measured in one run, in bench-out/
 	@$(BIN)/python deploy/bench $(ARGS)
+
+routerbench: $(ENV)  ## compare routers on the shipped outcomes, report in routerbench-out/
+	@$(BIN)/edge-export routerbench $(ARGS)
 
 test: $(ENV)  ## run the tests; ARGS="-k quota" runs some of them
 	@$(BIN)/python -m pytest $(ARGS)

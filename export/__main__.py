@@ -28,6 +28,7 @@ STAGES = {
         "score the calibration prompts, so that a routing rate has a threshold",
     ),
     "evaluate": ("export.evaluate", "measure the routing on held-out prompts"),
+    "routerbench": ("export.routerbench.__main__", "compare routers on the same outcomes"),
 }
 """Stage -> module with `main(argv) -> exit code`, and what it does, in the order they are run. Modules are imported
 when their stage is asked for: torch takes seconds."""
@@ -38,7 +39,7 @@ INTERRUPTED = 130
 
 def usage() -> str:
     """What is printed for `--help`."""
-    lines = [f"  {name:<10} {purpose}" for name, (_, purpose) in STAGES.items()]
+    lines = [f"  {name:<12} {purpose}" for name, (_, purpose) in STAGES.items()]
     return "\n".join(
         ["usage: edge-export STAGE ...", "", *lines, "", "edge-export STAGE --help explains a stage."]
     )

@@ -16,6 +16,7 @@ from export.errors import ExportError
 
 SPLITS = ("train", "validation", "calibration", "test", "combinations", "wording", "free-form")
 COLUMNS = ("prompt_id", "prompt", "split", "objects", "model", "seed", *METRICS)
+INSPECTED = "inspected"  # optional column of `edge-export inspect`
 FACTS = ("edge_digest", "cloud_digest", "metrics")
 """Metadata of the Parquet schema: `Bundle.model_digest` of the edge model, the cloud model's digest (`cloud-server
 digest`), and the metrics as JSON: one [name, positive text, negative text] a metric, in the order of METRICS."""
@@ -36,6 +37,11 @@ class Outcomes:
     """[N, S, M]"""
     cloud_seeds: NDArray[np.float32]
     """[N, S, M]"""
+    edge_inspected: NDArray[np.float32] | None
+    """[N, S], 1 where the inspector finds in the image what was asked for, 0 where not, NaN where nothing says; None
+    without the column ``inspected``."""
+    cloud_inspected: NDArray[np.float32] | None
+    """[N, S], likewise."""
     facts: Mapping[str, str]
     """The file's own metadata, see FACTS; what is not stated is missing here."""
 
@@ -62,6 +68,8 @@ class Outcomes:
             self.objects[rows],
             self.edge_seeds[rows],
             self.cloud_seeds[rows],
+            None if self.edge_inspected is None else self.edge_inspected[rows],
+            None if self.cloud_inspected is None else self.cloud_inspected[rows],
             self.facts,
         )
 
@@ -97,6 +105,15 @@ class Outcomes:
             model: _seeds(path, model, ids, row_of, column["seed"], values, column["model"] == model)
             for model in ("edge", "cloud")
         }
+        inspected: dict[str, NDArray[np.float32]] = {}
+        if INSPECTED in table.column_names:
+            verdict = table[INSPECTED].to_numpy().astype(np.float32)[:, None]
+            inspected = {
+                model: _seeds(path, model, ids, row_of, column["seed"], verdict, column["model"] == model)[
+                    ..., 0
+                ]
+                for model in ("edge", "cloud")
+            }
         facts = table.schema.metadata or {}
         return cls(
             ids.astype(np.int64),
@@ -105,6 +122,8 @@ class Outcomes:
             column["objects"][first].astype(np.int64),
             seeds["edge"],
             seeds["cloud"],
+            inspected.get("edge"),
+            inspected.get("cloud"),
             {name: facts[name.encode()].decode() for name in FACTS if name.encode() in facts},
         )
 

@@ -46,8 +46,9 @@ class Recipe:
     weight_decay: float = 1e-2
     dropout: float = 0.3
     """Share of the state's dimensions hidden from the experts: there are more of them than a few per prompt allow."""
-    gap_weight: float = 1.0
-    """Weight of the paired gap's error beside that of the two qualities: the gap is what routes."""
+    gap_weight: float = 3.0
+    """Weight of the paired gap's error beside that of the two qualities: the gap is what routes. With 3 predicted gains
+    ranked validation and calibration prompts a little better than with 1 and clearly better than with 10."""
     seeds: int = 3
     """Mixtures, averaged: what each has learnt from the noise of its labels is not what the others have."""
 
@@ -154,9 +155,13 @@ class Trained:
         return min(epoch.validation_loss for epoch in self.epochs)
 
 
-def train(train: Examples, validation: Examples, shape: Shape, recipe: Recipe) -> Iterator[Epoch | Trained]:
-    """Train one mixture a seed: yields the epochs as they pass, and after those of each seed what came of it."""
-    for seed in range(recipe.seeds):
+def train(
+    train: Examples, validation: Examples, shape: Shape, recipe: Recipe, first: int = 0
+) -> Iterator[Epoch | Trained]:
+    """Train one mixture a seed from ``first`` on: yields the epochs as they pass, and after those of each seed what
+    came of it.
+    """
+    for seed in range(first, first + recipe.seeds):
         torch.manual_seed(seed)  # initial weights and dropout
         mixture = Mixture(shape, dropout=recipe.dropout)
         epochs = []

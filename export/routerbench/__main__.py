@@ -1,0 +1,204 @@
+"""Compare routers on measured outcomes: who sends the right prompts to the cloud, at every routing rate?
+
+    edge-export routerbench [--labels LABELS] [--bundle BUNDLE] [--out routerbench-out] [--router module:Class]
+
+Every router is fitted on the training prompts with each of its settings, the best setting on the validation prompts
+is fitted with two more seeds, and the test prompts are scored once. Writes report.md, results.csv, summary.csv and
+plots. The shipped matrix takes some minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from edge_agent.bundle import Bundle
+from export.calibrate import scale_of
+from export.errors import ExportError
+from export.evaluate import routed, spearman
+from export.label import STARTER_BUNDLE
+from export.outcomes import Outcomes
+from export.routerbench import plots, report
+from export.routerbench.measure import Bench, counted_metrics
+from export.routerbench.router import Floats, Prompts, Router
+from export.routerbench.routers import BASELINES, ROUTERS
+from export.terminal import console, progress
+
+LABELS = Path(__file__).parent.parent / "starter" / "weights" / "labels.parquet"
+SEEDS = 3
+TIMED = 200  # decisions a router's time is measured on
+OTHER_SPLITS = ("combinations", "wording", "free-form")
+
+
+@dataclass(frozen=True)
+class Data:
+    """The splits of one matrix, as routers see them."""
+
+    train: Prompts
+    validation: Prompts
+    others: Mapping[str, Prompts]
+    """Of test, and of those of OTHER_SPLITS that the matrix has."""
+
+    @classmethod
+    def of(cls, outcomes: Outcomes, bundle: Bundle, cache: Path) -> Data:
+        """Token states are kept in the folder ``cache``."""
+        scale = np.asarray(scale_of(outcomes.split("train"), 1.0), np.float64)
+
+        def prompts(split: str) -> Prompts:
+            return Prompts.of(outcomes.split(split), bundle, scale, cache)
+
+        there = [split for split in OTHER_SPLITS if (outcomes.splits == split).sum() > 1]
+        others = {split: prompts(split) for split in ("test", *there)}
+        return cls(prompts("train"), prompts("validation"), others)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What came of one router."""
+
+    name: str
+    setting: Mapping[str, float]
+    validation: float
+    """Mean gain over random on the validation prompts, over all rates."""
+    scores: Mapping[str, Sequence[Floats]]
+    """Split -> one array [N] a seed."""
+    decision_ms: Floats
+    """[TIMED], of one prompt whose token states are there."""
+
+
+def worth(scores: Floats, gain: Floats) -> float:
+    """Mean over rates of what these scores win on prompts of known gain, less what random ones would."""
+    rates = np.arange(0.1, 0.95, 0.1)
+    return float(np.mean([routed(scores, rate) @ gain / len(gain) - rate * gain.mean() for rate in rates]))
+
+
+def fit(router: Router, data: Data) -> Fitted:
+    """Tune on validation, fit with every seed, score the rest."""
+    torch.set_num_threads(1)
+
+    tried = [router.fit(data.train, data.validation, 0, **setting) for setting in router.settings]
+    worths = [worth(score(data.validation), data.validation.gain) for score in tried]
+    best = int(np.argmax(worths))
+    setting = router.settings[best]
+    more = [router.fit(data.train, data.validation, seed, **setting) for seed in range(1, SEEDS)]
+    scorers = [tried[best], *more]
+    scores = {split: [score(prompts) for score in scorers] for split, prompts in data.others.items()}
+    return Fitted(router.name, dict(setting), max(worths), scores, _time(scorers[0], data.others["test"]))
+
+
+def _time(score: object, prompts: Prompts) -> Floats:
+    assert callable(score)
+    times = []
+    for index in range(TIMED):
+        row = index % len(prompts)
+        one = Prompts(
+            prompts.texts[row : row + 1],
+            prompts.objects[row : row + 1],
+            prompts.examples.rows(torch.tensor([row])),
+            prompts.scale,
+        )
+        started = time.perf_counter()
+        score(one)
+        times.append(1000 * (time.perf_counter() - started))
+    return np.array(times)
+
+
+def _named(text: str) -> type[Router]:
+    module, _, name = text.partition(":")
+    try:
+        found: type[Router] = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ExportError(f"--router {text}: no such class ({error}); say package.module:Class") from error
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The stage's command; exit code 0."""
+    parser = argparse.ArgumentParser("edge-export routerbench", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument(
+        "--labels", type=Path, default=LABELS, help="the outcome matrix (default: the starter's)"
+    )
+    parser.add_argument("--bundle", type=Path, default=STARTER_BUNDLE, help="whose text encoder routers read")
+    parser.add_argument("--out", type=Path, default=Path("routerbench-out"), help="default: %(default)s")
+    parser.add_argument(
+        "--router",
+        action="append",
+        default=[],
+        metavar="MODULE:CLASS",
+        help="one more router; may be repeated",
+    )
+    parser.add_argument("--processes", type=int, default=2, help="fitting at once (default: %(default)s)")
+    options = parser.parse_args(argv)
+    routers = [kind() for kind in (*ROUTERS, *map(_named, options.router))]
+
+    started = time.monotonic()
+    outcomes, bundle = Outcomes.read(options.labels), Bundle.open(options.bundle)
+    test = outcomes.split("test")
+    options.out.mkdir(parents=True, exist_ok=True)
+    data = Data.of(outcomes, bundle, options.out)
+    prompts = data.others["test"]
+    superiority = prompts.superiority(prompts.examples.edge, prompts.examples.cloud)
+    bench = Bench(test, superiority, counted_metrics(outcomes.split("train")))
+
+    fitted: dict[str, Fitted] = {}
+    with ProcessPoolExecutor(options.processes) as pool, progress() as bar:
+        task = bar.add_task("routers", total=len(routers))
+        for done in as_completed(
+            [pool.submit(fit, router, data) for router in reversed(routers)]
+        ):  # slowest first
+            fitted[done.result().name] = done.result()
+            bar.update(task, advance=1, note=done.result().name)
+    order = [fitted[router.name] for router in routers]
+    points = {one.name: bench.points(one.scores["test"]) for one in order}
+    best = max((fitted[kind.name] for kind in BASELINES), key=lambda one: one.validation)
+    facts = report.Facts(
+        prompts=len(test),
+        seeds=bench.paired.gaps.shape[1],
+        training_prompts=len(data.train),
+        counted=bench.counted,
+        best_baseline=best.name,
+        differences={
+            name: bench.difference(fitted[name].scores["test"], best.scores["test"], 0.5)
+            for name in ("routet2i", "ours")
+        },
+        correlations={
+            one.name: float(np.mean([spearman(score, superiority) for score in one.scores["test"]]))
+            for one in order
+        },
+        elsewhere={
+            one.name: {split: _elsewhere(one, split, data) for split in data.others if split != "test"}
+            for one in order
+        },
+        settings={one.name: one.setting for one in order},
+        edge=float(test.edge.mean()),
+        cloud=float(test.cloud.mean()),
+        seconds=time.monotonic() - started,
+    )
+    oracle = bench.oracle_points()
+    report.write(options.out, points, oracle, {one.name: one.decision_ms for one in order}, facts)
+    plots.write(options.out, points, oracle, facts)
+    console.print(
+        f"{len(routers)} routers on {len(test)} test prompts in {facts.seconds:.0f} s -> {options.out}"
+    )
+    return 0
+
+
+def _elsewhere(one: Fitted, split: str, data: Data) -> float:
+    """Mean gain over random at half the prompts, in percent of what cloud-only wins, on another split."""
+    gain = data.others[split].gain
+    won = np.mean([routed(score, 0.5) @ gain / len(gain) for score in one.scores[split]])
+    return float(100 * (won - 0.5 * gain.mean()) / gain.mean())
+
+
+if __name__ == "__main__":
+    from export.__main__ import run
+
+    raise SystemExit(run(main))

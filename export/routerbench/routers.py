@@ -1,0 +1,367 @@
+"""The routers of the benchmark: simple ones, those of the literature on language models, the paper's, and ours.
+
+None could be had with weights for images, so all of them are trained here, from scratch, on the same token states and
+the same labels. The differences are what each of them learns, and from which label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from export.mixture import Ensemble, Shape
+from export.routerbench.router import Floats, Prompts, Router, Scorer
+from export.train import Examples, Recipe, Trained
+from export.train import train as train_mixtures
+
+NOTHING: Sequence[Mapping[str, float]] = ({},)
+RATES = ({"learning_rate": 3e-4}, {"learning_rate": 1e-3}, {"learning_rate": 3e-3})
+
+
+class Random:
+    """A fair coin."""
+
+    name, settings = "random", NOTHING
+
+    def fit(self, train: Prompts, validation: Prompts, seed: int, **setting: float) -> Scorer:
+        """Learns nothing."""
+        draw = np.random.default_rng(seed)
+        return lambda prompts: draw.random(len(prompts))
+
+
+class PromptLength:
+    """Longer prompts go to the cloud."""
+
+    name, settings = "prompt length", NOTHING
+
+    def fit(self, train: Prompts, validation: Prompts, seed: int, **setting: float) -> Scorer:
+        """Learns nothing."""
+        return lambda prompts: -np.array([len(text.split()) for text in prompts.texts], np.float64)
+
+
+class NumberOfObjects:
+    """Prompts that ask for more objects go to the cloud."""
+
+    name, settings = "number of objects", NOTHING
+
+    def fit(self, train: Prompts, validation: Prompts, seed: int, **setting: float) -> Scorer:
+        """Learns nothing."""
+        return lambda prompts: -prompts.objects.astype(np.float64)
+
+
+class NearestNeighbours:
+    """Mean measured gain of the k training prompts whose mean token state points the same way."""
+
+    name = "kNN"
+    settings = ({"k": 10}, {"k": 40}, {"k": 160})
+
+    def fit(self, train: Prompts, validation: Prompts, seed: int, **setting: float) -> Scorer:
+        """Keeps the training prompts."""
+        middle = train.pooled.mean(0)
+        known, gain, k = _unit(train.pooled - middle), train.gain, int(setting["k"])
+
+        def score(prompts: Prompts) -> Floats:
+            alike = _unit(prompts.pooled - middle) @ known.T
+            nearest = np.argpartition(-alike, min(k, len(gain)) - 1, axis=1)[:, :k]
+            return -gain[nearest].mean(1)
+
+        return score
+
+
+class MatrixFactorisation:
+    """RouteLLM's: a bilinear score of prompt and model, so that the better model of a pair scores higher."""
+
+    name = "matrix factorisation (RouteLLM)"
+    settings = RATES
+
+    def fit(self, train: Prompts, validation: Prompts, seed: int, **setting: float) -> Scorer:
+        """Bradley-Terry loss on which model's image won."""
+        torch.manual_seed(seed)
+        network = _Pooled(train.pooled, lambda width: nn.Sequential(nn.Linear(width, 64), nn.Linear(64, 1)))
+        wins = torch.from_numpy(train.wins).float()
+        _descend(
+            network, train, validation, seed, setting, lambda out, rows: _entropy(out[:, 0], wins[rows]),
+            lambda out: _entropy(out[:, 0], torch.from_numpy(validation.wins).float()),
+        )  # fmt: skip
+        return _scorer(network, lambda out: out[:, 0])
+
+
+class Classifier:
+    """A network on the token states that says which model's image wins: RouteLLM's BERT router, from scratch."""
+
+    name = "classifier (RouteLLM, from scratch)"
+    settings = RATES
+
+    def labels(self, prompts: Prompts) -> Floats:
+        """[N], in [0, 1]: how surely the edge will do."""
+        return prompts.wins
+
+    def fit(self, train: Prompts, validation: Prompts, seed: int, **setting: float) -> Scorer:
+        """Cross-entropy with ``labels``."""
+        torch.manual_seed(seed)
+        network = _Attentive(train.examples, 1)
+        labels, held_out = (torch.from_numpy(self.labels(part)).float() for part in (train, validation))
+        _descend(
+            network, train, validation, seed, setting, lambda out, rows: _entropy(out[:, 0], labels[rows]),
+            lambda out: _entropy(out[:, 0], held_out),
+        )  # fmt: skip
+        return _scorer(network, lambda out: out[:, 0])
+
+
+class HybridDeterministic(Classifier):
+    """Hybrid LLM with hard labels: is the edge's mean quality at least the cloud's?"""
+
+    name = "Hybrid LLM, deterministic"
+
+    def labels(self, prompts: Prompts) -> Floats:
+        """[N], 0 or 1."""
+        return (prompts.gain <= 0).astype(np.float64)
+
+
+class HybridProbabilistic(Classifier):
+    """Hybrid LLM with soft labels: how probably is it? From one image a model, its noise taken as that of all gains."""
+
+    name = "Hybrid LLM, probabilistic"
+
+    def labels(self, prompts: Prompts) -> Floats:
+        """[N], in (0, 1)."""
+        return 1 / (1 + np.exp(prompts.gain / prompts.gain.std()))
+
+
+class HybridTransformed(Classifier):
+    """Hybrid LLM, labels moved by the margin that makes them differ most: half of the prompts on each side."""
+
+    name = "Hybrid LLM, transformed"
+
+    def labels(self, prompts: Prompts) -> Floats:
+        """[N], 0 or 1."""
+        return (prompts.gain <= np.median(prompts.gain)).astype(np.float64)
+
+
+class Zooter:
+    """ZOOTER: distils the normalised rewards of both models' images."""
+
+    name = "ZOOTER"
+    settings = RATES
+
+    def fit(self, train: Prompts, validation: Prompts, seed: int, **setting: float) -> Scorer:
+        """Kullback-Leibler divergence from the softmax of the standardised mean qualities."""
+        torch.manual_seed(seed)
+        network = _Attentive(train.examples, 2)
+        spread = float(train.gain.std())
+
+        def rewards(prompts: Prompts) -> Tensor:
+            both = torch.stack([prompts.examples.edge.mean(1), prompts.examples.cloud.mean(1)], dim=1)
+            return torch.softmax(both / spread, dim=1)
+
+        known, held_out = rewards(train), rewards(validation)
+
+        def divergence(out: Tensor, wanted: Tensor) -> Tensor:
+            return F.kl_div(F.log_softmax(out, dim=1), wanted, reduction="batchmean")
+
+        _descend(
+            network, train, validation, seed, setting, lambda out, rows: divergence(out, known[rows]),
+            lambda out: divergence(out, held_out),
+        )  # fmt: skip
+        return _scorer(network, lambda out: out[:, 0] - out[:, 1])
+
+
+class RouteT2I:
+    """The paper's: token-level prediction of all metrics for both models, ranked by PRS. One mixture."""
+
+    name = "routet2i"
+    settings: Sequence[Mapping[str, float]] = tuple({"gap_weight": weight} for weight in (1.0, 3.0, 10.0))
+    mixtures = 1
+
+    def shape(self, prompts: Prompts) -> Shape:
+        """Of the mixture."""
+        return Shape(prompts.examples.states.shape[-1], prompts.examples.edge.shape[1])
+
+    def fit(self, train: Prompts, validation: Prompts, seed: int, **setting: float) -> Scorer:
+        """As `edge-export train` does."""
+        shape = self.shape(train)
+        known, held_out = (_targets(part.examples, shape.metrics) for part in (train, validation))
+        recipe = replace(Recipe(), gap_weight=setting["gap_weight"], seeds=self.mixtures)
+        events = train_mixtures(known, held_out, shape, recipe, first=seed * self.mixtures)
+        ensemble = Ensemble([event.mixture for event in events if isinstance(event, Trained)]).eval()
+
+        def score(prompts: Prompts) -> Floats:
+            with torch.inference_mode():
+                edge, cloud, _ = ensemble(prompts.examples.states, prompts.examples.mask)
+            return self.ranked(prompts, edge, cloud)
+
+        return score
+
+    def ranked(self, prompts: Prompts, edge: Tensor, cloud: Tensor) -> Floats:
+        """Scores [N] of predicted qualities [N, M]."""
+        return prompts.superiority(edge, cloud)
+
+
+class SingleMetric(RouteT2I):
+    """Ablation: predicts and compares one metric, the mean of all."""
+
+    name = "routet2i, single metric"
+
+    def shape(self, prompts: Prompts) -> Shape:
+        """Of the mixture."""
+        return replace(super().shape(prompts), metrics=1)
+
+    def ranked(self, prompts: Prompts, edge: Tensor, cloud: Tensor) -> Floats:
+        """PRS of one metric is a monotonous function of its gap."""
+        return (edge - cloud)[:, 0].double().numpy()
+
+
+class NoSelection(RouteT2I):
+    """Ablation: every expert reads every token."""
+
+    name = "routet2i, no token selection"
+
+    def shape(self, prompts: Prompts) -> Shape:
+        """Of the mixture."""
+        return replace(super().shape(prompts), selection=False)
+
+
+class SingleGate(RouteT2I):
+    """Ablation: one gate an expert."""
+
+    name = "routet2i, single gate"
+
+    def shape(self, prompts: Prompts) -> Shape:
+        """Of the mixture."""
+        return replace(super().shape(prompts), dual_gate=False)
+
+
+class Ours(RouteT2I):
+    """Three mixtures averaged, ranked by the expected gain in quality in place of PRS."""
+
+    name = "ours"
+    mixtures = 3
+
+    def ranked(self, prompts: Prompts, edge: Tensor, cloud: Tensor) -> Floats:
+        """Expected quality lost by staying on the edge, all metrics weighing the same in their own units."""
+        return (edge - cloud).mean(1).double().numpy()
+
+
+ROUTERS: tuple[type[Router], ...] = (
+    Random,
+    PromptLength,
+    NumberOfObjects,
+    NearestNeighbours,
+    MatrixFactorisation,
+    Classifier,
+    HybridDeterministic,
+    HybridProbabilistic,
+    HybridTransformed,
+    Zooter,
+    RouteT2I,
+    SingleMetric,
+    NoSelection,
+    SingleGate,
+    Ours,
+)
+BASELINES = ROUTERS[1:10]
+"""What the paper's method and ours are compared with; the best of them is chosen on validation."""
+
+# --- networks of the baselines ----------------------------------------------------------------------------------
+
+EPOCHS, PATIENCE, BATCH = 30, 6, 64
+
+
+class _Pooled(nn.Module):
+    """A network on the standardised mean token state."""
+
+    def __init__(self, states: np.ndarray, build: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.from_numpy(states.mean(0)))
+        self.register_buffer("deviation", torch.from_numpy(states.std(0) + 1e-6))
+        self.network = build(states.shape[1])
+
+    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
+        own = mask[..., None]
+        pooled = (states * own).sum(1) / own.sum(1).clamp_min(1)
+        out: Tensor = self.network((pooled - self.mean) / self.deviation)
+        return out
+
+
+class _Attentive(nn.Module):
+    """One transformer layer over the token states, pooled by attention: what a classifier's own top would be."""
+
+    def __init__(self, examples: Examples, outputs: int) -> None:
+        super().__init__()
+        own = examples.states[examples.mask]
+        self.register_buffer("mean", own.mean(0))
+        self.register_buffer("deviation", own.std(0) + 1e-6)
+        self.narrow = nn.Linear(own.shape[1], 64)
+        self.layer = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.1, batch_first=True, norm_first=True)
+        self.attention, self.head = nn.Linear(64, 1), nn.Linear(64, outputs)
+
+    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
+        tokens = self.narrow((states - self.mean) / self.deviation)
+        tokens = self.layer(tokens, src_key_padding_mask=~mask)
+        weights = torch.softmax(self.attention(tokens)[..., 0].masked_fill(~mask, -1e9), dim=1)
+        out: Tensor = self.head((weights[..., None] * tokens).sum(1))
+        return out
+
+
+def _descend(
+    network: nn.Module,
+    train: Prompts,
+    validation: Prompts,
+    seed: int,
+    setting: Mapping[str, float],
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    held_out: Callable[[Tensor], Tensor],
+) -> None:
+    """AdamW with early stopping; ``loss_of(outputs, rows)`` of a batch, ``held_out(outputs)`` of all of validation."""
+    draw = torch.Generator().manual_seed(seed)
+    optimiser = torch.optim.AdamW(network.parameters(), setting["learning_rate"], weight_decay=1e-2)
+    best, kept, waited = float("inf"), network.state_dict(), 0
+    for _ in range(EPOCHS):
+        network.train()
+        for rows in torch.randperm(len(train), generator=draw).split(BATCH):
+            batch = train.examples.rows(rows)
+            loss = loss_of(network(batch.states, batch.mask), rows)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        network.eval()
+        with torch.inference_mode():
+            now = float(held_out(network(validation.examples.states, validation.examples.mask)))
+        if now < best:
+            best, waited = now, 0
+            kept = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+        else:
+            waited += 1
+            if waited == PATIENCE:
+                break
+    network.load_state_dict(kept)
+    network.eval()
+
+
+def _scorer(network: nn.Module, read: Callable[[Tensor], Tensor]) -> Scorer:
+    def score(prompts: Prompts) -> Floats:
+        with torch.inference_mode():
+            return read(network(prompts.examples.states, prompts.examples.mask)).double().numpy()
+
+    return score
+
+
+def _entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, labels)
+
+
+def _targets(examples: Examples, metrics: int) -> Examples:
+    """The same with the mean over metrics as the only one, where one is asked for."""
+    if metrics > 1:
+        return examples
+    edge, cloud = (part.mean(1, keepdim=True) for part in (examples.edge, examples.cloud))
+    return replace(examples, edge=edge, cloud=cloud)
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
