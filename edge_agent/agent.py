@@ -297,9 +297,13 @@ class Agent:
             return reading.states  # takes no part
         loop = asyncio.get_running_loop()
         if request.negative_prompt:
-            return await loop.run_in_executor(self._reading, self.reader.states, request.negative_prompt)
+            return await loop.run_in_executor(
+                self._reading, self.reader.negative_states, request.negative_prompt
+            )
         if self._nothing_negative is None:
-            self._nothing_negative = await loop.run_in_executor(self._reading, self.reader.states, "")
+            self._nothing_negative = await loop.run_in_executor(
+                self._reading, self.reader.negative_states, ""
+            )
         return self._nothing_negative
 
     async def _result(self, request: ImageRequest, decision: Decision, made: Made, began: float) -> Result:

@@ -4,6 +4,7 @@ and sha256.
     manifest.json                       what this module reads and writes
     tokenizer/tokenizer.json ...        `edge_agent.tokens`
     text_encoder/ unet/ vae_decoder/    one `model.onnx` each: `edge_agent.diffusion`
+    tokenizer_2/ text_encoder_2/        the second of both, in Stable Diffusion XL
     schedules/<steps>.json              compiled schedulers: `edge_agent.diffusion.schedule`
     predictor/                          quality predictor and its calibration, once they are made
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -24,10 +26,14 @@ from typing import Any, get_type_hints
 from edge_agent.calibration import Calibration
 from edge_agent.errors import BundleError
 
-SCHEMA_VERSION = 1
+# 2 adds what schema 1 cannot run: added conditioning and embedded guidance. A bundle without them is written as 1,
+# so that older programs read it.
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer/tokenizer.json"
+TOKENIZER_2 = "tokenizer_2/tokenizer.json"
 TEXT_ENCODER = "text_encoder/model.onnx"
+TEXT_ENCODER_2 = "text_encoder_2/model.onnx"
 DENOISER = "unet/model.onnx"
 DECODER = "vae_decoder/model.onnx"
 PREDICTOR = "predictor/model.onnx"
@@ -35,9 +41,17 @@ CALIBRATION = "predictor/calibration.json"
 
 # The folders that decide what an image looks like. Predictor and calibration are made *for* these, so they
 # stay out of the model digest: adding them must not change the digest that the calibration was made for.
-MODEL_FOLDERS = ("text_encoder", "unet", "vae_decoder", "schedules", "tokenizer")
+MODEL_FOLDERS = (
+    "text_encoder",
+    "text_encoder_2",
+    "unet",
+    "vae_decoder",
+    "schedules",
+    "tokenizer",
+    "tokenizer_2",
+)
 # The facts that do not.
-_LABELS = ("name", "licence")
+_LABELS = ("name", "licence", "latent_to_rgb")
 
 _READ_BYTES = 1 << 20
 
@@ -56,8 +70,23 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
+class AddedConditioning:
+    """What Stable Diffusion XL's denoiser takes besides latents, timestep and token states."""
+
+    text_output: str  # of the second text encoder; its states stand behind the first's in each token's state
+    pooled_output: str  # of the second text encoder: the prompt as one vector
+    time_ids: tuple[
+        float, ...
+    ]  # height and width of the original, top and left of the crop, height and width
+    zero_negative: bool  # an empty negative prompt is all zeros, not what the encoders make of an empty text
+
+
+@dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What an export states about its models. Sizes are in pixels, latent sizes in latent positions."""
+    """What an export states about its models. Sizes are in pixels, latent sizes in latent positions.
+
+    What has a default is left out of the manifest, and of the model digest, where a model does not have it.
+    """
 
     name: str
     licence: str
@@ -72,11 +101,17 @@ class Facts:
     default_guidance: float
     steps: tuple[int, ...]  # the step counts that are compiled
     text_tokens: int  # positions the text encoder sees, padding included
-    text_hidden: int  # size of one token's state
-    text_output: str  # the text encoder's output that drives the denoiser and that the predictor reads
+    text_hidden: int  # size of one token's state, which drives the denoiser and which the predictor reads
+    text_output: str  # the text encoder's output that is that state, or in Stable Diffusion XL its first part
+    added: AddedConditioning | None = None
+    # Size of the guidance scale's embedding, where the denoiser takes it as an input instead of a second pass
+    # (latent consistency models).
+    guidance_embedding: int | None = None
+    # A linear map from latents to colours in 0..1: a row of red, green, blue for each channel, then the constant.
+    latent_to_rgb: tuple[tuple[float, float, float], ...] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Manifest(Facts):
     """The facts, and every file by its path relative to the bundle, with forward slashes."""
 
@@ -155,8 +190,8 @@ def write_manifest(folder: str | os.PathLike[str], **facts: Any) -> Path:
     if unknown := sorted(set(facts) - set(known)):
         raise BundleError(f"a manifest has no {', '.join(unknown)}")
     if target.exists():
-        kept = asdict(_parse(target.read_bytes(), target))
-        facts = kept | facts
+        kept = _parse(target.read_bytes(), target)
+        facts = {name: getattr(kept, name) for name in known} | facts
     partial = target.with_suffix(".json.partial")
     files = {}
     for path in sorted(root.rglob("*")):
@@ -164,8 +199,11 @@ def write_manifest(folder: str | os.PathLike[str], **facts: Any) -> Path:
         _refuse_links(root, name)
         if path.is_file() and path not in (target, partial):
             files[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    stated = {name: facts[name] for name in known if name in facts}
-    document = {"schema_version": SCHEMA_VERSION, **stated, "files": files}
+    stated = {name: facts[name] for name in known if facts.get(name) is not None}
+    if isinstance(added := stated.get("added"), AddedConditioning):
+        stated["added"] = asdict(added)
+    version = 2 if {"added", "guidance_embedding"} & set(stated) else 1
+    document = {"schema_version": version, **stated, "files": files}
     text = json.dumps(document, indent=2, ensure_ascii=False).encode() + b"\n"
     _parse(text, target)  # what is written can be read
     partial.write_bytes(text)
@@ -174,7 +212,9 @@ def write_manifest(folder: str | os.PathLike[str], **facts: Any) -> Path:
 
 
 def _required(manifest: Manifest) -> list[str]:
-    return [TOKENIZER, TEXT_ENCODER, DENOISER, DECODER, *(schedule_file(steps) for steps in manifest.steps)]
+    second = [TOKENIZER_2, TEXT_ENCODER_2] if manifest.added else []
+    schedules = [schedule_file(steps) for steps in manifest.steps]
+    return [TOKENIZER, TEXT_ENCODER, *second, DENOISER, DECODER, *schedules]
 
 
 def _parse(text: bytes, path: Path) -> Manifest:
@@ -198,8 +238,17 @@ def _parse(text: bytes, path: Path) -> Manifest:
     steps = _typed(document, "steps", list, path)
     if not steps or not all(type(count) is int and count > 0 for count in steps):
         raise BundleError(f"{path}: steps must list step counts above zero")
+    if document.get("guidance_embedding") is not None:
+        facts["guidance_embedding"] = _typed(document, "guidance_embedding", int, path)
+        if facts["guidance_embedding"] < 4:
+            raise BundleError(f"{path}: guidance_embedding must be 4 or above")
     manifest = Manifest(
-        **facts, steps=tuple(sorted(steps)), schema_version=version, files=_parse_files(document, path)
+        **facts,
+        steps=tuple(sorted(steps)),
+        added=_parse_added(document, path),
+        latent_to_rgb=_parse_map(document, facts["latent_channels"], path),
+        schema_version=version,
+        files=_parse_files(document, path),
     )
     for name, kind in get_type_hints(Facts).items():
         if kind is int and getattr(manifest, name) <= 0:
@@ -209,6 +258,37 @@ def _parse(text: bytes, path: Path) -> Manifest:
     if manifest.default_steps not in manifest.steps:
         raise BundleError(f"{path}: default_steps {manifest.default_steps} is not among steps {steps}")
     return manifest
+
+
+def _parse_added(document: dict[str, Any], path: Path) -> AddedConditioning | None:
+    if document.get("added") is None:
+        return None
+    added = _typed(document, "added", dict, path)
+    return AddedConditioning(
+        text_output=_typed(added, "text_output", str, path),
+        pooled_output=_typed(added, "pooled_output", str, path),
+        time_ids=_numbers(added.get("time_ids"), "time_ids", path),
+        zero_negative=_typed(added, "zero_negative", bool, path),
+    )
+
+
+def _parse_map(
+    document: dict[str, Any], channels: int, path: Path
+) -> tuple[tuple[float, float, float], ...] | None:
+    if document.get("latent_to_rgb") is None:
+        return None
+    rows = [_numbers(row, "latent_to_rgb", path) for row in _typed(document, "latent_to_rgb", list, path)]
+    if len(rows) != channels + 1 or any(len(row) != 3 for row in rows):
+        raise BundleError(f"{path}: latent_to_rgb must have {channels + 1} rows of three numbers")
+    return tuple((red, green, blue) for red, green, blue in rows)
+
+
+def _numbers(value: Any, name: str, path: Path) -> tuple[float, ...]:
+    if not isinstance(value, list) or not all(
+        type(number) in (int, float) and math.isfinite(number) for number in value
+    ):
+        raise BundleError(f"{path}: {name} must list numbers, not {value!r:.60}")
+    return tuple(map(float, value))
 
 
 def _parse_files(document: dict[str, Any], path: Path) -> dict[str, FileEntry]:
@@ -276,9 +356,9 @@ def _sha256(path: Path) -> str:
 
 
 def _model_digest(manifest: Manifest) -> str:
-    facts = {
-        field.name: getattr(manifest, field.name) for field in fields(Facts) if field.name not in _LABELS
-    }
+    kept = asdict(manifest)
+    names = [field.name for field in fields(Facts) if field.name not in _LABELS]
+    facts = {name: kept[name] for name in names if kept[name] is not None}
     digests = sorted(
         entry.sha256 for name, entry in manifest.files.items() if name.split("/")[0] in MODEL_FOLDERS
     )

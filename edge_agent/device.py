@@ -8,11 +8,9 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from edge_agent.diffusion.generator import Generator, Image
 from edge_agent.diffusion.sessions import Stop
+from edge_agent.diffusion.text_encoder import TextStates
 from edge_agent.errors import Busy, Cancelled, DeadlinePassed
 from edge_agent.image import PREVIEW_SIDE, Progress, encode_png
 
@@ -25,10 +23,10 @@ _RECENT = 0.3
 
 @dataclass(frozen=True)
 class Job:
-    """One image for this device. States are float32 [1, L, d]."""
+    """One image for this device."""
 
-    states: NDArray[np.float32]
-    negative_states: NDArray[np.float32]
+    states: TextStates
+    negative_states: TextStates
     seed: int
     steps: int
     guidance_scale: float

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edge_agent.bundle import PREDICTOR, Bundle
 from edge_agent.calibration import Calibration
 from edge_agent.diffusion.sessions import Runtime
-from edge_agent.diffusion.text_encoder import TextEncoder
+from edge_agent.diffusion.text_encoder import TextEncoder, TextStates
 from edge_agent.errors import BundleError
 from edge_agent.policy import TokenPull
 from edge_agent.predictor import Prediction, Predictor
@@ -28,7 +27,7 @@ class Reading:
     """
 
     tokens: Tokens
-    states: NDArray[np.float32]  # [1, L, d]; they also drive the local image
+    states: TextStates  # they also drive the local image
     prediction: Prediction | None
     prs: float | None
     timings_ms: Mapping[str, float]
@@ -70,7 +69,7 @@ class Reader:
     @classmethod
     def open(cls, bundle: Bundle, routing_rate: float, runtime: Runtime | None = None) -> Reader:
         """Load what reading needs and no more. Raises BundleError, naming the file that cannot be used."""
-        tokenizer = Tokenizer.load(bundle.folder / "tokenizer")
+        tokenizer = Tokenizer.open(bundle)
         return cls(bundle, tokenizer, TextEncoder(bundle, runtime or Runtime()), routing_rate)
 
     def read(self, prompt: str) -> Reading:
@@ -78,9 +77,9 @@ class Reader:
         began = time.perf_counter()
         tokens = self._tokenizer.encode(prompt)
         tokenized = time.perf_counter()
-        states = self._text_encoder.encode(tokens.ids)
+        states = self._text_encoder.encode(tokens)
         encoded = time.perf_counter()
-        prediction = self._predictor.predict(states, tokens.mask) if self._predictor else None
+        prediction = self._predictor.predict(states.tokens, tokens.mask) if self._predictor else None
         prs = None
         if prediction is not None and self._fitting is not None:
             scale, weights = self._fitting.scale, self._fitting.weights
@@ -93,9 +92,9 @@ class Reader:
         }
         return Reading(tokens, states, prediction, prs, timings_ms)
 
-    def states(self, prompt: str) -> NDArray[np.float32]:
-        """Only the token states [1, L, d] of `prompt`, such as a negative one."""
-        return self._text_encoder.encode(self._tokenizer.encode(prompt).ids)
+    def negative_states(self, prompt: str) -> TextStates:
+        """The states of a negative prompt, which may be empty."""
+        return self._text_encoder.encode_negative(self._tokenizer.encode(prompt))
 
 
 def _advice(bundle: Bundle, calibration: Calibration | None) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as TokenizersTokenizer
 
+from edge_agent.bundle import TOKENIZER, TOKENIZER_2, Bundle
 from edge_agent.errors import BundleError
 
 FILE = "tokenizer.json"
@@ -23,18 +24,38 @@ class Tokens:
     mask: NDArray[np.bool_]  # [L], True on the prompt's own tokens: not start, not end, not padding
     texts: tuple[str, ...]  # L; the prompt's own characters, or the name of the start, end or padding token
     truncated: bool  # the prompt had more tokens than fit
+    # [1, L], the same prompt as the second tokenizer reads it, where the model has two (Stable Diffusion XL).
+    ids_2: NDArray[np.int64] | None = None
 
 
 class Tokenizer:
     """A tokenizer.json that carries its own padding and truncation, as the export writes it."""
 
-    def __init__(self, tokenizer: TokenizersTokenizer, length: int) -> None:
+    def __init__(self, tokenizer: TokenizersTokenizer, length: int, second: Tokenizer | None = None) -> None:
         self._tokenizer = tokenizer
+        self._second = second
         self.length = length
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> Tokenizer:
-        """Read `tokenizer.json` in `folder`.
+    def open(cls, bundle: Bundle) -> Tokenizer:
+        """The bundle's tokenizer, with its second one where it has two.
+
+        Raises:
+            BundleError: a file cannot be read, or it does not make the tokens that the manifest asks for.
+        """
+        second = cls.load(bundle.path(TOKENIZER_2).parent) if bundle.manifest.added else None
+        first = cls.load(bundle.path(TOKENIZER).parent, second)
+        for name, tokenizer in ((TOKENIZER, first), (TOKENIZER_2, second)):
+            if tokenizer is not None and tokenizer.length != bundle.manifest.text_tokens:
+                raise BundleError(
+                    f"{bundle.path(name)} makes {tokenizer.length} tokens, "
+                    f"the manifest asks for {bundle.manifest.text_tokens}"
+                )
+        return first
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], second: Tokenizer | None = None) -> Tokenizer:
+        """Read `tokenizer.json` in `folder`; `second` reads the same prompts, see `Tokens.ids_2`.
 
         Raises:
             BundleError: the file cannot be read, or it does not pad and truncate every prompt to one length.
@@ -49,7 +70,7 @@ class Tokenizer:
         length = (tokenizer.truncation or {}).get("max_length")
         if not length or length != (tokenizer.padding or {}).get("length"):
             raise BundleError(f"{path} must pad and truncate to one length; export the bundle again")
-        return cls(tokenizer, int(length))
+        return cls(tokenizer, int(length), second)
 
     def encode(self, prompt: str) -> Tokens:
         """Tokens of `prompt`, which must be valid Unicode (`edge_agent.request` refuses lone surrogates).
@@ -62,4 +83,10 @@ class Tokenizer:
             prompt[start:end] if own else token
             for token, (start, end), own in zip(encoding.tokens, encoding.offsets, mask, strict=True)
         )
-        return Tokens(np.asarray([encoding.ids], np.int64), mask, texts, bool(encoding.overflowing))
+        return Tokens(
+            np.asarray([encoding.ids], np.int64),
+            mask,
+            texts,
+            bool(encoding.overflowing),
+            self._second.encode(prompt).ids if self._second else None,
+        )

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.bundle import TOKENIZER, Bundle
+from edge_agent.bundle import Bundle
 from edge_agent.diffusion.sessions import Runtime
 from edge_agent.diffusion.text_encoder import TextEncoder
 from edge_agent.tokens import Tokenizer
@@ -43,12 +43,12 @@ class TokenStates:
 
 def encode(bundle: Bundle, prompts: Sequence[str]) -> Iterator[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
     """States [1, L, d] and mask [L] of one prompt after the other, as the daemon makes them; with a bar."""
-    tokenizer = Tokenizer.load(bundle.path(TOKENIZER).parent)
+    tokenizer = Tokenizer.open(bundle)
     encoder = TextEncoder(bundle, Runtime(threads=1))
     with progress() as bars:
         for prompt in bars.track(prompts, description="token states"):
             tokens = tokenizer.encode(prompt)
-            yield encoder.encode(tokens.ids), tokens.mask
+            yield encoder.encode(tokens).tokens, tokens.mask
 
 
 def of_prompts(cache: Path, bundle: Bundle, prompts: Sequence[str]) -> TokenStates:

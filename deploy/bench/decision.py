@@ -173,7 +173,7 @@ def bare_calls(bundle: Bundle) -> dict[str, Callable[[], None]]:
 def draw(generator: Generator, bundle: Bundle, prompt: str, seed: int) -> None:
     """One image from its prompt, without decision or PNG."""
     manifest = bundle.manifest
-    states, negative = generator.encode(prompt)[1], generator.encode("")[1]
+    states, negative = generator.encode(prompt)[1], generator.encode_negative("")
     for _ in generator.generate(states, negative, seed, manifest.default_steps, manifest.default_guidance):
         pass
 

@@ -72,7 +72,7 @@ def measure(folder: Path, threads: int, images: int) -> Reply:
     manifest = bundle.manifest
     generator = Generator(bundle, Runtime(threads=threads))
     reader = Reader(bundle, generator.tokenizer, generator.text_encoder, routing_rate=0.5)
-    negative = reader.states("")  # the agent keeps these too
+    negative = reader.negative_states("")  # the agent keeps these too
 
     def direct(prompt: str, seed: int) -> bytes:
         states = reader.read(prompt).states

@@ -29,7 +29,7 @@ def edge(folder: str, threads: int, steps: int, guidance: float) -> Paint:
     generator = Generator(Bundle.open(folder), Runtime(threads=threads))
 
     def paint(prompt: str, seed: int) -> NDArray[np.float32]:
-        states, negative = generator.encode(prompt)[1], generator.encode("")[1]
+        states, negative = generator.encode(prompt)[1], generator.encode_negative("")
         *_, image = generator.generate(states, negative, seed, steps, guidance)
         assert isinstance(image, Image)  # noqa: S101  # the last event
         return image.colours

@@ -2,33 +2,60 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_agent.bundle import DENOISER, Bundle
 from edge_agent.diffusion.sessions import Runtime, Session, Stop
+from edge_agent.diffusion.text_encoder import TextStates
 
 Floats = NDArray[np.float32]
 
+Passes = Literal["batch", "separate"]
+"""How guidance runs the network for the negative prompt and the prompt: once on both, or once for each."""
+
 
 class Denoiser:
-    """The bundle's UNet."""
+    """The bundle's UNet.
 
-    def __init__(self, bundle: Bundle, runtime: Runtime) -> None:
+    `passes` may be set at any time. A graph made for one image at a time always runs separate passes.
+    """
+
+    def __init__(self, bundle: Bundle, runtime: Runtime, passes: Passes = "batch") -> None:
         """Raises BundleError when the graph cannot be loaded or has another signature."""
-        self._session = Session(
-            bundle.path(DENOISER), ["sample", "timestep", "encoder_hidden_states"], ["out_sample"], runtime
-        )
         facts = bundle.manifest
+        inputs = ["sample", "timestep", "encoder_hidden_states"]
+        if facts.guidance_embedding is not None:
+            inputs.append("timestep_cond")
+        if facts.added is not None:
+            inputs += ["text_embeds", "time_ids"]
+        self._session = Session(bundle.path(DENOISER), inputs, ["out_sample"], runtime)
         latents = (None, facts.latent_channels, facts.latent_height, facts.latent_width)
         states = (None, facts.text_tokens, facts.text_hidden)
         self._session.expect(sample=latents, encoder_hidden_states=states, out_sample=latents)
+        if facts.guidance_embedding is not None:
+            self._session.expect(timestep_cond=(None, facts.guidance_embedding))
+        if facts.added is not None:
+            self._session.expect(time_ids=(None, len(facts.added.time_ids)))
+        self._embedding = facts.guidance_embedding
+        self._time_ids = None if facts.added is None else np.asarray([facts.added.time_ids], np.float32)
+        self.one_at_a_time = self._session.shapes["sample"][0] == 1
+        self.passes: Passes = passes
+
+    def guides(self, guidance_scale: float) -> bool:
+        """Whether a negative prompt takes part: not with a guidance scale of 1 or below, and never where the scale
+        is an input of the network, as in diffusers.
+        """
+        return guidance_scale > 1.0 and self._embedding is None
 
     def predict(
         self,
         latents: Floats,
         timestep: float,
-        states: Floats,
+        states: TextStates,
+        negative: TextStates,
         guidance_scale: float,
         *,
         stop: Stop | None = None,
@@ -36,24 +63,67 @@ class Denoiser:
     ) -> Floats:
         """The model output, float32 [1, C, h, w].
 
+        Where `guides`, that is negative + guidance_scale * (prompt - negative), as in Ho & Salimans,
+        "Classifier-Free Diffusion Guidance", 2022; otherwise `negative` is not read.
+
         Args:
             latents: [1, C, h, w], already scaled as the scheduler asks.
-            states: [1, L, d] of the prompt, or [2, L, d] of the negative prompt and the prompt; then both go
-                through the network as one batch and the result is
-                negative + guidance_scale * (prompt - negative), as in Ho & Salimans, "Classifier-Free
-                Diffusion Guidance", 2022.
             last: the final call for this image, after which memory is given back.
 
         Raises:
             Cancelled, GenerationFailed: see `Session.run`.
         """
-        sample = np.repeat(latents, len(states), axis=0)
-        (output,) = self._session.run(
-            {"sample": sample, "timestep": np.asarray(timestep), "encoder_hidden_states": states},
-            stop=stop,
-            shrink=last,
-        )
-        if len(states) == 1:
+        prompts = [negative, states] if self.guides(guidance_scale) else [states]
+        if len(prompts) == 1 or (self.passes == "batch" and not self.one_at_a_time):
+            output = self._run(latents, timestep, prompts, guidance_scale, stop, last)
+        else:
+            output = np.concatenate(
+                [
+                    self._run(latents, timestep, [prompt], guidance_scale, stop, last and prompt is states)
+                    for prompt in prompts
+                ]
+            )
+        if len(prompts) == 1:
             return output
-        negative, positive = output[:1], output[1:]
-        return np.asarray(negative + np.float32(guidance_scale) * (positive - negative), np.float32)
+        without, with_prompt = output[:1], output[1:]
+        return np.asarray(without + np.float32(guidance_scale) * (with_prompt - without), np.float32)
+
+    def _run(
+        self,
+        latents: Floats,
+        timestep: float,
+        prompts: list[TextStates],
+        guidance_scale: float,
+        stop: Stop | None,
+        last: bool,
+    ) -> Floats:
+        count = len(prompts)
+        inputs = {
+            "sample": np.repeat(latents, count, axis=0),
+            "timestep": np.asarray(timestep),
+            "encoder_hidden_states": np.concatenate([prompt.tokens for prompt in prompts]),
+        }
+        if self._embedding is not None:
+            embedding = guidance_embedding(guidance_scale, self._embedding)
+            inputs["timestep_cond"] = np.repeat(embedding, count, axis=0)
+        if self._time_ids is not None:
+            inputs["text_embeds"] = np.concatenate(
+                [prompt.pooled for prompt in prompts if prompt.pooled is not None]
+            )
+            inputs["time_ids"] = np.repeat(self._time_ids, count, axis=0)
+        (output,) = self._session.run(inputs, stop=stop, shrink=last)
+        return output
+
+
+def guidance_embedding(guidance_scale: float, size: int) -> Floats:
+    """float32 [1, size]: the guidance scale as latent consistency models take it, sines and then cosines.
+
+    Luo et al., "Latent Consistency Models", 2023; in diffusers `get_guidance_scale_embedding`.
+    """
+    half = size // 2
+    step = np.log(np.float32(10_000.0)) / np.float32(half - 1)
+    frequencies = np.exp(np.arange(half, dtype=np.float32) * -step)
+    angles = np.float32(1000.0 * (guidance_scale - 1.0)) * frequencies
+    embedding = np.zeros((1, size), np.float32)  # an odd size ends in a zero
+    embedding[0, : 2 * half] = np.concatenate((np.sin(angles), np.cos(angles)))
+    return embedding

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.bundle import TOKENIZER, Bundle, schedule_file
+from edge_agent.bundle import Bundle, schedule_file
 from edge_agent.diffusion.decoder import Decoder
-from edge_agent.diffusion.denoiser import Denoiser
+from edge_agent.diffusion.denoiser import Denoiser, Passes
 from edge_agent.diffusion.noise import TorchNoise
 from edge_agent.diffusion.schedule import Schedule
 from edge_agent.diffusion.sessions import Runtime, Stop
-from edge_agent.diffusion.text_encoder import TextEncoder
+from edge_agent.diffusion.text_encoder import TextEncoder, TextStates
 from edge_agent.errors import BundleError, GenerationFailed, InvalidRequest
 from edge_agent.tokens import Tokenizer, Tokens
 
@@ -45,22 +45,20 @@ class Image:
 class Generator:
     """The bundle's models, loaded. Safe to use from one worker thread at a time."""
 
-    def __init__(self, bundle: Bundle, runtime: Runtime | None = None) -> None:
-        """Load tokenizer, schedules and the three graphs.
+    def __init__(self, bundle: Bundle, runtime: Runtime | None = None, passes: Passes = "batch") -> None:
+        """Load tokenizer, schedules and graphs.
+
+        Args:
+            passes: how guidance runs the denoiser, see `edge_agent.diffusion.denoiser`.
 
         Raises:
             BundleError: naming the file that cannot be used.
         """
         runtime = runtime or Runtime()
         manifest = bundle.manifest
-        self.tokenizer = Tokenizer.load(bundle.folder / "tokenizer")
-        if self.tokenizer.length != manifest.text_tokens:
-            raise BundleError(
-                f"{bundle.path(TOKENIZER)} makes {self.tokenizer.length} tokens, "
-                f"the manifest asks for {manifest.text_tokens}"
-            )
+        self.tokenizer = Tokenizer.open(bundle)
         self.text_encoder = TextEncoder(bundle, runtime)
-        self._denoiser = Denoiser(bundle, runtime)
+        self.denoiser = Denoiser(bundle, runtime, passes)
         self._decoder = Decoder(bundle, runtime)
         self._schedules = {n: Schedule.load(bundle.path(schedule_file(n))) for n in manifest.steps}
         for steps, schedule in self._schedules.items():
@@ -68,15 +66,19 @@ class Generator:
                 raise BundleError(f"{bundle.path(schedule_file(steps))} is for {schedule.steps} steps")
         self._latent_shape = (1, manifest.latent_channels, manifest.latent_height, manifest.latent_width)
 
-    def encode(self, prompt: str) -> tuple[Tokens, Floats]:
-        """The prompt's tokens, and their states float32 [1, L, d]."""
+    def encode(self, prompt: str) -> tuple[Tokens, TextStates]:
+        """The prompt's tokens and states."""
         tokens = self.tokenizer.encode(prompt)
-        return tokens, self.text_encoder.encode(tokens.ids)
+        return tokens, self.text_encoder.encode(tokens)
+
+    def encode_negative(self, prompt: str) -> TextStates:
+        """The states of a negative prompt, which may be empty."""
+        return self.text_encoder.encode_negative(self.tokenizer.encode(prompt))
 
     def generate(
         self,
-        states: Floats,
-        negative_states: Floats,
+        states: TextStates,
+        negative_states: TextStates,
         seed: int,
         steps: int,
         guidance_scale: float,
@@ -86,9 +88,10 @@ class Generator:
         """Yields a `Step` after each call of the denoiser, then one `Image`.
 
         Args:
-            states: float32 [1, L, d] of the prompt.
-            negative_states: float32 [1, L, d] of the negative prompt, or of the empty one.
-                With a guidance scale of 1 or below, the negative prompt takes no part, as in diffusers.
+            states: of the prompt.
+            negative_states: of the negative prompt, or of the empty one.
+                With a guidance scale of 1 or below, or where the scale is an input of the denoiser, the negative
+                prompt takes no part, as in diffusers.
             seed: gives the noise that torch's CPU generator gives.
             steps: one of the step counts compiled in this bundle.
             guidance_scale: how far to go from the negative prompt to the prompt, and beyond.
@@ -109,12 +112,13 @@ class Generator:
             raise InvalidRequest(str(error), field="seed") from error
         schedule = self._schedules[steps]
         stop = stop or Stop()
-        stacked = np.concatenate((negative_states, states)) if guidance_scale > 1.0 else states
         sums = schedule.run(self._latent_shape, noise)
         latents = next(sums)
         for call, timestep in enumerate(schedule.timesteps, start=1):
             last = call == schedule.calls
-            output = self._denoiser.predict(latents, timestep, stacked, guidance_scale, stop=stop, last=last)
+            output = self.denoiser.predict(
+                latents, timestep, states, negative_states, guidance_scale, stop=stop, last=last
+            )
             preview = None
             if previews and not last:  # after the last call comes the image itself
                 a, b = schedule.clean[call - 1]

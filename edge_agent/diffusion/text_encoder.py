@@ -2,35 +2,75 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.bundle import TEXT_ENCODER, Bundle
+from edge_agent.bundle import TEXT_ENCODER, TEXT_ENCODER_2, Bundle
 from edge_agent.diffusion.sessions import Runtime, Session
 from edge_agent.errors import BundleError
+from edge_agent.tokens import Tokens
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class TextStates:
+    """What the denoiser knows of a prompt."""
+
+    tokens: Floats  # [1, L, d]; the quality predictor reads these too
+    pooled: Floats | None = None  # [1, p], the whole prompt as one vector, where the denoiser takes it
 
 
 class TextEncoder:
-    """The bundle's text encoder. Its states drive the denoiser and are what the quality predictor reads."""
+    """The bundle's text encoder. Its states drive the denoiser and are what the quality predictor reads.
+
+    Stable Diffusion XL has two: each token's state is then the first's with the second's behind it.
+    """
 
     def __init__(self, bundle: Bundle, runtime: Runtime) -> None:
-        """Raises BundleError when the graph cannot be loaded or has another signature."""
-        output = bundle.manifest.text_output
-        self._shape = (bundle.manifest.text_tokens, bundle.manifest.text_hidden)
-        self._session = Session(bundle.path(TEXT_ENCODER), ["input_ids"], [output], runtime)
-        self._session.expect(input_ids=(None, self._shape[0]), **{output: (None, *self._shape)})
+        """Raises BundleError when a graph cannot be loaded or has another signature."""
+        facts = bundle.manifest
+        self._shape = (facts.text_tokens, facts.text_hidden)
+        self._added = facts.added
+        self._session = Session(bundle.path(TEXT_ENCODER), ["input_ids"], [facts.text_output], runtime)
+        # Where there is a second encoder, only the sum of both sizes is known.
+        hidden = facts.text_hidden if facts.added is None else None
+        self._session.expect(
+            input_ids=(None, facts.text_tokens), **{facts.text_output: (None, facts.text_tokens, hidden)}
+        )
+        self._second = None
+        if facts.added is not None:
+            outputs = [facts.added.text_output, facts.added.pooled_output]
+            self._second = Session(bundle.path(TEXT_ENCODER_2), ["input_ids"], outputs, runtime)
+            self._second.expect(
+                input_ids=(None, facts.text_tokens), **{outputs[0]: (None, facts.text_tokens, None)}
+            )
 
-    def encode(self, ids: NDArray[np.integer]) -> NDArray[np.float32]:
-        """States, float32 [B, L, d], of token ids [B, L].
+    def encode(self, tokens: Tokens) -> TextStates:
+        """The states of a prompt.
 
         Raises:
-            BundleError: the graph gives states of another size than the manifest says.
+            BundleError: the graphs give states of another size than the manifest says.
             GenerationFailed: onnxruntime failed.
         """
         # No shrinking: this arena is small, and the encoder also runs for prompts that only want a decision.
-        (states,) = self._session.run({"input_ids": ids})
+        (states,) = self._session.run({"input_ids": tokens.ids})
+        pooled = None
+        if self._second is not None and tokens.ids_2 is not None:
+            more, pooled = self._second.run({"input_ids": tokens.ids_2})
+            states = np.concatenate((states, more), axis=-1)
         if states.shape[1:] != self._shape:
             raise BundleError(
                 f"{self._session.path} gives states {states.shape[1:]}, the manifest says {self._shape}"
             )
-        return states
+        return TextStates(states, pooled)
+
+    def encode_negative(self, tokens: Tokens) -> TextStates:
+        """The states of a negative prompt, see `encode`; all zeros for an empty one where the model wants that."""
+        states = self.encode(tokens)
+        if self._added is None or not self._added.zero_negative or tokens.mask.any():
+            return states
+        pooled = None if states.pooled is None else np.zeros_like(states.pooled)
+        return TextStates(np.zeros_like(states.tokens), pooled)

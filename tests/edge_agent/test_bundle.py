@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from edge_agent import bundle as bundle_module
 from edge_agent.bundle import (
     CALIBRATION,
     DECODER,
@@ -15,7 +16,10 @@ from edge_agent.bundle import (
     MANIFEST,
     SCHEMA_VERSION,
     TEXT_ENCODER,
+    TEXT_ENCODER_2,
     TOKENIZER,
+    TOKENIZER_2,
+    AddedConditioning,
     Bundle,
     schedule_file,
     write_manifest,
@@ -133,6 +137,11 @@ def test_a_newer_schema_says_what_to_do(bundle_copy: Path) -> None:
         ({"steps": [4, "8"]}, "steps"),
         ({"steps": [4, 8, 16]}, r"schedules/16\.json"),
         ({"default_steps": 16}, "default_steps"),
+        ({"guidance_embedding": "8"}, "guidance_embedding"),
+        ({"guidance_embedding": 2}, "guidance_embedding"),
+        ({"latent_to_rgb": [[0.1, 0.2, 0.3]] * 4}, "5 rows"),
+        ({"latent_to_rgb": [["red", 0, 0]] * 5}, "latent_to_rgb must list numbers"),
+        ({"added": {"text_output": "a", "pooled_output": "b", "time_ids": [1]}}, "zero_negative"),
         ({"files": []}, "files"),
         ({"files": {"a": 1}}, "a must hold"),
         ({"files": {"a": {"bytes": "1", "sha256": ""}}}, "bytes"),
@@ -192,7 +201,9 @@ def test_the_model_digest_depends_on_every_part_of_the_models(bundle_copy: Path,
         ({"default_steps": 8}, True),
         ({"default_guidance": 7.5}, True),
         ({"latent_scaling": 0.5}, True),
+        ({"guidance_embedding": 8}, True),
         ({"name": "renamed"}, False),
+        ({"latent_to_rgb": [[0.1, 0.2, 0.3]] * 5}, False),  # previews only
     ],
 )
 def test_the_model_digest_depends_on_the_facts_that_change_the_picture(
@@ -201,6 +212,38 @@ def test_the_model_digest_depends_on_the_facts_that_change_the_picture(
     before = Bundle.open(bundle_copy).model_digest
     write_manifest(bundle_copy, **fact)
     assert (Bundle.open(bundle_copy).model_digest != before) is told_apart
+
+
+STARTER_DIGEST = "e1bb40b1bf6cd650e2c56c0eb067f034bd4e77da13c46e638011788ba29d889d"
+
+
+def test_what_a_newer_schema_adds_changes_no_older_bundles_digest() -> None:
+    """A calibration made for schema 1 names its models by it. The sum is of the manifest alone."""
+    manifest = json.loads((Path(__file__).parent / "schema_1_manifest.json").read_bytes())
+    assert manifest["schema_version"] == 1
+    parsed = bundle_module._parse(json.dumps(manifest).encode(), Path("manifest.json"))
+    assert bundle_module._model_digest(parsed) == STARTER_DIGEST
+
+
+def test_a_bundle_is_written_in_the_oldest_schema_that_can_run_it(bundle_copy: Path) -> None:
+    write_manifest(bundle_copy, latent_to_rgb=[[0.1, 0.2, 0.3]] * 5)
+    assert json.loads((bundle_copy / MANIFEST).read_text())["schema_version"] == 1
+    write_manifest(bundle_copy, guidance_embedding=8)
+    assert json.loads((bundle_copy / MANIFEST).read_text())["schema_version"] == 2
+    manifest = Bundle.open(bundle_copy).manifest
+    assert (manifest.guidance_embedding, manifest.latent_to_rgb) == (8, ((0.1, 0.2, 0.3),) * 5)
+
+
+def test_a_bundle_with_added_conditioning_must_have_the_second_encoder(bundle_copy: Path) -> None:
+    added = AddedConditioning("hidden_states.1", "text_embeds", (64.0, 64.0, 0.0, 0.0, 64.0, 64.0), True)
+    write_manifest(bundle_copy, added=added)
+    with pytest.raises(BundleError, match=f"does not list {TOKENIZER_2}"):
+        Bundle.open(bundle_copy)
+    for name in (TOKENIZER_2, TEXT_ENCODER_2):
+        (bundle_copy / name).parent.mkdir()
+        (bundle_copy / name).write_bytes(b"x")
+    write_manifest(bundle_copy)
+    assert Bundle.open(bundle_copy).manifest.added == added
 
 
 def test_a_manifest_with_unknown_or_missing_facts_is_not_written(bundle_copy: Path) -> None:

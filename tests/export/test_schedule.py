@@ -77,7 +77,7 @@ def test_pixels_equal_diffusers(
     write_manifest(bundle_copy, steps=[steps], default_steps=steps)
 
     generator = Generator(Bundle.open(bundle_copy), Runtime(threads=1))
-    states, negative = generator.encode("two cats 🐈")[1], generator.encode("dog, blurry")[1]
+    states, negative = generator.encode("two cats 🐈")[1], generator.encode_negative("dog, blurry")
     *_, image = generator.generate(states, negative, 42, steps, 3.0)
     assert isinstance(image, Image)
     expected = pipeline(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ def events(
     guidance: float = 5.0,
     previews: bool = False,
 ) -> tuple[list[Step], Image]:
-    states, negative_states = generator.encode(prompt)[1], generator.encode(negative)[1]
+    states, negative_states = generator.encode(prompt)[1], generator.encode_negative(negative)
     *progress, image = generator.generate(states, negative_states, seed, steps, guidance, previews)
     assert isinstance(image, Image)
     assert all(isinstance(step, Step) for step in progress)
@@ -110,6 +111,25 @@ def test_the_same_request_gives_the_same_bits(generator: Generator) -> None:
     np.testing.assert_array_equal(events(generator)[1].colours, events(generator)[1].colours)
 
 
+def test_guidance_in_two_passes_gives_the_picture_of_one(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is faster depends on the provider; the picture does not."""
+    batches = []
+    run = generator.denoiser._session.run
+
+    def counted(inputs: dict[str, np.ndarray], **options: Any) -> list[np.ndarray]:
+        batches.append(len(inputs["sample"]))
+        return run(inputs, **options)
+
+    monkeypatch.setattr(generator.denoiser._session, "run", counted)
+    together = events(generator, steps=4)[1].colours
+    monkeypatch.setattr(generator.denoiser, "passes", "separate")
+    apart = events(generator, steps=4)[1].colours
+    assert batches == [2] * 5 + [1] * 10
+    assert np.abs(apart - together).max() <= 1e-5
+
+
 def test_progress_counts_every_call_of_the_denoiser(generator: Generator) -> None:
     """PNDM calls it once more than it has steps."""
     progress, _ = events(generator, steps=4)
@@ -133,8 +153,8 @@ def test_a_prompts_states_are_the_text_encoders(
     tokens, states = generator.encode(PROMPT)
     with torch.no_grad():
         expected = pipeline.text_encoder(torch.from_numpy(tokens.ids))[0].numpy()
-    assert states.shape == (1, 77, 32)
-    assert np.abs(states - expected).max() < 1e-4
+    assert states.tokens.shape == (1, 77, 32)
+    assert np.abs(states.tokens - expected).max() < 1e-4
 
 
 @pytest.mark.parametrize("after", [0, 2])
