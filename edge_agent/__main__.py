@@ -23,6 +23,7 @@ from edge_agent.errors import (
     QuotaExhausted,
     RouteT2IError,
     StartRefused,
+    StoreError,
 )
 from edge_agent.image import Progress
 from edge_agent.policy import Decision, decide
@@ -91,6 +92,7 @@ _EXIT_CODES: dict[type[RouteT2IError], int] = {
     StartRefused: BAD_INPUT,
     BundleError: BAD_INPUT,
     LedgerError: BAD_INPUT,
+    StoreError: BAD_INPUT,
     InvalidRequest: BAD_INPUT,
     PolicyConflict: REFUSED,
     QuotaExhausted: REFUSED,

@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
@@ -25,6 +26,7 @@ from typing import Any, get_type_hints
 
 from edge_agent.calibration import Calibration
 from edge_agent.errors import BundleError
+from edge_agent.superiority import METRICS
 
 # 2 adds what schema 1 cannot run: added conditioning and embedded guidance. A bundle without them is written as 1,
 # so that older programs read it.
@@ -53,7 +55,15 @@ MODEL_FOLDERS = (
 # The facts that do not.
 _LABELS = ("name", "licence", "latent_to_rgb")
 
-_READ_BYTES = 1 << 20
+# A manifest is a list of some dozen files. What is larger is a mistake, or wants to fill memory or disk.
+MAX_MANIFEST_BYTES = 1 << 20
+MAX_FILES = 1000
+MAX_PATH_CHARS = 200
+
+READ_BYTES = 1 << 20
+"""How much of a file is read at a time."""
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def schedule_file(steps: int) -> str:
@@ -118,6 +128,11 @@ class Manifest(Facts):
     schema_version: int
     files: Mapping[str, FileEntry]
 
+    @property
+    def total_bytes(self) -> int:
+        """What the files take together."""
+        return sum(entry.bytes for entry in self.files.values())
+
 
 @dataclass(frozen=True)
 class Bundle:
@@ -145,15 +160,13 @@ class Bundle:
             raise BundleError(f"no bundle at {root}: the folder does not exist")
         _refuse_links(root, MANIFEST)
         try:
-            text = (root / MANIFEST).read_bytes()
+            with (root / MANIFEST).open("rb") as file:
+                text = file.read(MAX_MANIFEST_BYTES + 1)
         except OSError as error:
             raise BundleError(
                 f"{root / MANIFEST} cannot be read: {error.strerror}; is this a bundle folder?"
             ) from error
-        manifest = _parse(text, root / MANIFEST)
-        for name in _required(manifest):
-            if name not in manifest.files:
-                raise BundleError(f"{root / MANIFEST} does not list {name}, which every bundle must have")
+        manifest = parse_manifest(text, root / MANIFEST)
         for name, entry in manifest.files.items():
             _check(root, name, entry, verify)
         return cls(root, manifest, hashlib.sha256(text).hexdigest(), _model_digest(manifest))
@@ -173,6 +186,40 @@ class Bundle:
     def calibration(self) -> Calibration | None:
         """The calibration, or None when the bundle has none. Raises BundleError when it cannot be read."""
         return Calibration.load(self.path(CALIBRATION)) if CALIBRATION in self.manifest.files else None
+
+    @property
+    def advice(self) -> str:
+        """What to run before prompts can be routed with this bundle; empty when they can.
+
+        Raises BundleError when the calibration cannot be read, or is not of our metrics.
+        """
+        if self.predictor is None:
+            return (
+                f"the bundle {self.folder} has no quality predictor, so no prompt is routed: "
+                "run `edge-export train`, `edge-export predictor` and `edge-export calibrate` for it"
+            )
+        calibration = self.calibration
+        if calibration is None:
+            return (
+                f"the bundle {self.folder} has no calibration, so no prompt is routed: "
+                "run `edge-export calibrate` for it"
+            )
+        if calibration.edge_digest != self.model_digest:
+            return (
+                f"the calibration was made for edge model {calibration.edge_digest[:16]} and the bundle holds "
+                f"{self.model_digest[:16]}, so no prompt is routed: run `edge-export calibrate` for {self.folder}"
+            )
+        predictor = self.manifest.files[PREDICTOR].sha256
+        if calibration.recipe.get("predictor_sha256", predictor) != predictor:
+            return (
+                "the calibration was made for another predictor than the bundle's, so no prompt is routed: "
+                f"run `edge-export calibrate` for {self.folder}"
+            )
+        if tuple(name for name, _, _ in calibration.metrics) != METRICS:
+            raise BundleError(
+                f"{self.folder}: the calibration is not of the metrics {', '.join(METRICS)}; calibrate again"
+            )
+        return ""
 
 
 def write_manifest(folder: str | os.PathLike[str], **facts: Any) -> Path:
@@ -211,16 +258,31 @@ def write_manifest(folder: str | os.PathLike[str], **facts: Any) -> Path:
     return target
 
 
+def parse_manifest(text: bytes, place: Path | str) -> Manifest:
+    """The manifest of a whole bundle, read from `text`; `place` names it in errors.
+
+    Raises:
+        BundleError: it is not one this program reads, too large, lists no plain paths, or not what every bundle has.
+    """
+    manifest = _parse(text, place)
+    for name in _required(manifest):
+        if name not in manifest.files:
+            raise BundleError(f"{place} does not list {name}, which every bundle must have")
+    return manifest
+
+
 def _required(manifest: Manifest) -> list[str]:
     second = [TOKENIZER_2, TEXT_ENCODER_2] if manifest.added else []
     schedules = [schedule_file(steps) for steps in manifest.steps]
     return [TOKENIZER, TEXT_ENCODER, *second, DENOISER, DECODER, *schedules]
 
 
-def _parse(text: bytes, path: Path) -> Manifest:
+def _parse(text: bytes, path: Path | str) -> Manifest:
+    if len(text) > MAX_MANIFEST_BYTES:
+        raise BundleError(f"{path} is larger than any manifest may be ({MAX_MANIFEST_BYTES:,} bytes)")
     try:
         document = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{path} is not JSON: {error}") from error
     if not isinstance(document, dict):
         raise BundleError(f"{path} must hold a JSON object")
@@ -253,6 +315,10 @@ def _parse(text: bytes, path: Path) -> Manifest:
     for name, kind in get_type_hints(Facts).items():
         if kind is int and getattr(manifest, name) <= 0:
             raise BundleError(f"{path}: {name} must be above zero")
+        if kind is float and not math.isfinite(getattr(manifest, name)):
+            raise BundleError(f"{path}: {name} must be a finite number")
+        if kind is str and not getattr(manifest, name).isprintable():  # it is shown on terminals
+            raise BundleError(f"{path}: {name} must be printable text on one line")
     if manifest.latent_scaling == 0.0:
         raise BundleError(f"{path}: latent_scaling must not be zero")
     if manifest.default_steps not in manifest.steps:
@@ -260,7 +326,7 @@ def _parse(text: bytes, path: Path) -> Manifest:
     return manifest
 
 
-def _parse_added(document: dict[str, Any], path: Path) -> AddedConditioning | None:
+def _parse_added(document: dict[str, Any], path: Path | str) -> AddedConditioning | None:
     if document.get("added") is None:
         return None
     added = _typed(document, "added", dict, path)
@@ -273,7 +339,7 @@ def _parse_added(document: dict[str, Any], path: Path) -> AddedConditioning | No
 
 
 def _parse_map(
-    document: dict[str, Any], channels: int, path: Path
+    document: dict[str, Any], channels: int, path: Path | str
 ) -> tuple[tuple[float, float, float], ...] | None:
     if document.get("latent_to_rgb") is None:
         return None
@@ -283,7 +349,7 @@ def _parse_map(
     return tuple((red, green, blue) for red, green, blue in rows)
 
 
-def _numbers(value: Any, name: str, path: Path) -> tuple[float, ...]:
+def _numbers(value: Any, name: str, path: Path | str) -> tuple[float, ...]:
     if not isinstance(value, list) or not all(
         type(number) in (int, float) and math.isfinite(number) for number in value
     ):
@@ -291,9 +357,12 @@ def _numbers(value: Any, name: str, path: Path) -> tuple[float, ...]:
     return tuple(map(float, value))
 
 
-def _parse_files(document: dict[str, Any], path: Path) -> dict[str, FileEntry]:
-    entries = {}
-    for name, entry in _typed(document, "files", dict, path).items():
+def _parse_files(document: dict[str, Any], path: Path | str) -> dict[str, FileEntry]:
+    entries: dict[str, FileEntry] = {}
+    files = _typed(document, "files", dict, path)
+    if len(files) > MAX_FILES:
+        raise BundleError(f"{path} lists {len(files):,} files; a bundle has at most {MAX_FILES:,}")
+    for name, entry in files.items():
         parts = PurePosixPath(name).parts
         inside = (
             parts
@@ -302,15 +371,24 @@ def _parse_files(document: dict[str, Any], path: Path) -> dict[str, FileEntry]:
             and PurePosixPath(name).as_posix() == name
         )
         # A backslash parts folders on Windows, where a colon names a drive or a stream.
-        if not inside or set(name) & set("\\:\0"):
-            raise BundleError(f"{path} lists {name!r}, which is not a plain path inside the bundle")
+        if not inside or set(name) & set("\\:\0") or not name.isprintable() or len(name) > MAX_PATH_CHARS:
+            raise BundleError(
+                f"{path} lists {name[:MAX_PATH_CHARS]!r}, which is not a plain path inside the bundle"
+            )
+        if name == MANIFEST or any(parent.as_posix() in files for parent in PurePosixPath(name).parents):
+            raise BundleError(f"{path} lists {name!r}, whose place another file has")
         if not isinstance(entry, dict):
             raise BundleError(f"{path}: the entry of {name} must hold bytes and sha256")
-        entries[name] = FileEntry(_typed(entry, "bytes", int, path), _typed(entry, "sha256", str, path))
+        found = FileEntry(_typed(entry, "bytes", int, path), _typed(entry, "sha256", str, path))
+        if found.bytes < 0 or not _SHA256.fullmatch(found.sha256):
+            raise BundleError(
+                f"{path}: the entry of {name} must hold bytes, not below zero, and a sha256 in hex"
+            )
+        entries[name] = found
     return entries
 
 
-def _typed(document: dict[str, Any], name: str, kind: Any, path: Path) -> Any:
+def _typed(document: dict[str, Any], name: str, kind: Any, path: Path | str) -> Any:
     value = document.get(name)
     if kind is float and type(value) is int:
         return float(value)
@@ -348,7 +426,7 @@ def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
-            while block := file.read(_READ_BYTES):
+            while block := file.read(READ_BYTES):
                 digest.update(block)
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror}") from error

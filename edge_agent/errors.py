@@ -6,7 +6,7 @@ RouteT2IError
 ├── DuplicateRequest     this request id was used before and may have been charged
 ├── NotKept              the rest of an image is asked for that is not kept
 ├── DeadlinePassed       the caller's deadline is over
-├── Busy                 the queue is full; `retry_after_s` says when to come back
+├── Busy                 the queue is full, `retry_after_s` says when to come back; or another process is at it
 ├── QuotaExhausted       the budget or rate `budget` has no room for one more call
 ├── PolicyConflict       the caller asks for a route that this daemon cannot take
 ├── Cancelled            the caller went away
@@ -19,6 +19,11 @@ RouteT2IError
 ├── StartRefused         a setting is wrong, or the address to listen on cannot be had
 ├── BundleError          a bundle is incomplete, altered or of an unknown schema
 ├── LedgerError          the quota ledger cannot be read or written
+├── StoreError           the folder of installed models cannot be read or written, or has no such model
+├── PullFailed           a model did not come
+│   ├── SourceUnreachable  not reached, overloaded or broke off: goes on later where it stopped
+│   ├── SourceRefused      it has no such model, or not for us
+│   └── SourceLied         what it sent is not what its manifest promises
 └── GenerationFailed     the image could not be made on this device
 """
 
@@ -69,7 +74,7 @@ class DeadlinePassed(RouteT2IError):
 
 
 class Busy(RouteT2IError):
-    """The queue is full."""
+    """The queue is full, or another process is doing what only one can do at a time."""
 
 
 class QuotaExhausted(RouteT2IError):
@@ -132,6 +137,26 @@ class LedgerError(RouteT2IError):
     """The quota ledger cannot be read or written."""
 
 
+class StoreError(RouteT2IError):
+    """The folder of installed models cannot be read or written, or has no such model."""
+
+
+class PullFailed(RouteT2IError):
+    """A model did not come. Nothing of it can be seen among the installed ones."""
+
+
+class SourceUnreachable(PullFailed):
+    """The source of a model was not reached, is overloaded or broke off: a later pull goes on where it stopped."""
+
+
+class SourceRefused(PullFailed):
+    """The source has no such model, or not for us."""
+
+
+class SourceLied(PullFailed):
+    """What the source of a model sent is not what its manifest promises."""
+
+
 class GenerationFailed(RouteT2IError):
     """The image could not be made on this device."""
 
@@ -154,6 +179,11 @@ GRPC_CODES: dict[type[RouteT2IError], grpc.StatusCode] = {
     StartRefused: grpc.StatusCode.FAILED_PRECONDITION,
     BundleError: grpc.StatusCode.FAILED_PRECONDITION,
     LedgerError: grpc.StatusCode.INTERNAL,
+    StoreError: grpc.StatusCode.FAILED_PRECONDITION,
+    PullFailed: grpc.StatusCode.UNAVAILABLE,
+    SourceUnreachable: grpc.StatusCode.UNAVAILABLE,
+    SourceRefused: grpc.StatusCode.FAILED_PRECONDITION,
+    SourceLied: grpc.StatusCode.UNAVAILABLE,
     GenerationFailed: grpc.StatusCode.INTERNAL,
 }
 """The one table from errors to gRPC status codes. A cloud error reaches the wire only for a caller who asked

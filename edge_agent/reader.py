@@ -8,14 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edge_agent.bundle import PREDICTOR, Bundle
-from edge_agent.calibration import Calibration
+from edge_agent.bundle import Bundle
 from edge_agent.diffusion.sessions import Runtime
 from edge_agent.diffusion.text_encoder import TextEncoder, TextStates
-from edge_agent.errors import BundleError
 from edge_agent.policy import TokenPull
 from edge_agent.predictor import Prediction, Predictor
-from edge_agent.superiority import METRICS, relative_superiority
+from edge_agent.superiority import relative_superiority
 from edge_agent.tokens import Tokenizer, Tokens
 
 
@@ -62,7 +60,7 @@ class Reader:
             Predictor.load(bundle.predictor, bundle.manifest.text_hidden) if bundle.predictor else None
         )
         self.calibration = bundle.calibration
-        self.advice = _advice(bundle, self.calibration)
+        self.advice = bundle.advice
         self._fitting = self.calibration if not self.advice else None
         self.alpha = self._fitting.alpha(routing_rate) if self._fitting else None
 
@@ -95,32 +93,3 @@ class Reader:
     def negative_states(self, prompt: str) -> TextStates:
         """The states of a negative prompt, which may be empty."""
         return self._text_encoder.encode_negative(self._tokenizer.encode(prompt))
-
-
-def _advice(bundle: Bundle, calibration: Calibration | None) -> str:
-    if bundle.predictor is None:
-        return (
-            f"the bundle {bundle.folder} has no quality predictor, so no prompt is routed: "
-            "run `edge-export train`, `edge-export predictor` and `edge-export calibrate` for it"
-        )
-    if calibration is None:
-        return (
-            f"the bundle {bundle.folder} has no calibration, so no prompt is routed: "
-            "run `edge-export calibrate` for it"
-        )
-    if calibration.edge_digest != bundle.model_digest:
-        return (
-            f"the calibration was made for edge model {calibration.edge_digest[:16]} and the bundle holds "
-            f"{bundle.model_digest[:16]}, so no prompt is routed: run `edge-export calibrate` for {bundle.folder}"
-        )
-    predictor = bundle.manifest.files[PREDICTOR].sha256
-    if calibration.recipe.get("predictor_sha256", predictor) != predictor:
-        return (
-            "the calibration was made for another predictor than the bundle's, so no prompt is routed: "
-            f"run `edge-export calibrate` for {bundle.folder}"
-        )
-    if tuple(name for name, _, _ in calibration.metrics) != METRICS:
-        raise BundleError(
-            f"{bundle.folder}: the calibration is not of the metrics {', '.join(METRICS)}; calibrate again"
-        )
-    return ""

@@ -22,6 +22,7 @@ from edge_agent.cloud import is_local
 from edge_agent.errors import StartRefused
 from edge_agent.quota import Budget, Rate, Window
 from edge_agent.request import MAX_MONEY
+from edge_agent.store import Store
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -42,6 +43,11 @@ SOCKET_PATH_BYTES = 107
 def default_state_folder() -> Path:
     """Where the ledger lies unless --state says otherwise: under XDG_STATE_HOME."""
     return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "routet2i" / "edge-agent"
+
+
+def default_models_folder() -> Path:
+    """Where installed models lie unless --models says otherwise: under XDG_DATA_HOME."""
+    return Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser() / "routet2i" / "models"
 
 
 def default_address() -> str:
@@ -232,7 +238,17 @@ class Settings:
         "5", _seconds, "SECONDS", "how long connecting to the cloud server may take"
     )
     bundle: str = _setting(
-        "", _text, "DIR", "the local model: a bundle folder; default: the starter that comes with the project"
+        "",
+        _text,
+        "DIR",
+        "the local model: a bundle folder; default: the one chosen with `edge-agent models use`, else the starter "
+        "that comes with the project",
+    )
+    models: str = _setting(
+        "",
+        _text,
+        "DIR",
+        "folder of installed models; default: routet2i/models under $XDG_DATA_HOME or ~/.local/share",
     )
     routing_rate: float = _setting(
         "0.5", _share, "RHO", "wanted share of prompts in the cloud, 0 to 1; the true share can stay below it"
@@ -288,8 +304,13 @@ class Settings:
 
     @property
     def bundle_folder(self) -> Path:
-        """The bundle to run."""
-        return Path(self.bundle).expanduser() if self.bundle else STARTER
+        """The bundle to run. Raises StoreError when the chosen model is not there any more."""
+        return Path(self.bundle).expanduser() if self.bundle else self.store.current_folder
+
+    @property
+    def store(self) -> Store:
+        """The installed models."""
+        return Store(Path(self.models).expanduser() if self.models else default_models_folder(), STARTER)
 
     @property
     def ledger_file(self) -> Path:

@@ -266,7 +266,12 @@ def process_environment(folder: Path, **extra: str) -> dict[str, str]:
         for name, value in os.environ.items()
         if not name.startswith(("EDGE_AGENT_", "CLOUD_SERVER_"))
     }
-    paths = {"HOME": folder, "XDG_STATE_HOME": folder / "state", "XDG_RUNTIME_DIR": folder}
+    paths = {
+        "HOME": folder,
+        "XDG_STATE_HOME": folder / "state",
+        "XDG_DATA_HOME": folder / "data",
+        "XDG_RUNTIME_DIR": folder,
+    }
     return kept | {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'protos'}",
         "OMP_NUM_THREADS": "1",

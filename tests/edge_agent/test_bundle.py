@@ -29,6 +29,9 @@ from edge_agent.errors import BundleError
 EVERY_BUNDLE_HAS = (TOKENIZER, TEXT_ENCODER, DENOISER, DECODER, schedule_file(4), schedule_file(8))
 
 
+ENTRY = {"bytes": 1, "sha256": "0" * 64}
+
+
 def edit(folder: Path, **changes: Any) -> None:
     path = folder / MANIFEST
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -93,7 +96,19 @@ def test_a_folder_in_a_files_place_is_named(bundle_copy: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../outside", "/etc/hostname", "a/../../outside", "a\\..\\b", "C:x", "", "a//b", "./a"]
+    "name",
+    [
+        "../outside",
+        "/etc/hostname",
+        "a/../../outside",
+        "a\\..\\b",
+        "C:x",
+        "",
+        "a//b",
+        "./a",
+        "a\x1bb",
+        "a" * 201,
+    ],
 )
 def test_a_path_that_could_lead_outside_is_refused(bundle_copy: Path, name: str) -> None:
     (bundle_copy.parent / "outside").write_text("x")
@@ -145,6 +160,13 @@ def test_a_newer_schema_says_what_to_do(bundle_copy: Path) -> None:
         ({"files": []}, "files"),
         ({"files": {"a": 1}}, "a must hold"),
         ({"files": {"a": {"bytes": "1", "sha256": ""}}}, "bytes"),
+        ({"files": {"a": {"bytes": -1, "sha256": "0" * 64}}}, "not below zero"),
+        ({"files": {"a": {"bytes": 1, "sha256": "0" * 63}}}, "sha256 in hex"),
+        ({"files": {MANIFEST: {"bytes": 1, "sha256": "0" * 64}}}, "whose place another file has"),
+        ({"files": {"a": ENTRY, "a/b/c": ENTRY}}, "'a/b/c', whose place another file has"),
+        ({"files": {f"{n}.json": ENTRY for n in range(1001)}}, "1,001 files"),
+        ({"default_guidance": float("nan")}, "default_guidance must be a finite number"),
+        ({"name": "red\x1b[31m"}, "name must be printable"),
     ],
 )
 def test_a_manifest_with_a_wrong_fact_names_it(bundle_copy: Path, changes: dict[str, Any], what: str) -> None:
@@ -153,7 +175,9 @@ def test_a_manifest_with_a_wrong_fact_names_it(bundle_copy: Path, changes: dict[
         Bundle.open(bundle_copy)
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"\xff\xfe", b'{"schema_version": 1'])
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"\xff\xfe", b'{"schema_version": 1', b"[" * 200_000, b" " * 2_000_000]
+)
 def test_a_manifest_that_is_not_json_is_named(bundle_copy: Path, content: bytes) -> None:
     (bundle_copy / MANIFEST).write_bytes(content)
     with pytest.raises(BundleError, match=r"manifest\.json"):

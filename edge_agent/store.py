@@ -1,0 +1,303 @@
+"""The store: a folder with the models one has, and which of them is chosen.
+
+    NAME/            an installed bundle; it appears by one rename, once every byte of it is verified
+    .current         the name of the chosen one; without this file that is the starter
+    .partial/NAME/   what a pull has so far, with the lock NAME.lock beside it
+
+A folder, or a link to one, that somebody puts there by hand is a model like any other. The starter lies elsewhere, is
+always there, and cannot be removed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from edge_agent.bundle import Bundle
+from edge_agent.errors import Busy, StoreError
+
+STARTER_NAME = "starter"
+RESERVED = (STARTER_NAME, "edge", "cloud")
+"""What `models show` takes for something else than an installed model."""
+
+MAX_NAME_CHARS = 100
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+_CURRENT = ".current"
+_PARTIAL = ".partial"
+_REMOVED = ".removed-"
+_LOCK = ".lock"
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Store:
+    """The models in `folder`, which need not exist before something is installed. Every method raises StoreError."""
+
+    def __init__(self, folder: Path, starter: Path) -> None:
+        self.folder = folder
+        self._starter = starter
+
+    def names(self) -> list[str]:
+        """The starter, then what is installed, by name. Whether it is whole is for `Bundle.open` to say."""
+        with self._explained("read"):
+            if not self.folder.exists():
+                return [STARTER_NAME]
+            return [STARTER_NAME, *sorted(path.name for path in self.folder.iterdir() if _is_model(path))]
+
+    def path(self, name: str) -> Path:
+        """The bundle folder of the model called `name`."""
+        if name == STARTER_NAME:
+            return self._starter
+        path = self.folder / name
+        if not _is_name(name) or not path.is_dir():
+            raise StoreError(
+                f"there is no model {name!r} in {self.folder}; there are {', '.join(self.names())}. "
+                "Get others with `edge-agent models pull`"
+            )
+        return path
+
+    @property
+    def current(self) -> str:
+        """The name of the chosen model. It may have been deleted since; `current_folder` looks."""
+        with self._explained("read"):
+            try:
+                name = (self.folder / _CURRENT).read_text(encoding="utf-8", errors="replace").strip()
+            except (FileNotFoundError, NotADirectoryError):
+                return STARTER_NAME
+        if not _is_name(name):
+            raise StoreError(
+                f"{self.folder / _CURRENT} holds no model's name; choose one with `edge-agent models use NAME`"
+            )
+        return name
+
+    @property
+    def current_folder(self) -> Path:
+        """The bundle folder of the chosen model."""
+        name = self.current
+        if name != STARTER_NAME and not (self.folder / name).is_dir():
+            raise StoreError(
+                f"the chosen model {name!r} is not in {self.folder} any more; choose another with `edge-agent models "
+                f"use NAME` ({STARTER_NAME} is always there)"
+            )
+        return self.path(name)
+
+    def choose(self, name: str) -> Bundle:
+        """Makes `name` the chosen model, in one step that cannot be seen half-done; returns its bundle.
+
+        Raises BundleError, and changes nothing, when a file of it is missing or not of its size.
+        """
+        with self._exclusive():
+            bundle = Bundle.open(self.path(name), verify=False)
+            with self._explained("written"):
+                if name == STARTER_NAME:
+                    (self.folder / _CURRENT).unlink(missing_ok=True)
+                else:
+                    _write_durably(self.folder / _CURRENT, name + "\n")
+        return bundle
+
+    def remove(self, name: str) -> int:
+        """Deletes an installed model, or what an unfinished pull of it left; returns the bytes that this freed.
+
+        Whether a daemon serves it is for the caller to ask. A link goes, and what it leads to stays.
+        """
+        if name == STARTER_NAME:
+            raise StoreError("the starter comes with the project and cannot be removed")
+        with self._exclusive():
+            if self.current == name:
+                raise StoreError(
+                    f"{name} is the chosen model; choose another before: edge-agent models use {STARTER_NAME}"
+                )
+            if _is_name(name) and not (self.folder / name).is_dir() and self.partial(name).is_dir():
+                with self.pulling(name):
+                    return self._delete(self.partial(name))
+            return self._delete(self.path(name))
+
+    def partial(self, name: str) -> Path:
+        """The folder of what a pull of `name` has so far."""
+        return self.folder / _PARTIAL / name
+
+    def unfinished(self) -> dict[str, int]:
+        """The pulls that have not come to an end, each with the bytes it has so far."""
+        with self._explained("read"):
+            folder = self.folder / _PARTIAL
+            found = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+            return {path.name: _bytes_in(path) for path in sorted(found)}
+
+    @property
+    def free_bytes(self) -> int:
+        """What the disk has left for this user."""
+        with self._explained("written"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return shutil.disk_usage(self.folder).free
+
+    @contextmanager
+    def pulling(self, name: str) -> Iterator[Path]:
+        """Holds the lock on the pull of `name`, and hands out the folder for its files, which need not exist yet.
+
+        Raises Busy when another process is pulling it.
+        """
+        check_name(name)
+        folder = self.partial(name)
+        lock = folder.with_name(f"{name}.lock")
+        with self._explained("written"):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                descriptor = _lock(lock, wait=False)
+            except BlockingIOError:
+                raise Busy(f"another pull of {name} is under way; wait for it, or stop it") from None
+        try:
+            yield folder
+            if not folder.exists():  # installed or removed: nothing is left to be locked
+                lock.unlink(missing_ok=True)
+        finally:
+            os.close(descriptor)
+
+    def install(self, name: str) -> Bundle:
+        """Makes the complete folder `partial(name)` the model `name`, by one rename. Only while `pulling` it.
+
+        Raises BundleError when it is not complete after all.
+        """
+        partial, target = self.partial(name), self.folder / name
+        bundle = Bundle.open(partial, verify=False)
+        _ = bundle.advice  # a calibration that cannot be read would keep the daemon from starting
+        with self._exclusive(), self._explained("written"):
+            if os.path.lexists(target):  # a rename would put it in the place of an empty folder
+                raise StoreError(f"{target} has appeared meanwhile; remove it, or pull under another --name")
+            for folder, _, _ in os.walk(partial):
+                _sync(Path(folder))
+            os.rename(partial, target)  # noqa: PTH104  # like os.replace: it says what it is
+            _sync(self.folder)
+        return Bundle.open(target, verify=False)
+
+    def _delete(self, path: Path) -> int:
+        with self._explained("written"):
+            if path.is_symlink():
+                path.unlink()
+                return 0
+            freed = _bytes_in(path)
+            # Out of sight first: a model that is half deleted must not be seen.
+            for left in self.folder.glob(_REMOVED + "*"):  # by a process that was killed
+                shutil.rmtree(left)
+            away = tempfile.mkdtemp(prefix=_REMOVED, dir=self.folder)
+            os.replace(path, Path(away) / path.name)
+            shutil.rmtree(away)
+            return freed
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """One process at a time chooses, installs or removes."""
+        with self._explained("written"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            descriptor = _lock(self.folder / _LOCK, wait=True)
+        try:
+            yield
+        finally:
+            os.close(descriptor)
+
+    @contextmanager
+    def _explained(self, done: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            place = error.filename or self.folder
+            cure = (
+                "make room, or choose another folder with --models"
+                if error.errno in _DISK_FULL
+                else "choose another folder with --models, or mend this one"
+            )
+            raise StoreError(f"{place} cannot be {done}: {error.strerror}; {cure}") from error
+
+
+def check_name(name: str) -> None:
+    """Raises StoreError unless an installed model may be called `name`."""
+    if name in RESERVED:
+        raise StoreError(f"no installed model can be called {name!r}; choose another with --name")
+    if not _is_name(name):
+        raise StoreError(
+            f"a model cannot be called {name[:MAX_NAME_CHARS]!r}: a name has letters, digits, dots, dashes and "
+            f"underscores, at most {MAX_NAME_CHARS}, and begins with a letter or digit; choose one with --name"
+        )
+
+
+def name_from(text: str) -> str:
+    """A name for the model that its maker calls `text`, such as sd-turbo-int8 for "sd-turbo (int8)"."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")[:MAX_NAME_CHARS]
+    check_name(name)
+    return name
+
+
+def _is_name(name: str) -> bool:
+    return _NAME.fullmatch(name) is not None and len(name) <= MAX_NAME_CHARS
+
+
+def _is_model(path: Path) -> bool:
+    return _is_name(path.name) and path.name not in RESERVED and path.is_dir()
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
+
+
+def _write_durably(path: Path, text: str) -> None:
+    """Writes the file at once or not at all, also when the power goes."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f"{path.name}-", delete=False) as part:
+        try:
+            part.write(text)
+            part.flush()
+            os.fsync(part.fileno())
+            os.replace(part.name, path)
+        except BaseException:
+            Path(part.name).unlink(missing_ok=True)
+            raise
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Makes what was put into the folder, or renamed in it, last. Windows does so by itself."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(path: Path, *, wait: bool) -> int:
+    """A descriptor of the file, locked; the end of the process, however it comes, unlocks it.
+
+    Raises BlockingIOError when another process has the lock and `wait` is false.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _lock_descriptor(descriptor, wait)
+            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # its last holder took the file away: lock the new one
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock_descriptor(descriptor: int, wait: bool) -> None:
+        try:  # LK_LOCK gives up after ten seconds, and nothing holds a lock that is waited for nearly as long
+            msvcrt.locking(descriptor, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+        except OSError as error:
+            raise BlockingIOError(error.errno, error.strerror) from error
+else:
+    import fcntl
+
+    def _lock_descriptor(descriptor: int, wait: bool) -> None:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -1,0 +1,253 @@
+"""The store: what is installed, which model is chosen, and that nothing half-done is ever seen."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from edge_agent.bundle import DENOISER, Bundle
+from edge_agent.errors import BundleError, Busy, StoreError
+from edge_agent.settings import STARTER, resolve
+from edge_agent.store import MAX_NAME_CHARS, Store, check_name, name_from
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "models", STARTER)
+
+
+def install(store: Store, name: str, bundle: Path = STARTER) -> Path:
+    return Path(shutil.copytree(bundle, store.folder / name))
+
+
+def test_without_a_folder_there_is_the_starter_and_nothing_is_made(store: Store) -> None:
+    assert store.names() == ["starter"]
+    assert (store.current, store.current_folder) == ("starter", STARTER)
+    assert store.unfinished() == {}
+    assert not store.folder.exists()
+
+
+def test_the_folder_lies_under_xdg_data_home_unless_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", "/data")
+    assert resolve({}, {}).store.folder == Path("/data/routet2i/models")
+    monkeypatch.delenv("XDG_DATA_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve({}, {}).store.folder == tmp_path / ".local/share/routet2i/models"
+    assert resolve({}, {"EDGE_AGENT_MODELS": "~/m"}).store.folder == tmp_path / "m"
+
+
+def test_what_is_installed_is_listed_and_what_only_looks_like_it_is_not(store: Store, tmp_path: Path) -> None:
+    install(store, "two")
+    (store.folder / "linked").symlink_to(install(store, "one"))
+    for other in (".partial/three", ".hidden", "with space", "edge"):
+        (store.folder / other).mkdir(parents=True)
+    (store.folder / "file").write_text("")
+    assert store.names() == ["starter", "linked", "one", "two"]
+    assert Bundle.open(store.path("linked")).digest == Bundle.open(STARTER).digest
+
+
+def test_the_chosen_model_is_what_the_settings_give_unless_a_bundle_is_named(
+    store: Store, tmp_path: Path
+) -> None:
+    chosen = install(store, "mine")
+    store.choose("mine")
+    flags = {"models": str(store.folder)}
+    assert store.current == "mine"
+    assert resolve(flags, {}).bundle_folder == chosen
+    assert resolve(flags | {"bundle": str(tmp_path)}, {}).bundle_folder == tmp_path
+    store.choose("starter")
+    assert resolve(flags, {}).bundle_folder == STARTER
+    assert not (store.folder / ".current").exists()
+
+
+def test_a_damaged_model_is_not_chosen(store: Store) -> None:
+    install(store, "mine")
+    store.choose("mine")
+    (install(store, "broken") / DENOISER).unlink()
+    with pytest.raises(BundleError, match="is missing"):
+        store.choose("broken")
+    assert store.current == "mine"
+
+
+def test_a_choice_that_is_not_there_any_more_says_what_to_do(store: Store) -> None:
+    chosen = install(store, "mine")
+    store.choose("mine")
+    shutil.rmtree(chosen)
+    with pytest.raises(StoreError, match="models use NAME"):
+        _ = store.current_folder
+    (store.folder / ".current").write_text("../../etc")
+    with pytest.raises(StoreError, match=r"holds no model's name.*models use NAME"):
+        _ = store.current
+    store.choose("starter")
+    assert store.current_folder == STARTER
+
+
+@pytest.mark.parametrize("name", ["../mine", "", ".", "..", ".partial", "a/b", "/etc", "mine\n", "none"])
+def test_a_name_that_is_none_leads_nowhere(store: Store, name: str) -> None:
+    install(store, "mine")
+    (store.folder / ".partial").mkdir()
+    for wrong in (store.path, store.choose, store.remove):
+        with pytest.raises(StoreError, match="there is no model"):
+            wrong(name)
+
+
+@pytest.mark.parametrize("name", ["starter", "edge", "cloud", "../a", ".a", "a b", "ä", "a" * 101, "", "a\n"])
+def test_a_name_that_a_model_cannot_have_is_refused(name: str) -> None:
+    with pytest.raises(StoreError, match="--name"):
+        check_name(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("routet2i-starter-edge", "routet2i-starter-edge"),
+        ("stabilityai/sd-turbo (int8)", "stabilityai-sd-turbo-int8"),
+        ("../../etc/passwd", "etc-passwd"),
+        ("x" * 300, "x" * MAX_NAME_CHARS),
+    ],
+)
+def test_a_name_is_made_of_what_the_maker_calls_it(text: str, name: str) -> None:
+    assert name_from(text) == name
+
+
+def test_remove_frees_the_bytes_and_refuses_what_is_in_use(store: Store) -> None:
+    size = sum(path.stat().st_size for path in install(store, "mine").rglob("*") if path.is_file())
+    store.choose("mine")
+    with pytest.raises(StoreError, match="is the chosen model"):
+        store.remove("mine")
+    with pytest.raises(StoreError, match="starter"):
+        store.remove("starter")
+    store.choose("starter")
+    assert store.remove("mine") == size
+    assert store.names() == ["starter"]
+    assert [path.name for path in store.folder.iterdir()] == [".lock"]
+
+
+def test_removing_a_link_leaves_what_it_leads_to(store: Store, tmp_path: Path) -> None:
+    elsewhere = Path(shutil.copytree(STARTER, tmp_path / "elsewhere"))
+    store.folder.mkdir()
+    (store.folder / "linked").symlink_to(elsewhere)
+    assert store.remove("linked") == 0
+    assert store.names() == ["starter"]
+    Bundle.open(elsewhere)
+
+
+def test_what_an_unfinished_pull_left_can_be_removed(store: Store) -> None:
+    with store.pulling("mine") as partial:
+        partial.mkdir()
+        (partial / "file").write_bytes(b"12345")
+    assert store.unfinished() == {"mine": 5}
+    assert store.names() == ["starter"]
+    assert store.remove("mine") == 5
+    assert store.unfinished() == {}
+    assert list((store.folder / ".partial").iterdir()) == []
+
+
+def test_install_makes_a_complete_folder_a_model_and_leaves_nothing_else(store: Store) -> None:
+    with store.pulling("mine") as partial:
+        shutil.copytree(STARTER, partial)
+        assert store.install("mine").folder == store.folder / "mine"
+    assert store.names() == ["starter", "mine"]
+    assert list((store.folder / ".partial").iterdir()) == []
+
+
+def test_install_refuses_what_is_incomplete_and_what_would_replace(store: Store) -> None:
+    with store.pulling("mine") as partial:
+        (Path(shutil.copytree(STARTER, partial)) / DENOISER).unlink()
+        with pytest.raises(BundleError, match="is missing"):
+            store.install("mine")
+        assert store.names() == ["starter"]
+        shutil.rmtree(partial)
+        shutil.copytree(STARTER, partial)
+        (store.folder / "mine").mkdir()
+        with pytest.raises(StoreError, match="has appeared meanwhile"):
+            store.install("mine")
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from edge_agent.store import Store
+with Store(Path(sys.argv[1]), Path("none")).pulling("mine"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_processes_cannot_pull_the_same_model_and_a_killed_one_lets_go(store: Store) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(store.folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+    ) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        with pytest.raises(Busy, match="another pull of mine"), store.pulling("mine"):
+            pass
+        with store.pulling("other"):
+            pass
+        holder.kill()
+        holder.wait()
+    with store.pulling("mine"):
+        pass
+
+
+def _choose_often(folder: str, name: str) -> None:
+    store = Store(Path(folder), STARTER)
+    for _ in range(20):
+        store.choose(name)
+
+
+def test_a_choice_is_seen_whole_while_others_choose(store: Store) -> None:
+    for name in ("one", "two"):
+        install(store, name)
+    store.choose("one")
+    context = multiprocessing.get_context("spawn")
+    choosing = [
+        context.Process(target=_choose_often, args=(str(store.folder), name)) for name in ("one", "two")
+    ]
+    for process in choosing:
+        process.start()
+    seen = set()
+    while any(process.is_alive() for process in choosing):
+        seen.add(store.current)
+    assert [process.exitcode for process in choosing] == [0, 0]
+    assert seen <= {"one", "two"}
+    assert [path.name for path in store.folder.glob(".current*")] == [".current"]
+
+
+def test_a_choice_that_cannot_be_written_leaves_the_one_before(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("one", "two"):
+        install(store, name)
+    store.choose("one")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StoreError, match="No space left on device; make room"):
+        store.choose("two")
+    assert store.current == "one"
+    assert [path.name for path in store.folder.glob(".current*")] == [".current"]
+
+
+def test_a_file_in_the_folders_place_is_named(tmp_path: Path) -> None:
+    (tmp_path / "models").write_text("")
+    store = Store(tmp_path / "models", STARTER)
+    with pytest.raises(StoreError, match="models cannot be read"):
+        store.names()
+    with pytest.raises(StoreError, match="models cannot be written"):
+        store.choose("starter")
