@@ -73,6 +73,8 @@ class Generator:
         """
         for library in ("DIFFUSERS", "TRANSFORMERS"):
             os.environ.setdefault(f"{library}_VERBOSITY", "error")  # both log while they are imported
+        # diffusers imports onnxruntime where it is installed, and that would report to its maker.
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
         try:
             import torch
             from diffusers import DiffusionPipeline

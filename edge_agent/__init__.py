@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import functools
+import os
+
+# From 1.29 on, onnxruntime's wheels for Linux and macOS otherwise leave a device id in the user's cache and report
+# models and run times to their maker. It looks at this once, on being imported, so this comes first: nothing of a
+# prompt's making leaves the device. Who wants the reports sets the variable to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 @functools.cache

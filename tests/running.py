@@ -268,6 +268,7 @@ def process_environment(folder: Path, **extra: str) -> dict[str, str]:
     }
     paths = {
         "HOME": folder,
+        "XDG_CACHE_HOME": folder / "cache",
         "XDG_STATE_HOME": folder / "state",
         "XDG_DATA_HOME": folder / "data",
         "XDG_RUNTIME_DIR": folder,

@@ -74,6 +74,9 @@ async def test_easy_prompts_stay_and_open_no_connection_and_hard_ones_go(
         assert await app.health() == "SERVING"
     assert edge.process.stop() == 0
     assert edge.process.wait_for_nothing_bad(), edge.process.text
+    # onnxruntime's own reports, which would go out under an id that lies in the user's cache, are off in both.
+    for process in (edge.process, world.cloud):
+        assert not list(process.folder.rglob("*onnxruntime*"))
 
 
 async def test_32_prompts_at_once_against_a_budget_for_5_images(
