@@ -1,0 +1,408 @@
+"""A finished float32 bundle becomes a smaller one: half precision, or eight bits.
+
+- fp16: weights and arithmetic in half precision; inputs and outputs of every graph stay float32. Half the bytes
+  everywhere; faster where the processor computes in half precision (GPUs), not on x86-64, where onnxruntime widens
+  the weights again while loading.
+- int8: weights of matrix products in eight bits, their inputs scaled as they come (dynamic); convolutions between
+  quantize/dequantize pairs whose ranges are those of calibration prompts, run through the float32 bundle (static).
+  Weights use seven of the eight bits: processors without VNNI add products in pairs of 16 bits, which eight overflow.
+
+Both are made with onnxruntime's own tools. What a smaller bundle lost is measured against the float32 one, on prompts
+that calibrated nothing, and one that is grossly off is refused.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnx.external_data_helper import uses_external_data
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    QuantFormat,
+    QuantType,
+    quantize_dynamic,
+    quantize_static,
+)
+from onnxruntime.quantization.quant_utils import load_model_with_shape_infer
+from onnxruntime.transformers.float16 import convert_float_to_float16
+
+from edge_agent.bundle import PREDICTOR, Bundle, write_manifest
+from edge_agent.diffusion.generator import Generator, Image
+from edge_agent.diffusion.sessions import Array, Session
+from edge_agent.errors import GenerationFailed
+from export.errors import ExportError
+
+DTYPES = ("fp32", "fp16", "int8")
+
+# Of everyday things, in the lengths that people write. The first calibrate, the others compare.
+CALIBRATION_PROMPTS = (
+    "a cat",
+    "two dogs on a beach",
+    "a red apple left of a tiny guitar",
+    "portrait of an old sailor, oil painting",
+    "a house in the snow at night",
+    "an astronaut riding a horse, photograph, high detail",
+    "three owls above a boat",
+    "a bowl of fruit on a wooden table, soft light",
+    "a castle on a hill, fantasy art, trending, dramatic sky",
+    "a robot",
+    "a big moon, a small house and two trees",
+    "street in the rain with neon signs",
+)
+COMPARISON_PROMPTS = (
+    "a small balloon in the snow",
+    "a bicycle under a rainbow, seen from far away",
+    "portrait of a young woman reading a book",
+    "four bananas",
+)
+
+# Of the power of the float32 images about their mean, how much the difference may have. An image that has nothing to do
+# with the other differs by twice that power. In half precision the difference must stay unseen: a thousandth is 40 dB
+# below the picture, about what JPEG at a high quality does. Eight bits may change details and not the picture: at a
+# tenth, 20 dB, shapes begin to move.
+BOUNDS = {"fp16": 1e-3, "int8": 1e-1}
+
+# Half precision ends at 65504, and other prompts go further than those that were tried. Whether a value overflows shows
+# only where arithmetic is in half precision: on a CPU the images are right, and not a number on a GPU.
+HALF_RANGE = 65504 / 2
+
+HALF_CALLS = 8  # of one graph, to see how large its values grow
+MAX_CALLS = (
+    96  # of one graph, spread over all that the calibration prompts make: ranges are known long before
+)
+EXTERNAL_DATA = "model.onnx_data"  # as optimum names the weights beside a graph
+_LARGEST_GRAPH = 1 << 30  # bytes in one file; protobuf itself ends at 2 GiB
+_MASK = (
+    1e38  # what is larger stands for infinity: attention masks add the lowest float32, which becomes -65504
+)
+_COMPARISON_SEED = 4000
+
+Report = Callable[[str], None]
+Feeds = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a smaller bundle's images differ by from the float32 one's."""
+
+    largest: float  # of any colour in 0..1, before rounding
+    psnr: float  # dB over all images; rounding to eight bits alone is 58.9
+    share: float  # power of the difference over that of the float32 images about their mean
+
+    @classmethod
+    def between(
+        cls, images: Sequence[NDArray[np.float32]], references: Sequence[NDArray[np.float32]]
+    ) -> Loss:
+        """Of images [H, W, 3] in 0..1, in the same order."""
+        found, wanted = np.stack(images).astype(np.float64), np.stack(references).astype(np.float64)
+        difference = found - wanted
+        power = float(np.mean(difference**2))
+        about_mean = wanted - wanted.mean(axis=(1, 2), keepdims=True)
+        own = float(np.mean(about_mean**2))
+        return cls(
+            float(np.abs(difference).max()),
+            float("inf") if power == 0 else -10 * float(np.log10(power)),
+            0.0 if power == 0 else power / max(own, np.finfo(np.float64).tiny),
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"largest difference {self.largest:.1e}, PSNR {self.psnr:.1f} dB, {self.share:.1e} of the picture"
+        )
+
+
+def shrink(
+    folder: str | os.PathLike[str],
+    dtype: str,
+    *,
+    keep: Collection[str] = (),
+    prompts: Sequence[str] = CALIBRATION_PROMPTS,
+    bound: float | None = None,
+    report: Report = print,
+) -> Loss:
+    """Turn the graphs of the float32 bundle in `folder` into `dtype`, in place, and state them in its manifest.
+
+    Work on a copy: where this raises, some graphs are converted and others not. A predictor stays as it is. The model
+    digest changes, so a calibration that was in the bundle no longer is for it.
+
+    Args:
+        dtype: "fp16" or "int8".
+        keep: the parts that stay float32, by folder: "text_encoder", "unet", "vae_decoder", ...
+        prompts: make the ranges for int8; the closer to what will be asked the better.
+        bound: see BOUNDS, where it is taken from when None.
+        report: gets one line for each graph, and the loss.
+
+    Raises:
+        BundleError: the bundle cannot be opened.
+        ExportError: a graph is not float32 or cannot be converted, `keep` names a part that is not there, or the
+            images are grossly off or not finite.
+    """
+    root = Path(folder)
+    bundle = Bundle.open(root)
+    graphs = _graphs(bundle, keep)
+    references = _images(bundle)
+    if dtype not in BOUNDS:
+        raise ExportError(f"no smaller dtype {dtype!r}; there are {', '.join(BOUNDS)}")
+    calls, watched = (MAX_CALLS, _has_convolutions) if dtype == "int8" else (HALF_CALLS, lambda _graph: True)
+    feeds = _feeds(bundle, [name for name in graphs if watched(root / name)], prompts, calls)
+    for name in graphs:
+        before = _bytes(root / name)
+        _refuse_converted(root / name)
+        if dtype == "fp16":
+            _to_half(root / name, feeds[name])
+        else:
+            _to_eight_bits(root / name, feeds.get(name, []))
+        report(
+            f"{Path(name).parent}: {before / 1e6:.1f} MB in fp32, {_bytes(root / name) / 1e6:.1f} MB in {dtype}"
+        )
+    write_manifest(root)
+    try:
+        loss = Loss.between(_images(Bundle.open(root)), references)
+    except GenerationFailed as error:
+        raise ExportError(
+            f"in {dtype}: {error.message}; keep the part that overflows in fp32 with --keep"
+        ) from error
+    report(f"{dtype} against fp32: {loss}")
+    allowed = BOUNDS[dtype] if bound is None else bound
+    if not loss.share <= allowed:
+        raise ExportError(
+            f"in {dtype} the images lose {loss.share:.1e} of the picture where {allowed:.0e} is allowed; keep a part "
+            f"({', '.join(str(Path(name).parent) for name in graphs)}) in fp32 with --keep"
+        )
+    return loss
+
+
+def _graphs(bundle: Bundle, keep: Collection[str]) -> list[str]:
+    """Paths of the graphs to convert, relative to the bundle."""
+    every = [name for name in bundle.manifest.files if name.endswith(".onnx") and name != PREDICTOR]
+    parts = {str(Path(name).parent) for name in every}
+    if unknown := sorted(set(keep) - parts):
+        raise ExportError(f"the bundle has no {', '.join(unknown)}; its parts are {', '.join(sorted(parts))}")
+    return [name for name in every if str(Path(name).parent) not in keep]
+
+
+def _images(bundle: Bundle) -> list[NDArray[np.float32]]:
+    """Of the comparison prompts, as the edge makes them."""
+    return list(_drawn(bundle, COMPARISON_PROMPTS, _COMPARISON_SEED))
+
+
+def _drawn(bundle: Bundle, prompts: Sequence[str], seed: int) -> Iterator[NDArray[np.float32]]:
+    manifest = bundle.manifest
+    generator = Generator(bundle)
+    _, negative = generator.encode("")
+    for number, prompt in enumerate(prompts):
+        _, states = generator.encode(prompt)
+        steps, guidance = manifest.default_steps, manifest.default_guidance
+        *_, image = generator.generate(states, negative, seed + number, steps, guidance)
+        assert isinstance(image, Image)
+        yield image.colours
+
+
+def _feeds(
+    bundle: Bundle, graphs: Sequence[str], prompts: Sequence[str], most: int
+) -> Mapping[str, list[Feeds]]:
+    """What `graphs` are given while the float32 bundle makes the images of `prompts`, at most `most` calls of each.
+
+    Of more, every k-th is kept, k being odd, so that all steps of an even number take part.
+    """
+    with _recorded({bundle.path(name) for name in graphs}) as calls:
+        for _ in _drawn(bundle, prompts, seed=0):
+            pass
+    kept = {}
+    for name in graphs:
+        found = calls.get(bundle.path(name), [])
+        every = max(1, -(-len(found) // most))
+        kept[name] = found[:: every if every % 2 else every + 1]
+    return kept
+
+
+@contextmanager
+def _recorded(graphs: Collection[Path]) -> Iterator[Mapping[Path, list[Feeds]]]:
+    """The inputs of every run of `graphs` in this block.
+
+    The way from a prompt to what a graph is really given is the runtime's own, so the runtime is watched at the one
+    place that all its calls pass.
+    """
+    calls: dict[Path, list[Feeds]] = {}
+    run = Session.run
+
+    def watched(self: Session, inputs: Mapping[str, Array], **options: Any) -> list[Array]:
+        if self.path in graphs:
+            calls.setdefault(self.path, []).append(dict(inputs))
+        return run(self, inputs, **options)
+
+    Session.run = watched  # type: ignore[method-assign]
+    try:
+        yield calls
+    finally:
+        Session.run = run  # type: ignore[method-assign]
+
+
+class _Feeds(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime ships no types
+    """Hands recorded inputs to onnxruntime's calibration, in the types that the graph asks for."""
+
+    def __init__(self, graph: Path, feeds: Sequence[Feeds]) -> None:
+        inputs = onnx.load(graph, load_external_data=False).graph.input
+        self._dtypes = {
+            one.name: onnx.helper.tensor_dtype_to_np_dtype(one.type.tensor_type.elem_type) for one in inputs
+        }
+        self._left = iter(feeds)
+
+    def get_next(self) -> Feeds | None:
+        """The next call's inputs, None after the last."""
+        feeds = next(self._left, None)
+        if feeds is None:
+            return None
+        return {name: np.asarray(value, self._dtypes[name]) for name, value in feeds.items()}
+
+
+def _has_convolutions(graph: Path) -> bool:
+    return any(node.op_type == "Conv" for node in onnx.load(graph, load_external_data=False).graph.node)
+
+
+def _refuse_converted(graph: Path) -> None:
+    """Nothing is gained by rounding what is rounded, and the float32 images would not be what they claim."""
+    for tensor in onnx.load(graph, load_external_data=False).graph.initializer:
+        if tensor.data_type in (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.INT8):
+            raise ExportError(f"{graph} is not float32: export the model again with --dtype fp32")
+
+
+def _to_half(graph: Path, feeds: Sequence[Feeds]) -> None:
+    with _rewritten(graph) as scratch, _quiet():
+        if feeds and (largest := _largest_value(graph, feeds, scratch)) > HALF_RANGE:
+            part = graph.parent.name
+            raise ExportError(
+                f"{part} computes with values up to {largest:.2g}, too close to 65504, where half precision ends; "
+                f"keep it in fp32 with --keep {part}"
+            )
+        # By its path: shapes of graphs above 2 GiB can only be inferred from a file.
+        model = convert_float_to_float16(str(graph), keep_io_types=True)
+        _save(model, graph)
+
+
+def _largest_value(graph: Path, feeds: Sequence[Feeds], scratch: Path) -> float:
+    """The largest magnitude of any float tensor in the graph while it runs on `feeds`, but for masks.
+
+    onnxruntime's own calibration would tell as well, but takes a time that grows with the square of the nodes.
+    """
+    model = load_model_with_shape_infer(graph)
+    floats = {
+        value.name
+        for value in (*model.graph.value_info, *model.graph.output)
+        if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    }
+    watched, ends = [], []
+    for node in model.graph.node:
+        watched.append(node)
+        for name in floats.intersection(node.output):
+            for kind in (
+                "ReduceMin",
+                "ReduceMax",
+            ):  # beside what they watch, so that no tensor outlives its use
+                ends.append(f"{name}_{kind}")
+                watched.append(onnx.helper.make_node(kind, [name], [ends[-1]], keepdims=0))
+    del model.graph.node[:]
+    model.graph.node.extend(watched)
+    del model.graph.output[:]
+    model.graph.output.extend(
+        onnx.helper.make_tensor_value_info(end, onnx.TensorProto.FLOAT, None) for end in ends
+    )
+    watcher = scratch / graph.name
+    beside = model.ByteSize() > _LARGEST_GRAPH
+    onnx.save_model(model, watcher, save_as_external_data=beside, location=EXTERNAL_DATA)
+    session = ort.InferenceSession(watcher, providers=["CPUExecutionProvider"])
+    reader = _Feeds(graph, feeds)
+    magnitudes = np.abs([session.run(None, inputs) for inputs in iter(reader.get_next, None)])
+    return float(magnitudes[magnitudes < _MASK].max(initial=0.0))
+
+
+def _to_eight_bits(graph: Path, feeds: Sequence[Feeds]) -> None:
+    """Matrix products first: the ranges of the convolutions are then those they will meet."""
+    large = _bytes(graph) > _LARGEST_GRAPH
+    with _rewritten(graph) as scratch, _quiet():
+        products = scratch / "products.onnx"
+        quantize_dynamic(
+            graph,
+            products,
+            op_types_to_quantize=["MatMul"],
+            per_channel=True,
+            reduce_range=True,
+            weight_type=QuantType.QInt8,
+            use_external_data_format=large,
+            extra_options={"MatMulConstBOnly": True},
+        )
+        result = products
+        if feeds:
+            result = scratch / "convolutions.onnx"
+            quantize_static(
+                products,
+                result,
+                _Feeds(products, feeds),
+                quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=["Conv"],
+                per_channel=True,
+                reduce_range=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                use_external_data_format=large,
+            )
+        _save(onnx.load(result), graph)
+
+
+@contextmanager
+def _rewritten(graph: Path) -> Iterator[Path]:
+    """A scratch folder beside the bundle, gone afterwards; what the tools raise becomes one ExportError."""
+    with tempfile.TemporaryDirectory(dir=graph.parents[2]) as scratch:
+        try:
+            yield Path(scratch)
+        except (OSError, ExportError):
+            raise  # a full disk says so itself
+        except Exception as error:  # protobuf, onnx and onnxruntime fail in many ways
+            raise ExportError(f"{graph} cannot be converted: {error}") from error
+
+
+def _save(model: onnx.ModelProto, graph: Path) -> None:
+    """Over `graph`; weights that one file cannot hold go into EXTERNAL_DATA beside it."""
+    for stale in _external_files(graph):
+        stale.unlink()
+    partial = graph.with_suffix(".partial")
+    beside = model.ByteSize() > _LARGEST_GRAPH
+    onnx.save_model(model, partial, save_as_external_data=beside, location=EXTERNAL_DATA)
+    os.replace(partial, graph)
+
+
+def _external_files(graph: Path) -> set[Path]:
+    tensors = onnx.load(graph, load_external_data=False).graph.initializer
+    return {
+        graph.parent / entry.value
+        for tensor in tensors
+        if uses_external_data(tensor)
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+
+
+def _bytes(graph: Path) -> int:
+    return sum(path.stat().st_size for path in (graph, *_external_files(graph)))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The tools advise through the root logger what is decided here, a line for every graph and some for nodes."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(level)

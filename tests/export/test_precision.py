@@ -1,0 +1,177 @@
+"""A smaller bundle makes the same pictures in fewer bytes, or is refused with the part that it fails on."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from edge_agent.bundle import DECODER, DENOISER, TEXT_ENCODER, Bundle, write_manifest
+from edge_agent.diffusion.generator import Generator, Image
+from edge_agent.errors import BundleError
+from export.errors import ExportError
+from export.precision import BOUNDS, Loss, shrink
+
+GRAPHS = (TEXT_ENCODER, DENOISER, DECODER)
+PROMPTS = ("a cat", "two dogs on a beach", "a red moon")
+
+
+def silent(_line: str) -> None:
+    """A report that nobody reads."""
+
+
+@pytest.fixture(scope="module", params=["fp16", "int8"])
+def small(
+    request: pytest.FixtureRequest, miniature_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path, Loss]:
+    """Dtype, folder and loss of a smaller form of the miniature. Only to be read."""
+    folder = tmp_path_factory.mktemp(request.param) / "bundle"
+    shutil.copytree(miniature_bundle, folder)
+    return request.param, folder, shrink(folder, request.param, prompts=PROMPTS, report=silent)
+
+
+def colours(bundle: Path, prompt: str = "two cats", seed: int = 3) -> np.ndarray:
+    generator = Generator(Bundle.open(bundle))
+    states, negative = generator.encode(prompt)[1], generator.encode("")[1]
+    *_, image = generator.generate(states, negative, seed, 4, 5.0)
+    assert isinstance(image, Image)
+    return image.colours
+
+
+def test_the_edge_makes_nearly_the_same_picture_from_fewer_bytes(
+    small: tuple[str, Path, Loss], miniature_bundle: Path
+) -> None:
+    dtype, folder, loss = small
+    assert 0 < loss.share <= BOUNDS[dtype]
+    difference = np.abs(colours(folder) - colours(miniature_bundle))
+    assert 0 < difference.max() <= 4 * loss.largest
+    for name in GRAPHS:
+        weights = [
+            sum(tensor.ByteSize() for tensor in onnx.load(bundle / name).graph.initializer)
+            for bundle in (folder, miniature_bundle)
+        ]
+        assert weights[0] < 0.9 * weights[1], name
+
+
+def test_weights_are_of_the_type_that_was_asked_for(small: tuple[str, Path, Loss]) -> None:
+    dtype, folder, _ = small
+    for name in GRAPHS:
+        graph = onnx.load(folder / name).graph
+        types = {tensor.data_type for tensor in graph.initializer}
+        operators = {node.op_type for node in graph.node}
+        if dtype == "fp16":
+            assert onnx.TensorProto.FLOAT16 in types
+        else:
+            assert onnx.TensorProto.INT8 in types
+            assert ("DequantizeLinear" in operators) == (name != TEXT_ENCODER)
+            assert name == DECODER or "MatMulInteger" in operators
+
+
+def test_what_goes_in_and_out_stays_as_it_was(small: tuple[str, Path, Loss], miniature_bundle: Path) -> None:
+    """So the edge, optimum and every execution provider feed it as before."""
+    for name in GRAPHS:
+        signatures = []
+        for bundle in (small[1], miniature_bundle):
+            graph = onnx.load(bundle / name).graph
+            signatures.append([(n.name, n.type.tensor_type.elem_type) for n in (*graph.input, *graph.output)])
+        assert signatures[0] == signatures[1]
+
+
+def test_the_models_are_others_and_say_so(small: tuple[str, Path, Loss], miniature_bundle: Path) -> None:
+    """A calibration for the float32 models must not pass for one of these."""
+    assert Bundle.open(small[1]).model_digest != Bundle.open(miniature_bundle).model_digest
+    assert {path.name for path in small[1].parent.iterdir()} == {"bundle"}
+
+
+def test_optimums_own_pipeline_makes_the_same_picture(small: tuple[str, Path, Loss]) -> None:
+    from optimum.onnxruntime import ORTStableDiffusionPipeline
+
+    pipeline = ORTStableDiffusionPipeline.from_pretrained(small[1])
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        "two cats",
+        num_inference_steps=4,
+        guidance_scale=5.0,
+        generator=torch.Generator("cpu").manual_seed(3),
+        output_type="np",
+    ).images[0]
+    assert np.abs(colours(small[1]) - theirs).max() <= 1e-2
+
+
+def test_a_part_that_is_kept_keeps_its_bytes(bundle_copy: Path) -> None:
+    before = [(bundle_copy / name).read_bytes() for name in GRAPHS]
+    shrink(bundle_copy, "fp16", keep=("text_encoder", "vae_decoder"), prompts=PROMPTS[:1], report=silent)
+    kept = [(bundle_copy / name).read_bytes() == old for name, old in zip(GRAPHS, before, strict=True)]
+    assert kept == [True, False, True]
+
+
+def test_a_part_that_is_not_there_cannot_be_kept(bundle_copy: Path) -> None:
+    before = Bundle.open(bundle_copy).digest
+    with pytest.raises(ExportError, match=r"no decoder; its parts are text_encoder, unet, vae_decoder"):
+        shrink(bundle_copy, "fp16", keep=("decoder",), report=silent)
+    assert Bundle.open(bundle_copy).digest == before
+
+
+def test_what_loses_too_much_is_refused_with_a_way_out(bundle_copy: Path) -> None:
+    """Eight bits are never exact, so a bound of nothing stands for a picture that is grossly off."""
+    with pytest.raises(ExportError, match="in fp32 with --keep"):
+        shrink(bundle_copy, "int8", keep=("unet",), prompts=PROMPTS[:1], bound=0.0, report=silent)
+
+
+def test_values_beyond_half_precision_are_found_although_the_cpu_shows_none(bundle_copy: Path) -> None:
+    """The first layer's outputs grow by a million and the second's weights shrink by as much: nothing changes in
+    float32, nor in half precision on a CPU, which computes in float32 all the same.
+    """
+    model = onnx.load(bundle_copy / DECODER)
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    first = next(node for node in model.graph.node if node.op_type == "Conv")
+    for name in first.input[1:]:
+        grown = onnx.numpy_helper.to_array(weights[name]) * np.float32(1e6)
+        weights[name].CopyFrom(onnx.numpy_helper.from_array(grown, name))
+    shrunk = onnx.helper.make_node("Mul", ["grown", "millionth"], list(first.output))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(1e-6), "millionth"))
+    place = list(model.graph.node).index(first)
+    first.output[0] = "grown"
+    model.graph.node.insert(place + 1, shrunk)
+    onnx.save(model, bundle_copy / DECODER)
+    write_manifest(bundle_copy)
+    with pytest.raises(ExportError, match=r"vae_decoder computes with values up to .*--keep vae_decoder"):
+        shrink(bundle_copy, "fp16", prompts=PROMPTS[:1], report=silent)
+
+
+def test_what_is_small_already_is_not_rounded_again(small: tuple[str, Path, Loss], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(small[1], tmp_path / "bundle"))
+    with pytest.raises(ExportError, match="not float32"):
+        shrink(copy, "fp16", prompts=PROMPTS[:1], report=silent)
+
+
+def test_weights_that_one_file_cannot_hold_lie_beside_the_graph(
+    bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tiny limit stands for the two gigabytes at which protobuf ends; what is written is read back again."""
+    from export import precision
+
+    monkeypatch.setattr(precision, "_LARGEST_GRAPH", 10_000)
+    shrink(bundle_copy, "fp16", prompts=PROMPTS[:1], report=silent)
+    bundle = Bundle.open(bundle_copy)
+    assert "unet/model.onnx_data" in bundle.manifest.files
+    assert np.isfinite(colours(bundle_copy)).all()
+    # No byte of the weights is left out of what the manifest vouches for.
+    (bundle_copy / "unet" / "model.onnx_data").write_bytes(b"other")
+    with pytest.raises(BundleError, match=r"model\.onnx_data has 5 bytes"):
+        Bundle.open(bundle_copy)
+
+
+def test_the_loss_of_other_pictures_is_twice_their_power() -> None:
+    """What the bounds are a share of."""
+    rng = np.random.default_rng(0)
+    images = rng.random((2, 4, 64, 64, 3), np.float32)
+    loss = Loss.between(list(images[0]), list(images[1]))
+    assert loss.share == pytest.approx(2.0, rel=0.05)
+    assert Loss.between(list(images[0]), list(images[0])) == Loss(0.0, float("inf"), 0.0)
+    eighth = np.round(images[0] * 255) / 255
+    assert Loss.between(list(eighth), list(images[0])).psnr == pytest.approx(58.9, abs=0.1)
