@@ -6,11 +6,12 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from edge_agent import version
 from edge_agent.cloud import CloudAccepted, CloudImage
@@ -24,6 +25,8 @@ from edge_agent.reader import Reader, Reading
 from edge_agent.request import ImageRequest, Limits, Routing, validate
 
 log = logging.getLogger(__name__)
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -89,9 +92,11 @@ class Agent:
         """
         began = time.perf_counter()
         request = validate(request, self.limits)
-        reading = await self._read(request.prompt)
+        reading, decision = await self._beside(self._consider, request, reserving=True)
+        purchase = None
         async with AsyncExitStack() as closing:
-            decision, purchase = await self._decide(request, reading)
+            if decision.route == "cloud":
+                decision, purchase = await self._reserve(request, reading, decision)
             if purchase is not None:
                 await closing.enter_async_context(aclosing(purchase))
             yield decision
@@ -105,19 +110,8 @@ class Agent:
     async def route(self, request: ImageRequest) -> Decision:
         """The decision alone, against the quota as it is now. Reserves nothing, calls nobody."""
         request = validate(request, self.limits)
-        reading = await self._read(request.prompt)
-        began = time.perf_counter()
-        route, reason = self._verdict(request, reading, quota_allows=True)
-        if reason is Reason.PARETO_CLOUD:
-            try:
-                allows = await asyncio.to_thread(
-                    self.purchases.ledger.allows, request.app, self._ceiling(request)
-                )
-            except LedgerError as error:  # as in _decide: a ledger that cannot be read allows nothing
-                log.error("ledger", extra={"fields": {"error": error.message}})
-                allows = False
-            route, reason = self._verdict(request, reading, quota_allows=allows)
-        return await self._explained(request, reading, route, reason, {"decide": _ms_since(began)})
+        _, decision = await self._beside(self._consider, request, reserving=False)
+        return decision
 
     @property
     def advice(self) -> tuple[str, ...]:
@@ -150,34 +144,53 @@ class Agent:
         """Let go of the reading thread."""
         self._reading.shutdown(wait=False, cancel_futures=True)
 
-    async def _read(self, prompt: str) -> Reading:
-        return await asyncio.get_running_loop().run_in_executor(self._reading, self.reader.read, prompt)
+    async def _beside(self, work: Callable[..., Found], *arguments: Any, **named: Any) -> Found:
+        """What `work` returns, done in the reading thread while the event loop stays free."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._reading, partial(work, *arguments, **named)
+        )
 
-    async def _decide(self, request: ImageRequest, reading: Reading) -> tuple[Decision, Purchase | None]:
-        """Decision and reservation in one: whether the quota allows the cloud is found by reserving."""
+    def _consider(self, request: ImageRequest, *, reserving: bool) -> tuple[Reading, Decision]:
+        """In the reading thread and in one go, since each change of threads costs a tenth of the whole.
+
+        Whoever is `reserving` next finds out by that whether the quota allows the cloud; others ask here.
+        """
+        reading = self.reader.read(request.prompt)
+        began = time.perf_counter()
+        route, reason = self._verdict(request, reading, quota_allows=True)
+        if reason is Reason.PARETO_CLOUD and not reserving and not self._quota_allows(request):
+            route, reason = self._verdict(request, reading, quota_allows=False)
+        quota = self._quota(request.app)
+        stages_ms = {"decide": _ms_since(began)}
+        alpha = self.reader.alpha if self.calibrated else None
+        return reading, explain(reading, route, reason, alpha, quota, stages_ms)
+
+    async def _reserve(
+        self, request: ImageRequest, reading: Reading, decision: Decision
+    ) -> tuple[Decision, Purchase | None]:
+        """Whether the quota allows the cloud is found by reserving: the decision that stands, and what it bought."""
         began = time.perf_counter()
         purchase = None
-        route, reason = self._verdict(request, reading, quota_allows=True)
-        timings_ms = {"decide": _ms_since(began)}
-        if route == "cloud":
-            began = time.perf_counter()
-            try:
-                purchase = await self.purchases.reserve(
-                    request, self._ceiling(request), self._cloud_timeout_s(request)
-                )
-            except (QuotaExhausted, LedgerError) as error:
-                if request.routing is Routing.CLOUD_ONLY:
-                    raise
-                if isinstance(error, LedgerError):  # a ledger that cannot be written allows nothing
-                    log.error("ledger", extra={"fields": {"error": error.message}})
-                route, reason = self._verdict(request, reading, quota_allows=False)
-            timings_ms["reserve"] = _ms_since(began)
+        route, reason = decision.route, decision.reason
         try:
-            return await self._explained(request, reading, route, reason, timings_ms), purchase
+            purchase = await self.purchases.reserve(
+                request, self._ceiling(request), self._cloud_timeout_s(request)
+            )
+        except (QuotaExhausted, LedgerError) as error:
+            if request.routing is Routing.CLOUD_ONLY:
+                raise
+            if isinstance(error, LedgerError):  # a ledger that cannot be written allows nothing
+                log.error("ledger", extra={"fields": {"error": error.message}})
+            route, reason = self._verdict(request, reading, quota_allows=False)
+        try:
+            quota = await self._beside(self._quota, request.app)
         except BaseException:
             if purchase is not None:
                 await purchase.aclose()
             raise
+        timings_ms = {**decision.timings_ms, "reserve": _ms_since(began)}
+        timings_ms["total"] += timings_ms["reserve"]
+        return replace(decision, route=route, reason=reason, quota=quota, timings_ms=timings_ms), purchase
 
     def _verdict(
         self, request: ImageRequest, reading: Reading, *, quota_allows: bool
@@ -194,25 +207,16 @@ class Agent:
             quota_allows=quota_allows,
         )
 
-    async def _explained(
-        self,
-        request: ImageRequest,
-        reading: Reading,
-        route: Route,
-        reason: Reason,
-        timings_ms: Mapping[str, float],
-    ) -> Decision:
-        stages = {**reading.timings_ms, **timings_ms}
-        decision = explain(reading, route, reason, self.reader.alpha if self.calibrated else None)
-        return replace(
-            decision,
-            quota=await self._quota(request.app),
-            timings_ms={**stages, "total": sum(stages.values())},
-        )
-
-    async def _quota(self, app: str) -> tuple[BudgetState, ...]:
+    def _quota_allows(self, request: ImageRequest) -> bool:
         try:
-            return await asyncio.to_thread(self.purchases.ledger.states, app)
+            return self.purchases.ledger.allows(request.app, self._ceiling(request))
+        except LedgerError as error:  # as in _reserve: a ledger that cannot be read allows nothing
+            log.error("ledger", extra={"fields": {"error": error.message}})
+            return False
+
+    def _quota(self, app: str) -> tuple[BudgetState, ...]:
+        try:
+            return self.purchases.ledger.states(app)
         except LedgerError as error:  # only an account is lost; an image on the edge costs nothing
             log.error("ledger", extra={"fields": {"error": error.message}})
             return ()
@@ -295,15 +299,10 @@ class Agent:
     async def _negative_states(self, request: ImageRequest, reading: Reading, guidance: float) -> Any:
         if guidance <= 1.0:
             return reading.states  # takes no part
-        loop = asyncio.get_running_loop()
         if request.negative_prompt:
-            return await loop.run_in_executor(
-                self._reading, self.reader.negative_states, request.negative_prompt
-            )
+            return await self._beside(self.reader.negative_states, request.negative_prompt)
         if self._nothing_negative is None:
-            self._nothing_negative = await loop.run_in_executor(
-                self._reading, self.reader.negative_states, ""
-            )
+            self._nothing_negative = await self._beside(self.reader.negative_states, "")
         return self._nothing_negative
 
     async def _result(self, request: ImageRequest, decision: Decision, made: Made, began: float) -> Result:
@@ -311,7 +310,7 @@ class Agent:
             png = with_facts(made.png, _facts(request, decision, made)) if self._terms.png_facts else made.png
             return png, hashlib.sha256(png).hexdigest()
 
-        png, sha256 = await asyncio.get_running_loop().run_in_executor(self._reading, finish)
+        png, sha256 = await self._beside(finish)
         self.served[made.served_by] += 1
         timings_ms = {**decision.timings_ms, **made.timings_ms, "total": _ms_since(began)}
         return Result(request, decision, made, png, sha256, timings_ms)
@@ -335,9 +334,17 @@ class Agent:
         return not self.cloud_digest or calibration is None or calibration.cloud_digest == self.cloud_digest
 
 
-def explain(reading: Reading, route: Route, reason: Reason, alpha: float | None) -> Decision:
-    """The decision with everything the reading says for it; quota and later timings are the caller's."""
+def explain(
+    reading: Reading,
+    route: Route,
+    reason: Reason,
+    alpha: float | None,
+    quota: tuple[BudgetState, ...] = (),
+    stages_ms: Mapping[str, float] | None = None,
+) -> Decision:
+    """The decision with everything the reading says for it, the quota's account, and the stages after reading."""
     prediction = reading.prediction
+    timings_ms = {**reading.timings_ms, **(stages_ms or {})}
     return Decision(
         route=route,
         reason=reason,
@@ -346,7 +353,8 @@ def explain(reading: Reading, route: Route, reason: Reason, alpha: float | None)
         edge_quality=tuple(prediction.edge.tolist()) if prediction else (),
         cloud_quality=tuple(prediction.cloud.tolist()) if prediction else (),
         tokens=reading.token_pulls(),
-        timings_ms={**reading.timings_ms, "total": sum(reading.timings_ms.values())},
+        quota=quota,
+        timings_ms={**timings_ms, "total": sum(timings_ms.values())},
         prompt_truncated=reading.tokens.truncated,
     )
 

@@ -13,6 +13,7 @@ stricter, never more generous.
 
 from __future__ import annotations
 
+import bisect
 import logging
 import math
 import os
@@ -138,11 +139,22 @@ class Reservation:
     expires_at: float = 0.0
 
 
+@dataclass(frozen=True)
+class _Account:
+    """What counts, as the ledger stood after its last write, `as_of` seconds since 1970."""
+
+    as_of: float
+    sums: tuple[tuple[float, int, int], ...]  # for each budget: start of its window, spent, reserved
+    recent: tuple[tuple[float, ...], ...]  # for each rate: when its calls were reserved, ascending
+
+
 class Ledger:
     """The ledger on disk. One process holds it open at a time; its methods may be called from any thread.
 
-    Every method may wait for the disk (some milliseconds): call them in a worker thread. Every method raises
-    LedgerError, saying what to do, when the file cannot be used.
+    Every method may wait for the disk (some milliseconds): call them in a worker thread. `allows`, `states` and
+    `rates` seldom do: since nobody else can write the file, what the last write left is kept in memory, and only a
+    window that begins asks the file again. Every method raises LedgerError, saying what to do, when the file cannot
+    be used.
     """
 
     def __init__(
@@ -162,6 +174,7 @@ class Ledger:
         # lock.
         self._lock = threading.Lock()
         self._closed = False
+        self._account: _Account | None = None  # replaced as a whole, so that it can be read without the lock
 
     @classmethod
     def open(
@@ -224,7 +237,7 @@ class Ledger:
                 raise DuplicateRequest(
                     f"the request id {request_id!r} is {earlier[0]} already; use a new one for a new image"
                 )
-            refusal = self._refusal(connection, app, ceiling_micro_usd, now)
+            refusal = self._refusal(self._counted(connection, now), app, ceiling_micro_usd, now)
             if refusal is not None:
                 raise refusal
             connection.execute(
@@ -293,32 +306,30 @@ class Ledger:
     def allows(self, app: str, ceiling_micro_usd: int) -> bool:
         """Whether `reserve` would find room at this moment. A snapshot: nothing is set aside."""
         _check_money(ceiling_micro_usd)
-        with self._transaction() as connection:
-            return self._refusal(connection, app, ceiling_micro_usd, self.clock()) is None
+        now = self.clock()
+        return self._refusal(self._account_at(now), app, ceiling_micro_usd, now) is None
 
     def states(self, app: str | None = None) -> tuple[BudgetState, ...]:
         """The budgets in their current windows: those that apply to `app`, or all of them when it is None."""
-        with self._transaction() as connection:
-            now = self.clock()
-            return tuple(
-                self._state(connection, budget, now)
-                for budget in self._budgets
-                if app is None or budget.app in (None, app)
-            )
+        return tuple(
+            state
+            for state in self._states(self._account_at(self.clock()))
+            if app is None or state.app in (None, app)
+        )
 
     def rates(self) -> tuple[RateState, ...]:
         """The rates, and what they count now."""
-        with self._transaction() as connection:
-            now = self.clock()
-            return tuple(
-                RateState(rate.name, rate.max_calls, rate.per_seconds, len(_recent(connection, rate, now)))
-                for rate in self._rates
-            )
+        now = self.clock()
+        return tuple(
+            RateState(rate.name, rate.max_calls, rate.per_seconds, len(_recent(rate, reserved_at, now)))
+            for rate, reserved_at in zip(self._rates, self._account_at(now).recent, strict=True)
+        )
 
     def close(self) -> None:
         """Close the file. Closing again does nothing; every other method raises LedgerError from then on."""
         with self._lock:
             self._closed = True
+            self._account = None
             self._connection.close()
 
     @contextmanager
@@ -330,8 +341,11 @@ class Ledger:
             try:
                 self._connection.execute("BEGIN IMMEDIATE")
                 yield self._connection
+                account = self._counted(self._connection, self.clock())
                 self._connection.execute("COMMIT")
+                self._account = account
             except BaseException as error:
+                self._account = None  # the file has to be asked again
                 # After a failed COMMIT it is open whether the change is durable. Either way is safe: what
                 # was to be reserved then counts until it is resolved, what was to be settled or released
                 # was so in truth.
@@ -350,40 +364,67 @@ class Ledger:
             raise LedgerError(f"nothing was ever reserved for request {request_id!r}")
         return cast("tuple[str, int, int]", row)
 
-    def _state(self, connection: sqlite3.Connection, budget: Budget, now: float) -> BudgetState:
-        start, _ = window_bounds(budget.window, now)
-        spent, reserved = connection.execute(
-            "SELECT COALESCE(SUM(cost_micro_usd) FILTER (WHERE state = 'settled'), 0), "
-            "COALESCE(SUM(cost_micro_usd) FILTER (WHERE state = 'reserved'), 0) "
-            "FROM calls WHERE reserved_at >= ? AND (? IS NULL OR app = ?)",
-            (start, budget.app, budget.app),
-        ).fetchone()
-        # Below zero when the cap was lowered within the window.
-        remaining = max(0, budget.cap_micro_usd - spent - reserved)
-        cap = budget.cap_micro_usd
-        return BudgetState(budget.name, budget.window, cap, spent, reserved, remaining, budget.app)
+    def _account_at(self, now: float) -> _Account:
+        """What counts at `now`: from memory, or from the file where a window has begun or the clock was set back."""
+        account = self._account
+        if (
+            account is None
+            or now < account.as_of
+            or [start for start, _, _ in account.sums] != self._starts(now)
+        ):
+            with self._transaction() as connection:
+                account = self._counted(connection, now)
+        return account
+
+    def _counted(self, connection: sqlite3.Connection, now: float) -> _Account:
+        """What counts at `now`, from the file."""
+        sums = [
+            (start, *_sums(connection, budget, start))
+            for budget, start in zip(self._budgets, self._starts(now), strict=True)
+        ]
+        recent = [
+            tuple(
+                reserved_at
+                for (reserved_at,) in connection.execute(
+                    "SELECT reserved_at FROM calls WHERE reserved_at > ? AND state != 'released' ORDER BY 1",
+                    (now - rate.per_seconds,),
+                )
+            )
+            for rate in self._rates
+        ]
+        return _Account(now, tuple(sums), tuple(recent))
+
+    def _starts(self, now: float) -> list[float]:
+        return [window_bounds(budget.window, now)[0] for budget in self._budgets]
+
+    def _states(self, account: _Account) -> Iterator[BudgetState]:
+        for budget, (_, spent, reserved) in zip(self._budgets, account.sums, strict=True):
+            cap = budget.cap_micro_usd
+            remaining = max(
+                0, cap - spent - reserved
+            )  # below zero when the cap was lowered within the window
+            yield BudgetState(budget.name, budget.window, cap, spent, reserved, remaining, budget.app)
 
     def _refusal(
-        self, connection: sqlite3.Connection, app: str, ceiling_micro_usd: int, now: float
+        self, account: _Account, app: str, ceiling_micro_usd: int, now: float
     ) -> QuotaExhausted | None:
         """Why there is no room for one more call of `app` at this ceiling; None when there is."""
-        for budget in self._budgets:
-            if budget.app not in (None, app):
+        for state in self._states(account):
+            if state.app not in (None, app):
                 continue
-            state = self._state(connection, budget, now)
             overdrawn = state.spent_micro_usd + state.reserved_micro_usd > state.cap_micro_usd
             if overdrawn or ceiling_micro_usd > state.remaining_micro_usd:
-                _, end = window_bounds(budget.window, now)
-                fits_later = ceiling_micro_usd <= budget.cap_micro_usd and end is not None
-                left, cap = dollars(state.remaining_micro_usd), dollars(budget.cap_micro_usd)
+                _, end = window_bounds(state.window, now)
+                fits_later = ceiling_micro_usd <= state.cap_micro_usd and end is not None
+                left, cap = dollars(state.remaining_micro_usd), dollars(state.cap_micro_usd)
                 return QuotaExhausted(
-                    f"the budget {budget.name!r} ({budget.window}) has {left} left of {cap}, "
+                    f"the budget {state.name!r} ({state.window}) has {left} left of {cap}, "
                     f"and this call may cost {dollars(ceiling_micro_usd)}",
-                    budget=budget.name,
+                    budget=state.name,
                     retry_after_s=end - now if fits_later and end is not None else None,
                 )
-        for rate in self._rates:
-            recent = _recent(connection, rate, now)
+        for rate, reserved_at in zip(self._rates, account.recent, strict=True):
+            recent = _recent(rate, reserved_at, now)
             if len(recent) >= rate.max_calls:
                 # There is room again once the last `max_calls` calls but one are all that is recent.
                 leaves = recent[len(recent) - rate.max_calls] if rate.max_calls else None
@@ -396,13 +437,20 @@ class Ledger:
         return None
 
 
-def _recent(connection: sqlite3.Connection, rate: Rate, now: float) -> list[float]:
-    """When the calls were reserved that `rate` counts now, in ascending order."""
-    rows = connection.execute(
-        "SELECT reserved_at FROM calls WHERE reserved_at > ? AND state != 'released' ORDER BY 1",
-        (now - rate.per_seconds,),
-    )
-    return [reserved_at for (reserved_at,) in rows]
+def _sums(connection: sqlite3.Connection, budget: Budget, start: float) -> tuple[int, int]:
+    """Micro-dollars spent and reserved of `budget` since `start`."""
+    row = connection.execute(
+        "SELECT COALESCE(SUM(cost_micro_usd) FILTER (WHERE state = 'settled'), 0), "
+        "COALESCE(SUM(cost_micro_usd) FILTER (WHERE state = 'reserved'), 0) "
+        "FROM calls WHERE reserved_at >= ? AND (? IS NULL OR app = ?)",
+        (start, budget.app, budget.app),
+    ).fetchone()
+    return cast("tuple[int, int]", row)
+
+
+def _recent(rate: Rate, reserved_at: tuple[float, ...], now: float) -> tuple[float, ...]:
+    """Those of the ascending times that `rate` counts now."""
+    return reserved_at[bisect.bisect_right(reserved_at, now - rate.per_seconds) :]
 
 
 def window_bounds(window: Window, now: float) -> tuple[float, float | None]:

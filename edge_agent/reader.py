@@ -6,14 +6,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
-
 from edge_agent.bundle import Bundle
 from edge_agent.diffusion.sessions import Runtime
 from edge_agent.diffusion.text_encoder import TextEncoder, TextStates
 from edge_agent.policy import TokenPull
 from edge_agent.predictor import Prediction, Predictor
-from edge_agent.superiority import relative_superiority
+from edge_agent.superiority import Superiority
 from edge_agent.tokens import Tokenizer, Tokens
 
 
@@ -34,11 +32,9 @@ class Reading:
         """The prompt's own tokens in order, and what each contributes to the predicted gap."""
         if self.prediction is None:
             return ()
-        own = np.flatnonzero(self.tokens.mask)
-        pulls = self.prediction.pull[own].tolist()
+        mask, texts, pulls = self.tokens.mask.tolist(), self.tokens.texts, self.prediction.pull.tolist()
         return tuple(
-            TokenPull(self.tokens.texts[position], tuple(pull))
-            for position, pull in zip(own, pulls, strict=True)
+            [TokenPull(text, tuple(pull)) for own, text, pull in zip(mask, texts, pulls, strict=True) if own]
         )
 
 
@@ -61,8 +57,9 @@ class Reader:
         )
         self.calibration = bundle.calibration
         self.advice = bundle.advice
-        self._fitting = self.calibration if not self.advice else None
-        self.alpha = self._fitting.alpha(routing_rate) if self._fitting else None
+        fitting = self.calibration if not self.advice else None
+        self._superiority = Superiority(fitting.scale, fitting.weights) if fitting else None
+        self.alpha = fitting.alpha(routing_rate) if fitting else None
 
     @classmethod
     def open(cls, bundle: Bundle, routing_rate: float, runtime: Runtime | None = None) -> Reader:
@@ -79,9 +76,8 @@ class Reader:
         encoded = time.perf_counter()
         prediction = self._predictor.predict(states.tokens, tokens.mask) if self._predictor else None
         prs = None
-        if prediction is not None and self._fitting is not None:
-            scale, weights = self._fitting.scale, self._fitting.weights
-            prs = float(relative_superiority(prediction.edge, prediction.cloud, scale, weights))
+        if prediction is not None and self._superiority is not None:
+            prs = float(self._superiority.of(prediction.edge, prediction.cloud))
         predicted = time.perf_counter()
         timings_ms = {
             "tokenize": (tokenized - began) * 1e3,

@@ -164,6 +164,8 @@ def _check_text(text: str, field: str, max_chars: int) -> None:
             f"the {field} has {len(text):,} characters; at most {max_chars:,} are taken: shorten it",
             field=field,
         )
+    if text.isprintable():  # nearly every prompt, and quicker to see
+        return
     for position, character in enumerate(text):
         category = unicodedata.category(character)
         # Format characters (Cf) stay: the zero-width joiner is part of many emoji.

@@ -45,17 +45,28 @@ def relative_superiority(edge: ArrayLike, cloud: ArrayLike, scale: ArrayLike, we
 
     Raises ValueError when scale or weights break those rules or the result is not finite.
     """
-    scale_, weights_ = np.asarray(scale, np.float64), np.asarray(weights, np.float64)
-    if not (scale_ > 0).all():
-        raise ValueError("every metric's scale must be positive")
-    if not ((weights_ >= 0).all() and abs(float(weights_.sum()) - 1) < 1e-6):
-        raise ValueError("the metrics' weights must be non-negative and add up to 1")
-    gap = (np.asarray(edge, np.float64) - np.asarray(cloud, np.float64)) / scale_
-    # sigmoid(x) = (1 + tanh(x / 2)) / 2, which does not overflow for gaps many scales wide.
-    prs: Floats = (0.5 * (1 + np.tanh(0.5 * gap))) @ weights_
-    if not np.isfinite(prs).all():
-        raise ValueError("the predicted qualities are not finite numbers")
-    return prs
+    return Superiority(scale, weights).of(edge, cloud)
+
+
+class Superiority:
+    """PRS by one scale and one set of weights, which are checked once for all prompts."""
+
+    def __init__(self, scale: ArrayLike, weights: ArrayLike) -> None:
+        """Raises ValueError unless the scale is positive and the weights are non-negative and add up to 1."""
+        self._scale, self._weights = np.asarray(scale, np.float64), np.asarray(weights, np.float64)
+        if not (self._scale > 0).all():
+            raise ValueError("every metric's scale must be positive")
+        if not ((self._weights >= 0).all() and abs(float(self._weights.sum()) - 1) < 1e-6):
+            raise ValueError("the metrics' weights must be non-negative and add up to 1")
+
+    def of(self, edge: ArrayLike, cloud: ArrayLike) -> Floats:
+        """PRS, float64 [...], of qualities [..., M]. Raises ValueError when the result is not finite."""
+        gap = (np.asarray(edge, np.float64) - np.asarray(cloud, np.float64)) / self._scale
+        # sigmoid(x) = (1 + tanh(x / 2)) / 2, which does not overflow for gaps many scales wide.
+        prs: Floats = (0.5 * (1 + np.tanh(0.5 * gap))) @ self._weights
+        if not np.isfinite(prs).all():
+            raise ValueError("the predicted qualities are not finite numbers")
+        return prs
 
 
 def paper_scale(mean_gap: ArrayLike, sd_paired: ArrayLike, gamma: float = 1.0) -> Floats:

@@ -78,15 +78,15 @@ class Tokenizer:
         A character made of several tokens, such as an emoji, is the text of each of them.
         """
         encoding = self._tokenizer.encode(prompt)
-        mask = np.asarray(encoding.special_tokens_mask) == 0
-        texts = tuple(
-            prompt[start:end] if own else token
-            for token, (start, end), own in zip(encoding.tokens, encoding.offsets, mask, strict=True)
-        )
+        special = encoding.special_tokens_mask
+        texts = list(encoding.tokens)
+        for position, (start, end) in enumerate(encoding.offsets):
+            if not special[position]:
+                texts[position] = prompt[start:end]
         return Tokens(
-            np.asarray([encoding.ids], np.int64),
-            mask,
-            texts,
+            np.array([encoding.ids], np.int64),
+            np.logical_not(np.array(special, np.bool_)),
+            tuple(texts),
             bool(encoding.overflowing),
             self._second.encode(prompt).ids if self._second else None,
         )

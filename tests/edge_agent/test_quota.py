@@ -102,6 +102,26 @@ def test_a_call_that_would_exceed_the_cap_is_refused_with_budget_time_and_amount
     assert [call.request_id for call in ledger.unresolved()] == ["a"]
 
 
+def test_what_is_left_is_told_while_a_write_waits_for_the_disk(open_ledger: Open) -> None:
+    """A slow disk must not hold up decisions: they read what the last write left, from memory."""
+    ledger = open_ledger(DAY, Rate("rate", 2, 60))
+    ledger.reserve("a", "app", 61)
+    with ThreadPoolExecutor(1) as reader, ledger._transaction():
+        assert reader.submit(remaining, ledger).result(timeout=10) == [39]
+        assert reader.submit(ledger.allows, "app", 39).result(timeout=10)
+        assert reader.submit(ledger.rates).result(timeout=10)[0].calls == 1
+
+
+def test_a_window_that_begins_is_read_from_the_file(open_ledger: Open) -> None:
+    clock = Clock()
+    ledger = open_ledger(DAY, Rate("rate", 2, 60), clock=clock)
+    ledger.reserve("a", "app", 61)
+    clock.now += 86_400
+    assert (remaining(ledger), ledger.rates()[0].calls) == ([100], 0)
+    clock.now -= 86_400  # set back: what was counted then counts again
+    assert (remaining(ledger), ledger.rates()[0].calls) == ([39], 1)
+
+
 def test_a_price_above_the_whole_cap_does_not_ask_to_wait(open_ledger: Open) -> None:
     with pytest.raises(QuotaExhausted) as refused:
         open_ledger(DAY).reserve("a", "app", 101)
