@@ -37,7 +37,7 @@ class Purchases:
     def __init__(self, ledger: Ledger, cloud: CloudClient | None) -> None:
         self.ledger = ledger
         self.cloud = cloud
-        self._under_way: set[str] = set()  # ids that a Purchase of this process still holds
+        self._under_way: set[str] = set()  # ids that a Purchase of this process holds, or the resolver
         self._unsent: set[str] = set()  # ids left to the resolver whose call was never opened
         self._wake = asyncio.Event()
         self._resolver: asyncio.Task[None] | None = None
@@ -74,6 +74,10 @@ class Purchases:
         except asyncio.CancelledError:
             # The thread may still reserve: once it has, the resolver gives the money back.
             reserving.add_done_callback(lambda done: self.hand_over(key, sent=done.exception() is not None))
+            raise
+        except LedgerError:
+            # Where the write itself failed, the money may be set aside all the same: the resolver looks.
+            self.hand_over(key, sent=True)
             raise
         except RouteT2IError:
             self._under_way.discard(key)
@@ -136,9 +140,19 @@ class Purchases:
         """Go once through the open reservations; False when some have to be asked for again later."""
         try:
             later = 0
-            for reservation in await asyncio.to_thread(self.ledger.unresolved):
-                if reservation.request_id not in self._under_way:
+            found = await asyncio.to_thread(self.ledger.unresolved)
+            # First those that nobody has to be asked about: a cloud out of reach does not hold them up.
+            for reservation in sorted(found, key=lambda left: left.request_id not in self._unsent):
+                key = reservation.request_id
+                if key in self._under_way:
+                    continue
+                self._under_way.add(
+                    key
+                )  # or it could be reserved anew before the answer comes, and be released
+                try:
                     later += not await self._resolved(reservation)
+                finally:
+                    self._under_way.discard(key)
         except (
             RouteT2IError
         ) as error:  # the cloud is out of reach, or the ledger is: so it would be for the others
@@ -189,7 +203,7 @@ class Purchase:
     async def images(self) -> CloudEvents:
         """The cloud's events; the image comes when it is settled. Raises CloudError."""
         self._sent = True
-        timeout_s = self._deadline - time.monotonic()
+        timeout_s = max(0.0, self._deadline - time.monotonic())
         calling = cast(CloudEvents, self._cloud.generate(self._request, self._ceiling_micro_usd, timeout_s))
         async with aclosing(calling) as events:
             try:

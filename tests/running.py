@@ -301,6 +301,7 @@ class ScriptedCloud(cloud_pb2_grpc.CloudServerServiceServicer):
         self.received: list[cloud_pb2.GenerateRequest] = []
         self.metadata: list[dict[str, Any]] = []
         self.lookups: list[str] = []
+        self.answerable: Callable[[str], bool] = lambda _: True  # a lookup of this id waits until it is
         self.charged: dict[str, int] = {}  # for each request id that was charged
         self.cancelled = 0
         self.connections = 0
@@ -358,6 +359,7 @@ class ScriptedCloud(cloud_pb2_grpc.CloudServerServiceServicer):
         self, request: cloud_pb2.LookupGenerationRequest, context: Any
     ) -> cloud_pb2.LookupGenerationResponse:
         self.lookups.append(request.request_id)
+        await until(lambda: self.answerable(request.request_id))
         charged = self.charged.get(request.request_id)
         arrived = any(request.request_id == received.image.request_id for received in self.received)
         state = "GENERATION_STATE_CANCELLED" if arrived else "GENERATION_STATE_UNKNOWN"

@@ -1,0 +1,81 @@
+"""What the resolver may do to a reservation while others hold it, and what it can do without a cloud."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+
+from edge_agent.cloud import CloudClient
+from edge_agent.errors import DuplicateRequest
+from edge_agent.purchase import Purchases
+from edge_agent.quota import Budget, Ledger
+from edge_agent.request import ImageRequest
+from tests.running import scripted_cloud, until
+
+CEILING = 10_000
+DAY = (Budget("day", "day", 1_000_000),)
+
+Begin = Callable[[str], Purchases]
+
+
+@pytest.fixture
+async def begin(tmp_path: Path) -> AsyncIterator[Begin]:
+    """Purchases of one cloud, with a call in the ledger that an earlier run left open."""
+    async with AsyncExitStack() as closing:
+
+        def begin(address: str) -> Purchases:
+            cloud = CloudClient(address)
+            ledger = Ledger.open(tmp_path / "quota.sqlite3", DAY)
+            ledger.reserve("left", "default", CEILING, cloud.identity)
+            purchases = Purchases(ledger, cloud)
+            closing.push_async_callback(purchases.close)
+            return purchases
+
+        yield begin
+
+
+def request(request_id: str) -> ImageRequest:
+    return ImageRequest(request_id=request_id, prompt="a cat", seed=1, width=64, height=64)
+
+
+def unresolved(purchases: Purchases) -> list[str]:
+    return [reservation.request_id for reservation in purchases.ledger.unresolved()]
+
+
+async def test_an_id_whose_outcome_is_being_asked_for_cannot_be_reserved_anew_and_then_be_released(
+    begin: Begin,
+) -> None:
+    answered: set[str] = set()
+    async with scripted_cloud("d" * 64) as cloud:
+        cloud.answerable = answered.__contains__
+        purchases = begin(cloud.address)
+        first = await purchases.reserve(request("again"), CEILING, 0.0)
+        await purchases.start()
+        await until(lambda: cloud.lookups == ["left"])  # both were open when the resolver looked
+        await first.aclose()  # never sent, so it is released
+        answered.add("left")
+        await until(lambda: cloud.lookups == ["left", "again"])
+        with pytest.raises(DuplicateRequest, match="under way"):
+            await purchases.reserve(request("again"), CEILING, 60.0)
+        answered.add("again")
+        await until(lambda: purchases._under_way == set())
+        second = await purchases.reserve(request("again"), CEILING, 60.0)
+        await asyncio.sleep(0.2)
+        assert unresolved(purchases) == ["again"]
+        await second.aclose()
+
+
+async def test_what_was_never_sent_is_released_also_while_the_cloud_is_out_of_reach(begin: Begin) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # bound and not listening: nobody answers there
+        purchases = begin(f"127.0.0.1:{closed.getsockname()[1]}")
+        await purchases.reserve(request("hasty"), CEILING, 60.0)
+        purchases.hand_over("hasty", sent=False)  # as when its caller goes away within the reservation
+        assert unresolved(purchases) == ["left", "hasty"]
+        await purchases.start()
+        await until(lambda: unresolved(purchases) == ["left"])
