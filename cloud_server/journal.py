@@ -131,21 +131,18 @@ class Journal:
 
         Raises AlreadyExists when it is being made, or was made.
         """
-        with self._transaction():
-            entry = self._find(tenant, request_id)
-            if entry is not None and entry.state in (State.RUNNING, State.FINISHED):
-                raise AlreadyExists(
-                    f"request_id {request_id} is {entry.state.value}; ask LookupGeneration for its outcome",
-                    facts={"state": entry.state.value},
-                )
-            now = self._clock()
-            self._connection.execute(
-                "INSERT OR REPLACE INTO generations (tenant, request_id, fingerprint, state, began) "
-                "VALUES (?, ?, ?, ?, ?)",
-                (tenant, request_id, fingerprint, State.RUNNING.value, now),
-            )
-            self._prune(now)
-            self._live.add((tenant, request_id))  # before anybody can find the row
+        began = False
+        try:
+            with self._transaction():
+                self._begin(tenant, request_id, fingerprint)
+                self._live.add((tenant, request_id))  # before anybody can find the row
+                began = True
+        except BaseException:
+            if (
+                began
+            ):  # the disk said no at the end: a row that an earlier crash left is not running now, either
+                self._live.discard((tenant, request_id))
+            raise
 
     def finish(self, tenant: str, request_id: str, finished: Finished) -> None:
         """Writes the image and its charge, both or neither; only for an id that is running."""
@@ -184,6 +181,20 @@ class Journal:
         """Lets go of the file."""
         with self._lock:
             self._connection.close()
+
+    def _begin(self, tenant: str, request_id: str, fingerprint: str) -> None:
+        entry = self._find(tenant, request_id)
+        if entry is not None and entry.state in (State.RUNNING, State.FINISHED):
+            raise AlreadyExists(
+                f"request_id {request_id} is {entry.state.value}; ask LookupGeneration for its outcome",
+                facts={"state": entry.state.value},
+            )
+        now = self._clock()
+        self._connection.execute(
+            "INSERT OR REPLACE INTO generations (tenant, request_id, fingerprint, state, began) VALUES (?, ?, ?, ?, ?)",
+            (tenant, request_id, fingerprint, State.RUNNING.value, now),
+        )
+        self._prune(now)
 
     def _find(self, tenant: str, request_id: str) -> Entry | None:
         row = self._connection.execute(

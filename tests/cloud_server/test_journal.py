@@ -78,6 +78,27 @@ def test_what_ran_when_the_process_died_has_failed(journal: Journal, tmp_path: P
     assert state(reopened, "r") is State.RUNNING
 
 
+def test_what_could_not_begin_after_a_crash_is_not_said_to_run(
+    journal: Journal, tmp_path: Path, clock: Clock
+) -> None:
+    journal.begin("t", "r", "f")
+    journal.close()
+    reopened = Journal.open(tmp_path / "state" / "j.sqlite", keep_images_s=60.0, clock=clock)
+    for statement in (  # makes the commit itself fail, as a disk does
+        "PRAGMA foreign_keys = ON",
+        "CREATE TABLE none (id INTEGER PRIMARY KEY)",
+        "CREATE TABLE orphans (id INTEGER REFERENCES none DEFERRABLE INITIALLY DEFERRED)",
+        "CREATE TRIGGER orphan AFTER INSERT ON generations BEGIN INSERT INTO orphans VALUES (1); END",
+    ):
+        reopened._connection.execute(statement)
+    with pytest.raises(JournalError):
+        reopened.begin("t", "r", "f")
+    assert state(reopened, "r") is State.FAILED
+    reopened._connection.execute("DROP TRIGGER orphan")
+    reopened.begin("t", "r", "f")
+    assert state(reopened, "r") is State.RUNNING
+
+
 def test_an_image_is_dropped_after_its_time_and_its_charge_is_not(
     journal: Journal, clock: Clock, tmp_path: Path
 ) -> None:
