@@ -11,6 +11,7 @@ from cloud_server.errors import DeadlineTooShort, QueueFull
 
 DEFAULT_RETRY_S = 1.0  # what RetryInfo says while the pace is not known
 PACE_WEIGHT = 0.3  # share of the newest image in the moving average of the pace
+DOUBT = 0.8  # what is left of a pace after it has turned somebody away from an idle server
 
 Shape = Hashable  # whatever images of the same cost a step have in common
 
@@ -34,7 +35,9 @@ class Admission:
 
     It learns the model's pace for each shape of image, in seconds a denoising step, so that it can refuse a call
     whose deadline would pass. The estimate leaves out everything but steps of known pace: it is a lower bound,
-    and who is refused could not have been served in time. For one event loop; not thread-safe.
+    and who is refused could not have been served in time. A pace learnt while the machine slept or was busy is
+    wrong, and whom it refuses cannot correct it: so it shrinks with each caller that it keeps from an idle
+    server, until one is let in. For one event loop; not thread-safe.
     """
 
     def __init__(self, max_queue: int) -> None:
@@ -62,6 +65,8 @@ class Admission:
         ticket = Ticket(position=len(self._tickets), shape=shape, steps_left=steps)
         estimate = self._estimate([*self._tickets, ticket])
         if remaining_s is not None and remaining_s < estimate:
+            if not self._tickets and shape in self._pace_s:
+                self._pace_s[shape] *= DOUBT
             raise DeadlineTooShort(
                 f"the image would take {estimate:.1f} s or more, with {ticket.position} requests before it, and the "
                 f"deadline is in {remaining_s:.1f} s; allow more time"

@@ -73,3 +73,20 @@ async def test_a_full_queue_says_when_the_running_image_should_be_done() -> None
         with pytest.raises(QueueFull) as refusal:
             await admission.enter("large", 1, None).__aenter__()
     assert refusal.value.retry_after_s == 8.0
+
+
+async def test_a_pace_learnt_while_the_machine_slept_does_not_turn_callers_away_for_good() -> None:
+    admission = Admission(max_queue=9)
+    admission.record("large", step_s=1_000.0)
+
+    async def let_in() -> bool:
+        try:
+            async with admission.enter("large", 25, 60.0):
+                return True
+        except DeadlineTooShort:
+            return False
+
+    async with admission.enter("large", 1, None):
+        assert not any([await let_in() for _ in range(40)]), "a busy server keeps its word"
+    assert not await let_in()
+    assert any([await let_in() for _ in range(40)])
