@@ -88,6 +88,9 @@ for granted.
 timings_ms.
 """
 
+LONGEST_TIMEOUT_S = 365 * 86_400.0
+"""gRPC takes longer ones, from some 10^9 s on, for a deadline that has passed."""
+
 _EXIT_CODES: dict[type[RouteT2IError], int] = {
     StartRefused: BAD_INPUT,
     BundleError: BAD_INPUT,
@@ -423,8 +426,10 @@ def _timeout(command: argparse.ArgumentParser) -> None:
 def _agent(options: argparse.Namespace) -> AgentClient:
     address = options.agent or os.environ.get(settings.ADDRESS_VARIABLE) or settings.default_address()
     timeout_s = getattr(options, "timeout", None)
-    if timeout_s is not None and not timeout_s > 0:
-        raise InvalidRequest("--timeout must be a number of seconds above 0")
+    if timeout_s is not None and not 0 < timeout_s <= LONGEST_TIMEOUT_S:
+        raise InvalidRequest(
+            "--timeout must be a number of seconds above 0 and at most a year; leave it out to wait as long as it takes"
+        )
     return AgentClient(address, timeout_s)
 
 

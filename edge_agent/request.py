@@ -192,6 +192,11 @@ def _size(request: ImageRequest, limits: Limits) -> tuple[int, int]:
         if request.width in (None, width) and request.height in (None, height):
             return width, height
     have = ", ".join(f"{width}x{height}" for width, height in limits.sizes)
-    asked = "x".join("any" if side is None else str(side) for side in (request.width, request.height))
+    if request.width is None:
+        asked = f"{request.height} pixels high"
+    elif request.height is None:
+        asked = f"{request.width} pixels wide"
+    else:
+        asked = f"of {request.width}x{request.height} pixels"
     field = "width" if request.width not in {None, *(width for width, _ in limits.sizes)} else "height"
-    raise InvalidRequest(f"this bundle does not make {asked} pixels; it makes {have}", field=field)
+    raise InvalidRequest(f"this bundle makes no images {asked}; it makes {have}", field=field)

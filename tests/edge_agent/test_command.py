@@ -246,6 +246,8 @@ def test_status_and_models_tell_what_runs(run: Run, daemon: Process, routed_bund
         (("generate", "a", "-o", "none/cat.png"), 2, "nothing can be written"),
         (("generate", "a", "-o", "."), 2, "is a folder"),
         (("generate", "a", "--timeout", "0"), 2, "--timeout"),
+        (("generate", "a", "--timeout", "inf"), 2, "at most a year"),
+        (("generate", "a", "--timeout", "nan"), 2, "at most a year"),
         (("generate", "a", "--agent", "nowhere"), 2, "HOST:PORT"),
         (("generate", "a", "--agent", "127.0.0.1:1"), 3, "edge-agent serve"),
         (("route", "a", "--agent", "unix:/none/agent.sock"), 3, "edge-agent serve"),
