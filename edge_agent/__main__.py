@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import logging
 import os
 import sys
@@ -13,15 +12,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from edge_agent import log, settings, version
-from edge_agent.client import BAD_INPUT, BROKEN, DONE, REFUSED, AgentClient, CallFailed, Received
+from edge_agent import log, models, settings, version
+from edge_agent.client import BAD_INPUT, BROKEN, DONE, REFUSED, UNREACHABLE, CallFailed, Received
 from edge_agent.errors import (
     BundleError,
+    Busy,
     InvalidRequest,
     LedgerError,
     PolicyConflict,
+    PullFailed,
     QuotaExhausted,
     RouteT2IError,
+    SourceUnreachable,
     StartRefused,
     StoreError,
 )
@@ -30,6 +32,7 @@ from edge_agent.policy import Decision, decide
 from edge_agent.quota import BudgetState, dollars
 from edge_agent.request import MAX_SEED, ImageRequest, Limits, Privacy, Routing, validate
 from edge_agent.superiority import METRICS
+from edge_agent.terminal import add_command, client, print_facts, print_json, print_table
 from routet2i.edge.v1 import edge_pb2
 
 DESCRIPTION = """\
@@ -45,7 +48,8 @@ a first image, in two terminals:
 Commands other than serve talk to a running daemon. They find it by --agent, else by the environment variable
 EDGE_AGENT_ADDRESS, else at the default socket. `edge-agent COMMAND --help` has examples of each.
 
-exit codes: 0 done, 2 bad usage or input, 3 daemon or cloud not reachable or busy, 4 refused by quota or policy
+exit codes: 0 done, 2 bad usage or input, 3 daemon, cloud or source of a model not reachable or busy, 4 refused by
+quota or policy
 (1: a fault of the program itself)
 """
 
@@ -88,14 +92,14 @@ for granted.
 timings_ms.
 """
 
-LONGEST_TIMEOUT_S = 365 * 86_400.0
-"""gRPC takes longer ones, from some 10^9 s on, for a deadline that has passed."""
-
 _EXIT_CODES: dict[type[RouteT2IError], int] = {
     StartRefused: BAD_INPUT,
     BundleError: BAD_INPUT,
     LedgerError: BAD_INPUT,
     StoreError: BAD_INPUT,
+    PullFailed: BAD_INPUT,
+    SourceUnreachable: UNREACHABLE,
+    Busy: UNREACHABLE,
     InvalidRequest: BAD_INPUT,
     PolicyConflict: REFUSED,
     QuotaExhausted: REFUSED,
@@ -113,10 +117,10 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"%(prog)s {version()}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    serve = _command(commands, "serve", _serve, "start the daemon", SERVE_EPILOG, client=False)
+    serve = add_command(commands, "serve", _serve, "start the daemon", SERVE_EPILOG, client=False)
     settings.add_flags(serve)
 
-    generate = _command(commands, "generate", _generate, "make an image", GENERATE_EPILOG)
+    generate = add_command(commands, "generate", _generate, "make an image", GENERATE_EPILOG)
     generate.add_argument("prompt", metavar="PROMPT", help="what the picture shows")
     generate.add_argument(
         "-o",
@@ -142,7 +146,7 @@ def parser() -> argparse.ArgumentParser:
     _app(generate)
     _timeout(generate)
 
-    route = _command(commands, "route", _route, "say where prompts would go, and why", ROUTE_EPILOG)
+    route = add_command(commands, "route", _route, "say where prompts would go, and why", ROUTE_EPILOG)
     route.add_argument(
         "prompts", metavar="PROMPT", nargs="+", help="a prompt; - reads one a line from standard input"
     )
@@ -150,7 +154,7 @@ def parser() -> argparse.ArgumentParser:
     _app(route)
     _timeout(route)
 
-    quota = _command(
+    quota = add_command(
         commands,
         "quota",
         _quota,
@@ -160,7 +164,7 @@ def parser() -> argparse.ArgumentParser:
     )
     quota.add_argument("--app", default="", metavar="NAME", help="only the budgets that count for this app")
 
-    _command(
+    add_command(
         commands,
         "status",
         _status,
@@ -168,11 +172,7 @@ def parser() -> argparse.ArgumentParser:
         "--json prints one object; `advice` lists what is not as it should be.\n",
     )
 
-    models = commands.add_parser("models", help="show the models", description="Show the models.")
-    actions = models.add_subparsers(dest="action", metavar="ACTION", required=True)
-    _command(actions, "list", _models_list, "list the local and the cloud model", "")
-    show = _command(actions, "show", _models_show, "show everything known of a model", "")
-    show.add_argument("name", metavar="NAME", help="name, `edge`, `cloud`, or the beginning of the digest")
+    models.add_commands(commands)
     return top
 
 
@@ -185,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CallFailed as error:
         return _complain(error.message, error.exit_code)
     except RouteT2IError as error:
-        return _complain(error.message, _EXIT_CODES.get(type(error), BROKEN))
+        return _complain(error.message, _exit_code(error))
     except ModuleNotFoundError as error:
         if error.name != "onnxruntime":
             raise
@@ -197,6 +197,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return DONE
     except KeyboardInterrupt:
         return 130
+
+
+def _exit_code(error: RouteT2IError) -> int:
+    """That of the error's class, else of its nearest base."""
+    return next((_EXIT_CODES[cls] for cls in type(error).__mro__ if cls in _EXIT_CODES), BROKEN)
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -234,7 +239,7 @@ def _generate(options: argparse.Namespace) -> int:
         routing = edge_pb2.ROUTING_CLOUD_ONLY
     given = {name: value for name, value in fields.items() if value is not None}
     decision, received = None, None
-    for event in _shown(_agent(options).generate(routing=routing, **given)):
+    for event in _shown(client(options).generate(routing=routing, **given)):
         if isinstance(event, Decision):
             decision = event
         elif isinstance(event, Received):
@@ -245,7 +250,7 @@ def _generate(options: argparse.Namespace) -> int:
     if received.fallback_error:
         print(f"edge-agent: made on this device, because {received.fallback_error}", file=sys.stderr)
     if options.json:
-        _print_json(_image_facts(decision, received, file))
+        print_json(_image_facts(decision, received, file))
     elif file != "-":
         cost = f" for {dollars(received.cost_micro_usd)}" if received.cost_micro_usd else ""
         seconds = received.timings_ms.get("total", 0.0) / 1e3
@@ -258,7 +263,7 @@ def _generate(options: argparse.Namespace) -> int:
 
 def _route(options: argparse.Namespace) -> int:
     prompts = _prompts(options.prompts)
-    agent = _agent(options)
+    agent = client(options)
     own_terms = any(name in options for name in ("bundle", "routing_rate", "config"))
     named = options.agent is not None or settings.ADDRESS_VARIABLE in os.environ
     if own_terms or (not named and not agent.reachable()):
@@ -267,9 +272,9 @@ def _route(options: argparse.Namespace) -> int:
         decisions = ((prompt, agent.route(prompt, app=options.app)) for prompt in prompts)
     if options.json:
         for prompt, decision in decisions:
-            _print_json(_decision_facts(prompt, decision))
+            print_json(_decision_facts(prompt, decision))
     else:
-        _print_table(
+        print_table(
             ("prompt", "PRS", "alpha", "route", "reason", "ms"),
             (
                 (
@@ -318,12 +323,12 @@ def _routed_here(options: argparse.Namespace, prompts: Iterable[str]) -> Iterato
 
 
 def _quota(options: argparse.Namespace) -> int:
-    budgets, rates = _agent(options).quota(options.app)
+    budgets, rates = client(options).quota(options.app)
     if options.json:
         for budget in budgets:
-            _print_json(_budget_facts(budget))
+            print_json(_budget_facts(budget))
     else:
-        _print_table(
+        print_table(
             ("budget", "window", "cap", "spent", "reserved", "remaining"),
             (
                 (
@@ -338,7 +343,7 @@ def _quota(options: argparse.Namespace) -> int:
             ),
         )
         if rates:
-            _print_table(
+            print_table(
                 ("rate", "calls", "at most", "in seconds"),
                 (
                     (rate.name, str(rate.calls), str(rate.max_calls), f"{rate.per_seconds:g}")
@@ -349,66 +354,7 @@ def _quota(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    return _show(_agent(options).status(), options)
-
-
-def _models_list(options: argparse.Namespace) -> int:
-    models = _agent(options).models()
-    if options.json:
-        for model in models:
-            _print_json(model)
-    else:
-        _print_table(
-            ("side", "name", "size", "steps", "digest"),
-            (
-                (
-                    model["side"],
-                    model["name"],
-                    f"{model['width']}x{model['height']}" if model["width"] else "",
-                    ", ".join(map(str, model["steps"])),
-                    model["digest"][:16],
-                )
-                for model in models
-            ),
-        )
-    return DONE
-
-
-def _models_show(options: argparse.Namespace) -> int:
-    models = _agent(options).models()
-    wanted = options.name
-    for model in models:
-        if wanted in (model["name"], model["side"]) or (wanted and model["digest"].startswith(wanted)):
-            return _show(model, options)
-    names = ", ".join(model["name"] for model in models)
-    raise InvalidRequest(f"there is no model {wanted!r}; there are {names}")
-
-
-def _command(
-    commands: Any,
-    name: str,
-    run: Callable[[argparse.Namespace], int],
-    does: str,
-    epilog: str,
-    *,
-    client: bool = True,
-) -> argparse.ArgumentParser:
-    added: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=does,
-        description=f"{does[0].upper()}{does[1:]}.",
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    added.set_defaults(run=run)
-    if client:
-        added.add_argument(
-            "--agent",
-            metavar="ADDRESS",
-            help="the daemon: unix:PATH or HOST:PORT (default: EDGE_AGENT_ADDRESS)",
-        )
-        added.add_argument("--json", action="store_true", help="print JSON, one object a line")
-    return added
+    return print_facts(client(options).status(), options)
 
 
 def _app(command: argparse.ArgumentParser) -> None:
@@ -421,16 +367,6 @@ def _timeout(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--timeout", type=float, metavar="SECONDS", help="give up after so long (default: never)"
     )
-
-
-def _agent(options: argparse.Namespace) -> AgentClient:
-    address = options.agent or os.environ.get(settings.ADDRESS_VARIABLE) or settings.default_address()
-    timeout_s = getattr(options, "timeout", None)
-    if timeout_s is not None and not 0 < timeout_s <= LONGEST_TIMEOUT_S:
-        raise InvalidRequest(
-            "--timeout must be a number of seconds above 0 and at most a year; leave it out to wait as long as it takes"
-        )
-    return AgentClient(address, timeout_s)
 
 
 def _prompts(arguments: Sequence[str]) -> Iterator[str]:
@@ -548,34 +484,6 @@ def _budget_facts(budget: BudgetState) -> dict[str, Any]:
         "reserved_micro_usd": budget.reserved_micro_usd,
         "remaining_micro_usd": budget.remaining_micro_usd,
     }
-
-
-def _show(facts: dict[str, Any], options: argparse.Namespace) -> int:
-    """One object, as JSON or a fact a line."""
-    if options.json:
-        _print_json(facts)
-        return DONE
-    width = max(map(len, facts))
-    for name, value in facts.items():
-        lines = value if isinstance(value, list) and name == "advice" else [value]
-        for line in lines:
-            print(f"{name.replace('_', ' '):{width}}  {'' if line is None else line}")
-    return DONE
-
-
-def _print_json(facts: dict[str, Any]) -> None:
-    print(json.dumps(facts, ensure_ascii=False), flush=True)
-
-
-def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(*columns, box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*map(Text, row))  # Text: a prompt's [brackets] are no markup
-    Console().print(table)
 
 
 def _rounded(value: float | None) -> str:

@@ -47,7 +47,7 @@ class Store:
 
     def names(self) -> list[str]:
         """The starter, then what is installed, by name. Whether it is whole is for `Bundle.open` to say."""
-        with self._explained("read"):
+        with self.explained("read"):
             if not self.folder.exists():
                 return [STARTER_NAME]
             return [STARTER_NAME, *sorted(path.name for path in self.folder.iterdir() if _is_model(path))]
@@ -67,7 +67,7 @@ class Store:
     @property
     def current(self) -> str:
         """The name of the chosen model. It may have been deleted since; `current_folder` looks."""
-        with self._explained("read"):
+        with self.explained("read"):
             try:
                 name = (self.folder / _CURRENT).read_text(encoding="utf-8", errors="replace").strip()
             except (FileNotFoundError, NotADirectoryError):
@@ -96,7 +96,7 @@ class Store:
         """
         with self._exclusive():
             bundle = Bundle.open(self.path(name), verify=False)
-            with self._explained("written"):
+            with self.explained("written"):
                 if name == STARTER_NAME:
                     (self.folder / _CURRENT).unlink(missing_ok=True)
                 else:
@@ -126,7 +126,7 @@ class Store:
 
     def unfinished(self) -> dict[str, int]:
         """The pulls that have not come to an end, each with the bytes it has so far."""
-        with self._explained("read"):
+        with self.explained("read"):
             folder = self.folder / _PARTIAL
             found = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
             return {path.name: _bytes_in(path) for path in sorted(found)}
@@ -134,7 +134,7 @@ class Store:
     @property
     def free_bytes(self) -> int:
         """What the disk has left for this user."""
-        with self._explained("written"):
+        with self.explained("written"):
             self.folder.mkdir(parents=True, exist_ok=True)
             return shutil.disk_usage(self.folder).free
 
@@ -147,7 +147,7 @@ class Store:
         check_name(name)
         folder = self.partial(name)
         lock = folder.with_name(f"{name}.lock")
-        with self._explained("written"):
+        with self.explained("written"):
             folder.parent.mkdir(parents=True, exist_ok=True)
             try:
                 descriptor = _lock(lock, wait=False)
@@ -168,7 +168,7 @@ class Store:
         partial, target = self.partial(name), self.folder / name
         bundle = Bundle.open(partial, verify=False)
         _ = bundle.advice  # a calibration that cannot be read would keep the daemon from starting
-        with self._exclusive(), self._explained("written"):
+        with self._exclusive(), self.explained("written"):
             if os.path.lexists(target):  # a rename would put it in the place of an empty folder
                 raise StoreError(f"{target} has appeared meanwhile; remove it, or pull under another --name")
             for folder, _, _ in os.walk(partial):
@@ -178,7 +178,7 @@ class Store:
         return Bundle.open(target, verify=False)
 
     def _delete(self, path: Path) -> int:
-        with self._explained("written"):
+        with self.explained("written"):
             if path.is_symlink():
                 path.unlink()
                 return 0
@@ -194,7 +194,7 @@ class Store:
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
         """One process at a time chooses, installs or removes."""
-        with self._explained("written"):
+        with self.explained("written"):
             self.folder.mkdir(parents=True, exist_ok=True)
             descriptor = _lock(self.folder / _LOCK, wait=True)
         try:
@@ -203,7 +203,8 @@ class Store:
             os.close(descriptor)
 
     @contextmanager
-    def _explained(self, done: str) -> Iterator[None]:
+    def explained(self, done: str) -> Iterator[None]:
+        """Turns an OSError into a StoreError that says what could not be `done`, read or written, and the cure."""
         try:
             yield
         except OSError as error:

@@ -1,0 +1,424 @@
+"""`edge-agent models`: the models one has, and how one gets, chooses and loses them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+from edge_agent import settings
+from edge_agent.bundle import Bundle
+from edge_agent.client import BAD_INPUT, CONNECT_S, DONE, AgentClient, CallFailed
+from edge_agent.errors import BundleError, InvalidRequest, StoreError
+from edge_agent.store import RESERVED, STARTER_NAME, Store
+from edge_agent.terminal import add_command, client, print_facts, print_json, print_table
+
+DESCRIPTION = """\
+The models on this device. One comes with the project, the starter; others are pulled, and one is chosen: `serve` runs
+the chosen one unless --bundle names another. None of this needs a running daemon.
+"""
+
+EPILOG = """\
+a model of one's own, from nothing to an image:
+  edge-export diffusion stabilityai/sd-turbo sd-turbo      on a machine with torch
+  edge-agent models pull ./sd-turbo --use                  here, or https://... or hf:OWNER/NAME
+  edge-agent generate "a red apple on a beach"
+
+`edge-agent models ACTION --help` has examples of each.
+"""
+
+LIST_EPILOG = """\
+`current` marks the chosen model, `served` the one that a running daemon serves. A model that is not calibrated makes
+images and routes no prompt to the cloud; `models show` says what to run.
+
+--json prints one object a line: name, current, served, calibrated, digest, folder, bytes, width, height, steps,
+licence, error. `served` is null where no daemon answers. `error` says what is wrong with a damaged model, whose other
+facts are null; a pull that has not come to an end is listed by the bytes it has.
+"""
+
+SHOW_EPILOG = """\
+examples:
+  edge-agent models show starter
+  edge-agent models show 3f2a       by the beginning of its digest
+  edge-agent models show cloud      what a running daemon knows of the cloud's model
+"""
+
+PULL_EPILOG = """\
+examples:
+  edge-agent models pull ./sd-turbo                             a bundle folder that `edge-export diffusion` wrote
+  edge-agent models pull https://models.example.com/sd-turbo    the same folder on any web server
+  edge-agent models pull hf:someone/sd-turbo-bundle@v1 --use    a repository of the hub, at a branch, tag or commit
+
+Every file is compared with its sha256 in the manifest, and the model shows once all of it is there. Whatever ends a
+pull, the same command goes on where it stopped. HF_ENDPOINT names another hub, HF_TOKEN opens private repositories,
+and SSL_CERT_FILE an authority of one's own. Nothing that is pulled is ever run as code.
+
+--json prints one object: name, folder, digest, bytes, fetched_bytes, was_installed, current, calibrated, advice.
+"""
+
+VERIFY_EPILOG = """\
+examples:
+  edge-agent models verify            all models
+  edge-agent models verify sd-turbo
+
+Exit code 2 when one is damaged. --json prints one object a line: name, ok, bytes, error.
+"""
+
+USE_EPILOG = """\
+examples:
+  edge-agent models use sd-turbo
+  edge-agent models use starter     back to the one that comes with the project
+
+--json prints one object: name, folder, digest, calibrated, advice.
+"""
+
+REMOVE_EPILOG = """\
+examples:
+  edge-agent models remove sd-turbo
+
+Asks nothing. Refuses the starter, the chosen model and the one that a running daemon serves. What an unfinished pull
+left is removed by the same command. --json prints one object: name, freed_bytes.
+"""
+
+
+def add_commands(commands: Any) -> None:
+    """Adds `models` with its actions to the command line."""
+    models = commands.add_parser(
+        "models",
+        help="list, get, choose and remove models",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    actions = models.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    listing = add_command(actions, "list", _list, "list the models on this device", LIST_EPILOG)
+    show = add_command(actions, "show", _show, "show everything known of a model", SHOW_EPILOG)
+    show.add_argument("name", metavar="NAME", help="name, `edge`, `cloud`, or the beginning of the digest")
+
+    pull = add_command(actions, "pull", _pull, "get a model", PULL_EPILOG)
+    pull.add_argument(
+        "source", metavar="SOURCE", help="a bundle: DIR, http(s)://... or hf:OWNER/NAME[@REVISION]"
+    )
+    pull.add_argument(
+        "--name", metavar="NAME", default=None, help="what to call it here (default: as its manifest does)"
+    )
+    pull.add_argument("--use", action="store_true", help="choose it, too")
+
+    verify = add_command(actions, "verify", _verify, "read every byte of a model and compare", VERIFY_EPILOG)
+    verify.add_argument("name", metavar="NAME", nargs="?", help="only this model (default: all)")
+
+    use = add_command(actions, "use", _use, "choose the model that the daemon runs", USE_EPILOG)
+    use.add_argument("name", metavar="NAME", help=f"an installed model, or {STARTER_NAME}")
+
+    remove = add_command(actions, "remove", _remove, "delete an installed model", REMOVE_EPILOG)
+    remove.add_argument(
+        "name", metavar="NAME", help="an installed model, or a pull that has not come to an end"
+    )
+
+    for action in (listing, show, pull, verify, use, remove):
+        settings.add_flags(action, ("models",))
+
+
+def _list(options: argparse.Namespace) -> int:
+    store = _store(options)
+    served = _served(options)
+    current = store.current
+    models = [_summary(store, name, current, served) for name in store.names()]
+    unfinished = {name: size for name, size in store.unfinished().items() if name not in store.names()}
+    models += [
+        _damaged(store, name, f"not pulled to its end, {size} bytes so far: pull it again") | {"bytes": size}
+        for name, size in unfinished.items()
+    ]
+    if options.json:
+        for model in models:
+            print_json(model)
+    else:
+        print_table(
+            ("", "name", "MB", "image", "steps", "calibrated", "digest"),
+            (
+                (
+                    ", ".join(mark for mark in ("current", "served") if model[mark]),
+                    model["name"],
+                    f"{model['bytes'] / 1e6:.1f}" if model["bytes"] is not None else "",
+                    f"{model['width']}x{model['height']}" if model["width"] else "",
+                    ", ".join(map(str, model["steps"] or ())),
+                    {True: "yes", False: "no", None: ""}[model["calibrated"]],
+                    model["error"] or model["digest"][:16],
+                )
+                for model in models
+            ),
+        )
+    if served is not None and not any(model["served"] for model in models):
+        _remark(f"the daemon serves {served}, which is none of these")
+    return DONE
+
+
+def _show(options: argparse.Namespace) -> int:
+    wanted = options.name
+    if wanted in RESERVED and wanted != STARTER_NAME:
+        return _show_served(options)
+    store = _store(options)
+    return print_facts(_facts(store, _find(store, wanted), _served(options)), options)
+
+
+def _show_served(options: argparse.Namespace) -> int:
+    """A model of the running daemon, by its side."""
+    for model in client(options).models():
+        if model["side"] == options.name:
+            return print_facts(model, options)
+    raise InvalidRequest(
+        "the daemon knows of no cloud model: none is configured, and its bundle is not calibrated"
+    )
+
+
+def _pull(options: argparse.Namespace) -> int:
+    from edge_agent.pull import Pulled, pull, source_of
+
+    store = _store(options)
+    pulled = None
+    with _bar("pulling") as show:
+        for event in pull(source_of(options.source, os.environ), store, options.name):
+            if isinstance(event, Pulled):
+                pulled = event
+            else:
+                show(
+                    f"waiting: {event.trouble}" if event.trouble else event.file,
+                    event.done_bytes,
+                    event.total_bytes,
+                )
+    if pulled is None:  # which `pull` does not do
+        raise StoreError("the pull ended without a model")
+    if options.use:
+        store.choose(pulled.name)
+    advice = pulled.bundle.advice
+    facts = {
+        "name": pulled.name,
+        "folder": str(pulled.bundle.folder),
+        "digest": pulled.bundle.model_digest,
+        "bytes": pulled.bundle.manifest.total_bytes,
+        "fetched_bytes": pulled.fetched_bytes,
+        "was_installed": pulled.was_installed,
+        "current": store.current == pulled.name,
+        "calibrated": not advice,
+        "advice": advice,
+    }
+    if options.json:
+        print_json(facts)
+        return DONE
+    how = (
+        "was here already"
+        if pulled.was_installed
+        else f"pulled, {pulled.fetched_bytes / 1e6:,.1f} MB, verified"
+    )
+    print(f"{pulled.name}: {how}")
+    _say_uncalibrated(advice)
+    if not facts["current"]:
+        print(f"choose it with `edge-agent models use {pulled.name}`")
+    elif options.use:
+        _say_chosen(pulled.name, options)
+    return DONE
+
+
+def _verify(options: argparse.Namespace) -> int:
+    store = _store(options)
+    code = DONE
+    for name in [options.name] if options.name else store.names():
+        folder = store.path(name)
+        error, size = None, None
+        try:
+            with _bar(f"verifying {name}"):
+                bundle = Bundle.open(folder)
+            size = bundle.manifest.total_bytes
+            _ = bundle.advice  # reads the calibration
+        except BundleError as found:
+            error, code = found.message, BAD_INPUT
+        if options.json:
+            print_json({"name": name, "ok": error is None, "bytes": size, "error": error})
+        elif error is None:
+            print(f"{name}: whole")
+        else:
+            again = "" if name == STARTER_NAME else f"; `edge-agent models remove {name}` and pull it again"
+            print(f"{name}: damaged: {error}{again}")
+    return code
+
+
+def _use(options: argparse.Namespace) -> int:
+    bundle = _store(options).choose(options.name)
+    advice = bundle.advice
+    if options.json:
+        print_json(
+            {
+                "name": options.name,
+                "folder": str(bundle.folder),
+                "digest": bundle.model_digest,
+                "calibrated": not advice,
+                "advice": advice,
+            }
+        )
+        return DONE
+    _say_uncalibrated(advice)
+    _say_chosen(options.name, options)
+    return DONE
+
+
+def _remove(options: argparse.Namespace) -> int:
+    store, name = _store(options), options.name
+    if name in store.names() and _is_served(store, name, _served(options)):
+        raise StoreError(
+            f"a running daemon serves {name}; let it serve another, or stop it, and remove {name} then"
+        )
+    freed = store.remove(name)
+    if options.json:
+        print_json({"name": name, "freed_bytes": freed})
+    else:
+        print(f"{name}: removed, {freed / 1e6:,.1f} MB freed")
+    return DONE
+
+
+def _store(options: argparse.Namespace) -> Store:
+    return settings.resolve(vars(options), os.environ).store
+
+
+def _served(options: argparse.Namespace) -> str | None:
+    """The bundle folder that a running daemon serves; None where none does, or it does not say."""
+    agent = AgentClient(client(options).address, CONNECT_S)
+    try:
+        return str(agent.status()["bundle"]) if agent.reachable() else None
+    except CallFailed:  # it is still loading, shutting down, or stopped
+        return None
+
+
+def _is_served(store: Store, name: str, served: str | None) -> bool:
+    return served is not None and os.path.realpath(served) == os.path.realpath(store.path(name))
+
+
+def _find(store: Store, wanted: str) -> str:
+    """The name of the model that is called so, or whose digest begins so; where there is none, what was wanted."""
+    names = store.names()
+    if wanted in names or not wanted:
+        return wanted
+    return next((name for name in names if _digest(store, name).startswith(wanted)), wanted)
+
+
+def _digest(store: Store, name: str) -> str:
+    try:
+        return Bundle.open(store.path(name), verify=False).model_digest
+    except BundleError:  # it has none
+        return ""
+
+
+def _summary(store: Store, name: str, current: str, served: str | None) -> dict[str, Any]:
+    """A line of the list."""
+    marks = {
+        "current": name == current,
+        "served": None if served is None else _is_served(store, name, served),
+    }
+    try:
+        bundle = Bundle.open(store.path(name), verify=False)
+        calibrated = not bundle.advice
+    except BundleError as error:
+        return _damaged(store, name, error.message) | marks
+    manifest = bundle.manifest
+    return {
+        "name": name,
+        **marks,
+        "calibrated": calibrated,
+        "digest": bundle.model_digest,
+        "folder": str(bundle.folder),
+        "bytes": manifest.total_bytes,
+        "width": manifest.width,
+        "height": manifest.height,
+        "steps": list(manifest.steps),
+        "licence": manifest.licence,
+        "error": None,
+    }
+
+
+def _damaged(store: Store, name: str, error: str) -> dict[str, Any]:
+    unknown = dict.fromkeys(
+        ("calibrated", "digest", "folder", "bytes", "width", "height", "steps", "licence")
+    )
+    return {
+        "name": name,
+        "current": False,
+        "served": None,
+        **unknown,
+        "folder": str(store.folder / name),
+        "error": error,
+    }
+
+
+def _facts(store: Store, name: str, served: str | None) -> dict[str, Any]:
+    """All that is known of an installed model. Raises BundleError when it is damaged."""
+    bundle = Bundle.open(store.path(name), verify=False)
+    manifest, calibration, advice = bundle.manifest, bundle.calibration, bundle.advice
+    stated = {key: value for key, value in asdict(manifest).items() if key != "files" and value is not None}
+    return {
+        "name": name,
+        "current": store.current == name,
+        "served": None if served is None else _is_served(store, name, served),
+        "folder": str(bundle.folder),
+        "bytes": manifest.total_bytes,
+        "files": len(manifest.files),
+        "digest": bundle.model_digest,
+        "manifest_sha256": bundle.digest,
+        "made_as": stated.pop("name"),
+        **stated,
+        "calibrated": not advice,
+        "calibration_id": calibration.calibration_id if calibration else None,
+        "calibrated_for_edge": calibration.edge_digest if calibration else None,
+        "calibrated_for_cloud": calibration.cloud_digest if calibration else None,
+        "advice": [advice] if advice else [],
+    }
+
+
+def _say_uncalibrated(advice: str) -> None:
+    if advice:
+        print(f"uncalibrated: {advice}")
+
+
+def _say_chosen(name: str, options: argparse.Namespace) -> None:
+    print(f"{name} is the chosen model")
+    if client(options).reachable():
+        print("a running daemon takes it up when it is started again")
+
+
+@contextmanager
+def _bar(what: str) -> Iterator[Any]:
+    """A function that shows (what is done now, bytes done, bytes in all) on a terminal, and nothing in a pipe."""
+    if not sys.stderr.isatty():
+        yield lambda *_: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        bar = bars.add_task(what, total=None)
+
+        def show(now: str, done_bytes: int, total_bytes: int) -> None:
+            bars.update(bar, description=now, completed=done_bytes, total=total_bytes)
+
+        yield show
+
+
+def _remark(message: str) -> None:
+    print(f"edge-agent: {message}", file=sys.stderr)

@@ -1,0 +1,87 @@
+"""What all commands share: how one is added, how it finds the daemon, and how it prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from edge_agent import settings
+from edge_agent.client import DONE, AgentClient
+from edge_agent.errors import InvalidRequest
+
+LONGEST_TIMEOUT_S = 365 * 86_400.0
+"""gRPC takes longer ones, from some 10^9 s on, for a deadline that has passed."""
+
+
+def add_command(
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    does: str,
+    epilog: str,
+    *,
+    client: bool = True,
+) -> argparse.ArgumentParser:
+    """Adds a command; one that is a `client` takes --agent and --json."""
+    added: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=does,
+        description=f"{does[0].upper()}{does[1:]}.",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    added.set_defaults(run=run)
+    if client:
+        added.add_argument(
+            "--agent",
+            metavar="ADDRESS",
+            help="the daemon: unix:PATH or HOST:PORT (default: EDGE_AGENT_ADDRESS)",
+        )
+        added.add_argument("--json", action="store_true", help="print JSON, one object a line")
+    return added
+
+
+def client(options: argparse.Namespace) -> AgentClient:
+    """The daemon that the options, else the environment, name. Raises InvalidRequest."""
+    address = options.agent or os.environ.get(settings.ADDRESS_VARIABLE) or settings.default_address()
+    timeout_s = getattr(options, "timeout", None)
+    if timeout_s is not None and not 0 < timeout_s <= LONGEST_TIMEOUT_S:
+        raise InvalidRequest(
+            "--timeout must be a number of seconds above 0 and at most a year; leave it out to wait as long as it takes"
+        )
+    return AgentClient(address, timeout_s)
+
+
+def print_facts(facts: dict[str, Any], options: argparse.Namespace) -> int:
+    """One object, as JSON or a fact a line."""
+    if options.json:
+        print_json(facts)
+        return DONE
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        lines = value if isinstance(value, list) and name == "advice" else [value]
+        for line in lines:
+            print(f"{name.replace('_', ' '):{width}}  {'' if line is None else line}")
+    return DONE
+
+
+def print_json(facts: dict[str, Any]) -> None:
+    """One object on one line."""
+    print(json.dumps(facts, ensure_ascii=False), flush=True)
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Columns as wide as the terminal allows."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")  # nothing is cut off
+    for row in rows:
+        table.add_row(*map(Text, row))  # Text: a prompt's [brackets] are no markup
+    Console().print(table)

@@ -1,0 +1,278 @@
+"""`edge-agent models`, as a program with exit codes: what it prints, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_agent.__main__ import main
+from edge_agent.bundle import DENOISER, Bundle, write_manifest
+from edge_agent.settings import STARTER
+from tests.hollow import SIZES, hollow_bundle
+from tests.running import Process, process_environment, short_folder
+from tests.web import web_server
+
+LISTED = (
+    "name", "current", "served", "calibrated", "digest", "folder", "bytes", "width", "height", "steps", "licence",
+    "error"
+)  # fmt: skip
+PULLED = (
+    "name", "folder", "digest", "bytes", "fetched_bytes", "was_installed", "current", "calibrated", "advice"
+)  # fmt: skip
+
+
+@dataclass
+class Finished:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def objects(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.out.splitlines()]
+
+
+Run = Callable[..., Finished]
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    made = short_folder()  # a socket must fit
+    yield made
+    shutil.rmtree(made)
+
+
+@pytest.fixture
+def models(home: Path) -> Path:
+    return home / "data" / "routet2i" / "models"
+
+
+@pytest.fixture
+def run(home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Runs an action in this process, with the settings and the folders of a process of its own."""
+    for name in [name for name in os.environ if name.startswith("EDGE_AGENT_")]:
+        monkeypatch.delenv(name)
+    for name, value in process_environment(home).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(home)
+
+    def run(*arguments: str | Path) -> Finished:
+        capfd.readouterr()
+        try:
+            code = main(["models", *map(str, arguments)])
+        except SystemExit as stopped:  # argparse's way
+            code = int(stopped.code or 0)
+        printed = capfd.readouterr()
+        assert "Traceback" not in printed.err
+        return Finished(code, printed.out, printed.err)
+
+    return run
+
+
+def names(finished: Finished) -> dict[str, dict[str, Any]]:
+    assert all(tuple(model) == LISTED for model in finished.objects)
+    return {model["name"]: model for model in finished.objects}
+
+
+def test_the_starter_is_there_from_the_beginning_and_nothing_is_made(run: Run, models: Path) -> None:
+    (starter,) = run("list", "--json").objects
+    assert tuple(starter) == LISTED
+    assert (starter["name"], starter["current"], starter["served"]) == ("starter", True, None)
+    assert (starter["calibrated"], starter["width"], starter["licence"]) == (True, 64, "Apache-2.0")
+    assert starter["digest"] == Bundle.open(STARTER, verify=False).model_digest
+    assert starter["bytes"] == sum(path.stat().st_size for path in STARTER.rglob("*") if path.is_file()) - (
+        (STARTER / "manifest.json").stat().st_size
+    )
+    table = run("list").out
+    assert "current" in table and "starter" in table and starter["digest"][:16] in table
+    assert not models.exists()
+
+
+def test_a_model_is_pulled_chosen_verified_and_removed(run: Run, home: Path, models: Path) -> None:
+    folder = hollow_bundle(home / "made" / "tiny")
+    (pulled,) = run("pull", "made/tiny", "--name", "mine", "--json").objects
+    assert tuple(pulled) == PULLED
+    assert (pulled["name"], pulled["folder"], pulled["current"]) == ("mine", str(models / "mine"), False)
+    assert pulled["bytes"] == pulled["fetched_bytes"] == sum(SIZES.values())
+    again = run("pull", folder, "--name", "mine", "--use")
+    assert (again.code, "was here already" in again.out, "mine is the chosen model" in again.out) == (
+        0,
+        True,
+        True,
+    )
+    listed = names(run("list", "--json"))
+    assert [listed[name]["current"] for name in ("starter", "mine")] == [False, True]
+    assert [found["ok"] for found in run("verify", "--json").objects] == [True, True]
+    refused = run("remove", "mine")
+    assert (refused.code, refused.out) == (2, "") and "models use starter" in refused.err
+    (used,) = run("use", "starter", "--json").objects
+    assert (used["name"], used["folder"], used["calibrated"]) == ("starter", str(STARTER), True)
+    (removed,) = run("remove", "mine", "--json").objects
+    assert removed == {
+        "name": "mine",
+        "freed_bytes": pulled["bytes"] + (folder / "manifest.json").stat().st_size,
+    }
+    assert list(names(run("list", "--json"))) == ["starter"]
+
+
+def test_an_uncalibrated_model_says_so_and_how_to_calibrate(run: Run, home: Path) -> None:
+    pulled = run("pull", hollow_bundle(home / "tiny"), "--use")
+    assert "uncalibrated: " in pulled.out and "edge-export train" in pulled.out
+    other = Path(shutil.copytree(STARTER, home / "other"))
+    shutil.copy(other / "schedules" / "4.json", other / "schedules" / "5.json")
+    write_manifest(
+        other, steps=[4, 5, 8, 16], name="other"
+    )  # another model, with the calibration of the first
+    assert "the calibration was made for edge model" in run("pull", other).out
+    assert "uncalibrated: " in run("use", "other").out
+    assert "run `edge-export calibrate`" in run("use", "other").out
+    listed = names(run("list", "--json"))
+    assert [listed[name]["calibrated"] for name in ("starter", "hollow", "other")] == [True, False, False]
+    (shown,) = run("show", "other", "--json").objects
+    assert shown["calibrated"] is False and "edge-export calibrate" in shown["advice"][0]
+    assert shown["calibrated_for_edge"] != shown["digest"]
+    assert "edge-export calibrate" in run("show", "other").out
+    assert "uncalibrated" not in run("use", "starter").out
+
+
+def test_show_finds_a_model_by_name_and_by_the_beginning_of_its_digest(run: Run, home: Path) -> None:
+    run("pull", hollow_bundle(home / "tiny"))
+    (shown,) = run("show", "hollow", "--json").objects
+    assert (shown["made_as"], shown["steps"], shown["files"]) == ("hollow", [4], len(SIZES) + 1)
+    assert run("show", shown["digest"][:12], "--json").objects == [shown]
+    assert "model.onnx" not in run("show", "hollow").out
+    for name in ("none", ""):
+        wrong = run("show", name)
+        assert wrong.code == 2 and "there are starter, hollow" in wrong.err
+    for side in ("edge", "cloud"):
+        assert run("show", side).code == 3  # no daemon is there to ask
+
+
+def test_verify_reads_every_byte_and_list_does_not(run: Run, home: Path, models: Path) -> None:
+    run("pull", hollow_bundle(home / "tiny"))
+    with (models / "hollow" / DENOISER).open("r+b") as file:
+        file.write(b"x")
+    assert names(run("list", "--json"))["hollow"]["error"] is None
+    damaged = run("verify")
+    assert damaged.code == 2
+    assert "starter: whole\n" in damaged.out
+    assert f"{DENOISER} does not match its sha256" in damaged.out and "models remove hollow" in damaged.out
+    assert run("verify", "starter").code == 0
+    (found,) = run("verify", "hollow", "--json").objects
+    assert (found["name"], found["ok"]) == ("hollow", False) and DENOISER in found["error"]
+    assert run("verify", "none").code == 2
+
+
+def test_a_damaged_model_is_listed_with_what_is_wrong_and_not_chosen(
+    run: Run, home: Path, models: Path
+) -> None:
+    run("pull", hollow_bundle(home / "tiny"))
+    (models / "hollow" / DENOISER).unlink()
+    listed = names(run("list", "--json"))["hollow"]
+    assert f"{DENOISER} is missing" in listed["error"] and listed["digest"] is None
+    assert run("list").code == 0
+    used = run("use", "hollow")
+    assert used.code == 2 and "is missing" in used.err
+    assert names(run("list", "--json"))["starter"]["current"] is True
+    assert run("remove", "hollow").code == 0
+
+
+def test_an_unfinished_pull_is_listed_and_can_be_removed(run: Run, home: Path) -> None:
+    hollow_bundle(home / "www")
+    with web_server(home / "www") as web:
+        web.misbehave("status", at=DENOISER, code=503, headers={"Retry-After": "3600"})
+        broken = run("pull", web.address)
+    assert (broken.code, broken.out) == (3, "") and "goes on where this one stopped" in broken.err
+    listed = names(run("list", "--json"))["hollow"]
+    assert "pull it again" in listed["error"] and listed["bytes"] > SIZES["text_encoder/model.onnx"]
+    assert run("use", "hollow").code == 2
+    assert run("remove", "hollow").code == 0
+    assert list(names(run("list", "--json"))) == ["starter"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("pull", "nothing"), 2, "hf:OWNER/NAME"),
+        (("pull", "hf:nobody"), 2, "hf:OWNER/NAME"),
+        (("pull", "ftp://host/b"), 2, "http"),
+        (("pull", "hf:someone/model"), 3, "cannot be reached"),
+        (("pull", "http://127.0.0.1:1/b"), 3, "cannot be reached"),
+        (("pull", "."), 2, "is this a bundle folder"),
+        (("pull", STARTER, "--name", "starter"), 2, "--name"),
+        (("pull", STARTER, "--name", "../x"), 2, "--name"),
+        (("use", "none"), 2, "there is no model 'none'"),
+        (("use", "../../etc"), 2, "there is no model"),
+        (("remove", "starter"), 2, "cannot be removed"),
+        (("remove", "none"), 2, "there is no model"),
+        (("show",), 2, "NAME"),
+        ((), 2, "ACTION"),
+        (("list", "--models", "/dev/null"), 2, "cannot be read"),
+    ],
+)
+def test_what_is_wrong_is_said_with_the_right_exit_code(
+    run: Run, models: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], code: int, words: str
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    finished = run(*arguments)
+    assert (finished.code, finished.out) == (code, "")
+    assert words in finished.err
+    assert not models.exists() or not [path for path in models.iterdir() if not path.name.startswith(".")]
+
+
+def test_another_folder_can_be_named(run: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("pull", hollow_bundle(home / "tiny"), "--models", home / "elsewhere")
+    assert (home / "elsewhere" / "hollow").is_dir()
+    assert list(names(run("list", "--json"))) == ["starter"]
+    monkeypatch.setenv("EDGE_AGENT_MODELS", str(home / "elsewhere"))
+    assert list(names(run("list", "--json"))) == ["starter", "hollow"]
+
+
+@pytest.mark.parametrize("action", [(), ("list",), ("show",), ("pull",), ("verify",), ("use",), ("remove",)])
+def test_help_teaches(run: Run, action: tuple[str, ...]) -> None:
+    finished = run(*action, "--help")
+    assert finished.code == 0
+    assert "edge-agent models" in finished.out.partition("examples:")[2] or action in ((), ("list",))
+    if action:
+        assert "--json prints one object" in finished.out or action == ("show",)
+
+
+def test_a_daemon_serves_the_chosen_model_and_keeps_it_from_being_removed(
+    run: Run, home: Path, models: Path, miniature_bundle: Path
+) -> None:
+    assert run("pull", miniature_bundle, "--use").code == 0
+    daemon = Process("edge_agent", home, "--threads", "1")
+    try:
+        assert daemon.wait_for("serving")["bundle"] == str(models / "miniature")
+        listed = names(run("list", "--json"))
+        assert [listed[name]["served"] for name in ("starter", "miniature")] == [False, True]
+        assert "current, served" in run("list").out
+        run("use", "starter")
+        refused = run("remove", "miniature")
+        assert refused.code == 2 and "a running daemon serves miniature" in refused.err
+        assert daemon.stop() == 0
+        assert run("remove", "miniature").code == 0
+    finally:
+        daemon.kill()
+
+
+def test_a_daemon_whose_chosen_model_is_gone_says_what_to_do(run: Run, home: Path, models: Path) -> None:
+    run("pull", hollow_bundle(home / "tiny"), "--use")
+    shutil.rmtree(models / "hollow")
+    started = subprocess.run(
+        [sys.executable, "-m", "edge_agent", "serve"],
+        env=process_environment(home),
+        capture_output=True,
+        text=True,
+    )
+    assert started.returncode == 2
+    assert "models use NAME" in started.stderr and "Traceback" not in started.stderr

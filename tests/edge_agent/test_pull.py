@@ -1,0 +1,605 @@
+"""A pull brings a bundle whole or not at all, from servers that do what servers do, and goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_agent.bundle import DECODER, DENOISER, MANIFEST, SCHEMA_VERSION, TEXT_ENCODER, Bundle
+from edge_agent.errors import (
+    BundleError,
+    Busy,
+    InvalidRequest,
+    PullFailed,
+    SourceLied,
+    SourceRefused,
+    SourceUnreachable,
+    StoreError,
+)
+from edge_agent.pull import Fetched, FolderSource, HubSource, Pulled, WebSource, pull, source_of
+from edge_agent.settings import STARTER
+from edge_agent.store import Store
+from tests.hollow import EMPTY, SIZES, hollow_bundle
+from tests.running import process_environment
+from tests.web import Web, web_server
+
+NO_WAITS = (0.0, 0.0, 0.0, 0.0)
+TOTAL = sum(SIZES.values())
+
+
+@pytest.fixture(scope="module")
+def hollow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Only to be read."""
+    return hollow_bundle(tmp_path_factory.mktemp("hollow") / "bundle")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "models", STARTER)
+
+
+@pytest.fixture
+def web(hollow: Path, tmp_path: Path) -> Iterator[Web]:
+    """A server with a copy of the bundle at /b that a test may damage."""
+    shutil.copytree(hollow, tmp_path / "www" / "b")
+    with web_server(tmp_path / "www") as web:
+        yield web
+
+
+def source(web: Web, **how: Any) -> WebSource:
+    return WebSource(f"{web.address}/b", **how)
+
+
+def fetch(source: Any, store: Store, name: str | None = None) -> Pulled:
+    *_, last = pull(source, store, name, waits_s=NO_WAITS)
+    assert isinstance(last, Pulled)
+    return last
+
+
+def same(installed: Path, original: Path) -> bool:
+    def files(folder: Path) -> dict[str, bytes]:
+        return {
+            str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+        }
+
+    return files(installed) == files(original)
+
+
+def assert_nothing_shows(store: Store) -> None:
+    assert store.names() == ["starter"]
+    assert {path.name for path in store.folder.iterdir()} <= {".partial", ".lock"}
+
+
+def test_the_starter_comes_whole_from_a_folder_and_from_a_server(store: Store) -> None:
+    there = fetch(FolderSource(STARTER), store)
+    assert (there.name, there.was_installed) == ("routet2i-starter-edge", False)
+    assert there.bundle.model_digest == Bundle.open(there.bundle.folder, verify=True).model_digest
+    with web_server(STARTER.parent) as web:
+        again = fetch(WebSource(f"{web.address}/starter/manifest.json"), store, "second")
+    assert again.fetched_bytes == there.fetched_bytes == web.sent() - web.sent(MANIFEST)
+    assert again.bundle.advice == ""  # it comes calibrated
+    assert same(store.folder / "second", STARTER)
+    assert list((store.folder / ".partial").iterdir()) == []
+
+
+def test_progress_ends_at_the_size_of_the_bundle_and_never_goes_back(web: Web, store: Store) -> None:
+    events = list(pull(source(web), store))
+    fetched = [event for event in events if isinstance(event, Fetched)]
+    done = [event.done_bytes for event in fetched]
+    assert done == sorted(done) and done[-1] == TOTAL
+    assert {event.total_bytes for event in fetched} == {TOTAL}
+    assert {event.file for event in fetched} >= set(SIZES)
+
+
+def test_what_is_installed_is_not_fetched_again_and_not_replaced(
+    web: Web, store: Store, tmp_path: Path
+) -> None:
+    fetch(source(web), store)
+    before = web.sent()
+    again = fetch(source(web), store)
+    assert (again.was_installed, again.fetched_bytes) == (True, 0)
+    assert web.sent() - before == web.sent(MANIFEST) / 2  # the manifest alone
+    other = FolderSource(hollow_bundle(tmp_path / "other", seed=1))
+    with pytest.raises(StoreError, match=r"another bundle than this one.*--name"):
+        fetch(other, store)
+    (store.folder / "hollow" / DENOISER).unlink()
+    with pytest.raises(StoreError, match=r"not whole.*models remove hollow"):
+        fetch(source(web), store)
+    assert fetch(other, store, "other").name == "other"
+
+
+def test_a_server_that_stops_in_the_middle_is_asked_for_the_rest_alone(
+    web: Web, store: Store, hollow: Path
+) -> None:
+    web.misbehave("stop", at=DENOISER, times=3)
+    fetch(source(web), store)
+    half = SIZES[DENOISER] // 2
+    assert web.offsets(DENOISER)[:2] == [0, half] and len(web.offsets(DENOISER)) == 4
+    assert web.sent(DENOISER) == SIZES[DENOISER]  # not one byte twice
+    assert same(store.folder / "hollow", hollow)
+
+
+def test_a_chunk_that_ends_early_is_completed(web: Web, store: Store, hollow: Path) -> None:
+    web.misbehave("cut", at=DENOISER, times=1)
+    fetch(source(web), store)
+    assert web.offsets(DENOISER) == [0, SIZES[DENOISER] // 2]
+    assert same(store.folder / "hollow", hollow)
+
+
+def test_a_server_that_always_stops_is_given_up_and_the_next_pull_goes_on(
+    web: Web, store: Store, hollow: Path
+) -> None:
+    web.misbehave("stop", at=DENOISER)
+    with pytest.raises(
+        SourceUnreachable, match=r"broke off in unet/model\.onnx.*goes on where this one stopped"
+    ):
+        fetch(source(web), store)
+    assert_nothing_shows(store)
+    kept = (store.partial("hollow") / DENOISER).stat().st_size
+    sent = web.sent()
+    web.misbehave("honest")
+    fetched = fetch(source(web), store).fetched_bytes
+    assert web.offsets(DENOISER)[-1] == kept > 0
+    assert web.sent() - sent - (hollow / MANIFEST).stat().st_size == fetched < TOTAL - kept + 1
+    assert web.sent(TEXT_ENCODER) == SIZES[TEXT_ENCODER]
+    assert same(store.folder / "hollow", hollow)
+
+
+def test_a_server_without_ranges_starts_that_file_over_and_no_other(
+    web: Web, store: Store, hollow: Path
+) -> None:
+    web.misbehave("stop", at=DENOISER)
+    with pytest.raises(SourceUnreachable):
+        fetch(source(web), store)
+    web.misbehave("no_range")
+    before = web.sent(DENOISER)
+    fetch(source(web), store)
+    assert web.sent(DENOISER) - before == SIZES[DENOISER]
+    assert web.sent(TEXT_ENCODER) == SIZES[TEXT_ENCODER]
+    assert same(store.folder / "hollow", hollow)
+
+
+def test_a_server_that_falls_silent_is_asked_again(web: Web, store: Store, hollow: Path) -> None:
+    web.misbehave("hang", at=DENOISER, times=1)
+    fetch(source(web, timeout_s=0.3), store)
+    assert web.offsets(DENOISER) == [0, SIZES[DENOISER] // 2]
+    assert same(store.folder / "hollow", hollow)
+
+
+@pytest.mark.parametrize(
+    ("manner", "words"),
+    [
+        ("wrong", "does not match its sha256"),
+        ("longer", f"has {SIZES[DENOISER] + 1} bytes where"),
+        ("shorter", f"has {SIZES[DENOISER] - 1} bytes where"),
+        ("endless", "goes on beyond"),
+        ("other_part", "another part"),
+    ],
+)
+def test_a_server_that_lies_is_found_out_and_what_was_right_is_kept(
+    web: Web, store: Store, hollow: Path, manner: str, words: str
+) -> None:
+    web.misbehave(manner, at=DENOISER)
+    with pytest.raises(SourceLied, match=words):
+        fetch(source(web), store)
+    assert_nothing_shows(store)
+    assert store.unfinished()["hollow"] <= TOTAL + (hollow / MANIFEST).stat().st_size
+    web.misbehave("honest")
+    fetch(source(web), store)
+    assert web.sent(TEXT_ENCODER) == SIZES[TEXT_ENCODER]
+    assert same(store.folder / "hollow", hollow)
+
+
+def test_a_manifest_without_end_is_not_read_to_it(web: Web, store: Store) -> None:
+    web.misbehave("endless", at=MANIFEST)
+    with pytest.raises(BundleError, match="larger than any manifest"):
+        fetch(source(web), store)
+    assert not store.folder.exists()
+
+
+def test_bytes_that_the_power_took_are_fetched_again(web: Web, store: Store, hollow: Path) -> None:
+    web.misbehave("stop", at=DENOISER)
+    with pytest.raises(SourceUnreachable):
+        fetch(source(web), store)
+    partial = store.partial("hollow")
+    for name in (DENOISER, TEXT_ENCODER):
+        with (partial / name).open("r+b") as file:
+            file.write(bytes(4096))
+    (partial / DECODER).parent.mkdir(exist_ok=True)
+    (partial / DECODER).write_bytes(bytes(SIZES[DECODER] + 1))
+    web.misbehave("honest")
+    fetch(source(web), store)
+    assert same(store.folder / "hollow", hollow)
+
+
+def test_what_is_left_of_another_version_is_thrown_away(web: Web, store: Store, tmp_path: Path) -> None:
+    web.misbehave("stop", at=DENOISER)
+    with pytest.raises(SourceUnreachable):
+        fetch(source(web), store)
+    shutil.rmtree(tmp_path / "www" / "b")
+    newer = hollow_bundle(tmp_path / "www" / "b", seed=2)
+    web.misbehave("honest")
+    fetch(source(web), store)
+    assert same(store.folder / "hollow", newer)
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "words"),
+    [
+        (404, SourceRefused, "is not there"),
+        (403, SourceRefused, "not for everybody"),
+        (400, SourceRefused, "400"),
+        (500, SourceUnreachable, "500.*goes on where this one stopped"),
+        (503, SourceUnreachable, "503"),
+        (429, SourceUnreachable, "429"),
+    ],
+)
+def test_a_status_is_told(web: Web, store: Store, code: int, kind: type[PullFailed], words: str) -> None:
+    web.misbehave("status", at=TEXT_ENCODER, code=code)
+    with pytest.raises(kind, match=words) as raised:
+        fetch(source(web), store)
+    assert "text_encoder/model.onnx" in raised.value.message
+    assert_nothing_shows(store)
+
+
+def test_a_server_that_is_overloaded_for_a_moment_is_asked_again(web: Web, store: Store) -> None:
+    web.misbehave("status", at=TEXT_ENCODER, code=503, times=2)
+    events = list(pull(source(web), store, waits_s=NO_WAITS))
+    assert isinstance(events[-1], Pulled)
+    assert ["503" in event.trouble for event in events if isinstance(event, Fetched) and event.trouble] == [
+        True,
+        True,
+    ]
+
+
+def test_a_server_that_wants_to_be_left_alone_for_long_is_left_to_the_next_pull(
+    web: Web, store: Store
+) -> None:
+    web.misbehave("status", at=TEXT_ENCODER, code=503, headers={"Retry-After": "3600"})
+    with pytest.raises(SourceUnreachable):
+        fetch(source(web), store)
+    assert len(web.offsets(TEXT_ENCODER)) == 1
+
+
+def test_a_server_that_is_not_there_is_named_at_once(store: Store, web: Web) -> None:
+    with pytest.raises(SourceUnreachable, match=r"127\.0\.0\.1:1 cannot be reached: Connection refused"):
+        fetch(WebSource("http://127.0.0.1:1/b"), store)
+    web.misbehave("status", code=500)
+    with pytest.raises(SourceUnreachable, match="500"):
+        fetch(source(web), store)
+    assert len(web.asked) == 1
+    assert not store.folder.exists()
+
+
+def test_a_compressed_answer_is_refused(web: Web, store: Store) -> None:
+    web.misbehave("compressed", at=DENOISER)
+    with pytest.raises(SourceRefused, match="compressed"):
+        fetch(source(web), store)
+
+
+def test_a_redirect_is_followed_with_the_range_and_a_circle_is_not(
+    web: Web, store: Store, hollow: Path
+) -> None:
+    web.misbehave("stop", at=DENOISER)
+    with pytest.raises(SourceUnreachable):
+        fetch(source(web), store)
+    kept = (store.partial("hollow") / DENOISER).stat().st_size
+    web.misbehave("redirect", at=DENOISER)
+    with pytest.raises(SourceRefused, match="302"):
+        fetch(source(web), store)
+    with web_server(hollow) as other:
+        web.misbehave("redirect", at=DENOISER, to=f"{other.address}/{DENOISER}")
+        fetch(source(web), store)
+    assert other.offsets(DENOISER) == [kept]
+    assert same(store.folder / "hollow", hollow)
+
+
+def test_a_redirect_leads_to_no_file_of_this_machine(web: Web, store: Store, tmp_path: Path) -> None:
+    for target in (f"file://{tmp_path}/www/b/{DENOISER}", "ftp://127.0.0.1/x"):
+        web.misbehave("redirect", at=DENOISER, to=target)
+        with pytest.raises(SourceRefused):
+            fetch(source(web), store)
+
+
+def hub(web: Web, hollow: Path, revision: str = "main") -> None:
+    """Lays the bundle out as the hub does."""
+    shutil.copytree(hollow, web.folder / "someone" / "hollow" / "resolve" / revision)
+
+
+def test_the_hub_is_asked_at_its_plain_addresses_with_the_token_kept_to_itself(
+    web: Web, store: Store, hollow: Path
+) -> None:
+    commit = "c0ffee" + "0" * 34
+    hub(web, hollow, "v1%2F2")  # the server unquotes once: %252F asks for it
+    hub(web, hollow, commit)
+    environment = {"HF_ENDPOINT": web.address, "HF_TOKEN": "secret"}
+    with web_server(hollow) as elsewhere:
+        web.headers = {"X-Repo-Commit": commit}
+        web.misbehave("redirect", at=DENOISER, to=f"{elsewhere.address}/{DENOISER}")
+        fetch(source_of("hf:someone/hollow@v1%2F2", environment), store)
+    assert web.asked[0].path == "/someone/hollow/resolve/v1%252F2/manifest.json"
+    # Whatever the branch becomes meanwhile, the files are those of the manifest's commit.
+    assert {asked.path.split("/")[4] for asked in web.asked[1:]} == {commit}
+    assert {asked.headers.get("Authorization") for asked in web.asked} == {"Bearer secret"}
+    assert [asked.headers.get("Authorization") for asked in elsewhere.asked] == [None]
+    assert same(store.folder / "hollow", hollow)
+
+
+def test_the_hub_says_how_to_be_let_in_and_what_to_export(web: Web, store: Store, hollow: Path) -> None:
+    asked = source_of("hf:someone/model", {"HF_ENDPOINT": web.address + "/"})
+    with pytest.raises(SourceRefused, match=r"hf:someone/model@main/manifest\.json is not there"):
+        fetch(asked, store)
+    web.misbehave("status", code=401)
+    with pytest.raises(SourceRefused, match="HF_TOKEN"):
+        fetch(asked, store)
+    web.misbehave("honest")
+    (web.folder / "someone/model/resolve/main").mkdir(parents=True)
+    (web.folder / "someone/model/resolve/main/model_index.json").write_text("{}")
+    with pytest.raises(
+        SourceRefused, match="no bundle: export it first with `edge-export diffusion someone/model"
+    ):
+        fetch(asked, store)
+    (web.folder / "b" / MANIFEST).rename(web.folder / "b" / "model_index.json")
+    with pytest.raises(SourceRefused, match="no bundle: export it first"):
+        fetch(source(web), store)
+    with pytest.raises(SourceRefused, match="no bundle: export it first"):
+        fetch(FolderSource(web.folder / "b"), store)
+    with pytest.raises(SourceUnreachable, match="cannot be reached"):
+        fetch(source_of("hf:someone/model", {"HF_ENDPOINT": "http://127.0.0.1:1"}), store)
+    assert not store.folder.exists()
+
+
+def test_the_hub_is_the_one_everybody_knows_unless_told_otherwise() -> None:
+    source = source_of("hf:stabilityai/sd-turbo", {})
+    assert isinstance(source, HubSource)
+    assert (
+        source._address(DENOISER)
+        == "https://huggingface.co/stabilityai/sd-turbo/resolve/main/unet/model.onnx"
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hf:model", "hf:a/b/c", "hf:../b", "hf:a/b@", "hf:a/b@x y", "ftp://host/b", "file:///etc", "http://", "http://:1/b",
+        "http://host:port/b", "http://user:pass@host/b", "http://ho st/b", "http://host/\x1b[31m", "no/such/folder", "",
+    ],
+)  # fmt: skip
+def test_what_is_no_source_is_refused_before_anything_is_asked(text: str) -> None:
+    with pytest.raises(InvalidRequest):
+        source_of(text, {}) if text else source_of("none", {})
+
+
+def test_the_query_of_an_address_goes_along_and_is_told_to_nobody(web: Web, store: Store) -> None:
+    web.misbehave("status", at=DENOISER, code=500)
+    with pytest.raises(SourceUnreachable) as raised:
+        fetch(WebSource(f"{web.address}/b/?sig=s3cret"), store)
+    assert "s3cret" not in raised.value.message
+    assert all(asked.path.endswith("?sig=s3cret") for asked in web.asked)
+
+
+def edit_manifest(web: Web, **changes: Any) -> None:
+    path = web.folder / "b" / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    "name", ["../../outside", "/etc/outside", "a\\..\\..\\outside", "C:outside", "manifest.json"]
+)
+def test_a_path_that_leads_outside_is_refused_before_anything_is_written(
+    web: Web, store: Store, name: str
+) -> None:
+    files = json.loads((web.folder / "b" / MANIFEST).read_text())["files"]
+    edit_manifest(web, files=files | {name: {"bytes": 1, "sha256": "0" * 64}})
+    with pytest.raises(BundleError, match=r"manifest\.json lists"):
+        fetch(source(web), store)
+    assert not store.folder.exists()
+    assert len(web.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "words"),
+    [
+        ({"schema_version": SCHEMA_VERSION + 1}, BundleError, "update"),
+        ({"name": "///"}, StoreError, "--name"),
+        ({"name": "starter"}, StoreError, "--name"),
+        ({"files": {}}, BundleError, "does not list"),
+    ],
+)
+def test_a_manifest_that_promises_no_bundle_is_refused(
+    web: Web, store: Store, changes: dict[str, Any], kind: type[Exception], words: str
+) -> None:
+    edit_manifest(web, **changes)
+    with pytest.raises(kind, match=words):
+        fetch(source(web), store)
+    assert len(web.asked) == 1
+
+
+def test_a_folder_with_a_link_in_it_is_refused(hollow: Path, store: Store, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(hollow, tmp_path / "linked"))
+    (folder / DENOISER).unlink()
+    (folder / DENOISER).symlink_to(hollow / DENOISER)
+    with pytest.raises(BundleError, match="symbolic link"):
+        fetch(FolderSource(folder), store)
+
+
+def test_a_calibration_that_cannot_be_read_keeps_a_bundle_out(store: Store, tmp_path: Path) -> None:
+    from edge_agent.bundle import CALIBRATION, PREDICTOR, write_manifest
+
+    folder = hollow_bundle(tmp_path / "calibrated")
+    (folder / PREDICTOR).parent.mkdir()
+    (folder / PREDICTOR).write_bytes(b"x")
+    (folder / CALIBRATION).write_text("{}")
+    write_manifest(folder)
+    with pytest.raises(BundleError, match="is not a calibration"):
+        fetch(FolderSource(folder), store)
+    assert_nothing_shows(store)
+
+
+def test_a_bundle_that_does_not_fit_is_refused_before_it_is_fetched(web: Web, store: Store) -> None:
+    files = json.loads((web.folder / "b" / MANIFEST).read_text())["files"]
+    files[DENOISER]["bytes"] = 10**15
+    edit_manifest(web, files=files)
+    with pytest.raises(StoreError, match=r"1,000,000,000\.\d MB of .* are still to come.*--models"):
+        fetch(source(web), store)
+    assert len(web.asked) == 1
+    assert store.unfinished() == {}
+
+
+def test_a_disk_that_fills_up_is_named_and_what_came_is_kept(web: Web, store: Store, hollow: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))  # the denoiser does not fit
+    try:
+        with pytest.raises(StoreError, match=r"make room.*goes on where this one stopped"):
+            fetch(source(web), store)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert_nothing_shows(store)
+    assert (store.partial("hollow") / DENOISER).stat().st_size == 1_000_000
+    fetch(source(web), store)
+    assert web.offsets(DENOISER) == [0, 1_000_000]
+    assert same(store.folder / "hollow", hollow)
+
+
+def fill(file: Path) -> None:
+    """Takes all the room that its disk has left."""
+    with file.open("wb", buffering=0) as filler, suppress(OSError):
+        while True:
+            filler.write(bytes(4096))
+    assert shutil.disk_usage(file.parent).free == 0
+
+
+def test_a_real_disk_that_fills_up_half_way_is_the_same(web: Web, hollow: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", disk], capture_output=True)
+    if made.returncode:
+        pytest.skip("needs the right to mount a disk of its own")
+    try:
+        store = Store(disk / "models", STARTER)
+        web.misbehave("stop", at=DENOISER, times=1)
+        pulling = pull(source(web), store, waits_s=NO_WAITS)
+        while not next(pulling).trouble:  # type: ignore[union-attr]
+            pass
+        fill(disk / "filler")
+        with pytest.raises(StoreError, match=r"No space left on device; make room"):
+            list(pulling)
+        assert_nothing_shows(store)
+        (disk / "filler").unlink()
+        before = web.sent()
+        fetch(source(web), store)
+        assert web.sent() - before < TOTAL
+        assert same(store.folder / "hollow", hollow)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_over_tls_only_a_trusted_server_is_pulled_from(
+    hollow: Path, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("needs the program openssl")
+    key, pem = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=models"
+    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(pem)]
+    subprocess.run([*make.split(), *names], check=True, capture_output=True)
+    with web_server(hollow, (pem, key)) as web, web_server(hollow) as plain:
+        with pytest.raises(
+            SourceRefused, match=r"certificate of 127\.0\.0\.1.*not to be trusted.*SSL_CERT_FILE"
+        ):
+            fetch(WebSource(web.address), store)
+        monkeypatch.setenv("SSL_CERT_FILE", str(pem))
+        web.misbehave("redirect", at=DENOISER, to=f"{plain.address}/{DENOISER}")
+        with pytest.raises(SourceRefused, match="less safe"):
+            fetch(WebSource(web.address), store)
+        assert plain.asked == []
+        web.misbehave("honest")
+        fetch(WebSource(web.address), store)
+    assert same(store.folder / "hollow", hollow)
+
+
+def pulling_process(web: Web, folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "edge_agent", "models", "pull", f"{web.address}/b", *arguments]
+    return subprocess.Popen(
+        command, env=process_environment(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def test_a_pull_that_is_killed_goes_on_and_fetches_nothing_twice(
+    web: Web, hollow: Path, tmp_path: Path
+) -> None:
+    models = tmp_path / "data" / "routet2i" / "models"
+    partial = models / ".partial" / "hollow"
+    web.block_bytes, web.pause_s = 20_000, 0.01
+    with pulling_process(web, tmp_path) as first:
+        while not (partial / DENOISER).exists() or (partial / DENOISER).stat().st_size < 200_000:
+            assert first.poll() is None
+            time.sleep(0.005)
+        first.send_signal(signal.SIGKILL)
+        assert first.wait() == -signal.SIGKILL
+    store = Store(models, STARTER)
+    assert_nothing_shows(store)
+    web.pause_s = 0.0
+    kept = {path: (partial / path).stat().st_size for path in SIZES if (partial / path).exists()}
+    whole = [path for path, size in kept.items() if size == SIZES[path]]
+    assert 0 < kept[DENOISER] < SIZES[DENOISER]
+    web.asked.clear()
+    with pulling_process(web, tmp_path, "--json") as second:
+        out, err = second.communicate()
+        assert (second.returncode, err) == (0, b"")  # and no progress, since nobody watches
+    assert json.loads(out)["fetched_bytes"] == TOTAL - sum(kept.values())
+    assert web.offsets(DENOISER) == [kept[DENOISER]]
+    assert web.sent(DENOISER) == SIZES[DENOISER] - kept[DENOISER]
+    assert [path for path in whole if web.offsets(path)] == []
+    assert same(models / "hollow", hollow)
+    assert list((models / ".partial").iterdir()) == []
+
+
+def test_two_pulls_of_one_bundle_do_not_meet(web: Web, store: Store, hollow: Path) -> None:
+    first = pull(source(web), store)
+    next(first)
+    next(first)
+    with pytest.raises(Busy, match="another pull of hollow is under way"):
+        next(pull(source(web), store))
+    assert isinstance(list(first)[-1], Pulled)
+    assert fetch(source(web), store).was_installed
+    assert same(store.folder / "hollow", hollow)
+
+
+def test_two_processes_that_pull_at_once_leave_one_whole_bundle(
+    web: Web, hollow: Path, tmp_path: Path
+) -> None:
+    web.block_bytes, web.pause_s = 100_000, 0.01
+    both = [pulling_process(web, tmp_path) for _ in range(2)]
+    ends = [(process.communicate()[1].decode(), process.returncode) for process in both]
+    assert {code for _, code in ends} <= {0, 3} and 0 in {code for _, code in ends}
+    assert all("another pull of hollow" in err for err, code in ends if code == 3)
+    assert same(tmp_path / "data" / "routet2i" / "models" / "hollow", hollow)
+
+
+def test_a_pull_that_is_closed_lets_go_of_its_lock_and_keeps_what_came(web: Web, store: Store) -> None:
+    pulling = pull(source(web), store)
+    for event in pulling:
+        if isinstance(event, Fetched) and event.file == DENOISER and event.done_bytes > 400_000:
+            break
+    pulling.close()  # type: ignore[attr-defined]
+    assert store.unfinished()["hollow"] > 400_000
+    assert (store.partial("hollow") / MANIFEST).exists()
+    assert fetch(source(web), store).fetched_bytes < TOTAL
+
+
+def test_an_empty_file_is_made_without_asking(web: Web, store: Store) -> None:
+    fetch(source(web), store)
+    assert (store.folder / "hollow" / EMPTY).read_bytes() == b""
+    assert web.offsets(EMPTY) == []
