@@ -47,6 +47,8 @@ GALLERY, KIOSK = "gallery", "kiosk"
 
 BROKEN, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 HERE = Path(__file__).parent
 
 
@@ -140,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the demo; returns its exit code."""
     options = parser().parse_args(arguments)
     console = Console(highlight=False, markup=False)
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.default_int_handler)  # so that the servers are stopped then, too
     try:
         return run(options, console)
@@ -270,14 +272,20 @@ def start_edge(options: argparse.Namespace, state: Path, cloud: str, gallery: in
 
 
 def stop(console: Console, servers: Sequence[Server]) -> None:
-    """Ends them all, undisturbed by a second Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with waiting(console, "stopping the servers"):
-        for server in servers:
-            server.terminate()
+    """Ends them all, undisturbed by a second Ctrl-C, and also where the terminal has gone and takes no word more."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    for server in servers:
+        server.terminate()
+    try:
+        with waiting(console, "stopping the servers"):
+            for server in servers:
+                server.stop()
+    finally:
         for server in servers:
             server.stop()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.default_int_handler)
 
 
 def cloud_worthy(options: argparse.Namespace, prompts: Sequence[str]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 
 from rich.console import Console
@@ -18,8 +18,13 @@ from edge_agent.policy import Decision
 STYLES = {"edge": EDGE, "cloud": CLOUD}
 FAILED = "red"
 
-OTHER_COLUMNS = 57
-"""Characters that all columns but the prompt's take, with the spaces between."""
+COLUMNS = {"prompt": 12, "PRS": 5, "alpha": 5, "route": 12, "reason": 17, "ms": 6, "cost": 5}
+"""And the characters that each needs at least."""
+
+LEFT_OUT = ("alpha", "PRS", "reason", "cost")
+"""What a narrow terminal does without, the first one first. A figure is shown whole or not at all."""
+
+WIDEST_PROMPT = 60
 
 
 class Board:
@@ -101,16 +106,27 @@ class Board:
 
     def _table(self) -> Table:
         table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
-        width = min(60, max(12, self._console.width - OTHER_COLUMNS))
-        table.add_column("prompt", width=width, overflow="ellipsis", no_wrap=True)
-        for name in ("PRS", "alpha"):
-            table.add_column(name, justify="right", min_width=5)
-        table.add_column("route", min_width=12)
-        table.add_column("reason", min_width=17)
-        table.add_column("ms", justify="right", min_width=5)
-        table.add_column("cost", justify="right", min_width=5)
+        names = shown_columns(self._console.width)
+        room = self._console.width - sum(COLUMNS[name] + 1 for name in names if name != "prompt")
+        table.add_column("prompt", width=min(WIDEST_PROMPT, max(1, room)), overflow="ellipsis", no_wrap=True)
+        for name in names[1:]:
+            right = name in ("PRS", "alpha", "ms", "cost")
+            table.add_column(name, justify="right" if right else "left", min_width=COLUMNS[name])
         for row in self._rows:
-            table.add_row(*row)
+            table.add_row(*_chosen(row, names))
         if self._under_way:
-            table.add_row(*self._under_way, style="bold")
+            table.add_row(*_chosen(self._under_way, names), style="bold")
         return table
+
+
+def shown_columns(width: int) -> list[str]:
+    """The columns that fit into so many characters."""
+    names = list(COLUMNS)
+    for name in LEFT_OUT:
+        if sum(COLUMNS[name] + 1 for name in names) > width:
+            names.remove(name)
+    return names
+
+
+def _chosen(row: Sequence[Text], names: Sequence[str]) -> Iterator[Text]:
+    return (cell for name, cell in zip(COLUMNS, row, strict=True) if name in names)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 from PIL import Image
+from rich.console import Console
 
 DEMO = Path(__file__).parents[2] / "deploy" / "demo"
 PRICE_MICRO_USD = 10_000
@@ -97,6 +100,45 @@ def test_ctrl_c_stops_both_servers_and_leaves_no_traceback(command: Sequence[str
     assert demo.returncode == 130
     assert complaint == "demo: stopped; both servers are down\n"
     assert not any(server.is_running() for server in servers)
+
+
+def test_a_terminal_that_is_closed_takes_both_servers_along(command: Sequence[str], tmp_path: Path) -> None:
+    record = tmp_path / "out" / "record.jsonl"
+    terminal, end = os.openpty()
+    demo = subprocess.Popen(["setsid", "--ctty", *command], stdin=end, stdout=end, stderr=end)
+    os.close(end)
+    while not record.exists():
+        assert demo.poll() is None
+        if select.select([terminal], [], [], 0.05)[0]:
+            os.read(terminal, 65_536)
+    servers = psutil.Process(demo.pid).children()
+    assert len(servers) == 2
+    os.close(terminal)
+    demo.wait(60)
+    _, left = psutil.wait_procs(servers, timeout=30)
+    for server in left:
+        server.kill()
+    assert left == []
+
+
+@pytest.mark.parametrize("width", [30, 44, 60, 66, 80, 200])
+def test_a_figure_is_shown_whole_or_not_at_all_however_narrow_the_terminal(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(DEMO)
+    from board import Board
+
+    console = Console(file=io.StringIO(), width=width)
+    board = Board(console, "title", PROMPTS)
+    board._add(
+        "a cat, two dogs and the moon", "0.465", "0.486", "cloud → edge", "quota_exhausted", "123456", "$0.01"
+    )
+    console.print(board._table())
+    lines = console.file.getvalue().splitlines()
+    assert all(len(line) <= width for line in lines)
+    (row,) = lines[1:]
+    figures = {word for word in row.split() if word[0] in "0123456789$"}
+    assert "123456" in figures and figures <= {"0.465", "0.486", "123456", "$0.01"}
 
 
 def test_a_server_that_does_not_come_up_is_named_with_the_end_of_its_log(
