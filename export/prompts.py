@@ -9,13 +9,15 @@ on them. Three more splits ask how far a router carries: `combinations` pairs ob
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from export.starter.world import Group, Scene, caption, sample_scene
 
@@ -55,6 +57,16 @@ def router_prompts(number: Mapping[str, int] = PROMPTS, seed: int = SEED) -> lis
         for place, (text, objects, scene) in enumerate(drawn):
             prompts.append(Prompt((index + 1) * 100_000 + place, text, split, objects, scene))
     return prompts
+
+
+def scenes_of(texts: Sequence[str], splits: Sequence[str]) -> NDArray[np.int64]:
+    """[N]: prompts that say the same scene get the same number, counted from 0; prompts of other worlds one each.
+
+    ``splits`` says which split each is of: with how many there are of each, the starter's prompts are drawn again.
+    """
+    said = {prompt.text: repr(prompt.scene or prompt.text) for prompt in router_prompts(Counter(splits))}
+    _, numbers = np.unique([said.get(text, text) for text in texts], return_inverse=True)
+    return numbers.astype(np.int64)
 
 
 def holds_held_out_pair(scene: Scene) -> bool:

@@ -19,17 +19,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from edge_agent.bundle import Bundle
 from export.calibrate import scale_of
 from export.errors import ExportError
-from export.evaluate import routed, spearman
+from export.evaluate import Paired, routed, spearman
 from export.label import STARTER_BUNDLE
-from export.outcomes import Outcomes
+from export.outcomes import SPLITS, Outcomes
+from export.prompts import scenes_of
 from export.routerbench import plots, report
-from export.routerbench.measure import Bench, counted_metrics
+from export.routerbench.decision import decisions
+from export.routerbench.measure import RATES, Bench, counted_metrics
 from export.routerbench.router import Floats, Prompts, Router
-from export.routerbench.routers import BASELINES, ROUTERS
+from export.routerbench.routers import ABLATIONS, BASELINES, ROUTERS
 from export.terminal import console, progress
 
 LABELS = Path(__file__).parent.parent / "starter" / "weights" / "labels.parquet"
@@ -48,12 +51,13 @@ class Data:
     """Of test, and of those of OTHER_SPLITS that the matrix has."""
 
     @classmethod
-    def of(cls, outcomes: Outcomes, bundle: Bundle, cache: Path) -> Data:
-        """Token states are kept in the folder ``cache``."""
+    def of(cls, outcomes: Outcomes, bundle: Bundle, scenes: NDArray[np.int64], cache: Path) -> Data:
+        """``scenes`` [N] numbers what each prompt says. Token states are kept in the folder ``cache``."""
         scale = np.asarray(scale_of(outcomes.split("train"), 1.0), np.float64)
 
         def prompts(split: str) -> Prompts:
-            return Prompts.of(outcomes.split(split), bundle, scale, cache)
+            said = scenes[outcomes.splits == split]
+            return Prompts.of(outcomes.split(split), bundle, scale, said, cache)
 
         there = [split for split in OTHER_SPLITS if (outcomes.splits == split).sum() > 1]
         others = {split: prompts(split) for split in ("test", *there)}
@@ -104,6 +108,7 @@ def _time(score: object, prompts: Prompts) -> Floats:
             prompts.objects[row : row + 1],
             prompts.examples.rows(torch.tensor([row])),
             prompts.scale,
+            prompts.scenes[row : row + 1],
         )
         started = time.perf_counter()
         score(one)
@@ -142,11 +147,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     outcomes, bundle = Outcomes.read(options.labels), Bundle.open(options.bundle)
     test = outcomes.split("test")
+    scenes = scenes_of(outcomes.prompts, outcomes.splits.tolist())
+    said = {
+        split: scenes[outcomes.splits == split] for split in SPLITS if (outcomes.splits == split).sum() > 1
+    }
     options.out.mkdir(parents=True, exist_ok=True)
-    data = Data.of(outcomes, bundle, options.out)
+    data = Data.of(outcomes, bundle, scenes, options.out)
     prompts = data.others["test"]
     superiority = prompts.superiority(prompts.examples.edge, prompts.examples.cloud)
-    bench = Bench(test, superiority, counted_metrics(outcomes.split("train")))
+    count = Paired.of(test).gaps.shape[1]
+    both = (torch.from_numpy(seeds[:, :count]) for seeds in (test.edge_seeds, test.cloud_seeds))
+    each = prompts.superiority(*both)
+    counted = counted_metrics(outcomes.split("train"), said["train"])
+    bench = Bench(test, each, counted, said["test"])
 
     fitted: dict[str, Fitted] = {}
     with ProcessPoolExecutor(options.processes) as pool, progress() as bar:
@@ -158,17 +171,33 @@ def main(argv: Sequence[str] | None = None) -> int:
             bar.update(task, advance=1, note=done.result().name)
     order = [fitted[router.name] for router in routers]
     points = {one.name: bench.points(one.scores["test"]) for one in order}
+    there = [split for split in said if split != "validation"]
+    made = decisions(bundle, outcomes, {split: said[split] for split in there})
     best = max((fitted[kind.name] for kind in BASELINES), key=lambda one: one.validation)
+    names = [name for name in ("routet2i", "ours") if name in fitted]
     facts = report.Facts(
         prompts=len(test),
-        seeds=bench.paired.gaps.shape[1],
+        scenes=bench.scenes,
+        seeds=count,
         training_prompts=len(data.train),
+        training_scenes=len(np.unique(data.train.scenes)),
         counted=bench.counted,
         best_baseline=best.name,
         differences={
-            name: bench.difference(fitted[name].scores["test"], best.scores["test"], 0.5)
-            for name in ("routet2i", "ours")
+            name: tuple(
+                bench.difference(fitted[name].scores["test"], best.scores["test"], rates)
+                for rates in ((0.5,), RATES)
+            )
+            for name in names
         },
+        ablations={
+            kind.name: bench.difference(
+                fitted["routet2i"].scores["test"], fitted[kind.name].scores["test"], RATES
+            )
+            for kind in ABLATIONS
+            if kind.name in fitted
+        },
+        inspected={name: bench.found_above_random(fitted[name].scores["test"], 0.5) for name in names},
         correlations={
             one.name: float(np.mean([spearman(score, superiority) for score in one.scores["test"]]))
             for one in order
@@ -182,9 +211,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         cloud=float(test.cloud.mean()),
         seconds=time.monotonic() - started,
     )
-    oracle = bench.oracle_points()
-    report.write(options.out, points, oracle, {one.name: one.decision_ms for one in order}, facts)
-    plots.write(options.out, points, oracle, facts)
+    curves = report.Curves(points, bench.oracle_points(), bench.cloud_only())
+    report.write(options.out, curves, {one.name: one.decision_ms for one in order}, facts, made)
+    plots.write(options.out, curves, facts, made)
     console.print(
         f"{len(routers)} routers on {len(test)} test prompts in {facts.seconds:.0f} s -> {options.out}"
     )

@@ -2,14 +2,17 @@
 
 Gains are qualities won over edge only. Headroom = (gain - random) / (oracle - random), the oracle cross-fitted over
 seeds; dP in the paper's form, a mean over metrics of gain / |gap of the means| in percent, over the metrics whose mean
-gap on the training prompts has a 95 % interval without 0 (a rule that does not look at test prompts); PGR = gain / gain
-of cloud only; win gain = how much more often than at random the better image of the two, by PRS, is the one that is
-served, in percent points. Intervals are 95 % bootstraps over prompts; a router's value is the mean over its seeds.
+gap on the training prompts has a 95 % interval without 0 (a rule that does not look at test prompts), also as a share
+of what cloud-only makes of it; PGR = gain / gain of cloud only; win gain = how much more often than at random the
+better image of the two, by PRS, is the one that is served, in percent points.
+
+Prompts that say the same scene in other words share its outcome, so they are no independent draws: intervals are 95 %
+bootstraps over *scenes*. A router's value is the mean over its seeds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,22 +24,40 @@ from export.routerbench.router import Floats
 
 RATES = tuple(round(0.1 * step, 1) for step in range(1, 10))
 RESAMPLES = 400
+DELTA_P = (40, 50, 60)
+"""Percent of dP at which the paper counts the cloud calls that are saved."""
 
 
-def counted_metrics(train: Outcomes) -> NDArray[np.bool_]:
-    """[M]: the metrics whose mean gap is not zero for all that the training prompts can say; they make dP."""
+def counted_metrics(train: Outcomes, scenes: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """[M]: the metrics whose mean gap is not zero for all that the training prompts can say; they make dP.
+
+    ``scenes`` [N] numbers what each prompt says; the error of the mean counts scenes, not prompts.
+    """
     gap = train.cloud.astype(np.float64) - train.edge
-    error = gap.std(axis=0, ddof=1) / np.sqrt(len(gap))
-    return np.asarray(np.abs(gap.mean(axis=0)) > 1.96 * error)
+    mean = gap.mean(axis=0)
+    residuals = np.zeros((int(scenes.max()) + 1, gap.shape[1]))
+    np.add.at(residuals, scenes, gap - mean)
+    error = np.sqrt((residuals**2).sum(axis=0)) / len(gap)
+    return np.asarray(np.abs(mean) > 1.96 * error)
+
+
+def resampled(scenes: NDArray[np.int64], number: int, seed: int = 0) -> Iterator[NDArray[np.int64]]:
+    """Rows of ``number`` bootstrap samples: as many scenes as there are, drawn with replacement, with their prompts."""
+    draw = np.random.default_rng(seed)
+    order = np.argsort(scenes, kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(scenes[order])) + 1)
+    for _ in range(number):
+        yield np.concatenate([groups[one] for one in draw.integers(0, len(groups), len(groups))])
 
 
 @dataclass(frozen=True)
 class Point:
-    """A router at one routing rate."""
+    """A router at one routing rate. ``over_cloud_only`` is dP as a share of what cloud-only makes of it."""
 
     rate: float
     headroom: Estimate
     delta_p: Estimate
+    over_cloud_only: Estimate
     pooled_dp: Estimate
     pgr: Estimate
     win_gain: Estimate
@@ -47,78 +68,116 @@ class Bench:
     """Test prompts and their bootstrap resamples, which every router is measured on alike."""
 
     def __init__(
-        self, test: Outcomes, superiority: Floats, counted: NDArray[np.bool_], seed: int = 0
+        self,
+        test: Outcomes,
+        superiority: Floats,
+        counted: NDArray[np.bool_],
+        scenes: NDArray[np.int64],
+        seed: int = 0,
     ) -> None:
-        """``superiority`` [N] is the PRS of the measured mean qualities, ``counted`` [M] see `counted_metrics`."""
+        """``superiority`` [N, S] is the PRS of every pair of images, ``counted`` [M] see `counted_metrics`, ``scenes``
+        [N] numbers what each prompt says.
+        """
         self.paired = Paired.of(test)
+        count = self.paired.gaps.shape[1]
         self.gaps = self.paired.gaps.mean(axis=1)  # [N, M]
-        self.better = np.sign(superiority - 0.5)  # [N], 1 where the edge's image is the better one
+        self.better = np.sign(
+            superiority[:, :count] - 0.5
+        )  # [N, S], 1 where the edge's image is the better one
         self.counted = counted
+        self.scenes = len(np.unique(scenes))
         self.verdicts: tuple[Floats, Floats] | None = None
         if test.edge_inspected is not None and test.cloud_inspected is not None:
-            self.verdicts = _mean(test.edge_inspected), _mean(test.cloud_inspected)
-        draw = np.random.default_rng(seed)
-        size = len(self.gaps)
-        self.resamples = [np.arange(size), *draw.integers(0, size, (RESAMPLES, size))]
-        self.oracle = {
-            rate: np.array([self.paired.rows(rows).oracle_gain(rate) for rows in self.resamples])
-            for rate in RATES
-        }
+            self.verdicts = (
+                test.edge_inspected[:, :count].astype(np.float64),
+                test.cloud_inspected[:, :count].astype(np.float64),
+            )
+        self.resamples = [np.arange(len(self.gaps)), *resampled(scenes, RESAMPLES, seed)]
+        self.full = np.array([self.gaps[rows].mean(axis=0) for rows in self.resamples])  # [R, M]
+        self.oracle = {rate: self._oracle_shares(rate) for rate in RATES}
+        self.oracle_gains = {rate: self._gains(shares) for rate, shares in self.oracle.items()}
 
     def points(self, scores: Sequence[Floats]) -> list[Point]:
         """One a rate, of the scores [N] that a router's seeds gave."""
         return [self._point(rate, self._shares(scores, rate)) for rate in RATES]
 
     def oracle_points(self) -> list[Point]:
-        """The cross-fitted oracle: only its gain is known."""
-        points = []
-        for rate in RATES:
-            full = np.array([self.gaps[rows].mean() for rows in self.resamples])
-            one = estimate(np.ones(len(self.resamples)))
-            nothing = estimate(np.full(len(self.resamples), np.nan))
-            points.append(
-                Point(rate, one, nothing, nothing, estimate(self.oracle[rate] / full), nothing, None)
-            )
-        return points
+        """Of the cross-fitted oracle: it chooses by all seeds but one and is paid by that one."""
+        return [self._point(rate, self.oracle[rate]) for rate in RATES]
 
-    def difference(self, ours: Sequence[Floats], theirs: Sequence[Floats], rate: float) -> Estimate:
-        """Paired: how much more of the headroom ``ours`` captures than ``theirs``."""
-        one, other = (self._headroom(rate, self._shares(scores, rate)) for scores in (ours, theirs))
-        return estimate(one - other)
+    def cloud_only(self) -> Point:
+        """Every prompt to the cloud, at a rate of 1; there is no headroom to capture."""
+        return self._point(1.0, [np.ones((len(rows), 1)) for rows in self.resamples])
+
+    def difference(
+        self, ours: Sequence[Floats], theirs: Sequence[Floats], rates: Sequence[float]
+    ) -> Estimate:
+        """Paired: how much more of the headroom ``ours`` captures than ``theirs``, a mean over ``rates``."""
+        apart = [
+            self._headroom(rate, self._gains(self._shares(ours, rate)))
+            - self._headroom(rate, self._gains(self._shares(theirs, rate)))
+            for rate in rates
+        ]
+        return estimate(np.mean(apart, axis=0))
+
+    def found_above_random(self, scores: Sequence[Floats], rate: float) -> Estimate | None:
+        """How much more often than at random the inspector finds in the served image what was asked for."""
+        if self.verdicts is None:
+            return None
+        random = [np.full((len(rows), 1), rate) for rows in self.resamples]
+        return estimate(self._found(self._shares(scores, rate)) - self._found(random))
 
     def _shares(self, scores: Sequence[Floats], rate: float) -> list[Floats]:
-        """For each resample the share of each of its prompts that goes to the cloud, a mean over seeds."""
-        return [np.mean([routed(score[rows], rate) for score in scores], axis=0) for rows in self.resamples]
+        """For each resample the share of each of its prompts that goes to the cloud, a mean over seeds: [n, 1]."""
+        return [
+            np.mean([routed(score[rows], rate) for score in scores], axis=0)[:, None]
+            for rows in self.resamples
+        ]
+
+    def _oracle_shares(self, rate: float) -> list[Floats]:
+        """For each resample what goes to the cloud when each seed in turn pays for the choice of the others: [n, S]."""
+        quality = self.paired.gaps.mean(axis=2)
+        others = quality.sum(axis=1, keepdims=True) - quality
+        return [np.stack([routed(-turn, rate) for turn in others[rows].T], axis=1) for rows in self.resamples]
 
     def _gains(self, shares: Sequence[Floats]) -> Floats:
-        """[resamples, M]."""
-        pairs = zip(shares, self.resamples, strict=True)
-        return np.array([share @ self.gaps[rows] / len(rows) for share, rows in pairs])
+        """[R, M], of shares [n, S], or [n, 1] where all seeds share them."""
+        made = []
+        for share, rows in zip(shares, self.resamples, strict=True):
+            if share.shape[1] == 1:
+                made.append(share[:, 0] @ self.gaps[rows] / len(rows))
+            else:
+                made.append(np.einsum("ns,nsm->m", share, self.paired.gaps[rows]) / share.size)
+        return np.array(made)
 
-    def _headroom(self, rate: float, shares: Sequence[Floats]) -> Floats:
-        random = rate * np.array([self.gaps[rows].mean() for rows in self.resamples])
-        return np.asarray((self._gains(shares).mean(axis=1) - random) / (self.oracle[rate] - random))
+    def _headroom(self, rate: float, gains: Floats) -> Floats:
+        random = rate * self.full.mean(axis=1)
+        return np.asarray((gains.mean(axis=1) - random) / (self.oracle_gains[rate].mean(axis=1) - random))
+
+    def _found(self, shares: Sequence[Floats]) -> Floats:
+        """[R]: how often the inspector finds in the served image what was asked for."""
+        assert self.verdicts is not None
+        edge, cloud = self.verdicts
+        pairs = zip(shares, self.resamples, strict=True)
+        return np.array([np.nanmean(share * cloud[rows] + (1 - share) * edge[rows]) for share, rows in pairs])
 
     def _point(self, rate: float, shares: Sequence[Floats]) -> Point:
-        gains = self._gains(shares)
-        full = np.array([self.gaps[rows].mean(axis=0) for rows in self.resamples])
-        counted = self.counted
-        pairs = list(zip(shares, self.resamples, strict=True))
-        wins = [float(((0.5 - share) * self.better[rows]).mean()) for share, rows in pairs]
-        chance = [float(((0.5 - rate) * self.better[rows]).mean()) for rows in self.resamples]
-        found = None
-        if self.verdicts is not None:
-            edge, cloud = self.verdicts
-            mixed = [share * cloud[rows] + (1 - share) * edge[rows] for share, rows in pairs]
-            found = estimate(np.array([np.nanmean(row) for row in mixed]))
+        gains, full, counted = self._gains(shares), self.full, self.counted
+        pairs = zip(shares, self.resamples, strict=True)
+        wins = np.array([((rate - share) * self.better[rows]).mean() for share, rows in pairs])
+        delta_p = (gains[:, counted] / np.abs(full[:, counted])).mean(axis=1)
+        no_choice = np.full(len(gains), np.nan)
+        with np.errstate(divide="ignore", invalid="ignore"):  # as many metrics may be worse as are better
+            over_cloud_only = delta_p / np.sign(full[:, counted]).mean(axis=1)
         return Point(
             rate,
-            estimate(self._headroom(rate, shares)),
-            estimate(100 * (gains[:, counted] / np.abs(full[:, counted])).mean(axis=1)),
+            estimate(self._headroom(rate, gains) if rate < 1 else no_choice),
+            estimate(100 * delta_p),
+            estimate(over_cloud_only),
             estimate(100 * gains.sum(axis=1) / np.abs(full).sum(axis=1)),
             estimate(gains.mean(axis=1) / full.mean(axis=1)),
-            estimate(100 * (np.array(wins) - np.array(chance))),
-            found,
+            estimate(100 * wins),
+            None if self.verdicts is None else estimate(self._found(shares)),
         )
 
 
@@ -151,16 +210,19 @@ def share_at_dp(points: Sequence[Point], wanted: float) -> float:
     return _reaches(rates, np.array([0.0, *(point.delta_p.value for point in points)]), wanted)
 
 
+def saved_at_dp(points: Sequence[Point], cloud_only: Point, wanted: float) -> float:
+    """Share of cloud calls that random routing needs to reach a dP of ``wanted`` percent and the router does not.
+
+    NaN where either of them never reaches it.
+    """
+    random = wanted / cloud_only.delta_p.value
+    return 1 - share_at_dp(points, wanted) / random if 0 < random <= 1 else float("nan")
+
+
 def estimate(values: Floats) -> Estimate:
     """The first is the value itself, the others are the resamples'."""
     low, high = np.quantile(values[1:], (0.025, 0.975))
     return Estimate(float(values[0]), float(low), float(high))
-
-
-def _mean(verdicts: NDArray[np.float32]) -> Floats:
-    """[N], of each prompt's images [N, S]; NaN where the inspector says nothing."""
-    known = (~np.isnan(verdicts)).sum(axis=1)
-    return np.nansum(verdicts, axis=1, dtype=np.float64) / np.where(known, known, np.nan)
 
 
 def _curve(points: Sequence[Point]) -> tuple[Floats, Floats]:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from edge_agent.superiority import METRICS
 from export.evaluate import Estimate
-from export.routerbench.measure import Point, aiq, apgr, cpt, share_at_dp
+from export.routerbench.decision import FAMILIAR, Decisions
+from export.routerbench.measure import DELTA_P, RATES, Point, aiq, apgr, cpt, saved_at_dp, share_at_dp
 from export.routerbench.router import Floats
 
 RESULTS = (
@@ -20,6 +21,7 @@ RESULTS = (
     *("delta_p", "delta_p_low", "delta_p_high", "pgr", "win_gain", "inspector_accuracy"),
 )
 SUMMARY = ("router", "apgr", "cpt50", "aiq", "cloud_share_at_dp50", "decision_ms_p50", "decision_ms_p95")
+ORACLE, CLOUD_ONLY = "oracle", "cloud only"
 PAPER = {
     "random": 40.00,
     "classifier (RouteLLM, from scratch)": 71.51,
@@ -35,11 +37,17 @@ class Facts:
     """What the report says beside the tables."""
 
     prompts: int
+    scenes: int
     seeds: int
     training_prompts: int
+    training_scenes: int
     counted: NDArray[np.bool_]
     best_baseline: str
-    differences: Mapping[str, Estimate]
+    differences: Mapping[str, tuple[Estimate, ...]]
+    """Headroom above the best baseline's: at 50 %, and as a mean over all rates."""
+    ablations: Mapping[str, Estimate]
+    """Headroom that the paper's method loses without this part, a mean over all rates."""
+    inspected: Mapping[str, Estimate | None]
     correlations: Mapping[str, float]
     elsewhere: Mapping[str, Mapping[str, float]]
     settings: Mapping[str, Mapping[str, float]]
@@ -48,25 +56,38 @@ class Facts:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Curves:
+    """What was measured at every rate: of the routers by name, of the oracle, and of cloud-only."""
+
+    routers: Mapping[str, Sequence[Point]]
+    oracle: Sequence[Point]
+    cloud_only: Point
+
+
 def write(
     folder: Path,
-    points: Mapping[str, Sequence[Point]],
-    oracle: Sequence[Point],
+    curves: Curves,
     decision_ms: Mapping[str, Floats],
     facts: Facts,
+    decisions: Decisions | None,
 ) -> None:
     """Write results.csv, summary.csv and report.md."""
     with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(RESULTS)
-        for router, curve in points.items():
+        for router, curve in {**curves.routers, ORACLE: curves.oracle}.items():
             rows.writerows(_result(router, point) for point in curve)
-    summary = [_summary(router, curve, decision_ms[router], facts) for router, curve in points.items()]
+        rows.writerow(_result(CLOUD_ONLY, curves.cloud_only))
+    summary = [
+        _summary(router, curve, decision_ms.get(router), facts)
+        for router, curve in {**curves.routers, ORACLE: curves.oracle}.items()
+    ]
     with (folder / "summary.csv").open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(SUMMARY)
         rows.writerows(summary)
-    (folder / "report.md").write_text(_report(points, oracle, summary, facts), encoding="utf-8")
+    (folder / "report.md").write_text(_report(curves, summary, facts, decisions), encoding="utf-8")
 
 
 def at(curve: Sequence[Point], rate: float) -> Point:
@@ -76,69 +97,126 @@ def at(curve: Sequence[Point], rate: float) -> Point:
 
 def _result(router: str, point: Point) -> list[object]:
     found = point.inspector_accuracy
+    headroom = (point.headroom.value, point.headroom.low, point.headroom.high)
     numbers = (
-        *(point.headroom.value, point.headroom.low, point.headroom.high),
         *(point.delta_p.value, point.delta_p.low, point.delta_p.high),
         *(point.pgr.value, point.win_gain.value),
     )
-    accuracy = "" if found is None else f"{found.value:.4f}"
-    return [router, point.rate, *(f"{number:.4f}" for number in numbers), accuracy]
+    return [
+        *(router, point.rate),
+        *("" if np.isnan(number) else f"{number:.4f}" for number in headroom),
+        *(f"{number:.4f}" for number in numbers),
+        "" if found is None else f"{found.value:.4f}",
+    ]
 
 
-def _summary(router: str, curve: Sequence[Point], times: Floats, facts: Facts) -> list[object]:
+def _summary(router: str, curve: Sequence[Point], times: Floats | None, facts: Facts) -> list[object]:
     numbers = (
         *(apgr(curve), cpt(curve, 0.5), aiq(curve, facts.edge, facts.cloud), share_at_dp(curve, 50)),
-        *(float(np.quantile(times, q)) for q in (0.5, 0.95)),
+        *((float(np.quantile(times, q)) for q in (0.5, 0.95)) if times is not None else (np.nan, np.nan)),
     )
-    return [router, *(f"{number:.4f}" for number in numbers)]
+    return [router, *("" if np.isnan(number) else f"{number:.4f}" for number in numbers)]
 
 
 def _report(
-    points: Mapping[str, Sequence[Point]],
-    oracle: Sequence[Point],
+    curves: Curves,
     summary: Sequence[Sequence[object]],
     facts: Facts,
+    decisions: Decisions | None,
 ) -> str:
     counted = [name for name, used in zip(METRICS, facts.counted, strict=True) if used]
+    at_half = {**{name: at(curve, 0.5) for name, curve in curves.routers.items()}}
+    at_half |= {CLOUD_ONLY: curves.cloud_only, ORACLE: at(curves.oracle, 0.5)}
     lines = [
         "# Routers for text-to-image, compared",
         "",
-        f"Made by `edge-export routerbench` in {facts.seconds:.0f} s: {facts.training_prompts} training prompts,",
-        f"{facts.prompts} test prompts of {facts.seeds} images a model, three seeds a router, 95 % bootstrap intervals",
-        "over prompts. All routers were trained from scratch on the same token states, with the same three settings to",
-        f"choose from on validation. dP counts {', '.join(counted)}; the interval of the others' mean gap holds 0.",
+        f"Made by `edge-export routerbench` in {facts.seconds:.0f} s: {facts.training_prompts} training prompts of",
+        f"{facts.training_scenes} scenes,",
+        f"{facts.prompts} test prompts of {facts.scenes} other scenes, {facts.seeds} images a model,",
+        "three seeds a router, 95 % bootstrap intervals over scenes. All routers were trained from scratch on the same",
+        f"token states, with the same three settings to choose from on validation. dP counts "
+        f"{', '.join(counted) or 'no metric'}; on the",
+        "training scenes the interval of the others' mean gap holds 0.",
         f"Mean quality: edge {facts.edge:.4f}, cloud {facts.cloud:.4f}.",
         "",
         "## At a routing rate of 50 %",
         "",
-        "| router | captured headroom | dP, % | pooled dP, % | win gain, points | rank correlation with realised PRS "
-        "| inspector accuracy | dP in the paper |",
-        "|---|---|---|---|---|---|---|---|",
+        *_table(
+            "router",
+            "captured headroom",
+            "dP, %",
+            "dP / cloud-only's",
+            "pooled dP, %",
+            "win gain, points",
+            "rank correlation with realised PRS",
+            "inspector accuracy",
+            "dP in the paper",
+        ),
     ]
-    for router, curve in points.items():
-        point = at(curve, 0.5)
-        found = "" if point.inspector_accuracy is None else _text(point.inspector_accuracy)
-        cells = [
-            *(router, _text(point.headroom), _text(point.delta_p, 1), _text(point.pooled_dp, 1)),
-            *(_text(point.win_gain, 1), f"{facts.correlations[router]:.3f}", found),
-            f"{PAPER[router]:.2f}" if router in PAPER else "",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+    for router, point in at_half.items():
+        found = point.inspector_accuracy
+        lines.append(
+            _row(
+                f"{router} (100 %)" if router == CLOUD_ONLY else router,
+                _text(point.headroom),
+                _text(point.delta_p, 1),
+                _text(point.over_cloud_only),
+                _text(point.pooled_dp, 1),
+                _text(point.win_gain, 1),
+                f"{facts.correlations[router]:.3f}" if router in facts.correlations else "",
+                "" if found is None else _text(found, 3),
+                f"{PAPER[router]:.2f}" if router in PAPER else "",
+            )
+        )
     lines += [
-        "| oracle | 1 | | | | | | |",
         "",
-        f"The best baseline on validation is {facts.best_baseline}. Captured headroom above its, paired over prompts:",
-        *(f"- {name}: {_text(difference)}" for name, difference in facts.differences.items()),
+        "The paper's column is of other models, prompts and another judge: orders compare, levels do not.",
+        "",
+        f"The best baseline on validation is {facts.best_baseline}. Captured headroom above its, paired over scenes:",
+        "",
+        *_table("router", "at 50 %", "mean over all rates"),
+        *(_row(name, *map(_text, apart)) for name, apart in facts.differences.items()),
+        "",
+        *_ablations(facts),
+        *(
+            f"Inspector accuracy of {name} at 50 % above random's: {_text(found, 3)}."
+            for name, found in facts.inspected.items()
+            if found is not None
+        ),
         "",
         "## Over all rates",
         "",
-        "| " + " | ".join(SUMMARY) + " |",
-        "|" + "---|" * len(SUMMARY),
-        *("| " + " | ".join(map(str, row)) + " |" for row in summary),
-        f"| oracle | {apgr(oracle):.4f} | {cpt(oracle, 0.5):.4f} "
-        f"| {aiq(oracle, facts.edge, facts.cloud):.4f} | | | |",
+        *_table(*SUMMARY),
+        *(_row(*map(str, row)) for row in summary),
         "",
         "Decision times are of the router alone in torch on one thread, token states being there already.",
+        "",
+        "Captured headroom:",
+        "",
+        *_table("router", *(f"{rate:.0%}" for rate in RATES)),
+        *(_row(name, *(_text(point.headroom) for point in curve)) for name, curve in curves.routers.items()),
+        "",
+        "dP (as a share of cloud-only's; pooled), %:",
+        "",
+        *_table("router", *(f"{rate:.0%}" for rate in RATES)),
+        *(
+            _row(
+                name,
+                *(
+                    f"{point.delta_p.value:.0f} ({100 * point.over_cloud_only.value:.0f}; {point.pooled_dp.value:.0f})"
+                    for point in curve
+                ),
+            )
+            for name, curve in {**curves.routers, ORACLE: curves.oracle}.items()
+        ),
+        "",
+        "Cloud calls saved against random routing at the same dP, %; empty where either never reaches it:",
+        "",
+        *_table("router", *(f"dP {wanted} %" for wanted in DELTA_P)),
+        *(
+            _row(name, *(_percent(saved_at_dp(curve, curves.cloud_only, wanted)) for wanted in DELTA_P))
+            for name, curve in {**curves.routers, ORACLE: curves.oracle}.items()
+        ),
     ]
     splits = next(iter(facts.elsewhere.values()))
     if splits:
@@ -148,20 +226,119 @@ def _report(
             "",
             "What is won over random at 50 %, in percent of what cloud-only wins, on prompts unlike the training's.",
             "",
-            "| router | " + " | ".join(splits) + " |",
-            "|---|" + "---|" * len(splits),
+            *_table("router", *splits),
+            *(
+                _row(router, *(f"{value:.1f}" for value in there.values()))
+                for router, there in facts.elsewhere.items()
+            ),
         ]
-        for router, found_there in facts.elsewhere.items():
-            lines.append(
-                f"| {router} | " + " | ".join(f"{value:.1f}" for value in found_there.values()) + " |"
-            )
-    lines += ["", "## Settings chosen on validation", "", "| router | setting |", "|---|---|"]
+    lines += ["", "## Settings chosen on validation", "", *_table("router", "setting")]
     for router, setting in facts.settings.items():
         if setting:
-            lines.append(f"| {router} | " + ", ".join(f"{k} {v:g}" for k, v in setting.items()) + " |")
-    lines += ["", "![deferral curves](deferral.png)", ""]
-    return "\n".join(lines)
+            lines.append(_row(router, ", ".join(f"{k} {v:g}" for k, v in setting.items())))
+    lines += ["", "![deferral curves](deferral.png)", "", "![quality over cost](cost.png)", ""]
+    return "\n".join(lines + _decisions(decisions))
+
+
+def _ablations(facts: Facts) -> list[str]:
+    """Which parts of the paper's design earn their place here."""
+    if not facts.ablations:
+        return []
+    lines = [
+        "What the paper's method loses in headroom without one of its parts, a mean over all rates, paired:",
+        "",
+        *_table("without", "costs", "does the part earn its place here?"),
+    ]
+    for name, cost in facts.ablations.items():
+        verdict = (
+            "yes"
+            if cost.low > 0
+            else "no: it does better without"
+            if cost.high < 0
+            else "not that could be told"
+        )
+        lines.append(_row(name, _text(cost), verdict))
+    return [
+        *lines,
+        "",
+        "Both gates are linear, so that T+ - T- = T (P+ - P-) S: a single gate can say whatever both can, and what",
+        "this ablation changes is how training goes.",
+        "",
+    ]
+
+
+def _decisions(made: Decisions | None) -> list[str]:
+    if made is None:
+        return [
+            "The bundle has no predictor or no calibration for these labels: its decisions were not measured.",
+            "",
+        ]
+    lines = [
+        "## The bundle's own decisions",
+        "",
+        "### Calibration",
+        "",
+        "Realised share of prompts in the cloud for a wanted rate; the interval draws calibration prompts and the",
+        "split's anew. Where alpha has reached 1/2 the rate may stay below. In bold: the wanted rate lies outside.",
+        "",
+        *_table("split", *(f"{rate:.0%}" for rate in RATES), "largest rate"),
+    ]
+    for split, rates in made.rates.items():
+        cells = [
+            f"{'' if rate.kept else '**'}{_text(rate.realised)}{'' if rate.kept else '**'}"
+            + (" (1/2)" if rate.bounded else "")
+            for rate in rates
+        ]
+        lines.append(_row(split, *cells, f"{made.reachable[split]:.2f}"))
+    told = made.explanations
+    lines += [
+        "",
+        f"The calibration prompts' largest rate, which the bundle promises, is {made.reachable['calibration']:.2f}.",
+        "",
+        "![calibration](calibration.png)",
+        "",
+        "### Reliability of PRS",
+        "",
+        f"Slope of realised over predicted PRS on the test prompts: {_text(made.slope)}; 1 would be reliable.",
+        "",
+        "![reliability](reliability.png)",
+        "",
+        "### Explanations",
+        "",
+        f"On {told.prompts} test prompts, deleting the token that the decision names first and encoding again moves",
+        f"PRS by {_text(told.named, 4)}, deleting any other by {_text(told.others, 4)}:",
+        f"{_text(told.ratio)} times as much (aim: 3). A name picked in hindsight",
+        f"would move it {_text(told.hindsight)} times as much.",
+        "",
+        "### Domain",
+        "",
+        f"Prompts with a token that fewer than {FAMILIAR} training prompts have, prompts further from the training",
+        "prompts than 95 % of the calibration prompts are (nearest mean token state),",
+        "and how well predicted PRS ranks realised PRS there.",
+        "",
+        *_table("split", "with a rare token", "far", "rank correlation"),
+        *(
+            _row(split, f"{one.with_unknown:.0%}", f"{one.far:.0%}", _text(one.correlation))
+            for split, one in made.domains.items()
+        ),
+        "",
+    ]
+    return lines
+
+
+def _table(*names: str) -> list[str]:
+    return [_row(*names), "|" + "---|" * len(names)]
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _percent(share: float) -> str:
+    return "" if np.isnan(share) else f"{100 * share:.0f}"
 
 
 def _text(estimate: Estimate, digits: int = 2) -> str:
+    if np.isnan(estimate.value):
+        return ""
     return f"{estimate.value:.{digits}f} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"

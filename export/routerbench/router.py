@@ -37,13 +37,17 @@ class Prompts:
     """Token states [N, n, d] of the edge model's text encoder with their mask, mean qualities [N, M] of both models."""
     scale: Floats
     """[M], of PRS, from the training split."""
+    scenes: NDArray[np.int64]
+    """[N], the same number for prompts that say the same scene in other words."""
 
     @classmethod
-    def of(cls, outcomes: Outcomes, bundle: Bundle, scale: Floats, cache: Path) -> Prompts:
+    def of(
+        cls, outcomes: Outcomes, bundle: Bundle, scale: Floats, scenes: NDArray[np.int64], cache: Path
+    ) -> Prompts:
         """From a split of the matrix. Token states are kept in the folder ``cache``."""
         states = of_prompts(cache, bundle, outcomes.prompts)
         examples = Examples.of(states, outcomes.edge, outcomes.cloud)
-        return cls(outcomes.prompts, outcomes.objects, examples, scale)
+        return cls(outcomes.prompts, outcomes.objects, examples, scale, scenes)
 
     def __len__(self) -> int:
         return len(self.texts)

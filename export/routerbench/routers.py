@@ -267,6 +267,8 @@ ROUTERS: tuple[type[Router], ...] = (
 BASELINES = ROUTERS[1:10]
 """What the paper's method and ours are compared with; the best of them is chosen on validation."""
 
+ABLATIONS: tuple[type[Router], ...] = (SingleMetric, NoSelection, SingleGate)
+
 # --- networks of the baselines ----------------------------------------------------------------------------------
 
 EPOCHS, PATIENCE, BATCH = 30, 6, 64

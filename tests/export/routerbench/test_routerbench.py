@@ -10,6 +10,7 @@ import torch
 from edge_agent.superiority import METRICS
 from export.__main__ import main
 from export.outcomes import Outcomes
+from export.prompts import scenes_of
 from export.routerbench.__main__ import Data, fit, worth
 from export.routerbench.measure import RATES, Bench, apgr, counted_metrics, cpt
 from export.routerbench.report import RESULTS, SUMMARY
@@ -25,8 +26,12 @@ class World:
         self.folder, self.bundle = folder, write_bundle(folder / "bundle")
         self.labels = write_labels(folder / "labels.parquet", 240)
         self.outcomes = Outcomes.read(self.labels)
-        self.data = Data.of(self.outcomes, self.bundle, folder)
+        self.scenes = scenes_of(self.outcomes.prompts, self.outcomes.splits.tolist())
+        self.data = Data.of(self.outcomes, self.bundle, self.scenes, folder)
         self.test = self.outcomes.split("test")
+
+    def said(self, split: str) -> np.ndarray:
+        return self.scenes[self.outcomes.splits == split]
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +52,10 @@ class Longest:
 
 @pytest.fixture
 def bench(world: World) -> Bench:
-    prompts = world.data.others["test"]
-    superiority = prompts.superiority(prompts.examples.edge, prompts.examples.cloud)
-    return Bench(world.test, superiority, counted_metrics(world.outcomes.split("train")))
+    prompts, test = world.data.others["test"], world.test
+    each = prompts.superiority(torch.from_numpy(test.edge_seeds), torch.from_numpy(test.cloud_seeds))
+    counted = counted_metrics(world.outcomes.split("train"), world.said("train"))
+    return Bench(test, each, counted, world.said("test"))
 
 
 def test_random_wins_its_share_and_knowing_the_gain_wins_more_than_the_oracle(bench: Bench) -> None:
@@ -66,7 +72,7 @@ def test_random_wins_its_share_and_knowing_the_gain_wins_more_than_the_oracle(be
 
 def test_a_router_never_beats_itself(bench: Bench) -> None:
     scores = [np.random.default_rng(0).random(len(bench.gaps))]
-    difference = bench.difference(scores, scores, 0.5)
+    difference = bench.difference(scores, scores, RATES)
     assert (difference.value, difference.low, difference.high) == (0, 0, 0)
 
 
@@ -83,6 +89,7 @@ def test_every_router_can_be_fitted_again_and_scores_without_outcomes(kind: type
             torch.full_like(test.examples.cloud, torch.nan),
         ),
         test.scale,
+        test.scenes,
     )
     setting = router.settings[0]
     scores = [router.fit(world.data.train, world.data.validation, 0, **setting)(blind) for _ in range(2)]
@@ -114,11 +121,18 @@ def test_the_command_writes_its_tables_and_takes_a_router_of_one_s_own(
     with (out / "results.csv").open() as file:
         results = list(csv.DictReader(file))
     assert tuple(results[0]) == RESULTS
-    assert len(results) == 5 * len(RATES)
+    assert len(results) == 6 * len(RATES) + 1  # the oracle's curve and cloud-only beside the routers'
     with (out / "summary.csv").open() as file:
         summary = list(csv.DictReader(file))
     assert tuple(summary[0]) == SUMMARY
-    assert [row["router"] for row in summary] == ["random", "kNN", "routet2i", "ours", "most letters"]
+    assert [row["router"] for row in summary] == [
+        "random",
+        "kNN",
+        "routet2i",
+        "ours",
+        "most letters",
+        "oracle",
+    ]
     assert (out / "deferral.png").stat().st_size > 10_000
     assert "most letters" in (out / "report.md").read_text()
 
@@ -129,6 +143,6 @@ def test_a_router_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str
 
 
 def test_only_metrics_whose_gap_is_sure_make_dp(world: World) -> None:
-    counted = counted_metrics(world.outcomes.split("train"))
+    counted = counted_metrics(world.outcomes.split("train"), world.said("train"))
     assert counted.shape == (len(METRICS),)
     assert counted.any()

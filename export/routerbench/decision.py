@@ -1,0 +1,307 @@
+"""What the bundle's own decisions are worth on prompts that nothing was chosen on.
+
+- *Calibration*: the share of prompts that alpha really sends to the cloud, for every wanted routing rate. While alpha
+  is below 1/2 the wanted rate should lie within the interval of the realised one; beyond, the realised one stays below.
+- *Reliability*: is a predicted PRS realised, on the mean, by the prompts that got it?
+- *Explanations*: the token that a decision names first (the largest pull on PRS) is deleted, the prompt is encoded
+  again without it, and PRS moves. It should move much further than without any other token.
+- *Domain*: how far a prompt lies from the training prompts, and whether decisions are worse out there.
+
+Intervals are 95 % bootstraps over scenes, see `export.routerbench.measure`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_agent.bundle import Bundle
+from edge_agent.calibration import Calibration
+from edge_agent.diffusion.sessions import Runtime
+from edge_agent.diffusion.text_encoder import TextEncoder
+from edge_agent.predictor import Prediction, Predictor
+from edge_agent.superiority import ALPHA_BOUND, largest_alpha, realised_rate, relative_superiority
+from edge_agent.tokens import Tokenizer, Tokens
+from export.evaluate import Estimate, spearman
+from export.outcomes import Outcomes
+from export.routerbench.measure import RATES, RESAMPLES, estimate, resampled
+from export.routerbench.router import Floats
+from export.terminal import progress
+
+EXPLAINED = 200  # test prompts whose tokens are deleted, one after the other
+BINS = 8  # of predicted PRS, with equally many prompts
+FAMILIAR = 3  # training prompts that a token must have been in to count as known
+
+
+@dataclass(frozen=True)
+class Rate:
+    """What became of one wanted routing rate on one split."""
+
+    wanted: float
+    alpha: float
+    realised: Estimate
+
+    @property
+    def bounded(self) -> bool:
+        """Whether alpha stopped at 1/2."""
+        return self.alpha >= ALPHA_BOUND
+
+    @property
+    def kept(self) -> bool:
+        """Whether the calibration's promise holds for all that these prompts can say."""
+        return self.realised.low <= self.wanted and (self.bounded or self.wanted <= self.realised.high)
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Prompts of about the same predicted PRS."""
+
+    predicted: float
+    realised: Estimate
+
+
+@dataclass(frozen=True)
+class Explanations:
+    """How far PRS moves, mean over prompts, when one token is deleted."""
+
+    prompts: int
+    named: Estimate
+    others: Estimate
+    """Any other token, in expectation."""
+    ratio: Estimate
+    hindsight: Estimate
+    """The same ratio for the token whose deletion moves PRS most: what no name can exceed."""
+
+
+@dataclass(frozen=True)
+class Domain:
+    """How foreign the prompts of one split are."""
+
+    with_unknown: float
+    """Share of prompts with a token that fewer than FAMILIAR training prompts have."""
+    far: float
+    """Share of prompts further from the nearest training prompt than 95 % of the calibration prompts are."""
+    correlation: Estimate
+    """Rank correlation of predicted with realised PRS, over the split's prompts."""
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """All of it; splits by name."""
+
+    rates: Mapping[str, Sequence[Rate]]
+    reachable: Mapping[str, float]
+    """Largest share that can go to the cloud, at alpha = 1/2; of `calibration` as the bundle promises it."""
+    bins: Sequence[Bin]
+    slope: Estimate
+    """Of realised over predicted PRS, least squares; 1 would be reliable."""
+    explanations: Explanations
+    domains: Mapping[str, Domain]
+
+
+class Decider:
+    """The bundle's line from a prompt to its PRS."""
+
+    def __init__(self, bundle: Bundle, calibration: Calibration) -> None:
+        assert bundle.predictor is not None
+        self.calibration = calibration
+        self.tokenizer = Tokenizer.open(bundle)
+        self._encoder = TextEncoder(bundle, Runtime(threads=1))
+        self._predictor = Predictor.load(bundle.predictor, bundle.manifest.text_hidden)
+
+    def decide(self, tokens: Tokens) -> tuple[float, Prediction, NDArray[np.float32]]:
+        """PRS, the prediction it comes from, and the mean state [d] of the prompt's own tokens."""
+        states = self._encoder.encode(tokens).tokens
+        prediction = self._predictor.predict(states, tokens.mask)
+        own = states[0][tokens.mask]
+        return self.prs(prediction.edge, prediction.cloud), prediction, own.mean(axis=0)
+
+    def prs(self, edge: NDArray[np.float32], cloud: NDArray[np.float32]) -> float:
+        """Of qualities [M]."""
+        return float(relative_superiority(edge, cloud, self.calibration.scale, self.calibration.weights))
+
+    def pull_on_prs(self, prediction: Prediction) -> Floats:
+        """[L]: what PRS would be more without each token's pull, all else equal: what a decision names tokens by."""
+        gap = np.log(prediction.cloud / (1 - prediction.cloud)) - np.log(
+            prediction.edge / (1 - prediction.edge)
+        )
+        level = (
+            np.log(prediction.cloud / (1 - prediction.cloud))
+            + np.log(prediction.edge / (1 - prediction.edge))
+        ) / 2
+        without = gap - prediction.pull  # [L, M]
+        edge, cloud = (1 / (1 + np.exp(-(level + sign * without / 2))) for sign in (-1, 1))
+        moved: Floats = relative_superiority(
+            edge, cloud, self.calibration.scale, self.calibration.weights
+        ) - self.prs(prediction.edge, prediction.cloud)
+        return moved
+
+
+def without(tokens: Tokens, position: int, padding: int) -> Tokens:
+    """The prompt less one token; what follows moves up, as if it had never been written."""
+
+    def cut(row: NDArray[np.int64], last: int) -> NDArray[np.int64]:
+        return np.append(np.delete(row, position), last)
+
+    mask = np.append(np.delete(tokens.mask, position), False)
+    second = None if tokens.ids_2 is None else cut(tokens.ids_2[0], int(tokens.ids_2[0, -1]))[None]
+    return replace(tokens, ids=cut(tokens.ids[0], padding)[None], mask=mask, ids_2=second)
+
+
+def decisions(
+    bundle: Bundle, outcomes: Outcomes, scenes: Mapping[str, NDArray[np.int64]], seed: int = 0
+) -> Decisions | None:
+    """Measure them; None where the bundle has no predictor or no calibration for these labels' models.
+
+    ``scenes`` numbers what each prompt says, split by split; its keys are the splits that are looked at.
+    """
+    calibration = bundle.calibration
+    if bundle.predictor is None or calibration is None:
+        return None
+    decider = Decider(bundle, calibration)
+    parts = {split: outcomes.split(split) for split in scenes}
+    tokens = {
+        split: [decider.tokenizer.encode(text) for text in part.prompts] for split, part in parts.items()
+    }
+    with progress() as bars:
+        made = {
+            split: [decider.decide(one) for one in bars.track(rows, description=f"decisions, {split}")]
+            for split, rows in tokens.items()
+        }
+        explanations = _explanations(
+            decider,
+            list(bars.track(tokens["test"][:EXPLAINED], description="explanations")),
+            scenes["test"][:EXPLAINED],
+            seed,
+        )
+    predicted = {split: np.array([prs for prs, _, _ in rows]) for split, rows in made.items()}
+    realised = {
+        split: np.array([decider.prs(*pair) for pair in zip(part.edge, part.cloud, strict=True)])
+        for split, part in parts.items()
+    }
+    middles = {split: np.stack([middle for _, _, middle in rows]) for split, rows in made.items()}
+    measured = [split for split in scenes if split != "train"]
+    bins, slope = _reliability(predicted["test"], realised["test"], scenes["test"], seed)
+    return Decisions(
+        rates={
+            split: _rates(calibration, predicted, scenes, split, seed)
+            for split in measured
+            if split != "calibration"
+        },
+        reachable={split: realised_rate(predicted[split], ALPHA_BOUND) for split in measured},
+        bins=bins,
+        slope=slope,
+        explanations=explanations,
+        domains={
+            split: Domain(
+                with_unknown=_with_unknown(tokens["train"], tokens[split]),
+                far=_far(middles, split),
+                correlation=estimate(
+                    np.array(
+                        [
+                            spearman(predicted[split][rows], realised[split][rows])
+                            for rows in _samples(scenes[split], seed)
+                        ]
+                    )
+                ),
+            )
+            for split in measured
+        },
+    )
+
+
+def _samples(scenes: NDArray[np.int64], seed: int) -> list[NDArray[np.int64]]:
+    """The prompts themselves, and their bootstrap samples."""
+    return [np.arange(len(scenes)), *resampled(scenes, RESAMPLES, seed)]
+
+
+def _rates(
+    calibration: Calibration,
+    predicted: Mapping[str, Floats],
+    scenes: Mapping[str, NDArray[np.int64]],
+    split: str,
+    seed: int,
+) -> list[Rate]:
+    """Both the calibration prompts and the split's are samples: both are drawn again for the interval."""
+    here = [predicted[split][rows] for rows in _samples(scenes[split], seed)]
+    there = [predicted["calibration"][rows] for rows in _samples(scenes["calibration"], seed + 1)]
+    rates = []
+    for wanted in RATES:
+        alphas = [largest_alpha(scores, wanted) for scores in there]
+        alphas[0] = calibration.alpha(wanted)
+        realised = [realised_rate(scores, alpha) for scores, alpha in zip(here, alphas, strict=True)]
+        rates.append(Rate(wanted, alphas[0], estimate(np.array(realised))))
+    return rates
+
+
+def _reliability(
+    predicted: Floats, realised: Floats, scenes: NDArray[np.int64], seed: int
+) -> tuple[list[Bin], Estimate]:
+    samples = _samples(scenes, seed)
+    edges = np.quantile(predicted, np.linspace(0, 1, BINS + 1)[1:-1])
+    number = np.searchsorted(edges, predicted, side="right")
+    bins = []
+    for one in range(BINS):
+        inside = [rows[number[rows] == one] for rows in samples]
+        means = np.array([realised[rows].mean() for rows in inside if len(rows)])
+        if len(means):
+            bins.append(Bin(float(predicted[number == one].mean()), estimate(means)))
+    slopes = [
+        float(np.cov(predicted[rows], realised[rows])[0, 1] / max(float(predicted[rows].var(ddof=1)), 1e-12))
+        for rows in samples
+    ]
+    return bins, estimate(np.array(slopes))
+
+
+def _explanations(
+    decider: Decider, prompts: Sequence[Tokens], scenes: NDArray[np.int64], seed: int
+) -> Explanations:
+    named, others, most, kept = [], [], [], []
+    for row, tokens in enumerate(prompts):
+        own = np.flatnonzero(tokens.mask)
+        if len(own) < 2:
+            continue  # nothing to name among
+        prs, prediction, _ = decider.decide(tokens)
+        padding = int(tokens.ids[0, -1])
+        moved = np.array(
+            [abs(decider.decide(without(tokens, int(position), padding))[0] - prs) for position in own]
+        )
+        first = int(np.argmax(np.abs(decider.pull_on_prs(prediction)[own])))
+        named.append(moved[first])
+        others.append(np.delete(moved, first).mean())
+        most.append((moved.max(), np.delete(moved, moved.argmax()).mean()))
+        kept.append(row)
+    samples = _samples(scenes[kept], seed)
+    columns = np.column_stack([named, others, most])  # [prompts, 4]
+    means = np.array([columns[rows].mean(axis=0) for rows in samples])
+    return Explanations(
+        prompts=len(kept),
+        named=estimate(means[:, 0]),
+        others=estimate(means[:, 1]),
+        ratio=estimate(means[:, 0] / means[:, 1]),
+        hindsight=estimate(means[:, 2] / means[:, 3]),
+    )
+
+
+def _with_unknown(train: Sequence[Tokens], prompts: Sequence[Tokens]) -> float:
+    counts = np.bincount(
+        np.concatenate([np.unique(one.ids[0][one.mask]) for one in train]),
+        minlength=1 + max(int(one.ids.max()) for one in (*train, *prompts)),
+    )
+    return float(np.mean([(counts[one.ids[0][one.mask]] < FAMILIAR).any() for one in prompts]))
+
+
+def _far(middles: Mapping[str, NDArray[np.float32]], split: str) -> float:
+    border = np.quantile(_nearest(middles["train"], middles["calibration"]), 0.95)
+    return float(np.mean(_nearest(middles["train"], middles[split]) > border))
+
+
+def _nearest(known: NDArray[np.float32], rows: NDArray[np.float32]) -> Floats:
+    """Distance [N] of each row to the nearest of ``known``, in deviations of its dimensions."""
+    mean, deviation = known.mean(axis=0), known.std(axis=0) + 1e-6
+    one, other = ((part - mean) / deviation for part in (known, rows))
+    squares = (other**2).sum(1)[:, None] + (one**2).sum(1) - 2 * other @ one.T
+    return np.sqrt(np.maximum(squares.min(axis=1), 0)).astype(np.float64)

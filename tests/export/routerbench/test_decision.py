@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge_agent.bundle import Bundle
+from edge_agent.superiority import METRICS
+from export.__main__ import main
+from export.outcomes import Outcomes
+from export.prompts import router_prompts, scenes_of
+from export.routerbench.decision import Decider, Decisions, Rate, decisions, without
+from export.routerbench.measure import estimate, resampled
+from tests.export.routing_world import TOKENS, write_bundle, write_labels
+
+
+class Routed:
+    """A world with a trained and calibrated bundle."""
+
+    def __init__(self, folder: Path) -> None:
+        bundle = folder / "bundle"
+        digest = write_bundle(bundle).model_digest
+        texts = json.dumps([[name, f"good {name}", f"bad {name}"] for name in METRICS])
+        labels = write_labels(
+            folder / "labels.parquet",
+            360,
+            facts={"edge_digest": digest, "cloud_digest": "c0ffee", "metrics": texts},
+        )
+        train = ["--seeds", "1", "--epochs", "30", "--rank", "4", "--hidden", "16"]
+        assert main(["train", str(labels), str(bundle), str(folder / "run"), *train]) == 0
+        assert main(["predictor", str(folder / "run" / "predictor.safetensors"), str(bundle)]) == 0
+        assert main(["calibrate", str(labels), str(bundle)]) == 0
+        self.bundle, self.outcomes = Bundle.open(bundle), Outcomes.read(labels)
+        scenes = scenes_of(self.outcomes.prompts, self.outcomes.splits.tolist())
+        self.scenes = {
+            split: scenes[self.outcomes.splits == split] for split in ("train", "calibration", "test")
+        }
+
+
+@pytest.fixture(scope="module")
+def routed(tmp_path_factory: pytest.TempPathFactory) -> Routed:
+    return Routed(tmp_path_factory.mktemp("routed"))
+
+
+@pytest.fixture(scope="module")
+def made(routed: Routed) -> Decisions:
+    found = decisions(routed.bundle, routed.outcomes, routed.scenes)
+    assert found is not None
+    return found
+
+
+def test_where_splits_are_alike_the_wanted_rate_is_realised(made: Decisions) -> None:
+    rates = made.rates["test"]
+    assert sum(rate.kept for rate in rates) >= len(rates) - 1
+    assert np.diff([rate.realised.value for rate in rates]).min() >= 0
+    assert max(rate.realised.value for rate in rates) <= made.reachable["test"]
+
+
+def test_a_rate_above_the_wanted_one_is_never_kept_and_one_below_only_at_the_bound() -> None:
+    def rate(wanted: float, alpha: float) -> Rate:
+        return Rate(wanted, alpha, estimate(np.array([0.5, 0.45, 0.55])))
+
+    assert rate(0.5, 0.4).kept
+    assert not rate(0.4, 0.4).kept
+    assert not rate(0.6, 0.4).kept
+    assert rate(0.6, 0.5).kept
+    assert not rate(0.4, 0.5).kept
+
+
+def test_predicted_prs_is_realised_where_there_is_something_to_learn(made: Decisions) -> None:
+    assert made.slope.low > 0
+    assert made.bins[-1].realised.value > made.bins[0].realised.value
+
+
+def test_deleting_the_named_token_moves_prs_further_than_another_and_hindsight_at_most(
+    made: Decisions,
+) -> None:
+    told = made.explanations
+    assert told.ratio.low > 1
+    assert told.hindsight.value >= told.ratio.value
+
+
+def test_a_prompt_without_a_token_is_the_prompt_that_never_had_it(routed: Routed) -> None:
+    calibration = routed.bundle.calibration
+    assert calibration is not None
+    decider = Decider(routed.bundle, calibration)
+    whole, less = decider.tokenizer.encode("a red dog"), decider.tokenizer.encode("a dog")
+    cut = without(whole, 2, int(whole.ids[0, -1]))
+    np.testing.assert_array_equal(cut.ids, less.ids)
+    np.testing.assert_array_equal(cut.mask, less.mask)
+    assert cut.ids.shape == (1, TOKENS)
+    assert decider.decide(cut)[0] == decider.decide(less)[0]
+
+
+def test_an_unknown_word_is_told(routed: Routed, made: Decisions) -> None:
+    assert made.domains["test"].with_unknown == 0
+    assert made.domains["calibration"].far == pytest.approx(0.05, abs=0.02)
+
+
+def test_a_bundle_without_calibration_has_no_decisions_to_measure(routed: Routed, tmp_path: Path) -> None:
+    bare = write_bundle(tmp_path / "bare")
+    assert decisions(bare, routed.outcomes, routed.scenes) is None
+
+
+def test_prompts_of_one_scene_are_drawn_together() -> None:
+    scenes = np.array([0, 1, 0, 2, 1, 0])
+    for rows in resampled(scenes, 50):
+        counts = np.bincount(rows, minlength=6)
+        assert counts[0] == counts[2] == counts[5]
+        assert counts[1] == counts[4]
+        assert counts[0] + counts[1] + counts[3] == 3
+
+
+def test_sentences_of_one_scene_share_its_number_and_strangers_have_their_own() -> None:
+    prompts = router_prompts({"train": 60})
+    numbers = scenes_of([*(one.text for one in prompts), "a stranger"], [*["train"] * 60, "test"])
+    assert len(set(numbers)) == len({one.scene for one in prompts}) + 1
+    assert len({one.scene for one in prompts}) < 60
