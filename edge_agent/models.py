@@ -268,7 +268,7 @@ def _use(options: argparse.Namespace) -> int:
 
 def _remove(options: argparse.Namespace) -> int:
     store, name = _store(options), options.name
-    if name in store.names() and _is_served(store, name, _served(options)):
+    if name in store.names() and _is_served(store, name, _served(options, surely=True)):
         raise StoreError(
             f"a running daemon serves {name}; let it serve another, or stop it, and remove {name} then"
         )
@@ -284,12 +284,17 @@ def _store(options: argparse.Namespace) -> Store:
     return settings.resolve(vars(options), os.environ).store
 
 
-def _served(options: argparse.Namespace) -> str | None:
-    """The bundle folder that a running daemon serves; None where none does, or it does not say."""
+def _served(options: argparse.Namespace, *, surely: bool = False) -> str | None:
+    """The bundle folder that a running daemon serves; None where none does.
+
+    One that does not say, as it is still loading, counts as none; `surely` raises CallFailed for it.
+    """
     agent = AgentClient(client(options).address, CONNECT_S)
     try:
         return str(agent.status()["bundle"]) if agent.reachable() else None
-    except CallFailed:  # it is still loading, shutting down, or stopped
+    except CallFailed:
+        if surely:
+            raise
         return None
 
 

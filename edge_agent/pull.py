@@ -455,13 +455,15 @@ class WebSource:
             return SourceRefused(f"{place} is not for everybody ({status}); {self._how_to_be_let_in}")
         if status == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             return SourceLied(f"{place} is shorter than {MANIFEST} says")
+        # The server's own words are not repeated: they could be anything.
+        said = http.client.responses.get(status, "") if status >= 400 else error.reason
         if status >= 500 or status in (http.HTTPStatus.TOO_MANY_REQUESTS, http.HTTPStatus.REQUEST_TIMEOUT):
             after = error.headers.get("Retry-After", "")
             return SourceUnreachable(
-                f"{place} cannot be had at the moment ({status} {error.reason})",
+                f"{place} cannot be had at the moment ({status} {said})",
                 retry_after_s=float(after) if after.isdecimal() else None,
             )
-        return SourceRefused(f"{place} cannot be had ({status} {error.reason})")
+        return SourceRefused(f"{place} cannot be had ({status} {said})")
 
     def _silence(self, error: Exception) -> PullFailed:
         host = self._base.netloc
@@ -586,4 +588,7 @@ def _reason(error: object) -> str:
         return "no answer in time"
     if isinstance(error, http.client.IncompleteRead):
         return "the connection ended early"
-    return str(getattr(error, "strerror", None) or error) or type(error).__name__
+    said = str(getattr(error, "strerror", None) or error) or type(error).__name__
+    return "".join(
+        letter if letter.isprintable() else "?" for letter in said
+    )  # some of it may be the server's

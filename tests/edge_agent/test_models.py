@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -263,6 +264,19 @@ def test_a_daemon_serves_the_chosen_model_and_keeps_it_from_being_removed(
         assert run("remove", "miniature").code == 0
     finally:
         daemon.kill()
+
+
+def test_a_daemon_that_does_not_say_what_it_serves_keeps_every_model_from_being_removed(
+    run: Run, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_agent.models.CONNECT_S", 0.3)
+    run("pull", hollow_bundle(home / "tiny"))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        assert run("remove", "hollow", "--agent", address).code == 3
+        listed = names(run("list", "--json", "--agent", address))
+        assert listed["hollow"]["served"] is None
+    assert run("remove", "hollow").code == 0
 
 
 def test_a_daemon_whose_chosen_model_is_gone_says_what_to_do(run: Run, home: Path, models: Path) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -536,8 +540,9 @@ def pulling_process(web: Web, folder: Path, *arguments: str) -> subprocess.Popen
     )
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
 def test_a_pull_that_is_killed_goes_on_and_fetches_nothing_twice(
-    web: Web, hollow: Path, tmp_path: Path
+    web: Web, hollow: Path, tmp_path: Path, number: int, code: int
 ) -> None:
     models = tmp_path / "data" / "routet2i" / "models"
     partial = models / ".partial" / "hollow"
@@ -546,8 +551,8 @@ def test_a_pull_that_is_killed_goes_on_and_fetches_nothing_twice(
         while not (partial / DENOISER).exists() or (partial / DENOISER).stat().st_size < 200_000:
             assert first.poll() is None
             time.sleep(0.005)
-        first.send_signal(signal.SIGKILL)
-        assert first.wait() == -signal.SIGKILL
+        first.send_signal(number)
+        assert first.wait() == code
     store = Store(models, STARTER)
     assert_nothing_shows(store)
     web.pause_s = 0.0
@@ -564,6 +569,44 @@ def test_a_pull_that_is_killed_goes_on_and_fetches_nothing_twice(
     assert [path for path in whole if web.offsets(path)] == []
     assert same(models / "hollow", hollow)
     assert list((models / ".partial").iterdir()) == []
+
+
+def test_a_pull_shows_its_progress_on_a_terminal(web: Web, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    web.block_bytes, web.pause_s = 100_000, 0.02
+    web.misbehave("stop", at=DENOISER, times=1)
+    command = [sys.executable, "-m", "edge_agent", "models", "pull", f"{web.address}/b"]
+    with subprocess.Popen(
+        command, env=process_environment(tmp_path, COLUMNS="200"), stdout=subprocess.PIPE, stderr=theirs
+    ) as pulling:
+        os.close(theirs)
+        shown = b""
+        with suppress(OSError):  # how a terminal ends
+            while block := os.read(ours, 65_536):
+                shown += block
+        assert pulling.wait() == 0
+    os.close(ours)
+    assert DENOISER.encode() in shown
+    assert b"waiting: " in shown and b"broke off" in shown
+    assert b"2.0 MB" in shown
+
+
+def test_a_server_cannot_write_on_the_terminal(store: Store) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        answers = iter((b"HTTP/1.1 500 \x1b[31mred\r\n\r\n", b"\x1b[31mred\r\n\r\n"))
+
+        def answer() -> None:
+            for text in answers:
+                caller, _ = listener.accept()
+                with caller:
+                    caller.recv(65_536)
+                    caller.sendall(text)
+
+        threading.Thread(target=answer, daemon=True).start()
+        for _ in range(2):
+            with pytest.raises(SourceUnreachable) as raised:
+                fetch(WebSource(f"http://127.0.0.1:{listener.getsockname()[1]}/b"), store)
+            assert raised.value.message.isprintable()
 
 
 def test_two_pulls_of_one_bundle_do_not_meet(web: Web, store: Store, hollow: Path) -> None:

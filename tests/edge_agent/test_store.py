@@ -205,7 +205,7 @@ def test_two_processes_cannot_pull_the_same_model_and_a_killed_one_lets_go(store
 
 def _choose_often(folder: str, name: str) -> None:
     store = Store(Path(folder), STARTER)
-    for _ in range(20):
+    for _ in range(8):
         store.choose(name)
 
 
