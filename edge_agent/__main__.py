@@ -354,7 +354,13 @@ def _quota(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    return print_facts(client(options).status(), options)
+    facts = client(options).status()
+    if not options.json:
+        facts["providers"] = [
+            f"{each['name']}: {each['state'].replace('_', ' ')}{each['reason'] and ', ' + each['reason']}"
+            for each in facts["providers"]
+        ]
+    return print_facts(facts, options)
 
 
 def _app(command: argparse.ArgumentParser) -> None:

@@ -136,6 +136,14 @@ class AgentClient:
         facts["cloud_health"] = (
             edge_pb2.CloudHealth.Name(answer.cloud_health).removeprefix("CLOUD_HEALTH_").lower()
         )
+        facts["providers"] = [
+            {
+                "name": provider.name,
+                "state": edge_pb2.ProviderState.Name(provider.state).removeprefix("PROVIDER_STATE_").lower(),
+                "reason": provider.reason,
+            }
+            for provider in answer.providers
+        ]
         facts["advice"] = list(answer.advice)
         return facts
 

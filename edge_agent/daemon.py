@@ -23,7 +23,9 @@ from edge_agent.agent import Agent, Terms
 from edge_agent.bundle import Bundle
 from edge_agent.cloud import CloudClient
 from edge_agent.device import Device
+from edge_agent.diffusion import providers
 from edge_agent.diffusion.generator import Generator
+from edge_agent.diffusion.providers import Choice
 from edge_agent.diffusion.sessions import Runtime
 from edge_agent.errors import StartRefused
 from edge_agent.purchase import Purchases
@@ -59,6 +61,7 @@ class Models:
 
     reader: Reader
     generator: Generator
+    providers: Choice
 
 
 class Daemon:
@@ -95,7 +98,7 @@ class Daemon:
         log.info("listening", extra={"fields": {"address": self.address}})
 
     async def serve(self) -> None:
-        """Loads the bundle and serves it until `stop()`. Raises BundleError or LedgerError."""
+        """Loads the bundle and serves it until `stop()`. Raises StartRefused, BundleError or LedgerError."""
         loading = self._loading = self._load()
         stopped = asyncio.ensure_future(self._stop.wait())
         try:
@@ -185,7 +188,7 @@ class Daemon:
             apps=frozenset(settings.apps) or None,
         )
         terms = Terms(settings.max_price, settings.cloud_timeout_s, settings.png_facts)
-        device = Device(models.generator, settings.max_queue)
+        device = Device(models.generator, settings.max_queue, models.providers)
         return Agent(models.reader, device, self._purchases, limits, terms)
 
     async def _set_health(self, status: Any) -> None:
@@ -216,9 +219,11 @@ async def run(settings: Settings) -> Daemon:
 
 def _load_models(settings: Settings) -> Models:
     bundle = Bundle.open(settings.bundle_folder)
-    generator = Generator(bundle, Runtime(threads=settings.threads or None))
+    choice = providers.find(settings.providers)
+    serving = tuple(map(providers.full_name, choice.serving))
+    generator = Generator(bundle, Runtime(threads=settings.threads or None, providers=serving))
     reader = Reader(bundle, generator.tokenizer, generator.text_encoder, settings.routing_rate)
-    return Models(reader, generator)
+    return Models(reader, generator, choice)
 
 
 def _cloud_client(settings: Settings) -> CloudClient | None:

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from edge_agent.diffusion.generator import Generator, Image
+from edge_agent.diffusion.providers import Choice, Standing, WarmUp
 from edge_agent.diffusion.sessions import Stop
 from edge_agent.diffusion.text_encoder import TextStates
 from edge_agent.errors import Busy, Cancelled, DeadlinePassed
@@ -46,8 +47,10 @@ class Drawn:
 class Device:
     """The local models behind one worker thread."""
 
-    def __init__(self, generator: Generator, max_queue: int) -> None:
+    def __init__(self, generator: Generator, max_queue: int, choice: Choice | None = None) -> None:
+        """`choice` is what the generator runs on; left out, the CPU."""
         self._generator = generator
+        self._choice = choice or Choice()
         self.max_queue = max_queue
         self.images = 0  # waiting or in the making
         self._image_s: float | None = None
@@ -57,6 +60,11 @@ class Device:
     def waiting(self) -> int:
         """Images in the queue, without the one in the making."""
         return max(0, self.images - 1)
+
+    @property
+    def providers(self) -> tuple[Standing, ...]:
+        """What the models run on and what was passed over."""
+        return self._choice.standings(WarmUp())
 
     def expected_s(self) -> float:
         """How long an image that came now would take, the queue before it included."""

@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError
 
 from edge_agent import version
 from edge_agent.agent import Agent, Result
+from edge_agent.diffusion.providers import State
 from edge_agent.errors import (
     Cancelled,
     Draining,
@@ -47,6 +48,9 @@ LOADING_RETRY_S = 1.0
 ROUTES: Mapping[Route, edge_pb2.Route] = {"edge": edge_pb2.ROUTE_EDGE, "cloud": edge_pb2.ROUTE_CLOUD}
 REASONS: Mapping[Reason, Any] = {
     reason: edge_pb2.DecisionReason.Value(f"DECISION_REASON_{reason.name}") for reason in Reason
+}
+PROVIDER_STATES: Mapping[State, Any] = {
+    state: edge_pb2.ProviderState.Value(f"PROVIDER_STATE_{state.name}") for state in State
 }
 ROUTINGS = {
     edge_pb2.ROUTING_UNSPECIFIED: Routing.AUTO,
@@ -218,6 +222,14 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
                 fallbacks=agent.fallbacks,
                 unresolved_reservations=unresolved,
                 advice=advice,
+                providers=[
+                    edge_pb2.Provider(
+                        name=each.name,
+                        state=PROVIDER_STATES[each.state],
+                        reason=each.reason,
+                    )
+                    for each in agent.device.providers
+                ],
             )
 
     async def idle(self) -> None:

@@ -50,6 +50,11 @@ def default_models_folder() -> Path:
     return Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser() / "routet2i" / "models"
 
 
+def default_cache_folder() -> Path:
+    """Where what can be made again lies unless --cache says otherwise: under XDG_CACHE_HOME."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "routet2i" / "edge-agent"
+
+
 def default_address() -> str:
     """The socket that daemon and clients agree on unless told otherwise; loopback where there are no Unix sockets."""
     if not hasattr(socket, "AF_UNIX"):
@@ -162,6 +167,17 @@ def _log_format(value: str) -> str:
     if value not in ("text", "json"):
         raise ValueError("text or json is expected")
     return value
+
+
+def _providers(value: str) -> tuple[str, ...]:
+    names = tuple(name.lower() for name in _apps(value))
+    if len(set(names)) < len(names):
+        raise ValueError("the same provider is given twice")
+    if wrong := [name for name in names if not name.isidentifier() or name.endswith("executionprovider")]:
+        raise ValueError(
+            f"{wrong[0]} is no provider's name; names are like cuda and cpu, with commas between"
+        )
+    return names
 
 
 def _apps(value: str) -> tuple[str, ...]:
@@ -288,6 +304,20 @@ class Settings:
         "2000", _count, "N", "longest prompt and negative prompt, in characters"
     )
     threads: int = _setting("0", _count, "N", "threads of the local models; 0: one a physical core")
+    providers: tuple[str, ...] = _setting(
+        "",
+        _providers,
+        "NAME,NAME",
+        "what onnxruntime runs the local models on, best first, such as tensorrt,cuda,cpu; default: the best that "
+        "works here",
+    )
+    cache: str = _setting(
+        "",
+        _text,
+        "DIR",
+        "folder of what can be made again, such as TensorRT's engines; default: routet2i/edge-agent under "
+        "$XDG_CACHE_HOME or ~/.cache",
+    )
     png_facts: bool = _setting(
         "true",
         _switch,
@@ -311,6 +341,11 @@ class Settings:
     def store(self) -> Store:
         """The installed models."""
         return Store(Path(self.models).expanduser() if self.models else default_models_folder(), STARTER)
+
+    @property
+    def cache_folder(self) -> Path:
+        """What can be made again."""
+        return Path(self.cache).expanduser() if self.cache else default_cache_folder()
 
     @property
     def ledger_file(self) -> Path:

@@ -62,7 +62,7 @@ def print_facts(facts: dict[str, Any], options: argparse.Namespace) -> int:
         return DONE
     width = max(map(len, facts))
     for name, value in facts.items():
-        lines = value if isinstance(value, list) and name == "advice" else [value]
+        lines = value if isinstance(value, list) and name in ("advice", "providers") else [value]
         for line in lines:
             print(f"{name.replace('_', ' '):{width}}  {'' if line is None else line}")
     return DONE

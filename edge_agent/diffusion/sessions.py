@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ class Runtime:
     """What onnxruntime runs on."""
 
     threads: int | None = None  # intra-op threads; None = one a physical core
-    providers: tuple[str, ...] = ("CPUExecutionProvider",)
+    providers: tuple[str, ...] = ("CPUExecutionProvider",)  # onnxruntime's names, best first
+    provider_options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # by onnxruntime's name
 
 
 class Stop(threading.Event):
@@ -77,7 +78,8 @@ class Session:
         """Open the graph at `path`, which must take exactly `inputs` and give at least `outputs`.
 
         Raises:
-            BundleError: naming the file, when onnxruntime cannot load it or its signature differs.
+            BundleError: naming the file, when onnxruntime cannot load it or its signature differs, or when
+                it left a provider out, which it does in silence.
         """
         options = ort.SessionOptions()
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
@@ -85,10 +87,14 @@ class Session:
         # Several sessions share the cores; threads that spin between runs would take them from the others.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3  # errors; the rest is about graphs nobody here can change
+        providers = [(name, dict(runtime.provider_options.get(name, {}))) for name in runtime.providers]
         try:
-            self._session = ort.InferenceSession(str(path), options, providers=list(runtime.providers))
+            # Without its fallback, which would run everything on the CPU and print that to standard output.
+            self._session = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
         except Exception as error:  # onnxruntime's own exceptions share no base class
             raise BundleError(f"{path} cannot be loaded by onnxruntime: {error}") from error
+        if left_out := [name for name in runtime.providers if name not in self._session.get_providers()]:
+            raise BundleError(f"{path}: onnxruntime does not run it on {', '.join(left_out)}")
         found = {node.name: node for node in self._session.get_inputs()}
         given = {node.name for node in self._session.get_outputs()}
         if set(found) != set(inputs) or not set(outputs) <= given:

@@ -216,7 +216,10 @@ def test_status_and_models_tell_what_runs(run: Run, daemon: Process, routed_bund
     (status,) = run("status", "--json").objects
     assert (status["calibrated"], status["cloud_health"], status["max_queue"]) == (True, "not_configured", 7)
     assert status["bundle"] == str(routed_bundle)
-    assert "--cloud" in status["advice"][0] and "--cloud" in run("status").out
+    shown = run("status").out
+    assert "--cloud" in status["advice"][0] and "--cloud" in shown
+    assert {"name": "cpu", "state": "in_use", "reason": ""} in status["providers"]
+    assert re.search(r"^providers +cpu: in use$", shown, re.MULTILINE)
     (edge,) = run("models", "show", "edge", "--json").objects
     (cloud,) = run("models", "show", "cloud", "--json").objects
     assert (edge["side"], edge["name"], edge["digest"]) == ("edge", "miniature", status["edge_model_digest"])

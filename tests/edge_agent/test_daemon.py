@@ -229,6 +229,11 @@ def test_a_ledger_that_cannot_be_used_is_refused(folder: Path, routed_bundle: Pa
     assert str(file) in refused("--bundle", routed_bundle, "--state", state)
 
 
+def test_a_provider_that_does_not_work_here_is_refused(refused: Refused, routed_bundle: Path) -> None:
+    words = refused("--bundle", routed_bundle, "--providers", "cpu,nosuch")
+    assert "--providers names nosuch, which this onnxruntime" in words and "Traceback" not in words
+
+
 def test_a_token_that_cannot_be_read_is_refused(folder: Path, refused: Refused) -> None:
     words = refused("--cloud", "127.0.0.1:1", "--cloud-token", folder / "none")
     assert "cannot read the token" in words

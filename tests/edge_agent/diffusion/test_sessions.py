@@ -111,3 +111,17 @@ def test_a_run_that_fails_names_the_graph(tmp_path: Path) -> None:
     path = save(tmp_path / "two.onnx", [node], {"x": (TensorProto.FLOAT, [2])})
     with pytest.raises(GenerationFailed, match=r"two\.onnx"):
         Session(path, ["x"], ["out"], ONE_THREAD).run({"x": np.zeros(3)})
+
+
+def test_a_provider_that_is_not_there_is_refused_and_not_replaced_by_the_cpu(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    node = helper.make_node("Identity", ["x"], ["out"])
+    path = save(tmp_path / "one.onnx", [node], {"x": (TensorProto.FLOAT, [1])})
+    runtime = Runtime(threads=1, providers=("NoSuchExecutionProvider", "CPUExecutionProvider"))
+    with (
+        pytest.warns(UserWarning, match="not in available provider"),
+        pytest.raises(BundleError, match=r"one\.onnx .*NoSuchExecutionProvider"),
+    ):
+        Session(path, ["x"], ["out"], runtime)
+    assert capfd.readouterr().out == ""

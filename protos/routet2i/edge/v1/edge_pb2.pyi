@@ -32,6 +32,13 @@ class DecisionReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DECISION_REASON_CLOUD_ONLY: _ClassVar[DecisionReason]
     DECISION_REASON_UNCALIBRATED: _ClassVar[DecisionReason]
 
+class ProviderState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PROVIDER_STATE_UNSPECIFIED: _ClassVar[ProviderState]
+    PROVIDER_STATE_IN_USE: _ClassVar[ProviderState]
+    PROVIDER_STATE_WARMING_UP: _ClassVar[ProviderState]
+    PROVIDER_STATE_PASSED_OVER: _ClassVar[ProviderState]
+
 class CloudHealth(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     CLOUD_HEALTH_UNSPECIFIED: _ClassVar[CloudHealth]
@@ -54,6 +61,10 @@ DECISION_REASON_CLOUD_UNAVAILABLE: DecisionReason
 DECISION_REASON_LOCAL_ONLY: DecisionReason
 DECISION_REASON_CLOUD_ONLY: DecisionReason
 DECISION_REASON_UNCALIBRATED: DecisionReason
+PROVIDER_STATE_UNSPECIFIED: ProviderState
+PROVIDER_STATE_IN_USE: ProviderState
+PROVIDER_STATE_WARMING_UP: ProviderState
+PROVIDER_STATE_PASSED_OVER: ProviderState
 CLOUD_HEALTH_UNSPECIFIED: CloudHealth
 CLOUD_HEALTH_NOT_CONFIGURED: CloudHealth
 CLOUD_HEALTH_UNTRIED: CloudHealth
@@ -249,7 +260,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("version", "uptime_seconds", "bundle", "edge_model_digest", "cloud_model_digest", "calibration_id", "calibrated", "routing_rate", "alpha", "cloud_address", "cloud_health", "queue_length", "max_queue", "served_by_edge", "served_by_cloud", "fallbacks", "unresolved_reservations", "advice")
+    __slots__ = ("version", "uptime_seconds", "bundle", "edge_model_digest", "cloud_model_digest", "calibration_id", "calibrated", "routing_rate", "alpha", "cloud_address", "cloud_health", "queue_length", "max_queue", "served_by_edge", "served_by_cloud", "fallbacks", "unresolved_reservations", "advice", "providers")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_FIELD_NUMBER: _ClassVar[int]
@@ -268,6 +279,7 @@ class GetStatusResponse(_message.Message):
     FALLBACKS_FIELD_NUMBER: _ClassVar[int]
     UNRESOLVED_RESERVATIONS_FIELD_NUMBER: _ClassVar[int]
     ADVICE_FIELD_NUMBER: _ClassVar[int]
+    PROVIDERS_FIELD_NUMBER: _ClassVar[int]
     version: str
     uptime_seconds: float
     bundle: str
@@ -286,4 +298,15 @@ class GetStatusResponse(_message.Message):
     fallbacks: int
     unresolved_reservations: int
     advice: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, version: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., bundle: _Optional[str] = ..., edge_model_digest: _Optional[str] = ..., cloud_model_digest: _Optional[str] = ..., calibration_id: _Optional[str] = ..., calibrated: _Optional[bool] = ..., routing_rate: _Optional[float] = ..., alpha: _Optional[float] = ..., cloud_address: _Optional[str] = ..., cloud_health: _Optional[_Union[CloudHealth, str]] = ..., queue_length: _Optional[int] = ..., max_queue: _Optional[int] = ..., served_by_edge: _Optional[int] = ..., served_by_cloud: _Optional[int] = ..., fallbacks: _Optional[int] = ..., unresolved_reservations: _Optional[int] = ..., advice: _Optional[_Iterable[str]] = ...) -> None: ...
+    providers: _containers.RepeatedCompositeFieldContainer[Provider]
+    def __init__(self, version: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., bundle: _Optional[str] = ..., edge_model_digest: _Optional[str] = ..., cloud_model_digest: _Optional[str] = ..., calibration_id: _Optional[str] = ..., calibrated: _Optional[bool] = ..., routing_rate: _Optional[float] = ..., alpha: _Optional[float] = ..., cloud_address: _Optional[str] = ..., cloud_health: _Optional[_Union[CloudHealth, str]] = ..., queue_length: _Optional[int] = ..., max_queue: _Optional[int] = ..., served_by_edge: _Optional[int] = ..., served_by_cloud: _Optional[int] = ..., fallbacks: _Optional[int] = ..., unresolved_reservations: _Optional[int] = ..., advice: _Optional[_Iterable[str]] = ..., providers: _Optional[_Iterable[_Union[Provider, _Mapping]]] = ...) -> None: ...
+
+class Provider(_message.Message):
+    __slots__ = ("name", "state", "reason")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    state: ProviderState
+    reason: str
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[ProviderState, str]] = ..., reason: _Optional[str] = ...) -> None: ...

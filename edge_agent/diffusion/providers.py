@@ -1,0 +1,245 @@
+"""Execution providers: what onnxruntime could run the models on, what of it works on this machine, and what is taken.
+
+onnxruntime lists what it was built with. Whether that works is another matter: without CUDA's libraries a session that
+asks for CUDA runs on the CPU, and all that tells is a line in the log. So each candidate has to run a graph before it
+is believed.
+
+Providers go by short names here and for people: `cuda` is onnxruntime's CUDAExecutionProvider.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import enum
+import importlib.util
+import io
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from edge_agent.errors import StartRefused
+
+CPU = "cpu"
+
+_SUFFIX = "ExecutionProvider"
+
+_FULL_NAMES = {
+    "tensorrt": "TensorrtExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "coreml": "CoreMLExecutionProvider",
+    "directml": "DmlExecutionProvider",
+    "openvino": "OpenVINOExecutionProvider",
+    CPU: "CPUExecutionProvider",
+}
+_SHORT_NAMES = {full: short for short, full in _FULL_NAMES.items()}
+
+PREFERENCE = tuple(_FULL_NAMES)
+"""What is taken of what works, best first. Anything else onnxruntime may have is taken only when it is asked for."""
+
+SLOW_TO_OPEN = frozenset({"tensorrt", "coreml", "openvino"})
+"""Providers that compile a graph for the device when its session is opened: seconds, with TensorRT many minutes."""
+
+_LOG_NOTHING, _LOG_WARNINGS = 4, 2  # severities of onnxruntime; the second is its default
+
+_GRAPH = (
+    b'\x08\x07\x12\x00:@\n\x11\n\x01x\n\x01x\x12\x01y"\x06MatMul\x12\x01pZ\x13\n\x01x\x12\x0e\n\x0c\x08\x01\x12\x08\n'
+    b"\x02\x08\x02\n\x02\x08\x02b\x13\n\x01y\x12\x0e\n\x0c\x08\x01\x12\x08\n\x02\x08\x02\n\x02\x08\x02B\x04\n\x00\x10\r"
+)
+"""The graph a provider has to run: y = x @ x for float32 [2, 2], as serialized ONNX."""
+
+_PROBE_OPTIONS = {
+    # One node is too few for TensorRT, so that no engine is built for it; that its libraries load still shows.
+    "tensorrt": {"trt_min_subgraph_size": "1000"},
+}
+
+
+class State(enum.Enum):
+    """What a provider is doing; the names are the wire's."""
+
+    IN_USE = enum.auto()
+    WARMING_UP = enum.auto()
+    PASSED_OVER = enum.auto()
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One provider, as people are shown it."""
+
+    name: str
+    state: State
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """How far the better sessions are: for how long they have been opening, whether they serve, why they cannot."""
+
+    seconds: float = 0.0
+    ready: bool = False
+    failure: str = ""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to run the models on, and why not on something else. Short names."""
+
+    serving: tuple[str, ...] = (CPU,)
+    """For the sessions that serve from the start: best first, the CPU last, for operators that the others lack."""
+
+    better: tuple[str, ...] = ()
+    """For sessions that take long to open and are taken up once they are there; empty where there is nothing better."""
+
+    passed_over: Mapping[str, str] = field(default_factory=dict)
+    """Why not, in a phrase, by provider."""
+
+    def standings(self, warm_up: WarmUp) -> tuple[Standing, ...]:
+        """Every provider once, the one in use first."""
+        used = self.better if warm_up.ready else self.serving
+        shown = [Standing(used[0], State.IN_USE)]
+        shown += [Standing(name, State.IN_USE, f"for what {used[0]} lacks") for name in used[1:]]
+        passed_over = dict(self.passed_over)
+        if self.better and warm_up.failure:
+            passed_over = {self.better[0]: warm_up.failure} | passed_over
+        elif self.better and not warm_up.ready:
+            reason = f"opening its sessions since {warm_up.seconds:.0f} s; {used[0]} serves meanwhile"
+            shown.append(Standing(self.better[0], State.WARMING_UP, reason))
+        return (
+            *shown,
+            *(Standing(name, State.PASSED_OVER, reason) for name, reason in passed_over.items()),
+        )
+
+
+def find(wish: Sequence[str] = ()) -> Choice:
+    """What this machine offers, tried out. `wish` names the providers to use, best first; empty: whatever is best.
+
+    Some milliseconds where onnxruntime has nothing but the CPU; elsewhere each candidate runs a graph.
+
+    Raises:
+        StartRefused: a provider of the wish cannot be used; the message says why.
+    """
+    available = tuple(_short(name) for name in ort.get_available_providers())
+    candidates = [name for name in (wish or PREFERENCE) if name in available and name != CPU]
+    if {"cuda", "tensorrt"} & set(candidates):
+        _load_packaged_libraries()
+    failures = {name: failure for name in candidates if (failure := probe(name))}
+    return choose(available, failures, wish)
+
+
+def choose(available: Iterable[str], failures: Mapping[str, str], wish: Sequence[str] = ()) -> Choice:
+    """What to use of the `available` providers, of which those in `failures` do not work, for the reason given there.
+
+    Raises:
+        StartRefused: a provider of the wish is not available or does not work.
+    """
+    available = tuple(available)
+    for name in wish:
+        if name != CPU and name not in available:
+            raise StartRefused(
+                f"--providers names {name}, which this onnxruntime ({ort.__version__}) is built without; it has "
+                f"{', '.join(available)}"
+            )
+        if name in failures:
+            raise StartRefused(
+                f"--providers names {name}, which does not work here: {failures[name]}. Leave it out, or leave "
+                "--providers out to take the best that works"
+            )
+    order = wish or [name for name in PREFERENCE if name in available and name not in failures]
+    order = (*order[: order.index(CPU)], CPU) if CPU in order else (*order, CPU)
+    quick = tuple(name for name in order if name not in SLOW_TO_OPEN)
+    serving = quick if wish else _with_spare(quick[0])
+    better = (order[0], *serving) if order[0] in SLOW_TO_OPEN else ()
+    used = {*serving, *better}
+    passed_over = {}
+    for name in dict.fromkeys((*PREFERENCE, *available)):
+        if name in used:
+            continue
+        if name not in available:
+            passed_over[name] = "this onnxruntime is built without it"
+        elif name in failures:
+            passed_over[name] = failures[name]
+        elif name in order:
+            passed_over[name] = f"{order[0]} comes before it"
+        elif wish:
+            passed_over[name] = "not among --providers"
+        else:
+            passed_over[name] = f"taken only when asked for, as in --providers {name},cpu"
+    return Choice(serving, better, passed_over)
+
+
+def probe(name: str) -> str:
+    """Why provider `name` does not work here, in a phrase; empty when it does."""
+    provider = full_name(name)
+    options = ort.SessionOptions()
+    options.log_severity_level = _LOG_NOTHING
+    ort.set_default_logger_severity(_LOG_NOTHING)  # what it would say comes back as the reason
+    x = np.asarray([[1, 2], [3, 4]], np.float32)
+    try:
+        session = ort.InferenceSession(
+            _GRAPH, options, providers=[(provider, _PROBE_OPTIONS.get(name, {}))], enable_fallback=0
+        )
+        if provider not in session.get_providers():
+            return _missing_library(name) or "onnxruntime fell back to the CPU and does not say why"
+        (y,) = session.run(None, {"x": x})
+    except Exception as error:  # onnxruntime's own exceptions share no base class
+        return _missing_library(name) or _phrase(error)
+    finally:
+        ort.set_default_logger_severity(_LOG_WARNINGS)
+    return (
+        ""
+        if np.allclose(y, x @ x, atol=0.1)
+        else f"it computes wrong results: {y.tolist()} for {(x @ x).tolist()}"
+    )
+
+
+def full_name(name: str) -> str:
+    """Onnxruntime's name of the provider: CUDAExecutionProvider for cuda."""
+    if name in _FULL_NAMES:
+        return _FULL_NAMES[name]
+    return next((full for full in ort.get_available_providers() if _short(full) == name), name)
+
+
+def _short(full: str) -> str:
+    return _SHORT_NAMES.get(full) or full.removesuffix(_SUFFIX).lower()
+
+
+def _with_spare(name: str) -> tuple[str, ...]:
+    return (name,) if name == CPU else (name, CPU)
+
+
+def _load_packaged_libraries() -> None:
+    """Load CUDA and cuDNN out of NVIDIA's Python packages, where these are installed: no loader looks there."""
+    if importlib.util.find_spec("nvidia") is not None and hasattr(
+        ort, "preload_dlls"
+    ):  # onnxruntime 1.21 or newer
+        with contextlib.redirect_stdout(io.StringIO()):  # what it prints comes back as the probe's reason
+            ort.preload_dlls()
+
+
+def _missing_library(name: str) -> str:
+    """The library that the provider's own needs and this machine does not have; empty where all can be loaded.
+
+    onnxruntime loads it when a session asks for the provider, and tells its log alone what went wrong.
+    """
+    if not sys.platform.startswith("linux"):
+        return ""
+    folder = Path(ort.__file__).parent / "capi"
+    library = folder / f"libonnxruntime_providers_{name}.so"
+    if not library.is_file():
+        return ""
+    try:
+        ctypes.CDLL(str(folder / "libonnxruntime_providers_shared.so"), ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(library))
+    except OSError as error:
+        return str(error)  # libcublasLt.so.12: cannot open shared object file: No such file or directory
+    return ""
+
+
+def _phrase(error: Exception) -> str:
+    """What an exception of onnxruntime says, without the place in its source and at a length people read."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[-1][-300:]

@@ -1,0 +1,151 @@
+"""Which providers are taken follows from what there is, what works and what is wished; what works is tried."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper
+
+from edge_agent.diffusion.providers import (
+    _GRAPH,
+    CPU,
+    PREFERENCE,
+    SLOW_TO_OPEN,
+    Choice,
+    Standing,
+    State,
+    WarmUp,
+    choose,
+    find,
+    full_name,
+    probe,
+)
+from edge_agent.errors import StartRefused
+
+EVERYTHING = (*PREFERENCE, "azure")
+NOT_BUILT = "this onnxruntime is built without it"
+NO_CUDA = {"cuda": "libcublasLt.so.12: cannot open", "tensorrt": "libnvinfer.so.10: cannot open"}
+
+
+@pytest.mark.parametrize(
+    ("available", "failures", "serving", "better"),
+    [
+        (("azure", "cpu"), {}, ("cpu",), ()),
+        (("tensorrt", "cuda", "cpu"), NO_CUDA, ("cpu",), ()),
+        (("cuda", "cpu"), {}, ("cuda", "cpu"), ()),
+        (("tensorrt", "cuda", "cpu"), {}, ("cuda", "cpu"), ("tensorrt", "cuda", "cpu")),
+        (("tensorrt", "cuda", "cpu"), {"tensorrt": "no libnvinfer"}, ("cuda", "cpu"), ()),
+        (("coreml", "cpu"), {}, ("cpu",), ("coreml", "cpu")),
+        (("directml", "cpu"), {}, ("directml", "cpu"), ()),
+        (("openvino", "cpu"), {}, ("cpu",), ("openvino", "cpu")),
+    ],
+)
+def test_the_best_that_works_is_taken_and_what_is_slow_to_open_comes_later(
+    available: tuple[str, ...], failures: dict[str, str], serving: tuple[str, ...], better: tuple[str, ...]
+) -> None:
+    choice = choose(available, failures)
+    assert (choice.serving, choice.better) == (serving, better)
+
+
+def test_every_provider_is_either_used_or_passed_over_with_a_reason() -> None:
+    choice = choose(("tensorrt", "cuda", "openvino", "azure", "cpu"), {"tensorrt": "no libnvinfer"})
+    assert choice.serving == ("cuda", "cpu")
+    assert choice.passed_over == {
+        "tensorrt": "no libnvinfer",
+        "coreml": NOT_BUILT,
+        "directml": NOT_BUILT,
+        "openvino": "cuda comes before it",
+        "azure": "taken only when asked for, as in --providers azure,cpu",
+    }
+
+
+@pytest.mark.parametrize(
+    ("wish", "serving", "better"),
+    [
+        (("cpu",), ("cpu",), ()),
+        (("cuda",), ("cuda", "cpu"), ()),
+        (("cuda", "directml", "cpu"), ("cuda", "directml", "cpu"), ()),
+        (("tensorrt", "cpu"), ("cpu",), ("tensorrt", "cpu")),
+        (("tensorrt", "cuda"), ("cuda", "cpu"), ("tensorrt", "cuda", "cpu")),
+        (("cuda", "tensorrt"), ("cuda", "cpu"), ()),
+        (("azure", "cpu"), ("azure", "cpu"), ()),
+        (("cpu", "cuda"), ("cpu",), ()),
+    ],
+)
+def test_a_wish_is_followed_in_its_order_and_the_cpu_comes_last(
+    wish: tuple[str, ...], serving: tuple[str, ...], better: tuple[str, ...]
+) -> None:
+    choice = choose(EVERYTHING, {}, wish)
+    assert (choice.serving, choice.better) == (serving, better)
+    assert set(choice.passed_over) == set(EVERYTHING) - {*serving, *better}
+
+
+def test_a_wish_that_cannot_be_is_refused_with_the_reason() -> None:
+    with pytest.raises(
+        StartRefused, match=r"names cuda, which does not work here: libcublasLt\.so\.12"
+    ) as refused:
+        choose(("tensorrt", "cuda", "cpu"), NO_CUDA, ("cuda", "cpu"))
+    assert "Leave it out" in refused.value.message
+    with pytest.raises(
+        StartRefused, match=r"names coreml, which this onnxruntime .* built without; it has cuda, cpu"
+    ):
+        choose(("cuda", "cpu"), {}, ("coreml",))
+
+
+def test_people_are_shown_what_serves_what_warms_up_and_what_was_passed_over() -> None:
+    choice = Choice(("cuda", "cpu"), ("tensorrt", "cuda", "cpu"), {"coreml": NOT_BUILT})
+    without = Standing("coreml", State.PASSED_OVER, NOT_BUILT)
+    spare = Standing("cpu", State.IN_USE, "for what cuda lacks")
+    assert choice.standings(WarmUp(seconds=12.3)) == (
+        Standing("cuda", State.IN_USE),
+        spare,
+        Standing("tensorrt", State.WARMING_UP, "opening its sessions since 12 s; cuda serves meanwhile"),
+        without,
+    )
+    assert choice.standings(WarmUp(failure="out of memory")) == (
+        Standing("cuda", State.IN_USE),
+        spare,
+        Standing("tensorrt", State.PASSED_OVER, "out of memory"),
+        without,
+    )
+    assert choice.standings(WarmUp(ready=True)) == (
+        Standing("tensorrt", State.IN_USE),
+        Standing("cuda", State.IN_USE, "for what tensorrt lacks"),
+        Standing("cpu", State.IN_USE, "for what tensorrt lacks"),
+        without,
+    )
+
+
+def test_what_is_slow_to_open_is_among_what_is_taken() -> None:
+    assert set(PREFERENCE) > SLOW_TO_OPEN and CPU not in SLOW_TO_OPEN
+
+
+def test_the_graph_that_is_tried_is_the_one_its_comment_says() -> None:
+    matrix = {"x": [2, 2], "y": [2, 2]}
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in matrix.items())
+    graph = helper.make_graph([helper.make_node("MatMul", ["x", "x"], ["y"])], "p", [x], [y])
+    expected = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=7, producer_name=""
+    )
+    assert onnx.ModelProto.FromString(_GRAPH) == expected
+    onnx.checker.check_model(expected)
+
+
+def test_this_machines_onnxruntime_is_tried_and_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    choice = find()
+    assert choice.serving[-1] == CPU
+    listed = {full_name(name) for name in (*choice.serving, *choice.better, *choice.passed_over)}
+    assert set(ort.get_available_providers()) <= listed
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_cpu_works_and_what_onnxruntime_does_not_have_fails_with_a_reason() -> None:
+    assert probe(CPU) == ""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), pytest.warns(UserWarning, match="not in available provider"):
+        assert "NoSuchExecutionProvider" in probe("NoSuchExecutionProvider")
+    assert printed.getvalue() == ""
