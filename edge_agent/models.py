@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -32,8 +32,8 @@ a model of one's own, from nothing to an image:
 """
 
 LIST_EPILOG = """\
-`current` marks the chosen model, `served` the one that a running daemon serves. A model that is not calibrated makes
-images and routes no prompt to the cloud; `models show` says what to run.
+`current` marks the chosen model, `served` the one that a running daemon serves. An `uncalibrated` model makes images
+and routes no prompt to the cloud; `edge-agent models show NAME` says what to run.
 
 --json prints one object a line: name, current, served, calibrated, digest, folder, bytes, width, height, steps,
 licence, error. `served` is null where no daemon answers. `error` says what is wrong with a damaged model, whose other
@@ -139,7 +139,7 @@ def _list(options: argparse.Namespace) -> int:
             print_json(model)
     else:
         print_table(
-            ("", "name", "MB", "image", "steps", "calibrated", "digest"),
+            ("", "name", "MB", "image", "steps", "calibration", "digest"),
             (
                 (
                     ", ".join(mark for mark in ("current", "served") if model[mark]),
@@ -147,7 +147,7 @@ def _list(options: argparse.Namespace) -> int:
                     f"{model['bytes'] / 1e6:.1f}" if model["bytes"] is not None else "",
                     f"{model['width']}x{model['height']}" if model["width"] else "",
                     ", ".join(map(str, model["steps"] or ())),
-                    {True: "yes", False: "no", None: ""}[model["calibrated"]],
+                    {True: "calibrated", False: "uncalibrated", None: ""}[model["calibrated"]],
                     model["error"] or model["digest"][:16],
                 )
                 for model in models
@@ -231,7 +231,7 @@ def _verify(options: argparse.Namespace) -> int:
         folder = store.path(name)
         error, size = None, None
         try:
-            with _bar(f"verifying {name}"):
+            with _spinner(f"verifying {name}"):
                 bundle = Bundle.open(folder)
             size = bundle.manifest.total_bytes
             _ = bundle.advice  # reads the calibration
@@ -391,6 +391,15 @@ def _say_chosen(name: str, options: argparse.Namespace) -> None:
     print(f"{name} is the chosen model")
     if client(options).reachable():
         print("a running daemon takes it up when it is started again")
+
+
+def _spinner(what: str) -> AbstractContextManager[Any]:
+    """Shows on a terminal that something is done, and nothing in a pipe."""
+    if not sys.stderr.isatty():
+        return nullcontext()
+    from rich.console import Console
+
+    return Console(stderr=True).status(what)
 
 
 @contextmanager
