@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +93,14 @@ class Outcomes:
             unlike = np.flatnonzero(column[name] != column[name][first][row_of])
             if unlike.size:
                 raise ExportError(f"{path}: prompt {ids[row_of[unlike[0]]]} has more than one {name}")
+        texts, times = np.unique(column["prompt"][first], return_counts=True)
+        if (times > 1).any():
+            text = texts[np.argmax(times > 1)]
+            same = ids[column["prompt"][first] == text]
+            raise ExportError(
+                f"{path}: prompts {same[0]} and {same[1]} are both {text!r}; remove one, or a router is measured on "
+                "what it learnt"
+            )
         splits = column["split"][first].astype(str)
         if unknown := sorted(set(splits) - set(SPLITS)):
             raise ExportError(f"{path}: unknown split {unknown[0]!r}; there are {', '.join(SPLITS)}")
@@ -105,6 +114,7 @@ class Outcomes:
             model: _seeds(path, model, ids, row_of, column["seed"], values, column["model"] == model)
             for model in ("edge", "cloud")
         }
+        _same_seeds(path, ids, row_of, column["seed"], column["model"] == "edge")
         inspected: dict[str, NDArray[np.float32]] = {}
         if INSPECTED in table.column_names:
             verdict = table[INSPECTED].to_numpy().astype(np.float32)[:, None]
@@ -115,6 +125,7 @@ class Outcomes:
                 for model in ("edge", "cloud")
             }
         facts = table.schema.metadata or {}
+        _known_metrics(path, facts.get(b"metrics"))
         return cls(
             ids.astype(np.int64),
             tuple(column["prompt"][first].tolist()),
@@ -142,6 +153,44 @@ def _table(path: Path) -> pa.Table:
     if unknown := set(table["model"].unique().to_pylist()) - {"edge", "cloud"}:
         raise ExportError(f"{path}: unknown model {sorted(map(str, unknown))[0]!r}; there are edge and cloud")
     return table
+
+
+def _known_metrics(path: Path, stated: bytes | None) -> None:
+    """ExportError unless the metadata's metrics, where there are any, begin with METRICS; optional ones may follow."""
+    if stated is None:
+        return
+    try:
+        names = tuple(str(name) for name, _, _ in json.loads(stated))
+    except (TypeError, ValueError) as error:
+        raise ExportError(
+            f"{path}: its metadata's metrics are no list of [name, positive text, negative text]; make the labels "
+            "again with `edge-export label`"
+        ) from error
+    if names[: len(METRICS)] != METRICS:
+        unlike = next((name for name in names if name not in METRICS), None)
+        what = f"unknown metric {unlike!r}" if unlike else f"metrics {', '.join(names)}"
+        raise ExportError(f"{path}: {what}; this version compares {', '.join(METRICS)}, in this order")
+
+
+def _same_seeds(
+    path: Path,
+    ids: NDArray[np.int64],
+    row_of: NDArray[np.int64],
+    seed: NDArray[np.int64],
+    edge: NDArray[np.bool_],
+) -> None:
+    """ExportError for a cell of the matrix that one model has and the other lacks: images are compared in pairs."""
+    cells = {
+        model: set(zip(row_of[rows].tolist(), seed[rows].tolist(), strict=True))
+        for model, rows in (("edge", edge), ("cloud", ~edge))
+    }
+    for model, other in (("edge", "cloud"), ("cloud", "edge")):
+        if missing := cells[other] - cells[model]:
+            prompt, number = min(missing)
+            raise ExportError(
+                f"{path}: prompt {ids[prompt]} has no image of the {model} model with seed {number}, of the "
+                f"{other} model it has; run `edge-export label` again"
+            )
 
 
 def _seeds(

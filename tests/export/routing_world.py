@@ -32,8 +32,11 @@ def write_labels(
     draw = np.random.default_rng(seed)
     splits = ("train", "train", "train", "validation", "calibration", "test")
     rows = []
-    for number in range(prompts):
+    drawn: dict[str, list[str]] = {}  # no prompt twice
+    while len(drawn) < prompts:
         words = draw.choice([*HARD, *EASY], size=draw.integers(2, 8)).tolist()
+        drawn.setdefault(" ".join(words), words)
+    for number, words in enumerate(drawn.values()):
         hard = sum(HARD.get(word, 0.0) for word in words)
         for model, part in (("edge", 0.8), ("cloud", 0.2)):
             for image in range(seeds):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,22 @@ def change(name: str, row: int, value: object) -> Callable[[pa.Table], pa.Table]
     return changed
 
 
+def reworded(table: pa.Table, prompt_id: int, text: str) -> pa.Table:
+    own = pc.equal(table["prompt_id"], prompt_id)
+    return table.set_column(
+        table.column_names.index("prompt"), "prompt", pc.if_else(own, text, table["prompt"])
+    )
+
+
+def measured_by(table: pa.Table, names: Sequence[str]) -> pa.Table:
+    return table.replace_schema_metadata({"metrics": json.dumps([[name, "good", "bad"] for name in names])})
+
+
+def test_optional_metrics_may_follow_the_ten(labels: Path) -> None:
+    pq.write_table(measured_by(pq.read_table(labels), [*METRICS, "adherence"]), labels)
+    assert Outcomes.read(labels).edge.shape == (12, len(METRICS))
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -85,6 +102,22 @@ def change(name: str, row: int, value: object) -> Callable[[pa.Table], pa.Table]
             "prompt 5 has no image of the cloud",
         ),
         (lambda t: t.filter(pc.field("model") == "edge"), "no image of the cloud"),
+        (
+            lambda t: t.filter(
+                (pc.field("model") == "edge") | (pc.field("prompt_id") != 5) | (pc.field("seed") != 1)
+            ),
+            "prompt 5 has no image of the cloud model with seed 1, of the edge model it has",
+        ),
+        (lambda t: reworded(t, 7, t["prompt"][0].as_py()), "prompts 0 and 7 are both '.*'; remove one"),
+        (
+            lambda t: measured_by(t, ["glamour", *METRICS[1:]]),
+            "unknown metric 'glamour'; this version compares",
+        ),
+        (
+            lambda t: measured_by(t, METRICS[::-1]),
+            "metrics integrity, layout.*; this version compares definition",
+        ),
+        (lambda t: t.replace_schema_metadata({"metrics": "[1]"}), "metrics are no list of"),
         (lambda t: t.drop_columns("layout"), "no column 'layout'"),
         (lambda t: t.slice(0, 0), "no rows"),
     ],
