@@ -11,10 +11,10 @@ BUF_VERSION := 1.75.0
 BUF := npx --yes --loglevel=error @bufbuild/buf@$(BUF_VERSION)
 ARGS ?=
 
-.PHONY: help env demo bench routerbench test lint format protos protos-baseline node constraints wheel edge-versions clean
+.PHONY: help env demo bench routerbench test lint format protos protos-baseline node constraints wheel edge-versions aarch64-wheels aarch64 clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 env: $(ENV)  ## make .venv, or bring it up to date
 
@@ -67,6 +67,12 @@ wheel: $(ENV)  ## build the wheel into dist/
 
 edge-versions: $(ENV)  ## install the edge alone on Python 3.10, 3.12 and 3.13, and route a prompt on each
 	@.ci/edge-versions
+
+aarch64-wheels: $(ENV)  ## check that the edge installs on aarch64 without compiling, on Python 3.10 and 3.12
+	@.ci/aarch64-wheels
+
+aarch64: $(ENV)  ## the edge on an emulated aarch64 beside the one here: decisions and pictures have to agree
+	@$(BIN)/python deploy/aarch64 $(ARGS)
 
 clean:  ## remove what building, testing and the demo wrote; .venv stays
 	rm -rf build dist *.egg-info demo-out bench-out .mypy_cache .pytest_cache .ruff_cache .hypothesis

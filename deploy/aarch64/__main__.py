@@ -1,0 +1,146 @@
+"""`make aarch64`: the edge on an emulated aarch64 machine beside the one here, on the same prompts.
+
+Both are daemons of their own with the starter; the same client asks both. What they decide and draw has to agree:
+processors and versions of onnxruntime round differently, so a picture may differ by what rounding makes of that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from edge_agent.client import AgentClient, Received
+from edge_agent.errors import RouteT2IError
+from edge_agent.policy import Decision
+from emulation import ROOT, CannotPrepare, prepare
+from routet2i.edge.v1 import edge_pb2
+
+PROMPTS = ("a red apple on a beach", "three owls left of a tiny guitar at night")
+SEED = 7
+START_S = 300.0
+"""How long a daemon may take to start: emulated, importing alone takes most of a minute on a busy machine."""
+
+MOST_PIXEL = 2
+"""Of 255: the largest difference of a pixel that is rounding's."""
+
+MOST_PRS = 1e-3
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a daemon decided on a prompt and drew for it."""
+
+    decision: Decision
+    pixels: NDArray[np.uint8]  # [H, W, 3]
+    seconds: float
+
+
+def main() -> int:
+    """Exit code 1 where the two differ, 2 where they could not be compared."""
+    parser = argparse.ArgumentParser(prog="make aarch64", description=__doc__)
+    parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="instead of two of the project's own")
+    parser.add_argument(
+        "--folder", type=Path, default=ROOT / "build/aarch64", help="where downloads are kept"
+    )
+    options = parser.parse_args()
+    prompts = tuple(options.prompts) or PROMPTS
+    try:
+        emulation = prepare(options.folder.absolute())
+        here = _drawn(f"{platform.machine()}, here", (sys.executable,), {}, prompts)
+        there = _drawn("aarch64, emulated", emulation.command, emulation.environment, prompts)
+    except (CannotPrepare, RouteT2IError) as error:
+        print(f"make aarch64: {error}", file=sys.stderr)
+        return 2
+    return max(_compare(prompt, here[prompt], there[prompt]) for prompt in prompts)
+
+
+def _drawn(
+    name: str, python: Sequence[str], environment: Mapping[str, str], prompts: Sequence[str]
+) -> dict[str, Drawn]:
+    with tempfile.TemporaryDirectory(prefix="edge-") as folder:
+        began = time.monotonic()
+        with _daemon(python, environment, Path(folder)) as client:
+            print(f"{name}: serves after {time.monotonic() - began:.1f} s", flush=True)
+            found = {}
+            for prompt in prompts:
+                found[prompt] = _draw(client, prompt)
+                print(f"{name}: {prompt!r} drawn in {found[prompt].seconds:.2f} s", flush=True)
+            return found
+
+
+@contextmanager
+def _daemon(python: Sequence[str], environment: Mapping[str, str], folder: Path) -> Iterator[AgentClient]:
+    address, log = f"unix:{folder / 'agent.sock'}", folder / "log"
+    command = [
+        *python,
+        "-m",
+        "edge_agent",
+        "serve",
+        "--listen",
+        address,
+        "--state",
+        str(folder),
+        "--threads",
+        "1",
+    ]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("EDGE_AGENT_")}
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=file, cwd=ROOT, env=inherited | dict(environment)
+        )
+    try:
+        client = AgentClient(address, START_S)
+        end = time.monotonic() + START_S
+        while "event=serving" not in log.read_text():
+            if process.poll() is not None or time.monotonic() > end:
+                raise CannotPrepare(f"{' '.join(command)} does not serve:\n{log.read_text()[-3000:]}")
+            time.sleep(0.1)
+        yield client
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def _draw(client: AgentClient, prompt: str) -> Drawn:
+    decision, image = None, None
+    began = time.monotonic()
+    for event in client.generate(prompt=prompt, seed=SEED, routing=edge_pb2.ROUTING_AUTO):
+        if isinstance(event, Decision):
+            decision = event
+        elif isinstance(event, Received):
+            image = event
+    if decision is None or image is None:
+        raise CannotPrepare(f"the daemon at {client.address} sent an image without its decision")
+    pixels = np.asarray(Image.open(io.BytesIO(image.png)).convert("RGB"))
+    return Drawn(decision, pixels, time.monotonic() - began)
+
+
+def _compare(prompt: str, here: Drawn, there: Drawn) -> int:
+    pixel = int(np.abs(here.pixels.astype(int) - there.pixels.astype(int)).max())
+    other = float((here.pixels != there.pixels).mean())
+    prs = abs((here.decision.prs or 0.0) - (there.decision.prs or 0.0))
+    agree = pixel <= MOST_PIXEL and prs <= MOST_PRS and here.decision.reason == there.decision.reason
+    print(
+        f"{prompt!r}: {here.decision.reason.value} and {there.decision.reason.value}, PRS {here.decision.prs:.6f}, "
+        f"differing by {prs:.1e}; pixels differ by {pixel}/255 at most, {other:.2%} of them at all: "
+        f"{'agree' if agree else 'DIFFER'}"
+    )
+    return 0 if agree else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""An aarch64 machine without the machine: qemu's user emulation, Debian's Python, and the wheels a device gets.
+
+Everything lies in one folder and needs no rights: packages are unpacked, not installed. What is there is kept, so that
+the next run starts at once.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+ONNXRUNTIME = "1.23.2"
+"""The newest that can be emulated: qemu 7.2 crashes while it loads 1.32. On JetPack 6 it is the one in use."""
+
+_PLATFORM = "aarch64-manylinux_2_28"
+
+_DEBIAN = ("python3", "libstdc++6")  # the second is what wheels expect of a system
+
+
+class CannotPrepare(Exception):
+    """Something that is needed is missing; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Emulation:
+    """`command` runs the aarch64 Python, with `environment` it finds its packages."""
+
+    command: tuple[str, ...]
+    environment: dict[str, str]
+
+
+def prepare(folder: Path) -> Emulation:
+    """Download and unpack into `folder` what is not there yet. Raises CannotPrepare."""
+    qemu = _qemu(folder)
+    root = _python_root(folder)
+    version = next(
+        path.name for path in sorted((root / "usr/bin").glob("python3.*")) if path.name[8:].isdigit()
+    )
+    packages = _packages(folder, version.removeprefix("python"))
+    path = os.pathsep.join(map(str, (packages, ROOT, ROOT / "protos")))
+    return Emulation(
+        (str(qemu), "-L", str(root), str(root / "usr/bin" / version)),
+        {"PYTHONPATH": path, "PYTHONHOME": str(root / "usr"), "PYTHONDONTWRITEBYTECODE": "1"},
+    )
+
+
+def _qemu(folder: Path) -> Path:
+    name = "qemu-aarch64-static"
+    if found := shutil.which(name):
+        return Path(found)
+    unpacked = folder / "qemu"
+    if not (unpacked / "usr/bin" / name).exists():
+        _say("fetching qemu-user-static")
+        _run(
+            "apt-get",
+            "download",
+            "qemu-user-static",
+            folder=_new(folder / "downloads"),
+            need="qemu-user-static",
+        )
+        for package in (folder / "downloads").glob("qemu-user-static_*.deb"):
+            _run("dpkg", "-x", str(package), str(unpacked))
+    return unpacked / "usr/bin" / name
+
+
+def _python_root(folder: Path) -> Path:
+    """Debian's python3 for arm64 and all it needs, from lists of its own: the system's know only its architecture."""
+    root, done = folder / "root", folder / "root.done"
+    if done.exists() and done.read_text().split() == list(_DEBIAN):
+        return root
+    state, cache = _new(folder / "apt/state"), _new(folder / "apt/cache")
+    _new(state / "lists/partial")
+    _new(cache / "archives/partial")
+    (state / "status").touch()  # nothing is installed there, so that every dependency is fetched
+    settings = {
+        "APT::Architecture": "arm64",
+        "APT::Architectures": "arm64",
+        "APT::Install-Recommends": "false",
+        "Dir::State": str(state),
+        "Dir::State::status": str(state / "status"),
+        "Dir::Cache": str(cache),
+        "APT::Sandbox::User": "",
+        "Debug::NoLocking": "true",
+    }
+    options = [part for name, value in settings.items() for part in ("-o", f"{name}={value}")]
+    _say("fetching Debian's python3 for arm64")
+    _run("apt-get", *options, "update", need="a Debian whose package server has arm64")
+    _run("apt-get", *options, "install", "--yes", "--download-only", *_DEBIAN, need="python3 for arm64")
+    shutil.rmtree(root, ignore_errors=True)
+    for package in sorted((cache / "archives").glob("*.deb")):
+        _run("dpkg", "-x", str(package), str(_new(root)))
+    done.write_text(" ".join(_DEBIAN))
+    return root
+
+
+def _packages(folder: Path, python: str) -> Path:
+    packages, done = folder / f"packages-{python}", folder / f"packages-{python}.done"
+    stamp = (ROOT / "pyproject.toml").read_text() + (ROOT / "constraints.txt").read_text() + ONNXRUNTIME
+    if done.exists() and done.read_text() == stamp:
+        return packages
+    uv = shutil.which("uv") or str(ROOT / ".venv/bin/uv")
+    if not Path(uv).exists():
+        raise CannotPrepare("uv is needed: https://docs.astral.sh/uv/")
+    _say(f"fetching aarch64 wheels for Python {python}")
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    constraints = folder / "constraints.txt"
+    kept = [line for line in lines if not line.startswith("onnxruntime")]
+    constraints.write_text("\n".join([*kept, f"onnxruntime=={ONNXRUNTIME}"]) + "\n")
+    shutil.rmtree(packages, ignore_errors=True)
+    _run(
+        *(
+            uv,
+            "pip",
+            "install",
+            "--quiet",
+            "--target",
+            str(packages),
+            "--python",
+            str(ROOT / ".venv/bin/python"),
+        ),
+        *("--python-version", python, "--python-platform", _PLATFORM, "--only-binary", ":all:"),
+        *(
+            "--constraints",
+            str(constraints),
+            "--requirements",
+            str(ROOT / "pyproject.toml"),
+            "--extra",
+            "cpu",
+        ),
+        need="the aarch64 wheels; `make aarch64-wheels` says which is missing",
+    )
+    done.write_text(stamp)
+    return packages
+
+
+def _new(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _run(*command: str, folder: Path | None = None, need: str = "") -> None:
+    environment = dict(os.environ)
+    for ours, theirs in (("UV_FIND_LINKS", "PIP_FIND_LINKS"), ("UV_DEFAULT_INDEX", "PIP_INDEX_URL")):
+        if theirs in environment:
+            environment.setdefault(ours, environment[theirs])
+    try:
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError as error:
+        raise CannotPrepare(
+            f"there is no {command[0]}; on Debian all that is needed is there, elsewhere: apt and dpkg"
+        ) from error
+    if done.returncode:
+        words = (done.stderr or done.stdout).strip()[-2000:]
+        raise CannotPrepare(f"cannot get {need or command[-1]}: `{' '.join(command[:2])}` said\n{words}")
+
+
+def _say(what: str) -> None:
+    print(f"aarch64: {what}", flush=True)
