@@ -87,13 +87,19 @@ class Device:
         def post(event: Progress | Drawn | Exception) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
+        deadline = None
+        if job.deadline is not None:  # an event like the others: one timer an image, and none a step
+            passed = DeadlinePassed(
+                "the deadline passed while the image waited or was being made; allow more time"
+            )
+            deadline = loop.call_later(job.deadline - time.monotonic(), events.put_nowait, passed)
         stop = Stop()
         work = self._worker.submit(self._work, job, position, time.perf_counter(), stop, post)
         self.images += 1
         work.add_done_callback(lambda done: loop.call_soon_threadsafe(self._left, done))
         try:
             while True:
-                event = await _next(events, job.deadline)
+                event = await events.get()
                 if isinstance(event, Exception):
                     raise event
                 yield event
@@ -102,6 +108,8 @@ class Device:
         finally:
             stop.set()
             work.cancel()
+            if deadline is not None:
+                deadline.cancel()
 
     async def close(self) -> None:
         """Wait until the worker has left the models. The callers have been told to go before."""
@@ -152,22 +160,6 @@ class Device:
             pass  # whoever set the stop has gone
         except Exception as error:
             post(error)
-
-
-async def _next(
-    events: asyncio.Queue[Progress | Drawn | Exception], deadline: float | None
-) -> Progress | Drawn | Exception:
-    # Not wait_for: before Python 3.12 it swallows a cancellation that meets the end of what it waits for.
-    getting = asyncio.ensure_future(events.get())
-    try:
-        await asyncio.wait([getting], timeout=None if deadline is None else deadline - time.monotonic())
-        if not getting.done():
-            raise DeadlinePassed(
-                "the deadline passed while the image waited or was being made; allow more time"
-            )
-        return getting.result()
-    finally:
-        getting.cancel()
 
 
 def _mean(before: float | None, newest: float) -> float:
