@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -21,8 +21,9 @@ from edge_agent.image import Progress, with_facts
 from edge_agent.policy import Decision, Reason, Route, decide
 from edge_agent.purchase import Purchase, Purchases
 from edge_agent.quota import BudgetState
-from edge_agent.reader import Reader, Reading
-from edge_agent.request import ImageRequest, Limits, Routing, validate
+from edge_agent.reader import Reading
+from edge_agent.request import ImageRequest, Routing, validate
+from edge_agent.resident import Resident
 
 log = logging.getLogger(__name__)
 
@@ -65,21 +66,33 @@ class Result:
     timings_ms: Mapping[str, float]
 
 
+@dataclass
+class Tally:
+    """What has come about since the daemon started, whichever models it used."""
+
+    served: dict[Route, int] = field(default_factory=lambda: {"edge": 0, "cloud": 0})
+    fallbacks: int = 0
+    cloud_digest: str = ""  # what the cloud server last said it is
+    cloud_connected: bool = False  # whether a call has reached it
+    refusal: str = ""  # why the cloud server took none of the calls since the last one that it took
+
+
 class Agent:
-    """Reader, policy, device and cloud, put in line."""
+    """Reader, policy, device and cloud, put in line. For one bundle's models: others get an agent of their own."""
 
     def __init__(
-        self, reader: Reader, device: Device, purchases: Purchases, limits: Limits, terms: Terms
+        self,
+        models: Resident,
+        device: Device,
+        purchases: Purchases,
+        terms: Terms,
+        tally: Tally | None = None,
     ) -> None:
-        self.reader = reader
+        self.models = models
+        self.reader = models.reader
         self.device = device
         self.purchases = purchases
-        self.limits = limits
-        self.cloud_digest = ""  # what the cloud server last said it is
-        self.cloud_connected = False  # whether a call has reached it
-        self._refusal = ""  # why the cloud server took none of the calls since the last one that it took
-        self.served: dict[Route, int] = {"edge": 0, "cloud": 0}
-        self.fallbacks = 0
+        self.tally = tally or Tally()
         self._terms = terms
         # Apart from the device's worker: a decision must not wait for the image before it.
         self._reading = ThreadPoolExecutor(1, thread_name_prefix="reading")
@@ -91,10 +104,11 @@ class Agent:
         Raises any RouteT2IError; of the cloud's only to callers who asked for the cloud alone.
         """
         began = time.perf_counter()
-        request = validate(request, self.limits)
-        reading, decision = await self._beside(self._consider, request, reserving=True)
+        request = validate(request, self.models.limits)
         purchase = None
         async with AsyncExitStack() as closing:
+            closing.enter_context(self.models.used())
+            reading, decision = await self._beside(self._consider, request, reserving=True)
             if decision.route == "cloud":
                 decision, purchase = await self._reserve(request, reading, decision)
             if purchase is not None:
@@ -109,8 +123,9 @@ class Agent:
 
     async def route(self, request: ImageRequest) -> Decision:
         """The decision alone, against the quota as it is now. Reserves nothing, calls nobody."""
-        request = validate(request, self.limits)
-        _, decision = await self._beside(self._consider, request, reserving=False)
+        request = validate(request, self.models.limits)
+        with self.models.used():
+            _, decision = await self._beside(self._consider, request, reserving=False)
         return decision
 
     @property
@@ -120,7 +135,7 @@ class Agent:
         found = [self.reader.advice] if self.reader.advice else []
         if calibration is not None and not self._cloud_fits:
             found.append(
-                f"the cloud server runs model {self.cloud_digest[:16]} and the calibration was made for "
+                f"the cloud server runs model {self.tally.cloud_digest[:16]} and the calibration was made for "
                 f"{calibration.cloud_digest[:16]}, so no prompt is routed: run `edge-export calibrate` for that model, "
                 "or start the cloud server with the other one; then restart edge-agent"
             )
@@ -128,10 +143,10 @@ class Agent:
             found.append(
                 "no cloud server is configured, so every prompt stays on the edge: start with --cloud HOST:PORT"
             )
-        if self._refusal:
+        if self.tally.refusal:
             found.append(
-                f"{self._refusal}; that was its last answer: if it goes on, check --max-price, --cloud-token and the "
-                "cloud server's own settings"
+                f"{self.tally.refusal}; that was its last answer: if it goes on, check --max-price, --cloud-token "
+                "and the cloud server's own settings"
             )
         return tuple(found)
 
@@ -140,9 +155,15 @@ class Agent:
         """Whether PRS and alpha mean something for the two models in use, as far as they are known."""
         return self.reader.alpha is not None and self._cloud_fits
 
+    def succeeded_by(self, models: Resident) -> Agent:
+        """An agent with other models and the same device, purchases and tally. This one ends what it has begun."""
+        self.models.succeed()
+        return Agent(models, self.device, self.purchases, self._terms, self.tally)
+
     def close(self) -> None:
-        """Let go of the reading thread."""
+        """Let go of the reading thread and the models' timer."""
         self._reading.shutdown(wait=False, cancel_futures=True)
+        self.models.close()
 
     async def _beside(self, work: Callable[..., Found], *arguments: Any, **named: Any) -> Found:
         """What `work` returns, done in the reading thread while the event loop stays free."""
@@ -234,11 +255,11 @@ class Agent:
                 return
             except CloudError as error:
                 if isinstance(error, CloudRefused):
-                    self._refusal = error.message
+                    self.tally.refusal = error.message
                 if request.routing is Routing.CLOUD_ONLY:
                     raise
                 failure = error.message
-                self.fallbacks += 1
+                self.tally.fallbacks += 1
         async with aclosing(self._draw(request, reading, failure)) as events:
             async for event in events:
                 yield event
@@ -249,9 +270,9 @@ class Agent:
         async with aclosing(purchase.images()) as events:
             async for event in events:
                 if isinstance(event, CloudAccepted):
-                    position, self.cloud_digest = event.queue_position, event.model_digest
-                    self.cloud_connected = True
-                    self._refusal = ""
+                    position, self.tally.cloud_digest = event.queue_position, event.model_digest
+                    self.tally.cloud_connected = True
+                    self.tally.refusal = ""
                 elif isinstance(event, CloudImage):
                     yield Made(
                         event.png,
@@ -272,6 +293,7 @@ class Agent:
         manifest = self.reader.bundle.manifest
         guidance = manifest.default_guidance if request.guidance_scale is None else request.guidance_scale
         job = Job(
+            generator=self.models.generator,
             states=reading.states,
             negative_states=await self._negative_states(request, reading, guidance),
             seed=request.seed or 0,  # drawn by validate
@@ -311,7 +333,7 @@ class Agent:
             return png, hashlib.sha256(png).hexdigest()
 
         png, sha256 = await self._beside(finish)
-        self.served[made.served_by] += 1
+        self.tally.served[made.served_by] += 1
         timings_ms = {**decision.timings_ms, **made.timings_ms, "total": _ms_since(began)}
         return Result(request, decision, made, png, sha256, timings_ms)
 
@@ -331,7 +353,11 @@ class Agent:
     @property
     def _cloud_fits(self) -> bool:
         calibration = self.reader.calibration
-        return not self.cloud_digest or calibration is None or calibration.cloud_digest == self.cloud_digest
+        return (
+            not self.tally.cloud_digest
+            or calibration is None
+            or calibration.cloud_digest == self.tally.cloud_digest
+        )
 
 
 def explain(

@@ -147,6 +147,12 @@ class AgentClient:
         facts["advice"] = list(answer.advice)
         return facts
 
+    def reload(self, timeout_s: float | None = None) -> dict[str, Any]:
+        """Has the daemon take up the chosen model; what serves now. CallFailed names the file that was refused."""
+        with self._stub() as stub, _explained(self.address):
+            answer = stub.ReloadModel(edge_pb2.ReloadModelRequest(), timeout=timeout_s)
+        return {name: getattr(answer, name) for name in answer.DESCRIPTOR.fields_by_name}
+
     def models(self) -> list[dict[str, Any]]:
         """The models: the wire's Model as plain values."""
         with self._stub() as stub, _explained(self.address):

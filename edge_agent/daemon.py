@@ -11,7 +11,6 @@ import signal
 import socket
 import stat
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,13 @@ from edge_agent.cloud import CloudClient
 from edge_agent.device import Device
 from edge_agent.diffusion import providers
 from edge_agent.diffusion.generator import Generator
-from edge_agent.diffusion.providers import Choice
 from edge_agent.diffusion.sessions import Runtime
 from edge_agent.errors import StartRefused
 from edge_agent.purchase import Purchases
 from edge_agent.quota import Ledger
 from edge_agent.reader import Reader
 from edge_agent.request import Limits
+from edge_agent.resident import Resident
 from edge_agent.service import EdgeAgentService, HandOverMalformed
 from edge_agent.settings import Settings, split_address
 from routet2i.edge.v1 import edge_pb2, edge_pb2_grpc
@@ -55,15 +54,6 @@ PRIVATE = 0o700
 """Mode of the socket's folder: only the user whose daemon it is gets in."""
 
 
-@dataclass(frozen=True)
-class Models:
-    """What is loaded from the bundle."""
-
-    reader: Reader
-    generator: Generator
-    providers: Choice
-
-
 class Daemon:
     """One edge agent. `startup()`, then `serve()` until `stop()` is called, then `shutdown()`."""
 
@@ -73,7 +63,8 @@ class Daemon:
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._health = health.aio.HealthServicer()
-        self._loading: asyncio.Future[Models] | None = None
+        self._loading: asyncio.Future[Resident] | None = None
+        self._reloading = asyncio.Lock()
         self._agent: Agent | None = None
 
     async def startup(self) -> None:
@@ -84,7 +75,7 @@ class Daemon:
         ledger = Ledger.open(settings.ledger_file, settings.budget, settings.rate)
         try:
             self._purchases = Purchases(ledger, _cloud_client(settings))
-            self._service = EdgeAgentService()
+            self._service = EdgeAgentService(self.reload)
             self._server = grpc.aio.server(interceptors=(HandOverMalformed(),), options=CHANNEL_OPTIONS)
             edge_pb2_grpc.add_EdgeAgentServiceServicer_to_server(self._service, self._server)
             health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -105,18 +96,32 @@ class Daemon:
             await asyncio.wait((stopped, loading), return_when=asyncio.FIRST_COMPLETED)
             if self._stop.is_set():
                 return
-            self._agent = self._put_together(loading.result())
+            terms = Terms(self.settings.max_price, self.settings.cloud_timeout_s, self.settings.png_facts)
+            device = Device(self.settings.max_queue)
+            self._agent = Agent(loading.result(), device, self._purchases, terms)
             await self._purchases.start()
             self._service.agent = self._agent
+            self._agent.models.rest()
             await self._set_health(health_pb2.HealthCheckResponse.SERVING)
-            reader = self._agent.reader
-            fields: dict[str, Any] = {"bundle": reader.bundle.folder, "digest": reader.bundle.model_digest}
-            log.info("serving", extra={"fields": fields | {"calibrated": self._agent.calibrated}})
-            for advice in self._agent.advice:
-                log.warning("advice", extra={"fields": {"do": advice}})
+            _log_serving(self._agent)
             await stopped
         finally:
             stopped.cancel()
+
+    async def reload(self) -> Agent:
+        """Takes up the bundle that the settings name now, and returns the agent that serves it.
+
+        Both bundles' models are in memory until the requests that began with the old ones have ended. Raises
+        BundleError, or what else `Settings.bundle_folder` does, when the new one is refused: then the old one goes on.
+        """
+        async with self._reloading:
+            self._loading = self._load()
+            models = await asyncio.shield(self._loading)  # a caller who goes away does not stop it half-way
+            assert self._agent is not None  # noqa: S101  # the service asks for it before
+            self._service.agent = self._agent = self._agent.succeeded_by(models)
+            models.rest()
+            _log_serving(self._agent)
+            return self._agent
 
     async def shutdown(self) -> None:
         """Drains: health NOT_SERVING, new requests refused, those in flight get the grace period to finish."""
@@ -166,9 +171,9 @@ class Daemon:
         host, _ = split_address(address)
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
-    def _load(self) -> asyncio.Future[Models]:
+    def _load(self) -> asyncio.Future[Resident]:
         """Loads the bundle in a daemon thread, so that a daemon told to stop need not wait for it."""
-        loading: concurrent.futures.Future[Models] = concurrent.futures.Future()
+        loading: concurrent.futures.Future[Resident] = concurrent.futures.Future()
 
         def load() -> None:
             try:
@@ -178,18 +183,6 @@ class Daemon:
 
         threading.Thread(target=load, name="loader", daemon=True).start()
         return asyncio.wrap_future(loading)
-
-    def _put_together(self, models: Models) -> Agent:
-        settings, manifest = self.settings, models.reader.bundle.manifest
-        limits = Limits(
-            sizes=((manifest.width, manifest.height),),
-            steps=manifest.steps,
-            max_prompt_chars=settings.max_prompt_characters,
-            apps=frozenset(settings.apps) or None,
-        )
-        terms = Terms(settings.max_price, settings.cloud_timeout_s, settings.png_facts)
-        device = Device(models.generator, settings.max_queue, models.providers)
-        return Agent(models.reader, device, self._purchases, limits, terms)
 
     async def _set_health(self, status: Any) -> None:
         for service in ("", SERVICE):
@@ -217,13 +210,29 @@ async def run(settings: Settings) -> Daemon:
     return daemon
 
 
-def _load_models(settings: Settings) -> Models:
-    bundle = Bundle.open(settings.bundle_folder)
+def _load_models(settings: Settings) -> Resident:
+    # The folder itself and no link to it: what the link leads to may change, and these graphs be loaded again.
+    bundle = Bundle.open(settings.bundle_folder.resolve())
     choice = providers.find(settings.providers)
     serving = tuple(map(providers.full_name, choice.serving))
     generator = Generator(bundle, Runtime(threads=settings.threads or None, providers=serving))
     reader = Reader(bundle, generator.tokenizer, generator.text_encoder, settings.routing_rate)
-    return Models(reader, generator, choice)
+    manifest = bundle.manifest
+    limits = Limits(
+        sizes=((manifest.width, manifest.height),),
+        steps=manifest.steps,
+        max_prompt_chars=settings.max_prompt_characters,
+        apps=frozenset(settings.apps) or None,
+    )
+    return Resident(reader, generator, limits, choice, settings.keep_alive_s)
+
+
+def _log_serving(agent: Agent) -> None:
+    bundle = agent.reader.bundle
+    fields: dict[str, Any] = {"bundle": bundle.folder, "digest": bundle.model_digest}
+    log.info("serving", extra={"fields": fields | {"calibrated": agent.calibrated}})
+    for advice in agent.advice:
+        log.warning("advice", extra={"fields": {"do": advice}})
 
 
 def _cloud_client(settings: Settings) -> CloudClient | None:

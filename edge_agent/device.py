@@ -9,7 +9,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from edge_agent.diffusion.generator import Generator, Image
-from edge_agent.diffusion.providers import Choice, Standing, WarmUp
 from edge_agent.diffusion.sessions import Stop
 from edge_agent.diffusion.text_encoder import TextStates
 from edge_agent.errors import Busy, Cancelled, DeadlinePassed
@@ -26,6 +25,7 @@ _RECENT = 0.3
 class Job:
     """One image for this device."""
 
+    generator: Generator
     states: TextStates
     negative_states: TextStates
     seed: int
@@ -45,12 +45,9 @@ class Drawn:
 
 
 class Device:
-    """The local models behind one worker thread."""
+    """One worker thread, so that the local models, whichever they are, make one image at a time."""
 
-    def __init__(self, generator: Generator, max_queue: int, choice: Choice | None = None) -> None:
-        """`choice` is what the generator runs on; left out, the CPU."""
-        self._generator = generator
-        self._choice = choice or Choice()
+    def __init__(self, max_queue: int) -> None:
         self.max_queue = max_queue
         self.images = 0  # waiting or in the making
         self._image_s: float | None = None
@@ -61,11 +58,6 @@ class Device:
         """Images in the queue, without the one in the making."""
         return max(0, self.images - 1)
 
-    @property
-    def providers(self) -> tuple[Standing, ...]:
-        """What the models run on and what was passed over."""
-        return self._choice.standings(WarmUp())
-
     def expected_s(self) -> float:
         """How long an image that came now would take, the queue before it included."""
         return (self._image_s or _GUESS_S) * (self.images + 1)
@@ -73,7 +65,7 @@ class Device:
     async def draw(self, job: Job) -> AsyncGenerator[Progress | Drawn, None]:
         """Progress after each step, then the image. Closing the iterator stops the work at once.
 
-        Raises Busy when the queue is full, DeadlinePassed, GenerationFailed.
+        Raises Busy when the queue is full, DeadlinePassed, GenerationFailed, BundleError.
         """
         if self.images > self.max_queue:
             raise Busy(
@@ -129,7 +121,7 @@ class Device:
         """In the worker thread: the whole image. Every outcome is posted; nothing is raised."""
         began = stepped = time.perf_counter()
         try:
-            for event in self._generator.generate(
+            for event in job.generator.generate(
                 job.states,
                 job.negative_states,
                 job.seed,

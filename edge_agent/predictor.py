@@ -57,6 +57,11 @@ class Predictor:
             )
         return cls(session)
 
+    @property
+    def sessions(self) -> tuple[Session, ...]:
+        """Its graph."""
+        return (self._session,)
+
     def predict(self, states: NDArray[np.float32], mask: NDArray[np.bool_]) -> Prediction:
         """Predict from the `states` [1, L, d] of a prompt; `mask` [L] is True on its own tokens.
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from edge_agent.bundle import Bundle
-from edge_agent.diffusion.sessions import Runtime
+from edge_agent.diffusion.sessions import Runtime, Session
 from edge_agent.diffusion.text_encoder import TextEncoder, TextStates
 from edge_agent.policy import TokenPull
 from edge_agent.predictor import Prediction, Predictor
@@ -66,6 +66,11 @@ class Reader:
         """Load what reading needs and no more. Raises BundleError, naming the file that cannot be used."""
         tokenizer = Tokenizer.open(bundle)
         return cls(bundle, tokenizer, TextEncoder(bundle, runtime or Runtime()), routing_rate)
+
+    @property
+    def sessions(self) -> tuple[Session, ...]:
+        """Every graph."""
+        return self._text_encoder.sessions + (self._predictor.sessions if self._predictor else ())
 
     def read(self, prompt: str) -> Reading:
         """Some milliseconds of work; safe to call from several threads. Raises GenerationFailed or BundleError."""

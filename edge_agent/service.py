@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -94,9 +94,13 @@ class HandOverMalformed(grpc.aio.ServerInterceptor):
 
 
 class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
-    """The service. The daemon sets `agent` once the models are loaded, and `draining` when it shuts down."""
+    """The service. The daemon sets `agent` once the models are loaded, and `draining` when it shuts down.
 
-    def __init__(self) -> None:
+    `reload` takes up the bundle that is chosen now and returns its agent.
+    """
+
+    def __init__(self, reload: Callable[[], Awaitable[Agent]]) -> None:
+        self._reload = reload
         self.agent: Agent | None = None
         self.draining = False
         self.in_flight = 0  # Generate calls that have not ended
@@ -217,9 +221,9 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
                 cloud_health=_cloud_health(agent),
                 queue_length=agent.device.waiting,
                 max_queue=agent.device.max_queue,
-                served_by_edge=agent.served["edge"],
-                served_by_cloud=agent.served["cloud"],
-                fallbacks=agent.fallbacks,
+                served_by_edge=agent.tally.served["edge"],
+                served_by_cloud=agent.tally.served["cloud"],
+                fallbacks=agent.tally.fallbacks,
                 unresolved_reservations=unresolved,
                 advice=advice,
                 providers=[
@@ -228,8 +232,25 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
                         state=PROVIDER_STATES[each.state],
                         reason=each.reason,
                     )
-                    for each in agent.device.providers
+                    for each in agent.models.providers
                 ],
+                loaded=agent.models.loaded,
+                loaded_since=agent.models.since,
+                keep_alive_seconds=agent.models.keep_alive_s,
+            )
+
+    async def ReloadModel(
+        self,
+        request: edge_pb2.ReloadModelRequest,
+        context: Any,
+    ) -> edge_pb2.ReloadModelResponse:
+        """Takes up the model that is chosen now; see the .proto file."""
+        async with self._call(request, context, {"rpc": "ReloadModel"}):
+            agent = await self._reload()
+            return edge_pb2.ReloadModelResponse(
+                bundle=str(agent.reader.bundle.folder),
+                edge_model_digest=agent.reader.bundle.model_digest,
+                calibrated=agent.calibrated,
             )
 
     async def idle(self) -> None:
@@ -427,7 +448,7 @@ def _timings(timings_ms: Mapping[str, float]) -> list[image_pb2.Timing]:
 
 def _cloud_digest(agent: Agent) -> str:
     calibration = agent.reader.calibration
-    return agent.cloud_digest or (calibration.cloud_digest if calibration else "")
+    return agent.tally.cloud_digest or (calibration.cloud_digest if calibration else "")
 
 
 def _cloud_health(agent: Agent) -> edge_pb2.CloudHealth:
@@ -436,7 +457,7 @@ def _cloud_health(agent: Agent) -> edge_pb2.CloudHealth:
         return edge_pb2.CLOUD_HEALTH_NOT_CONFIGURED
     if not cloud.healthy:
         return edge_pb2.CLOUD_HEALTH_UNREACHABLE
-    return edge_pb2.CLOUD_HEALTH_HEALTHY if agent.cloud_connected else edge_pb2.CLOUD_HEALTH_UNTRIED
+    return edge_pb2.CLOUD_HEALTH_HEALTHY if agent.tally.cloud_connected else edge_pb2.CLOUD_HEALTH_UNTRIED
 
 
 def _who(request: ImageRequest) -> Line:

@@ -147,6 +147,10 @@ def _seconds(value: str) -> float:
     return number
 
 
+def _seconds_or_none(value: str) -> float:
+    return 0.0 if value.strip() == "0" else _seconds(value)
+
+
 def _switch(value: str) -> bool:
     words = {
         "true": True,
@@ -317,6 +321,12 @@ class Settings:
         "DIR",
         "folder of what can be made again, such as TensorRT's engines; default: routet2i/edge-agent under "
         "$XDG_CACHE_HOME or ~/.cache",
+    )
+    keep_alive_s: float = _setting(
+        "300",
+        _seconds_or_none,
+        "SECONDS",
+        "how long the local models stay in memory after the last request; the next one loads them again; 0: for good",
     )
     png_facts: bool = _setting(
         "true",

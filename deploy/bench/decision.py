@@ -29,6 +29,7 @@ from edge_agent.purchase import Purchases
 from edge_agent.quota import Budget, Ledger
 from edge_agent.reader import Reader
 from edge_agent.request import ImageRequest, Limits
+from edge_agent.resident import Resident
 from errors import BenchError
 from estimate import calm, calm_ratio, quantile, ratio
 from plan import PROMPTS, Plan
@@ -94,11 +95,11 @@ async def measure(folder: Path, decisions: int, images: int) -> Reply:
     bare = bare_calls(bundle)
     with tempfile.TemporaryDirectory() as state:
         ledger = Ledger.open(Path(state) / "quota.sqlite3", (Budget("day", "day", 1_000_000),), ())
+        limits = Limits(((manifest.width, manifest.height),), manifest.steps)
         agent = Agent(
-            reader,
-            Device(generator, max_queue=1),
+            Resident(reader, generator, limits),
+            Device(max_queue=1),
             Purchases(ledger, CloudClient(NOBODY)),
-            Limits(((manifest.width, manifest.height),), manifest.steps),
             Terms(max_price_micro_usd=10_000, cloud_timeout_s=1.0, png_facts=True),
         )
         found: Reply = {"stages_ms": {}} | {name: [] for name in SERIES}

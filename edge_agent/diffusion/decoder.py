@@ -22,6 +22,11 @@ class Decoder:
         )
         self._scaling, self._shift = np.float32(facts.latent_scaling), np.float32(facts.latent_shift)
 
+    @property
+    def sessions(self) -> tuple[Session, ...]:
+        """Its graph."""
+        return (self._session,)
+
     def decode(self, latents: NDArray[np.float32], *, stop: Stop | None = None) -> NDArray[np.float32]:
         """Colours in 0..1, float32 [H, W, 3], of latents [1, C, h, w].
 

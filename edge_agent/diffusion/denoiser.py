@@ -44,6 +44,11 @@ class Denoiser:
         self.one_at_a_time = self._session.shapes["sample"][0] == 1
         self.passes: Passes = passes
 
+    @property
+    def sessions(self) -> tuple[Session, ...]:
+        """Its graph."""
+        return (self._session,)
+
     def guides(self, guidance_scale: float) -> bool:
         """Whether a negative prompt takes part: not with a guidance scale of 1 or below, and never where the scale
         is an input of the network, as in diffusers.

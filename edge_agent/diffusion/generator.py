@@ -13,7 +13,7 @@ from edge_agent.diffusion.decoder import Decoder
 from edge_agent.diffusion.denoiser import Denoiser, Passes
 from edge_agent.diffusion.noise import TorchNoise
 from edge_agent.diffusion.schedule import Schedule
-from edge_agent.diffusion.sessions import Runtime, Stop
+from edge_agent.diffusion.sessions import Runtime, Session, Stop
 from edge_agent.diffusion.text_encoder import TextEncoder, TextStates
 from edge_agent.errors import BundleError, GenerationFailed, InvalidRequest
 from edge_agent.tokens import Tokenizer, Tokens
@@ -65,6 +65,11 @@ class Generator:
             if schedule.steps != steps:
                 raise BundleError(f"{bundle.path(schedule_file(steps))} is for {schedule.steps} steps")
         self._latent_shape = (1, manifest.latent_channels, manifest.latent_height, manifest.latent_width)
+
+    @property
+    def sessions(self) -> tuple[Session, ...]:
+        """Every graph."""
+        return (*self.text_encoder.sessions, *self.denoiser.sessions, *self._decoder.sessions)
 
     def encode(self, prompt: str) -> tuple[Tokens, TextStates]:
         """The prompt's tokens and states."""

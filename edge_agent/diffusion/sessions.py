@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,34 +47,38 @@ class Stop(threading.Event):
     def __init__(self) -> None:
         super().__init__()
         self._lock = threading.Lock()
-        self._running: list[ort.RunOptions] = []
+        self._endings: list[Callable[[], None]] = []
 
     def set(self) -> None:
         """Stop, from any thread."""
         with self._lock:
             super().set()
-            for options in self._running:
-                options.terminate = True
+            for end in self._endings:
+                end()
 
     def check(self) -> None:
         """Raises Cancelled once the event is set."""
         if self.is_set():
             raise Cancelled("the image was cancelled")
 
-    def enter(self, options: ort.RunOptions) -> None:
-        """Bind a run that is about to start. Raises Cancelled when it must not start."""
+    def enter(self, end: Callable[[], None]) -> None:
+        """Have `set` call `end`, which ends work that is about to start. Raises Cancelled when it must not start."""
         with self._lock:
             self.check()
-            self._running.append(options)
+            self._endings.append(end)
 
-    def leave(self, options: ort.RunOptions) -> None:
-        """Unbind a run that has ended."""
+    def leave(self, end: Callable[[], None]) -> None:
+        """The work has ended."""
         with self._lock:
-            self._running.remove(options)
+            self._endings.remove(end)
 
 
 class Session:
-    """One graph of a bundle. Inputs are cast to the graph's types; float outputs come back as float32."""
+    """One graph of a bundle. Inputs are cast to the graph's types; float outputs come back as float32.
+
+    It is loaded when it is made, and again by the first run after `unload`. `loaded_at` says when, in seconds since
+    1970; None while it is not.
+    """
 
     def __init__(self, path: Path, inputs: Sequence[str], outputs: Sequence[str], runtime: Runtime) -> None:
         """Open the graph at `path`, which must take exactly `inputs` and give at least `outputs`.
@@ -81,22 +87,14 @@ class Session:
             BundleError: naming the file, when onnxruntime cannot load it or its signature differs, or when
                 it left a provider out, which it does in silence.
         """
-        options = ort.SessionOptions()
-        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-        options.intra_op_num_threads = runtime.threads or 0  # 0: onnxruntime counts physical cores
-        # Several sessions share the cores; threads that spin between runs would take them from the others.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 3  # errors; the rest is about graphs nobody here can change
-        providers = [(name, dict(runtime.provider_options.get(name, {}))) for name in runtime.providers]
-        try:
-            # Without its fallback, which would run everything on the CPU and print that to standard output.
-            self._session = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
-        except Exception as error:  # onnxruntime's own exceptions share no base class
-            raise BundleError(f"{path} cannot be loaded by onnxruntime: {error}") from error
-        if left_out := [name for name in runtime.providers if name not in self._session.get_providers()]:
-            raise BundleError(f"{path}: onnxruntime does not run it on {', '.join(left_out)}")
-        found = {node.name: node for node in self._session.get_inputs()}
-        given = {node.name for node in self._session.get_outputs()}
+        self.path = path
+        self.loaded_at: float | None = None
+        self._runtime = runtime
+        self._loading = threading.Lock()
+        self._files = _files_beside(path)
+        session = self._session = self._load(Stop())
+        found = {node.name: node for node in session.get_inputs()}
+        given = {node.name for node in session.get_outputs()}
         if set(found) != set(inputs) or not set(outputs) <= given:
             raise BundleError(
                 f"{path} takes {sorted(found)} and gives {sorted(given)}; "
@@ -108,12 +106,55 @@ class Session:
             )
         self._dtypes = {name: _DTYPES[node.type] for name, node in found.items()}
         # Of every input and output; a size that may vary is None or has a name.
-        self.shapes = {
-            n.name: tuple(n.shape) for n in (*self._session.get_inputs(), *self._session.get_outputs())
-        }
+        self.shapes = {n.name: tuple(n.shape) for n in (*session.get_inputs(), *session.get_outputs())}
         self._outputs = list(outputs)
-        self._devices = _devices(self._session.get_providers())
-        self.path = path
+        self._devices = _devices(session.get_providers())
+
+    def unload(self) -> None:
+        """Give its memory back, after the runs in progress."""
+        with self._loading:
+            self._session = self.loaded_at = None
+
+    def _loaded(self, stop: Stop) -> ort.InferenceSession:
+        """The session, loaded if it is not. Raises BundleError when its files are not those that were checked."""
+        session = self._session
+        if session is None:
+            with self._loading:
+                session = self._session
+                if session is None:
+                    if _files_beside(self.path) != self._files:
+                        raise BundleError(
+                            f"{self.path} has changed since the bundle was checked: take the bundle up anew with "
+                            "`edge-agent models use`, or restart edge-agent"
+                        )
+                    session = self._session = self._load(stop)
+        return session
+
+    def _load(self, stop: Stop) -> ort.InferenceSession:
+        runtime = self._runtime
+        options = ort.SessionOptions()
+        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+        options.intra_op_num_threads = runtime.threads or 0  # 0: onnxruntime counts physical cores
+        # Several sessions share the cores; threads that spin between runs would take them from the others.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 3  # errors; the rest is about graphs nobody here can change
+        providers = [(name, dict(runtime.provider_options.get(name, {}))) for name in runtime.providers]
+        # Where onnxruntime has no such flag, a load runs to its end: some seconds for the largest graphs.
+        cancel = getattr(options, "set_load_cancellation_flag", lambda _: None)
+        end = partial(cancel, True)
+        stop.enter(end)
+        try:
+            # Without its fallback, which would run everything on the CPU and print that to standard output.
+            session = ort.InferenceSession(str(self.path), options, providers=providers, enable_fallback=0)
+        except Exception as error:  # onnxruntime's own exceptions share no base class
+            stop.check()
+            raise BundleError(f"{self.path} cannot be loaded by onnxruntime: {error}") from error
+        finally:
+            stop.leave(end)
+        if left_out := [name for name in runtime.providers if name not in session.get_providers()]:
+            raise BundleError(f"{self.path}: onnxruntime does not run it on {', '.join(left_out)}")
+        self.loaded_at = time.time()
+        return session
 
     def expect(self, **sizes: tuple[int | None, ...]) -> None:
         """Check inputs and outputs against the sizes they must have; None where any will do.
@@ -143,23 +184,35 @@ class Session:
         Raises:
             Cancelled: `stop` was set before or during the run.
             GenerationFailed: onnxruntime failed.
+            BundleError: the graph had been unloaded and cannot be loaded again.
         """
         options = ort.RunOptions()
         if shrink:
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", self._devices)
         feeds = {name: np.asarray(value, self._dtypes[name]) for name, value in inputs.items()}
         stop = stop or Stop()
-        stop.enter(options)
+        session = self._loaded(stop)
+        end = partial(setattr, options, "terminate", True)
+        stop.enter(end)
         try:
-            outputs = self._session.run(self._outputs, feeds, options)
+            outputs = session.run(self._outputs, feeds, options)
         except Exception as error:  # onnxruntime's own exceptions share no base class
             stop.check()
             raise GenerationFailed(f"onnxruntime failed in {self.path}: {error}") from error
         finally:
-            stop.leave(options)
+            stop.leave(end)
         return [
             value.astype(np.float32, copy=False) if value.dtype.kind == "f" else value for value in outputs
         ]
+
+
+def _files_beside(path: Path) -> Mapping[str, tuple[int, int, int]]:
+    """What tells whether the graph's file, or the weights beside it, were replaced: inode, bytes, time of change."""
+    try:
+        found = {file.name: file.stat() for file in path.parent.iterdir()}
+    except OSError:  # onnxruntime will say what is missing
+        return {}
+    return {name: (state.st_ino, state.st_size, state.st_mtime_ns) for name, state in found.items()}
 
 
 def _devices(providers: Sequence[str]) -> str:

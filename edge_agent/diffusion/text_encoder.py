@@ -48,6 +48,11 @@ class TextEncoder:
                 input_ids=(None, facts.text_tokens), **{outputs[0]: (None, facts.text_tokens, None)}
             )
 
+    @property
+    def sessions(self) -> tuple[Session, ...]:
+        """Its graphs."""
+        return (self._session,) if self._second is None else (self._session, self._second)
+
     def encode(self, tokens: Tokens) -> TextStates:
         """The states of a prompt.
 

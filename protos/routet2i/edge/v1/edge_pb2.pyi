@@ -255,12 +255,26 @@ class Model(_message.Message):
     price_micro_usd: int
     def __init__(self, side: _Optional[_Union[Route, str]] = ..., name: _Optional[str] = ..., digest: _Optional[str] = ..., licence: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., steps: _Optional[_Iterable[int]] = ..., default_steps: _Optional[int] = ..., default_guidance_scale: _Optional[float] = ..., price_micro_usd: _Optional[int] = ...) -> None: ...
 
+class ReloadModelRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ReloadModelResponse(_message.Message):
+    __slots__ = ("bundle", "edge_model_digest", "calibrated")
+    BUNDLE_FIELD_NUMBER: _ClassVar[int]
+    EDGE_MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    CALIBRATED_FIELD_NUMBER: _ClassVar[int]
+    bundle: str
+    edge_model_digest: str
+    calibrated: bool
+    def __init__(self, bundle: _Optional[str] = ..., edge_model_digest: _Optional[str] = ..., calibrated: _Optional[bool] = ...) -> None: ...
+
 class GetStatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("version", "uptime_seconds", "bundle", "edge_model_digest", "cloud_model_digest", "calibration_id", "calibrated", "routing_rate", "alpha", "cloud_address", "cloud_health", "queue_length", "max_queue", "served_by_edge", "served_by_cloud", "fallbacks", "unresolved_reservations", "advice", "providers")
+    __slots__ = ("version", "uptime_seconds", "bundle", "edge_model_digest", "cloud_model_digest", "calibration_id", "calibrated", "routing_rate", "alpha", "cloud_address", "cloud_health", "queue_length", "max_queue", "served_by_edge", "served_by_cloud", "fallbacks", "unresolved_reservations", "advice", "providers", "loaded", "loaded_since", "keep_alive_seconds")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_FIELD_NUMBER: _ClassVar[int]
@@ -280,6 +294,9 @@ class GetStatusResponse(_message.Message):
     UNRESOLVED_RESERVATIONS_FIELD_NUMBER: _ClassVar[int]
     ADVICE_FIELD_NUMBER: _ClassVar[int]
     PROVIDERS_FIELD_NUMBER: _ClassVar[int]
+    LOADED_FIELD_NUMBER: _ClassVar[int]
+    LOADED_SINCE_FIELD_NUMBER: _ClassVar[int]
+    KEEP_ALIVE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     version: str
     uptime_seconds: float
     bundle: str
@@ -299,7 +316,10 @@ class GetStatusResponse(_message.Message):
     unresolved_reservations: int
     advice: _containers.RepeatedScalarFieldContainer[str]
     providers: _containers.RepeatedCompositeFieldContainer[Provider]
-    def __init__(self, version: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., bundle: _Optional[str] = ..., edge_model_digest: _Optional[str] = ..., cloud_model_digest: _Optional[str] = ..., calibration_id: _Optional[str] = ..., calibrated: _Optional[bool] = ..., routing_rate: _Optional[float] = ..., alpha: _Optional[float] = ..., cloud_address: _Optional[str] = ..., cloud_health: _Optional[_Union[CloudHealth, str]] = ..., queue_length: _Optional[int] = ..., max_queue: _Optional[int] = ..., served_by_edge: _Optional[int] = ..., served_by_cloud: _Optional[int] = ..., fallbacks: _Optional[int] = ..., unresolved_reservations: _Optional[int] = ..., advice: _Optional[_Iterable[str]] = ..., providers: _Optional[_Iterable[_Union[Provider, _Mapping]]] = ...) -> None: ...
+    loaded: bool
+    loaded_since: float
+    keep_alive_seconds: float
+    def __init__(self, version: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., bundle: _Optional[str] = ..., edge_model_digest: _Optional[str] = ..., cloud_model_digest: _Optional[str] = ..., calibration_id: _Optional[str] = ..., calibrated: _Optional[bool] = ..., routing_rate: _Optional[float] = ..., alpha: _Optional[float] = ..., cloud_address: _Optional[str] = ..., cloud_health: _Optional[_Union[CloudHealth, str]] = ..., queue_length: _Optional[int] = ..., max_queue: _Optional[int] = ..., served_by_edge: _Optional[int] = ..., served_by_cloud: _Optional[int] = ..., fallbacks: _Optional[int] = ..., unresolved_reservations: _Optional[int] = ..., advice: _Optional[_Iterable[str]] = ..., providers: _Optional[_Iterable[_Union[Provider, _Mapping]]] = ..., loaded: _Optional[bool] = ..., loaded_since: _Optional[float] = ..., keep_alive_seconds: _Optional[float] = ...) -> None: ...
 
 class Provider(_message.Message):
     __slots__ = ("name", "state", "reason")

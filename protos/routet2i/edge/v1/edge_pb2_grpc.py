@@ -59,6 +59,11 @@ class EdgeAgentServiceStub:
                 request_serializer=routet2i_dot_edge_dot_v1_dot_edge__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=routet2i_dot_edge_dot_v1_dot_edge__pb2.GetStatusResponse.FromString,
                 _registered_method=True)
+        self.ReloadModel = channel.unary_unary(
+                '/routet2i.edge.v1.EdgeAgentService/ReloadModel',
+                request_serializer=routet2i_dot_edge_dot_v1_dot_edge__pb2.ReloadModelRequest.SerializeToString,
+                response_deserializer=routet2i_dot_edge_dot_v1_dot_edge__pb2.ReloadModelResponse.FromString,
+                _registered_method=True)
 
 
 class EdgeAgentServiceServicer:
@@ -101,6 +106,15 @@ class EdgeAgentServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReloadModel(self, request, context):
+        """Takes up the local model that is chosen now, as after `edge-agent models use`. Answers once it serves: requests from
+        then on go to it, those before end on the one they began with. FAILED_PRECONDITION when it is refused; the message
+        names the file, and the model in use goes on serving. Takes as long as loading the model does.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EdgeAgentServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -128,6 +142,11 @@ def add_EdgeAgentServiceServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=routet2i_dot_edge_dot_v1_dot_edge__pb2.GetStatusRequest.FromString,
                     response_serializer=routet2i_dot_edge_dot_v1_dot_edge__pb2.GetStatusResponse.SerializeToString,
+            ),
+            'ReloadModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReloadModel,
+                    request_deserializer=routet2i_dot_edge_dot_v1_dot_edge__pb2.ReloadModelRequest.FromString,
+                    response_serializer=routet2i_dot_edge_dot_v1_dot_edge__pb2.ReloadModelResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -265,6 +284,33 @@ class EdgeAgentService:
             '/routet2i.edge.v1.EdgeAgentService/GetStatus',
             routet2i_dot_edge_dot_v1_dot_edge__pb2.GetStatusRequest.SerializeToString,
             routet2i_dot_edge_dot_v1_dot_edge__pb2.GetStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReloadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/routet2i.edge.v1.EdgeAgentService/ReloadModel',
+            routet2i_dot_edge_dot_v1_dot_edge__pb2.ReloadModelRequest.SerializeToString,
+            routet2i_dot_edge_dot_v1_dot_edge__pb2.ReloadModelResponse.FromString,
             options,
             channel_credentials,
             insecure,

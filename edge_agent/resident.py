@@ -1,0 +1,128 @@
+"""The models of one bundle, resident for as long as somebody needs them.
+
+Whoever uses them says so with `used`. When nobody has for a while they are put down, which gives their memory back;
+the next use loads each graph again when it comes to it. Models that others have succeeded are put down after their
+last use.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import gc
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from edge_agent.diffusion.generator import Generator
+from edge_agent.diffusion.providers import Choice, Standing, WarmUp
+from edge_agent.diffusion.sessions import Session
+from edge_agent.reader import Reader
+from edge_agent.request import Limits
+
+log = logging.getLogger(__name__)
+
+
+class Resident:
+    """Reader and generator of one bundle, and what they can serve. Belongs to the event loop's thread.
+
+    `keep_alive_s` is how long they stay in memory after their last use; 0 keeps them for good.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        generator: Generator,
+        limits: Limits,
+        choice: Choice | None = None,
+        keep_alive_s: float = 0.0,
+    ) -> None:
+        """`choice` is what they run on; left out, the CPU."""
+        self.reader = reader
+        self.generator = generator
+        self.limits = limits
+        self._choice = choice or Choice()
+        self.keep_alive_s = keep_alive_s
+        self._uses = 0
+        self._succeeded = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._put_down_at: float | None = None
+
+    @property
+    def providers(self) -> tuple[Standing, ...]:
+        """What the models run on and what was passed over."""
+        return self._choice.standings(WarmUp())
+
+    @property
+    def loaded(self) -> bool:
+        """Whether every graph is in memory. Those that a decision needs may be while the others are not."""
+        return all(session.loaded_at is not None for session in self._sessions)
+
+    @property
+    def since(self) -> float:
+        """Since when that is so, or not so, in seconds since 1970."""
+        if self._put_down_at is not None and not self.loaded:
+            return self._put_down_at
+        return max(session.loaded_at or 0.0 for session in self._sessions)
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """For the time of one request."""
+        self._uses += 1
+        self._stop_waiting()
+        try:
+            yield
+        finally:
+            self._uses -= 1
+            if not self._uses:
+                self.rest()
+
+    def rest(self) -> None:
+        """Nobody uses them now: from here the keep-alive time counts."""
+        self._stop_waiting()
+        loop = asyncio.get_running_loop()
+        if self._succeeded:
+            loop.run_in_executor(None, self.put_down)
+        elif self.keep_alive_s:
+            self._timer = loop.call_later(
+                self.keep_alive_s, lambda: loop.run_in_executor(None, self.put_down)
+            )
+
+    def succeed(self) -> None:
+        """Others are used from now on: go after the last use."""
+        self._succeeded = True
+        if not self._uses:
+            self.rest()
+
+    def put_down(self) -> None:
+        """Gives back the memory of every graph, in some milliseconds. A run in progress ends before its graph goes."""
+        if any(session.loaded_at is not None for session in self._sessions):
+            self._put_down_at = time.time()
+            for session in self._sessions:
+                session.unload()
+            give_back_memory()
+            log.info("unloaded", extra={"fields": {"bundle": self.reader.bundle.folder}})
+
+    def close(self) -> None:
+        """No timer is left behind."""
+        self._stop_waiting()
+
+    def _stop_waiting(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    @property
+    def _sessions(self) -> tuple[Session, ...]:
+        return (*self.reader.sessions, *self.generator.sessions)
+
+
+def give_back_memory() -> None:
+    """Returns free memory to the system, where the C library would keep it: glibc does, for each thread apart."""
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none, and keeps less
+        if trim is not None:
+            trim(0)

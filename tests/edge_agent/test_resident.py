@@ -1,0 +1,304 @@
+"""The models come and go, and no request notices: put down when idle, loaded on demand, swapped, cancelled anywhere."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+import pytest_asyncio
+
+from edge_agent.bundle import DECODER, DENOISER, Bundle, write_manifest
+from edge_agent.diffusion.sessions import Runtime, Session
+from edge_agent.errors import BundleError
+from routet2i.edge.v1 import edge_pb2
+from tests.routed import SLOW_STEPS
+from tests.running import LOCAL, Answer, Here, daemon_here, process_environment, short_folder, until
+
+CYCLES = int(os.environ.get("ROUTET2I_CYCLES", "12"))
+"""Unloads in the memory test. 200 take some minutes."""
+
+CANCELLATIONS = int(os.environ.get("ROUTET2I_CANCELLATIONS", "100"))
+"""Cancellations in their test. 1,000 take some minutes."""
+
+IDLE_BYTES = 120e6
+
+# What a bundle costs while nobody uses it, in a process that only serves: the RSS after each unload, in bytes.
+CYCLING = """
+import json, sys
+from pathlib import Path
+from edge_agent.daemon import _load_models
+from edge_agent.settings import resolve
+
+models = _load_models(resolve({}, {}))
+facts = models.reader.bundle.manifest
+found = []
+for _ in range(int(sys.argv[1])):
+    states = models.reader.read("two dogs on a beach").states
+    nothing = models.reader.negative_states("")
+    *_, image = models.generator.generate(states, nothing, 1, facts.default_steps, facts.default_guidance)
+    models.put_down()
+    found.append(int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) * 1024)
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def other_bundle(tmp_path_factory: pytest.TempPathFactory, routed_bundle: Path) -> Path:
+    """The routed bundle with another default guidance: another model, by its digest. Only to be read."""
+    folder = Path(shutil.copytree(routed_bundle, tmp_path_factory.mktemp("other") / "bundle"))
+    write_manifest(folder, default_guidance=3.0)
+    return folder
+
+
+@pytest.fixture
+def chosen(tmp_path: Path, routed_bundle: Path) -> Path:
+    """A link that leads to the routed bundle until a test lets it lead elsewhere."""
+    link = tmp_path / "chosen"
+    choose(link, routed_bundle)
+    return link
+
+
+@pytest_asyncio.fixture
+async def here(chosen: Path, tmp_path: Path) -> AsyncIterator[Here]:
+    async with daemon_here(chosen, tmp_path / "state") as here:
+        yield here
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    made = short_folder()
+    yield made
+    shutil.rmtree(made)
+
+
+def choose(link: Path, bundle: Path) -> None:
+    new = link.with_name("new")
+    new.symlink_to(bundle)
+    new.replace(link)
+
+
+async def reload(here: Here) -> edge_pb2.ReloadModelResponse:
+    response: edge_pb2.ReloadModelResponse = await here.app.stub.ReloadModel(
+        edge_pb2.ReloadModelRequest(), timeout=60
+    )
+    return response
+
+
+def rss() -> int:
+    return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) * 1024
+
+
+# Put down and taken up again
+
+
+async def test_idle_models_are_put_down_and_the_next_request_has_them_loaded_again(
+    routed_bundle: Path, tmp_path: Path
+) -> None:
+    async with daemon_here(routed_bundle, tmp_path, keep_alive_s=0.2) as here:
+        first = await here.app.generate(seed=7)
+        loaded = await here.app.status()
+        await until(lambda: not here.daemon._agent.models.loaded)  # type: ignore[union-attr]
+        idle = await here.app.status()  # asks, and loads nothing
+        assert (loaded.loaded, idle.loaded) == (True, False)
+        assert idle.loaded_since > loaded.loaded_since > 1e9
+        assert idle.keep_alive_seconds == 0.2
+        again = await here.app.generate(seed=7)
+        assert again.png == first.png
+        assert (await here.app.status()).loaded_since > idle.loaded_since
+
+
+async def test_a_decision_loads_no_more_than_it_reads(routed_bundle: Path, tmp_path: Path) -> None:
+    async with daemon_here(routed_bundle, tmp_path) as here:
+        models = here.daemon._agent.models  # type: ignore[union-attr]
+        models.put_down()
+        await here.app.route()
+        assert all(session.loaded_at for session in models.reader.sessions)
+        assert all(session.loaded_at is None for session in models.generator.denoiser.sessions)
+
+
+async def test_no_request_is_dropped_while_the_models_come_and_go(
+    routed_bundle: Path, tmp_path: Path
+) -> None:
+    async with daemon_here(routed_bundle, tmp_path) as here:
+        models = here.daemon._agent.models  # type: ignore[union-attr]
+        expected = (await here.app.generate(seed=3)).png
+        over = asyncio.Event()
+
+        async def disturb() -> int:
+            times = 0
+            while not over.is_set():
+                await asyncio.to_thread(models.put_down)
+                times += 1
+                await asyncio.sleep(0.05)
+            return times
+
+        disturbing = asyncio.create_task(disturb())
+        for _ in range(2):
+            answers = await asyncio.gather(*(here.app.generate(seed=3) for _ in range(3)))
+            assert {answer.code for answer in answers} == {"OK"}
+            assert {answer.png for answer in answers} == {expected}
+            await here.app.route()
+        over.set()
+        assert await disturbing > 2
+
+
+async def test_zero_keeps_them_for_good(routed_bundle: Path, tmp_path: Path) -> None:
+    async with daemon_here(routed_bundle, tmp_path, keep_alive_s=0) as here:
+        await here.app.generate()
+        assert here.daemon._agent.models._timer is None  # type: ignore[union-attr]
+        assert (await here.app.status()).keep_alive_seconds == 0
+
+
+def test_files_that_changed_meanwhile_are_not_loaded(bundle_copy: Path) -> None:
+    """The bundle's hashes were checked when it was opened; other bytes must not slip in later."""
+    path = bundle_copy / DECODER
+    session = Session(path, ["latent_sample"], ["sample"], Runtime(threads=1))
+    session.unload()
+    path.write_bytes(path.read_bytes())
+    with pytest.raises(BundleError, match=r"vae_decoder/model\.onnx has changed since"):
+        session.run({"latent_sample": [[[[0.0]]]]})  # type: ignore[dict-item]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what a process holds on Linux only")
+def test_idle_memory_stays_small_and_the_same(folder: Path) -> None:
+    """On the starter, in a process of its own. ROUTET2I_CYCLES=200 is the long variant."""
+    command = [sys.executable, "-c", CYCLING, str(CYCLES)]
+    done = subprocess.run(
+        command, env=process_environment(folder), capture_output=True, text=True, check=True, timeout=600
+    )
+    found = json.loads(done.stdout)
+    assert max(found) <= IDLE_BYTES
+    assert found[-1] - found[2] < 3e6  # the first ones settle
+
+
+# Another bundle
+
+
+async def test_a_new_bundle_is_taken_up_while_requests_run(
+    here: Here, chosen: Path, routed_bundle: Path, other_bundle: Path
+) -> None:
+    """Those that began before end on the old models, which go then; those that come after get the new."""
+    old, new = (Bundle.open(path, verify=False).model_digest for path in (routed_bundle, other_bundle))
+    agent = here.daemon._agent
+    assert agent is not None
+    slow = here.app.call(steps=SLOW_STEPS, seed=1)
+    begun = await here.app.read(slow, until="progress")
+    assert begun.decision is not None
+    waiting = [asyncio.create_task(here.app.generate(seed=seed)) for seed in range(4)]
+    await until(lambda: agent.device.images == 5)
+
+    choose(chosen, other_bundle)
+    answered = await reload(here)
+    assert answered.edge_model_digest == new
+    assert Path(answered.bundle) == other_bundle
+    after = asyncio.create_task(here.app.generate(seed=9))
+    rest = await here.app.read(slow)
+    before = await asyncio.gather(*waiting)
+    assert rest.result is not None
+    assert rest.result.edge_model_digest == begun.decision.edge_model_digest == old
+    assert rest.result.image.model_digest == old
+    for answer in before:
+        assert answer.code == "OK"
+        assert answer.result is not None
+        assert answer.result.image.model_digest == old
+    latest = await after
+    assert latest.result is not None
+    assert latest.result.image.model_digest == latest.result.edge_model_digest == new
+    assert latest.result.image.guidance_scale == 3.0
+    await until(lambda: not any(session.loaded_at for session in agent.models.generator.sessions))
+    assert (await here.app.status()).served_by_edge == 6
+
+
+async def test_streams_without_end_see_no_gap_while_bundles_change(
+    here: Here, chosen: Path, routed_bundle: Path, other_bundle: Path
+) -> None:
+    over = asyncio.Event()
+
+    async def ask(seed: int) -> list[Answer]:
+        answers = []
+        while not over.is_set():
+            answers.append(await here.app.generate(seed=seed, routing=LOCAL))
+        return answers
+
+    asking = [asyncio.create_task(ask(seed)) for seed in range(3)]
+    for bundle in (other_bundle, routed_bundle, other_bundle):
+        choose(chosen, bundle)
+        await reload(here)
+        served = (await here.app.status()).served_by_edge
+        await until(lambda served=served: here.daemon._agent.tally.served["edge"] > served + 3)  # type: ignore
+    over.set()
+    answers = [answer for found in await asyncio.gather(*asking) for answer in found]
+    assert {answer.code for answer in answers} == {"OK"}
+    made = {
+        (answer.result.image.seed, answer.result.image.model_digest, answer.png)
+        for answer in answers
+        if answer.result
+    }
+    assert len(made) == 6  # each seed on each model, and always the same
+
+
+async def test_a_corrupt_bundle_is_refused_by_its_file_and_the_old_one_goes_on(
+    here: Here, chosen: Path, other_bundle: Path, routed_bundle: Path, tmp_path: Path
+) -> None:
+    expected = (await here.app.generate(seed=5)).png
+    corrupt = Path(shutil.copytree(other_bundle, tmp_path / "corrupt"))
+    data = bytearray((corrupt / DENOISER).read_bytes())
+    data[len(data) // 2] ^= 1
+    (corrupt / DENOISER).write_bytes(data)
+    choose(chosen, corrupt)
+    with pytest.raises(grpc.aio.AioRpcError, match=r"unet/model\.onnx does not match its sha256") as refused:
+        await reload(here)
+    assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    status = await here.app.status()
+    assert Path(status.bundle) == routed_bundle
+    assert status.loaded
+    assert (await here.app.generate(seed=5)).png == expected
+
+
+# Cancelled anywhere
+
+
+async def test_cancelled_anywhere_the_next_image_is_the_same_and_no_memory_stays(
+    routed_bundle: Path, tmp_path: Path
+) -> None:
+    """At random moments: while it waits, loads, reads, denoises, decodes or sends.
+
+    ROUTET2I_CANCELLATIONS=1000 is the long variant; `deploy/bench --only cancellation` measures how long it takes.
+    """
+    draw = random.Random(0)
+    async with daemon_here(routed_bundle, tmp_path) as here:
+        agent = here.daemon._agent
+        assert agent is not None
+        began = asyncio.get_running_loop().time()
+        expected = (await here.app.generate(seed=11, preview=True)).png
+        whole_s = asyncio.get_running_loop().time() - began
+        settled = 0
+        for number in range(CANCELLATIONS):
+            if number % 10 == 0:
+                await asyncio.to_thread(agent.models.put_down)
+            call = here.app.call(seed=number, preview=True)
+            reading = asyncio.create_task(here.app.read(call))
+            await asyncio.sleep(draw.uniform(0, 1.2 * whole_s))
+            call.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+            if number % 20 == 19:
+                assert (await here.app.generate(seed=11, preview=True)).png == expected
+            if number == CANCELLATIONS // 3:
+                await here.restless()
+                await asyncio.to_thread(agent.models.put_down)
+                settled = rss()
+        await here.restless()
+        await asyncio.to_thread(agent.models.put_down)
+        grown = rss() - settled
+        assert grown < 12e6, f"{grown / 1e6:.1f} MB more after {CANCELLATIONS} cancellations"
+        assert (await here.app.generate(seed=11, preview=True)).png == expected
+        assert (await here.app.status()).queue_length == 0
