@@ -8,14 +8,17 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edge_agent import settings
 from edge_agent.bundle import Bundle
-from edge_agent.client import BAD_INPUT, CONNECT_S, DONE, AgentClient, CallFailed
+from edge_agent.client import BAD_INPUT, CONNECT_S, DONE, UNREACHABLE, AgentClient, CallFailed
 from edge_agent.errors import BundleError, InvalidRequest, StoreError
 from edge_agent.store import RESERVED, STARTER_NAME, Store
 from edge_agent.terminal import add_command, client, print_facts, print_json, print_table
+
+if TYPE_CHECKING:
+    from edge_agent.pull import Pulled
 
 DESCRIPTION = """\
 The models on this device. One comes with the project, the starter; others are pulled, and one is chosen: `serve` runs
@@ -57,7 +60,8 @@ Every file is compared with its sha256 in the manifest, and the model shows once
 pull, the same command goes on where it stopped. HF_ENDPOINT names another hub, HF_TOKEN opens private repositories,
 and SSL_CERT_FILE an authority of one's own. Nothing that is pulled is ever run as code.
 
---json prints one object: name, folder, digest, bytes, fetched_bytes, was_installed, current, calibrated, advice.
+--json prints one object: name, folder, digest, bytes, fetched_bytes, was_installed, current, served,
+calibrated, advice.
 """
 
 VERIFY_EPILOG = """\
@@ -73,7 +77,8 @@ examples:
   edge-agent models use sd-turbo
   edge-agent models use starter     back to the one that comes with the project
 
---json prints one object: name, folder, digest, calibrated, advice.
+A running daemon takes it up without dropping a request, and says so; one that cannot load it leaves the choice as it
+was. --json prints one object: name, folder, digest, served, calibrated, advice. `served` is null without a daemon.
 """
 
 REMOVE_EPILOG = """\
@@ -177,24 +182,9 @@ def _show_served(options: argparse.Namespace) -> int:
 
 
 def _pull(options: argparse.Namespace) -> int:
-    from edge_agent.pull import Pulled, pull, source_of
-
     store = _store(options)
-    pulled = None
-    with _bar("pulling") as show:
-        for event in pull(source_of(options.source, os.environ), store, options.name):
-            if isinstance(event, Pulled):
-                pulled = event
-            else:
-                show(
-                    f"waiting: {event.trouble}" if event.trouble else event.file,
-                    event.done_bytes,
-                    event.total_bytes,
-                )
-    if pulled is None:  # which `pull` does not do
-        raise StoreError("the pull ended without a model")
-    if options.use:
-        store.choose(pulled.name)
+    pulled = _pulled(store, options)
+    served, remark = _take_up(store, pulled.name, options) if options.use else (None, "")
     advice = pulled.bundle.advice
     facts = {
         "name": pulled.name,
@@ -204,24 +194,33 @@ def _pull(options: argparse.Namespace) -> int:
         "fetched_bytes": pulled.fetched_bytes,
         "was_installed": pulled.was_installed,
         "current": store.current == pulled.name,
+        "served": served,
         "calibrated": not advice,
         "advice": advice,
     }
     if options.json:
         print_json(facts)
         return DONE
-    how = (
-        "was here already"
-        if pulled.was_installed
-        else f"pulled, {pulled.fetched_bytes / 1e6:,.1f} MB, verified"
-    )
-    print(f"{pulled.name}: {how}")
-    _say_uncalibrated(advice)
-    if not facts["current"]:
+    came = f"pulled, {pulled.fetched_bytes / 1e6:,.1f} MB, verified"
+    print(f"{pulled.name}: {'was here already' if pulled.was_installed else came}")
+    if options.use:
+        print(f"{pulled.name} is the chosen model{remark}")
+    elif not facts["current"]:
         print(f"choose it with `edge-agent models use {pulled.name}`")
-    elif options.use:
-        _say_chosen(pulled.name, options)
+    _say_uncalibrated(advice)
     return DONE
+
+
+def _pulled(store: Store, options: argparse.Namespace) -> Pulled:
+    from edge_agent.pull import Fetched, pull, source_of  # the other actions need no HTTP
+
+    with _bar("pulling") as show:
+        for event in pull(source_of(options.source, os.environ), store, options.name):
+            if not isinstance(event, Fetched):
+                return event
+            now = f"waiting: {event.trouble}" if event.trouble else event.file
+            show(now, event.done_bytes, event.total_bytes)
+    raise StoreError("the pull ended without a model")  # which `pull` does not do
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -248,22 +247,53 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _use(options: argparse.Namespace) -> int:
-    bundle = _store(options).choose(options.name)
+    store, name = _store(options), options.name
+    served, remark = _take_up(store, name, options)
+    bundle = Bundle.open(store.path(name), verify=False)
     advice = bundle.advice
     if options.json:
-        print_json(
-            {
-                "name": options.name,
-                "folder": str(bundle.folder),
-                "digest": bundle.model_digest,
-                "calibrated": not advice,
-                "advice": advice,
-            }
-        )
+        facts = {"name": name, "folder": str(bundle.folder), "digest": bundle.model_digest, "served": served}
+        print_json(facts | {"calibrated": not advice, "advice": advice})
         return DONE
+    print(f"{name} is the chosen model{remark}")
     _say_uncalibrated(advice)
-    _say_chosen(options.name, options)
     return DONE
+
+
+def _take_up(store: Store, name: str, options: argparse.Namespace) -> tuple[bool | None, str]:
+    """Chooses the model and has a running daemon serve it: whether it does, None without one, and a remark on it.
+
+    Raises StoreError, and leaves the choice as it was, when the daemon refuses the model.
+    """
+    before = _choice(store)
+    store.choose(name)
+    daemon = client(options)
+    if not daemon.reachable():
+        return None, ""
+    try:
+        with _spinner(f"the daemon loads {name}"):
+            served = str(daemon.reload()["bundle"])
+    except CallFailed as error:
+        if error.exit_code == UNREACHABLE:  # still loading, or shutting down
+            return False, f"; the running daemon serves it when it is started again: {error.message}"
+        store.choose(before)
+        raise StoreError(
+            f"the running daemon cannot serve {name}, so {before} stays the chosen model: {error.message}"
+        ) from error
+    if _is_served(store, name, served):
+        return True, ", and the running daemon serves it"
+    return (
+        False,
+        f"; the running daemon was started with a --bundle or --models of its own and serves {served}",
+    )
+
+
+def _choice(store: Store) -> str:
+    """The chosen model; the starter where the file that says it is damaged, or its model gone."""
+    try:
+        return store.current if store.current in store.names() else STARTER_NAME
+    except StoreError:
+        return STARTER_NAME
 
 
 def _remove(options: argparse.Namespace) -> int:
@@ -385,12 +415,6 @@ def _facts(store: Store, name: str, served: str | None) -> dict[str, Any]:
 def _say_uncalibrated(advice: str) -> None:
     if advice:
         print(f"uncalibrated: {advice}")
-
-
-def _say_chosen(name: str, options: argparse.Namespace) -> None:
-    print(f"{name} is the chosen model")
-    if client(options).reachable():
-        print("a running daemon takes it up when it is started again")
 
 
 def _spinner(what: str) -> AbstractContextManager[Any]:

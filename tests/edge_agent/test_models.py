@@ -27,7 +27,7 @@ LISTED = (
     "error"
 )  # fmt: skip
 PULLED = (
-    "name", "folder", "digest", "bytes", "fetched_bytes", "was_installed", "current", "calibrated", "advice"
+    "name", "folder", "digest", "bytes", "fetched_bytes", "was_installed", "current", "served", "calibrated", "advice"
 )  # fmt: skip
 
 
@@ -247,23 +247,63 @@ def test_help_teaches(run: Run, action: tuple[str, ...]) -> None:
         assert "--json prints one object" in finished.out or action == ("show",)
 
 
-def test_a_daemon_serves_the_chosen_model_and_keeps_it_from_being_removed(
-    run: Run, home: Path, models: Path, miniature_bundle: Path
-) -> None:
-    assert run("pull", miniature_bundle, "--use").code == 0
-    daemon = Process("edge_agent", home, "--threads", "1")
-    try:
-        assert daemon.wait_for("serving")["bundle"] == str(models / "miniature")
-        listed = names(run("list", "--json"))
-        assert [listed[name]["served"] for name in ("starter", "miniature")] == [False, True]
-        assert "current, served" in run("list").out
-        run("use", "starter")
-        refused = run("remove", "miniature")
-        assert refused.code == 2 and "a running daemon serves miniature" in refused.err
-        assert daemon.stop() == 0
-        assert run("remove", "miniature").code == 0
-    finally:
+@pytest.fixture
+def start(home: Path) -> Iterator[Callable[..., Process]]:
+    """Starts a daemon at the default socket."""
+    started: list[Process] = []
+
+    def start(*flags: str | Path) -> Process:
+        started.append(Process("edge_agent", home, "--threads", "1", *flags))
+        started[-1].wait_for("serving")
+        return started[-1]
+
+    yield start
+    for daemon in started:
         daemon.kill()
+
+
+def test_a_running_daemon_takes_up_the_chosen_model_and_keeps_it_from_being_removed(
+    run: Run, models: Path, miniature_bundle: Path, start: Callable[..., Process]
+) -> None:
+    assert run("pull", miniature_bundle).code == 0
+    daemon = start()
+    (used,) = run("use", "miniature", "--json").objects
+    assert (used["served"], used["folder"]) == (True, str(models / "miniature"))
+    assert main(["generate", "a cat", "--seed", "7", "-o", "cat.png"]) == 0
+    assert run("show", "edge", "--json").objects[0]["digest"] == used["digest"]
+    listed = names(run("list", "--json"))
+    assert [listed[name]["served"] for name in ("starter", "miniature")] == [False, True]
+    assert "current, served" in run("list").out
+    (models / ".current").unlink()  # the daemon goes on with it
+    refused = run("remove", "miniature")
+    assert refused.code == 2 and "a running daemon serves miniature" in refused.err
+    assert "the running daemon serves it" in run("use", "starter").out
+    assert run("remove", "miniature").code == 0
+    assert daemon.stop() == 0
+
+
+def test_a_model_that_the_running_daemon_cannot_load_is_not_chosen(
+    run: Run, home: Path, start: Callable[..., Process]
+) -> None:
+    run("pull", hollow_bundle(home / "tiny"))  # whole, and no model
+    start()
+    refused = run("use", "hollow")
+    assert (refused.code, refused.out) == (2, "")
+    assert "so starter stays the chosen model" in refused.err and "hollow" in refused.err
+    listed = names(run("list", "--json"))
+    assert (listed["starter"]["current"], listed["starter"]["served"]) == (True, True)
+    assert main(["generate", "a red apple", "-o", "apple.png"]) == 0
+
+
+def test_a_daemon_with_a_bundle_of_its_own_keeps_it_and_that_is_said(
+    run: Run, home: Path, start: Callable[..., Process]
+) -> None:
+    run("pull", hollow_bundle(home / "tiny"))
+    start("--bundle", STARTER)
+    used = run("use", "hollow")
+    assert used.code == 0 and "was started with a --bundle or --models of its own" in used.out
+    assert run("pull", home / "tiny", "--use", "--json").objects[0]["served"] is False
+    assert names(run("list", "--json"))["hollow"]["current"] is True
 
 
 def test_a_daemon_that_does_not_say_what_it_serves_keeps_every_model_from_being_removed(
