@@ -330,6 +330,26 @@ async def test_what_a_crash_left_is_resolved_at_the_next_start(
             assert cloud.lookups == ["left"]
 
 
+async def test_a_daemon_told_to_stop_during_a_cloud_call_leaves_nothing_spent_that_was_not_charged(
+    routed_bundle: Path, digest: str, tmp_path: Path
+) -> None:
+    async with scripted_cloud(digest) as cloud:
+        cloud.manner = "hang"
+        how = {"cloud": cloud.address, "grace_s": "0.2"}
+        async with daemon_here(routed_bundle, tmp_path, **how) as here:
+            call = here.app.call(CLOUD_PROMPT, request_id="stopped")
+            assert (await here.app.read(call, until="progress")).route == "cloud"
+            here.daemon.stop()
+            await here.daemon.shutdown()
+            answer = await here.app.read(call)
+            assert answer.result is None and answer.code in ("CANCELLED", "UNAVAILABLE")
+        await until(lambda: cloud.cancelled == 1)
+        async with daemon_here(routed_bundle, tmp_path, cloud=cloud.address) as here:
+            await until(lambda: nothing_reserved(here.app))
+            assert await here.app.budget() == (0, 0)
+            assert cloud.lookups == ["stopped"]
+
+
 async def test_without_a_cloud_what_a_crash_left_stays_spent_and_the_status_says_so(
     routed_bundle: Path, tmp_path: Path
 ) -> None:

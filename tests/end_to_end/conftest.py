@@ -7,7 +7,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -61,8 +61,21 @@ class World:
 
     name: str
     bundle: Path
-    cloud: Process
-    cloud_address: str
+    model: Path
+    folder: Path
+    cloud: Process = field(init=False)
+    cloud_address: str = field(init=False)
+
+    def start_cloud(self, listen: str) -> None:
+        """Starts the cloud server, whose books lie in `folder`, and waits until it serves."""
+        self.cloud = Process(
+            "cloud_server",
+            self.folder,
+            *("--model", self.model, "--listen", listen, "--state", self.folder / "cloud-state"),
+            *("--price-micro-usd", str(PRICE), "--max-steps", "1000"),
+        )
+        self.cloud.wait_for("serving", timeout_s=150)
+        self.cloud_address = f"127.0.0.1:{self.cloud.wait_for('listening')['port']}"
 
 
 def _worlds() -> Iterator[object]:
@@ -80,17 +93,12 @@ def world(request: pytest.FixtureRequest) -> Iterator[World]:
         bundle = request.getfixturevalue("routed_bundle")
         model = request.getfixturevalue("cloud_model")
     folder = short_folder()
-    cloud = Process(
-        "cloud_server",
-        folder,
-        *("--model", model, "--listen", "127.0.0.1:0", "--state", folder / "cloud-state"),
-        *("--price-micro-usd", str(PRICE), "--max-steps", "1000"),
-    )
+    world = World(request.param, bundle, model, folder)
     try:
-        cloud.wait_for("serving", timeout_s=150)
-        yield World(request.param, bundle, cloud, f"127.0.0.1:{cloud.wait_for('listening')['port']}")
+        world.start_cloud("127.0.0.1:0")
+        yield world
     finally:
-        cloud.kill()
+        world.cloud.kill()
     shutil.rmtree(folder)
 
 
