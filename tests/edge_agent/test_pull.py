@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import random
 import resource
 import shutil
 import signal
@@ -37,6 +38,9 @@ from edge_agent.store import Store
 from tests.hollow import EMPTY, SIZES, hollow_bundle
 from tests.running import process_environment
 from tests.web import Web, web_server
+
+KILLS = int(os.environ.get("ROUTET2I_KILLS", "2"))
+"""How often a pull is killed at a random moment; a hundred take some minutes."""
 
 NO_WAITS = (0.0, 0.0, 0.0, 0.0)
 TOTAL = sum(SIZES.values())
@@ -569,6 +573,28 @@ def test_a_pull_that_is_killed_goes_on_and_fetches_nothing_twice(
     assert [path for path in whole if web.offsets(path)] == []
     assert same(models / "hollow", hollow)
     assert list((models / ".partial").iterdir()) == []
+
+
+def test_a_pull_that_is_killed_at_random_moments_never_shows_half_a_bundle_and_ends_whole(
+    web: Web, hollow: Path, tmp_path: Path
+) -> None:
+    chance = random.Random(4)
+    store = Store(tmp_path / "data" / "routet2i" / "models", STARTER)
+    web.block_bytes, web.pause_s = 10_000, 0.001
+    for _ in range(KILLS):
+        web.asked.clear()
+        with pulling_process(web, tmp_path) as pulling:
+            while not web.asked and pulling.poll() is None:  # the program has started
+                time.sleep(0.001)
+            time.sleep(chance.uniform(0.0, 0.8))
+            pulling.kill()
+        if "hollow" in store.names():
+            assert same(store.folder / "hollow", hollow)
+            store.remove("hollow")
+    with pulling_process(web, tmp_path) as pulling:
+        assert pulling.wait() == 0
+    assert same(store.folder / "hollow", hollow)
+    assert list((store.folder / ".partial").iterdir()) == []
 
 
 def test_a_pull_shows_its_progress_on_a_terminal(web: Web, tmp_path: Path) -> None:
