@@ -65,7 +65,7 @@ class Daemon:
         self._health = health.aio.HealthServicer()
         self._loading: asyncio.Future[Resident] | None = None
         self._reloading = asyncio.Lock()
-        self._agent: Agent | None = None
+        self.agent: Agent | None = None  # once the models are loaded
 
     async def startup(self) -> None:
         """Opens ledger and address; health says NOT_SERVING. Raises StartRefused or LedgerError."""
@@ -98,12 +98,12 @@ class Daemon:
                 return
             terms = Terms(self.settings.max_price, self.settings.cloud_timeout_s, self.settings.png_facts)
             device = Device(self.settings.max_queue)
-            self._agent = Agent(loading.result(), device, self._purchases, terms)
+            self.agent = Agent(loading.result(), device, self._purchases, terms)
             await self._purchases.start()
-            self._service.agent = self._agent
-            self._agent.models.rest()
+            self._service.agent = self.agent
+            self.agent.models.rest()
             await self._set_health(health_pb2.HealthCheckResponse.SERVING)
-            _log_serving(self._agent)
+            _log_serving(self.agent)
             await stopped
         finally:
             stopped.cancel()
@@ -117,11 +117,11 @@ class Daemon:
         async with self._reloading:
             self._loading = self._load()
             models = await asyncio.shield(self._loading)  # a caller who goes away does not stop it half-way
-            assert self._agent is not None  # noqa: S101  # the service asks for it before
-            self._service.agent = self._agent = self._agent.succeeded_by(models)
+            assert self.agent is not None  # noqa: S101  # the service asks for it before
+            self._service.agent = self.agent = self.agent.succeeded_by(models)
             models.rest()
-            _log_serving(self._agent)
-            return self._agent
+            _log_serving(self.agent)
+            return self.agent
 
     async def shutdown(self) -> None:
         """Drains: health NOT_SERVING, new requests refused, those in flight get the grace period to finish."""
@@ -135,9 +135,9 @@ class Daemon:
         hurry.cancel()
         await self._server.stop(CLOSE_S)  # cancels what is not done by now
         await self._service.idle()  # a cancelled image leaves the device at once
-        if self._agent is not None:
-            self._agent.close()
-            await self._agent.device.close()
+        if self.agent is not None:
+            self.agent.close()
+            await self.agent.device.close()
         await self._purchases.close()
         log.info("stopped", extra={"fields": {}})
 

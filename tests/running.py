@@ -173,7 +173,7 @@ class Here:
     async def restless(self) -> None:
         """Returns once nothing is in flight and the device is free."""
         await self.daemon._service.idle()
-        agent = self.daemon._agent
+        agent = self.daemon.agent
         await until(lambda: agent is not None and agent.device.images == 0)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+import cancellation
 import decision
 import headroom
 import images
@@ -23,6 +24,7 @@ import imports
 import machine
 import overhead
 import report
+import runtime
 from edge_agent.bundle import Bundle
 from edge_agent.errors import BundleError
 from edge_agent.settings import STARTER
@@ -40,6 +42,8 @@ GROUPS: dict[str, Callable[[Plan], list[Row]]] = {
     images.OPTIMUM: images.against_optimum,
     images.DIFFUSERS: images.against_diffusers,
     imports.GROUP: imports.rows,
+    cancellation.GROUP: cancellation.rows,
+    runtime.GROUP: runtime.rows,
     headroom.GROUP: headroom.rows,
 }
 """The rows that are measured together, by the name that --only takes."""

@@ -27,12 +27,13 @@ class Plan:
     decisions: int
     images: int
     starts: int  # fresh processes
+    cancellations: int
 
     @classmethod
     def of(cls, bundle: Path, model: Path, evaluation: Path, *, quick: bool) -> Plan:
         """`quick` measures so little that only the machinery is tried."""
-        decisions, images, starts = (24, 3, 1) if quick else (600, 15, 5)
-        return cls(bundle, model, evaluation, cores(), decisions, images, starts)
+        decisions, images, starts, cancellations = (24, 3, 1, 40) if quick else (600, 15, 5, 1000)
+        return cls(bundle, model, evaluation, cores(), decisions, images, starts, cancellations)
 
 
 def cores() -> int:

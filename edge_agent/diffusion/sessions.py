@@ -34,6 +34,8 @@ class Runtime:
     """What onnxruntime runs on."""
 
     threads: int | None = None  # intra-op threads; None = one a physical core
+    # Whether they spin while they wait, which takes the core from whoever else has work: the event loop, a decision.
+    spinning: bool = False
     providers: tuple[str, ...] = ("CPUExecutionProvider",)  # onnxruntime's names, best first
     provider_options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # by onnxruntime's name
 
@@ -135,8 +137,7 @@ class Session:
         options = ort.SessionOptions()
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         options.intra_op_num_threads = runtime.threads or 0  # 0: onnxruntime counts physical cores
-        # Several sessions share the cores; threads that spin between runs would take them from the others.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if runtime.spinning else "0")
         options.log_severity_level = 3  # errors; the rest is about graphs nobody here can change
         providers = [(name, dict(runtime.provider_options.get(name, {}))) for name in runtime.providers]
         # Where onnxruntime has no such flag, a load runs to its end: some seconds for the largest graphs.

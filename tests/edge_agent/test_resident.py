@@ -106,7 +106,7 @@ async def test_idle_models_are_put_down_and_the_next_request_has_them_loaded_aga
     async with daemon_here(routed_bundle, tmp_path, keep_alive_s=0.2) as here:
         first = await here.app.generate(seed=7)
         loaded = await here.app.status()
-        await until(lambda: not here.daemon._agent.models.loaded)  # type: ignore[union-attr]
+        await until(lambda: not here.daemon.agent.models.loaded)  # type: ignore[union-attr]
         idle = await here.app.status()  # asks, and loads nothing
         assert (loaded.loaded, idle.loaded) == (True, False)
         assert idle.loaded_since > loaded.loaded_since > 1e9
@@ -118,7 +118,7 @@ async def test_idle_models_are_put_down_and_the_next_request_has_them_loaded_aga
 
 async def test_a_decision_loads_no_more_than_it_reads(routed_bundle: Path, tmp_path: Path) -> None:
     async with daemon_here(routed_bundle, tmp_path) as here:
-        models = here.daemon._agent.models  # type: ignore[union-attr]
+        models = here.daemon.agent.models  # type: ignore[union-attr]
         models.put_down()
         await here.app.route()
         assert all(session.loaded_at for session in models.reader.sessions)
@@ -129,7 +129,7 @@ async def test_no_request_is_dropped_while_the_models_come_and_go(
     routed_bundle: Path, tmp_path: Path
 ) -> None:
     async with daemon_here(routed_bundle, tmp_path) as here:
-        models = here.daemon._agent.models  # type: ignore[union-attr]
+        models = here.daemon.agent.models  # type: ignore[union-attr]
         expected = (await here.app.generate(seed=3)).png
         over = asyncio.Event()
 
@@ -154,7 +154,7 @@ async def test_no_request_is_dropped_while_the_models_come_and_go(
 async def test_zero_keeps_them_for_good(routed_bundle: Path, tmp_path: Path) -> None:
     async with daemon_here(routed_bundle, tmp_path, keep_alive_s=0) as here:
         await here.app.generate()
-        assert here.daemon._agent.models._timer is None  # type: ignore[union-attr]
+        assert here.daemon.agent.models._timer is None  # type: ignore[union-attr]
         assert (await here.app.status()).keep_alive_seconds == 0
 
 
@@ -188,7 +188,7 @@ async def test_a_new_bundle_is_taken_up_while_requests_run(
 ) -> None:
     """Those that began before end on the old models, which go then; those that come after get the new."""
     old, new = (Bundle.open(path, verify=False).model_digest for path in (routed_bundle, other_bundle))
-    agent = here.daemon._agent
+    agent = here.daemon.agent
     assert agent is not None
     slow = here.app.call(steps=SLOW_STEPS, seed=1)
     begun = await here.app.read(slow, until="progress")
@@ -234,7 +234,7 @@ async def test_streams_without_end_see_no_gap_while_bundles_change(
         choose(chosen, bundle)
         await reload(here)
         served = (await here.app.status()).served_by_edge
-        await until(lambda served=served: here.daemon._agent.tally.served["edge"] > served + 3)  # type: ignore
+        await until(lambda served=served: here.daemon.agent.tally.served["edge"] > served + 3)  # type: ignore
     over.set()
     answers = [answer for found in await asyncio.gather(*asking) for answer in found]
     assert {answer.code for answer in answers} == {"OK"}
@@ -276,7 +276,7 @@ async def test_cancelled_anywhere_the_next_image_is_the_same_and_no_memory_stays
     """
     draw = random.Random(0)
     async with daemon_here(routed_bundle, tmp_path) as here:
-        agent = here.daemon._agent
+        agent = here.daemon.agent
         assert agent is not None
         began = asyncio.get_running_loop().time()
         expected = (await here.app.generate(seed=11, preview=True)).png

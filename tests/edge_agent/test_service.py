@@ -217,7 +217,7 @@ async def test_a_caller_who_goes_away_frees_the_device_at_the_next_step(here: He
     for call in calls:
         call.cancel()
     await here.restless()
-    assert here.daemon._agent.device.waiting == 0
+    assert here.daemon.agent.device.waiting == 0
     assert (await here.app.generate()).code == "OK"
 
 
@@ -237,7 +237,7 @@ async def test_a_decision_does_not_wait_for_the_images_before_it(here: Here) -> 
     calls = [here.app.call(steps=SLOW_STEPS) for _ in range(MAX_QUEUE)]
     await asyncio.gather(*(here.app.read(call, until="progress") for call in calls[:1]))
     assert (await here.app.route()).route == edge_pb2.ROUTE_EDGE
-    assert here.daemon._agent.device.images > 0
+    assert here.daemon.agent.device.images > 0
     for call in calls:
         call.cancel()
 
@@ -312,4 +312,4 @@ async def test_a_bundle_without_a_calibration_does_not_route(miniature_bundle: P
         assert (await here.app.generate(routing=CLOUD)).code == "FAILED_PRECONDITION"
         status = await here.app.status()
         assert not status.calibrated and "edge-export" in status.advice[0]
-        await until(lambda: here.daemon._agent.device.images == 0)
+        await until(lambda: here.daemon.agent.device.images == 0)

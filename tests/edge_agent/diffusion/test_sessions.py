@@ -64,6 +64,34 @@ def test_a_stop_that_is_set_starts_nothing(slow: Session) -> None:
     assert time.monotonic() - before < 0.3
 
 
+def test_an_unloaded_graph_is_loaded_by_the_next_run_and_a_stop_ends_that_too(tmp_path: Path) -> None:
+    """Where onnxruntime cannot break off a load, the run behind it does not begin."""
+    names = ["x", *(f"y{step}" for step in range(2999)), "out"]
+    nodes = [helper.make_node("MatMul", [a, "x"], [b]) for a, b in pairwise(names)]
+    path = save(tmp_path / "long.onnx", nodes, {"x": (TensorProto.FLOAT, [2, 2])})
+    session = Session(path, ["x"], ["out"], ONE_THREAD)
+    session.unload()
+    assert session.loaded_at is None
+    stop = Stop()
+    timer = threading.Timer(0.02, stop.set)
+    timer.start()
+
+    def run_on() -> None:  # until the stop strikes: while it loads, or in one of the runs after that
+        while True:
+            session.run({"x": np.eye(2)}, stop=stop)
+
+    with pytest.raises(Cancelled):
+        run_on()
+    timer.join()
+    session.unload()
+    with pytest.raises(Cancelled):
+        session.run({"x": np.eye(2)}, stop=stop)
+    assert session.loaded_at is None  # what is cancelled loads nothing
+    (out,) = session.run({"x": np.eye(2)})
+    assert out.tolist() == np.eye(2).tolist()
+    assert session.loaded_at is not None
+
+
 def test_inputs_take_the_types_of_the_graph(tmp_path: Path) -> None:
     """Exports differ in whether token ids are int32 or int64, and timesteps floats or integers."""
     for kind in (TensorProto.INT32, TensorProto.INT64, TensorProto.FLOAT16, TensorProto.DOUBLE):

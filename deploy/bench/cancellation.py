@@ -1,0 +1,132 @@
+"""Cancellations at random moments, from the caller's leaving to the device's being free, and what memory they leave.
+
+Its own process is started as `python deploy/bench/cancellation.py BUNDLE THREADS CANCELLATIONS`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+
+from child import Child, Reply, answer
+from edge_agent.daemon import Daemon
+from edge_agent.settings import resolve
+from errors import BenchError
+from estimate import quantile
+from plan import PROMPTS, Plan
+from routet2i.edge.v1 import edge_pb2
+from routet2i.edge.v1.edge_pb2_grpc import EdgeAgentServiceStub
+from routet2i.image.v1 import image_pb2
+from row import Row
+
+GROUP = "cancellation"
+FREE_MS, GROWTH_MB = 300.0, 5.0  # targets; the second is what an allocator's own caches may come to
+LOADING_EVERY = 10  # every tenth image finds the models put down, so that cancellations also meet loading
+_POLL_S = 0.001
+
+
+def rows(plan: Plan) -> list[Row]:
+    """From cancelling to a free device, p99; memory after the last cancellation over memory after a quarter of them."""
+    arguments = (str(plan.bundle), str(plan.threads), str(plan.cancellations))
+    with Child("cancellation.py", *arguments, threads=plan.threads, edge=True) as child:
+        found = child.ask()
+    free, memory = found["free_ms"], found["idle_mb"]
+    quarter = memory[len(memory) // 4]
+    return [
+        Row.at_most(
+            GROUP,
+            "from cancelling to a free device, p99",
+            quantile(free, 0.99),
+            "ms",
+            FREE_MS,
+            note=f"p50 {quantile(free).value:.1f} ms, longest {max(free):.0f} ms, of {len(free)} cancellations; "
+            "another image was the same after every 50th",
+            details=found,
+        ),
+        Row.at_most(
+            GROUP,
+            "memory grown by cancellations, models put down",
+            quantile([memory[-1] - quarter]),
+            "MB",
+            GROWTH_MB,
+            note=f"{quarter:.1f} MB after a quarter of them, {memory[-1]:.1f} MB after all",
+        ),
+    ]
+
+
+async def measure(folder: Path, threads: int, cancellations: int) -> Reply:
+    """A daemon in this process on a real socket, and a caller who leaves at random moments."""
+    draw = random.Random(0)
+    found: Reply = {"free_ms": [], "idle_mb": []}
+    with tempfile.TemporaryDirectory() as state:
+        address = f"unix:{state}/agent.sock"
+        flags = {"listen": address, "state": state, "bundle": str(folder), "threads": str(threads)}
+        daemon = Daemon(resolve(flags, {}))
+        await daemon.startup()
+        serving = asyncio.create_task(daemon.serve())
+        await until(lambda: daemon.agent is not None)
+        agent = daemon.agent
+        assert agent is not None  # noqa: S101  # as was waited for
+        async with grpc.aio.insecure_channel(address) as channel:
+            stub = EdgeAgentServiceStub(channel)  # type: ignore[no-untyped-call]
+
+            def call(seed: int) -> grpc.aio.UnaryStreamCall:
+                prompt = PROMPTS[seed % len(PROMPTS)]
+                image = image_pb2.ImageRequest(prompt=prompt, seed=seed)
+                request = edge_pb2.GenerateRequest(
+                    image=image, routing=edge_pb2.ROUTING_LOCAL_ONLY, preview=True
+                )
+                return stub.Generate(request)
+
+            async def whole(seed: int) -> str:
+                digest = hashlib.sha256()
+                async for response in call(seed):
+                    digest.update(response.image_chunk.data)
+                return digest.hexdigest()
+
+            expected = await whole(0)
+            began = time.perf_counter()
+            await whole(0)
+            longest_s = 1.1 * (time.perf_counter() - began)  # so that some are cancelled when they are done
+            for number in range(cancellations):
+                if number % LOADING_EVERY == 0:
+                    await asyncio.to_thread(agent.models.put_down)
+                    found["idle_mb"].append(rss_mb())
+                calling = call(number + 1)
+                reading = asyncio.ensure_future(calling.read())
+                await asyncio.sleep(draw.uniform(0, longest_s))
+                calling.cancel()
+                began = time.perf_counter()
+                await until(lambda: not agent.device.images)
+                found["free_ms"].append((time.perf_counter() - began) * 1e3)
+                await asyncio.gather(reading, return_exceptions=True)
+                if number % 50 == 0 and await whole(0) != expected:
+                    raise BenchError(f"after {number + 1} cancellations an image is another than before")
+        daemon.stop()
+        await serving
+        await daemon.shutdown()
+    return found
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Returns once it holds, to a millisecond."""
+    while not holds():  # noqa: ASYNC110  # nobody sets an event for it
+        await asyncio.sleep(_POLL_S)
+
+
+def rss_mb() -> float:
+    """What this process holds now."""
+    return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) / 1e3
+
+
+if __name__ == "__main__":
+    bundle_folder, thread_count, count = sys.argv[1:]
+    answer(lambda: lambda: asyncio.run(measure(Path(bundle_folder), int(thread_count), int(count))))

@@ -1,0 +1,89 @@
+"""What onnxruntime is told beside what it could be told: threads, spinning, and how guidance runs. On local images.
+
+The defaults come from these rows; none has a target. Its own process is started as
+`python deploy/bench/runtime.py BUNDLE THREADS IMAGES`.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from child import Child, Reply, answer
+from edge_agent.bundle import Bundle
+from edge_agent.diffusion.generator import Generator
+from edge_agent.diffusion.sessions import Runtime
+from estimate import calm_ratio, quantile, ratio
+from plan import PROMPTS, Plan
+from row import Row
+
+GROUP = "runtime"
+GUIDED = 3.0  # a guidance scale above 1, whatever the bundle's own
+SEPARATE, SPINNING, HALF, MORE = "separate", "spinning", "half", "more"
+WHAT = {
+    SEPARATE: "guidance in two passes ÷ in one batch",
+    SPINNING: "threads that spin between nodes ÷ that sleep",
+    HALF: "half as many threads ÷ one a core",
+    MORE: "twice as many threads ÷ one a core",
+}
+
+
+def rows(plan: Plan) -> list[Row]:
+    """Time of an image with the alternative over that with the default; above 1 the default is faster."""
+    arguments = (str(plan.bundle), str(plan.threads), str(plan.images))
+    with Child("runtime.py", *arguments, threads=plan.threads, edge=True) as child:
+        found = child.ask()
+    return [
+        Row(
+            GROUP,
+            WHAT[name],
+            "x",
+            "",
+            ratio(*series),
+            None,
+            note=f"{quantile(series[0]).value:.3g} over {quantile(series[1]).value:.3g} s",
+            calm=calm_ratio(*series),
+            details={"alternative_s": series[0], "default_s": series[1]},
+        )
+        for name, series in found.items()
+        if name in WHAT
+    ]
+
+
+def measure(folder: Path, threads: int, images: int) -> Reply:
+    """For each alternative: seconds of images with it and with the default, in turns."""
+    bundle = Bundle.open(folder)
+    default = Generator(bundle, Runtime(threads=threads))
+    runtimes = {
+        SPINNING: Runtime(threads=threads, spinning=True),
+        HALF: Runtime(threads=max(1, threads // 2)),
+        MORE: Runtime(threads=2 * threads),
+    }
+    found: Reply = {}
+    for name in WHAT:
+        # Two at a time at most: a large model must not need the memory of five.
+        other = Generator(bundle, runtimes[name]) if name in runtimes else default
+        pairs: tuple[list[float], list[float]] = ([], [])
+        for number in range(images + 1):
+            for side in (0, 1) if number % 2 else (1, 0):
+                generator = (other, default)[side]
+                generator.denoiser.passes = "separate" if name == SEPARATE and side == 0 else "batch"
+                began = time.perf_counter()
+                draw(generator, bundle, number)
+                pairs[side].append(time.perf_counter() - began)
+        found[name] = [series[1:] for series in pairs]  # the first pair warmed both up
+    return found
+
+
+def draw(generator: Generator, bundle: Bundle, number: int) -> None:
+    """One guided image."""
+    _, states = generator.encode(PROMPTS[number % len(PROMPTS)])
+    steps = bundle.manifest.default_steps
+    for _ in generator.generate(states, generator.encode_negative(""), number, steps, GUIDED):
+        pass
+
+
+if __name__ == "__main__":
+    bundle_folder, thread_count, image_count = sys.argv[1:]
+    answer(lambda: lambda: measure(Path(bundle_folder), int(thread_count), int(image_count)))
