@@ -11,7 +11,7 @@ For each way of choosing the prompts that go to the cloud, on the test split:
 
 The oracle knows what to expect of each prompt, not the luck of an image: it chooses by all seeds but one, is paid by
 that one, and takes its turn over the seeds. With few seeds it chooses less well than it might, and headroom flatters
-the router. Intervals are 95 % bootstraps over prompts.
+the router. Intervals are 95 % bootstraps over *scenes*: sentences that say the same scene share its outcome.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from edge_agent.superiority import relative_superiority
 from export.calibrate import predicted
 from export.errors import ExportError
 from export.outcomes import Outcomes
+from export.prompts import scenes_of
 from export.terminal import console
 
 RESAMPLES = 1000
@@ -119,15 +120,29 @@ class Paired:
         return Paired(self.gaps[chosen])
 
 
+def resampled(scenes: NDArray[np.int64], number: int, seed: int = 0) -> Iterator[NDArray[np.int64]]:
+    """Rows of ``number`` bootstrap samples: as many scenes as there are, drawn with replacement, with their prompts."""
+    draw = np.random.default_rng(seed)
+    order = np.argsort(scenes, kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(scenes[order])) + 1)
+    for _ in range(number):
+        yield np.concatenate([groups[one] for one in draw.integers(0, len(groups), len(groups))])
+
+
 def evaluate(
-    scores: Mapping[str, Floats], realised: Floats, paired: Paired, rate: float, seed: int = 0
+    scores: Mapping[str, Floats],
+    realised: Floats,
+    paired: Paired,
+    rate: float,
+    scenes: NDArray[np.int64],
+    seed: int = 0,
 ) -> list[Row]:
     """Rows of the table, one a router (router -> scores [N], low goes to the cloud) and those of random and oracle.
 
-    `realised` is the PRS of the measured mean qualities, [N]. `seed` draws the bootstrap.
+    `realised` is the PRS of the measured mean qualities, [N], `scenes` [N] numbers what each prompt says. `seed` draws
+    the bootstrap.
     """
-    draw = np.random.default_rng(seed)
-    resamples = [np.arange(len(realised)), *draw.integers(0, len(realised), (RESAMPLES, len(realised)))]
+    resamples = [np.arange(len(realised)), *resampled(scenes, RESAMPLES, seed)]
     parts = [paired.rows(chosen) for chosen in resamples]
     random = np.array([rate * part.gaps.mean() for part in parts])
     oracle = np.array([part.oracle_gain(rate) for part in parts])
@@ -199,10 +214,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "number of objects": -test.objects.astype(np.float64),
         "predictor": prs(*predicted(bundle, test.prompts)),
     }
-    rows = evaluate(scores, prs(test.edge, test.cloud), paired, options.rate)
+    scenes = scenes_of(test.prompts, test.splits.tolist())
+    rows = evaluate(scores, prs(test.edge, test.cloud), paired, options.rate, scenes)
     record = {
         "rate": options.rate,
         "prompts": len(test),
+        "scenes": len(np.unique(scenes)),
         "seeds": paired.gaps.shape[1],
         "calibration_id": calibration.calibration_id,
         "edge_digest": calibration.edge_digest,

@@ -12,13 +12,13 @@ bootstraps over *scenes*. A router's value is the mean over its seeds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from export.evaluate import Estimate, Paired, routed
+from export.evaluate import Estimate, Paired, resampled, routed
 from export.outcomes import Outcomes
 from export.routerbench.router import Floats
 
@@ -39,15 +39,6 @@ def counted_metrics(train: Outcomes, scenes: NDArray[np.int64]) -> NDArray[np.bo
     np.add.at(residuals, scenes, gap - mean)
     error = np.sqrt((residuals**2).sum(axis=0)) / len(gap)
     return np.asarray(np.abs(mean) > 1.96 * error)
-
-
-def resampled(scenes: NDArray[np.int64], number: int, seed: int = 0) -> Iterator[NDArray[np.int64]]:
-    """Rows of ``number`` bootstrap samples: as many scenes as there are, drawn with replacement, with their prompts."""
-    draw = np.random.default_rng(seed)
-    order = np.argsort(scenes, kind="stable")
-    groups = np.split(order, np.flatnonzero(np.diff(scenes[order])) + 1)
-    for _ in range(number):
-        yield np.concatenate([groups[one] for one in draw.integers(0, len(groups), len(groups))])
 
 
 @dataclass(frozen=True)

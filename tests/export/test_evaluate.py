@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from export import evaluate as evaluation
-from export.evaluate import Paired, evaluate, routed, spearman
+from export.evaluate import Paired, evaluate, resampled, routed, spearman
 
 RATE = 0.5
 
@@ -43,7 +43,7 @@ def test_headroom_is_nothing_for_random_all_for_the_truth_and_ordered_between() 
     truth, paired = world()
     draw = np.random.default_rng(1)
     scores = {"truth": -truth, "noisy": -truth + draw.normal(0, 0.1, truth.size), "backwards": truth}
-    rows = {row.router: row for row in evaluate(scores, -truth, paired, RATE)}
+    rows = {row.router: row for row in evaluate(scores, -truth, paired, RATE, np.arange(truth.size))}
     assert list(rows) == ["random", *scores, "oracle"]
     assert rows["random"].headroom.value == 0
     assert rows["oracle"].headroom.value == 1
@@ -59,7 +59,7 @@ def test_headroom_is_nothing_for_random_all_for_the_truth_and_ordered_between() 
 def test_pooled_dp_of_cloud_only_and_of_half_at_random() -> None:
     _, paired = world()
     everything = np.ones(len(paired.gaps))
-    (random, *_) = evaluate({}, everything, paired, RATE)
+    (random, *_) = evaluate({}, everything, paired, RATE, np.arange(len(everything)))
     assert random.pooled_dp.value == pytest.approx(50)  # every metric's mean gap is positive here
     assert paired.gain(everything) == pytest.approx(paired.gaps.mean())
 
@@ -70,3 +70,12 @@ def test_the_oracle_is_not_paid_for_luck() -> None:
     lucky = noise.gain(routed(-noise.gaps.mean((1, 2)), RATE))
     assert lucky > 0.15
     assert abs(noise.oracle_gain(RATE)) < 0.05
+
+
+def test_prompts_of_one_scene_are_drawn_together() -> None:
+    scenes = np.array([0, 1, 0, 2, 1, 0])
+    for rows in resampled(scenes, 50):
+        counts = np.bincount(rows, minlength=6)
+        assert counts[0] == counts[2] == counts[5]
+        assert counts[1] == counts[4]
+        assert counts[0] + counts[1] + counts[3] == 3

@@ -13,6 +13,7 @@ from edge_agent.errors import BundleError
 from edge_agent.predictor import Predictor
 from edge_agent.superiority import METRICS, paper_scale, relative_superiority
 from export.__main__ import main
+from export.calibrate import calibrate
 from export.outcomes import Outcomes
 from export.states import encode, of_prompts
 from tests.export.routing_world import WIDTH, write_bundle, write_labels
@@ -72,6 +73,20 @@ def test_the_calibration_is_what_the_daemon_would_compute(chain: Chain) -> None:
     prs = [relative_superiority(p.edge, p.cloud, calibration.scale, calibration.weights) for p in made]
     np.testing.assert_allclose(calibration.scores, np.sort(prs), rtol=1e-9)
     assert dict(calibration.alpha_over_rho)[0.5] == calibration.alpha(0.5)
+
+
+def test_metrics_weigh_by_their_spread_unless_they_are_asked_to_weigh_the_same(chain: Chain) -> None:
+    bundle, outcomes = Bundle.open(chain.bundle), Outcomes.read(chain.labels)
+    spread, equal = (calibrate(outcomes, bundle, "c0ffee", 1.0, weighing) for weighing in ("spread", "equal"))
+    assert bundle.calibration is not None
+    assert spread.weights == bundle.calibration.weights
+    np.testing.assert_allclose(np.array(spread.weights) / spread.scale, 1 / sum(spread.scale))
+    assert equal.weights == (1 / len(METRICS),) * len(METRICS)
+    assert (spread.recipe["weights"], equal.recipe["weights"]) == ("spread", "equal")
+    # Near one half, PRS is a straight line in the gain of mean quality.
+    edge, gain = np.full(len(METRICS), 0.5), np.linspace(-0.01, 0.01, len(METRICS))
+    prs = relative_superiority(edge, edge + gain, spread.scale, spread.weights)
+    assert prs == pytest.approx(0.5 - gain.sum() / (4 * sum(spread.scale)), abs=1e-4)
 
 
 def test_cached_states_are_those_the_encoder_makes(chain: Chain) -> None:

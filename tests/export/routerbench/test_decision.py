@@ -12,7 +12,7 @@ from export.__main__ import main
 from export.outcomes import Outcomes
 from export.prompts import router_prompts, scenes_of
 from export.routerbench.decision import Decider, Decisions, Rate, decisions, without
-from export.routerbench.measure import estimate, resampled
+from export.routerbench.measure import estimate
 from tests.export.routing_world import TOKENS, write_bundle, write_labels
 
 
@@ -102,15 +102,6 @@ def test_an_unknown_word_is_told(routed: Routed, made: Decisions) -> None:
 def test_a_bundle_without_calibration_has_no_decisions_to_measure(routed: Routed, tmp_path: Path) -> None:
     bare = write_bundle(tmp_path / "bare")
     assert decisions(bare, routed.outcomes, routed.scenes) is None
-
-
-def test_prompts_of_one_scene_are_drawn_together() -> None:
-    scenes = np.array([0, 1, 0, 2, 1, 0])
-    for rows in resampled(scenes, 50):
-        counts = np.bincount(rows, minlength=6)
-        assert counts[0] == counts[2] == counts[5]
-        assert counts[1] == counts[4]
-        assert counts[0] + counts[1] + counts[3] == 3
 
 
 def test_sentences_of_one_scene_share_its_number_and_strangers_have_their_own() -> None:
