@@ -11,7 +11,7 @@ BUF_VERSION := 1.75.0
 BUF := npx --yes --loglevel=error @bufbuild/buf@$(BUF_VERSION)
 ARGS ?=
 
-.PHONY: help env demo bench routerbench test lint format protos protos-baseline node constraints wheel edge-versions aarch64-wheels aarch64 clean
+.PHONY: help env demo bench routerbench parity test lint format protos protos-baseline node constraints wheel edge-versions aarch64-wheels aarch64 clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ routerbench: $(ENV)  ## compare routers on the shipped outcomes, report in route
 
 test: $(ENV)  ## run the tests; ARGS="-k quota" runs some of them
 	@$(BIN)/python -m pytest $(ARGS)
+
+parity: $(ENV)  ## measure pixels against diffusers, class by scheduler, and write docs/parity.md
+	@OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.export.parity  # threads cost more than so small models save
 
 lint: $(ENV) node  ## ruff, mypy --strict, buf lint, buf breaking
 	$(BIN)/ruff check .

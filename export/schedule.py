@@ -1,6 +1,6 @@
 """Compile a diffusers scheduler to the matrix that `edge_agent.diffusion.schedule` runs.
 
-The scheduler is a black box here, driven exactly as diffusers' StableDiffusionPipeline drives it. A run with
+The scheduler is a black box here, driven exactly as diffusers' pipelines drive it. A run with
 unit vectors for the initial noise and for every model output reads the coefficients off; a run with zeros
 shows what the scheduler's own fresh noise does, which is known because its draws can be repeated; a run with
 random inputs must then agree with the sums, or the scheduler is not linear and is refused.
@@ -31,11 +31,13 @@ class NotLinear(ExportError):
     """The scheduler cannot be written as weighted sums; the message says why and what to do."""
 
 
-def compile_schedule(scheduler: Any, steps: int) -> Schedule:
+def compile_schedule(scheduler: Any, steps: int, *, begin_at_first: bool = False) -> Schedule:
     """The scheduler's matrix for `steps` steps.
 
     Args:
         scheduler: any diffusers scheduler; it is copied through its config and left as it is.
+        begin_at_first: the pipeline tells the scheduler that its first step comes first, as Stable Diffusion XL's
+            does. Others let it look the first timestep up, which finds the second of two that are equal.
 
     Raises:
         NotLinear: it clips, thresholds, draws noise that cannot be repeated, or is otherwise not linear.
@@ -49,8 +51,8 @@ def compile_schedule(scheduler: Any, steps: int) -> Schedule:
     units = [np.eye(width)[index] for index in range(calls + 1)]
     nothing = [np.zeros(width)] * (calls + 1)
 
-    silent, draws = _drive(scheduler, steps, nothing, seed=0)
-    probed, _ = _drive(scheduler, steps, units, seed=0)
+    silent, draws = _drive(scheduler, steps, nothing, 0, begin_at_first)
+    probed, _ = _drive(scheduler, steps, units, 0, begin_at_first)
     signal, noise = [], []
     for call, (with_units, without) in enumerate(zip(probed, silent, strict=True)):
         signal.append(tuple(float(value) for value in (with_units - without)[: call + 1]))
@@ -65,7 +67,7 @@ def compile_schedule(scheduler: Any, steps: int) -> Schedule:
         clean=tuple(_clean(scheduler, float(timestep)) for timestep in timesteps),
     )
     for scale in (1.0, 1e3):  # a clip at one leaves small values alone, a clip at a hundred larger ones
-        _check(scheduler, schedule, scale)
+        _check(scheduler, schedule, scale, begin_at_first)
     return schedule
 
 
@@ -79,7 +81,7 @@ def _fresh(scheduler: Any, steps: int) -> Any:
 
 
 def _drive(
-    scheduler: Any, steps: int, inputs: Sequence[Doubles], seed: int
+    scheduler: Any, steps: int, inputs: Sequence[Doubles], seed: int, begin_at_first: bool
 ) -> tuple[list[Doubles], list[tuple[int, Doubles]]]:
     """Run the pipeline's loop on initial noise inputs[0] and model outputs inputs[1:].
 
@@ -87,6 +89,8 @@ def _drive(
     was drawn.
     """
     scheduler = _fresh(scheduler, steps)
+    if begin_at_first and hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)
     generator = torch.Generator().manual_seed(seed)
     parameters = inspect.signature(scheduler.step).parameters
     extra = {"generator": generator} if "generator" in parameters else {}
@@ -126,11 +130,11 @@ def _solve(drawn: list[Doubles], total: Doubles) -> tuple[float, ...]:
     return tuple(float(value) for value in coefficients)
 
 
-def _check(scheduler: Any, schedule: Schedule, scale: float) -> None:
+def _check(scheduler: Any, schedule: Schedule, scale: float, begin_at_first: bool) -> None:
     random = np.random.default_rng(1)
     width = 4 * schedule.calls + 16
     inputs = [scale * random.standard_normal(width) for _ in range(schedule.calls + 1)]
-    seen, draws = _drive(scheduler, schedule.steps, inputs, seed=1)
+    seen, draws = _drive(scheduler, schedule.steps, inputs, 1, begin_at_first)
     for call, values in enumerate(seen):
         expected = np.asarray(schedule.signal[call]) @ np.stack(inputs[: call + 1])
         drawn = [draw for after, draw in draws if after < call]

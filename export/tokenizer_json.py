@@ -31,6 +31,7 @@ PROBES = (
     "кошка на пляже, قطة, חתול, बिल्ली, แมว",
     "🐈 👩‍👩‍👧‍👦 two 🏳️‍🌈flags 👍🏽",
     "100% (really) -- [x] {y} <z> a_b #tag @you $5.00 & more…",
+    "wow! so many!! cats !",  # the padding token of Stable Diffusion XL's second tokenizer
     "zero\u200bwidth soft\u00adhyphen no\u00a0break \ufeffmark \u2028line",
     "<|startoftext|> inside <|endoftext|> text",
     "word " * 300,

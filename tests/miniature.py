@@ -1,5 +1,5 @@
-"""Tiny seeded pipelines of Stable Diffusion 1.5's shape: 77 tokens, cross-attention, guidance, an
-autoencoder.
+"""Tiny seeded pipelines: of Stable Diffusion 1.5's shape (77 tokens, cross-attention, guidance, an autoencoder),
+of latent consistency models' and of Stable Diffusion XL's, with an ordinary autoencoder or a tiny one.
 
 Random weights, made by code in a second. Everything that runs Stable Diffusion runs on them.
 """
@@ -9,14 +9,27 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.models.clip.tokenization_clip import bytes_to_unicode
 
 TOKENS = 77
 HIDDEN = 32
+HIDDEN_2, POOLED = 24, 16  # of Stable Diffusion XL's second text encoder
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 # Enough merges that common words become one token, others several.
 _WORDS = ("cat", "dog", "the", "and", "red", "beach", "moon", "two", "a", "on", "of")
@@ -30,31 +43,8 @@ def miniature_pipeline(
         torch.manual_seed(seed)
         with tempfile.TemporaryDirectory() as folder:
             tokenizer = miniature_tokenizer(Path(folder), tokens)
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=HIDDEN,
-                intermediate_size=2 * HIDDEN,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                max_position_embeddings=tokens,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
-        unet = UNet2DConditionModel(
-            sample_size=size // factor,
-            in_channels=4,
-            out_channels=4,
-            layers_per_block=1,
-            block_out_channels=(16, 32),
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=HIDDEN,
-            attention_head_dim=4,
-            norm_num_groups=8,
-        )
+        text_encoder = CLIPTextModel(_text_config(tokenizer, HIDDEN, tokens))
+        unet = _unet(size // factor)
         levels = {4: 3, 8: 4}[factor]
         vae = AutoencoderKL(
             in_channels=3,
@@ -67,13 +57,7 @@ def miniature_pipeline(
             sample_size=size,
         )
         _brighten(vae)
-    scheduler = PNDMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        skip_prk_steps=True,
-        steps_offset=1,
-    )
+    scheduler = PNDMScheduler(**BETAS, skip_prk_steps=True, steps_offset=1)
     pipeline = StableDiffusionPipeline(
         vae=vae.eval(),
         text_encoder=text_encoder.eval(),
@@ -88,13 +72,113 @@ def miniature_pipeline(
     return pipeline
 
 
+def miniature_lcm(seed: int = 0) -> LatentConsistencyModelPipeline:
+    """A latent consistency model: its denoiser takes the guidance scale as an input."""
+    plain = miniature_pipeline(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet = _unet(8, time_cond_proj_dim=16)
+        # Random networks hear little of it; made louder, a test can see that it was told.
+        with torch.no_grad():
+            unet.time_embedding.cond_proj.weight.mul_(4.0)
+    pipeline = LatentConsistencyModelPipeline(
+        vae=plain.vae,
+        text_encoder=plain.text_encoder,
+        tokenizer=plain.tokenizer,
+        unet=unet.eval(),
+        scheduler=LCMScheduler(**BETAS),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def miniature_xl(seed: int = 0) -> StableDiffusionXLPipeline:
+    """Stable Diffusion XL: two text encoders, the prompt as one vector and the sizes as added conditioning."""
+    plain = miniature_pipeline(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 1)
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer_2 = miniature_tokenizer(Path(folder), pad="!")
+        config = _text_config(tokenizer_2, HIDDEN_2, TOKENS, projection_dim=POOLED, hidden_act="gelu")
+        text_encoder_2 = CLIPTextModelWithProjection(config)
+        unet = _unet(
+            8,
+            cross_attention_dim=HIDDEN + HIDDEN_2,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=POOLED + 6 * 8,
+            use_linear_projection=True,
+        )
+    pipeline = StableDiffusionXLPipeline(
+        vae=plain.vae,
+        text_encoder=plain.text_encoder,
+        text_encoder_2=text_encoder_2.eval(),
+        tokenizer=plain.tokenizer,
+        tokenizer_2=tokenizer_2,
+        unet=unet.eval(),
+        scheduler=plain.scheduler,
+        add_watermarker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def miniature_tiny_autoencoder(seed: int = 0) -> AutoencoderTiny:
+    """An autoencoder of TAESD's kind: plain convolutions, a factor of 8."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = AutoencoderTiny(
+            encoder_block_out_channels=(8,) * 4,
+            decoder_block_out_channels=(8,) * 4,
+            num_encoder_blocks=(1, 1, 1, 1),
+            num_decoder_blocks=(1, 1, 1, 1),
+        )
+        with torch.no_grad():
+            vae.decoder.layers[-1].weight.mul_(4.0)
+    return vae.eval()
+
+
 def save_miniature(folder: str | Path, seed: int = 0, size: int = 64) -> Path:
     """Write `miniature_pipeline(seed, size)` as a diffusers folder and return it."""
     miniature_pipeline(seed, size).save_pretrained(folder)
     return Path(folder)
 
 
-def miniature_tokenizer(folder: Path, tokens: int = TOKENS) -> CLIPTokenizer:
+def _text_config(tokenizer: CLIPTokenizer, hidden: int, tokens: int, **options: Any) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=tokens,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **options,
+    )
+
+
+def _unet(latents: int, **options: Any) -> UNet2DConditionModel:
+    settings: dict[str, Any] = {"cross_attention_dim": HIDDEN} | options
+    return UNet2DConditionModel(
+        sample_size=latents,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=4,
+        norm_num_groups=8,
+        **settings,
+    )
+
+
+def miniature_tokenizer(folder: Path, tokens: int = TOKENS, pad: str = "<|endoftext|>") -> CLIPTokenizer:
     """A byte-level BPE of CLIP's kind: every byte, each again at a word's end, a few merges, start, end."""
     letters = list(bytes_to_unicode().values())
     vocabulary = letters + [letter + "</w>" for letter in letters]
@@ -110,7 +194,12 @@ def miniature_tokenizer(folder: Path, tokens: int = TOKENS) -> CLIPTokenizer:
     vocabulary += ["<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(vocabulary)}))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
-    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=tokens)
+    return CLIPTokenizer(
+        str(folder / "vocab.json"),
+        str(folder / "merges.txt"),
+        pad_token=pad,
+        model_max_length=tokens,
+    )
 
 
 def _brighten(vae: AutoencoderKL) -> None:

@@ -15,8 +15,9 @@ from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, StableDiff
 from edge_agent.bundle import MANIFEST, Bundle
 from export import diffusion_onnx
 from export.__main__ import main as edge_export
-from export.diffusion_onnx import export_bundle, largest_difference, main, reference_images
+from export.diffusion_onnx import export_bundle, main
 from export.errors import ExportError
+from export.reference import largest_difference, reference_images
 from tests.miniature import miniature_pipeline, save_miniature
 
 
@@ -165,7 +166,9 @@ def test_a_model_folder_without_a_part_is_refused(tmp_path: Path, part: str) -> 
 @pytest.mark.parametrize(
     ("part", "change", "why"),
     [
-        ("unet", {"time_cond_proj_dim": 8}, "latent consistency"),
+        ("unet", {"addition_embed_type": "text_time"}, "added conditioning"),
+        ("unet", {"encoder_hid_dim_type": "text_proj"}, "added conditioning"),
+        ("vae", {"latents_std": [1.0] * 4}, "mean and deviation"),
         ("unet", {"in_channels": 9}, "input channels"),
         ("unet", {"out_channels": 8}, "variance"),
     ],

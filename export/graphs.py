@@ -1,0 +1,100 @@
+"""The graphs of a bundle: traced by optimum one after the other, and made for one shape where that is asked.
+
+optimum cannot trace an AutoencoderTiny, whose config lacks what it asks for; that decoder is described here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+from diffusers import AutoencoderTiny
+
+from export.errors import ExportError
+from export.pipeline import drop_origin, quiet
+
+# What a bundle takes of a pipeline besides its graphs, so that optimum's own pipeline loads it too.
+_COMPANIONS = ("scheduler", "tokenizer", "tokenizer_2")
+
+Report = Callable[[str], None]
+
+
+def trace(pipeline: Any, folder: Path, report: Report) -> None:
+    """Write the graphs of `pipeline` with their configs, its scheduler and tokenizers into `folder`.
+
+    `report` gets one line for each graph, with seconds and size.
+
+    Raises:
+        ExportError: a graph cannot be traced.
+        OSError: the disk is full, for one.
+    """
+    with quiet():
+        # Here, because importing it takes seconds that a refusal should not cost.
+        from optimum.exporters.onnx.convert import export
+        from optimum.exporters.utils import get_diffusion_models_for_export
+
+        models = get_diffusion_models_for_export(pipeline)
+    del models["vae_encoder"]  # text to image never encodes an image
+    if isinstance(pipeline.vae, AutoencoderTiny):
+        models["vae_decoder"] = _tiny_decoder(*models["vae_decoder"])
+    for name, (model, config) in models.items():
+        began = time.perf_counter()
+        try:
+            with quiet():
+                # Validation is ours: the whole line is compared, not graph by graph on random inputs.
+                export(model, config=config, output=folder / name / "model.onnx")
+        except OSError:
+            raise  # a full disk says so itself
+        except Exception as error:  # torch and optimum fail in many ways
+            raise ExportError(f"optimum cannot trace the {name}: {error}") from error
+        if hasattr(model, "save_config"):
+            model.save_config(folder / name)
+        else:
+            model.config.save_pretrained(folder / name)
+        size = sum(path.stat().st_size for path in (folder / name).iterdir())
+        report(f"{name:<14} {time.perf_counter() - began:6.1f} s {size / 1e6:9.1f} MB")
+    for name in _COMPANIONS:
+        if getattr(pipeline, name, None) is not None:
+            getattr(pipeline, name).save_pretrained(folder / name)
+    pipeline.save_config(folder)
+    drop_origin(folder)
+
+
+def freeze(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Give the graphs in `folder` the shapes of one image as `facts` state them, and no others: TensorRT wants it."""
+    from onnxruntime.tools.onnx_model_utils import fix_output_shapes, make_dim_param_fixed
+
+    # The names that optimum gives to the sizes that may vary.
+    sizes = {
+        "batch_size": 1,
+        "sequence_length": facts["text_tokens"],
+        "height": facts["latent_height"],
+        "width": facts["latent_width"],
+        "latent_height": facts["latent_height"],
+        "latent_width": facts["latent_width"],
+    }
+    for path in sorted(folder.glob("*/model.onnx")):
+        model = onnx.load(path, load_external_data=False)
+        for name, size in sizes.items():
+            make_dim_param_fixed(model.graph, name, size)
+        fix_output_shapes(model)
+        onnx.save(model, path)
+
+
+def _tiny_decoder(vae: Any, known: Any) -> tuple[Any, Any]:
+    from optimum.exporters.onnx.model_configs import VaeDecoderOnnxConfig
+
+    class TinyDecoderOnnxConfig(VaeDecoderOnnxConfig):  # type: ignore[misc]
+        """An AutoencoderTiny names no blocks, only their channels."""
+
+        @property
+        def outputs(self) -> dict[str, dict[int, str]]:
+            factor = 2 ** (len(vae.config.block_out_channels) - 1)
+            axes = {0: "batch_size", 2: f"latent_height * {factor}", 3: f"latent_width * {factor}"}
+            return {"sample": axes}
+
+    vae.forward = lambda latent_sample: vae.decode(latent_sample)
+    return vae, TinyDecoderOnnxConfig(vae.config, float_dtype=known.float_dtype)

@@ -1,0 +1,274 @@
+"""The diffusers pipelines that can become a bundle: which they are, how they are loaded, what they state."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DiffusionPipeline,
+    LatentConsistencyModelPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+from transformers import CLIPTextModelWithProjection
+
+from edge_agent.bundle import AddedConditioning
+from export.errors import ExportError
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What sets one class of pipelines apart."""
+
+    parts: tuple[str, ...]
+    steps: int  # by default
+    guidance: float  # by default, as in diffusers
+    takes_negative: bool = True
+    begins_at_first: bool = (
+        False  # tells the scheduler that its first step comes first, see `export.schedule`
+    )
+
+
+_PARTS = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
+
+KINDS: dict[type, Kind] = {
+    StableDiffusionPipeline: Kind(_PARTS, steps=25, guidance=7.5),
+    LatentConsistencyModelPipeline: Kind(_PARTS, steps=4, guidance=8.5, takes_negative=False),
+    StableDiffusionXLPipeline: Kind(
+        (*_PARTS, "tokenizer_2", "text_encoder_2"), steps=25, guidance=5.0, begins_at_first=True
+    ),
+}
+
+# What the edge would have to learn for each class that people ask for.
+_MISSING = {
+    "StableDiffusion3Pipeline": "a transformer denoiser, a third text encoder (T5) and the scheduler's shift by size",
+    "FluxPipeline": "a transformer denoiser on packed latents, a T5 text encoder and the scheduler's shift by size",
+}
+
+
+def load(model: str | os.PathLike[str], autoencoder: str | os.PathLike[str] | None = None) -> Any:
+    """The pipeline in `model`, a folder that diffusers saved or a hub id, on the CPU in float32.
+
+    Args:
+        autoencoder: folder or hub id of an autoencoder that takes the place of the pipeline's own.
+
+    Raises:
+        ExportError: it is not there, incomplete, of an unsupported class, or the hub cannot be reached.
+    """
+    name = _class_name(model)
+    _refuse_class(name)
+    parts = {} if autoencoder is None else {"vae": _load_autoencoder(autoencoder)}
+    try:
+        with quiet():
+            pipeline = DiffusionPipeline.from_pretrained(
+                model, torch_dtype=torch.float32, **_without_safety_checker(name), **parts
+            )
+    except Exception as error:  # each part's library fails in its own way
+        raise ExportError(f"{model} cannot be loaded as a diffusers pipeline: {_reason(error)}") from error
+    return pipeline
+
+
+def prepared(pipeline: Any) -> Any:
+    """A copy that shares the weights of `pipeline`, ready to be exported: a part can be replaced in it.
+
+    Raises ExportError when it is of an unsupported kind.
+    """
+    _refuse_class(type(pipeline).__name__)
+    pipeline = copy.copy(pipeline)
+    with quiet():
+        pipeline.to("cpu", torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.watermark = None  # an invisible one that diffusers puts on where a package for it is installed
+    _refuse_unsupported(pipeline)
+    return pipeline
+
+
+def kind(pipeline: Any) -> Kind:
+    """What sets the class of `pipeline` apart."""
+    return KINDS[type(pipeline)]
+
+
+def name_of(model: Any) -> str:
+    """The model's own name: the last part of where it was loaded from."""
+    where = model.config.get("_name_or_path") if isinstance(model, DiffusionPipeline) else os.fspath(model)
+    return Path(where or "unnamed").name
+
+
+def size_of(pipeline: Any, size: tuple[int, int] | None) -> tuple[int, int]:
+    """Width and height in pixels: `size`, or the pipeline's own.
+
+    Raises ExportError when the denoiser cannot halve it as often as it does.
+    """
+    factor = pipeline.vae_scale_factor
+    if size is None:
+        own = pipeline.unet.config.sample_size
+        height, width = (own, own) if isinstance(own, int) else own
+        return width * factor, height * factor
+    multiple = factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
+    if any(side < multiple or side % multiple for side in size):
+        raise ExportError(
+            f"a size of {size[0]}x{size[1]} does not work: width and height must be multiples of {multiple} for this "
+            f"model, such as {_nearest(size[0], multiple)}x{_nearest(size[1], multiple)}"
+        )
+    return size
+
+
+def facts(pipeline: Any, size: tuple[int, int]) -> dict[str, Any]:
+    """What the manifest states of the models, for images of `size` = width, height."""
+    vae, factor = pipeline.vae.config, pipeline.vae_scale_factor
+    width, height = size
+    stated = {
+        "width": width,
+        "height": height,
+        "latent_channels": vae.latent_channels,
+        "latent_height": height // factor,
+        "latent_width": width // factor,
+        "latent_scaling": float(vae.scaling_factor),
+        "latent_shift": 0.0,  # none of these pipelines adds the autoencoder's shift_factor
+        "text_tokens": pipeline.tokenizer.model_max_length,
+        "text_hidden": pipeline.text_encoder.config.hidden_size,
+        "text_output": "last_hidden_state",
+        "guidance_embedding": pipeline.unet.config.get("time_cond_proj_dim"),
+    }
+    if isinstance(pipeline, StableDiffusionXLPipeline):
+        first, second = pipeline.text_encoder.config, pipeline.text_encoder_2.config
+        stated |= {
+            "text_hidden": first.hidden_size + second.hidden_size,
+            # The states before the last layer, as diffusers takes them.
+            "text_output": f"hidden_states.{first.num_hidden_layers - 1}",
+            "added": AddedConditioning(
+                text_output=f"hidden_states.{second.num_hidden_layers - 1}",
+                pooled_output="text_embeds",
+                time_ids=(float(height), float(width), 0.0, 0.0, float(height), float(width)),
+                zero_negative=bool(pipeline.config.get("force_zeros_for_empty_prompt", True)),
+            ),
+        }
+    return stated
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Loading and tracing warn of much that is harmless; the comparison of pixels decides instead."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def _class_name(model: str | os.PathLike[str]) -> str:
+    folder = Path(model)
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        raise ExportError(
+            f"{folder} has no model_index.json: name a folder that diffusers saved, or a hub id"
+        )
+    try:
+        with quiet():
+            index = DiffusionPipeline.load_config(os.fspath(model))
+    except Exception as error:  # the hub's library fails in its own ways
+        raise ExportError(
+            f"{model} cannot be loaded as a diffusers pipeline: it is no folder here, and not to be had from the hub: "
+            f"{_reason(error)}"
+        ) from error
+    if folder.is_dir():
+        for name, part in index.items():
+            if isinstance(part, (list, tuple)) and part[0] is not None and not (folder / name).is_dir():
+                raise ExportError(f"{folder} has no {name}, which its model_index.json names")
+    return str(index.get("_class_name"))
+
+
+def _load_autoencoder(model: str | os.PathLike[str]) -> Any:
+    try:
+        with quiet():
+            name = AutoencoderKL.load_config(os.fspath(model)).get("_class_name")
+            classes = {made.__name__: made for made in (AutoencoderKL, AutoencoderTiny)}
+            if name in classes:
+                return classes[name].from_pretrained(model, torch_dtype=torch.float32)
+    except Exception as error:  # the hub's library fails in its own ways
+        raise ExportError(f"{model} cannot be loaded as an autoencoder: {_reason(error)}") from error
+    raise ExportError(f"{model} holds a {name}; {' and '.join(classes)} are supported as autoencoders")
+
+
+def _refuse_class(name: str) -> None:
+    supported = [made.__name__ for made in KINDS]
+    if name in _MISSING:
+        raise ExportError(
+            f"{name} is not supported yet: it needs {_MISSING[name]}; {', '.join(supported)} are supported"
+        )
+    if name not in supported:
+        raise ExportError(f"{name} is not supported; {', '.join(supported)} are")
+
+
+def _without_safety_checker(name: str) -> dict[str, Any]:
+    """What the edge does not run need not be loaded; Stable Diffusion XL has none."""
+    return {} if name == StableDiffusionXLPipeline.__name__ else {"safety_checker": None}
+
+
+def _refuse_unsupported(pipeline: Any) -> None:
+    for part in kind(pipeline).parts:
+        if getattr(pipeline, part, None) is None:
+            raise ExportError(f"the pipeline has no {part}")
+    unet, vae = pipeline.unet.config, pipeline.vae.config
+    xl = isinstance(pipeline, StableDiffusionXLPipeline)
+    encoders = [pipeline.text_encoder] + ([pipeline.text_encoder_2] if xl else [])
+    checks: dict[str, Callable[[], Any]] = {
+        "a text encoder that masks padding": lambda: any(
+            getattr(encoder.config, "use_attention_mask", None) for encoder in encoders
+        ),
+        "added conditioning other than Stable Diffusion XL's": lambda: (
+            unet.get("class_embed_type")
+            or unet.get("encoder_hid_dim_type")
+            or unet.get("addition_embed_type") != ("text_time" if xl else None)
+        ),
+        "a second text encoder without projection": lambda: (
+            xl and not isinstance(pipeline.text_encoder_2, CLIPTextModelWithProjection)
+        ),
+        "tokenizers of different lengths": lambda: (
+            xl and pipeline.tokenizer.model_max_length != pipeline.tokenizer_2.model_max_length
+        ),
+        "input channels other than the latents'": lambda: unet.in_channels != vae.latent_channels,
+        "a predicted variance": lambda: unet.out_channels != unet.in_channels,
+        "an autoencoder with a mean and deviation of its own for each channel": lambda: vae.get(
+            "latents_std"
+        ),
+        "an autoencoder of another factor than the pipeline's": lambda: (
+            2 ** (len(vae.block_out_channels) - 1) != pipeline.vae_scale_factor
+        ),
+    }
+    for what, found in checks.items():
+        if found():
+            raise ExportError(f"{what} is not supported")
+    if not hasattr(vae, "scaling_factor"):
+        raise ExportError(f"{type(pipeline.vae).__name__} names no scaling_factor")
+
+
+def _nearest(side: int, multiple: int) -> int:
+    return max(1, round(side / multiple)) * multiple
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def drop_origin(folder: Path) -> None:
+    """Take out of the configs in `folder` where the weights lay on the exporting machine: nobody's business."""
+    for path in (folder / "model_index.json", *folder.glob("*/config.json")):
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,113 @@
+"""What a bundle must come up to: images of the torch pipeline, and how far the bundle's are from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from edge_agent.bundle import Bundle
+from edge_agent.diffusion.generator import Generator, Image
+from edge_agent.diffusion.sessions import Runtime
+from export.errors import ExportError
+from export.pipeline import kind
+
+# Compared with the torch pipeline after an export: prompt, negative prompt, seed, guided or not. One guided image
+# has a negative prompt and the other, where nobody said otherwise, an empty one.
+COMPARISONS = (
+    ("a red cat and two dogs on the beach 🐈", "blurry, dark", 1234567, True),
+    ("the moon", "", 0, False),
+)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """An image that the torch pipeline made, and from what."""
+
+    prompt: str
+    negative: str
+    seed: int
+    steps: int
+    guidance: float
+    latents: NDArray[np.float32]  # [C, h, w], the last
+    colours: NDArray[np.float32]  # [H, W, 3] in 0..1, before rounding
+
+
+def reference_image(
+    pipeline: Any,
+    prompt: str,
+    negative: str,
+    seed: int,
+    steps: int,
+    guidance: float,
+    size: tuple[int, int] | None = None,
+) -> Reference:
+    """One image of `pipeline`, of `size` = width, height or of its own.
+
+    Raises ExportError when the pipeline cannot make it, or when it has numbers that are not finite.
+    """
+    width, height = size or (None, None)
+    seen: list[torch.Tensor] = []
+
+    def keep(_pipeline: Any, _step: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        seen[:] = [values["latents"]]
+        return values
+
+    # None and empty differ in Stable Diffusion XL; the edge's empty negative prompt is none.
+    negatives = {"negative_prompt": negative or None} if kind(pipeline).takes_negative else {}
+    try:
+        colours = pipeline(
+            prompt,
+            **negatives,
+            width=width,
+            height=height,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=torch.Generator("cpu").manual_seed(seed),
+            callback_on_step_end=keep,
+            output_type="np",
+        ).images[0]
+    except Exception as error:  # not every scheduler goes with every pipeline, and each fails in its own way
+        scheduler = type(pipeline.scheduler).__name__
+        raise ExportError(
+            f"{type(pipeline).__name__} itself makes no image with {scheduler}, choose another scheduler: {error}"
+        ) from error
+    if not np.isfinite(colours).all():
+        raise ExportError("the torch pipeline gives numbers that are not finite in float32")
+    return Reference(prompt, negative, seed, steps, guidance, seen[0][0].numpy(), colours)
+
+
+def reference_images(
+    pipeline: Any, steps: int, guidance: float, size: tuple[int, int] | None = None
+) -> list[Reference]:
+    """Images of `pipeline`: with `guidance` and a negative prompt, and without. Raises ExportError, see above."""
+    return [
+        reference_image(
+            pipeline, prompt, negative, seed, steps, max(guidance, 1.5) if guided else 1.0, size=size
+        )
+        for prompt, negative, seed, guided in COMPARISONS
+    ]
+
+
+def difference(generator: Generator, reference: Reference) -> float:
+    """Largest difference of any colour in 0..1 between the generator's image and `reference`.
+
+    Raises GenerationFailed when the generator gives numbers that are not finite.
+    """
+    _, states = generator.encode(reference.prompt)
+    negative = generator.encode_negative(reference.negative)
+    *_, image = generator.generate(states, negative, reference.seed, reference.steps, reference.guidance)
+    assert isinstance(image, Image)
+    return float(np.abs(image.colours - reference.colours).max())
+
+
+def largest_difference(
+    bundle: Bundle, references: Sequence[Reference], runtime: Runtime | None = None
+) -> float:
+    """The largest `difference` between the images of `bundle` and `references`."""
+    generator = Generator(bundle, runtime)
+    return max(difference(generator, reference) for reference in references)

@@ -1,0 +1,54 @@
+"""Another diffusers scheduler for a model, from the model's own config: `NAME[:key=value,...]`."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+from typing import Any
+
+import diffusers
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from export.errors import ExportError
+
+
+def choose_scheduler(own: Any, wanted: str) -> Any:
+    """The scheduler that `wanted` names, with the config of `own` and the changes that `wanted` lists.
+
+    Args:
+        own: the model's scheduler; its betas, prediction type and so on are kept.
+        wanted: a class of diffusers, with or without "Scheduler" at its end, and what to change in its config:
+            "EulerDiscrete:timestep_spacing=trailing,use_karras_sigmas=true". Values are JSON, or plain text.
+
+    Raises:
+        ExportError: there is no such scheduler, it takes no such key, or not such a value.
+    """
+    name, _, changes = wanted.partition(":")
+    full = name if name.endswith("Scheduler") else f"{name}Scheduler"
+    made = getattr(diffusers, full, None)
+    if not (inspect.isclass(made) and issubclass(made, SchedulerMixin)):
+        known = [found for found in dir(diffusers) if found.endswith("Scheduler")]
+        near = difflib.get_close_matches(full, known, n=3, cutoff=0.4)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ExportError(f"diffusers has no scheduler {full}{hint}")
+    config = {}
+    known_keys = list(inspect.signature(made.__init__).parameters)[1:]
+    for change in filter(None, changes.split(",")):
+        key, equals, value = change.partition("=")
+        if not equals:
+            raise ExportError(f"{change!r} changes nothing: write {name}:KEY=VALUE,KEY=VALUE")
+        if key not in known_keys:
+            raise ExportError(f"{full} takes no {key}; it takes {', '.join(known_keys)}")
+        config[key] = _value(value)
+    try:
+        return made.from_config(own.config, **config)
+    except Exception as error:  # each scheduler checks its config in its own way
+        raise ExportError(f"{full} cannot be made from the model's config: {error}") from error
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text.lower() if text in ("True", "False") else text)
+    except ValueError:
+        return None if text == "None" else text
