@@ -22,7 +22,7 @@ from edge_agent.errors import BundleError, GenerationFailed
 from export import graphs, tokenizer_json
 from export import pipeline as pipelines
 from export.errors import ExportError
-from export.preview import fit_preview
+from export.preview import WORTH_SHOWING, fit_preview
 from export.reference import largest_difference, reference_images
 from export.schedule import compile_schedule
 from export.scheduler import choose_scheduler
@@ -100,13 +100,19 @@ def export_bundle(
         for part in ("tokenizer", "tokenizer_2"):
             if (partial / part).is_dir():
                 tokenizer_json.write(getattr(pipeline, part), partial / part)
+        preview = fit_preview(references)
+        shown = preview.explained >= WORTH_SHOWING
+        report(
+            f"a linear map explains {max(0.0, preview.explained):.0%} of the colours: previews "
+            + ("use it" if shown else "run the decoder")
+        )
         facts = pipelines.facts(pipeline, size) | {
             "name": name or pipelines.name_of(model),
             "licence": licence,
             "default_steps": counts[0],
             "default_guidance": scale,
             "steps": sorted(counts),
-            "latent_to_rgb": fit_preview(references),
+            "latent_to_rgb": preview.rows if shown else None,
         }
         write_manifest(partial, **facts)
         report("comparing pixels with the torch pipeline")
