@@ -16,6 +16,10 @@ from export.terminal import console
 STAGES = {
     "starter": ("export.starter.__main__", "make the starter world's models"),
     "diffusion": ("export.diffusion_onnx", "write a diffusers pipeline as a bundle"),
+    "precision": (
+        "export.precision_table",
+        "compare half precision and eight bits with float32: size, time, memory, quality",
+    ),
     "label": ("export.label", "measure both models' images: prompts x models x seeds x metrics"),
     "validity": (
         "export.validity",

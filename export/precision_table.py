@@ -1,0 +1,360 @@
+"""What half precision and eight bits cost and save: size, time, memory, the ten metrics, decisions, against float32.
+
+    edge-export precision [BUNDLE] [--prompts 200] [--out docs/precision.md]
+
+Every form of the bundle makes the images of the same prompts from the same seeds. They are judged by the starter
+judge and compared in pairs. Time and memory are measured in processes that do not import torch, one a form, which
+take turns. Some minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from edge_agent.bundle import PREDICTOR, Bundle
+from edge_agent.diffusion.generator import Generator, Image
+from edge_agent.reader import Reader
+from edge_agent.superiority import METRICS, relative_superiority
+from export.errors import ExportError
+from export.label import STARTER_BUNDLE
+from export.precision import CALIBRATION_PROMPTS, DTYPES, Loss, shrink
+from export.prompts import router_prompts
+from export.quality import STARTER_JUDGE, Judge
+from export.terminal import console, progress
+
+PROMPTS = 200
+CALIBRATION = 24  # prompts of the split `train`, where the bundle is the starter's
+ROUTING_RATE = 0.5
+TURNS = 30  # timed images a form
+RESAMPLES = 2000
+SEED = 6000
+_MB = 1e6
+
+Floats = NDArray[np.float64]
+
+# Loads a bundle and makes one image for each line it reads; says how long that took, and its memory.
+_PAINTER = """
+import sys, time
+began = time.perf_counter()
+from edge_agent.bundle import PREDICTOR, Bundle
+from edge_agent.diffusion.generator import Generator
+bundle = Bundle.open(sys.argv[1])
+generator, facts = Generator(bundle), bundle.manifest
+loaded = time.perf_counter() - began
+def memory(name):
+    return int(open("/proc/self/status").read().split(name + ":")[1].split()[0]) * 1024
+import json
+for line in sys.stdin:
+    prompt, seed = json.loads(line)
+    began = time.perf_counter()
+    states, negative = generator.encode(prompt)[1], generator.encode("")[1]
+    for _ in generator.generate(states, negative, seed, facts.default_steps, facts.default_guidance):
+        pass
+    seconds = time.perf_counter() - began
+    found = {"seconds": seconds, "loaded": loaded, "peak": memory("VmHWM"), "idle": memory("VmRSS")}
+    print(json.dumps(found), flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class Form:
+    """A bundle in which all parts but `keep` are of `dtype`."""
+
+    name: str  # for people
+    dtype: str
+    keep: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a form costs on this machine."""
+
+    bytes: int  # of the bundle's files
+    seconds: list[float]  # an image, in turns with the other forms
+    load_seconds: float  # importing, hashing, opening the graphs
+    peak_bytes: int  # of the process, images included
+    idle_bytes: int  # after an image
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All that is known of a form."""
+
+    form: Form
+    cost: Cost
+    loss: Loss
+    quality: Floats  # [prompts, metrics]
+    prs: Floats | None  # [prompts]; None without predictor and calibration
+
+
+def forms(bundle: Bundle) -> list[Form]:
+    """Float32, half precision, eight bits, and eight bits in one part alone."""
+    graphs = [Path(name) for name in bundle.manifest.files if name.endswith(".onnx") and name != PREDICTOR]
+    parts = sorted(graph.parent.as_posix() for graph in graphs)
+    alone = [Form(f"int8 {one}", "int8", tuple(part for part in parts if part != one)) for one in parts]
+    return [*(Form(dtype, dtype) for dtype in DTYPES), *alone]
+
+
+def measure(
+    source: Path, prompts: Sequence[str], calibration: Sequence[str], judge: Judge, turns: int = TURNS
+) -> list[Measured]:
+    """Make every form of the bundle at `source`, measure it and throw it away; the float32 form comes first."""
+    wanted = forms(Bundle.open(source))
+    with tempfile.TemporaryDirectory() as scratch, progress() as bar:
+        folders = [Path(scratch) / str(number) for number in range(len(wanted))]
+        for form, folder in bar.track(list(zip(wanted, folders, strict=True)), description="convert"):
+            shutil.copytree(source, folder)
+            if form.dtype != DTYPES[0]:
+                # No bound: a form that is grossly off belongs in the table all the more.
+                shrink(
+                    folder,
+                    form.dtype,
+                    keep=form.keep,
+                    prompts=calibration,
+                    bound=float("inf"),
+                    report=lambda _line: None,
+                )
+        costs = _costs(folders, prompts, turns)
+        found: list[Measured] = []
+        references: list[NDArray[np.float32]] = []
+        for form, folder, cost in bar.track(
+            list(zip(wanted, folders, costs, strict=True)), description="make and judge"
+        ):
+            images = _images(folder, prompts)
+            references = references or images
+            pictures = [Image(colours).pixels for colours in images]
+            quality = _judged(judge, pictures)
+            found.append(
+                Measured(form, cost, Loss.between(images, references), quality, _prs(folder, source, prompts))
+            )
+    return found
+
+
+def _costs(folders: Sequence[Path], prompts: Sequence[str], turns: int) -> list[Cost]:
+    """A process a form, all alive, in turns: what else the machine does then weighs on all alike."""
+    answers: list[list[dict[str, float]]] = [[] for _ in folders]
+    with ExitStack() as alive:
+        painters = []
+        for folder in folders:
+            painter = subprocess.Popen(
+                [sys.executable, "-c", _PAINTER, str(folder)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            painters.append(alive.enter_context(painter))
+            # The first image is asked for before the next process starts: each loads alone.
+            answers[len(painters) - 1].append(_asked(painter, prompts[0], SEED))
+        for turn in range(1, turns + 1):
+            order = range(len(painters)) if turn % 2 else reversed(range(len(painters)))
+            for number in order:
+                answers[number].append(_asked(painters[number], prompts[turn % len(prompts)], SEED + turn))
+        for painter in painters:
+            painter.communicate()
+    return [
+        Cost(
+            sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+            [answer["seconds"] for answer in given[1:]],  # the first warmed up
+            given[0]["loaded"],
+            int(given[-1]["peak"]),
+            int(given[-1]["idle"]),
+        )
+        for folder, given in zip(folders, answers, strict=True)
+    ]
+
+
+def _asked(painter: subprocess.Popen[str], prompt: str, seed: int) -> dict[str, float]:
+    assert painter.stdin is not None and painter.stdout is not None
+    painter.stdin.write(json.dumps([prompt, seed]) + "\n")
+    painter.stdin.flush()
+    if not (line := painter.stdout.readline()):
+        raise ExportError("a form cannot be measured; what its process said stands above")
+    answer: dict[str, float] = json.loads(line)
+    return answer
+
+
+def _images(folder: Path, prompts: Sequence[str]) -> list[NDArray[np.float32]]:
+    bundle = Bundle.open(folder)
+    generator, facts = Generator(bundle), bundle.manifest
+    _, negative = generator.encode("")
+    images = []
+    for number, prompt in enumerate(prompts):
+        _, states = generator.encode(prompt)
+        *_, image = generator.generate(
+            states, negative, SEED + number, facts.default_steps, facts.default_guidance
+        )
+        assert isinstance(image, Image)
+        images.append(image.colours)
+    return images
+
+
+def _judged(judge: Judge, pictures: Sequence[NDArray[np.uint8]]) -> Floats:
+    from PIL import Image as Pillow
+
+    batches = [pictures[start : start + 50] for start in range(0, len(pictures), 50)]
+    scores = [judge.quality([Pillow.fromarray(picture) for picture in batch]) for batch in batches]
+    return np.concatenate(scores).astype(np.float64)
+
+
+def _prs(folder: Path, source: Path, prompts: Sequence[str]) -> Floats | None:
+    """PRS by the predictor and the calibration of the float32 bundle, whatever the digests say."""
+    calibration = Bundle.open(source).calibration
+    bundle = Bundle.open(folder)
+    if calibration is None or bundle.predictor is None:
+        return None
+    reader = Reader.open(bundle, ROUTING_RATE)
+    scores = []
+    for prompt in prompts:
+        predicted = reader.read(prompt).prediction
+        assert predicted is not None
+        scores.append(
+            float(
+                relative_superiority(predicted.edge, predicted.cloud, calibration.scale, calibration.weights)
+            )
+        )
+    return np.array(scores)
+
+
+def interval(differences: Floats) -> tuple[float, float, float]:
+    """Mean over the first axis and its 95 % bootstrap interval."""
+    rng = np.random.default_rng(SEED)
+    drawn = differences[rng.integers(0, len(differences), (RESAMPLES, len(differences)))].mean(axis=1)
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return float(differences.mean()), float(low), float(high)
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
+    """Median of the ratios of pairs, and its 95 % bootstrap interval."""
+    pairs = np.asarray(ours) / np.asarray(theirs)
+    rng = np.random.default_rng(SEED)
+    drawn = np.median(pairs[rng.integers(0, len(pairs), (RESAMPLES, len(pairs)))], axis=1)
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return float(np.median(pairs)), float(low), float(high)
+
+
+def report(source: Path, found: Sequence[Measured], command: str) -> str:
+    """The tables as Markdown."""
+    bundle = Bundle.open(source)
+    facts, first = bundle.manifest, found[0]
+    count = len(first.quality)
+    lines = [
+        f"Made by `{command}` on {facts.name} ({bundle.model_digest[:16]}), {facts.width} x {facts.height} pixels, "
+        f"{facts.default_steps} steps, with onnxruntime {ort.__version__} on {_processor()}.",
+        "",
+        "## Size, time and memory",
+        "",
+        f"Time is the median of {len(first.cost.seconds)} images; its ratio to fp32 is the median of pairs made in "
+        "turns, with a 95 % bootstrap interval. Memory is the process's own: what it holds after an image, and its "
+        f"peak. The difference is that of {count} images from fp32's, colours in 0..1.",
+        "",
+        "| form | files | an image | over fp32 | load | memory | peak | largest difference | PSNR |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for one in found:
+        cost = one.cost
+        lines.append(
+            f"| {one.form.name} | {cost.bytes / _MB:.1f} MB | {1e3 * float(np.median(cost.seconds)):.1f} ms | "
+            f"{_shown(ratio(cost.seconds, first.cost.seconds), '.2f')} | {cost.load_seconds:.2f} s | "
+            f"{cost.idle_bytes / _MB:.0f} MB | {cost.peak_bytes / _MB:.0f} MB | {one.loss.largest:.3f} | "
+            f"{one.loss.psnr:.1f} dB |"
+        )
+    others = [one for one in found if one.form.dtype != DTYPES[0]]
+    lines += [
+        "",
+        "## Metrics",
+        "",
+        f"Mean difference from fp32 in hundredths, over {count} prompts in pairs of the same seed, with 95 % bootstrap "
+        "intervals; bold where the interval leaves zero out. The first column is fp32's mean and the standard "
+        "deviation between its images, in hundredths.",
+        "",
+        "| metric | fp32 | " + " | ".join(one.form.name for one in others) + " |",
+        "|---|---|" + "---|" * len(others),
+    ]
+    for index, name in enumerate(METRICS):
+        own = 100 * first.quality[:, index]
+        cells = []
+        for one in others:
+            value, low, high = interval(100 * (one.quality[:, index] - first.quality[:, index]))
+            shown = _shown((value, low, high), "+.2f")
+            cells.append(f"**{shown}**" if low > 0 or high < 0 else shown)
+        lines.append(f"| {name} | {own.mean():.1f} ± {own.std():.1f} | " + " | ".join(cells) + " |")
+    calibration = bundle.calibration
+    if first.prs is not None and calibration is not None:
+        alpha = calibration.alpha(ROUTING_RATE)
+        lines += [
+            "",
+            "## Decisions",
+            "",
+            f"Only the text encoder takes part in them. The predictor and the calibration are fp32's; alpha is that of "
+            f"a routing rate of {ROUTING_RATE:.0%}.",
+            "",
+            "| form | largest change of PRS | prompts that go elsewhere | share to the cloud |",
+            "|---|---|---|---|",
+        ]
+        for one in found:
+            assert one.prs is not None
+            moved = np.mean((one.prs < alpha) != (first.prs < alpha))
+            lines.append(
+                f"| {one.form.name} | {np.abs(one.prs - first.prs).max():.4f} | {moved:.1%} | "
+                f"{np.mean(one.prs < alpha):.1%} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _shown(estimate: tuple[float, float, float], form: str) -> str:
+    value, low, high = (format(number, form) for number in estimate)
+    return f"{value} [{low}, {high}]"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "an unknown processor"
+    names: Mapping[str, str] = dict(
+        (part.strip() for part in line.split(":", 1)) for line in lines if ":" in line
+    )
+    vnni = "with" if "vnni" in names.get("flags", "") else "without"
+    return f"{names.get('model name', 'an unknown processor')} ({vnni} VNNI)"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The stage's command; exit code 0."""
+    parser = argparse.ArgumentParser("edge-export precision", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("bundle", type=Path, nargs="?", default=STARTER_BUNDLE, help="default: the starter's")
+    parser.add_argument(
+        "--prompts", type=int, default=PROMPTS, help="prompts of the split test (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--judge", default=STARTER_JUDGE, help="a CLIP: folder or hub id (default: the starter's)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("precision.md"), help="default: %(default)s")
+    options = parser.parse_args(argv)
+    world = router_prompts({"test": options.prompts, "train": CALIBRATION})
+    texts = {split: [one.text for one in world if one.split == split] for split in ("test", "train")}
+    starter = options.bundle.resolve() == STARTER_BUNDLE.resolve()
+    calibration = texts["train"] if starter else CALIBRATION_PROMPTS
+    found = measure(options.bundle, texts["test"], calibration, Judge(options.judge))
+    command = " ".join(("edge-export precision", *(sys.argv[1:] if argv is None else argv)))
+    options.out.write_text(report(options.bundle, found, command), encoding="utf-8")
+    console.print(f"written to {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    from export.__main__ import run
+
+    raise SystemExit(run(main))
