@@ -200,7 +200,7 @@ def _images(bundle: Bundle) -> list[NDArray[np.float32]]:
 def _drawn(bundle: Bundle, prompts: Sequence[str], seed: int) -> Iterator[NDArray[np.float32]]:
     manifest = bundle.manifest
     generator = Generator(bundle)
-    _, negative = generator.encode("")
+    negative = generator.encode_negative("")
     for number, prompt in enumerate(prompts):
         _, states = generator.encode(prompt)
         steps, guidance = manifest.default_steps, manifest.default_guidance

@@ -60,7 +60,7 @@ import json
 for line in sys.stdin:
     prompt, seed = json.loads(line)
     began = time.perf_counter()
-    states, negative = generator.encode(prompt)[1], generator.encode("")[1]
+    states, negative = generator.encode(prompt)[1], generator.encode_negative("")
     for _ in generator.generate(states, negative, seed, facts.default_steps, facts.default_guidance):
         pass
     seconds = time.perf_counter() - began
@@ -109,10 +109,14 @@ def forms(bundle: Bundle) -> list[Form]:
 
 
 def measure(
-    source: Path, prompts: Sequence[str], calibration: Sequence[str], judge: Judge, turns: int = TURNS
+    source: Path,
+    wanted: Sequence[Form],
+    prompts: Sequence[str],
+    calibration: Sequence[str],
+    judge: Judge,
+    turns: int = TURNS,
 ) -> list[Measured]:
-    """Make every form of the bundle at `source`, measure it and throw it away; the float32 form comes first."""
-    wanted = forms(Bundle.open(source))
+    """Make forms of the bundle at `source`, measure, and throw away; the others are compared to the first."""
     with tempfile.TemporaryDirectory() as scratch, progress() as bar:
         folders = [Path(scratch) / str(number) for number in range(len(wanted))]
         for form, folder in bar.track(list(zip(wanted, folders, strict=True)), description="convert"):
@@ -189,7 +193,7 @@ def _asked(painter: subprocess.Popen[str], prompt: str, seed: int) -> dict[str, 
 def _images(folder: Path, prompts: Sequence[str]) -> list[NDArray[np.float32]]:
     bundle = Bundle.open(folder)
     generator, facts = Generator(bundle), bundle.manifest
-    _, negative = generator.encode("")
+    negative = generator.encode_negative("")
     images = []
     for number, prompt in enumerate(prompts):
         _, states = generator.encode(prompt)
@@ -254,7 +258,7 @@ def report(source: Path, found: Sequence[Measured], command: str) -> str:
         f"Made by `{command}` on {facts.name} ({bundle.model_digest[:16]}), {facts.width} x {facts.height} pixels, "
         f"{facts.default_steps} steps, with onnxruntime {ort.__version__} on {_processor()}.",
         "",
-        "## Size, time and memory",
+        "### Size, time and memory",
         "",
         f"Time is the median of {len(first.cost.seconds)} images; its ratio to fp32 is the median of pairs made in "
         "turns, with a 95 % bootstrap interval. Memory is the process's own: what it holds after an image, and its "
@@ -274,7 +278,7 @@ def report(source: Path, found: Sequence[Measured], command: str) -> str:
     others = [one for one in found if one.form.dtype != DTYPES[0]]
     lines += [
         "",
-        "## Metrics",
+        "### Metrics",
         "",
         f"Mean difference from fp32 in hundredths, over {count} prompts in pairs of the same seed, with 95 % bootstrap "
         "intervals; bold where the interval leaves zero out. The first column is fp32's mean and the standard "
@@ -296,7 +300,7 @@ def report(source: Path, found: Sequence[Measured], command: str) -> str:
         alpha = calibration.alpha(ROUTING_RATE)
         lines += [
             "",
-            "## Decisions",
+            "### Decisions",
             "",
             f"Only the text encoder takes part in them. The predictor and the calibration are fp32's; alpha is that of "
             f"a routing rate of {ROUTING_RATE:.0%}.",
@@ -347,7 +351,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     texts = {split: [one.text for one in world if one.split == split] for split in ("test", "train")}
     starter = options.bundle.resolve() == STARTER_BUNDLE.resolve()
     calibration = texts["train"] if starter else CALIBRATION_PROMPTS
-    found = measure(options.bundle, texts["test"], calibration, Judge(options.judge))
+    found = measure(
+        options.bundle, forms(Bundle.open(options.bundle)), texts["test"], calibration, Judge(options.judge)
+    )
     command = " ".join(("edge-export precision", *(sys.argv[1:] if argv is None else argv)))
     options.out.write_text(report(options.bundle, found, command), encoding="utf-8")
     console.print(f"written to {options.out}")

@@ -1,6 +1,6 @@
 """`make bench`: the project's numbers, as ratios measured in one run.
 
-    python deploy/bench [--only ROW] [--bundle DIR] [--model DIR] [--out bench-out] [--quick]
+    python deploy/bench [--only ROW] [--bundle DIR] [--model DIR] [--out bench-out] [--quick] [--full-size]
 
 Ours and theirs take turns, each in a process that is alive all the while, and every ratio is one of a pair measured
 one right after the other: what else the machine does then weighs on both alike. No number here is a test.
@@ -21,6 +21,7 @@ import decision
 import headroom
 import images
 import imports
+import installed
 import machine
 import overhead
 import report
@@ -41,6 +42,8 @@ GROUPS: dict[str, Callable[[Plan], list[Row]]] = {
     overhead.GROUP: overhead.rows,
     images.OPTIMUM: images.against_optimum,
     images.DIFFUSERS: images.against_diffusers,
+    images.FULL_SIZE: images.at_full_size,
+    installed.GROUP: installed.rows,
     imports.GROUP: imports.rows,
     cancellation.GROUP: cancellation.rows,
     runtime.GROUP: runtime.rows,
@@ -78,6 +81,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--out", type=Path, default=Path("bench-out"), metavar="DIR", help="default: %(default)s"
     )
     parser.add_argument("--quick", action="store_true", help="few repetitions: tries the machinery")
+    parser.add_argument(
+        "--full-size",
+        action="store_true",
+        help="also measure random weights of Stable Diffusion 1.5's size: half an hour and 15 GB of memory",
+    )
+    parser.add_argument(
+        "--full-size-models",
+        type=Path,
+        default=ROOT / "runs" / "bench" / "full-size",
+        metavar="DIR",
+        help="where they are made and kept, 9 GB; default: runs/bench/full-size",
+    )
     options = parser.parse_args(argv)
     try:
         bundle = Bundle.open(options.bundle)
@@ -85,12 +100,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"bench: {error.message}", file=sys.stderr)
         return 2
 
-    plan = Plan.of(options.bundle, options.model, options.evaluation, quick=options.quick)
+    plan = Plan.of(
+        options.bundle, options.model, options.evaluation, options.full_size_models, quick=options.quick
+    )
     facts = {"machine": machine.facts(), "bundle": _bundle_facts(bundle), "quick": options.quick}
     progress = Console(stderr=True)
     rows: list[Row] = []
     failed = False
-    for name in options.only or GROUPS:
+    wanted = options.only or [name for name in GROUPS if name != images.FULL_SIZE or options.full_size]
+    for name in wanted:
         with progress.status(f"measuring {name}"):
             try:
                 rows += GROUPS[name](plan)

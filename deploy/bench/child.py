@@ -47,7 +47,10 @@ class Child:
         )
 
     def ask(self, **request: Any) -> Reply:
-        """Its answer, with `peak_bytes`, the most memory that process has held so far. Raises BenchError."""
+        """Its answer, with `peak_bytes`, the most memory that process has held so far, and `held_bytes`, what it holds.
+
+        Raises BenchError.
+        """
         assert self._process.stdin is not None and self._process.stdout is not None  # noqa: S101  # pipes
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
@@ -90,17 +93,32 @@ def answer(load: Callable[[], Callable[..., Reply]]) -> None:
     reply = load()
     for line in sys.stdin:
         found = reply(**json.loads(line))
-        own = {"peak_bytes": peak_bytes(), "heavy": [name for name in HEAVY if name in sys.modules]}
+        own = {
+            "peak_bytes": peak_bytes(),
+            "held_bytes": held_bytes(),
+            "heavy": [name for name in HEAVY if name in sys.modules],
+        }
         print(json.dumps(found | own), file=answers, flush=True)
 
 
 def peak_bytes() -> int:
     """The most memory this process has held: VmHWM, because getrusage also counts what the parent held at the fork."""
     try:
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+        return _status("VmHWM")
     except OSError:  # not Linux
         import resource
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+def held_bytes() -> int:
+    """The memory this process holds now; its peak where the system does not tell."""
+    try:
+        return _status("VmRSS")
+    except OSError:
+        return peak_bytes()
+
+
+def _status(name: str) -> int:
+    return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) * 1024

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+import full_size
 from child import Child, Reply
 from edge_agent.bundle import Bundle
 from errors import BenchError
@@ -17,120 +21,185 @@ from estimate import Estimate, calm_ratio, quantile, ratio
 from plan import PROMPTS, Plan
 from row import Row
 
-OPTIMUM, DIFFUSERS = "optimum", "diffusers"
+OPTIMUM, DIFFUSERS, FULL_SIZE = "optimum", "diffusers", "full-size"
 TIME_RATIO, COLD_RATIO, MEMORY_RATIO, PIXELS = 0.9, 0.2, 0.4, 1e-3  # targets of the starter
+FULL_TIME_RATIO, FULL_MEMORY_RATIO = 1.02, 0.4  # targets at Stable Diffusion's size, memory above the weights
+_MB = 1e6
 
 
-@dataclass(frozen=True)
+@dataclass
+class Side:
+    """What one pipeline took. Starts and memory are of fresh processes, images and steps of warm ones."""
+
+    image_s: list[float] = field(default_factory=list)
+    step_s: list[float] = field(default_factory=list)  # the median of one image's steps
+    start_s: list[float] = field(default_factory=list)
+    peak_mb: list[float] = field(default_factory=list)
+    held_mb: list[float] = field(default_factory=list)  # after an image
+
+    def started(self, painter: Child, first: Reply) -> None:
+        """Note what the first image of a fresh process took."""
+        self.start_s.append(time.perf_counter() - painter.started)
+        self.peak_mb.append(first["peak_bytes"] / _MB)
+        self.held_mb.append(first["held_bytes"] / _MB)
+
+    def painted(self, found: Reply) -> None:
+        """Note what an image of a warm process took."""
+        self.image_s.append(found["seconds"])
+        if found["step_seconds"]:
+            self.step_s.append(float(np.median(found["step_seconds"])))
+
+
+@dataclass
 class Pairs:
-    """What both pipelines took, the edge's first. Seconds an image; seconds and bytes of fresh processes."""
+    """The edge and another pipeline, measured in turns."""
 
-    image_s: tuple[list[float], list[float]]
-    start_s: tuple[list[float], list[float]]
-    peak_bytes: tuple[list[float], list[float]]
-    differences: list[float]  # an image's largest, of any colour in 0..1 before rounding
+    other: str
+    ours: Side = field(default_factory=Side)
+    theirs: Side = field(default_factory=Side)
+    differences: list[float] = field(default_factory=list)  # an image's largest, in 0..1 before rounding
+
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        """Ours first."""
+        return self.ours, self.theirs
+
+    def row(self, group: str, what: str, name: str, limit: float | None = None, less: float = 0.0) -> Row:
+        """The ratio of the series called `name`; `less` is taken off both first. Without a limit there is no target."""
+        ours, theirs = ([value - less for value in getattr(side, name)] for side in self.sides)
+        unit = "MB" if name.endswith("_mb") else "s"
+        facts = {"edge": ours, self.other: theirs}
+        note = f"{quantile(ours).value:.3g} over {quantile(theirs).value:.3g} {unit}"
+        found, calm = ratio(ours, theirs), calm_ratio(ours, theirs) if name in ("image_s", "step_s") else None
+        if limit is None:
+            return Row(group, what, "x", "", found, None, note=note, calm=calm, details=facts)
+        return Row.at_most(group, what, found, "x", limit, note=note, calm=calm, details=facts)
 
 
 def against_optimum(plan: Plan) -> list[Row]:
     """Time, cold start and memory."""
     pairs = measure(plan, OPTIMUM, plan.bundle)
-    pixels = f"pixels differ by at most {max(pairs.differences):.1e}"
-    memory = [[size / 1e6 for size in sizes] for sizes in pairs.peak_bytes]
     return [
-        Row.at_most(
-            OPTIMUM,
-            "time of an image ÷ optimum's",
-            ratio(*pairs.image_s),
-            "x",
-            TIME_RATIO,
-            note=f"{_medians(*pairs.image_s)} s; {pixels}",
-            calm=calm_ratio(*pairs.image_s),
-            details={"edge_s": pairs.image_s[0], "optimum_s": pairs.image_s[1]},
-        ),
-        Row.at_most(
-            OPTIMUM,
-            "cold start to first image ÷ optimum's",
-            ratio(*pairs.start_s),
-            "x",
-            COLD_RATIO,
-            note=f"{_medians(*pairs.start_s)} s",
-            details={"edge_s": pairs.start_s[0], "optimum_s": pairs.start_s[1]},
-        ),
-        Row.at_most(
-            OPTIMUM,
-            "peak memory to first image ÷ optimum's",
-            ratio(*memory),
-            "x",
-            MEMORY_RATIO,
-            note=f"{_medians(*memory)} MB",
-            details={"edge_mb": memory[0], "optimum_mb": memory[1]},
-        ),
+        pairs.row(OPTIMUM, "time of an image ÷ optimum's", "image_s", TIME_RATIO),
+        pairs.row(OPTIMUM, "time of a step ÷ optimum's", "step_s"),
+        pairs.row(OPTIMUM, "cold start to first image ÷ optimum's", "start_s", COLD_RATIO),
+        pairs.row(OPTIMUM, "peak memory to first image ÷ optimum's", "peak_mb", MEMORY_RATIO),
+        pairs.row(OPTIMUM, "memory held after an image ÷ optimum's", "held_mb"),
+        _pixels(OPTIMUM, pairs),
     ]
 
 
 def against_diffusers(plan: Plan) -> list[Row]:
-    """Pixels; and time, which has no target."""
+    """Pixels; and time and memory, which have no target."""
     if not (plan.model / "model_index.json").is_file():
         raise BenchError(
             f"no diffusers folder at {plan.model}; name one that has the bundle's weights with --model"
         )
     pairs = measure(plan, DIFFUSERS, plan.model)
     return [
-        Row.at_most(
-            DIFFUSERS,
-            "pixels, largest difference from diffusers'",
-            Estimate.exact(max(pairs.differences), plan.images),
-            "",
-            PIXELS,
-            note=f"colours in 0..1 before rounding, {plan.images} images",
-        ),
-        Row(
-            DIFFUSERS,
-            "time of an image ÷ diffusers' on torch",
-            "x",
-            "",
-            ratio(*pairs.image_s),
-            None,
-            note=f"{_medians(*pairs.image_s)} s",
-            calm=calm_ratio(*pairs.image_s),
-            details={"edge_s": pairs.image_s[0], "diffusers_s": pairs.image_s[1]},
-        ),
+        _pixels(DIFFUSERS, pairs),
+        pairs.row(DIFFUSERS, "time of an image ÷ diffusers' on torch", "image_s"),
+        pairs.row(DIFFUSERS, "time of a step ÷ diffusers' on torch", "step_s"),
+        pairs.row(DIFFUSERS, "cold start to first image ÷ diffusers'", "start_s"),
+        pairs.row(DIFFUSERS, "peak memory to first image ÷ diffusers'", "peak_mb"),
+        pairs.row(DIFFUSERS, "memory held after an image ÷ diffusers'", "held_mb"),
+    ]
+
+
+def at_full_size(plan: Plan) -> list[Row]:
+    """Random weights in the shape of Stable Diffusion 1.5, made and exported where they are not there yet.
+
+    One process at a time holds such weights: each pair is two fresh processes, one after the other.
+    """
+    finished = subprocess.run(
+        [sys.executable, str(Path(full_size.__file__)), str(plan.full_size)],
+        stdout=sys.stderr,
+        check=False,
+    )
+    if finished.returncode:
+        raise BenchError("the models of full size could not be made; what the export said stands above")
+    model, bundle = full_size.folders(plan.full_size)
+    weights_mb = _weights_mb(bundle)
+    optimum = measure_apart(plan, OPTIMUM, bundle, bundle)
+    diffusers = measure_apart(plan, DIFFUSERS, bundle, model)
+    above = f"memory above the weights ({weights_mb:.0f} MB) ÷ optimum's"
+    return [
+        optimum.row(FULL_SIZE, "full size: time of an image ÷ optimum's", "image_s", FULL_TIME_RATIO),
+        optimum.row(FULL_SIZE, "full size: time of a step ÷ optimum's", "step_s"),
+        optimum.row(FULL_SIZE, "full size: cold start to first image ÷ optimum's", "start_s"),
+        optimum.row(FULL_SIZE, f"full size: peak {above}", "peak_mb", FULL_MEMORY_RATIO, less=weights_mb),
+        optimum.row(FULL_SIZE, "full size: memory held after an image ÷ optimum's", "held_mb"),
+        diffusers.row(FULL_SIZE, "full size: time of an image ÷ diffusers' on torch", "image_s"),
+        diffusers.row(FULL_SIZE, "full size: time of a step ÷ diffusers' on torch", "step_s"),
+        diffusers.row(FULL_SIZE, "full size: cold start to first image ÷ diffusers'", "start_s"),
+        diffusers.row(FULL_SIZE, "full size: peak memory to first image ÷ diffusers'", "peak_mb"),
+        _pixels(FULL_SIZE, diffusers, "full size: "),
     ]
 
 
 def measure(plan: Plan, other: str, folder: Path) -> Pairs:
     """Fresh processes first; the last pair of them then paints in turns."""
-    pairs = Pairs(([], []), ([], []), ([], []), [])
-    manifest = Bundle.open(plan.bundle, verify=False).manifest
-    more = [str(plan.threads), str(manifest.default_steps), str(manifest.default_guidance)]
-
-    def start(side: int) -> Child:
-        kind, path = (("edge", plan.bundle), (other, folder))[side]
-        return Child("painter.py", kind, str(path), *more, threads=plan.threads, edge=side == 0)
-
-    starts = plan.starts if other == OPTIMUM else 1  # only optimum's cold start is compared
+    pairs = Pairs(other)
     with ExitStack() as alive, tempfile.TemporaryDirectory() as kept:
         painters: list[Child] = []
-        for number in range(starts):
-            last = number == starts - 1
-            for side in (0, 1):
-                painter = start(side)
+        for number in range(plan.starts):
+            last = number == plan.starts - 1
+            for side, noted in enumerate(pairs.sides):
+                painter = _start(plan, (plan.bundle, folder)[side], "" if side == 0 else other, plan.bundle)
                 with ExitStack() if last else painter:
                     if last:
                         painters.append(alive.enter_context(painter))
-                    first = painter.ask(prompt=PROMPTS[0], seed=0)
-                    pairs.start_s[side].append(time.perf_counter() - painter.started)
-                    pairs.peak_bytes[side].append(first["peak_bytes"])
+                    noted.started(painter, painter.ask(prompt=PROMPTS[0], seed=0))
         for number in range(plan.images):
             files = [Path(kept) / f"{side}.npy" for side in (0, 1)]
             for side in (0, 1) if number % 2 else (1, 0):
                 prompt = PROMPTS[number % len(PROMPTS)]
                 found: Reply = painters[side].ask(prompt=prompt, seed=number, keep=str(files[side]))
-                pairs.image_s[side].append(found["seconds"])
-            ours, theirs = map(np.load, files)
-            pairs.differences.append(float(np.abs(ours - theirs).max()))
+                pairs.sides[side].painted(found)
+            pairs.differences.append(_difference(files))
     return pairs
 
 
-def _medians(ours: list[float], theirs: list[float]) -> str:
-    return f"{quantile(ours).value:.3g} over {quantile(theirs).value:.3g}"
+def measure_apart(plan: Plan, other: str, bundle: Path, folder: Path) -> Pairs:
+    """The same in processes that are never alive together: a first image, then one that counts."""
+    pairs = Pairs(other)
+    with tempfile.TemporaryDirectory() as kept:
+        for number in range(plan.full_size_pairs):
+            files = [Path(kept) / f"{side}.npy" for side in (0, 1)]
+            for side in (0, 1) if number % 2 else (1, 0):
+                with _start(plan, (bundle, folder)[side], "" if side == 0 else other, bundle) as painter:
+                    pairs.sides[side].started(painter, painter.ask(prompt=PROMPTS[0], seed=0))
+                    found = painter.ask(prompt=PROMPTS[1], seed=number, keep=str(files[side]))
+                    pairs.sides[side].painted(found)
+            pairs.differences.append(_difference(files))
+    return pairs
+
+
+def _start(plan: Plan, folder: Path, other: str, bundle: Path) -> Child:
+    """A process with the edge's pipeline, or with that called `other`, at the defaults of `bundle`."""
+    facts = Bundle.open(bundle, verify=False).manifest
+    arguments = (str(folder), str(plan.threads), str(facts.default_steps), str(facts.default_guidance))
+    return Child("painter.py", other or "edge", *arguments, threads=plan.threads, edge=not other)
+
+
+def _difference(files: Sequence[Path]) -> float:
+    ours, theirs = map(np.load, files)
+    return float(np.abs(ours - theirs).max())
+
+
+def _pixels(group: str, pairs: Pairs, prefix: str = "") -> Row:
+    count = len(pairs.differences)
+    return Row.at_most(
+        group,
+        f"{prefix}pixels, largest difference from {pairs.other}'{'' if pairs.other.endswith('s') else 's'}",
+        Estimate.exact(max(pairs.differences), count),
+        "",
+        PIXELS,
+        note=f"colours in 0..1 before rounding, {count} image{'s' if count > 1 else ''}",
+    )
+
+
+def _weights_mb(bundle: Path) -> float:
+    """Of the graphs that make an image, as files."""
+    files = Bundle.open(bundle, verify=False).manifest.files
+    return sum(entry.bytes for name, entry in files.items() if ".onnx" in name) / _MB

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from child import Reply, answer
 
-Paint = Callable[[str, int], NDArray[np.float32]]
-"""From prompt and seed to colours in 0..1, [H, W, 3], before rounding."""
+Paint = Callable[[str, int], tuple[NDArray[np.float32], list[float]]]
+"""From prompt and seed to colours in 0..1, [H, W, 3], before rounding, and the moments when each step was done."""
 
 
 def edge(folder: str, threads: int, steps: int, guidance: float) -> Paint:
@@ -28,11 +28,14 @@ def edge(folder: str, threads: int, steps: int, guidance: float) -> Paint:
 
     generator = Generator(Bundle.open(folder), Runtime(threads=threads))
 
-    def paint(prompt: str, seed: int) -> NDArray[np.float32]:
+    def paint(prompt: str, seed: int) -> tuple[NDArray[np.float32], list[float]]:
         states, negative = generator.encode(prompt)[1], generator.encode_negative("")
-        *_, image = generator.generate(states, negative, seed, steps, guidance)
-        assert isinstance(image, Image)  # noqa: S101  # the last event
-        return image.colours
+        done = []
+        for event in generator.generate(states, negative, seed, steps, guidance):
+            if isinstance(event, Image):
+                return event.colours, done
+            done.append(time.perf_counter())
+        raise AssertionError("the last event is the image")
 
     return paint
 
@@ -64,32 +67,42 @@ def _diffusers_call(pipeline: Any, steps: int, guidance: float) -> Paint:
 
     pipeline.set_progress_bar_config(disable=True)
 
-    def paint(prompt: str, seed: int) -> NDArray[np.float32]:
+    def paint(prompt: str, seed: int) -> tuple[NDArray[np.float32], list[float]]:
+        done = []
+
+        def step(_pipeline: Any, _step: int, _timestep: Any, kept: dict[str, Any]) -> dict[str, Any]:
+            done.append(time.perf_counter())
+            return kept
+
         colours: NDArray[np.float32] = pipeline(
             prompt,
             num_inference_steps=steps,
             guidance_scale=guidance,
             generator=torch.Generator("cpu").manual_seed(seed),
             output_type="np",
+            callback_on_step_end=step,
         ).images[0]
-        return colours
+        return colours, done
 
     return paint
 
 
 def load(kind: str, folder: str, threads: str, steps: str, guidance: str) -> Callable[..., Reply]:
-    """Answers `prompt` and `seed` with the seconds it took; `keep` names a file for the colours."""
+    """Answers `prompt` and `seed` with the seconds that the image and each step but the first took.
+
+    The first step cannot be told from what goes before it in a pipeline. `keep` names a file for the colours.
+    """
     paint = {"edge": edge, "optimum": optimum, "diffusers": diffusers}[kind](
         folder, int(threads), int(steps), float(guidance)
     )
 
     def reply(prompt: str, seed: int, keep: str = "") -> Reply:
         began = time.perf_counter()
-        colours = paint(prompt, seed)
+        colours, done = paint(prompt, seed)
         seconds = time.perf_counter() - began
         if keep:
             np.save(Path(keep), colours)
-        return {"seconds": seconds}
+        return {"seconds": seconds, "step_seconds": np.diff(done).tolist()}
 
     return reply
 

@@ -28,12 +28,26 @@ class Plan:
     images: int
     starts: int  # fresh processes
     cancellations: int
+    full_size: Path  # where the models of full size are kept, or will be
+    full_size_pairs: int
 
     @classmethod
-    def of(cls, bundle: Path, model: Path, evaluation: Path, *, quick: bool) -> Plan:
+    def of(cls, bundle: Path, model: Path, evaluation: Path, full_size: Path, *, quick: bool) -> Plan:
         """`quick` measures so little that only the machinery is tried."""
-        decisions, images, starts, cancellations = (24, 3, 1, 40) if quick else (600, 15, 5, 1000)
-        return cls(bundle, model, evaluation, cores(), decisions, images, starts, cancellations)
+        decisions, images, starts = (24, 3, 1) if quick else (600, 15, 5)
+        cancellations, pairs = (40, 1) if quick else (1000, 3)
+        return cls(
+            bundle,
+            model,
+            evaluation,
+            cores(),
+            decisions,
+            images,
+            starts,
+            cancellations,
+            full_size,
+            pairs,
+        )
 
 
 def cores() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import subprocess
@@ -21,7 +22,7 @@ def bench(*arguments: str, out: Path) -> tuple[subprocess.CompletedProcess[str],
     return finished, json.loads(written.read_text()) if written.exists() else {}
 
 
-@pytest.mark.parametrize("group", ["decision", "agent", "import"])
+@pytest.mark.parametrize("group", ["decision", "agent", "import", "installed"])
 def test_the_edges_rows_are_measured_and_written(group: str, routed_bundle: Path, tmp_path: Path) -> None:
     finished, record = bench("--only", group, "--bundle", str(routed_bundle), out=tmp_path)
     assert finished.returncode == 0, finished.stderr
@@ -42,9 +43,38 @@ def test_pixels_are_compared_with_those_of_the_same_weights(miniature_bundle: Pa
     bundle = ("--bundle", str(miniature_bundle), "--model", str(model))
     finished, record = bench("--only", "diffusers", *bundle, out=tmp_path)
     assert finished.returncode == 0, finished.stderr
-    pixels, time = record["rows"]
+    pixels, *others = record["rows"]
     assert pixels["met"] and 0 < pixels["measured"]["value"] <= 1e-3
-    assert time["measured"]["value"] > 0 and time["met"] is None
+    assert [row["what"].split(" ÷ ")[0] for row in others] == [
+        "time of an image",
+        "time of a step",
+        "cold start to first image",
+        "peak memory to first image",
+        "memory held after an image",
+    ]
+    for row in others:
+        assert row["measured"]["value"] > 0 and row["met"] is None
+        assert set(row["details"]) == {"edge", "diffusers"}
+    image, step, _, peak, held = others
+    for side in ("edge", "diffusers"):
+        assert step["details"][side][0] < image["details"][side][0]
+        assert held["details"][side][0] <= peak["details"][side][0]
+
+
+def test_full_size_is_stable_diffusions_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted without memory for them: the parameters that Stable Diffusion 1.5 is published with."""
+    import torch
+
+    monkeypatch.syspath_prepend(str(ROOT / "deploy" / "bench"))
+    full_size = importlib.import_module("full_size")
+    with torch.device("meta"):
+        pipeline = full_size.pipeline()
+    counts = {
+        name: sum(parameter.numel() for parameter in getattr(pipeline, name).parameters())
+        for name in ("text_encoder", "unet", "vae")
+    }
+    assert counts == {"text_encoder": 123_060_480, "unet": 859_520_964, "vae": 83_653_863}
+    assert pipeline.unet.config.sample_size * pipeline.vae_scale_factor == 512
 
 
 @pytest.mark.parametrize(

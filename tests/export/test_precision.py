@@ -36,7 +36,7 @@ def small(
 
 def colours(bundle: Path, prompt: str = "two cats", seed: int = 3) -> np.ndarray:
     generator = Generator(Bundle.open(bundle))
-    states, negative = generator.encode(prompt)[1], generator.encode("")[1]
+    states, negative = generator.encode(prompt)[1], generator.encode_negative("")
     *_, image = generator.generate(states, negative, seed, 4, 5.0)
     assert isinstance(image, Image)
     return image.colours

@@ -1,0 +1,69 @@
+"""The table says of every form what it costs and what it loses, against float32 on the same seeds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge_agent.bundle import Bundle
+from edge_agent.superiority import METRICS
+from export.precision_table import Form, Measured, forms, interval, measure, report
+from export.quality import Judge
+
+PROMPTS = ("a cat", "two dogs on a beach", "a red moon")
+FP32, FP16 = Form("fp32", "fp32"), Form("fp16", "fp16")
+
+
+@pytest.fixture(scope="module")
+def measured(routed_bundle: Path) -> list[Measured]:
+    return measure(routed_bundle, (FP32, FP16), PROMPTS, PROMPTS, Judge(), turns=2)
+
+
+def test_float32_differs_from_itself_by_nothing_and_half_precision_by_little(
+    measured: list[Measured],
+) -> None:
+    fp32, fp16 = measured
+    assert fp32.loss.largest == 0.0
+    assert 0 < fp16.loss.largest < 0.1
+    assert fp16.cost.bytes < fp32.cost.bytes
+    assert fp32.quality.shape == fp16.quality.shape == (len(PROMPTS), len(METRICS))
+    assert np.abs(fp16.quality - fp32.quality).max() < 0.05
+
+
+def test_costs_are_those_of_every_turn(measured: list[Measured]) -> None:
+    for one in measured:
+        assert len(one.cost.seconds) == 2 and min(one.cost.seconds) > 0
+        assert one.cost.peak_bytes >= one.cost.idle_bytes > one.cost.bytes
+
+
+def test_the_float32_forms_calibration_judges_every_forms_decisions(
+    measured: list[Measured], routed_bundle: Path
+) -> None:
+    """A smaller form has another digest, for which the calibration would not count."""
+    fp32, fp16 = measured
+    assert fp32.prs is not None and fp16.prs is not None
+    assert 0 < np.abs(fp16.prs - fp32.prs).max() < 0.05
+
+
+def test_the_report_names_every_form_and_metric(measured: list[Measured], routed_bundle: Path) -> None:
+    text = report(routed_bundle, measured, "edge-export precision")
+    for name in ("fp32", "fp16", *METRICS):
+        assert f"| {name} |" in text
+    assert Bundle.open(routed_bundle).model_digest[:16] in text
+
+
+def test_forms_are_all_parts_and_each_alone(routed_bundle: Path) -> None:
+    found = forms(Bundle.open(routed_bundle))
+    assert [form.name for form in found] == [
+        "fp32", "fp16", "int8", "int8 text_encoder", "int8 unet", "int8 vae_decoder",
+    ]  # fmt: skip
+    assert found[4].keep == ("text_encoder", "vae_decoder")
+
+
+def test_an_interval_leaves_zero_out_only_where_the_difference_is_there() -> None:
+    noise = np.random.default_rng(0).normal(0.0, 1.0, 400)
+    mean, low, high = interval(noise)
+    assert low < 0 < high and low < mean < high
+    assert interval(noise + 0.5)[1] > 0
