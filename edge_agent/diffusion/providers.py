@@ -127,11 +127,18 @@ def find(wish: Sequence[str] = ()) -> Choice:
     if {"cuda", "tensorrt"} & set(candidates):
         _load_packaged_libraries()
     failures = {name: failure for name in candidates if (failure := probe(name))}
-    return choose(available, failures, wish)
+    return choose(available, failures, wish, _builds())
 
 
-def choose(available: Iterable[str], failures: Mapping[str, str], wish: Sequence[str] = ()) -> Choice:
+def choose(
+    available: Iterable[str],
+    failures: Mapping[str, str],
+    wish: Sequence[str] = (),
+    builds: Sequence[str] = ("onnxruntime",),
+) -> Choice:
     """What to use of the `available` providers, of which those in `failures` do not work, for the reason given there.
+
+    `builds` are the distributions of onnxruntime that are installed. There should be one: they share their files.
 
     Raises:
         StartRefused: a provider of the wish is not available or does not work.
@@ -141,7 +148,7 @@ def choose(available: Iterable[str], failures: Mapping[str, str], wish: Sequence
         if name != CPU and name not in available:
             raise StartRefused(
                 f"--providers names {name}, which this onnxruntime ({ort.__version__}) is built without; it has "
-                f"{', '.join(available)}"
+                f"{', '.join(available)}{_collision(builds)}"
             )
         if name in failures:
             raise StartRefused(
@@ -159,7 +166,7 @@ def choose(available: Iterable[str], failures: Mapping[str, str], wish: Sequence
         if name in used:
             continue
         if name not in available:
-            passed_over[name] = "this onnxruntime is built without it"
+            passed_over[name] = "this onnxruntime is built without it" + _collision(builds)
         elif name in failures:
             passed_over[name] = failures[name]
         elif name in order:
@@ -201,6 +208,18 @@ def full_name(name: str) -> str:
     if name in _FULL_NAMES:
         return _FULL_NAMES[name]
     return next((full for full in ort.get_available_providers() if _short(full) == name), name)
+
+
+def _builds() -> tuple[str, ...]:
+    """By the names of their folders: reading all metadata would cost a tenth of a cold start."""
+    folders = Path(ort.__file__).parents[1].glob("onnxruntime*.dist-info")
+    return tuple(sorted(folder.name.split("-")[0].replace("_", "-") for folder in folders))
+
+
+def _collision(builds: Sequence[str]) -> str:
+    if len(builds) < 2:
+        return ""
+    return f" ({' and '.join(builds)} overwrite each other: uninstall all of them, then install one)"
 
 
 def _short(full: str) -> str:

@@ -96,6 +96,14 @@ def test_a_wish_that_cannot_be_is_refused_with_the_reason() -> None:
         choose(("cuda", "cpu"), {}, ("coreml",))
 
 
+def test_two_builds_of_onnxruntime_are_told_apart_from_one_that_lacks_a_provider() -> None:
+    """They are one Python package: the second overwrites the first, and what is left may lack either's providers."""
+    choice = choose(("azure", "cpu"), {}, (), ("onnxruntime", "onnxruntime-gpu"))
+    assert "onnxruntime and onnxruntime-gpu overwrite each other" in choice.passed_over["cuda"]
+    with pytest.raises(StartRefused, match="overwrite each other: uninstall all of them, then install one"):
+        choose(("azure", "cpu"), {}, ("cuda",), ("onnxruntime", "onnxruntime-gpu"))
+
+
 def test_people_are_shown_what_serves_what_warms_up_and_what_was_passed_over() -> None:
     choice = Choice(("cuda", "cpu"), ("tensorrt", "cuda", "cpu"), {"coreml": NOT_BUILT})
     without = Standing("coreml", State.PASSED_OVER, NOT_BUILT)
