@@ -7,14 +7,19 @@ import concurrent.futures
 import errno
 import logging
 import os
+import shutil
 import signal
 import socket
 import stat
 import threading
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
+import onnxruntime as ort
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -24,8 +29,9 @@ from edge_agent.cloud import CloudClient
 from edge_agent.device import Device
 from edge_agent.diffusion import providers
 from edge_agent.diffusion.generator import Generator
+from edge_agent.diffusion.providers import Choice
 from edge_agent.diffusion.sessions import Runtime
-from edge_agent.errors import StartRefused
+from edge_agent.errors import RouteT2IError, StartRefused
 from edge_agent.purchase import Purchases
 from edge_agent.quota import Ledger
 from edge_agent.reader import Reader
@@ -36,6 +42,8 @@ from edge_agent.settings import Settings, split_address
 from routet2i.edge.v1 import edge_pb2, edge_pb2_grpc
 
 log = logging.getLogger(__name__)
+
+Found = TypeVar("Found")
 
 SERVICE = edge_pb2.DESCRIPTOR.services_by_name["EdgeAgentService"].full_name
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
@@ -63,7 +71,8 @@ class Daemon:
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._health = health.aio.HealthServicer()
-        self._loading: asyncio.Future[Resident] | None = None
+        self._working: list[asyncio.Future[Any]] = []  # of threads that nothing can interrupt
+        self._warming: asyncio.Task[None] | None = None
         self._reloading = asyncio.Lock()
         self.agent: Agent | None = None  # once the models are loaded
 
@@ -90,7 +99,7 @@ class Daemon:
 
     async def serve(self) -> None:
         """Loads the bundle and serves it until `stop()`. Raises StartRefused, BundleError or LedgerError."""
-        loading = self._loading = self._load()
+        loading = self._load()
         stopped = asyncio.ensure_future(self._stop.wait())
         try:
             await asyncio.wait((stopped, loading), return_when=asyncio.FIRST_COMPLETED)
@@ -104,6 +113,7 @@ class Daemon:
             self.agent.models.rest()
             await self._set_health(health_pb2.HealthCheckResponse.SERVING)
             _log_serving(self.agent)
+            self._warming = asyncio.create_task(self._warm_up(self.agent.models))
             await stopped
         finally:
             stopped.cancel()
@@ -115,12 +125,12 @@ class Daemon:
         BundleError, or what else `Settings.bundle_folder` does, when the new one is refused: then the old one goes on.
         """
         async with self._reloading:
-            self._loading = self._load()
-            models = await asyncio.shield(self._loading)  # a caller who goes away does not stop it half-way
+            models = await asyncio.shield(self._load())  # a caller who goes away does not stop it half-way
             assert self.agent is not None  # noqa: S101  # the service asks for it before
             self._service.agent = self.agent = self.agent.succeeded_by(models)
             models.rest()
             _log_serving(self.agent)
+            self._warming = asyncio.create_task(self._warm_up(models))
             return self.agent
 
     async def shutdown(self) -> None:
@@ -149,8 +159,8 @@ class Daemon:
 
     @property
     def still_loading(self) -> bool:
-        """Whether a thread is loading the models, which nothing can interrupt."""
-        return self._loading is not None and not self._loading.done()
+        """Whether a thread is loading models or warming them up, which nothing can interrupt."""
+        return any(not working.done() for working in self._working)
 
     def _bind(self) -> str:
         address = self.settings.address
@@ -172,17 +182,39 @@ class Daemon:
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     def _load(self) -> asyncio.Future[Resident]:
-        """Loads the bundle in a daemon thread, so that a daemon told to stop need not wait for it."""
-        loading: concurrent.futures.Future[Resident] = concurrent.futures.Future()
+        return self._in_thread("loader", lambda: _load_models(self.settings))
 
-        def load() -> None:
+    async def _warm_up(self, models: Resident) -> None:
+        """Opens the models on better providers while they serve, and has them serve there once they can."""
+        if models.open_better is None:
+            return
+        began = time.monotonic()
+        fields: dict[str, Any] = {"bundle": models.reader.bundle.folder}
+        log.info("warming up", extra={"fields": fields | {"provider": models.warming}})
+        try:
+            better = await asyncio.shield(self._in_thread("warm-up", models.open_better))
+        except (RouteT2IError, OSError) as error:
+            models.stay(f"it could not be opened: {error}")
+            log.warning("warm-up failed", extra={"fields": fields | {"error": str(error)}})
+        else:
+            models.take_up(better)
+            seconds = round(time.monotonic() - began, 1)
+            log.info("warmed up", extra={"fields": fields | {"seconds": seconds}})
+
+    def _in_thread(self, name: str, work: Callable[[], Found]) -> asyncio.Future[Found]:
+        """What `work` returns. In a daemon thread, so that a daemon told to stop need not wait for it."""
+        outcome: concurrent.futures.Future[Found] = concurrent.futures.Future()
+
+        def run() -> None:
             try:
-                loading.set_result(_load_models(self.settings))
+                outcome.set_result(work())
             except BaseException as error:
-                loading.set_exception(error)
+                outcome.set_exception(error)
 
-        threading.Thread(target=load, name="loader", daemon=True).start()
-        return asyncio.wrap_future(loading)
+        threading.Thread(target=run, name=name, daemon=True).start()
+        working = asyncio.wrap_future(outcome)
+        self._working = [*(each for each in self._working if not each.done()), working]
+        return working
 
     async def _set_health(self, status: Any) -> None:
         for service in ("", SERVICE):
@@ -224,7 +256,37 @@ def _load_models(settings: Settings) -> Resident:
         max_prompt_chars=settings.max_prompt_characters,
         apps=frozenset(settings.apps) or None,
     )
-    return Resident(reader, generator, limits, choice, settings.keep_alive_s)
+    better = (
+        partial(_open_better, settings, generator, choice, bundle.model_digest) if choice.better else None
+    )
+    return Resident(reader, generator, limits, choice, settings.keep_alive_s, better)
+
+
+def _open_better(settings: Settings, generator: Generator, choice: Choice, digest: str) -> Generator:
+    """The generator on the better providers, with what they compile kept for the next start.
+
+    What was kept may be of another driver or half written: where it cannot be used it goes, and is made anew.
+    Raises BundleError, GenerationFailed, OSError.
+    """
+    cache = settings.cache_folder / "engines" / f"{digest[:16]}-{ort.__version__}"
+    kept = cache.is_dir() and any(cache.iterdir())
+    half = any(session.half for session in generator.sessions)
+
+    def opened() -> Generator:
+        runtime = Runtime(
+            threads=settings.threads or None,
+            providers=tuple(map(providers.full_name, choice.better)),
+            provider_options=providers.options(choice.better, cache, half=half),
+        )
+        return generator.on(runtime)
+
+    try:
+        return opened()
+    except RouteT2IError:
+        if not kept:
+            raise
+        shutil.rmtree(cache)
+        return opened()
 
 
 def _log_serving(agent: Agent) -> None:

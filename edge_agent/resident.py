@@ -13,8 +13,9 @@ import gc
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from edge_agent.diffusion.generator import Generator
 from edge_agent.diffusion.providers import Choice, Standing, WarmUp
@@ -38,12 +39,18 @@ class Resident:
         limits: Limits,
         choice: Choice | None = None,
         keep_alive_s: float = 0.0,
+        open_better: Callable[[], Generator] | None = None,
     ) -> None:
-        """`choice` is what they run on; left out, the CPU."""
+        """`choice` is what they run on; left out, the CPU. `open_better` opens the generator on the choice's better
+        providers, which may take minutes.
+        """
         self.reader = reader
         self.generator = generator
         self.limits = limits
+        self.open_better = open_better
         self._choice = choice or Choice()
+        self._warm_up = WarmUp()
+        self._made_at = time.monotonic()
         self.keep_alive_s = keep_alive_s
         self._uses = 0
         self._succeeded = False
@@ -53,7 +60,23 @@ class Resident:
     @property
     def providers(self) -> tuple[Standing, ...]:
         """What the models run on and what was passed over."""
-        return self._choice.standings(WarmUp())
+        return self._choice.standings(replace(self._warm_up, seconds=time.monotonic() - self._made_at))
+
+    @property
+    def warming(self) -> str:
+        """The provider that is being made ready, or was; empty where the first was the best."""
+        return self._choice.better[0] if self._choice.better else ""
+
+    def take_up(self, better: Generator) -> None:
+        """Make images with `better` from now on. Those that have begun or wait end with the generator they have."""
+        self.generator = better
+        self._warm_up = WarmUp(ready=True)
+        if not self._uses:
+            self.rest()
+
+    def stay(self, failure: str) -> None:
+        """Go on as it is: the better providers cannot be had, for the reason given."""
+        self._warm_up = WarmUp(failure=failure)
 
     @property
     def loaded(self) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import PIL.Image
@@ -43,6 +44,10 @@ class Image:
         return (self.colours * 255).round().astype(np.uint8)
 
 
+MOST_DIFFERENCE = 0.05
+"""Of its norm, by which a result may differ between two providers: half precision and its sums differ by 1 % or so."""
+
+
 class Generator:
     """The bundle's models, loaded. Safe to use from one worker thread at a time."""
 
@@ -60,7 +65,7 @@ class Generator:
         self.tokenizer = Tokenizer.open(bundle)
         self.text_encoder = TextEncoder(bundle, runtime)
         self.denoiser = Denoiser(bundle, runtime, passes)
-        self._decoder = Decoder(bundle, runtime)
+        self.decoder = Decoder(bundle, runtime)
         self._schedules = {n: Schedule.load(bundle.path(schedule_file(n))) for n in manifest.steps}
         for steps, schedule in self._schedules.items():
             if schedule.steps != steps:
@@ -70,11 +75,42 @@ class Generator:
             None if manifest.latent_to_rgb is None else np.asarray(manifest.latent_to_rgb, np.float32)
         )
         self._latent_shape = (1, manifest.latent_channels, manifest.latent_height, manifest.latent_width)
+        self._bundle = bundle
 
     @property
     def sessions(self) -> tuple[Session, ...]:
         """Every graph."""
-        return (*self.text_encoder.sessions, *self.denoiser.sessions, *self._decoder.sessions)
+        return (*self.text_encoder.sessions, *self.denoiser.sessions, *self.decoder.sessions)
+
+    def on(self, runtime: Runtime) -> Generator:
+        """The same models with denoiser and decoder on another runtime, opened for one image of the bundle's size.
+
+        Tokenizer and text encoder are shared, so that what decisions are made of stays the same. Both denoisers and
+        decoders compute once, which is when some providers compile, and have to agree.
+
+        Raises:
+            BundleError: they cannot be opened there.
+            GenerationFailed: they fail there, or compute something else.
+        """
+        other = copy.copy(self)
+        other.denoiser = Denoiser(
+            self._bundle, _fixed(runtime, self.denoiser.sessions), passes=self.denoiser.passes
+        )
+        other.decoder = Decoder(self._bundle, _fixed(runtime, self.decoder.sessions))
+        _, states = self.encode("")
+        schedule = self._schedules[min(self._schedules)]
+        noise = TorchNoise(0).draw(self._latent_shape)
+        guidance = self._bundle.manifest.default_guidance
+        latents = [
+            each.denoiser.predict(noise, schedule.timesteps[0], states, states, guidance, last=True)
+            for each in (self, other)
+        ]
+        colours = [each.decoder.decode(noise) for each in (self, other)]
+        for what, (expected, found) in (("denoiser", latents), ("decoder", colours)):
+            # Not `>`: what is not a number is not near either.
+            if not np.linalg.norm(found - expected) <= MOST_DIFFERENCE * np.linalg.norm(expected):
+                raise GenerationFailed(f"the {what} computes something else on {runtime.providers[0]}")
+        return other
 
     def encode(self, prompt: str) -> tuple[Tokens, TextStates]:
         """The prompt's tokens and states."""
@@ -144,12 +180,19 @@ class Generator:
             raise GenerationFailed(
                 "the denoiser gave numbers that are not finite; try another seed or guidance scale"
             )
-        yield Image(self._decoder.decode(latents, stop=stop))
+        yield Image(self.decoder.decode(latents, stop=stop))
 
     def _preview(self, latents: Floats, stop: Stop) -> NDArray[np.uint8]:
         if self._latent_to_rgb is None:
-            return Image(self._decoder.decode(latents, stop=stop)).pixels
+            return Image(self.decoder.decode(latents, stop=stop)).pixels
         *channels, constant = self._latent_to_rgb
         colours = np.tensordot(latents[0], np.stack(channels), axes=(0, 0)) + constant
         small = PIL.Image.fromarray(Image(np.clip(colours, 0, 1)).pixels)
         return np.asarray(small.resize(self._size, PIL.Image.Resampling.BICUBIC))
+
+
+def _fixed(runtime: Runtime, sessions: tuple[Session, ...]) -> Runtime:
+    """The runtime for sessions of the same graphs and of one size. TensorRT builds anew for each it meets."""
+    return replace(
+        runtime, sizes={name: size for session in sessions for name, size in session.sizes.items()}
+    )

@@ -203,6 +203,31 @@ def probe(name: str) -> str:
     )
 
 
+def options(names: Iterable[str], cache: Path, *, half: bool) -> dict[str, dict[str, str]]:
+    """Options for sessions on the providers, by onnxruntime's names.
+
+    Args:
+        cache: folder for what they compile. It is made.
+        half: whether the graphs compute in half precision, which TensorRT wants to be told.
+
+    Raises OSError when the folder cannot be made.
+    """
+    known = {
+        "tensorrt": {
+            "trt_engine_cache_enable": "1",
+            "trt_engine_cache_path": str(cache),
+            "trt_timing_cache_enable": "1",
+            "trt_timing_cache_path": str(cache),
+            "trt_fp16_enable": str(int(half)),
+        },
+        "openvino": {"cache_dir": str(cache)},
+    }
+    found = {full_name(name): known[name] for name in names if name in known}
+    if found:
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return found
+
+
 def full_name(name: str) -> str:
     """Onnxruntime's name of the provider: CUDAExecutionProvider for cuda."""
     if name in _FULL_NAMES:

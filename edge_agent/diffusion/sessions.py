@@ -38,6 +38,9 @@ class Runtime:
     spinning: bool = False
     providers: tuple[str, ...] = ("CPUExecutionProvider",)  # onnxruntime's names, best first
     provider_options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # by onnxruntime's name
+    sizes: Mapping[str, int] = field(
+        default_factory=dict
+    )  # of those that graphs leave open, by their names there
 
 
 class Stop(threading.Event):
@@ -109,6 +112,7 @@ class Session:
         self._dtypes = {name: _DTYPES[node.type] for name, node in found.items()}
         # Of every input and output; a size that may vary is None or has a name.
         self.shapes = {n.name: tuple(n.shape) for n in (*session.get_inputs(), *session.get_outputs())}
+        self.sizes: dict[str, int] = {}  # what `expect` has told of the names in them
         self._outputs = list(outputs)
         self._devices = _devices(session.get_providers())
 
@@ -139,6 +143,8 @@ class Session:
         options.intra_op_num_threads = runtime.threads or 0  # 0: onnxruntime counts physical cores
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if runtime.spinning else "0")
         options.log_severity_level = 3  # errors; the rest is about graphs nobody here can change
+        for name, size in runtime.sizes.items():
+            options.add_free_dimension_override_by_name(name, size)
         providers = [(name, dict(runtime.provider_options.get(name, {}))) for name in runtime.providers]
         # Where onnxruntime has no such flag, a load runs to its end: some seconds for the largest graphs.
         cancel = getattr(options, "set_load_cancellation_flag", lambda _: None)
@@ -157,13 +163,25 @@ class Session:
         self.loaded_at = time.time()
         return session
 
+    @property
+    def half(self) -> bool:
+        """Whether the graph takes half precision."""
+        return np.float16 in self._dtypes.values()
+
     def expect(self, **sizes: tuple[int | None, ...]) -> None:
         """Check inputs and outputs against the sizes they must have; None where any will do.
+
+        What the graph leaves open of its inputs is then known, and in `sizes`: one image where any number will do.
 
         Raises BundleError, naming the file, when the graph is made for others.
         """
         for name, expected in sizes.items():
             found = self.shapes[name]
+            if name in self._dtypes:
+                named = [
+                    (free, size) for free, size in zip(found, expected, strict=False) if isinstance(free, str)
+                ]
+                self.sizes |= {free: size or 1 for free, size in named}
             pairs = zip(found, expected, strict=False)
             if len(found) != len(expected) or any(
                 isinstance(size, int) and wanted is not None and size != wanted for size, wanted in pairs

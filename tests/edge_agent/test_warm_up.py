@@ -1,0 +1,195 @@
+"""A better set of sessions gets ready while another serves, and takes over between two images.
+
+The better ones here are sessions of one fixed size that also name a second provider of onnxruntime's CPU build. It
+takes no operator; all else is as with one that does.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import pytest_asyncio
+
+from edge_agent.bundle import Bundle
+from edge_agent.daemon import _load_models
+from edge_agent.diffusion import providers
+from edge_agent.diffusion.generator import Generator, Image
+from edge_agent.diffusion.sessions import Runtime
+from edge_agent.errors import BundleError, GenerationFailed
+from edge_agent.settings import resolve
+from routet2i.edge.v1 import edge_pb2
+from tests.routed import SLOW_STEPS
+from tests.running import LOCAL, Here, daemon_here, until
+
+SECOND = "azure"
+BETTER = Runtime(threads=1, providers=("AzureExecutionProvider", "CPUExecutionProvider"))
+IN_USE, WARMING_UP, PASSED_OVER = (
+    edge_pb2.ProviderState.Value(f"PROVIDER_STATE_{name}") for name in ("IN_USE", "WARMING_UP", "PASSED_OVER")
+)
+
+
+class Gate:
+    """Holds warm-ups back until it is opened. What then happens is the real thing, or `failure`."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.failure: Exception | None = None
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
+    made = Gate()
+    on = Generator.on
+
+    def held(generator: Generator, runtime: Runtime) -> Generator:
+        assert made.open.wait(60)
+        if made.failure is not None:
+            raise made.failure
+        return on(generator, runtime)
+
+    monkeypatch.setattr(Generator, "on", held)
+    monkeypatch.setattr(providers, "SLOW_TO_OPEN", frozenset({SECOND}))
+    return made
+
+
+@pytest_asyncio.fixture
+async def here(gate: Gate, routed_bundle: Path, tmp_path: Path) -> AsyncIterator[Here]:
+    async with daemon_here(
+        routed_bundle, tmp_path / "state", providers=f"{SECOND},cpu", cache=tmp_path / "cache"
+    ) as here:
+        yield here
+        gate.open.set()
+
+
+async def standings(here: Here) -> dict[str, Any]:
+    return {each.name: each for each in (await here.app.status()).providers}
+
+
+async def test_it_serves_while_it_warms_up_and_changes_over_between_images(here: Here, gate: Gate) -> None:
+    found = await standings(here)
+    assert (found["cpu"].state, found[SECOND].state) == (IN_USE, WARMING_UP)
+    assert "cpu serves meanwhile" in found[SECOND].reason
+    first = here.daemon.agent.models.generator
+    before = await here.app.generate(routing=LOCAL, seed=5)
+
+    call = here.app.call(routing=LOCAL, seed=6, steps=SLOW_STEPS)
+    await here.app.read(call, until="progress")
+    gate.open.set()
+
+    async def changed() -> bool:
+        return bool((await standings(here))[SECOND].state == IN_USE)
+
+    await until(changed)
+    assert here.daemon.agent.models.generator is not first
+    rest = await here.app.read(call)
+    assert rest.result is not None and rest.progress[-1].step == rest.progress[-1].steps
+    after = await here.app.generate(routing=LOCAL, seed=5)
+    difference = np.asarray(after.picture, int) - np.asarray(before.picture, int)
+    assert np.abs(difference).max() <= 1
+    assert [each.name for each in (await here.app.status()).providers][:2] == [SECOND, "cpu"]
+
+
+async def test_what_cannot_be_opened_is_passed_over_with_the_reason(here: Here, gate: Gate) -> None:
+    gate.failure = BundleError("unet/model.onnx: out of memory")
+    gate.open.set()
+
+    async def gave_up() -> bool:
+        return bool((await standings(here))[SECOND].state == PASSED_OVER)
+
+    await until(gave_up)
+    assert (await standings(here))[SECOND].reason == "it could not be opened: unet/model.onnx: out of memory"
+    assert (await here.app.generate(routing=LOCAL)).result is not None
+
+
+async def test_a_daemon_that_is_stopped_does_not_wait_for_its_warm_up(here: Here, gate: Gate) -> None:
+    assert here.daemon.still_loading
+    here.daemon.stop()
+    await until(lambda: here.daemon._stop.is_set())
+    assert here.daemon.still_loading, "the command leaves without the thread"
+    gate.open.set()
+    await until(lambda: not here.daemon.still_loading)
+
+
+def drawn(generator: Generator, bundle: Bundle) -> np.ndarray[Any, Any]:
+    _, states = generator.encode("a cat")
+    nothing = generator.encode_negative("")
+    (image,) = (event for event in generator.generate(states, nothing, 3, 4, 5.0) if isinstance(event, Image))
+    return image.colours
+
+
+def test_the_better_generator_has_one_size_the_same_encoder_and_draws_the_same(routed_bundle: Path) -> None:
+    bundle = Bundle.open(routed_bundle)
+    generator = Generator(bundle, Runtime(threads=1))
+    better = generator.on(BETTER)
+    assert better.text_encoder is generator.text_encoder and better.denoiser is not generator.denoiser
+    assert better.denoiser.one_at_a_time and not generator.denoiser.one_at_a_time
+    facts = bundle.manifest
+    assert better.denoiser.sessions[0].shapes["sample"] == (
+        *(1, facts.latent_channels),
+        *(facts.latent_height, facts.latent_width),
+    )
+    assert np.abs(drawn(better, bundle) - drawn(generator, bundle)).max() < 1e-4
+
+
+def test_a_provider_that_computes_something_else_is_not_taken_up(
+    routed_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = Generator(Bundle.open(routed_bundle), Runtime(threads=1))
+    decode = type(generator.decoder).decode
+
+    def wrong(decoder: Any, latents: Any, **how: Any) -> Any:
+        colours = decode(decoder, latents, **how)
+        return colours if decoder is generator.decoder else colours * np.float32(np.nan)
+
+    monkeypatch.setattr(type(generator.decoder), "decode", wrong)
+    with pytest.raises(
+        GenerationFailed, match="the decoder computes something else on AzureExecutionProvider"
+    ):
+        generator.on(BETTER)
+
+
+def test_what_tensorrt_compiles_is_kept_by_model_and_version(tmp_path: Path) -> None:
+    found = providers.options(("tensorrt", "cuda", "cpu"), tmp_path / "a" / "b", half=True)
+    assert set(found) == {"TensorrtExecutionProvider"}
+    options = found["TensorrtExecutionProvider"]
+    assert options["trt_engine_cache_path"] == options["trt_timing_cache_path"] == str(tmp_path / "a" / "b")
+    assert options["trt_fp16_enable"] == "1" and (tmp_path / "a" / "b").is_dir()
+    assert providers.options(("cuda", "cpu"), tmp_path / "none", half=False) == {}
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_cache_that_cannot_be_used_is_made_anew_and_a_fault_of_the_models_is_not_hidden(
+    routed_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(providers, "SLOW_TO_OPEN", frozenset({SECOND}))
+    flags = {
+        "bundle": str(routed_bundle),
+        "threads": "1",
+        "providers": f"{SECOND},cpu",
+        "cache": str(tmp_path),
+    }
+    models = _load_models(resolve(flags, {}))
+    assert models.open_better is not None
+    on = Generator.on
+
+    def spoilt(generator: Generator, runtime: Runtime) -> Generator:
+        if any(tmp_path.rglob("*.engine")):
+            raise BundleError("the engine is of another driver")
+        return on(generator, runtime)
+
+    monkeypatch.setattr(Generator, "on", spoilt)
+    models.open_better()
+    folder = tmp_path / "engines" / f"{models.reader.bundle.model_digest[:16]}-{ort.__version__}"
+    folder.mkdir(parents=True)
+    (folder / "unet.engine").write_bytes(b"of another driver")
+    assert models.open_better() is not models.generator
+    assert not folder.exists()
+    (tmp_path / "other.engine").write_bytes(b"not in the cache")
+    with pytest.raises(BundleError, match="another driver"):
+        models.open_better()
