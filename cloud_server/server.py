@@ -19,7 +19,7 @@ from cloud_server.errors import StartRefused
 from cloud_server.generator import Generator
 from cloud_server.journal import Journal
 from cloud_server.model import open_model
-from cloud_server.service import CloudServerService, Serving
+from cloud_server.service import CloudServerService, HandOverMalformed, Serving
 from cloud_server.settings import Settings
 from cloud_server.tenants import Tenants
 from routet2i.cloud.v1 import cloud_pb2, cloud_pb2_grpc
@@ -69,7 +69,7 @@ class Server:
                 journal=self._journal,
                 tenants=tenants,
             )
-            self._server = grpc.aio.server(options=CHANNEL_OPTIONS)
+            self._server = grpc.aio.server(interceptors=(HandOverMalformed(),), options=CHANNEL_OPTIONS)
             cloud_pb2_grpc.add_CloudServerServiceServicer_to_server(self._service, self._server)
             health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
             reflection.enable_server_reflection((SERVICE, HEALTH, reflection.SERVICE_NAME), self._server)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from cloud_server.admission import Admission
 from cloud_server.errors import (
@@ -21,6 +22,7 @@ from cloud_server.errors import (
     AlreadyExists,
     CallerGone,
     CloudServerError,
+    InvalidRequest,
     NotKept,
     OffsetPastEnd,
     PriceAboveCeiling,
@@ -58,6 +60,31 @@ class Serving:
 
     generator: Generator
     limits: Limits
+
+
+@dataclass(frozen=True)
+class Malformed:
+    """What stands in for a request whose bytes are not what the .proto files describe."""
+
+    reason: str
+
+
+class HandOverMalformed(grpc.aio.ServerInterceptor):
+    """Lets the service refuse malformed requests itself; gRPC would answer UNKNOWN and log a traceback."""
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        """GRPC's hook; see the class."""
+        handler = await continuation(details)
+        if handler is None or not details.method.startswith("/routet2i."):
+            return handler
+
+        def deserialize(data: bytes) -> Any:
+            try:
+                return handler.request_deserializer(data)
+            except DecodeError as error:
+                return Malformed(str(error))
+
+        return handler._replace(request_deserializer=deserialize)
 
 
 class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
@@ -132,11 +159,9 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
         self, request: cloud_pb2.GenerateRequest, context: Any
     ) -> None:
         """Makes one image, or sends a kept one again; see the .proto file."""
-        wish = _wish(request.image)
-        line: Line = {"rpc": "Generate", "request_id": wish.request_id, "app": wish.app or "default"}
-        if wish.traceparent:
-            line["traceparent"] = wish.traceparent
-        async with self._counted(), self._call(context, line) as tenant:
+        line: Line = {"rpc": "Generate"} | _who(request)
+        async with self._counted(), self._call(request, context, line) as tenant:
+            wish = _wish(request.image)
             responses = self._generate(tenant, wish, request.preview, _remaining_s(context), line)
             async with aclosing(responses):
                 async for response in responses:
@@ -144,11 +169,11 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
 
     async def GetModel(
         self,
-        request: cloud_pb2.GetModelRequest,  # noqa: ARG002  # empty
+        request: cloud_pb2.GetModelRequest,
         context: Any,
     ) -> cloud_pb2.GetModelResponse:
         """What is served here, and for how much."""
-        async with self._call(context, {"rpc": "GetModel"}):
+        async with self._call(request, context, {"rpc": "GetModel"}):
             serving = self._serving()
             model, limits = serving.generator.model, serving.limits
             default = (limits.width, limits.height)
@@ -170,8 +195,9 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
         self, request: cloud_pb2.LookupGenerationRequest, context: Any
     ) -> cloud_pb2.LookupGenerationResponse:
         """What became of a request id; answers across restarts, and before the model is loaded."""
-        request_id = request.request_id
-        async with self._call(context, {"rpc": "LookupGeneration", "request_id": request_id}) as tenant:
+        line: Line = {"rpc": "LookupGeneration"}
+        async with self._call(request, context, line) as tenant:
+            request_id = line["request_id"] = request.request_id
             check_request_id(request_id)
             entry = await asyncio.to_thread(self._journal.find, tenant, request_id)
             if entry is None:
@@ -252,13 +278,17 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
             raise
 
     @asynccontextmanager
-    async def _call(self, context: Any, line: Line) -> AsyncIterator[str]:
+    async def _call(self, request: Any, context: Any, line: Line) -> AsyncIterator[str]:
         """Names the tenant, turns errors into statuses, and writes the call's one log line."""
         began = time.perf_counter()
         line["outcome"] = "OK"
         try:
             metadata = dict(context.invocation_metadata() or ())
             tenant = line["tenant"] = self._tenants.identify(metadata.get("authorization"))
+            if isinstance(request, Malformed):
+                raise InvalidRequest(
+                    f"the request cannot be read: {request.reason}; text must be valid UTF-8"
+                )
             yield tenant
         except CloudServerError as error:
             line |= {"outcome": GRPC_CODES[type(error)].name, "error": error.message}
@@ -305,6 +335,16 @@ async def _abort(
         await context.abort(code, message, trailing)
     except grpc.aio.InternalError:
         raise asyncio.CancelledError from None  # nobody is left to be told
+
+
+def _who(request: cloud_pb2.GenerateRequest | Malformed) -> Line:
+    if isinstance(request, Malformed):
+        return {}
+    image = request.image
+    line: Line = {"request_id": image.request_id, "app": image.app or "default"}
+    if image.traceparent:
+        line["traceparent"] = image.traceparent
+    return line
 
 
 def _wish(image: image_pb2.ImageRequest) -> Wish:
