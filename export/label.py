@@ -23,6 +23,8 @@ from PIL import Image
 
 from cloud_server.model import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, open_model
 from edge_agent.bundle import Bundle
+from edge_agent.diffusion.generator import Generator
+from edge_agent.diffusion.generator import Image as EdgeImage
 from export.__main__ import run
 from export.errors import ExportError
 from export.prompts import PROMPTS, Prompt, router_prompts
@@ -38,6 +40,9 @@ PIECE = 25  # prompts; what an interruption loses at most
 MODELS = ("edge", "cloud")
 IMAGES = "images"  # folder of finished pictures, beside one folder of measurements a judge
 CEILING_PROMPTS = 300
+SAME_PICTURE = (
+    4.0  # levels of 255, on average: rounding, half precision and eight bits stay below, other weights do not
+)
 
 
 @dataclass(frozen=True)
@@ -117,12 +122,14 @@ def pieces(prompts: Sequence[Prompt], draws: Draws) -> Iterator[Piece]:
                 number += 1
 
 
-def generate(sources: Mapping[str, str], images: Path, wanted: Sequence[Piece]) -> None:
-    """Generate the pictures that are not in the folder ``images`` yet."""
+def generate(sources: Mapping[str, str], bundle: Bundle, images: Path, wanted: Sequence[Piece]) -> None:
+    """Generate the pictures that the folder ``images`` lacks. ExportError when ``bundle`` is not the edge's."""
     missing = [piece for piece in wanted if not images_file(images, piece).exists()]
     if not missing:
         return
     painters = {model: Painter(sources[model]) for model in {piece.model for piece in missing}}
+    if "edge" in painters:
+        check_bundle(bundle, painters["edge"], missing[0].prompts[0].text)
     with progress() as bar:
         for piece in bar.track(missing, description="generate"):
             pictures = painters[piece.model].paint([prompt.text for prompt in piece.prompts], piece.seeds)
@@ -130,6 +137,31 @@ def generate(sources: Mapping[str, str], images: Path, wanted: Sequence[Piece]) 
             with partial.open("wb") as file:
                 np.savez_compressed(file, images=np.stack([np.asarray(picture) for picture in pictures]))
             partial.replace(images_file(images, piece))
+
+
+def check_bundle(bundle: Bundle, painter: Painter, prompt: str) -> None:
+    """Raises ExportError unless the bundle makes the painter's picture: what is measured here is what is served there.
+
+    Labels bear the bundle's digest, and the pictures come from the pipeline that it was exported from.
+    """
+    facts = bundle.manifest
+    served, painted = (facts.default_steps, facts.default_guidance), (painter.steps, painter.guidance_scale)
+    if served != painted:
+        raise ExportError(
+            f"{bundle.folder} makes {served[0]} steps at guidance {served[1]:g}, and the edge model's routet2i.json "
+            f"says {painted[0]} at {painted[1]:g}: export the bundle again with those (--steps, --guidance), or "
+            "correct the file"
+        )
+    generator = Generator(bundle)
+    states, nothing = generator.encode(prompt)[1], generator.encode_negative("")
+    *_, image = generator.generate(states, nothing, seed=0, steps=served[0], guidance_scale=served[1])
+    assert isinstance(image, EdgeImage)  # the last event
+    pixels = np.asarray(painter.paint([prompt], [0])[0], dtype=np.float32)
+    if pixels.shape != image.pixels.shape or np.abs(pixels - image.pixels).mean() > SAME_PICTURE:
+        raise ExportError(
+            f"{bundle.folder} makes other pictures than the edge model: name the bundle that was exported from it "
+            "with --bundle"
+        )
 
 
 def images_file(images: Path, piece: Piece) -> Path:
@@ -218,8 +250,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     prompts = router_prompts({split: getattr(options, split) for split in PROMPTS})
     judge = Judge(options.judge)
+    bundle = Bundle.open(options.bundle)
     models = {
-        "edge_digest": Bundle.open(options.bundle).model_digest,
+        "edge_digest": bundle.model_digest,
         "cloud_digest": open_model(options.cloud).digest,
     }
     measured = {
@@ -232,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     draws = Draws(options.draws, options.measured_draws, options.ceiling_draws)
     every = list(pieces(prompts, draws))
     mine = [piece for piece in every if piece.number % options.share[1] == options.share[0] - 1]
-    generate({"edge": options.edge, "cloud": options.cloud}, images, mine)
+    generate({"edge": options.edge, "cloud": options.cloud}, bundle, images, mine)
     judged(images, parts, mine, judge)
     files = [parts / f"{piece.file}.parquet" for piece in every]
     if left := [file for file in files if not file.exists()]:

@@ -17,14 +17,19 @@ from export.starter.judge import new_judge
 from export.starter.tokenizer import train_tokenizer
 from tests.miniature import save_miniature
 
+CARDS = {
+    "edge": {"steps": 4, "guidance_scale": 5.0},  # as the miniature bundle
+    "cloud": {"steps": 2, "guidance_scale": 2.0},
+}
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Two random pipelines of two steps, and a random judge."""
+    """Two random pipelines of few steps, and a random judge."""
     root = tmp_path_factory.mktemp("models")
     for seed, name in enumerate(("edge", "cloud")):
         folder = save_miniature(root / name, seed=seed)
-        (folder / "routet2i.json").write_text(json.dumps({"steps": 2, "guidance_scale": 2.0}))
+        (folder / "routet2i.json").write_text(json.dumps(CARDS[name]))
     tokenizer = train_tokenizer(root / "tokenizer", ["a cat on a beach", "high definition photo"] * 5)
     torch.manual_seed(0)
     new_judge(tokenizer).save_pretrained(root / "judge")
@@ -65,7 +70,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_matrix(
     paint, painted = label.Painter.paint, []
 
     def interrupted(self, prompts, seeds):
-        if len(painted) == 1:
+        if len(painted) == 2:  # the bundle's check was the first
             raise KeyboardInterrupt
         painted.append(prompts)
         return paint(self, prompts, seeds)
@@ -113,6 +118,24 @@ def test_labels_of_other_models_are_not_mixed_in(models, miniature_bundle, tmp_p
     swapped = arguments(models, miniature_bundle, out)
     swapped[3] = str(models / "edge")
     with pytest.raises(ExportError, match="other models"):
+        label.main(swapped)
+
+
+@pytest.mark.parametrize(
+    ("weights", "card", "words"),
+    [
+        ("cloud", CARDS["edge"], "other pictures"),
+        ("edge", CARDS["cloud"], "4 steps at guidance 5, and .* says 2 at 2"),
+    ],
+)
+def test_labels_are_not_made_under_the_digest_of_a_bundle_that_makes_other_pictures(
+    models, miniature_bundle, tmp_path, weights, card, words
+):
+    edge = shutil.copytree(models / weights, tmp_path / "edge")
+    (edge / "routet2i.json").write_text(json.dumps(card))
+    swapped = arguments(models, miniature_bundle, tmp_path / "labels.parquet")
+    swapped[1] = str(edge)
+    with pytest.raises(ExportError, match=words):
         label.main(swapped)
 
 
