@@ -35,7 +35,7 @@ from edge_agent.superiority import relative_superiority
 from export.calibrate import predicted
 from export.errors import ExportError
 from export.outcomes import Outcomes
-from export.prompts import scenes_of
+from export.prompts import scenes_by_text, scenes_of
 from export.terminal import console
 
 RESAMPLES = 1000
@@ -214,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "number of objects": -test.objects.astype(np.float64),
         "predictor": prs(*predicted(bundle, test.prompts)),
     }
-    scenes = scenes_of(test.prompts, test.splits.tolist())
+    scenes = scenes_of(test.prompts, scenes_by_text(test.splits.tolist()))
     rows = evaluate(scores, prs(test.edge, test.cloud), paired, options.rate, scenes)
     record = {
         "rate": options.rate,

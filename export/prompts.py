@@ -59,13 +59,18 @@ def router_prompts(number: Mapping[str, int] = PROMPTS, seed: int = SEED) -> lis
     return prompts
 
 
-def scenes_of(texts: Sequence[str], splits: Sequence[str]) -> NDArray[np.int64]:
+def scenes_by_text(splits: Sequence[str]) -> dict[str, Scene | None]:
+    """What the starter's prompts say; ``splits``, one a prompt of a matrix, say how many of each there are."""
+    return {prompt.text: prompt.scene for prompt in router_prompts(Counter(splits))}
+
+
+def scenes_of(texts: Sequence[str], known: Mapping[str, Scene | None]) -> NDArray[np.int64]:
     """[N]: prompts that say the same scene get the same number, counted from 0; prompts of other worlds one each.
 
-    ``splits`` says which split each is of: with how many there are of each, the starter's prompts are drawn again.
+    ``known`` is what `scenes_by_text` gives.
     """
-    said = {prompt.text: repr(prompt.scene or prompt.text) for prompt in router_prompts(Counter(splits))}
-    _, numbers = np.unique([said.get(text, text) for text in texts], return_inverse=True)
+    said = [repr(known.get(text) or text) for text in texts]
+    _, numbers = np.unique(said, return_inverse=True)
     return numbers.astype(np.int64)
 
 

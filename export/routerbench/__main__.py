@@ -27,12 +27,14 @@ from export.errors import ExportError
 from export.evaluate import Paired, routed, spearman
 from export.label import STARTER_BUNDLE
 from export.outcomes import SPLITS, Outcomes
-from export.prompts import scenes_of
+from export.prompts import scenes_by_text, scenes_of
 from export.routerbench import plots, report
+from export.routerbench.ceiling import Ceiling, ceiling, sentences_share
 from export.routerbench.decision import decisions
 from export.routerbench.measure import RATES, Bench, counted_metrics
 from export.routerbench.router import Floats, Prompts, Router
 from export.routerbench.routers import ABLATIONS, BASELINES, ROUTERS
+from export.starter.world import Scene
 from export.terminal import console, progress
 
 LABELS = Path(__file__).parent.parent / "starter" / "weights" / "labels.parquet"
@@ -147,7 +149,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     outcomes, bundle = Outcomes.read(options.labels), Bundle.open(options.bundle)
     test = outcomes.split("test")
-    scenes = scenes_of(outcomes.prompts, outcomes.splits.tolist())
+    known = scenes_by_text(outcomes.splits.tolist())
+    scenes = scenes_of(outcomes.prompts, known)
     said = {
         split: scenes[outcomes.splits == split] for split in SPLITS if (outcomes.splits == split).sum() > 1
     }
@@ -173,6 +176,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     points = {one.name: bench.points(one.scores["test"]) for one in order}
     there = [split for split in said if split != "validation"]
     made = decisions(bundle, outcomes, {split: said[split] for split in there})
+    limit = _ceiling(outcomes.split("train"), test, known)
+    if limit is not None:
+        points[report.REFERENCE] = bench.points([limit.scores])
     best = max((fitted[kind.name] for kind in BASELINES), key=lambda one: one.validation)
     names = [name for name in ("routet2i", "ours") if name in fitted]
     facts = report.Facts(
@@ -207,6 +213,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for one in order
         },
         settings={one.name: one.setting for one in order},
+        ceiling=limit,
+        sentences=sentences_share(bench.paired.gaps.mean(axis=2), said["test"]),
         edge=float(test.edge.mean()),
         cloud=float(test.cloud.mean()),
         seconds=time.monotonic() - started,
@@ -218,6 +226,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{len(routers)} routers on {len(test)} test prompts in {facts.seconds:.0f} s -> {options.out}"
     )
     return 0
+
+
+def _ceiling(train: Outcomes, test: Outcomes, known: Mapping[str, Scene | None]) -> Ceiling | None:
+    """None where not every prompt says a scene of the starter's world."""
+    learnt, asked = (
+        [scene for text in part.prompts if (scene := known.get(text)) is not None] for part in (train, test)
+    )
+    if len(learnt) < len(train) or len(asked) < len(test):
+        return None
+    gain = (train.cloud.astype(np.float64) - train.edge).mean(axis=1)
+    return ceiling(learnt, gain, asked)
 
 
 def _elsewhere(one: Fitted, split: str, data: Data) -> float:

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from export.evaluate import Estimate
 from export.routerbench.decision import Decisions
 from export.routerbench.measure import Point
-from export.routerbench.report import Curves, Facts
+from export.routerbench.report import REFERENCE, Curves, Facts
 
 mpl.use("Agg")  # files, no window
 
@@ -23,7 +23,11 @@ BAND = ("routet2i", "ours")  # routers drawn with their interval
 
 def write(folder: Path, curves: Curves, facts: Facts, decisions: Decisions | None) -> None:
     """Write deferral.png and cost.png, and where the bundle decides, calibration.png and reliability.png."""
-    shown = [name for name in curves.routers if name in (*BAND, facts.best_baseline, "number of objects")]
+    shown = [
+        name
+        for name in curves.routers
+        if name in (*BAND, facts.best_baseline, "number of objects", REFERENCE)
+    ]
     with _figure(folder / "deferral.png", "quality won, as a share of what cloud-only wins") as axes:
         axes.set_xlabel("share of prompts sent to the cloud")
         axes.plot([0, 1], [0, 1], color="0.6", linestyle=":", label="random, expected")

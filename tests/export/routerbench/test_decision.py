@@ -10,7 +10,7 @@ from edge_agent.bundle import Bundle
 from edge_agent.superiority import METRICS
 from export.__main__ import main
 from export.outcomes import Outcomes
-from export.prompts import router_prompts, scenes_of
+from export.prompts import router_prompts, scenes_by_text, scenes_of
 from export.routerbench.decision import Decider, Decisions, Rate, decisions, without
 from export.routerbench.measure import estimate
 from tests.export.routing_world import TOKENS, write_bundle, write_labels
@@ -33,7 +33,7 @@ class Routed:
         assert main(["predictor", str(folder / "run" / "predictor.safetensors"), str(bundle)]) == 0
         assert main(["calibrate", str(labels), str(bundle)]) == 0
         self.bundle, self.outcomes = Bundle.open(bundle), Outcomes.read(labels)
-        scenes = scenes_of(self.outcomes.prompts, self.outcomes.splits.tolist())
+        scenes = scenes_of(self.outcomes.prompts, scenes_by_text(self.outcomes.splits.tolist()))
         self.scenes = {
             split: scenes[self.outcomes.splits == split] for split in ("train", "calibration", "test")
         }
@@ -106,6 +106,6 @@ def test_a_bundle_without_calibration_has_no_decisions_to_measure(routed: Routed
 
 def test_sentences_of_one_scene_share_its_number_and_strangers_have_their_own() -> None:
     prompts = router_prompts({"train": 60})
-    numbers = scenes_of([*(one.text for one in prompts), "a stranger"], [*["train"] * 60, "test"])
+    numbers = scenes_of([*(one.text for one in prompts), "a stranger"], scenes_by_text(["train"] * 60))
     assert len(set(numbers)) == len({one.scene for one in prompts}) + 1
     assert len({one.scene for one in prompts}) < 60

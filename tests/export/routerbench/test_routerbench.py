@@ -10,7 +10,7 @@ import torch
 from edge_agent.superiority import METRICS
 from export.__main__ import main
 from export.outcomes import Outcomes
-from export.prompts import scenes_of
+from export.prompts import scenes_by_text, scenes_of
 from export.routerbench.__main__ import Data, fit, worth
 from export.routerbench.measure import RATES, Bench, apgr, counted_metrics, cpt
 from export.routerbench.report import RESULTS, SUMMARY
@@ -26,7 +26,7 @@ class World:
         self.folder, self.bundle = folder, write_bundle(folder / "bundle")
         self.labels = write_labels(folder / "labels.parquet", 240)
         self.outcomes = Outcomes.read(self.labels)
-        self.scenes = scenes_of(self.outcomes.prompts, self.outcomes.splits.tolist())
+        self.scenes = scenes_of(self.outcomes.prompts, scenes_by_text(self.outcomes.splits.tolist()))
         self.data = Data.of(self.outcomes, self.bundle, self.scenes, folder)
         self.test = self.outcomes.split("test")
 

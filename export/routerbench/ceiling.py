@@ -1,0 +1,157 @@
+"""How much of the gain can be foreseen at all: where its variance lies, and what one gets who is told the scenes.
+
+The gain of a prompt (measured quality of the cloud's image less that of the edge's, a mean over metrics) is split into
+what adds up over the words of its scene (objects, counts, sizes, background, relation), what pairs of them add (an
+object *on* a background, four *of* an object), what is the scene's own, and what is left to the image's seed.
+Components are the weights of a Gaussian process's kernels, by maximum marginal likelihood.
+
+Only the first two carry over to scenes that were not trained on. The same Gaussian process, told the scenes, is the
+*reference*: it sees without error what routers must read from token states, and learns from the same gains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import cho_factor, cho_solve
+from scipy.optimize import minimize
+
+from export.routerbench.router import Floats
+from export.starter.world import Scene
+
+ITERATIONS = 15
+KINDS = ("words, adding up", "pairs of words", "the scene's own", "the image's seed")
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """Shares of the gain's variance, and the scores of the reference on other prompts."""
+
+    components: Mapping[str, float]
+    """By KINDS; they add up to 1."""
+    curve: Sequence[tuple[int, float]]
+    """(scenes learnt from, correlation of the reference with one image's gains on training scenes left out)"""
+    scores: Floats
+    """[N] of the prompts asked for, low goes to the cloud."""
+
+    @property
+    def carried_over(self) -> float:
+        """Share of the *expected* gain's variance that words and pairs of words explain."""
+        words, pairs, scene, _ = (self.components[kind] for kind in KINDS)
+        return (words + pairs) / (words + pairs + scene)
+
+
+def words(scene: Scene) -> dict[str, float]:
+    """What adds up."""
+    found: dict[str, float] = {f"on {scene.background}": 1, f"{len(scene.groups)} kinds": 1}
+    found |= {f"{scene.objects} objects": 1, f"{scene.relation}": 1}
+    for group in scene.groups:
+        found[group.name] = 1
+        for part in (f"{group.count} of it", group.size):
+            found[part] = found.get(part, 0) + 1 / len(scene.groups)
+    return found
+
+
+def pairs(scene: Scene) -> dict[str, float]:
+    """What two parts of a scene may add together."""
+    kinds = f"{len(scene.groups)} kinds"
+    found: dict[str, float] = {f"{scene.background}, {kinds}": 1, f"{scene.background}, {scene.objects}": 1}
+    found[f"{scene.background}, {scene.relation}"] = 1
+    for group in scene.groups:
+        for part in (scene.background, str(group.count), group.size, kinds):
+            found[f"{group.name}, {part}"] = 1
+        found[f"{scene.background}, {group.size}"] = 1
+    for one, other in combinations(sorted(group.name for group in scene.groups), 2):
+        found[f"{one} and {other}"] = 1
+    return found
+
+
+def ceiling(train: Sequence[Scene], gain: Floats, asked: Sequence[Scene], seed: int = 0) -> Ceiling:
+    """From training prompts' scenes and gains [N], one image a model; ``asked`` are the prompts to score."""
+    centre, spread = float(gain.mean()), float(gain.std())
+    target = (gain - centre) / spread
+    names = sorted({repr(scene) for scene in train})
+    number = np.array([names.index(repr(scene)) for scene in train])
+    order = np.random.default_rng(seed).permutation(len(names))
+    every = [*train, *asked]
+    linear = [_gram(every, features) for features in (words, pairs)]
+    said = np.array([repr(scene) for scene in every])
+    kernels = [*linear, (said[:, None] == said[None]).astype(np.float64)]
+    known = len(train)
+    weights, noise = _fitted([kernel[:known, :known] for kernel in kernels], target)
+    parts = [
+        weight * float(np.diag(kernel)[:known].mean() - kernel[:known, :known].mean())
+        for weight, kernel in zip(weights, kernels, strict=True)
+    ]
+    shares = np.array([*parts, noise]) / (sum(parts) + noise)
+    whole = sum(weight * kernel for weight, kernel in zip(weights, kernels, strict=True))
+
+    def predicted(learnt: np.ndarray, where: np.ndarray) -> Floats:
+        mean = float(target[learnt].mean())
+        factor = cho_factor(whole[np.ix_(learnt, learnt)] + noise * np.eye(len(learnt)))
+        return np.asarray(mean + whole[np.ix_(where, learnt)] @ cho_solve(factor, target[learnt] - mean))
+
+    left_out = np.flatnonzero(np.isin(number, order[-len(names) // 5 :]))
+    curve = []
+    for share in (0.1, 0.2, 0.4, 0.8):
+        scenes = order[: int(share * len(names))]
+        learnt = np.flatnonzero(np.isin(number, scenes))
+        found = np.corrcoef(predicted(learnt, left_out), target[left_out])[0, 1]
+        curve.append((len(scenes), float(found)))
+    scores = predicted(np.arange(known), np.arange(known, len(every)))
+    return Ceiling(dict(zip(KINDS, shares.tolist(), strict=True)), curve, -scores)
+
+
+def sentences_share(gains: Floats, scenes: NDArray[np.int64]) -> float:
+    """Share of the expected gain's variance that lies between sentences of one scene, from ``gains`` [N, S].
+
+    ``scenes`` [N] numbers what each prompt says. Near zero, by chance below it, where the wording does not matter; NaN
+    where no scene is said twice.
+    """
+    mean, count = gains.mean(axis=1), gains.shape[1]
+    image = float(((gains - mean[:, None]) ** 2).sum()) / (gains.size - len(gains)) / count
+    _, number, times = np.unique(scenes, return_inverse=True, return_counts=True)
+    free = len(mean) - len(times)
+    if not free:
+        return float("nan")
+    within = float(((mean - (np.bincount(number, mean) / times)[number]) ** 2).sum()) / free
+    return (within - image) / (float(mean.var(ddof=1)) - image)
+
+
+def _gram(scenes: Sequence[Scene], features: Callable[[Scene], dict[str, float]]) -> Floats:
+    """[N, N], inner products of features, of mean one on the diagonal."""
+    found = [features(scene) for scene in scenes]
+    place = {name: index for index, name in enumerate(sorted({name for one in found for name in one}))}
+    table = np.zeros((len(scenes), len(place)))
+    for row, one in enumerate(found):
+        table[row, [place[name] for name in one]] = list(one.values())
+    gram = table @ table.T
+    return np.asarray(gram / np.diag(gram).mean())
+
+
+def _fitted(kernels: Sequence[Floats], target: Floats) -> tuple[list[float], float]:
+    """Weights of the kernels and of the noise with the largest marginal likelihood of ``target`` [n]."""
+    size = len(target)
+
+    def cost(logs: Floats) -> tuple[float, Floats]:
+        *weights, noise = np.exp(logs)
+        # One more kernel of ones: the mean may be any.
+        whole = sum(weight * kernel for weight, kernel in zip(weights, kernels, strict=True)) + 1.0
+        factor = cho_factor(whole + noise * np.eye(size), lower=True)
+        solved, inverse = cho_solve(factor, target), cho_solve(factor, np.eye(size))
+        slopes = [
+            weight * ((inverse * kernel).sum() - solved @ kernel @ solved) / 2
+            for weight, kernel in zip(weights, kernels, strict=True)
+        ]
+        slopes.append(noise * (np.trace(inverse) - solved @ solved) / 2)
+        return float(target @ solved / 2 + np.log(np.diag(factor[0])).sum()), np.array(slopes)
+
+    start = np.log([*(0.1 for _ in kernels), 0.4])
+    bounds = [(-9.0, 3.0)] * len(start)
+    found = minimize(cost, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": ITERATIONS})
+    *weights, noise = np.exp(found.x).tolist()
+    return weights, noise

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from export.routerbench.ceiling import KINDS, ceiling, pairs, sentences_share, words
+from export.starter.world import Group, Scene, sample_scenes
+
+
+def test_a_gain_that_adds_up_is_found_to_and_carries_over_to_other_scenes() -> None:
+    scenes, draw = sample_scenes("train", 500, seed=1), np.random.default_rng(0)
+    worth = {name: draw.normal() for scene in scenes for name in words(scene)}
+
+    def gain(scene: Scene) -> float:
+        return sum(worth.get(name, 0.0) * times for name, times in words(scene).items())
+
+    truth = np.array([gain(scene) for scene in scenes])
+    asked = sample_scenes("test", 150, seed=2)
+    found = ceiling(scenes, truth + draw.normal(0, 0.3 * truth.std(), len(truth)), asked)
+    assert sum(found.components.values()) == pytest.approx(1)
+    assert tuple(found.components) == KINDS
+    assert found.components["words, adding up"] > 0.5
+    assert found.carried_over > 0.8
+    assert np.corrcoef(-found.scores, [gain(scene) for scene in asked])[0, 1] > 0.8
+    assert found.curve[-1][1] > 0.6
+
+
+def test_a_gain_that_is_every_scene_s_own_does_not() -> None:
+    scenes, draw = sample_scenes("train", 500, seed=1), np.random.default_rng(0)
+    worth = {scene: draw.normal() for scene in scenes}
+    found = ceiling(
+        scenes, np.array([worth[scene] for scene in scenes]) + draw.normal(0, 0.3, 500), scenes[:9]
+    )
+    assert found.carried_over < 0.4
+    assert found.components["the scene's own"] > found.components["the image's seed"]
+
+
+def test_words_and_pairs_of_a_scene() -> None:
+    scene = Scene((Group("cat", 2), Group("dog", 1, "big")), "beach", "left of")
+    assert words(scene)["2 of it"] == words(scene)["medium"] == 0.5
+    assert {"cat", "dog", "on beach", "left of", "3 objects", "2 kinds"} <= set(words(scene))
+    assert {"cat and dog", "cat, beach", "cat, 2", "dog, big", "beach, left of"} <= set(pairs(scene))
+
+
+def test_what_sentences_of_a_scene_do_not_share_is_told_from_what_images_do_not() -> None:
+    draw = np.random.default_rng(0)
+    scenes = np.repeat(np.arange(200), 3)
+    shared, own = draw.normal(0, 1, 200)[scenes], draw.normal(0, 1, 600)
+    seeds = draw.normal(0, 1, (600, 4))
+    assert sentences_share(shared[:, None] + seeds, scenes) == pytest.approx(0, abs=0.1)
+    assert sentences_share((shared + own)[:, None] + seeds, scenes) == pytest.approx(0.5, abs=0.1)
+    assert np.isnan(sentences_share(seeds, np.arange(600)))
