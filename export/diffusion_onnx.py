@@ -1,10 +1,11 @@
 """A diffusers text-to-image pipeline becomes a bundle that the edge runs without torch.
 
     python -m export.diffusion_onnx MODEL OUT [--steps 25,50] [--guidance 7.5] [--scheduler NAME] [--size 512x512]
+        [--dtype fp32|fp16|int8]
 
 optimum traces the graphs (`export/graphs.py`); this adds the compiled schedules, a tokenizer.json for each
 tokenizer and the manifest, and then runs the bundle against the torch pipeline. The bundle appears at OUT only
-when their pixels agree; until then it is built beside it.
+when their pixels agree; until then it is built beside it. A smaller one (`export/precision.py`) is made of that.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import argparse
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from edge_agent.bundle import MANIFEST, Bundle, schedule_file, write_manifest
 from edge_agent.errors import BundleError, GenerationFailed
@@ -31,6 +32,7 @@ PIXEL_TOLERANCE = 1e-3  # largest difference of any colour in 0..1, before round
 
 Report = Callable[[str], None]
 Shapes = Literal["dynamic", "fixed"]
+Dtype = Literal["fp32", "fp16", "int8"]
 
 
 def export_bundle(
@@ -42,6 +44,9 @@ def export_bundle(
     scheduler: str | None = None,
     size: tuple[int, int] | None = None,
     shapes: Shapes = "dynamic",
+    dtype: Dtype = "fp32",
+    keep: Collection[str] = (),
+    calibration_prompts: str | os.PathLike[str] | None = None,
     autoencoder: str | os.PathLike[str] | None = None,
     name: str | None = None,
     licence: str = "unknown",
@@ -58,6 +63,9 @@ def export_bundle(
         scheduler: another than the model's own, see `export.scheduler`.
         size: width and height in pixels; the model's own if None.
         shapes: "fixed" makes the graphs for this size and one image at a time, as TensorRT wants them.
+        dtype: "fp16" or "int8" for a smaller bundle, made of the float32 one once that equals the pipeline.
+        keep: the parts that stay float32 in it, by folder, such as "vae_decoder".
+        calibration_prompts: a file, one prompt a line: what the ranges of int8 are found with.
         autoencoder: folder or hub id of an autoencoder that takes the place of the model's own.
         name, licence: what the manifest says of the models.
         force: replace a bundle that is there.
@@ -65,11 +73,14 @@ def export_bundle(
 
     Raises:
         ExportError: the pipeline is of an unsupported kind, its scheduler is not linear, its tokenizer cannot be
-            converted, the size does not suit it, `out` is taken, or the bundle's pixels differ from the pipeline's.
-            Nothing is left at `out`.
+            converted, the size does not suit it, `out` is taken, or the bundle's pixels differ from the pipeline's,
+            or those of the smaller one too much from the float32 one's. Nothing is left at `out`.
     """
     target = Path(out)
     _refuse_taken(target, force)
+    if dtype == "fp32" and keep:
+        raise ExportError("there is nothing to keep in fp32 without --dtype fp16 or int8")
+    prompts = None if calibration_prompts is None else _lines(Path(calibration_prompts))
     loaded = pipelines.load(model, autoencoder) if isinstance(model, (str, os.PathLike)) else model
     pipeline = pipelines.prepared(loaded)
     if scheduler is not None:
@@ -122,6 +133,12 @@ def export_bundle(
             raise ExportError(
                 f"the bundle's pixels differ from the torch pipeline's by {difference:.1e}; not written"
             )
+        if dtype != "fp32":
+            from export import precision  # here: a float32 export need not wait for its tools
+
+            report(f"turning the bundle into {dtype}")
+            prompts = prompts or precision.CALIBRATION_PROMPTS
+            precision.shrink(partial, dtype, keep=keep, prompts=prompts, report=report)
         _move(partial, target)
     except (BundleError, GenerationFailed) as error:
         raise ExportError(error.message) from error
@@ -138,6 +155,16 @@ def _refuse_taken(target: Path, force: bool) -> None:
         raise ExportError(f"{target} is there and is not a bundle; name a new folder")
     if not force:
         raise ExportError(f"{target} holds a bundle already; name a new folder, or replace it with --force")
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ExportError(f"{file} is not text in UTF-8: {error}") from error
+    if not lines:
+        raise ExportError(f"{file} has no prompts; write one a line")
+    return lines
 
 
 def _move(partial: Path, target: Path) -> None:
@@ -198,6 +225,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         choices=("dynamic", "fixed"),
         default="dynamic",
         help="fixed: graphs for this size and one image at a time, as TensorRT wants them",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=get_args(Dtype),
+        default="fp32",
+        help="fp16: half the bytes, for GPUs; int8: a third, faster on CPUs; docs/precision.md says what they cost",
+    )
+    parser.add_argument(
+        "--keep",
+        action="append",
+        default=[],
+        metavar="PART",
+        help="leave this part in fp32, such as text_encoder or vae_decoder; may repeat",
+    )
+    parser.add_argument(
+        "--calibration-prompts",
+        metavar="FILE",
+        help="prompts, one a line, that the ranges of int8 are found with; by default a dozen of everyday things",
     )
     parser.add_argument(
         "--autoencoder",

@@ -13,8 +13,10 @@ import torch
 from edge_agent.bundle import DECODER, DENOISER, TEXT_ENCODER, Bundle, write_manifest
 from edge_agent.diffusion.generator import Generator, Image
 from edge_agent.errors import BundleError
+from export.diffusion_onnx import export_bundle
 from export.errors import ExportError
 from export.precision import BOUNDS, Loss, shrink
+from tests.miniature import save_miniature
 
 GRAPHS = (TEXT_ENCODER, DENOISER, DECODER)
 PROMPTS = ("a cat", "two dogs on a beach", "a red moon")
@@ -175,3 +177,44 @@ def test_the_loss_of_other_pictures_is_twice_their_power() -> None:
     assert Loss.between(list(images[0]), list(images[0])) == Loss(0.0, float("inf"), 0.0)
     eighth = np.round(images[0] * 255) / 255
     assert Loss.between(list(eighth), list(images[0])).psnr == pytest.approx(58.9, abs=0.1)
+
+
+def test_an_export_ends_in_the_smaller_bundle_once_the_float32_one_is_proven(tmp_path: Path) -> None:
+    model = save_miniature(tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("a cat\n\n two dogs on a beach\n")
+    lines: list[str] = []
+    bundle = export_bundle(
+        model,
+        tmp_path / "bundle",
+        steps=(2,),
+        dtype="int8",
+        keep=("vae_decoder",),
+        calibration_prompts=tmp_path / "prompts.txt",
+        report=lines.append,
+    )
+    proven = next(number for number, line in enumerate(lines) if "of 1e-03 allowed" in line)
+    compared = next(number for number, line in enumerate(lines) if line.startswith("int8 against fp32"))
+    assert proven < compared
+    quantized = {name: _weight_types(bundle.path(name)) for name in GRAPHS}
+    assert onnx.TensorProto.INT8 in quantized[TEXT_ENCODER] & quantized[DENOISER]
+    assert onnx.TensorProto.INT8 not in quantized[DECODER]
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "prompts.txt", "bundle"}
+
+
+def test_what_cannot_be_calibrated_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("\n")
+    for prompts, why in (("prompts.txt", "no prompts"), ("none.txt", "none.txt")):
+        with pytest.raises((ExportError, OSError), match=why):
+            export_bundle(
+                tmp_path / "no-model",
+                tmp_path / "bundle",
+                dtype="int8",
+                calibration_prompts=tmp_path / prompts,
+                report=silent,
+            )
+    with pytest.raises(ExportError, match="--dtype"):
+        export_bundle(tmp_path / "no-model", tmp_path / "bundle", keep=("unet",), report=silent)
+
+
+def _weight_types(graph: Path) -> set[int]:
+    return {tensor.data_type for tensor in onnx.load(graph).graph.initializer}
