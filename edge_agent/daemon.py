@@ -265,28 +265,36 @@ def _load_models(settings: Settings) -> Resident:
 def _open_better(settings: Settings, generator: Generator, choice: Choice, digest: str) -> Generator:
     """The generator on the better providers, with what they compile kept for the next start.
 
-    What was kept may be of another driver or half written: where it cannot be used it goes, and is made anew.
+    What was kept may be of another driver or half written: where it cannot be used it goes, and is made anew. TensorRT
+    refuses graphs with half precision inside unless it is told, and inputs and outputs do not tell.
     Raises BundleError, GenerationFailed, OSError.
     """
-    cache = settings.cache_folder / "engines" / f"{digest[:16]}-{ort.__version__}"
-    kept = cache.is_dir() and any(cache.iterdir())
+    folder = settings.cache_folder / "engines" / f"{digest[:16]}-{ort.__version__}"
     half = any(session.half for session in generator.sessions)
 
-    def opened() -> Generator:
+    def opened(half: bool) -> Generator:
+        cache = folder / ("half" if half else "single")
+        kept = cache.is_dir() and any(cache.iterdir())
         runtime = Runtime(
             threads=settings.threads or None,
             providers=tuple(map(providers.full_name, choice.better)),
             provider_options=providers.options(choice.better, cache, half=half),
         )
-        return generator.on(runtime)
+        try:
+            return generator.on(runtime)
+        except RouteT2IError:
+            if not kept:
+                raise
+            shutil.rmtree(cache)
+            cache.mkdir(mode=0o700)
+            return generator.on(runtime)
 
     try:
-        return opened()
+        return opened(half)
     except RouteT2IError:
-        if not kept:
+        if half or "tensorrt" not in choice.better:
             raise
-        shutil.rmtree(cache)
-        return opened()
+        return opened(half=True)
 
 
 def _log_serving(agent: Agent) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,11 +186,41 @@ def test_a_cache_that_cannot_be_used_is_made_anew_and_a_fault_of_the_models_is_n
 
     monkeypatch.setattr(Generator, "on", spoilt)
     models.open_better()
-    folder = tmp_path / "engines" / f"{models.reader.bundle.model_digest[:16]}-{ort.__version__}"
+    folder = tmp_path / "engines" / f"{models.reader.bundle.model_digest[:16]}-{ort.__version__}" / "single"
     folder.mkdir(parents=True)
     (folder / "unet.engine").write_bytes(b"of another driver")
     assert models.open_better() is not models.generator
-    assert not folder.exists()
+    assert list(folder.iterdir()) == []
     (tmp_path / "other.engine").write_bytes(b"not in the cache")
     with pytest.raises(BundleError, match="another driver"):
         models.open_better()
+
+
+def test_tensorrt_is_told_of_half_precision_where_it_takes_a_graph_no_other_way(
+    routed_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With another provider under TensorRT's name: what it is told is looked at, not what it makes of it."""
+    monkeypatch.setitem(providers._FULL_NAMES, "tensorrt", "AzureExecutionProvider")
+    monkeypatch.setitem(providers._SHORT_NAMES, "AzureExecutionProvider", "tensorrt")
+    flags = {
+        "bundle": str(routed_bundle),
+        "threads": "1",
+        "providers": "tensorrt,cpu",
+        "cache": str(tmp_path),
+    }
+    models = _load_models(resolve(flags, {}))
+    assert models.open_better is not None
+    told: list[str] = []
+    on = Generator.on
+
+    def strict(generator: Generator, runtime: Runtime) -> Generator:
+        options = runtime.provider_options["AzureExecutionProvider"]
+        told.append(options["trt_fp16_enable"])
+        assert Path(options["trt_engine_cache_path"]).is_dir()
+        if told[-1] == "0":
+            raise BundleError("unet/model.onnx: half precision inside, and it was not told")
+        return on(generator, replace(runtime, provider_options={}))
+
+    monkeypatch.setattr(Generator, "on", strict)
+    assert models.open_better().denoiser.one_at_a_time
+    assert told == ["0", "1"]
