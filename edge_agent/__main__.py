@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -360,6 +361,8 @@ def _status(options: argparse.Namespace) -> int:
             f"{each['name']}: {each['state'].replace('_', ' ')}{each['reason'] and ', ' + each['reason']}"
             for each in facts["providers"]
         ]
+        since = datetime.fromtimestamp(facts["loaded_since"]).astimezone()
+        facts["loaded_since"] = since.isoformat(" ", "seconds")
     return print_facts(facts, options)
 
 

@@ -219,6 +219,8 @@ def test_status_and_models_tell_what_runs(run: Run, daemon: Process, routed_bund
     shown = run("status").out
     assert "--cloud" in status["advice"][0] and "--cloud" in shown
     assert {"name": "cpu", "state": "in_use", "reason": ""} in status["providers"]
+    assert status["loaded"] is True
+    assert re.search(r"^loaded since +20\d\d-\d\d-\d\d \d\d:\d\d:\d\d", shown, re.MULTILINE)
     assert re.search(r"^providers +cpu: in use$", shown, re.MULTILINE)
     (edge,) = run("models", "show", "edge", "--json").objects
     (cloud,) = run("models", "show", "cloud", "--json").objects
