@@ -29,6 +29,9 @@ CYCLES = int(os.environ.get("ROUTET2I_CYCLES", "12"))
 CANCELLATIONS = int(os.environ.get("ROUTET2I_CANCELLATIONS", "100"))
 """Cancellations in their test. 1,000 take some minutes."""
 
+LONG_S = 1800
+"""For the long variants; no test waits for it."""
+
 IDLE_BYTES = 120e6
 
 # What a bundle costs while nobody uses it, in a process that only serves: the RSS after each unload, in bytes.
@@ -168,12 +171,13 @@ def test_files_that_changed_meanwhile_are_not_loaded(bundle_copy: Path) -> None:
         session.run({"latent_sample": [[[[0.0]]]]})  # type: ignore[dict-item]
 
 
+@pytest.mark.timeout(LONG_S)
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what a process holds on Linux only")
 def test_idle_memory_stays_small_and_the_same(folder: Path) -> None:
     """On the starter, in a process of its own. ROUTET2I_CYCLES=200 is the long variant."""
     command = [sys.executable, "-c", CYCLING, str(CYCLES)]
     done = subprocess.run(
-        command, env=process_environment(folder), capture_output=True, text=True, check=True, timeout=600
+        command, env=process_environment(folder), capture_output=True, text=True, check=True, timeout=LONG_S
     )
     found = json.loads(done.stdout)
     assert max(found) <= IDLE_BYTES
@@ -267,6 +271,7 @@ async def test_a_corrupt_bundle_is_refused_by_its_file_and_the_old_one_goes_on(
 # Cancelled anywhere
 
 
+@pytest.mark.timeout(LONG_S)
 async def test_cancelled_anywhere_the_next_image_is_the_same_and_no_memory_stays(
     routed_bundle: Path, tmp_path: Path
 ) -> None:
