@@ -22,6 +22,8 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
+from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import CLIPTextModelWithProjection
 
 from edge_agent.bundle import AddedConditioning
@@ -182,8 +184,7 @@ def _class_name(model: str | os.PathLike[str]) -> str:
             index = DiffusionPipeline.load_config(os.fspath(model))
     except Exception as error:  # the hub's library fails in its own ways
         raise ExportError(
-            f"{model} cannot be loaded as a diffusers pipeline: it is no folder here, and not to be had from the hub: "
-            f"{_reason(error)}"
+            f"{model} cannot be loaded as a diffusers pipeline: it is no folder here, and {_from_hub(error)}"
         ) from error
     if folder.is_dir():
         for name, part in index.items():
@@ -259,6 +260,16 @@ def _refuse_unsupported(pipeline: Any) -> None:
 
 def _nearest(side: int, multiple: int) -> int:
     return max(1, round(side / multiple)) * multiple
+
+
+def _from_hub(error: Exception) -> str:
+    # diffusers says of a hub that does not answer that the model lacks a file.
+    if isinstance(error.__context__, LocalEntryNotFoundError):
+        return (
+            f"the hub at {constants.ENDPOINT} cannot be reached and has left no copy here; check the connection, "
+            "or name a folder"
+        )
+    return f"not to be had from the hub: {_reason(error)}"
 
 
 def _reason(error: Exception) -> str:

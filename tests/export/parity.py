@@ -110,6 +110,10 @@ class Parity:
         reference = reference_image(pipeline, PROMPT, NEGATIVE, SEED, steps, COLUMNS[column].guidance)
         return difference(generator, reference), float(reference.colours.std())
 
+    def bundle(self, column: str) -> tuple[Any, Path]:
+        """The column's torch pipeline and the bundle that it was exported to."""
+        return self._trace(COLUMNS[column].make)
+
     def _load(self, title: str) -> tuple[Any, Generator, dict[str, Any]]:
         if title not in self._loaded:
             column = COLUMNS[title]

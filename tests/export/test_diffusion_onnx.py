@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +13,24 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import (
+    AutoencoderTiny,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+)
+from huggingface_hub import constants, file_download
 
 from edge_agent.bundle import MANIFEST, Bundle
+from edge_agent.diffusion.generator import Generator
+from edge_agent.diffusion.sessions import Runtime
 from export import diffusion_onnx
 from export.__main__ import main as edge_export
 from export.diffusion_onnx import export_bundle, main
 from export.errors import ExportError
-from export.reference import largest_difference, reference_images
-from tests.miniature import miniature_pipeline, save_miniature
+from export.reference import difference, largest_difference, reference_image, reference_images
+from tests.miniature import miniature_pipeline, miniature_tiny_autoencoder, save_miniature
 
 
 def silent(_line: str) -> None:
@@ -150,6 +162,121 @@ def test_a_pipeline_of_another_kind_is_refused_by_name(tmp_path: Path) -> None:
     )
     with pytest.raises(ExportError, match="StableDiffusionImg2ImgPipeline is not supported"):
         export_bundle(tmp_path / "model", tmp_path / "bundle", report=silent)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        (
+            "StableDiffusion3Pipeline",
+            "not supported yet: it needs a transformer denoiser, a third text encoder",
+        ),
+        ("FluxPipeline", "not supported yet: it needs a transformer denoiser on packed latents"),
+    ],
+)
+def test_a_class_that_is_asked_for_is_refused_saying_what_is_missing(
+    tmp_path: Path, name: str, why: str
+) -> None:
+    """By its index alone: its gigabytes are not loaded first."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    with pytest.raises(ExportError, match=why):
+        export_bundle(tmp_path / "model", tmp_path / "bundle", report=silent)
+
+
+def test_a_folder_without_an_index_says_what_to_name(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"no model_index\.json: name a folder that diffusers saved"):
+        export_bundle(tmp_path, tmp_path / "bundle", report=silent)
+
+
+def test_a_hub_that_cannot_be_reached_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A port where nobody listens stands for it; its library would try again for 23 seconds."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        template = f"http://127.0.0.1:{taken.getsockname()[1]}/{{repo_id}}/{{revision}}/{{filename}}"
+        monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(time, "sleep", lambda _seconds: None)
+        with pytest.raises(
+            ExportError, match=r"some/model .*the hub at .* cannot be reached .* name a folder"
+        ):
+            export_bundle("some/model", tmp_path / "bundle", report=silent)
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize(("size", "near"), [((500, 64), "496x64"), ((64, 8), "64x16")])
+def test_a_size_that_the_denoiser_cannot_halve_is_refused_naming_one_near(
+    pipeline: StableDiffusionPipeline, tmp_path: Path, size: tuple[int, int], near: str
+) -> None:
+    with pytest.raises(ExportError, match=f"multiples of 16 for this model, such as {near}"):
+        export_bundle(pipeline, tmp_path / "bundle", size=size, report=silent)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_scheduler_that_the_pipeline_itself_does_not_run_is_refused(
+    pipeline: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ExportError, match="StableDiffusionPipeline itself makes no image with FlowMatchEuler"
+    ):
+        export_bundle(
+            pipeline, tmp_path / "bundle", steps=(2,), scheduler="FlowMatchEulerDiscrete", report=silent
+        )
+
+
+def test_an_autoencoder_that_is_none_is_refused(tmp_path: Path) -> None:
+    save_miniature(tmp_path / "model")
+    with pytest.raises(ExportError, match="unet holds a UNet2DConditionModel"):
+        export_bundle(
+            tmp_path / "model", tmp_path / "bundle", autoencoder=tmp_path / "model" / "unet", report=silent
+        )
+
+
+def test_the_options_go_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another scheduler, size and autoencoder, and graphs for that size and one image at a time."""
+    save_miniature(tmp_path / "model")
+    miniature_tiny_autoencoder().save_pretrained(tmp_path / "tiny")
+    options = ["--steps", "2", "--guidance", "3", "--size", "96x64", "--shapes", "fixed", "--licence", "MIT"]
+    scheduler = "EulerDiscrete:timestep_spacing=trailing"
+    names = [str(tmp_path / part) for part in ("model", "bundle", "tiny")]
+    assert main([*names[:2], "--autoencoder", names[2], "--scheduler", scheduler, *options]) == 0
+
+    bundle = Bundle.open(tmp_path / "bundle")
+    facts = bundle.manifest
+    assert (facts.width, facts.height, facts.latent_width, facts.latent_height) == (96, 64, 12, 8)
+    assert (facts.steps, facts.default_guidance, facts.latent_scaling) == ((2,), 3.0, 1.0)
+    generator = Generator(bundle, Runtime(threads=1))
+    assert generator.denoiser.one_at_a_time
+    shapes = {session.path.parent.name: session.shapes for session in generator.sessions}
+    assert shapes["unet"] == {
+        "sample": (1, 4, 8, 12),
+        "timestep": (),
+        "encoder_hidden_states": (1, 77, 32),
+        "out_sample": (1, 4, 8, 12),
+    }
+    assert shapes["text_encoder"]["input_ids"] == (1, 77)
+    assert shapes["vae_decoder"] == {"latent_sample": (1, 4, 8, 12), "sample": (1, 3, 64, 96)}
+
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        tmp_path / "model", vae=AutoencoderTiny.from_pretrained(tmp_path / "tiny"), safety_checker=None
+    )
+    pipeline.scheduler = EulerDiscreteScheduler.from_config(
+        pipeline.scheduler.config, timestep_spacing="trailing"
+    )
+    expected = reference_image(pipeline, "two cats", "dog", 7, 2, 3.0, size=(96, 64))
+    assert expected.colours.shape == (64, 96, 3)
+    assert difference(generator, expected) <= 1e-3
+    said = capsys.readouterr().out
+    for graph in ("text_encoder", "unet", "vae_decoder"):
+        assert re.search(rf"{graph} +\d+\.\d s +\d+\.\d MB", said)
+
+
+@pytest.mark.parametrize("size", ["512", "512x", "0x64", "axb"])
+def test_sizes_that_are_none_are_refused(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["model", "out", "--size", size])
+    assert stopped.value.code == 2
+    assert "WIDTHxHEIGHT" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("part", ["scheduler", "tokenizer", "unet"])

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
-import pytest
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
+import pytest
+import torch
+from diffusers import PNDMScheduler
+
+from edge_agent.bundle import Bundle, write_manifest
+from edge_agent.diffusion.generator import Generator
+from edge_agent.diffusion.sessions import Runtime
+from export.reference import difference, reference_image
 from tests.export.parity import COLUMNS, PAGE, TOLERANCE, Parity, expected_shape, shape
 
 
@@ -20,6 +31,62 @@ def test_pixels_equal_diffusers(parity: Parity, column: str, scheduler: str) -> 
     difference, deviation = parity.measure(column, scheduler)
     assert deviation > 0.03  # else anything would agree
     assert difference <= TOLERANCE
+
+
+@pytest.mark.parametrize("column", ["SD 1.x, tiny autoencoder", "LCM", "SDXL"])
+def test_optimums_own_pipeline_loads_the_bundle_and_makes_the_same_picture(
+    parity: Parity, column: str
+) -> None:
+    """Stable Diffusion with an ordinary autoencoder is in test_diffusion_onnx.py."""
+    from optimum.onnxruntime import ORTDiffusionPipeline
+
+    pipeline, bundle = parity.bundle(column)
+    theirs = ORTDiffusionPipeline.from_pretrained(bundle)
+    assert type(theirs).__name__ == f"ORT{type(pipeline).__name__}"
+    theirs.set_progress_bar_config(disable=True)
+    pipeline.scheduler = type(theirs.scheduler).from_config(theirs.scheduler.config)
+    expected = reference_image(pipeline, "two cats", "dog", 3, 4, 3.0)
+    negative = {} if column == "LCM" else {"negative_prompt": "dog"}
+    image = theirs(
+        "two cats",
+        **negative,
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        generator=torch.Generator("cpu").manual_seed(3),
+        output_type="np",
+    ).images[0]
+    assert np.abs(image - expected.colours).max() <= TOLERANCE
+
+
+def test_stable_diffusion_xl_hears_its_sizes_and_an_empty_negative_prompt_is_zeros(
+    parity: Parity, tmp_path: Path
+) -> None:
+    """Without this, equal pixels could mean that the miniature does not listen."""
+    pipeline, folder = parity.bundle("SDXL")
+    added = Bundle.open(folder).manifest.added
+    assert added is not None
+    assert added.time_ids == (64, 64, 0, 0, 64, 64)
+    pipeline.scheduler = PNDMScheduler.from_config(pipeline.scheduler.config)
+    copy = Path(shutil.copytree(folder, tmp_path / "bundle"))
+    without = reference_image(pipeline, "two cats", "", 3, 4, 5.0)
+    for change, apart in (
+        ({}, False),
+        ({"time_ids": (640.0, 64.0, 0.0, 0.0, 64.0, 64.0)}, True),
+        ({"zero_negative": False}, True),
+    ):
+        write_manifest(copy, steps=[4], default_steps=4, added=replace(added, **change))
+        found = difference(Generator(Bundle.open(copy), Runtime(threads=1)), without)
+        assert found > 10 * TOLERANCE if apart else found <= TOLERANCE
+
+
+def test_a_latent_consistency_model_hears_its_guidance_scale(parity: Parity) -> None:
+    """In one pass: nothing but the scale as an input says it."""
+    pipeline, folder = parity.bundle("LCM")
+    generator = Generator(Bundle.open(folder), Runtime(threads=1))
+    assert not generator.denoiser.guides(8.5)
+    reference = reference_image(pipeline, "two cats", "", 3, 4, 8.5)
+    assert difference(generator, reference) <= TOLERANCE
+    assert difference(generator, replace(reference, guidance=2.0)) > 10 * TOLERANCE
 
 
 def test_the_page_has_the_cells_that_are_tested() -> None:

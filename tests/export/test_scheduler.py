@@ -1,0 +1,38 @@
+"""Another scheduler is chosen by name and keeps the model's own betas; a name that is none says what is near."""
+
+from __future__ import annotations
+
+import pytest
+from diffusers import EulerDiscreteScheduler, PNDMScheduler
+
+from export.errors import ExportError
+from export.scheduler import choose_scheduler
+
+OWN = PNDMScheduler(beta_end=0.0123, prediction_type="v_prediction")
+
+
+@pytest.mark.parametrize("name", ["EulerDiscrete", "EulerDiscreteScheduler"])
+def test_the_models_own_config_is_kept_and_the_changes_are_made(name: str) -> None:
+    changes = "timestep_spacing=trailing,use_karras_sigmas=true,steps_offset=1,sigma_min=0.5"
+    chosen = choose_scheduler(OWN, f"{name}:{changes}")
+    assert type(chosen) is EulerDiscreteScheduler
+    config = chosen.config
+    assert (config.beta_end, config.prediction_type) == (0.0123, "v_prediction")
+    assert (config.timestep_spacing, config.use_karras_sigmas) == ("trailing", True)
+    assert (config.steps_offset, config.sigma_min) == (1, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "why"),
+    [
+        ("EulerDiscret", "did you mean .*EulerDiscreteScheduler"),
+        ("", "no scheduler Scheduler"),
+        ("StableDiffusionPipeline", "no scheduler"),
+        ("EulerDiscrete:karras=true", "takes no karras; it takes .*use_karras_sigmas"),
+        ("EulerDiscrete:use_karras_sigmas", "write EulerDiscrete:KEY=VALUE"),
+        ("EulerDiscrete:beta_schedule=steep", "cannot be made"),
+    ],
+)
+def test_what_is_no_scheduler_or_no_change_of_one_is_refused(wanted: str, why: str) -> None:
+    with pytest.raises(ExportError, match=why):
+        choose_scheduler(OWN, wanted)
