@@ -81,8 +81,8 @@ def export_bundle(
     if dtype == "fp32" and keep:
         raise ExportError("there is nothing to keep in fp32 without --dtype fp16 or int8")
     prompts = None if calibration_prompts is None else _lines(Path(calibration_prompts))
-    loaded = pipelines.load(model, autoencoder) if isinstance(model, (str, os.PathLike)) else model
-    pipeline = pipelines.prepared(loaded)
+    loaded = pipelines.load(model) if isinstance(model, (str, os.PathLike)) else model
+    pipeline = pipelines.prepared(loaded, autoencoder)
     if scheduler is not None:
         pipeline.scheduler = choose_scheduler(pipeline.scheduler, scheduler)
     kind = pipelines.kind(pipeline)

@@ -60,32 +60,32 @@ _MISSING = {
 }
 
 
-def load(model: str | os.PathLike[str], autoencoder: str | os.PathLike[str] | None = None) -> Any:
+def load(model: str | os.PathLike[str]) -> Any:
     """The pipeline in `model`, a folder that diffusers saved or a hub id, on the CPU in float32.
-
-    Args:
-        autoencoder: folder or hub id of an autoencoder that takes the place of the pipeline's own.
 
     Raises:
         ExportError: it is not there, incomplete, of an unsupported class, or the hub cannot be reached.
     """
     name = _class_name(model)
     _refuse_class(name)
-    parts = {} if autoencoder is None else {"vae": _load_autoencoder(autoencoder)}
     try:
         with quiet():
             pipeline = DiffusionPipeline.from_pretrained(
-                model, torch_dtype=torch.float32, **_without_safety_checker(name), **parts
+                model, torch_dtype=torch.float32, **_without_safety_checker(name)
             )
     except Exception as error:  # each part's library fails in its own way
         raise ExportError(f"{model} cannot be loaded as a diffusers pipeline: {_reason(error)}") from error
     return pipeline
 
 
-def prepared(pipeline: Any) -> Any:
+def prepared(pipeline: Any, autoencoder: str | os.PathLike[str] | None = None) -> Any:
     """A copy that shares the weights of `pipeline`, ready to be exported: a part can be replaced in it.
 
-    Raises ExportError when it is of an unsupported kind.
+    Args:
+        autoencoder: folder or hub id of an autoencoder that takes the place of the pipeline's own.
+
+    Raises:
+        ExportError: it is of an unsupported kind, or the autoencoder cannot be loaded.
     """
     _refuse_class(type(pipeline).__name__)
     pipeline = copy.copy(pipeline)
@@ -93,6 +93,8 @@ def prepared(pipeline: Any) -> Any:
         pipeline.to("cpu", torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.watermark = None  # an invisible one that diffusers puts on where a package for it is installed
+    if autoencoder is not None:
+        pipeline.vae = _load_autoencoder(autoencoder)
     _refuse_unsupported(pipeline)
     return pipeline
 
