@@ -191,7 +191,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.name != "onnxruntime":
             raise
         return _complain(
-            "there is no onnxruntime; install it: pip install 'routet2i[cpu]', or [gpu]", BAD_INPUT
+            "there is no onnxruntime; install one: pip install 'routet2i[cpu]' or [gpu], on a Jetson NVIDIA's wheel",
+            BAD_INPUT,
         )
     except BrokenPipeError:  # whoever read our output has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

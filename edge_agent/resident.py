@@ -70,8 +70,10 @@ class Resident:
     def take_up(self, better: Generator) -> None:
         """Make images with `better` from now on. Those that have begun or wait end with the generator they have."""
         self.generator = better
+        self.open_better = None  # it holds on to the generator before
         self._warm_up = WarmUp(ready=True)
         if not self._uses:
+            asyncio.get_running_loop().run_in_executor(None, give_back_memory)
             self.rest()
 
     def stay(self, failure: str) -> None:

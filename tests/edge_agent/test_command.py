@@ -294,3 +294,19 @@ def test_help_teaches(run: Run, command: tuple[str, ...]) -> None:
         assert "  edge-agent " in finished.out  # an example
     if command in ((), ("generate",), ("route",), ("quota",)):
         assert "exit codes" in finished.out or "--json prints" in finished.out
+
+
+@pytest.mark.parametrize("command", [("route", "a cat"), ("serve",)])
+def test_without_onnxruntime_it_says_what_to_install(folder: Path, command: tuple[str, ...]) -> None:
+    without = "import sys; sys.modules['onnxruntime'] = None; from edge_agent.__main__ import main; sys.exit(main())"
+    finished = subprocess.run(
+        [sys.executable, "-c", without, *command],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=process_environment(folder),
+    )
+    assert finished.returncode == 2
+    assert finished.stderr.splitlines()[-1].startswith(
+        "edge-agent: there is no onnxruntime; install one: pip install"
+    )

@@ -6,7 +6,9 @@ takes no operator; all else is as with one that does.
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -76,7 +78,7 @@ async def test_it_serves_while_it_warms_up_and_changes_over_between_images(here:
     found = await standings(here)
     assert (found["cpu"].state, found[SECOND].state) == (IN_USE, WARMING_UP)
     assert "cpu serves meanwhile" in found[SECOND].reason
-    first = here.daemon.agent.models.generator
+    first = weakref.ref(here.daemon.agent.models.generator.denoiser.sessions[0])
     before = await here.app.generate(routing=LOCAL, seed=5)
 
     call = here.app.call(routing=LOCAL, seed=6, steps=SLOW_STEPS)
@@ -87,9 +89,16 @@ async def test_it_serves_while_it_warms_up_and_changes_over_between_images(here:
         return bool((await standings(here))[SECOND].state == IN_USE)
 
     await until(changed)
-    assert here.daemon.agent.models.generator is not first
+    assert here.daemon.agent.models.generator.denoiser.sessions[0] is not first()
     rest = await here.app.read(call)
     assert rest.result is not None and rest.progress[-1].step == rest.progress[-1].steps
+    await here.restless()
+
+    def gone() -> bool:
+        gc.collect()
+        return first() is None
+
+    await until(gone)  # with the memory of its weights
     after = await here.app.generate(routing=LOCAL, seed=5)
     difference = np.asarray(after.picture, int) - np.asarray(before.picture, int)
     assert np.abs(difference).max() <= 1
