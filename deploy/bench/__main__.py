@@ -19,6 +19,7 @@ from rich.console import Console
 import cancellation
 import decision
 import headroom
+import idle
 import images
 import imports
 import installed
@@ -40,6 +41,7 @@ PIPE_WIDTH = 180  # characters, where no terminal says how many there are
 GROUPS: dict[str, Callable[[Plan], list[Row]]] = {
     decision.GROUP: decision.rows,
     overhead.GROUP: overhead.rows,
+    idle.GROUP: idle.rows,
     images.OPTIMUM: images.against_optimum,
     images.DIFFUSERS: images.against_diffusers,
     images.FULL_SIZE: images.at_full_size,

@@ -82,7 +82,7 @@ def measure(folder: Path, threads: int, images: int) -> Reply:
         return encode_png(image.pixels)
 
     found: Reply = {"agent_ms": [], "direct_ms": []}
-    with running_agent(folder, threads) as stub:
+    with running_agent(folder, threads) as (stub, _):
 
         def agent(prompt: str, seed: int) -> bytes:
             return through_agent(stub, prompt, seed)
@@ -115,17 +115,18 @@ def pixels(png: bytes) -> np.ndarray:
 
 
 @contextmanager
-def running_agent(folder: Path, threads: int) -> Iterator[EdgeAgentServiceStub]:
-    """`edge-agent serve` on a socket of its own, once its models are loaded."""
+def running_agent(folder: Path, threads: int, *more: str) -> Iterator[tuple[EdgeAgentServiceStub, int]]:
+    """`edge-agent serve` on a socket of its own, once its models are loaded, and its process id."""
     environment = {name: text for name, text in os.environ.items() if not name.startswith(ENVIRONMENT_PREFIX)}
     with tempfile.TemporaryDirectory() as state:
         address = f"unix:{state}/agent.sock"
         settings = ["--listen", address, "--state", state, "--bundle", str(folder), "--threads", str(threads)]
+        settings += more
         daemon = subprocess.Popen([sys.executable, "-m", "edge_agent", "serve", *settings], env=environment)
         try:
             _wait(AgentClient(address), daemon)
             with grpc.insecure_channel(address) as channel:
-                yield EdgeAgentServiceStub(channel)
+                yield EdgeAgentServiceStub(channel), daemon.pid
         finally:
             daemon.terminate()
             daemon.wait()

@@ -28,6 +28,7 @@ class Plan:
     images: int
     starts: int  # fresh processes
     cancellations: int
+    unloads: int  # of the daemon's models
     full_size: Path  # where the models of full size are kept, or will be
     full_size_pairs: int
 
@@ -35,7 +36,7 @@ class Plan:
     def of(cls, bundle: Path, model: Path, evaluation: Path, full_size: Path, *, quick: bool) -> Plan:
         """`quick` measures so little that only the machinery is tried."""
         decisions, images, starts = (24, 3, 1) if quick else (600, 15, 5)
-        cancellations, pairs = (40, 1) if quick else (1000, 3)
+        cancellations, unloads, pairs = (40, 2, 1) if quick else (1000, 200, 3)
         return cls(
             bundle,
             model,
@@ -45,6 +46,7 @@ class Plan:
             images,
             starts,
             cancellations,
+            unloads,
             full_size,
             pairs,
         )

@@ -22,7 +22,7 @@ def bench(*arguments: str, out: Path) -> tuple[subprocess.CompletedProcess[str],
     return finished, json.loads(written.read_text()) if written.exists() else {}
 
 
-@pytest.mark.parametrize("group", ["decision", "agent", "import", "installed"])
+@pytest.mark.parametrize("group", ["decision", "agent", "idle", "import", "installed"])
 def test_the_edges_rows_are_measured_and_written(group: str, routed_bundle: Path, tmp_path: Path) -> None:
     finished, record = bench("--only", group, "--bundle", str(routed_bundle), out=tmp_path)
     assert finished.returncode == 0, finished.stderr
