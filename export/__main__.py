@@ -21,6 +21,7 @@ STAGES = {
         "compare half precision and eight bits with float32: size, time, memory, quality",
     ),
     "label": ("export.label", "measure both models' images: prompts x models x seeds x metrics"),
+    "inspect": ("export.inspection", "look whether what was asked for is in the pictures"),
     "validity": (
         "export.validity",
         "measure what the metrics are worth: own and foreign damage, reliability",

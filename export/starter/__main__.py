@@ -7,11 +7,13 @@ whole takes some hours, most of it the cloud model; on a GPU minutes. Stages, in
   autoencoder    train the autoencoder both models share
   decoder        train its decoder on, alone
   judge          train the judge
+  inspector      train the inspector, which looks whether what was asked for is in the picture
   edge-text, cloud-text    teach the text encoders of both models to read
   edge, cloud    train the two text-to-image models
   install        copy finished weights to where they ship from, with their model cards
   bundle         export the edge model to the bundle the daemon runs
   label          generate with both models and judge every image
+  inspect        let the inspector look at every image too
   predictor      train the predictor, put it into the bundle, calibrate it
   evaluate       measure the routing on held-out prompts
   contact-sheet  edge and cloud side by side
@@ -26,25 +28,32 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from export import calibrate, diffusion_onnx, evaluate, label, predictor_onnx
+from export import calibrate, diffusion_onnx, evaluate, inspection, label, predictor_onnx
 from export import train as train_predictor
 from export.__main__ import run
 from export.errors import ExportError
 from export.label import STARTER_BUNDLE, STARTER_CLOUD, STARTER_EDGE
 from export.quality import STARTER_JUDGE
-from export.starter import autoencoder, contact_sheet, denoiser, judge, sprites, text_encoder
+from export.starter import autoencoder, contact_sheet, denoiser, inspector, judge, sprites, text_encoder
 from export.starter.card import read_records, write_card
+from export.starter.inspector import STARTER_INSPECTOR
 from export.starter.size import EDGE
 from export.starter.training import UNFINISHED
 
 EDGE_STEPS = f"{EDGE.inference_steps},8,16"  # step counts compiled into the bundle, the default first
 OUTCOMES = STARTER_EDGE.parent / "labels.parquet"
 EVALUATION = STARTER_EDGE.parent / "evaluation.json"
+INSPECTION = Path("docs/inspector.md")
 
 
 def install(work: Path) -> int:
     """Copy finished weights into the packages that ship them. Raises ExportError while one is unfinished."""
-    places = {"edge": STARTER_EDGE, "cloud": STARTER_CLOUD, "judge": STARTER_JUDGE}
+    places = {
+        "edge": STARTER_EDGE,
+        "cloud": STARTER_CLOUD,
+        "judge": STARTER_JUDGE,
+        "inspector": STARTER_INSPECTOR,
+    }
     for name in places:
         if not (work / name / "record.json").exists():
             raise ExportError(
@@ -54,7 +63,7 @@ def install(work: Path) -> int:
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(work / name / "model", place)
     write_card(
-        read_records(work, ("autoencoder", "decoder", "edge-text", "edge", "judge")),
+        read_records(work, ("autoencoder", "decoder", "edge-text", "edge", "judge", "inspector")),
         STARTER_EDGE.parent / "README.md",
     )
     write_card(
@@ -109,6 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "autoencoder": lambda: autoencoder.main(["autoencoder", *training, *rest]),
         "decoder": lambda: autoencoder.main(["decoder", *training, *rest]),
         "judge": lambda: judge.main([*training, *rest]),
+        "inspector": lambda: inspector.main([*training, *rest]),
         "edge-text": lambda: text_encoder.main(["edge", *training, *rest]),
         "cloud-text": lambda: text_encoder.main(["cloud", *training, *rest]),
         "edge": lambda: denoiser.main(["edge", *training, *rest]),
@@ -116,6 +126,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "install": lambda: install(work),
         "bundle": bundle,
         "label": lambda: label.main(["--out", str(OUTCOMES), "--parts", str(work / "labels"), *rest]),
+        "inspect": lambda: inspection.main(
+            [str(OUTCOMES), str(work / "labels" / label.IMAGES), "--report", str(INSPECTION), *rest]
+        ),
         "predictor": lambda: predictor(work),
         "evaluate": lambda: evaluate.main(
             [str(OUTCOMES), str(STARTER_BUNDLE), "--out", str(EVALUATION), *rest]

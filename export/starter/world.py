@@ -123,13 +123,23 @@ _ARRANGEMENT = {
 
 def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     """Paint the scene: uint8 [SIZE, SIZE, 3]. ``rng`` shifts sprites, colours and horizon a little."""
-    canvas = _background(scene.background, rng)
+    canvas = backdrop(scene.background, rng)
     for name, left, top, size in place(scene, rng):
-        window = canvas[top : top + size, left : left + size]
-        stamp = sprite(name, size)
-        window *= 1 - stamp[..., 3:]
-        window += stamp[..., :3]
-    return (canvas.clip(0, 1) * 255 + 0.5).astype(np.uint8)  # resampled sprites overshoot a little
+        stamp(canvas, name, left, top, size)
+    return as_picture(canvas)
+
+
+def stamp(canvas: np.ndarray, name: str, left: int, top: int, size: int, opacity: float = 1.0) -> None:
+    """Paint a sprite of ``size`` pixels onto the float32 canvas [SIZE, SIZE, 3]."""
+    window = canvas[top : top + size, left : left + size]
+    painted = opacity * sprite(name, size)
+    window *= 1 - painted[..., 3:]
+    window += painted[..., :3]
+
+
+def as_picture(canvas: np.ndarray) -> np.ndarray:
+    """The canvas as uint8; resampled sprites overshoot a little."""
+    return (canvas.clip(0, 1) * 255 + 0.5).astype(np.uint8)
 
 
 def place(scene: Scene, rng: np.random.Generator) -> Iterator[tuple[str, int, int, int]]:
@@ -174,7 +184,8 @@ _COLOURS = {
 }
 
 
-def _background(name: str, rng: np.random.Generator) -> np.ndarray:
+def backdrop(name: str, rng: np.random.Generator) -> np.ndarray:
+    """A background alone, float32 [SIZE, SIZE, 3] in [0, 1]; ``rng`` shifts its horizon and colour a little."""
     top, sky, ground, bottom = (np.array(c, np.float32) for c in _COLOURS[name])
     horizon = int(rng.integers(30, 39))
     up = np.linspace(0, 1, horizon, dtype=np.float32)[:, None]

@@ -1,0 +1,349 @@
+"""Is what was asked for in the picture? The inspector's verdicts on generated images, and what they are worth.
+
+    edge-export inspect LABELS IMAGES [--report docs/inspector.md]
+
+Adds to the labels, for every image that lies in the folder IMAGES (`edge-export label` keeps them under
+`--parts`, in `images`), the columns `inspected` (1 when everything asked for is there, else 0) and `inspected_share`
+(how much of it is). Both are empty where there is no image, or no scene to compare with. Then measures the inspector:
+on rendered scenes it has not met, on the same with the prompts exchanged, and against people's verdicts on generated
+images (``starter/inspector_audit.json``). No router, predictor or calibration reads what is written here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from PIL import Image
+
+from export.errors import ExportError
+from export.label import MODELS
+from export.outcomes import INSPECTED, Outcomes
+from export.prompts import Prompt, router_prompts
+from export.starter.inspector import STARTER_INSPECTOR, Inspector, Sight
+from export.starter.world import Scene, render, sample_scenes
+from export.terminal import console, progress
+
+SHARE = "inspected_share"
+AUDIT = Path(__file__).parent / "starter" / "inspector_audit.json"
+APART = 8.0  # pixels, an eighth of the picture: nearer than that nothing is left of or above anything
+RENDERED = 1000  # held-out scenes
+SEED = 52
+RESAMPLES = 1000
+KINDS = ("one object", "several of a kind", "two kinds", "three kinds")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What of a prompt was found. ``related`` and ``placed`` are None where the prompt asks for neither.
+
+    As in GenEval, objects nobody asked for are no fault unless they are too many of a kind that was asked for.
+    Sizes are not judged: a generated object of two thirds the size is still what was asked for.
+    """
+
+    present: tuple[bool, ...]
+    """For each kind of object, whether there is one at all."""
+    counted: tuple[bool, ...]
+    """For each kind, whether there are as many as asked for."""
+    related: bool | None
+    """Whether the first kind stands to the second as asked."""
+    placed: bool | None
+    """Whether the background is the one asked for; a plain one need not be asked for."""
+
+    @property
+    def strict(self) -> bool:
+        """Everything asked for is there."""
+        return all(self._checks)
+
+    @property
+    def share(self) -> float:
+        """The share of what was asked for that is there."""
+        return float(np.mean(self._checks))
+
+    @property
+    def _checks(self) -> tuple[bool, ...]:
+        return (*self.counted, *(check for check in (self.related, self.placed) if check is not None))
+
+
+def verdict(sight: Sight, scene: Scene) -> Verdict:
+    """Compare what was seen with what was asked for."""
+    middles = [
+        np.array([(seen.x, seen.y) for seen in sight.objects if seen.name == group.name]).reshape(-1, 2)
+        for group in scene.groups
+    ]
+    related = None
+    if scene.relation is not None:
+        first, second = middles[:2]
+        related = len(first) > 0 and len(second) > 0 and _stands(first, second, scene.relation)
+    return Verdict(
+        tuple(len(found) > 0 for found in middles),
+        tuple(len(found) == group.count for found, group in zip(middles, scene.groups, strict=True)),
+        related,
+        None if scene.background == "plain" else sight.background == scene.background,
+    )
+
+
+def _stands(first: NDArray[np.float64], second: NDArray[np.float64], relation: str) -> bool:
+    right, down = first.mean(axis=0) - second.mean(axis=0)
+    return bool({"left of": -right, "right of": right, "above": -down, "below": down}[relation] >= APART)
+
+
+def kind_of(scene: Scene) -> str:
+    """Which of KINDS a prompt is."""
+    if len(scene.groups) == 1:
+        return KINDS[0] if scene.objects == 1 else KINDS[1]
+    return KINDS[len(scene.groups)]
+
+
+def pictures(folder: Path) -> Iterator[tuple[str, int, int, NDArray[np.uint8]]]:
+    """(model, prompt id, draw, picture) of all that `edge-export label` kept; ExportError for what is not its."""
+    for file in sorted(folder.glob("*.npz")):
+        try:
+            model, draw, first, last, number = file.stem.split("-")
+            with np.load(file) as kept:
+                images = kept["images"]
+            ids = range(int(first), int(last) + 1)
+            if model not in MODELS or not len(images) == len(ids) == int(number):
+                raise ValueError("its name and its pictures do not agree")
+        except (ValueError, KeyError, OSError, EOFError) as error:
+            raise ExportError(
+                f"{file} is not a piece of `edge-export label` ({error}): remove it, and label again"
+            ) from error
+        for prompt_id, image in zip(ids, images, strict=True):
+            yield model, prompt_id, int(draw), image
+
+
+def inspect(
+    table: pa.Table, folder: Path, inspector: Inspector, scenes: Mapping[int, Scene]
+) -> tuple[pa.Table, dict[tuple[str, int, int], Verdict]]:
+    """The labels with the verdicts, and these by (model, prompt id, seed)."""
+    _made_by_the_same_models(table, folder)
+    keys = zip(*(table[name].to_pylist() for name in ("model", "prompt_id", "seed")), strict=True)
+    rows = {key: row for row, key in enumerate(keys)}
+    found: dict[tuple[str, int, int], Verdict] = {}
+    strict, share = (np.full(len(table), np.nan, np.float32) for _ in range(2))
+    batch: list[tuple[tuple[str, int, int], NDArray[np.uint8]]] = []
+
+    def look() -> None:
+        sights = inspector.look([Image.fromarray(image) for _, image in batch])
+        for (key, _), sight in zip(batch, sights, strict=True):
+            found[key] = verdict(sight, scenes[key[1]])
+            strict[rows[key]], share[rows[key]] = found[key].strict, found[key].share
+        batch.clear()
+
+    with progress() as bar:
+        for model, prompt_id, draw, image in bar.track(pictures(folder), len(table), description="inspect"):
+            key = (model, prompt_id, prompt_id * 1000 + draw)
+            if key in rows and prompt_id in scenes:
+                batch.append((key, image))
+            if len(batch) == 64:
+                look()
+    if batch:
+        look()
+    if not found:
+        raise ExportError(
+            f"{folder} holds no picture of these labels: name the folder `images` under --parts"
+        )
+    for name, column in ((INSPECTED, strict), (SHARE, share)):
+        if name in table.column_names:
+            table = table.drop_columns(name)
+        table = table.append_column(name, pa.array(column, from_pandas=True))
+    return table, found
+
+
+def _made_by_the_same_models(table: pa.Table, folder: Path) -> None:
+    made_with = folder / "made_with.json"
+    if not made_with.exists():
+        raise ExportError(
+            f"{folder} holds no images of `edge-export label`: name the folder `images` under --parts"
+        )
+    facts = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+    for name, digest in json.loads(made_with.read_text()).items():
+        if facts.get(name) != digest:
+            raise ExportError(
+                f"{folder} holds images of other models than the labels measure ({name}): label again"
+            )
+
+
+def on_rendered(inspector: Inspector, number: int = RENDERED) -> dict[str, list[float]]:
+    """Held-out rendered scenes by kind: share found right, strict; and with another scene's prompt, strict."""
+    rng = np.random.default_rng(SEED)
+    scenes = sample_scenes("validation", number, SEED)
+    sights = inspector.look([Image.fromarray(render(scene, rng)) for scene in scenes])
+    right: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    shuffled: list[float] = []
+    for index, (scene, sight) in enumerate(zip(scenes, sights, strict=True)):
+        right[kind_of(scene)].append(verdict(sight, scene).strict)
+        if scenes[index - 1] != scene:
+            shuffled.append(verdict(sight, scenes[index - 1]).strict)
+    return right | {"prompts exchanged": shuffled}
+
+
+def kappa(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
+    """Cohen's kappa of two raters [N]: agreement beyond chance, 1 when they never differ."""
+    agreed = (one == other).mean()
+    chance = one.mean() * other.mean() + (1 - one.mean()) * (1 - other.mean())
+    return float((agreed - chance) / (1 - chance)) if chance < 1 else 1.0
+
+
+def bootstrap(
+    values: Sequence[float] | NDArray[np.float64], statistic: Callable[..., float] = np.mean
+) -> str:
+    """The statistic of the rows, and its 95 % interval over rows, as text."""
+    rows = np.asarray(values)
+    if not len(rows):
+        return "-"
+    rng = np.random.default_rng(SEED)
+    drawn = [statistic(rows[rng.integers(0, len(rows), len(rows))]) for _ in range(RESAMPLES)]
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return f"{statistic(rows):.2f} [{low:.2f}, {high:.2f}]"
+
+
+def against_people(found: Mapping[tuple[str, int, int], Verdict], audit: Path = AUDIT) -> list[str]:
+    """Table rows: agreement and kappa with the verdicts of people in ``audit``; [] when none of its images is there.
+
+    Images on which the inspector's threshold was chosen do not count.
+    """
+    entries = [
+        entry for entry in json.loads(audit.read_text(encoding="utf-8"))["images"] if not entry["chose"]
+    ]
+    pairs = [(entry, found[key]) for entry in entries if (key := _identity(entry)) in found]
+    if not pairs:
+        return []
+    asked: dict[str, Callable[[Verdict], bool]] = {
+        "objects": lambda v: all(v.present),
+        "counts": lambda v: all(v.counted),
+        "everything": lambda v: v.strict,
+    }
+    lines = []
+    for name, of in asked.items():
+        both = np.array([(bool(entry[name]), of(v)) for entry, v in pairs])
+        cells = (
+            *(f"{both[:, column].mean():.2f}" for column in (0, 1)),
+            bootstrap(both, lambda rows: float((rows[:, 0] == rows[:, 1]).mean())),
+            bootstrap(both, lambda rows: kappa(rows[:, 0], rows[:, 1])),
+            f"{int((both[:, 1] & ~both[:, 0]).sum())}",
+            f"{int((both[:, 0] & ~both[:, 1]).sum())}",
+        )
+        lines.append(f"| {name} | {len(pairs)} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _identity(entry: Mapping[str, object]) -> tuple[str, int, int]:
+    return str(entry["model"]), int(str(entry["prompt_id"])), int(str(entry["seed"]))
+
+
+def of_models(
+    found: Mapping[tuple[str, int, int], Verdict], prompts: Mapping[int, Prompt], split: str = "test"
+) -> list[str]:
+    """Table rows: accuracy of both models on the split's prompts by kind; intervals over prompts."""
+    by_kind: dict[tuple[str, str], dict[int, list[Verdict]]] = {}
+    for (model, prompt_id, _), seen in found.items():
+        scene = prompts[prompt_id].scene
+        if prompts[prompt_id].split == split and scene is not None:
+            names = (
+                kind_of(scene),
+                *((f"{scene.objects} of a kind",) if len(scene.groups) == 1 else ()),
+                "all",
+            )
+            for name in names:
+                by_kind.setdefault((name, model), {}).setdefault(prompt_id, []).append(seen)
+    lines = []
+    for name in ("one object", *(f"{count} of a kind" for count in (2, 3, 4)), *KINDS[2:], "all"):
+        cells = [str(len(by_kind.get((name, "edge"), {})))]
+        for of in (lambda v: v.strict, lambda v: all(v.counted), lambda v: v.share):
+            for model in MODELS:
+                groups = by_kind.get((name, model), {}).values()
+                cells.append(bootstrap([float(np.mean([of(v) for v in seen])) for seen in groups]))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def report(
+    inspector: Inspector, found: Mapping[tuple[str, int, int], Verdict], prompts: Mapping[int, Prompt]
+) -> str:
+    """The whole report as Markdown."""
+    rendered = on_rendered(inspector)
+    people = against_people(found)
+    lines = [
+        "# What the inspector sees",
+        "",
+        "Made by `edge-export inspect export/starter/weights/labels.parquet runs/starter/labels/images`. The inspector",
+        "(`export/starter/inspector.py`) is a detector trained apart from the judge, on scenes of its own; what it",
+        "finds is compared with the prompt by rule (`export/inspection.py`): every kind of object as often as asked,",
+        "the first to the second as asked, the background asked for. Nothing that routes learns from it.",
+        "",
+        "## How good the models are",
+        "",
+        "Share of images of the test prompts, edge and cloud. *Everything*: strict. *Objects and counts*: relation and",
+        "background left out. *Share*: the mean share of what was asked for that is there. 95 % bootstrap intervals",
+        "over prompts.",
+        "",
+        "| prompts | number | everything, edge | cloud | objects and counts, edge | cloud | share, edge | cloud |",
+        "|---|---|---|---|---|---|---|---|",
+        *of_models(found, prompts),
+        "",
+        "## How far it can be trusted",
+        "",
+        f"On {RENDERED} rendered scenes of a split it was not trained on, strict, by what they show; and with each",
+        "picture held against another scene's prompt, where every yes is a false one:",
+        "",
+        "| rendered scenes | number | found to be as asked |",
+        "|---|---|---|",
+        *(f"| {name} | {len(values)} | {bootstrap(values)} |" for name, values in rendered.items()),
+    ]
+    if people:
+        lines += [
+            "",
+            "Against verdicts on generated images of both models, given by looking at them enlarged beside their",
+            "prompts before the inspector had seen any (`export/starter/inspector_audit.json`). A picture got a yes",
+            "for an object where someone who knows the sprites would name it. One person looked; on the other half of",
+            "the images, not counted here, the certainty was chosen from which on an object is there.",
+            "",
+            "| question | images | yes by eye | by inspector | agreement | Cohen's kappa | only inspector | only eye |",
+            "|---|---|---|---|---|---|---|---|",
+            *people,
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The stage's command; exit code 0."""
+    parser = argparse.ArgumentParser("edge-export inspect", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("labels", type=Path, help="labels.parquet of `edge-export label`; gets the columns")
+    parser.add_argument("images", type=Path, help="folder of the images it kept: `images` under its --parts")
+    parser.add_argument("--inspector", type=Path, default=STARTER_INSPECTOR, help="default: the starter's")
+    parser.add_argument("--report", type=Path, help="write what it found as Markdown")
+    options = parser.parse_args(argv)
+    outcomes = Outcomes.read(options.labels)
+    prompts = {prompt.prompt_id: prompt for prompt in router_prompts()}
+    known = {
+        int(prompt_id): prompts[int(prompt_id)]
+        for prompt_id, text in zip(outcomes.ids, outcomes.prompts, strict=True)
+        if int(prompt_id) in prompts and prompts[int(prompt_id)].text == text
+    }
+    scenes = {prompt_id: prompt.scene for prompt_id, prompt in known.items() if prompt.scene is not None}
+    inspector = Inspector(options.inspector)
+    table, found = inspect(pq.read_table(options.labels), options.images, inspector, scenes)
+    partial = options.labels.with_suffix(".partial")
+    pq.write_table(table, partial, compression="zstd")
+    partial.replace(options.labels)
+    console.print(f"{len(found)} of {len(table)} images inspected -> {options.labels}")
+    if options.report is not None:
+        options.report.parent.mkdir(parents=True, exist_ok=True)
+        options.report.write_text(report(inspector, found, known), encoding="utf-8")
+        console.print(f"written to {options.report}")
+    return 0
+
+
+if __name__ == "__main__":
+    from export.__main__ import run
+
+    raise SystemExit(run(main))
