@@ -5,8 +5,8 @@
 Adds to the labels, for every image that lies in the folder IMAGES (`edge-export label` keeps them under
 `--parts`, in `images`), the columns `inspected` (1 when everything asked for is there, else 0) and `inspected_share`
 (how much of it is). Both are empty where there is no image, or no scene to compare with. Then measures the inspector:
-on rendered scenes it has not met, on the same with the prompts exchanged, and against people's verdicts on generated
-images (``starter/inspector_audit.json``). No router, predictor or calibration reads what is written here.
+on rendered scenes it has not met, on the same with the prompts exchanged, and against verdicts on generated
+images given by eye (``starter/inspector_audit.json``). No router, predictor or calibration reads what is written here.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +27,7 @@ from PIL import Image
 from export.errors import ExportError
 from export.label import MODELS
 from export.outcomes import INSPECTED, Outcomes
-from export.prompts import Prompt, router_prompts
+from export.prompts import PROMPTS, Prompt, router_prompts
 from export.starter.inspector import STARTER_INSPECTOR, Inspector, Sight
 from export.starter.world import Scene, render, sample_scenes
 from export.terminal import console, progress
@@ -112,7 +113,7 @@ def pictures(folder: Path) -> Iterator[tuple[str, int, int, NDArray[np.uint8]]]:
             ids = range(int(first), int(last) + 1)
             if model not in MODELS or not len(images) == len(ids) == int(number):
                 raise ValueError("its name and its pictures do not agree")
-        except (ValueError, KeyError, OSError, EOFError) as error:
+        except (ValueError, KeyError, OSError, EOFError, BadZipFile) as error:
             raise ExportError(
                 f"{file} is not a piece of `edge-export label` ({error}): remove it, and label again"
             ) from error
@@ -172,7 +173,7 @@ def _made_by_the_same_models(table: pa.Table, folder: Path) -> None:
             )
 
 
-def on_rendered(inspector: Inspector, number: int = RENDERED) -> dict[str, list[float]]:
+def on_rendered(inspector: Inspector, number: int) -> dict[str, list[float]]:
     """Held-out rendered scenes by kind: share found right, strict; and with another scene's prompt, strict."""
     rng = np.random.default_rng(SEED)
     scenes = sample_scenes("validation", number, SEED)
@@ -206,8 +207,8 @@ def bootstrap(
     return f"{statistic(rows):.2f} [{low:.2f}, {high:.2f}]"
 
 
-def against_people(found: Mapping[tuple[str, int, int], Verdict], audit: Path = AUDIT) -> list[str]:
-    """Table rows: agreement and kappa with the verdicts of people in ``audit``; [] when none of its images is there.
+def against_eye(found: Mapping[tuple[str, int, int], Verdict], audit: Path = AUDIT) -> list[str]:
+    """Table rows: agreement and kappa with the verdicts in ``audit``; [] when none of its images is there.
 
     Images on which the inspector's threshold was chosen do not count.
     """
@@ -266,12 +267,19 @@ def of_models(
     return lines
 
 
+def prompts_of(outcomes: Outcomes) -> dict[int, Prompt]:
+    """The router's own prompts among those of the labels, by id; of others no scene is known."""
+    number = {split: min(int((outcomes.splits == split).sum()), most) for split, most in PROMPTS.items()}
+    texts = dict(zip(outcomes.ids.tolist(), outcomes.prompts, strict=True))
+    return {p.prompt_id: p for p in router_prompts(number) if texts.get(p.prompt_id) == p.text}
+
+
 def report(
     inspector: Inspector, found: Mapping[tuple[str, int, int], Verdict], prompts: Mapping[int, Prompt]
 ) -> str:
     """The whole report as Markdown."""
-    rendered = on_rendered(inspector)
-    people = against_people(found)
+    rendered = on_rendered(inspector, RENDERED)
+    by_eye = against_eye(found)
     lines = [
         "# What the inspector sees",
         "",
@@ -299,17 +307,17 @@ def report(
         "|---|---|---|",
         *(f"| {name} | {len(values)} | {bootstrap(values)} |" for name, values in rendered.items()),
     ]
-    if people:
+    if by_eye:
         lines += [
             "",
             "Against verdicts on generated images of both models, given by looking at them enlarged beside their",
             "prompts before the inspector had seen any (`export/starter/inspector_audit.json`). A picture got a yes",
-            "for an object where someone who knows the sprites would name it. One person looked; on the other half of",
+            "for an object where one who knows the sprites would name it. There was one rater; on the other half of",
             "the images, not counted here, the certainty was chosen from which on an object is there.",
             "",
             "| question | images | yes by eye | by inspector | agreement | Cohen's kappa | only inspector | only eye |",
             "|---|---|---|---|---|---|---|---|",
-            *people,
+            *by_eye,
         ]
     return "\n".join(lines) + "\n"
 
@@ -323,12 +331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--report", type=Path, help="write what it found as Markdown")
     options = parser.parse_args(argv)
     outcomes = Outcomes.read(options.labels)
-    prompts = {prompt.prompt_id: prompt for prompt in router_prompts()}
-    known = {
-        int(prompt_id): prompts[int(prompt_id)]
-        for prompt_id, text in zip(outcomes.ids, outcomes.prompts, strict=True)
-        if int(prompt_id) in prompts and prompts[int(prompt_id)].text == text
-    }
+    known = prompts_of(outcomes)
     scenes = {prompt_id: prompt.scene for prompt_id, prompt in known.items() if prompt.scene is not None}
     inspector = Inspector(options.inspector)
     table, found = inspect(pq.read_table(options.labels), options.images, inspector, scenes)

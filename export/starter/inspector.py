@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
@@ -42,8 +43,8 @@ NOTHING = len(NAMES)  # class of a cell without an object's middle
 IGNORED = -100  # a neighbour of the middle: whether the middle lies here or there is nobody's mistake
 SIZE_UNIT = 32.0  # pixels; sizes are learnt as logarithms to base 2 of their share of this
 SIZE_WEIGHT, BACKGROUND_WEIGHT = 0.5, 0.5
-# From here on an object is there. Of 0.5, 0.8, 0.9, 0.95 and 0.98 the one that agreed best with people on the half of
-# `inspector_audit.json` marked `chose`: at 0.5 the inspector names malformed objects that people do not.
+# From here on an object is there. Of 0.5, 0.8, 0.9, 0.95 and 0.98 the one that agreed best with the eye on the half
+# of `inspector_audit.json` marked `chose`: at 0.5 the inspector names malformed objects that an eye does not.
 CERTAINTY = 0.9
 
 MISSING, EXCHANGED, MOVED, MIXED = 0.12, 0.15, 0.3, 0.06  # share of sprites
@@ -120,7 +121,7 @@ class Inspector:
         try:
             weights = load_file(folder / WEIGHTS)
             self.detector.load_state_dict({name: weight.float() for name, weight in weights.items()})
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             raise ExportError(
                 f"{folder / WEIGHTS} is not an inspector's weights ({error}): make them with "
                 "`edge-export starter inspector`"

@@ -7,9 +7,10 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+from export.errors import ExportError
 from export.quality import Judge
 from export.starter import __main__ as chain
-from export.starter import autoencoder, denoiser, judge, text_encoder
+from export.starter import autoencoder, denoiser, inspector, judge, text_encoder
 from export.starter.card import read_records, write_card
 from export.starter.size import EDGE
 from export.starter.training import UNFINISHED
@@ -25,12 +26,15 @@ def work(tmp_path_factory):
     patch.setattr(autoencoder, "MEASURED", 4)
     patch.setattr(judge, "BATCH", 4)
     patch.setattr(text_encoder, "BATCH", 4)
+    patch.setattr(inspector, "BATCH", 4)
+    patch.setattr(inspector, "SCENES", 8)
     try:
         assert autoencoder.train(folder, steps=2)
         assert autoencoder.train_decoder(folder, steps=2)
         assert text_encoder.train(folder, EDGE, steps=2)
         assert denoiser.train(folder, EDGE, steps=2)
         assert judge.train(folder, steps=2)
+        assert inspector.train(folder, steps=2)
     finally:
         patch.undo()
     return folder
@@ -66,9 +70,22 @@ def test_the_judge_is_a_clip_that_measures(work):
     assert ((scores > 0) & (scores < 1)).all()
 
 
+def test_the_inspector_s_weights_are_read_back_and_look(work):
+    from PIL import Image
+
+    (sight,) = inspector.Inspector(work / "inspector" / "model").look([Image.new("RGB", (64, 64))])
+    assert sight.background in inspector.BACKGROUNDS
+
+
+def test_the_inspector_needs_an_autoencoder_and_says_whose(tmp_path):
+    with pytest.raises(ExportError, match="edge-export starter decoder"):
+        inspector.train(tmp_path, steps=1)
+
+
 def test_the_model_card_tells_the_recipe(work, tmp_path):
     write_card(
-        read_records(work, ("autoencoder", "decoder", "edge-text", "edge", "judge")), tmp_path / "README.md"
+        read_records(work, ("autoencoder", "decoder", "edge-text", "edge", "judge", "inspector")),
+        tmp_path / "README.md",
     )
     card = (tmp_path / "README.md").read_text()
     for fact in ("## edge", "| steps | 2 |", "| seed | 11 |", "Licence: Apache-2.0"):
