@@ -136,7 +136,7 @@ def labelled(tmp_path_factory, miniature_bundle) -> Path:
     root = tmp_path_factory.mktemp("labelled")
     for seed, name in enumerate(("edge", "cloud")):
         folder = save_miniature(root / name, seed=seed)
-        (folder / "routet2i.json").write_text(json.dumps({"steps": 1, "guidance_scale": 1.0}))
+        (folder / "routet2i.json").write_text(json.dumps({"steps": 4, "guidance_scale": 5.0}))
     arguments = [f"--{split}={number}" for split, number in COUNTS.items()]
     models = ["--edge", str(root / "edge"), "--cloud", str(root / "cloud"), "--bundle", str(miniature_bundle)]
     out = ["--out", str(root / "labels.parquet"), "--parts", str(root / "parts")]
