@@ -154,6 +154,25 @@ async def test_no_request_is_dropped_while_the_models_come_and_go(
         assert await disturbing > 2
 
 
+async def test_the_empty_negative_prompt_is_read_once_for_each_bundle(
+    here: Here, chosen: Path, other_bundle: Path
+) -> None:
+    """Its states outlive the graphs, and do not pass over to other models."""
+    agent = here.daemon.agent
+    assert agent is not None
+    await here.app.generate()
+    kept = agent._nothing_negative
+    assert kept is not None
+    await asyncio.to_thread(agent.models.put_down)
+    await here.app.generate()
+    assert agent._nothing_negative is kept
+    choose(chosen, other_bundle)
+    await reload(here)
+    assert here.daemon.agent._nothing_negative is None
+    await here.app.generate()
+    assert here.daemon.agent._nothing_negative is not kept
+
+
 async def test_zero_keeps_them_for_good(routed_bundle: Path, tmp_path: Path) -> None:
     async with daemon_here(routed_bundle, tmp_path, keep_alive_s=0) as here:
         await here.app.generate()
