@@ -54,6 +54,8 @@ def trace(pipeline: Any, folder: Path, report: Report) -> None:
             model.save_config(folder / name)
         else:
             model.config.save_pretrained(folder / name)
+        for path in (folder / name).iterdir():
+            path.chmod(0o644)  # onnx keeps weights beside a graph from other users
         size = sum(path.stat().st_size for path in (folder / name).iterdir())
         report(f"{name:<14} {time.perf_counter() - began:6.1f} s {size / 1e6:9.1f} MB")
     for name in _COMPANIONS:
@@ -65,9 +67,10 @@ def trace(pipeline: Any, folder: Path, report: Report) -> None:
 
 def freeze(folder: Path, facts: Mapping[str, Any]) -> None:
     """Give the graphs in `folder` the shapes of one image as `facts` state them, and no others: TensorRT wants it."""
-    from onnxruntime.tools.onnx_model_utils import fix_output_shapes, make_dim_param_fixed
+    from onnxruntime.tools.onnx_model_utils import make_dim_param_fixed
 
     # The names that optimum gives to the sizes that may vary.
+    factor = facts["height"] // facts["latent_height"]
     sizes = {
         "batch_size": 1,
         "sequence_length": facts["text_tokens"],
@@ -75,13 +78,17 @@ def freeze(folder: Path, facts: Mapping[str, Any]) -> None:
         "width": facts["latent_width"],
         "latent_height": facts["latent_height"],
         "latent_width": facts["latent_width"],
+        f"latent_height * {factor}": facts["height"],
+        f"latent_width * {factor}": facts["width"],
     }
     for path in sorted(folder.glob("*/model.onnx")):
         model = onnx.load(path, load_external_data=False)
+        for value in model.graph.output:
+            if value.name == "text_embeds":  # optimum takes the size of this vector for the sequence's
+                value.type.tensor_type.shape.dim[1].ClearField("dim_param")
         for name, size in sizes.items():
             make_dim_param_fixed(model.graph, name, size)
-        fix_output_shapes(model)
-        onnx.save(model, path)
+        onnx.save(model, path)  # weights of more than 2 GB stay in the file beside it
 
 
 def _tiny_decoder(vae: Any, known: Any) -> tuple[Any, Any]:

@@ -232,8 +232,14 @@ def test_an_autoencoder_that_is_none_is_refused(tmp_path: Path) -> None:
         )
 
 
-def test_the_options_go_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Another scheduler, size and autoencoder, and graphs for that size and one image at a time."""
+def test_the_options_go_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another scheduler, size and autoencoder, and graphs for that size and one image at a time.
+
+    Their weights lie beside them, as weights of more than 2 GB must.
+    """
+    monkeypatch.setenv("FORCE_ONNX_EXTERNAL_DATA", "1")
     save_miniature(tmp_path / "model")
     miniature_tiny_autoencoder().save_pretrained(tmp_path / "tiny")
     options = ["--steps", "2", "--guidance", "3", "--size", "96x64", "--shapes", "fixed", "--licence", "MIT"]
@@ -242,6 +248,7 @@ def test_the_options_go_together(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main([*names[:2], "--autoencoder", names[2], "--scheduler", scheduler, *options]) == 0
 
     bundle = Bundle.open(tmp_path / "bundle")
+    assert bundle.path("unet/model.onnx_data").stat().st_size > bundle.path("unet/model.onnx").stat().st_size
     facts = bundle.manifest
     assert (facts.width, facts.height, facts.latent_width, facts.latent_height) == (96, 64, 12, 8)
     assert (facts.steps, facts.default_guidance, facts.latent_scaling) == ((2,), 3.0, 1.0)

@@ -14,6 +14,7 @@ from diffusers import PNDMScheduler
 from edge_agent.bundle import Bundle, write_manifest
 from edge_agent.diffusion.generator import Generator
 from edge_agent.diffusion.sessions import Runtime
+from edge_agent.reader import Reader
 from export.reference import difference, reference_image
 from tests.export.parity import COLUMNS, PAGE, TOLERANCE, Parity, expected_shape, shape
 
@@ -77,6 +78,17 @@ def test_stable_diffusion_xl_hears_its_sizes_and_an_empty_negative_prompt_is_zer
         write_manifest(copy, steps=[4], default_steps=4, added=replace(added, **change))
         found = difference(Generator(Bundle.open(copy), Runtime(threads=1)), without)
         assert found > 10 * TOLERANCE if apart else found <= TOLERANCE
+
+
+def test_a_prompt_for_stable_diffusion_xl_is_read_as_what_drives_its_denoiser(parity: Parity) -> None:
+    """The states that the quality predictor gets are both encoders', side by side, as diffusers joins them."""
+    pipeline, folder = parity.bundle("SDXL")
+    states = Reader.open(Bundle.open(folder), routing_rate=0.5).read("two red cats! 🐈").states
+    with torch.no_grad():
+        tokens, _, pooled, _ = pipeline.encode_prompt("two red cats! 🐈", device=torch.device("cpu"))
+    assert states.tokens.shape == (1, 77, 56)
+    np.testing.assert_allclose(states.tokens, tokens.numpy(), atol=1e-4)
+    np.testing.assert_allclose(states.pooled, pooled.numpy(), atol=1e-4)
 
 
 def test_a_latent_consistency_model_hears_its_guidance_scale(parity: Parity) -> None:
