@@ -129,7 +129,7 @@ def _report(
     decisions: Decisions | None,
 ) -> str:
     counted = [name for name, used in zip(METRICS, facts.counted, strict=True) if used]
-    at_half = {**{name: at(curve, 0.5) for name, curve in curves.routers.items()}}
+    at_half = {name: at(curve, 0.5) for name, curve in curves.routers.items()}
     at_half |= {CLOUD_ONLY: curves.cloud_only, ORACLE: at(curves.oracle, 0.5)}
     lines = [
         "# Routers for text-to-image, compared",
