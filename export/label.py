@@ -27,6 +27,7 @@ from edge_agent.diffusion.generator import Generator
 from edge_agent.diffusion.generator import Image as EdgeImage
 from export.__main__ import run
 from export.errors import ExportError
+from export.negatives import hard_negatives
 from export.prompts import PROMPTS, Prompt, router_prompts
 from export.quality import STARTER_JUDGE, Judge
 from export.terminal import progress
@@ -40,6 +41,7 @@ PIECE = 25  # prompts; what an interruption loses at most
 MODELS = ("edge", "cloud")
 IMAGES = "images"  # folder of finished pictures, beside one folder of measurements a judge
 CEILING_PROMPTS = 300
+ADHERENCE = "adherence"  # optional column: no router is trained on it, and the paper's ten stay comparable
 SAME_PICTURE = (
     4.0  # levels of 255, on average: rounding, half precision and eight bits stay below, other weights do not
 )
@@ -169,10 +171,11 @@ def images_file(images: Path, piece: Piece) -> Path:
     return images / f"{piece.file}.npz"
 
 
-def measure(piece: Piece, images: Path, judge: Judge) -> pa.Table:
-    """Judge one generated piece: a row an image."""
+def measure(piece: Piece, images: Path, judge: Judge, adherence: bool = False) -> pa.Table:
+    """Judge one generated piece: a row an image; ``adherence`` adds the column ADHERENCE."""
     with np.load(images_file(images, piece)) as kept:
-        scores = judge.quality([Image.fromarray(picture) for picture in kept["images"]])
+        pictures = [Image.fromarray(picture) for picture in kept["images"]]
+    scores = judge.quality(pictures)
     columns: dict[str, object] = {
         "prompt_id": pa.array([prompt.prompt_id for prompt in piece.prompts], pa.int32()),
         "prompt": [prompt.text for prompt in piece.prompts],
@@ -183,16 +186,23 @@ def measure(piece: Piece, images: Path, judge: Judge) -> pa.Table:
     }
     for index, metric in enumerate(judge.metrics):
         columns[metric.name] = pa.array(scores[:, index].astype(np.float32))
+    if adherence:
+        negatives = [
+            [negative.text for negative in hard_negatives(prompt.text, prompt.scene)] if prompt.scene else []
+            for prompt in piece.prompts
+        ]
+        adheres = judge.adherence(pictures, [prompt.text for prompt in piece.prompts], negatives)
+        columns[ADHERENCE] = pa.array(adheres, from_pandas=True)
     return pa.table(columns)
 
 
-def judged(images: Path, parts: Path, wanted: Sequence[Piece], judge: Judge) -> None:
+def judged(images: Path, parts: Path, wanted: Sequence[Piece], judge: Judge, adherence: bool = False) -> None:
     """Measure what is not in the folder ``parts`` yet."""
     missing = [piece for piece in wanted if not (parts / f"{piece.file}.parquet").exists()]
     with progress() as bar:
         for piece in bar.track(missing, description="judge"):
             partial = parts / f"{piece.file}.{os.getpid()}"
-            pq.write_table(measure(piece, images, judge), partial)
+            pq.write_table(measure(piece, images, judge, adherence), partial)
             partial.replace(parts / f"{piece.file}.parquet")
 
 
@@ -235,6 +245,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=draws.ceiling,
         help=f"on the first {CEILING_PROMPTS} test prompts (default: %(default)s)",
     )
+    parser.add_argument(
+        "--adherence",
+        action="store_true",
+        help="also measure how much more an image is like its prompt than like the prompt with one thing wrong",
+    )
     for split, number in PROMPTS.items():
         parser.add_argument(
             f"--{split}", type=int, default=number, dest=split, help=f"prompts (default: {number})"
@@ -261,12 +276,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     root = options.parts or options.out.with_suffix(".parts")
     images = _only_of(root / IMAGES, models, "images of other models")
-    parts = _only_of(root / judge.digest[:16], models | measured, "measurements of other metrics")
+    name = f"{judge.digest[:16]}-{ADHERENCE}" if options.adherence else judge.digest[:16]
+    parts = _only_of(root / name, models | measured, "measurements of other metrics")
     draws = Draws(options.draws, options.measured_draws, options.ceiling_draws)
     every = list(pieces(prompts, draws))
     mine = [piece for piece in every if piece.number % options.share[1] == options.share[0] - 1]
     generate({"edge": options.edge, "cloud": options.cloud}, bundle, images, mine)
-    judged(images, parts, mine, judge)
+    judged(images, parts, mine, judge, options.adherence)
     files = [parts / f"{piece.file}.parquet" for piece in every]
     if left := [file for file in files if not file.exists()]:
         print(

@@ -1,4 +1,4 @@
-"""How good an image is: contrastive metrics, each a pair of texts, measured with any CLIP.
+"""How good an image is: contrastive metrics, each a pair of texts, measured with any CLIP; and, optional, Adherence.
 
 q(I, m) = sigmoid(CLIP(I, m+) - CLIP(I, m-)), CLIP being the scaled cosine similarity (RouteT2I, arXiv 2411.13787).
 """
@@ -61,8 +61,27 @@ class Judge:
             seen = seen / seen.norm(dim=-1, keepdim=True)
             return torch.sigmoid(seen @ self.directions.T).float().cpu().numpy()
 
+    def adherence(
+        self, images: Sequence[Image.Image], prompts: Sequence[str], negatives: Sequence[Sequence[str]]
+    ) -> np.ndarray:
+        """float32 [N] in (0, 1): how much more each image is like its prompt than like the prompt's hard negatives.
+
+        The mean over the negatives of sigmoid(CLIP(I, prompt) - CLIP(I, negative)): 0.5 is an image, or a CLIP, that
+        does not tell them apart. NaN for a prompt without negatives.
+        """
+        pixels = self.processor(images=list(images), return_tensors="pt")["pixel_values"].to(self.device)
+        scores = np.full(len(prompts), np.nan, np.float32)
+        with torch.inference_mode():
+            seen = self.clip.get_image_features(pixel_values=pixels)
+            seen = seen / seen.norm(dim=-1, keepdim=True)
+            for row, (prompt, wrong) in enumerate(zip(prompts, negatives, strict=True)):
+                if wrong:
+                    texts = [text for negative in wrong for text in (prompt, negative)]
+                    scores[row] = torch.sigmoid(self._directions(texts) @ seen[row]).mean().item()
+        return scores
+
     def _directions(self, texts: list[str]) -> torch.Tensor:
-        """Scale * (text+ - text-) of every metric, [M, D]: a score is then one dot product."""
+        """Scale * (text+ - text-) of every pair in turn, [M, D]: a score is then one dot product."""
         tokens = self.processor(text=texts, padding="max_length", truncation=True, return_tensors="pt")
         with torch.inference_mode():
             read = self.clip.get_text_features(

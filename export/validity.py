@@ -7,6 +7,7 @@
   its own damage, and seldom under another's.
 - Reliability: of the variance between generated images, the share that lies between prompts, and not between two
   images of one prompt (intraclass correlation, one-way random effects). No router can predict the rest.
+- Adherence: how often it tells a picture's own prompt from one with an object, a count or the relation wrong.
 - Agreement: where the labels hold the inspector's verdicts (`edge-export inspect`), the rank correlation of each metric
   with them over generated images.
 
@@ -26,11 +27,13 @@ from PIL import Image
 
 from edge_agent.superiority import METRICS
 from export.evaluate import spearman
+from export.label import ADHERENCE
+from export.negatives import FAULTS, hard_negatives
 from export.outcomes import Outcomes
 from export.quality import STARTER_JUDGE, Judge
 from export.starter.damage import damage
 from export.starter.foreign_damage import foreign_damage
-from export.starter.world import render, sample_scenes
+from export.starter.world import Scene, caption, render, sample_scenes
 from export.terminal import console, progress
 
 PICTURES = 200
@@ -92,17 +95,31 @@ def agreement(labels: Path) -> dict[str, list[float]]:
     verdicts = table["inspected"].to_numpy().astype(np.float64)
     for model in ("edge", "cloud"):
         rows = (table["model"].to_numpy() == model) & ~np.isnan(verdicts)
-        found[model] = [
-            spearman(table[name].to_numpy()[rows].astype(np.float64), verdicts[rows]) for name in METRICS
-        ]
+        measured = (name for name in (*METRICS, ADHERENCE) if name in table.column_names)
+        values = (table[name].to_numpy().astype(np.float64)[rows] for name in measured)
+        known = ((value, ~np.isnan(value)) for value in values)
+        found[model] = [spearman(value[there], verdicts[rows][there]) for value, there in known]
     return found
+
+
+def tells_apart(judge: Judge, scenes: Sequence[Scene], clean: Sequence[np.ndarray]) -> dict[str, Floats]:
+    """Fault -> for each hard negative of it whether the picture is less like it than like the scene's caption."""
+    rng = np.random.default_rng(SEED)
+    told: dict[str, list[bool]] = {fault: [] for fault in FAULTS}
+    for scene, picture in zip(scenes, clean, strict=True):
+        text = caption(scene, rng)
+        for negative in hard_negatives(text, scene):
+            score = judge.adherence([Image.fromarray(picture)], [text], [[negative.text]])[0]
+            told[negative.fault].append(bool(score > 0.5))
+    return {fault: np.array(found, np.float64) for fault, found in told.items()}
 
 
 def report(judge: Judge, labels: Path) -> str:
     """The whole report as Markdown."""
     outcomes = Outcomes.read(labels)
     rng = np.random.default_rng(SEED)
-    clean = [render(scene, rng) for scene in sample_scenes("inspector", PICTURES, SEED)]
+    scenes = sample_scenes("inspector", PICTURES, SEED)
+    clean = [render(scene, rng) for scene in scenes]
     known, foreign = falls(judge, damage, clean), falls(judge, foreign_damage, clean)
     edge, cloud = complete(outcomes)
     count, seeds, _ = edge.shape
@@ -140,6 +157,23 @@ def report(judge: Judge, labels: Path) -> str:
     ]
     for index, name in enumerate(METRICS):
         lines.append(f"| {name} | " + " | ".join(column[index] for column in components.values()) + " |")
+    lines += [
+        "",
+        "## Adherence",
+        "",
+        "The optional metric (`edge-export label --adherence`), on the same rendered scenes: how often the judge",
+        "finds a picture more like its own prompt than like the same sentence with one thing wrong. 0.5 is chance.",
+        "",
+        "| wrong | sentences | told apart |",
+        "|---|---|---|",
+    ]
+    for fault, told in tells_apart(judge, scenes, clean).items():
+        cell = (
+            with_interval(lambda rows, told=told: told[rows].mean(keepdims=True), len(told))[0]
+            if len(told)
+            else ""
+        )
+        lines.append(f"| {fault} | {len(told)} | {cell} |")
     if found := agreement(labels):
         lines += [
             "",
@@ -150,7 +184,8 @@ def report(judge: Judge, labels: Path) -> str:
             "| metric | " + " | ".join(found) + " |",
             "|---|" + "---|" * len(found),
         ]
-        for index, name in enumerate(METRICS):
+        measured = (*METRICS, ADHERENCE)[: len(next(iter(found.values())))]
+        for index, name in enumerate(measured):
             lines.append(f"| {name} | " + " | ".join(f"{c[index]:.2f}" for c in found.values()) + " |")
     return "\n".join(lines) + "\n"
 

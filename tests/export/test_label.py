@@ -168,3 +168,18 @@ def test_a_file_that_names_a_metric_twice_is_refused(tmp_path):
     file.write_text(json.dumps({"metrics": [entry, entry]}))
     with pytest.raises(ValueError, match="twice"):
         load_metrics(file)
+
+
+def test_adherence_is_one_column_more_of_the_same_images_and_off_by_default(
+    models, miniature_bundle, tmp_path, monkeypatch
+):
+    out = tmp_path / "labels.parquet"
+    assert label.main(arguments(models, miniature_bundle, out)) == 0
+    before = pq.read_table(out)
+    assert label.ADHERENCE not in before.column_names
+    monkeypatch.setattr(label, "Painter", None)
+    assert label.main(arguments(models, miniature_bundle, out, "--adherence")) == 0
+    after = pq.read_table(out)
+    assert after.drop_columns(label.ADHERENCE).equals(before)
+    measured = after[label.ADHERENCE].to_numpy()
+    assert ((measured > 0) & (measured < 1)).all()
