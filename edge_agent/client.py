@@ -97,6 +97,7 @@ class AgentClient:
         routing = fields.pop("routing", edge_pb2.ROUTING_AUTO)
         request = edge_pb2.GenerateRequest(image=_image_request(fields), routing=routing)
         png = bytearray()
+        received = None
         with self._stub() as stub, _explained(self.address):
             for response in stub.Generate(request, timeout=self._timeout_s):
                 kind = response.WhichOneof("event")
@@ -107,11 +108,13 @@ class AgentClient:
                 elif kind == "image_chunk":
                     png += response.image_chunk.data
                 elif kind == "result":
-                    yield _received(bytes(png), response.result)
-                    return
-        raise CallFailed(
-            f"the daemon at {self.address} ended its answer before the image was complete", BROKEN
-        )
+                    # Not yet handed out: leaving before the stream has ended would look like a cancellation.
+                    received = _received(bytes(png), response.result)
+        if received is None:
+            raise CallFailed(
+                f"the daemon at {self.address} ended its answer before the image was complete", BROKEN
+            )
+        yield received
 
     def route(self, prompt: str, **fields: Any) -> Decision:
         """Only the decision."""

@@ -110,6 +110,7 @@ def test_generate_writes_the_image_and_says_so(run: Run, daemon: Process, tmp_pa
     with PIL.Image.open(tmp_path / "cat.png") as image:
         assert image.text["prompt"] == EDGE_PROMPT
     assert list(tmp_path.iterdir()) == [tmp_path / "cat.png"]
+    assert daemon.calls[-1]["outcome"] == "OK"  # the command has not left before the end
 
 
 def test_an_image_that_cannot_be_put_in_place_leaves_nothing_behind(
