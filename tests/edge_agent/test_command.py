@@ -298,14 +298,14 @@ def test_help_teaches(run: Run, command: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("command", [("route", "a cat"), ("serve",)])
-def test_without_onnxruntime_it_says_what_to_install(folder: Path, command: tuple[str, ...]) -> None:
+def test_without_onnxruntime_it_says_what_to_install(tmp_path: Path, command: tuple[str, ...]) -> None:
     without = "import sys; sys.modules['onnxruntime'] = None; from edge_agent.__main__ import main; sys.exit(main())"
     finished = subprocess.run(
         [sys.executable, "-c", without, *command],
         capture_output=True,
         text=True,
         timeout=60,
-        env=process_environment(folder),
+        env=process_environment(tmp_path),
     )
     assert finished.returncode == 2
     assert finished.stderr.splitlines()[-1].startswith(
