@@ -95,10 +95,11 @@ COLUMNS = {
 
 
 class Parity:
-    """Traces what it needs when it is asked, and keeps it in `folder`."""
+    """Traces what it needs when it is asked, and keeps it in `folder`. `there` are bundles that need no tracing."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, there: dict[Callable[[], Any], Path] | None = None) -> None:
         self._folder = folder
+        self._there = there or {}
         self._traced: dict[Callable[[], Any], tuple[Any, Path]] = {}
         self._loaded: dict[str, tuple[Any, Generator, dict[str, Any]]] = {}
 
@@ -135,7 +136,10 @@ class Parity:
     def _trace(self, make: Callable[[], Any]) -> tuple[Any, Path]:
         if make not in self._traced:
             pipeline, folder = make(), self._folder / f"graphs-{len(self._traced)}"
-            export_bundle(pipeline, folder, steps=(FEWEST_STEPS,), report=lambda _line: None)
+            if make in self._there:
+                folder = self._there[make]
+            else:
+                export_bundle(pipeline, folder, steps=(FEWEST_STEPS,), report=lambda _line: None)
             self._traced[make] = (pipeline, folder)
         return self._traced[make]
 

@@ -17,11 +17,12 @@ from edge_agent.diffusion.sessions import Runtime
 from edge_agent.reader import Reader
 from export.reference import difference, reference_image
 from tests.export.parity import COLUMNS, PAGE, TOLERANCE, Parity, expected_shape, shape
+from tests.miniature import miniature_pipeline
 
 
 @pytest.fixture(scope="module")
-def parity(tmp_path_factory: pytest.TempPathFactory) -> Parity:
-    return Parity(tmp_path_factory.mktemp("parity"))
+def parity(tmp_path_factory: pytest.TempPathFactory, miniature_bundle: Path) -> Parity:
+    return Parity(tmp_path_factory.mktemp("parity"), {miniature_pipeline: miniature_bundle})
 
 
 @pytest.mark.parametrize(
