@@ -98,7 +98,6 @@ def export_bundle(
     # Beside the target, so that the move at the end is one rename on one disk.
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:
-        partial.chmod(0o755)  # mkdtemp's 0700 would keep other users from a finished bundle
         report("tracing the graphs")
         graphs.trace(pipeline, partial, report)
         if shapes == "fixed":
@@ -139,6 +138,7 @@ def export_bundle(
             report(f"turning the bundle into {dtype}")
             prompts = prompts or precision.CALIBRATION_PROMPTS
             precision.shrink(partial, dtype, keep=keep, prompts=prompts, report=report)
+        _open_to_all(partial)
         _move(partial, target)
     except (BundleError, GenerationFailed) as error:
         raise ExportError(error.message) from error
@@ -155,6 +155,12 @@ def _refuse_taken(target: Path, force: bool) -> None:
         raise ExportError(f"{target} is there and is not a bundle; name a new folder")
     if not force:
         raise ExportError(f"{target} holds a bundle already; name a new folder, or replace it with --force")
+
+
+def _open_to_all(folder: Path) -> None:
+    """A daemon may run as another user, and mkdtemp and onnx's files of weights are for their owner alone."""
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 def _lines(file: Path) -> list[str]:

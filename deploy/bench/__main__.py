@@ -44,7 +44,8 @@ GROUPS: dict[str, Callable[[Plan], list[Row]]] = {
     idle.GROUP: idle.rows,
     images.OPTIMUM: images.against_optimum,
     images.DIFFUSERS: images.against_diffusers,
-    images.FULL_SIZE: images.at_full_size,
+    images.FULL_SIZE: images.full_size_against_optimum,
+    images.FULL_SIZE_DIFFUSERS: images.full_size_against_diffusers,
     installed.GROUP: installed.rows,
     imports.GROUP: imports.rows,
     cancellation.GROUP: cancellation.rows,
@@ -109,7 +110,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     progress = Console(stderr=True)
     rows: list[Row] = []
     failed = False
-    wanted = options.only or [name for name in GROUPS if name != images.FULL_SIZE or options.full_size]
+    wanted = options.only or [
+        name for name in GROUPS if options.full_size or not name.startswith(images.FULL_SIZE)
+    ]
     for name in wanted:
         with progress.status(f"measuring {name}"):
             try:

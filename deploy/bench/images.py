@@ -21,7 +21,12 @@ from estimate import Estimate, calm_ratio, quantile, ratio
 from plan import PROMPTS, Plan
 from row import Row
 
-OPTIMUM, DIFFUSERS, FULL_SIZE = "optimum", "diffusers", "full-size"
+OPTIMUM, DIFFUSERS, FULL_SIZE, FULL_SIZE_DIFFUSERS = (
+    "optimum",
+    "diffusers",
+    "full-size",
+    "full-size-diffusers",
+)
 TIME_RATIO, COLD_RATIO, MEMORY_RATIO, PIXELS = 0.9, 0.2, 0.4, 1e-3  # targets of the starter
 FULL_TIME_RATIO, FULL_MEMORY_RATIO = 1.02, 0.4  # targets at Stable Diffusion's size, memory above the weights
 _MB = 1e6
@@ -106,35 +111,44 @@ def against_diffusers(plan: Plan) -> list[Row]:
     ]
 
 
-def at_full_size(plan: Plan) -> list[Row]:
+def full_size_against_optimum(plan: Plan) -> list[Row]:
     """Random weights in the shape of Stable Diffusion 1.5, made and exported where they are not there yet.
 
     One process at a time holds such weights: each pair is two fresh processes, one after the other.
     """
-    finished = subprocess.run(
-        [sys.executable, str(Path(full_size.__file__)), str(plan.full_size)],
-        stdout=sys.stderr,
-        check=False,
-    )
-    if finished.returncode:
-        raise BenchError("the models of full size could not be made; what the export said stands above")
-    model, bundle = full_size.folders(plan.full_size)
+    _, bundle = _full_size_folders(plan)
     weights_mb = _weights_mb(bundle)
-    optimum = measure_apart(plan, OPTIMUM, bundle, bundle)
-    diffusers = measure_apart(plan, DIFFUSERS, bundle, model)
+    pairs = measure_apart(plan, OPTIMUM, bundle, bundle)
     above = f"memory above the weights ({weights_mb:.0f} MB) ÷ optimum's"
     return [
-        optimum.row(FULL_SIZE, "full size: time of an image ÷ optimum's", "image_s", FULL_TIME_RATIO),
-        optimum.row(FULL_SIZE, "full size: time of a step ÷ optimum's", "step_s"),
-        optimum.row(FULL_SIZE, "full size: cold start to first image ÷ optimum's", "start_s"),
-        optimum.row(FULL_SIZE, f"full size: peak {above}", "peak_mb", FULL_MEMORY_RATIO, less=weights_mb),
-        optimum.row(FULL_SIZE, "full size: memory held after an image ÷ optimum's", "held_mb"),
-        diffusers.row(FULL_SIZE, "full size: time of an image ÷ diffusers' on torch", "image_s"),
-        diffusers.row(FULL_SIZE, "full size: time of a step ÷ diffusers' on torch", "step_s"),
-        diffusers.row(FULL_SIZE, "full size: cold start to first image ÷ diffusers'", "start_s"),
-        diffusers.row(FULL_SIZE, "full size: peak memory to first image ÷ diffusers'", "peak_mb"),
-        _pixels(FULL_SIZE, diffusers, "full size: "),
+        pairs.row(FULL_SIZE, "full size: time of an image ÷ optimum's", "image_s", FULL_TIME_RATIO),
+        pairs.row(FULL_SIZE, "full size: time of a step ÷ optimum's", "step_s"),
+        pairs.row(FULL_SIZE, "full size: cold start to first image ÷ optimum's", "start_s"),
+        pairs.row(FULL_SIZE, f"full size: peak {above}", "peak_mb", FULL_MEMORY_RATIO, less=weights_mb),
+        pairs.row(FULL_SIZE, "full size: memory held after an image ÷ optimum's", "held_mb"),
+        _pixels(FULL_SIZE, pairs, "full size: "),
     ]
+
+
+def full_size_against_diffusers(plan: Plan) -> list[Row]:
+    """The same beside torch."""
+    model, bundle = _full_size_folders(plan)
+    pairs = measure_apart(plan, DIFFUSERS, bundle, model)
+    return [
+        _pixels(FULL_SIZE_DIFFUSERS, pairs, "full size: "),
+        pairs.row(FULL_SIZE_DIFFUSERS, "full size: time of an image ÷ diffusers' on torch", "image_s"),
+        pairs.row(FULL_SIZE_DIFFUSERS, "full size: time of a step ÷ diffusers' on torch", "step_s"),
+        pairs.row(FULL_SIZE_DIFFUSERS, "full size: cold start to first image ÷ diffusers'", "start_s"),
+        pairs.row(FULL_SIZE_DIFFUSERS, "full size: peak memory to first image ÷ diffusers'", "peak_mb"),
+    ]
+
+
+def _full_size_folders(plan: Plan) -> tuple[Path, Path]:
+    script = str(Path(full_size.__file__))
+    finished = subprocess.run([sys.executable, script, str(plan.full_size)], stdout=sys.stderr, check=False)
+    if finished.returncode:
+        raise BenchError("the models of full size could not be made; what the export said stands above")
+    return full_size.folders(plan.full_size)
 
 
 def measure(plan: Plan, other: str, folder: Path) -> Pairs:

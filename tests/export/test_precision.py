@@ -13,10 +13,11 @@ import torch
 from edge_agent.bundle import DECODER, DENOISER, TEXT_ENCODER, Bundle, write_manifest
 from edge_agent.diffusion.generator import Generator, Image
 from edge_agent.errors import BundleError
+from export import precision
 from export.diffusion_onnx import export_bundle
 from export.errors import ExportError
 from export.precision import BOUNDS, Loss, shrink
-from tests.miniature import save_miniature
+from tests.miniature import miniature_pipeline, save_miniature
 
 GRAPHS = (TEXT_ENCODER, DENOISER, DECODER)
 PROMPTS = ("a cat", "two dogs on a beach", "a red moon")
@@ -155,8 +156,6 @@ def test_weights_that_one_file_cannot_hold_lie_beside_the_graph(
     bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A tiny limit stands for the two gigabytes at which protobuf ends; what is written is read back again."""
-    from export import precision
-
     monkeypatch.setattr(precision, "_LARGEST_GRAPH", 10_000)
     shrink(bundle_copy, "fp16", prompts=PROMPTS[:1], report=silent)
     bundle = Bundle.open(bundle_copy)
@@ -199,6 +198,26 @@ def test_an_export_ends_in_the_smaller_bundle_once_the_float32_one_is_proven(tmp
     assert onnx.TensorProto.INT8 in quantized[TEXT_ENCODER] & quantized[DENOISER]
     assert onnx.TensorProto.INT8 not in quantized[DECODER]
     assert {path.name for path in tmp_path.iterdir()} == {"model", "prompts.txt", "bundle"}
+
+
+def test_weights_in_files_of_their_own_are_quantized_and_can_be_read_by_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A daemon may run as another user than the one who exported; onnx writes such files for their owner alone."""
+    monkeypatch.setattr(precision, "_LARGEST_GRAPH", 10_000)
+    bundle = export_bundle(
+        miniature_pipeline(),
+        tmp_path / "bundle",
+        steps=(2,),
+        dtype="int8",
+        keep=("text_encoder",),
+        report=silent,
+    )
+    assert "unet/model.onnx_data" in bundle.manifest.files
+    assert onnx.TensorProto.INT8 in _weight_types(bundle.path(DENOISER))
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "bundle").rglob("*") if path.is_file()}
+    assert modes == {0o644}
+    assert (tmp_path / "bundle").stat().st_mode & 0o777 == 0o755
 
 
 def test_what_cannot_be_calibrated_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
