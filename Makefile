@@ -65,8 +65,9 @@ constraints: $(ENV)  ## resolve constraints.txt anew, for Python 3.10 to 3.13
 	    --no-annotate --no-header pyproject.toml | grep -vE '^(nvidia|cuda|triton)'; } > constraints.new \
 	&& mv constraints.new constraints.txt
 
-wheel: $(ENV)  ## build the wheel into dist/
+wheel: $(ENV)  ## build the wheels into dist/: edge and cloud server, and the cloud's starter model
 	$(BIN)/python -m hatchling build -t wheel
+	cd deploy/cloud-starter && ../../$(BIN)/python -m hatchling build -t wheel -d ../../dist
 
 edge-versions: $(ENV)  ## install the edge alone on Python 3.10, 3.12 and 3.13, and route a prompt on each
 	@.ci/edge-versions

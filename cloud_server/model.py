@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from cloud_server.errors import StartRefused
+from cloud_server.settings import STARTER
 
 INDEX_FILE = "model_index.json"
 CARD_FILE = "routet2i.json"
@@ -71,6 +72,11 @@ def locate(model: str) -> Path:
     folder = Path(model).expanduser()
     if (folder / INDEX_FILE).is_file():
         return folder.resolve()
+    if folder == STARTER and not folder.exists():
+        raise StartRefused(
+            "the starter model is not installed: it is a distribution of its own, routet2i-cloud-starter, which "
+            f"`pip install ./deploy/cloud-starter` takes from a checkout. Or choose a model of yours. {_WHAT_TO_DO}"
+        )
     if folder.exists():
         raise StartRefused(f"{folder} has no {INDEX_FILE}, so it is not a diffusers pipeline. {_WHAT_TO_DO}")
     if model.count("/") != 1 or model.startswith((".", "/", "~")):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import tempfile
+import zipfile
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -15,9 +19,6 @@ from row import Row
 GROUP = "installed"
 MEGABYTES = 250.0  # target
 NAME, EXTRA = "routet2i", "cpu"
-PACKAGES = ("edge_agent", "cloud_server", "protos/routet2i")
-"""What the wheel carries, in a checkout: an editable install holds none of its own files."""
-
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -41,7 +42,7 @@ def rows(_plan: Plan) -> list[Row]:
 
 def _sizes() -> dict[str, int]:
     """Bytes of every distribution that `pip install routet2i[cpu]` brings, by name."""
-    sizes = {NAME: sum(_bytes(path) for folder in PACKAGES for path in (ROOT / folder).rglob("*"))}
+    sizes = {NAME: _wheel()}
     waiting = [(NAME, frozenset({EXTRA}))]
     seen = set(waiting)
     while waiting:
@@ -60,6 +61,16 @@ def _sizes() -> dict[str, int]:
                     seen.add(further)
                     waiting.append(further)
     return sizes
+
+
+def _wheel() -> int:
+    """Bytes of our own files, from a wheel built here: an editable install holds none of them."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+        (built,) = Path(folder).glob("*.whl")
+        with zipfile.ZipFile(built) as archive:
+            return sum(info.file_size for info in archive.infolist())
 
 
 def _files(found: Distribution) -> int:

@@ -12,22 +12,31 @@ from pathlib import Path
 
 import pytest
 
+from cloud_server.model import digest
 from edge_agent.bundle import Bundle
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
+def build(project: Path, folder: Path) -> Path:
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)],
-        cwd=REPOSITORY,
+        cwd=project,
         check=True,
         capture_output=True,
     )
     (built,) = folder.glob("*.whl")
     return built
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(REPOSITORY, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def cloud_starter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(REPOSITORY / "deploy" / "cloud-starter", tmp_path_factory.mktemp("cloud-starter"))
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +58,9 @@ def committed(folder: str) -> set[str]:
 
 def test_the_wheel_holds_every_committed_file_of_the_packages_it_is_for(wheel: Path) -> None:
     wire = {name.removeprefix("protos/") for name in committed("protos/routet2i")}
-    expected = committed("edge_agent") | committed("cloud_server") | wire
+    expected = (committed("edge_agent") | committed("cloud_server") | wire) - committed(
+        "cloud_server/starter"
+    )
     assert {"edge_agent/py.typed", "cloud_server/py.typed", "routet2i/py.typed"} <= expected
     assert expected - set(zipfile.ZipFile(wheel).namelist()) == set()
 
@@ -59,9 +70,32 @@ def test_the_wheel_holds_the_starter_bundle_with_every_file_its_manifest_names(i
     assert bundle.calibration is not None
 
 
-def test_the_wheel_holds_the_starter_model_of_the_cloud(installed: Path) -> None:
-    assert (installed / "cloud_server" / "starter" / "model_index.json").is_file()
-    assert list((installed / "cloud_server" / "starter" / "unet").glob("*.safetensors"))
+def test_the_starter_model_of_the_cloud_is_a_wheel_of_its_own_and_complete(
+    wheel: Path, cloud_starter: Path, tmp_path: Path
+) -> None:
+    model = committed("cloud_server/starter")
+    assert model & set(zipfile.ZipFile(wheel).namelist()) == set()
+    with zipfile.ZipFile(cloud_starter) as archive:
+        assert model - set(archive.namelist()) == set()
+        archive.extractall(tmp_path)
+    assert digest(tmp_path / "cloud_server" / "starter") == digest(REPOSITORY / "cloud_server" / "starter")
+
+
+def test_both_wheels_have_one_version(wheel: Path, cloud_starter: Path) -> None:
+    assert wheel.name.split("-")[1] == cloud_starter.name.split("-")[1]
+
+
+def test_a_cloud_server_without_its_starter_says_how_to_get_one(installed: Path, tmp_path: Path) -> None:
+    finished = subprocess.run(
+        [sys.executable, "-m", "cloud_server", "serve", "--listen", "127.0.0.1:0", "--state", str(tmp_path)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 2
+    assert "pip install ./deploy/cloud-starter" in finished.stderr
+    assert "Traceback" not in finished.stderr
 
 
 def test_the_wheel_holds_nothing_that_runs_from_a_checkout(wheel: Path) -> None:
