@@ -12,6 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from edge_agent.diffusion import sessions
 from edge_agent.diffusion.sessions import Runtime, Session, Stop
 from edge_agent.errors import BundleError, Cancelled, GenerationFailed
 
@@ -90,6 +91,25 @@ def test_an_unloaded_graph_is_loaded_by_the_next_run_and_a_stop_ends_that_too(tm
     (out,) = session.run({"x": np.eye(2)})
     assert out.tolist() == np.eye(2).tolist()
     assert session.loaded_at is not None
+
+
+def test_only_a_large_graph_runs_without_the_memory_pattern(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights beside the graph count, and it makes no difference to the result."""
+    path = save(
+        tmp_path / "a.onnx", [helper.make_node("Neg", ["x"], ["out"])], {"x": (TensorProto.FLOAT, [3])}
+    )
+    (tmp_path / "a.onnx_data").write_bytes(bytes(2000))
+    x = np.ones(3, np.float32)
+    kept = []
+    for limit in (1_000_000, 1_000):
+        monkeypatch.setattr(sessions, "LARGE_BYTES", limit)
+        session = Session(path, ["x"], ["out"], ONE_THREAD)
+        assert session._session is not None
+        kept.append(session._session.get_session_options().enable_mem_pattern)
+        np.testing.assert_array_equal(session.run({"x": x})[0], -x)
+    assert kept == [True, False]
 
 
 def test_inputs_take_the_types_of_the_graph(tmp_path: Path) -> None:
