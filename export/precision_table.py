@@ -64,7 +64,8 @@ for line in sys.stdin:
     for _ in generator.generate(states, negative, seed, facts.default_steps, facts.default_guidance):
         pass
     seconds = time.perf_counter() - began
-    found = {"seconds": seconds, "loaded": loaded, "peak": memory("VmHWM"), "idle": memory("VmRSS")}
+    idle = memory("VmRSS")  # before the peak, which reading counts to
+    found = {"seconds": seconds, "loaded": loaded, "idle": idle, "peak": memory("VmHWM")}
     print(json.dumps(found), flush=True)
 """
 
