@@ -79,5 +79,5 @@ aarch64: $(ENV)  ## the edge on an emulated aarch64 beside the one here: decisio
 	@$(BIN)/python deploy/aarch64 $(ARGS)
 
 clean:  ## remove what building, testing and the demo wrote; .venv stays
-	rm -rf build dist *.egg-info demo-out bench-out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info demo-out bench-out routerbench-out .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
