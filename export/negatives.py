@@ -47,7 +47,9 @@ def hard_negatives(text: str, scene: Scene) -> tuple[Negative, ...]:
 def _other(text: str, scene: Scene, place: int) -> str:
     taken = {group.name for group in scene.groups}
     vowel = scene.groups[place].name[0] in "aeio"  # "an apple" becomes "an owl", not "an cat"
-    free = [name for name in OBJECTS if name not in taken and (name[0] in "aeio") == vowel]
+    others = [name for name in OBJECTS if name not in taken]
+    # Three objects begin with a vowel: a scene of all of them leaves none that its article fits.
+    free = [name for name in others if (name[0] in "aeio") == vowel] or others
     return free[int.from_bytes(sha256(f"{place} {text}".encode()).digest()[:4], "big") % len(free)]
 
 

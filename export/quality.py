@@ -16,6 +16,8 @@ import torch
 from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
+from export.errors import ExportError
+
 METRICS_FILE = Path(__file__).parent / "metrics.json"
 STARTER_JUDGE = Path(__file__).parent / "starter" / "weights" / "judge"
 
@@ -42,16 +44,25 @@ def load_metrics(file: Path = METRICS_FILE) -> tuple[Metric, ...]:
 
 
 class Judge:
-    """Measures images with the CLIP in ``model``, a folder or a hub id."""
+    """Measures images with the CLIP in ``model``, a folder or a hub id, of any size and with any tokenizer of its own.
+
+    Raises ExportError where it is none, or its parts do not belong together.
+    """
 
     def __init__(self, model: Path | str = STARTER_JUDGE, metrics: Sequence[Metric] | None = None) -> None:
         self.metrics = tuple(metrics) if metrics is not None else load_metrics()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.clip = CLIPModel.from_pretrained(model, torch_dtype=torch.float32).to(self.device).eval()
-        self.processor = CLIPProcessor.from_pretrained(model, use_fast=False)
+        clip, self.processor = _open(model)
+        self.clip = clip.to(self.device).eval()
         self.digest = _digest(self.clip)
         texts = [text for metric in self.metrics for text in (metric.positive, metric.negative)]
         self.directions = self._directions(texts)
+        try:
+            self.quality([Image.new("RGB", (64, 64))])
+        except (ValueError, RuntimeError) as error:
+            raise ExportError(
+                f"{model}: its image processor makes pictures that its vision model does not take ({error})"
+            ) from error
 
     def quality(self, images: Sequence[Image.Image]) -> np.ndarray:
         """float32 [N, M] in (0, 1), a row an image, a column a metric."""
@@ -82,7 +93,12 @@ class Judge:
 
     def _directions(self, texts: list[str]) -> torch.Tensor:
         """Scale * (text+ - text-) of every pair in turn, [M, D]: a score is then one dot product."""
-        tokens = self.processor(text=texts, padding="max_length", truncation=True, return_tensors="pt")
+        length = min(
+            self.processor.tokenizer.model_max_length, self.clip.config.text_config.max_position_embeddings
+        )
+        tokens = self.processor(
+            text=texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
         with torch.inference_mode():
             read = self.clip.get_text_features(
                 input_ids=tokens["input_ids"].to(self.device),
@@ -90,6 +106,27 @@ class Judge:
             )
             read = read / read.norm(dim=-1, keepdim=True)
             return self.clip.logit_scale.exp() * (read[0::2] - read[1::2])
+
+
+def _open(model: Path | str) -> tuple[CLIPModel, CLIPProcessor]:
+    try:
+        clip, found = CLIPModel.from_pretrained(model, torch_dtype=torch.float32, output_loading_info=True)
+        processor = CLIPProcessor.from_pretrained(model, use_fast=False)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise ExportError(
+            f"{model} cannot be opened as a CLIP ({str(error).splitlines()[0]}): name a folder or hub id with a CLIP, "
+            "its tokenizer and its image processor"
+        ) from error
+    if missing := sorted(found["missing_keys"]):  # transformers would draw them at random
+        raise ExportError(f"{model} is no CLIP: it has no weights {missing[0]} and {len(missing) - 1} more")
+    text, tokenizer = clip.config.text_config, processor.tokenizer
+    # With the id 2 transformers takes the largest id of a sentence for its end, as CLIP's first release did.
+    if len(tokenizer) > text.vocab_size or text.eos_token_id not in (2, tokenizer.eos_token_id):
+        raise ExportError(
+            f"{model}: its tokenizer is another model's: {len(tokenizer)} tokens, end {tokenizer.eos_token_id}, where "
+            f"the text model has {text.vocab_size} and {text.eos_token_id}"
+        )
+    return clip, processor
 
 
 def _digest(model: CLIPModel) -> str:

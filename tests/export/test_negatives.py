@@ -28,6 +28,12 @@ def test_each_negative_has_one_thing_wrong_and_reads_like_the_prompt():
     ]
 
 
+def test_a_scene_of_every_object_with_a_vowel_has_negatives_too():
+    scene = Scene((Group("apple"), Group("orange"), Group("owl")))
+    objects = [n.text for n in hard_negatives("an apple, an orange and an owl", scene) if n.fault == "object"]
+    assert len(objects) == 3
+
+
 def test_the_apple_of_a_green_apple_is_left_alone():
     scene = Scene((Group("green apple"), Group("apple")), relation="above")
     (first, second) = (

@@ -1,0 +1,93 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+from edge_agent.superiority import METRICS
+from export.errors import ExportError
+from export.quality import STARTER_JUDGE, Judge
+from export.starter.tokenizer import train_tokenizer
+
+SIDE = 96  # pixels; the starter's judge takes 64
+
+
+def save_clip(folder, *, side=SIDE, positions=24):
+    """A random CLIP of another size than the starter's, with a tokenizer of its own."""
+    tokenizer = train_tokenizer(folder / "own", ["a photo of the sea", "sharp", "blurry"] * 4)
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = tower | {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": positions,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    torch.manual_seed(0)
+    config = CLIPConfig(
+        text_config=text, vision_config=tower | {"image_size": SIDE, "patch_size": 16}, projection_dim=16
+    )
+    CLIPModel(config).save_pretrained(folder)
+    images = CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side)
+    CLIPProcessor(images, tokenizer).save_pretrained(folder)
+    return folder
+
+
+def test_a_clip_of_another_size_and_tokenizer_measures_pictures_of_any_size(tmp_path):
+    judge = Judge(save_clip(tmp_path))
+    pictures = [Image.new("RGB", size, "teal") for size in ((64, 64), (300, 200))]
+    scores = judge.quality(pictures)
+    assert scores.shape == (2, len(METRICS))
+    assert ((scores > 0) & (scores < 1)).all()
+    # More tokens than the text model has places for: cut off, and no error.
+    (adheres,) = judge.adherence(pictures[:1], ["a cat " * 40], [["a dog " * 40]])
+    assert 0 < adheres < 1
+
+
+def test_judges_that_differ_have_digests_that_differ(tmp_path):
+    assert Judge(save_clip(tmp_path)).digest != Judge().digest
+
+
+def test_an_image_processor_of_another_size_is_refused(tmp_path):
+    with pytest.raises(ExportError, match="image processor"):
+        Judge(save_clip(tmp_path, side=SIDE // 2))
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    save_clip(tmp_path)
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copy(STARTER_JUDGE / name, tmp_path / name)
+    with pytest.raises(ExportError, match="another model's"):
+        Judge(tmp_path)
+
+
+def test_weights_that_are_missing_are_not_drawn_at_random(tmp_path):
+    save_clip(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = 2
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ExportError, match="no weights text_model"):
+        Judge(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "missing", ["config.json", "model.safetensors", "preprocessor_config.json", "vocab.json"]
+)
+def test_a_folder_without_one_of_its_files_is_refused(missing, tmp_path):
+    save_clip(tmp_path)
+    (tmp_path / missing).unlink()
+    (tmp_path / "tokenizer.json").unlink(missing_ok=True)
+    with pytest.raises(ExportError, match="name a folder or hub id"):
+        Judge(tmp_path)
+
+
+def test_the_starter_s_judge_gives_the_same_scores_alone_and_in_a_batch():
+    draw = np.random.default_rng(0)
+    pictures = [Image.fromarray(draw.integers(0, 256, (64, 64, 3), np.uint8)) for _ in range(3)]
+    judge = Judge()
+    together = judge.quality(pictures)
+    alone = np.concatenate([judge.quality([picture]) for picture in pictures])
+    assert np.allclose(together, alone, atol=1e-5)
