@@ -122,9 +122,12 @@ def running_agent(folder: Path, threads: int, *more: str) -> Iterator[tuple[Edge
         address = f"unix:{state}/agent.sock"
         settings = ["--listen", address, "--state", state, "--bundle", str(folder), "--threads", str(threads)]
         settings += more
-        daemon = subprocess.Popen([sys.executable, "-m", "edge_agent", "serve", *settings], env=environment)
+        log = Path(state) / "edge-agent.log"  # not the terminal's: the table is to be read there
+        with log.open("wb") as file:
+            command = [sys.executable, "-m", "edge_agent", "serve", *settings]
+            daemon = subprocess.Popen(command, env=environment, stderr=file)
         try:
-            _wait(AgentClient(address), daemon)
+            _wait(AgentClient(address), daemon, log)
             with grpc.insecure_channel(address) as channel:
                 yield EdgeAgentServiceStub(channel), daemon.pid
         finally:
@@ -132,11 +135,13 @@ def running_agent(folder: Path, threads: int, *more: str) -> Iterator[tuple[Edge
             daemon.wait()
 
 
-def _wait(client: AgentClient, daemon: subprocess.Popen[bytes]) -> None:
+def _wait(client: AgentClient, daemon: subprocess.Popen[bytes], log: Path) -> None:
     until = time.monotonic() + LOADED_S
     while not _ready(client):
         if time.monotonic() > until or daemon.poll() is not None:
-            raise BenchError("edge-agent serve did not get ready; its log says why")
+            raise BenchError(
+                f"edge-agent serve did not get ready:\n{log.read_text(errors='replace').strip()}"
+            )
         time.sleep(_POLL_S)
 
 
