@@ -29,7 +29,7 @@ from export.label import STARTER_BUNDLE
 from export.outcomes import SPLITS, Outcomes
 from export.prompts import scenes_by_text, scenes_of
 from export.routerbench import plots, report
-from export.routerbench.ceiling import Ceiling, ceiling, sentences_share
+from export.routerbench.ceiling import Ceiling, ceiling, oracle_by_images, sentences_share
 from export.routerbench.decision import decisions
 from export.routerbench.measure import RATES, Bench, counted_metrics
 from export.routerbench.router import Floats, Prompts, Router
@@ -179,6 +179,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     limit = _ceiling(outcomes.split("train"), test, known)
     if limit is not None:
         points[report.REFERENCE] = bench.points([limit.scores])
+    every = (test.cloud_seeds.astype(np.float64) - test.edge_seeds).mean(axis=2)
+    many = every[~np.isnan(every).any(axis=1)]  # of the prompts with the most images
     best = max((fitted[kind.name] for kind in BASELINES), key=lambda one: one.validation)
     names = [name for name in ("routet2i", "ours") if name in fitted]
     facts = report.Facts(
@@ -215,6 +217,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings={one.name: one.setting for one in order},
         ceiling=limit,
         sentences=sentences_share(bench.paired.gaps.mean(axis=2), said["test"]),
+        oracle=oracle_by_images(many, 0.5),
+        oracle_prompts=len(many),
         edge=float(test.edge.mean()),
         cloud=float(test.cloud.mean()),
         seconds=time.monotonic() - started,

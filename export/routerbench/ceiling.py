@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import minimize
 
+from export.evaluate import routed
 from export.routerbench.router import Floats
 from export.starter.world import Scene
 
@@ -104,6 +105,25 @@ def ceiling(train: Sequence[Scene], gain: Floats, asked: Sequence[Scene], seed: 
         curve.append((len(scenes), float(found)))
     scores = predicted(np.arange(known), np.arange(known, len(every)))
     return Ceiling(dict(zip(KINDS, shares.tolist(), strict=True)), curve, -scores)
+
+
+def oracle_by_images(gains: Floats, rate: float) -> list[tuple[int, float]]:
+    """(images it chooses by, gain over random routing) of the oracle, from ``gains`` [N, S] of S images a prompt.
+
+    It chooses by some images of each prompt and is paid by another; every image pays in turn. Choosing by few, it takes
+    luck for quality and is a lower bar than it should be.
+    """
+    count = gains.shape[1]
+    found = []
+    for number in dict.fromkeys((1, 3, 7, count - 1)):
+        if number < count:
+            turns = [
+                routed(-gains[:, np.arange(turn + 1, turn + 1 + number) % count].mean(axis=1), rate)
+                @ gains[:, turn]
+                for turn in range(count)
+            ]
+            found.append((number, float(np.mean(turns)) / len(gains) - rate * float(gains.mean())))
+    return found
 
 
 def sentences_share(gains: Floats, scenes: NDArray[np.int64]) -> float:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from export.routerbench.ceiling import KINDS, ceiling, pairs, sentences_share, words
+from export.routerbench.ceiling import KINDS, ceiling, oracle_by_images, pairs, sentences_share, words
 from export.starter.world import Group, Scene, sample_scenes
 
 
@@ -50,3 +50,15 @@ def test_what_sentences_of_a_scene_do_not_share_is_told_from_what_images_do_not(
     assert sentences_share(shared[:, None] + seeds, scenes) == pytest.approx(0, abs=0.1)
     assert sentences_share((shared + own)[:, None] + seeds, scenes) == pytest.approx(0.5, abs=0.1)
     assert np.isnan(sentences_share(seeds, np.arange(600)))
+
+
+def test_an_oracle_that_chooses_by_more_images_wins_more_and_one_without_signal_nothing() -> None:
+    draw = np.random.default_rng(0)
+    noise = draw.normal(0, 2, (2000, 16))
+    found = oracle_by_images(draw.normal(0.3, 1, 2000)[:, None] + noise, 0.5)
+    assert [images for images, _ in found] == [1, 3, 7, 15]
+    gains = [gain for _, gain in found]
+    assert gains == sorted(gains)
+    # It knows the mean of 15 others, so a correlation of 1 / sqrt(1 + 4 / 15) with what pays; half of |N(0, 1)|.
+    assert gains[-1] == pytest.approx(0.5 * np.sqrt(2 / np.pi) / np.sqrt(1 + 4 / 15), abs=0.05)
+    assert oracle_by_images(noise, 0.5)[-1][1] == pytest.approx(0, abs=0.05)
