@@ -2,8 +2,8 @@
 
     edge-export validity LABELS [--judge CLIP] [--out docs/metrics.md]
 
-- Validity: pictures of scenes that the judge never saw, spoiled by the ten damages it learnt from and by ten it has
-  never met; how often each metric falls below that of the original. A metric that measures falls nearly always under
+- Validity: pictures of scenes that the judge never saw, spoiled by the damages it learnt from and by ten it has never
+  met; how often each metric falls below that of the original. A metric that measures falls nearly always under
   its own damage, and seldom under another's.
 - Reliability: of the variance between generated images, the share that lies between prompts, and not between two
   images of one prompt (intraclass correlation, one-way random effects). No router can predict the rest.
@@ -31,9 +31,9 @@ from export.label import ADHERENCE
 from export.negatives import FAULTS, hard_negatives
 from export.outcomes import Outcomes
 from export.quality import STARTER_JUDGE, Judge
-from export.starter.damage import damage
+from export.starter.damage import Sample, damage, render_samples
 from export.starter.foreign_damage import foreign_damage
-from export.starter.world import Scene, caption, render, sample_scenes
+from export.starter.world import Scene, caption, sample_scenes
 from export.terminal import console, progress
 
 PICTURES = 200
@@ -41,18 +41,18 @@ SEVERITY = 0.6
 SEED = 41
 RESAMPLES = 1000
 Floats = NDArray[np.float64]
-Damage = Callable[[np.ndarray, str, float, np.random.Generator, np.ndarray], np.ndarray]
+Spoil = Callable[[Sample, str, float, np.random.Generator], np.ndarray]
 
 
-def falls(judge: Judge, spoil: Damage, clean: Sequence[np.ndarray], seed: int = SEED) -> Floats:
+def falls(judge: Judge, spoil: Spoil, samples: Sequence[Sample], seed: int = SEED) -> Floats:
     """[damages, metrics]: the share of pictures whose metric is lower once spoiled, damages in the order of metrics."""
     rng = np.random.default_rng(seed)
     names = [metric.name for metric in judge.metrics]
-    before = _judged(judge, clean)
+    before = _judged(judge, [sample.picture for sample in samples])
     shares = []
     with progress() as bar:
         for name in bar.track(names, description="damage"):
-            spoiled = [spoil(image, name, SEVERITY, rng, clean[i - 1]) for i, image in enumerate(clean)]
+            spoiled = [spoil(sample, name, SEVERITY, rng) for sample in samples]
             shares.append((_judged(judge, spoiled) < before).mean(axis=0))
     return np.stack(shares)
 
@@ -102,14 +102,14 @@ def agreement(labels: Path) -> dict[str, list[float]]:
     return found
 
 
-def tells_apart(judge: Judge, scenes: Sequence[Scene], clean: Sequence[np.ndarray]) -> dict[str, Floats]:
+def tells_apart(judge: Judge, scenes: Sequence[Scene], samples: Sequence[Sample]) -> dict[str, Floats]:
     """Fault -> for each hard negative of it whether the picture is less like it than like the scene's caption."""
     rng = np.random.default_rng(SEED)
     told: dict[str, list[bool]] = {fault: [] for fault in FAULTS}
-    for scene, picture in zip(scenes, clean, strict=True):
+    for scene, sample in zip(scenes, samples, strict=True):
         text = caption(scene, rng)
         for negative in hard_negatives(text, scene):
-            score = judge.adherence([Image.fromarray(picture)], [text], [[negative.text]])[0]
+            score = judge.adherence([Image.fromarray(sample.picture)], [text], [[negative.text]])[0]
             told[negative.fault].append(bool(score > 0.5))
     return {fault: np.array(found, np.float64) for fault, found in told.items()}
 
@@ -119,8 +119,8 @@ def report(judge: Judge, labels: Path) -> str:
     outcomes = Outcomes.read(labels)
     rng = np.random.default_rng(SEED)
     scenes = sample_scenes("inspector", PICTURES, SEED)
-    clean = [render(scene, rng) for scene in scenes]
-    known, foreign = falls(judge, damage, clean), falls(judge, foreign_damage, clean)
+    samples = render_samples(scenes, rng)
+    known, foreign = falls(judge, damage, samples), falls(judge, foreign_damage, samples)
     edge, cloud = complete(outcomes)
     count, seeds, _ = edge.shape
     components = {
@@ -167,7 +167,7 @@ def report(judge: Judge, labels: Path) -> str:
         "| wrong | sentences | told apart |",
         "|---|---|---|",
     ]
-    for fault, told in tells_apart(judge, scenes, clean).items():
+    for fault, told in tells_apart(judge, scenes, samples).items():
         cell = (
             with_interval(lambda rows, told=told: told[rows].mean(keepdims=True), len(told))[0]
             if len(told)

@@ -11,11 +11,12 @@ import io
 import numpy as np
 from PIL import Image, ImageFilter
 
+from export.starter.damage import Sample
 
-def foreign_damage(
-    image: np.ndarray, metric: str, severity: float, rng: np.random.Generator, other: np.ndarray
-) -> np.ndarray:
-    """Spoil uint8 [H, W, 3] by ``severity`` in (0, 1]. ``other`` is a different picture of the same size."""
+
+def foreign_damage(sample: Sample, metric: str, severity: float, rng: np.random.Generator) -> np.ndarray:
+    """The picture spoiled by ``severity`` in (0, 1]: uint8 [H, W, 3]. Raises ValueError for an unknown metric."""
+    image = sample.picture
     picture = Image.fromarray(image)
     height, width = image.shape[:2]
     pixels = image.astype(np.float32)
@@ -52,7 +53,7 @@ def foreign_damage(
         radius = width * (0.18 + 0.2 * severity)
         middle = rng.uniform(radius, width - radius, size=2)
         disc = (rows - middle[0]) ** 2 + (columns - middle[1]) ** 2 < radius**2
-        return np.where(disc[..., None], other, image)
+        return np.where(disc[..., None], sample.other, image)
     if metric == "layout":  # cut into strips that slide sideways
         out = image.copy()
         strip = max(6, round(20 - 12 * severity))
@@ -64,8 +65,8 @@ def foreign_damage(
         return out
     if metric == "integrity":  # a wedge taken out of the middle, filled with what lies at the sides
         angle = np.arctan2(rows - height / 2, columns - width / 2)
-        start = rng.uniform(-np.pi, np.pi)
-        wedge = (angle - start) % (2 * np.pi) < 0.8 + 1.6 * severity
+        middle = rng.choice(angle[sample.objects])  # where there is something to be missing
+        wedge = (angle - middle + 0.4 + 0.8 * severity) % (2 * np.pi) < 0.8 + 1.6 * severity
         return np.where(wedge[..., None], np.broadcast_to(image[:, :1], image.shape), image)
     raise ValueError(f"no damage is known for the metric {metric!r}")
 

@@ -1,7 +1,10 @@
 """Stage 4: the judge, a small CLIP that knows the world and the words for good and bad pictures of it.
 
-Two losses: CLIP's own between pictures and their captions (with words for the damage where there is one), and, for
-the contrastive metrics, the cross-entropy of sigmoid(CLIP(I, m+) - CLIP(I, m-)) with how undamaged the picture is.
+It sees every scene twice, as it is and spoiled, and learns from four losses. For the contrastive metrics, the
+cross-entropy of sigmoid(CLIP(I, m+) - CLIP(I, m-)) with how undamaged the picture is, and how far the spoiled picture's
+CLIP(I, m+) - CLIP(I, m-) lies below its original's: what scenes differ in beside the damage cancels there. To know the
+world by, CLIP's own between pictures and their captions (with words for the damage where there is one), and whether an
+undamaged picture is more like its caption than like the same sentence with one thing wrong.
 Scenes come from a split that no generator and no router sees.
 """
 
@@ -9,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,17 +21,20 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from edge_agent.superiority import METRICS
+from export.negatives import hard_negatives
 from export.quality import Metric, load_metrics
-from export.starter.damage import SIDE_EFFECTS, damage
+from export.starter.damage import SIDE_EFFECTS, damage, render_samples
 from export.starter.tokenizer import token_ids, train_tokenizer
 from export.starter.training import UNFINISHED, Run, write_record
-from export.starter.world import caption, render, sample_scenes
+from export.starter.world import caption, sample_scenes
 
-STEPS, BATCH, LEARNING_RATE, SEED = 3000, 64, 1.5e-3, 21
+STEPS, BATCH, LEARNING_RATE, SEED = 5000, 64, 1.5e-3, 21
 WIDTH = 128
-CONTRAST_WEIGHT = 0.1  # captions are there to know the world by; the metrics are what the judge is for
+CONTRAST_WEIGHT = ADHERENCE_WEIGHT = (
+    0.1  # captions are there to know the world by; the metrics are its purpose
+)
+PAIR_WEIGHT = 0.3
 UNDAMAGED, RUINED = 0.9, 0.1  # targets; short of 1 and 0, so that scores stay where the sigmoid still moves
-CLEAN_SHARE = 0.25  # of the pictures are left as they are
 
 # CLIP's own normalisation is for photographs; the world's pictures are centred on grey.
 PIXEL_MEAN = PIXEL_STD = (0.5, 0.5, 0.5)
@@ -54,30 +61,46 @@ def new_judge(tokenizer: CLIPTokenizer) -> CLIPModel:
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
 
 
-def spoiled_scenes(
-    number: int, seed: int, metrics: tuple[Metric, ...], split: str = "judge"
-) -> tuple[np.ndarray, list[str], np.ndarray]:
-    """Pictures uint8 [N, 64, 64, 3], sentences that say what is on them and what is wrong, targets [N, M]."""
+@dataclass(frozen=True)
+class Batch:
+    """N scenes: the first N pictures and texts are of them undamaged, the others of the same ones spoiled."""
+
+    pictures: np.ndarray
+    """uint8 [2 N, 64, 64, 3]"""
+    texts: list[str]
+    """What is on each picture and, of the spoiled, what is wrong with it."""
+    wrong: list[str]
+    """N sentences that are wrong about the undamaged pictures in one thing."""
+    targets: np.ndarray
+    """float32 [2 N, M]: what each metric should be."""
+
+
+def make_batch(number: int, seed: int, metrics: tuple[Metric, ...], split: str = "judge") -> Batch:
+    """``number`` scenes, each undamaged and spoiled in one or two ways."""
     rng = np.random.default_rng(seed)
     scenes = sample_scenes(split, number, seed)
-    clean = [render(scene, rng) for scene in scenes]
-    texts = [caption(scene, rng) for scene in scenes]
-    harm = np.zeros((number, len(metrics)), np.float32)
-    pictures = []
-    for index, image in enumerate(clean):
-        if rng.random() >= CLEAN_SHARE:
-            for chosen in rng.choice(len(metrics), size=rng.choice([1, 2], p=[0.7, 0.3]), replace=False):
-                metric, severity = metrics[chosen], float(rng.uniform(0.15, 1))
-                image = damage(image, metric.name, severity, rng, clean[index - 1])
-                harm[index, chosen] = max(harm[index, chosen], severity)
-                for name, share in SIDE_EFFECTS[metric.name].items():
-                    column = METRICS.index(name)
-                    harm[index, column] = max(harm[index, column], share * severity)
-                texts[index] += f", {metric.negative.lower()}"
-        elif rng.random() < 0.5:
-            texts[index] += f", {metrics[int(rng.integers(len(metrics)))].positive.lower()}"
-        pictures.append(image)
-    return np.stack(pictures), texts, UNDAMAGED + (RUINED - UNDAMAGED) * harm
+    samples = render_samples(scenes, rng)
+    captions = [caption(scene, rng) for scene in scenes]
+    harm = np.zeros((2 * number, len(metrics)), np.float32)
+    spoiled, blamed, wrong = [], [], []
+    for index, (scene, sample, text) in enumerate(zip(scenes, samples, captions, strict=True)):
+        row, faults = harm[number + index], []
+        chosen = rng.choice(len(metrics), size=rng.choice([1, 2], p=[0.7, 0.3]), replace=False)
+        # The last first: what paints with other pictures goes before what fades or blurs the whole.
+        for column in sorted(chosen, reverse=True):
+            metric, severity = metrics[column], float(rng.uniform(0.15, 1))
+            sample = replace(sample, picture=damage(sample, metric.name, severity, rng))
+            row[column] = max(row[column], severity)
+            for name, share in SIDE_EFFECTS[metric.name].items():
+                beside = METRICS.index(name)
+                row[beside] = max(row[beside], share * severity)
+            faults.append(metric.negative.lower())
+        spoiled.append(sample.picture)
+        blamed.append(", ".join([text, *faults]))
+        negatives = hard_negatives(text, scene)
+        wrong.append(negatives[int(rng.integers(len(negatives)))].text)
+    pictures = np.stack([sample.picture for sample in samples] + spoiled)
+    return Batch(pictures, captions + blamed, wrong, UNDAMAGED + (RUINED - UNDAMAGED) * harm)
 
 
 def train(work: Path, *, steps: int = STEPS, seconds: float | None = None) -> bool:
@@ -99,22 +122,32 @@ def train(work: Path, *, steps: int = STEPS, seconds: float | None = None) -> bo
         seconds=seconds,
     )
     pairs = [text for metric in metrics for text in (metric.positive, metric.negative)]
-    pair_ids = torch.from_numpy(token_ids(tokenizer, pairs)).to(run.device)
 
     def loss_of_batch(step: int) -> torch.Tensor:
-        images, texts, targets = spoiled_scenes(BATCH, SEED * 1_000_000 + step, metrics)
-        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float().to(run.device) / 127.5 - 1
-        ids = torch.from_numpy(token_ids(tokenizer, texts)).to(run.device)
+        batch = make_batch(BATCH // 2, SEED * 1_000_000 + step, metrics)
+        pixels = torch.from_numpy(batch.pictures).permute(0, 3, 1, 2).float().to(run.device) / 127.5 - 1
+        ids = torch.from_numpy(token_ids(tokenizer, [*batch.texts, *batch.wrong, *pairs])).to(run.device)
+        ids = ids[:, : int((ids != tokenizer.eos_token_id).sum(dim=1).max()) + 1]  # the rest is padding
         seen = F.normalize(run.model.get_image_features(pixel_values=pixels), dim=-1)
-        read = F.normalize(run.model.get_text_features(torch.cat([ids, pair_ids])), dim=-1)
+        read = F.normalize(run.model.get_text_features(ids), dim=-1)
+        own, wrong, praised_or_blamed = read.split([BATCH, BATCH // 2, len(pairs)])
         scale = run.model.logit_scale.clamp(max=np.log(100)).exp()
-        logits = scale * seen @ read[:BATCH].T
+
+        logits = scale * seen @ own.T
         truth = torch.arange(BATCH, device=run.device)
         contrast = (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
-        similarity = scale * seen @ read[BATCH:].T
-        quality = similarity[:, 0::2] - similarity[:, 1::2]
-        goal = torch.from_numpy(targets).to(run.device)
-        return CONTRAST_WEIGHT * contrast + F.binary_cross_entropy_with_logits(quality, goal)
+        undamaged, spoiled = slice(0, BATCH // 2), slice(BATCH // 2, BATCH)
+        closer = scale * (seen[undamaged] * (own[undamaged] - wrong)).sum(dim=-1)
+
+        quality = scale * seen @ (praised_or_blamed[0::2] - praised_or_blamed[1::2]).T
+        goal = torch.from_numpy(batch.targets).to(run.device)
+        fall = quality[undamaged] - quality[spoiled]
+        return (
+            F.binary_cross_entropy_with_logits(quality, goal)
+            + PAIR_WEIGHT * F.smooth_l1_loss(fall, goal[undamaged].logit() - goal[spoiled].logit())
+            + CONTRAST_WEIGHT * contrast
+            + ADHERENCE_WEIGHT * F.softplus(-closer).mean()
+        )
 
     if not run.train(loss_of_batch):
         return False

@@ -4,20 +4,19 @@ import pytest
 from edge_agent.superiority import METRICS
 from export import validity
 from export.quality import Judge
-from export.starter.damage import damage
-from export.starter.world import render, sample_scenes
+from export.starter.damage import damage, render_samples
+from export.starter.world import sample_scenes
 from tests.export.routing_world import write_labels
 
 
 def test_a_metric_falls_under_its_own_damage_and_not_under_none():
-    rng = np.random.default_rng(0)
-    clean = [render(scene, rng) for scene in sample_scenes("inspector", 12, seed=0)]
+    samples = render_samples(sample_scenes("inspector", 12, seed=0), np.random.default_rng(0))
     judge = Judge()
-    shares = validity.falls(judge, damage, clean)
+    shares = validity.falls(judge, damage, samples)
     assert shares.shape == (len(METRICS), len(METRICS))
     for name in ("clarity", "sharpness", "color"):
         assert shares[METRICS.index(name), METRICS.index(name)] == 1
-    assert not validity.falls(judge, lambda image, *_: image, clean).any()
+    assert not validity.falls(judge, lambda sample, *_: sample.picture, samples).any()
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
