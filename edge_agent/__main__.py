@@ -84,13 +84,16 @@ ROUTE_EPILOG = """\
 examples:
   edge-agent route "a red apple" "three owls left of a tiny guitar at night"
   edge-agent route - --json < prompts.txt
+  edge-agent route --explain "three strawberries on white"
 
 Nothing is generated, reserved or sent. Without a running daemon, or with --bundle, --routing-rate or --config, the
 bundle is loaded in this process and the answer is the prediction alone: a cloud within reach and no quota are taken
 for granted.
 
+--explain deletes each token in turn and reads the prompt again: what moves PRS most, without it, decided most.
+
 --json prints one object a line: prompt, route, reason, prs, alpha, edge_quality, cloud_quality, tokens, quota,
-timings_ms.
+timings_ms. A token has its text, its pull on each metric's gap and, with --explain, prs_without, otherwise null.
 """
 
 _EXIT_CODES: dict[type[RouteT2IError], int] = {
@@ -150,6 +153,11 @@ def parser() -> argparse.ArgumentParser:
     route = add_command(commands, "route", _route, "say where prompts would go, and why", ROUTE_EPILOG)
     route.add_argument(
         "prompts", metavar="PROMPT", nargs="+", help="a prompt; - reads one a line from standard input"
+    )
+    route.add_argument(
+        "--explain",
+        action="store_true",
+        help="say what PRS would be without each token; reads the prompt for each",
     )
     settings.add_flags(route, ("bundle", "routing_rate"))
     _app(route)
@@ -271,10 +279,15 @@ def _route(options: argparse.Namespace) -> int:
     if own_terms or (not named and not agent.reachable()):
         decisions = _routed_here(options, prompts)
     else:
-        decisions = ((prompt, agent.route(prompt, app=options.app)) for prompt in prompts)
+        decisions = (
+            (prompt, agent.route(prompt, app=options.app, explain=options.explain)) for prompt in prompts
+        )
     if options.json:
         for prompt, decision in decisions:
             print_json(_decision_facts(prompt, decision))
+    elif options.explain:
+        for prompt, decision in decisions:
+            _print_explained(prompt, decision)
     else:
         print_table(
             ("prompt", "PRS", "alpha", "route", "reason", "ms"),
@@ -291,6 +304,26 @@ def _route(options: argparse.Namespace) -> int:
             ),
         )
     return DONE
+
+
+def _print_explained(prompt: str, decision: Decision) -> None:
+    print(f"{prompt}\n  {decision.route} ({decision.reason.value})", end="")
+    if decision.prs is None or decision.alpha is None:
+        print("; nothing to explain: there is no calibration for these models")
+        return
+    print(f", PRS {decision.prs:.3f}, alpha {decision.alpha:.3f}")
+    moved = [
+        (token.text, token.prs_without, token.prs_without - decision.prs)
+        for token in decision.tokens
+        if token.prs_without is not None
+    ]
+    print_table(
+        ("  without", "PRS", "moved"),
+        (
+            (f"  {text}", f"{prs:.3f}", f"{by:+.3f}")
+            for text, prs, by in sorted(moved, key=lambda one: -abs(one[2]))
+        ),
+    )
 
 
 def _routed_here(options: argparse.Namespace, prompts: Iterable[str]) -> Iterator[tuple[str, Decision]]:
@@ -321,7 +354,12 @@ def _routed_here(options: argparse.Namespace, prompts: Iterable[str]) -> Iterato
             cloud_healthy=True,
             quota_allows=True,
         )
-        yield prompt, explain(reading, route, reason, reader.alpha)
+        decision = explain(reading, route, reason, reader.alpha)
+        if options.explain:
+            decision = decision.explained(
+                [reader.prs_without(reading.tokens, position) for position in reading.tokens.own]
+            )
+        yield prompt, decision
 
 
 def _quota(options: argparse.Namespace) -> int:
@@ -479,7 +517,10 @@ def _decision_facts(prompt: str, decision: Decision) -> dict[str, Any]:
         "alpha": decision.alpha,
         "edge_quality": metrics(decision.edge_quality),
         "cloud_quality": metrics(decision.cloud_quality),
-        "tokens": [{"text": token.text, "pull": metrics(token.pull)} for token in decision.tokens],
+        "tokens": [
+            {"text": token.text, "pull": metrics(token.pull), "prs_without": token.prs_without}
+            for token in decision.tokens
+        ],
         "quota": {budget.name: _budget_facts(budget) for budget in decision.quota},
         "timings_ms": dict(decision.timings_ms),
     }

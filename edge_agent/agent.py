@@ -121,11 +121,22 @@ class Agent:
                 else:
                     yield event
 
-    async def route(self, request: ImageRequest) -> Decision:
-        """The decision alone, against the quota as it is now. Reserves nothing, calls nobody."""
+    async def route(self, request: ImageRequest, *, explain: bool = False) -> Decision:
+        """The decision alone, against the quota as it is now. Reserves nothing, calls nobody.
+
+        With `explain` its tokens say what PRS would be without them, which reads the prompt once more for each.
+        """
         request = validate(request, self.models.limits)
         with self.models.used():
-            _, decision = await self._beside(self._consider, request, reserving=False)
+            reading, decision = await self._beside(self._consider, request, reserving=False)
+            if explain and self.calibrated:
+                # One by one, so that other decisions come between.
+                decision = decision.explained(
+                    [
+                        await self._beside(self.reader.prs_without, reading.tokens, position)
+                        for position in reading.tokens.own
+                    ]
+                )
         return decision
 
     @property

@@ -116,9 +116,9 @@ class AgentClient:
             )
         yield received
 
-    def route(self, prompt: str, **fields: Any) -> Decision:
-        """Only the decision."""
-        request = edge_pb2.RouteRequest(image=_image_request({"prompt": prompt, **fields}))
+    def route(self, prompt: str, *, explain: bool = False, **fields: Any) -> Decision:
+        """Only the decision. With `explain` its tokens have `prs_without`."""
+        request = edge_pb2.RouteRequest(image=_image_request({"prompt": prompt, **fields}), explain=explain)
         with self._stub() as stub, _explained(self.address):
             return decision(stub.Route(request, timeout=self._timeout_s).decision)
 
@@ -236,7 +236,12 @@ def decision(message: edge_pb2.Decision) -> Decision:
         edge_quality=tuple(metric.value for metric in message.edge_quality),
         cloud_quality=tuple(metric.value for metric in message.cloud_quality),
         tokens=tuple(
-            TokenPull(token.text, tuple(metric.value for metric in token.pull)) for token in message.tokens
+            TokenPull(
+                token.text,
+                tuple(metric.value for metric in token.pull),
+                token.prs_without if token.HasField("prs_without") else None,
+            )
+            for token in message.tokens
         ),
         quota=tuple(_budget(budget) for budget in message.quota),
         timings_ms={timing.stage: timing.milliseconds for timing in message.timings},

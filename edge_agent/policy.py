@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Literal
 
@@ -35,10 +35,14 @@ class Reason(Enum):
 
 @dataclass(frozen=True)
 class TokenPull:
-    """How much one token pulls each metric's predicted gap, cloud minus edge, in METRICS order."""
+    """How much one token pulls each metric's predicted gap, cloud minus edge, in METRICS order.
+
+    `prs_without` is the PRS of the prompt without the token, where that was measured.
+    """
 
     text: str
     pull: tuple[float, ...]
+    prs_without: float | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,13 @@ class Decision:
     quota: tuple[BudgetState, ...] = ()
     timings_ms: Mapping[str, float] = field(default_factory=dict)
     prompt_truncated: bool = False
+
+    def explained(self, prs_without: Sequence[float | None]) -> Decision:
+        """The same with what PRS would be without each of its tokens, in their order."""
+        tokens = [
+            replace(token, prs_without=prs) for token, prs in zip(self.tokens, prs_without, strict=True)
+        ]
+        return replace(self, tokens=tuple(tokens))
 
 
 def decide(

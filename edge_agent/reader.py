@@ -79,10 +79,7 @@ class Reader:
         tokenized = time.perf_counter()
         states = self._text_encoder.encode(tokens)
         encoded = time.perf_counter()
-        prediction = self._predictor.predict(states.tokens, tokens.mask) if self._predictor else None
-        prs = None
-        if prediction is not None and self._superiority is not None:
-            prs = float(self._superiority.of(prediction.edge, prediction.cloud))
+        prediction, prs = self._predict(states, tokens)
         predicted = time.perf_counter()
         timings_ms = {
             "tokenize": (tokenized - began) * 1e3,
@@ -90,6 +87,17 @@ class Reader:
             "predict": (predicted - encoded) * 1e3,
         }
         return Reading(tokens, states, prediction, prs, timings_ms)
+
+    def prs_without(self, tokens: Tokens, position: int) -> float | None:
+        """PRS of the prompt without the token at `position` of L; reads it anew. Raises what `read` raises."""
+        shorter = tokens.without(position)
+        return self._predict(self._text_encoder.encode(shorter), shorter)[1]
+
+    def _predict(self, states: TextStates, tokens: Tokens) -> tuple[Prediction | None, float | None]:
+        prediction = self._predictor.predict(states.tokens, tokens.mask) if self._predictor else None
+        if prediction is None or self._superiority is None:
+            return prediction, None
+        return prediction, float(self._superiority.of(prediction.edge, prediction.cloud))
 
     def negative_states(self, prompt: str) -> TextStates:
         """The states of a negative prompt, which may be empty."""

@@ -139,7 +139,7 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
         async with self._call(request, context, line) as agent:
             wish = _image_request(request.image, request.routing, context)
             line |= _who(wish)
-            decision = await agent.route(wish)
+            decision = await agent.route(wish, explain=request.explain)
             line |= _account(decision)
             return edge_pb2.RouteResponse(decision=_decision(decision, agent))
 
@@ -387,7 +387,10 @@ def _decision(decision: Decision, agent: Agent) -> edge_pb2.Decision:
         alpha=decision.alpha,
         edge_quality=_metrics(decision.edge_quality),
         cloud_quality=_metrics(decision.cloud_quality),
-        tokens=[edge_pb2.TokenPull(text=token.text, pull=_metrics(token.pull)) for token in decision.tokens],
+        tokens=[
+            edge_pb2.TokenPull(text=token.text, pull=_metrics(token.pull), prs_without=token.prs_without)
+            for token in decision.tokens
+        ],
         quota=map(_budget, decision.quota),
         timings=_timings(decision.timings_ms),
         edge_model_digest=agent.reader.bundle.model_digest,

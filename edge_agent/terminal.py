@@ -74,7 +74,7 @@ def print_json(facts: dict[str, Any]) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Columns as wide as the terminal allows."""
+    """Columns as wide as the terminal allows. Where a row cannot be had, those before it are printed."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -82,6 +82,11 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     table = Table(box=None, pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold")  # nothing is cut off
-    for row in rows:
-        table.add_row(*map(Text, row))  # Text: a prompt's [brackets] are no markup
+    try:
+        for row in rows:
+            table.add_row(*map(Text, row))  # Text: a prompt's [brackets] are no markup
+    except BaseException:
+        if table.row_count:
+            Console().print(table)
+        raise
     Console().print(table)

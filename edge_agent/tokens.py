@@ -27,6 +27,25 @@ class Tokens:
     # [1, L], the same prompt as the second tokenizer reads it, where the model has two (Stable Diffusion XL).
     ids_2: NDArray[np.int64] | None = None
 
+    @property
+    def own(self) -> list[int]:
+        """Positions of the prompt's own tokens, in order."""
+        return np.flatnonzero(self.mask).tolist()
+
+    def without(self, position: int) -> Tokens:
+        """The prompt less one token; what follows moves up, as if it had never been written."""
+
+        def cut(ids: NDArray[np.int64]) -> NDArray[np.int64]:
+            return np.append(np.delete(ids, position, axis=1), ids[:, -1:], axis=1)
+
+        return Tokens(
+            cut(self.ids),
+            np.append(np.delete(self.mask, position), False),
+            (*self.texts[:position], *self.texts[position + 1 :], self.texts[-1]),
+            self.truncated,
+            None if self.ids_2 is None else cut(self.ids_2),
+        )
+
 
 class Tokenizer:
     """A tokenizer.json that carries its own padding and truncation, as the export writes it."""

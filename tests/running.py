@@ -142,8 +142,12 @@ class App:
             answer.fail(error)
         return answer
 
-    async def route(self, prompt: str = EDGE_PROMPT, routing: int = 0, **image: Any) -> edge_pb2.Decision:
-        request = edge_pb2.RouteRequest(image=image_pb2.ImageRequest(prompt=prompt, **image), routing=routing)
+    async def route(
+        self, prompt: str = EDGE_PROMPT, routing: int = 0, explain: bool = False, **image: Any
+    ) -> edge_pb2.Decision:
+        request = edge_pb2.RouteRequest(
+            image=image_pb2.ImageRequest(prompt=prompt, **image), routing=routing, explain=explain
+        )
         return (await self.stub.Route(request, timeout=30)).decision
 
     async def quota(self, app: str = "") -> Any:

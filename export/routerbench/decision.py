@@ -13,7 +13,7 @@ Intervals are 95 % bootstraps over scenes, see `export.routerbench.measure`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,8 +72,8 @@ class Explanations:
     others: Estimate
     """Any other token, in expectation."""
     ratio: Estimate
-    hindsight: Estimate
-    """The same ratio for the token whose deletion moves PRS most: what no name can exceed."""
+    measured: Estimate
+    """The same ratio for the token whose deletion moves PRS most, which is the one `RouteRequest.explain` names."""
 
 
 @dataclass(frozen=True)
@@ -138,17 +138,6 @@ class Decider:
             edge, cloud, self.calibration.scale, self.calibration.weights
         ) - self.prs(prediction.edge, prediction.cloud)
         return moved
-
-
-def without(tokens: Tokens, position: int, padding: int) -> Tokens:
-    """The prompt less one token; what follows moves up, as if it had never been written."""
-
-    def cut(row: NDArray[np.int64], last: int) -> NDArray[np.int64]:
-        return np.append(np.delete(row, position), last)
-
-    mask = np.append(np.delete(tokens.mask, position), False)
-    second = None if tokens.ids_2 is None else cut(tokens.ids_2[0], int(tokens.ids_2[0, -1]))[None]
-    return replace(tokens, ids=cut(tokens.ids[0], padding)[None], mask=mask, ids_2=second)
 
 
 def decisions(
@@ -265,10 +254,7 @@ def _explanations(
         if len(own) < 2:
             continue  # nothing to name among
         prs, prediction, _ = decider.decide(tokens)
-        padding = int(tokens.ids[0, -1])
-        moved = np.array(
-            [abs(decider.decide(without(tokens, int(position), padding))[0] - prs) for position in own]
-        )
+        moved = np.array([abs(decider.decide(tokens.without(int(position)))[0] - prs) for position in own])
         first = int(np.argmax(np.abs(decider.pull_on_prs(prediction)[own])))
         named.append(moved[first])
         others.append(np.delete(moved, first).mean())
@@ -282,7 +268,7 @@ def _explanations(
         named=estimate(means[:, 0]),
         others=estimate(means[:, 1]),
         ratio=estimate(means[:, 0] / means[:, 1]),
-        hindsight=estimate(means[:, 2] / means[:, 3]),
+        measured=estimate(means[:, 2] / means[:, 3]),
     )
 
 

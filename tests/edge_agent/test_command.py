@@ -162,6 +162,33 @@ def test_route_prints_exactly_these_fields_for_each_prompt(run: Run, daemon: Pro
     assert edge["prs"] >= edge["alpha"] > cloud["prs"]
 
 
+@pytest.mark.parametrize("here", [False, True])
+def test_route_explains_by_deleting_each_token(
+    run: Run, daemon: Process, routed_bundle: Path, here: bool
+) -> None:
+    where = ("--bundle", routed_bundle) if here else ()
+    finished = run("route", CLOUD_PROMPT, "--explain", *where)
+    assert finished.code == 0
+    first, second, header, *rows = finished.out.splitlines()
+    assert first == CLOUD_PROMPT
+    assert "PRS" in second and "alpha" in second
+    assert header.split() == ["without", "PRS", "moved"]
+    moved = [abs(float(row.split()[-1])) for row in rows]
+    assert moved == sorted(moved, reverse=True)
+    (facts,) = run("route", CLOUD_PROMPT, "--explain", "--json", *where).objects
+    assert sorted(row.split()[0] for row in rows) == sorted(token["text"] for token in facts["tokens"])
+    assert max(abs(token["prs_without"] - facts["prs"]) for token in facts["tokens"]) == pytest.approx(
+        moved[0], abs=1e-3
+    )
+
+
+def test_what_was_decided_before_a_prompt_is_refused_is_shown(run: Run, daemon: Process) -> None:
+    finished = run("route", EDGE_PROMPT, "half \ud83d")
+    assert finished.code == 2
+    assert EDGE_PROMPT in finished.out
+    assert "not valid UTF-8" in finished.err
+
+
 def test_route_reads_prompts_from_a_pipe(
     run: Run, daemon: Process, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -120,6 +120,13 @@ async def test_a_decision_explains_itself(app: App, routed_bundle: Path) -> None
     assert (decision.calibration_id, decision.prompt_truncated) == (calibration.calibration_id, False)
 
 
+async def test_what_prs_would_be_without_a_token_is_what_it_is_without_it(app: App) -> None:
+    assert not any(token.HasField("prs_without") for token in (await app.route("two dogs")).tokens)
+    two, *_, beach = (await app.route("two dogs on the beach", explain=True)).tokens
+    assert two.prs_without == pytest.approx((await app.route("dogs on the beach")).prs, abs=1e-6)
+    assert beach.prs_without == pytest.approx((await app.route("two dogs on the")).prs, abs=1e-6)
+
+
 async def test_a_prompt_longer_than_the_model_reads_is_said_to_be_cut(app: App) -> None:
     decision = await app.route("x" * 500)
     assert decision.prompt_truncated

@@ -26,6 +26,16 @@ def test_start_end_and_padding_are_not_the_prompts_own(tokenizer: Tokenizer) -> 
     assert not tokens.truncated
 
 
+def test_a_prompt_without_a_token_is_the_prompt_that_never_had_it(tokenizer: Tokenizer) -> None:
+    whole, less = tokenizer.encode("the Red moon"), tokenizer.encode("the moon")
+    cut = whole.without(whole.own[1])
+    np.testing.assert_array_equal(cut.ids, less.ids)
+    np.testing.assert_array_equal(cut.mask, less.mask)
+    assert cut.texts == less.texts
+    assert cut.own == [1, 2]
+    assert cut.without(1).without(1).own == []
+
+
 def test_an_empty_prompt_has_no_tokens_of_its_own(tokenizer: Tokenizer) -> None:
     tokens = tokenizer.encode("")
     assert not tokens.mask.any()

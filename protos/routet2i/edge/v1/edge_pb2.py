@@ -25,23 +25,23 @@ _sym_db = _symbol_database.Default()
 from routet2i.image.v1 import image_pb2 as routet2i_dot_image_dot_v1_dot_image__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1broutet2i/edge/v1/edge.proto\x12\x10routet2i.edge.v1\x1a\x1droutet2i/image/v1/image.proto\"~\n\x0fGenerateRequest\x12.\n\x05image\x18\x01 \x01(\x0b\x32\x1f.routet2i.image.v1.ImageRequest\x12*\n\x07routing\x18\x02 \x01(\x0e\x32\x19.routet2i.edge.v1.Routing\x12\x0f\n\x07preview\x18\x03 \x01(\x08\"\xde\x01\n\x10GenerateResponse\x12.\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x1a.routet2i.edge.v1.DecisionH\x00\x12/\n\x08progress\x18\x02 \x01(\x0b\x32\x1b.routet2i.image.v1.ProgressH\x00\x12\x34\n\x0bimage_chunk\x18\x03 \x01(\x0b\x32\x1d.routet2i.image.v1.ImageChunkH\x00\x12*\n\x06result\x18\x04 \x01(\x0b\x32\x18.routet2i.edge.v1.ResultH\x00\x42\x07\n\x05\x65vent\"\xf7\x03\n\x08\x44\x65\x63ision\x12&\n\x05route\x18\x01 \x01(\x0e\x32\x17.routet2i.edge.v1.Route\x12\x30\n\x06reason\x18\x02 \x01(\x0e\x32 .routet2i.edge.v1.DecisionReason\x12\x10\n\x03prs\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05\x61lpha\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x33\n\x0c\x65\x64ge_quality\x18\x05 \x03(\x0b\x32\x1d.routet2i.edge.v1.MetricValue\x12\x34\n\rcloud_quality\x18\x06 \x03(\x0b\x32\x1d.routet2i.edge.v1.MetricValue\x12+\n\x06tokens\x18\x07 \x03(\x0b\x32\x1b.routet2i.edge.v1.TokenPull\x12,\n\x05quota\x18\x08 \x03(\x0b\x32\x1d.routet2i.edge.v1.BudgetState\x12*\n\x07timings\x18\t \x03(\x0b\x32\x19.routet2i.image.v1.Timing\x12\x19\n\x11\x65\x64ge_model_digest\x18\n \x01(\t\x12\x1a\n\x12\x63loud_model_digest\x18\x0b \x01(\t\x12\x16\n\x0e\x63\x61libration_id\x18\x0c \x01(\t\x12\x18\n\x10prompt_truncated\x18\r \x01(\x08\x42\x06\n\x04_prsB\x08\n\x06_alpha\"*\n\x0bMetricValue\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\"F\n\tTokenPull\x12\x0c\n\x04text\x18\x01 \x01(\t\x12+\n\x04pull\x18\x02 \x03(\x0b\x32\x1d.routet2i.edge.v1.MetricValue\"\xa1\x01\n\x0b\x42udgetState\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06window\x18\x02 \x01(\t\x12\x15\n\rcap_micro_usd\x18\x03 \x01(\x03\x12\x17\n\x0fspent_micro_usd\x18\x04 \x01(\x03\x12\x1a\n\x12reserved_micro_usd\x18\x05 \x01(\x03\x12\x1b\n\x13remaining_micro_usd\x18\x06 \x01(\x03\x12\x0b\n\x03\x61pp\x18\x07 \x01(\t\"\xb2\x02\n\x06Result\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x05image\x18\x02 \x01(\x0b\x32\x1c.routet2i.image.v1.ImageInfo\x12*\n\tserved_by\x18\x03 \x01(\x0e\x32\x17.routet2i.edge.v1.Route\x12\x10\n\x08\x66\x61llback\x18\x04 \x01(\x08\x12\x16\n\x0e\x66\x61llback_error\x18\x05 \x01(\t\x12\x16\n\x0e\x63ost_micro_usd\x18\x06 \x01(\x03\x12*\n\x07timings\x18\x07 \x03(\x0b\x32\x19.routet2i.image.v1.Timing\x12\x19\n\x11\x65\x64ge_model_digest\x18\x08 \x01(\t\x12\x1a\n\x12\x63loud_model_digest\x18\t \x01(\t\x12\x16\n\x0equeue_position\x18\n \x01(\r\"j\n\x0cRouteRequest\x12.\n\x05image\x18\x01 \x01(\x0b\x32\x1f.routet2i.image.v1.ImageRequest\x12*\n\x07routing\x18\x02 \x01(\x0e\x32\x19.routet2i.edge.v1.Routing\"=\n\rRouteResponse\x12,\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x1a.routet2i.edge.v1.Decision\"\x1e\n\x0fGetQuotaRequest\x12\x0b\n\x03\x61pp\x18\x01 \x01(\t\"n\n\x10GetQuotaResponse\x12.\n\x07\x62udgets\x18\x01 \x03(\x0b\x32\x1d.routet2i.edge.v1.BudgetState\x12*\n\x05rates\x18\x02 \x03(\x0b\x32\x1b.routet2i.edge.v1.RateState\"P\n\tRateState\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tmax_calls\x18\x02 \x01(\r\x12\x13\n\x0bper_seconds\x18\x03 \x01(\x01\x12\r\n\x05\x63\x61lls\x18\x04 \x01(\r\"\x13\n\x11ListModelsRequest\"=\n\x12ListModelsResponse\x12\'\n\x06models\x18\x01 \x03(\x0b\x32\x17.routet2i.edge.v1.Model\"\xf4\x01\n\x05Model\x12%\n\x04side\x18\x01 \x01(\x0e\x32\x17.routet2i.edge.v1.Route\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0f\n\x07licence\x18\x04 \x01(\t\x12\r\n\x05width\x18\x05 \x01(\r\x12\x0e\n\x06height\x18\x06 \x01(\r\x12\r\n\x05steps\x18\x07 \x03(\r\x12\x15\n\rdefault_steps\x18\x08 \x01(\r\x12\x1e\n\x16\x64\x65\x66\x61ult_guidance_scale\x18\t \x01(\x02\x12\x1c\n\x0fprice_micro_usd\x18\n \x01(\x03H\x00\x88\x01\x01\x42\x12\n\x10_price_micro_usd\"\x14\n\x12ReloadModelRequest\"T\n\x13ReloadModelResponse\x12\x0e\n\x06\x62undle\x18\x01 \x01(\t\x12\x19\n\x11\x65\x64ge_model_digest\x18\x02 \x01(\t\x12\x12\n\ncalibrated\x18\x03 \x01(\x08\"\x12\n\x10GetStatusRequest\"\xbe\x04\n\x11GetStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x16\n\x0euptime_seconds\x18\x02 \x01(\x01\x12\x0e\n\x06\x62undle\x18\x03 \x01(\t\x12\x19\n\x11\x65\x64ge_model_digest\x18\x04 \x01(\t\x12\x1a\n\x12\x63loud_model_digest\x18\x05 \x01(\t\x12\x16\n\x0e\x63\x61libration_id\x18\x06 \x01(\t\x12\x12\n\ncalibrated\x18\x07 \x01(\x08\x12\x14\n\x0crouting_rate\x18\x08 \x01(\x01\x12\x12\n\x05\x61lpha\x18\t \x01(\x01H\x00\x88\x01\x01\x12\x15\n\rcloud_address\x18\n \x01(\t\x12\x33\n\x0c\x63loud_health\x18\x0b \x01(\x0e\x32\x1d.routet2i.edge.v1.CloudHealth\x12\x14\n\x0cqueue_length\x18\x0c \x01(\r\x12\x11\n\tmax_queue\x18\r \x01(\r\x12\x16\n\x0eserved_by_edge\x18\x0e \x01(\x04\x12\x17\n\x0fserved_by_cloud\x18\x0f \x01(\x04\x12\x11\n\tfallbacks\x18\x10 \x01(\x04\x12\x1f\n\x17unresolved_reservations\x18\x11 \x01(\r\x12\x0e\n\x06\x61\x64vice\x18\x12 \x03(\t\x12-\n\tproviders\x18\x13 \x03(\x0b\x32\x1a.routet2i.edge.v1.Provider\x12\x0e\n\x06loaded\x18\x14 \x01(\x08\x12\x14\n\x0cloaded_since\x18\x15 \x01(\x01\x12\x1a\n\x12keep_alive_seconds\x18\x16 \x01(\x01\x42\x08\n\x06_alpha\"X\n\x08Provider\x12\x0c\n\x04name\x18\x01 \x01(\t\x12.\n\x05state\x18\x02 \x01(\x0e\x32\x1f.routet2i.edge.v1.ProviderState\x12\x0e\n\x06reason\x18\x03 \x01(\t*d\n\x07Routing\x12\x17\n\x13ROUTING_UNSPECIFIED\x10\x00\x12\x10\n\x0cROUTING_AUTO\x10\x01\x12\x16\n\x12ROUTING_LOCAL_ONLY\x10\x02\x12\x16\n\x12ROUTING_CLOUD_ONLY\x10\x03*?\n\x05Route\x12\x15\n\x11ROUTE_UNSPECIFIED\x10\x00\x12\x0e\n\nROUTE_EDGE\x10\x01\x12\x0f\n\x0bROUTE_CLOUD\x10\x02*\xa2\x02\n\x0e\x44\x65\x63isionReason\x12\x1f\n\x1b\x44\x45\x43ISION_REASON_UNSPECIFIED\x10\x00\x12\x1f\n\x1b\x44\x45\x43ISION_REASON_PARETO_EDGE\x10\x01\x12 \n\x1c\x44\x45\x43ISION_REASON_PARETO_CLOUD\x10\x02\x12#\n\x1f\x44\x45\x43ISION_REASON_QUOTA_EXHAUSTED\x10\x03\x12%\n!DECISION_REASON_CLOUD_UNAVAILABLE\x10\x04\x12\x1e\n\x1a\x44\x45\x43ISION_REASON_LOCAL_ONLY\x10\x05\x12\x1e\n\x1a\x44\x45\x43ISION_REASON_CLOUD_ONLY\x10\x06\x12 \n\x1c\x44\x45\x43ISION_REASON_UNCALIBRATED\x10\x07*\x89\x01\n\rProviderState\x12\x1e\n\x1aPROVIDER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15PROVIDER_STATE_IN_USE\x10\x01\x12\x1d\n\x19PROVIDER_STATE_WARMING_UP\x10\x02\x12\x1e\n\x1aPROVIDER_STATE_PASSED_OVER\x10\x03*\x9e\x01\n\x0b\x43loudHealth\x12\x1c\n\x18\x43LOUD_HEALTH_UNSPECIFIED\x10\x00\x12\x1f\n\x1b\x43LOUD_HEALTH_NOT_CONFIGURED\x10\x01\x12\x18\n\x14\x43LOUD_HEALTH_UNTRIED\x10\x02\x12\x18\n\x14\x43LOUD_HEALTH_HEALTHY\x10\x03\x12\x1c\n\x18\x43LOUD_HEALTH_UNREACHABLE\x10\x04\x32\x8f\x04\n\x10\x45\x64geAgentService\x12S\n\x08Generate\x12!.routet2i.edge.v1.GenerateRequest\x1a\".routet2i.edge.v1.GenerateResponse0\x01\x12H\n\x05Route\x12\x1e.routet2i.edge.v1.RouteRequest\x1a\x1f.routet2i.edge.v1.RouteResponse\x12Q\n\x08GetQuota\x12!.routet2i.edge.v1.GetQuotaRequest\x1a\".routet2i.edge.v1.GetQuotaResponse\x12W\n\nListModels\x12#.routet2i.edge.v1.ListModelsRequest\x1a$.routet2i.edge.v1.ListModelsResponse\x12T\n\tGetStatus\x12\".routet2i.edge.v1.GetStatusRequest\x1a#.routet2i.edge.v1.GetStatusResponse\x12Z\n\x0bReloadModel\x12$.routet2i.edge.v1.ReloadModelRequest\x1a%.routet2i.edge.v1.ReloadModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1broutet2i/edge/v1/edge.proto\x12\x10routet2i.edge.v1\x1a\x1droutet2i/image/v1/image.proto\"~\n\x0fGenerateRequest\x12.\n\x05image\x18\x01 \x01(\x0b\x32\x1f.routet2i.image.v1.ImageRequest\x12*\n\x07routing\x18\x02 \x01(\x0e\x32\x19.routet2i.edge.v1.Routing\x12\x0f\n\x07preview\x18\x03 \x01(\x08\"\xde\x01\n\x10GenerateResponse\x12.\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x1a.routet2i.edge.v1.DecisionH\x00\x12/\n\x08progress\x18\x02 \x01(\x0b\x32\x1b.routet2i.image.v1.ProgressH\x00\x12\x34\n\x0bimage_chunk\x18\x03 \x01(\x0b\x32\x1d.routet2i.image.v1.ImageChunkH\x00\x12*\n\x06result\x18\x04 \x01(\x0b\x32\x18.routet2i.edge.v1.ResultH\x00\x42\x07\n\x05\x65vent\"\xf7\x03\n\x08\x44\x65\x63ision\x12&\n\x05route\x18\x01 \x01(\x0e\x32\x17.routet2i.edge.v1.Route\x12\x30\n\x06reason\x18\x02 \x01(\x0e\x32 .routet2i.edge.v1.DecisionReason\x12\x10\n\x03prs\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05\x61lpha\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x33\n\x0c\x65\x64ge_quality\x18\x05 \x03(\x0b\x32\x1d.routet2i.edge.v1.MetricValue\x12\x34\n\rcloud_quality\x18\x06 \x03(\x0b\x32\x1d.routet2i.edge.v1.MetricValue\x12+\n\x06tokens\x18\x07 \x03(\x0b\x32\x1b.routet2i.edge.v1.TokenPull\x12,\n\x05quota\x18\x08 \x03(\x0b\x32\x1d.routet2i.edge.v1.BudgetState\x12*\n\x07timings\x18\t \x03(\x0b\x32\x19.routet2i.image.v1.Timing\x12\x19\n\x11\x65\x64ge_model_digest\x18\n \x01(\t\x12\x1a\n\x12\x63loud_model_digest\x18\x0b \x01(\t\x12\x16\n\x0e\x63\x61libration_id\x18\x0c \x01(\t\x12\x18\n\x10prompt_truncated\x18\r \x01(\x08\x42\x06\n\x04_prsB\x08\n\x06_alpha\"*\n\x0bMetricValue\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\"p\n\tTokenPull\x12\x0c\n\x04text\x18\x01 \x01(\t\x12+\n\x04pull\x18\x02 \x03(\x0b\x32\x1d.routet2i.edge.v1.MetricValue\x12\x18\n\x0bprs_without\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x0e\n\x0c_prs_without\"\xa1\x01\n\x0b\x42udgetState\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06window\x18\x02 \x01(\t\x12\x15\n\rcap_micro_usd\x18\x03 \x01(\x03\x12\x17\n\x0fspent_micro_usd\x18\x04 \x01(\x03\x12\x1a\n\x12reserved_micro_usd\x18\x05 \x01(\x03\x12\x1b\n\x13remaining_micro_usd\x18\x06 \x01(\x03\x12\x0b\n\x03\x61pp\x18\x07 \x01(\t\"\xb2\x02\n\x06Result\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x05image\x18\x02 \x01(\x0b\x32\x1c.routet2i.image.v1.ImageInfo\x12*\n\tserved_by\x18\x03 \x01(\x0e\x32\x17.routet2i.edge.v1.Route\x12\x10\n\x08\x66\x61llback\x18\x04 \x01(\x08\x12\x16\n\x0e\x66\x61llback_error\x18\x05 \x01(\t\x12\x16\n\x0e\x63ost_micro_usd\x18\x06 \x01(\x03\x12*\n\x07timings\x18\x07 \x03(\x0b\x32\x19.routet2i.image.v1.Timing\x12\x19\n\x11\x65\x64ge_model_digest\x18\x08 \x01(\t\x12\x1a\n\x12\x63loud_model_digest\x18\t \x01(\t\x12\x16\n\x0equeue_position\x18\n \x01(\r\"{\n\x0cRouteRequest\x12.\n\x05image\x18\x01 \x01(\x0b\x32\x1f.routet2i.image.v1.ImageRequest\x12*\n\x07routing\x18\x02 \x01(\x0e\x32\x19.routet2i.edge.v1.Routing\x12\x0f\n\x07\x65xplain\x18\x03 \x01(\x08\"=\n\rRouteResponse\x12,\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x1a.routet2i.edge.v1.Decision\"\x1e\n\x0fGetQuotaRequest\x12\x0b\n\x03\x61pp\x18\x01 \x01(\t\"n\n\x10GetQuotaResponse\x12.\n\x07\x62udgets\x18\x01 \x03(\x0b\x32\x1d.routet2i.edge.v1.BudgetState\x12*\n\x05rates\x18\x02 \x03(\x0b\x32\x1b.routet2i.edge.v1.RateState\"P\n\tRateState\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tmax_calls\x18\x02 \x01(\r\x12\x13\n\x0bper_seconds\x18\x03 \x01(\x01\x12\r\n\x05\x63\x61lls\x18\x04 \x01(\r\"\x13\n\x11ListModelsRequest\"=\n\x12ListModelsResponse\x12\'\n\x06models\x18\x01 \x03(\x0b\x32\x17.routet2i.edge.v1.Model\"\xf4\x01\n\x05Model\x12%\n\x04side\x18\x01 \x01(\x0e\x32\x17.routet2i.edge.v1.Route\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0f\n\x07licence\x18\x04 \x01(\t\x12\r\n\x05width\x18\x05 \x01(\r\x12\x0e\n\x06height\x18\x06 \x01(\r\x12\r\n\x05steps\x18\x07 \x03(\r\x12\x15\n\rdefault_steps\x18\x08 \x01(\r\x12\x1e\n\x16\x64\x65\x66\x61ult_guidance_scale\x18\t \x01(\x02\x12\x1c\n\x0fprice_micro_usd\x18\n \x01(\x03H\x00\x88\x01\x01\x42\x12\n\x10_price_micro_usd\"\x14\n\x12ReloadModelRequest\"T\n\x13ReloadModelResponse\x12\x0e\n\x06\x62undle\x18\x01 \x01(\t\x12\x19\n\x11\x65\x64ge_model_digest\x18\x02 \x01(\t\x12\x12\n\ncalibrated\x18\x03 \x01(\x08\"\x12\n\x10GetStatusRequest\"\xbe\x04\n\x11GetStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x16\n\x0euptime_seconds\x18\x02 \x01(\x01\x12\x0e\n\x06\x62undle\x18\x03 \x01(\t\x12\x19\n\x11\x65\x64ge_model_digest\x18\x04 \x01(\t\x12\x1a\n\x12\x63loud_model_digest\x18\x05 \x01(\t\x12\x16\n\x0e\x63\x61libration_id\x18\x06 \x01(\t\x12\x12\n\ncalibrated\x18\x07 \x01(\x08\x12\x14\n\x0crouting_rate\x18\x08 \x01(\x01\x12\x12\n\x05\x61lpha\x18\t \x01(\x01H\x00\x88\x01\x01\x12\x15\n\rcloud_address\x18\n \x01(\t\x12\x33\n\x0c\x63loud_health\x18\x0b \x01(\x0e\x32\x1d.routet2i.edge.v1.CloudHealth\x12\x14\n\x0cqueue_length\x18\x0c \x01(\r\x12\x11\n\tmax_queue\x18\r \x01(\r\x12\x16\n\x0eserved_by_edge\x18\x0e \x01(\x04\x12\x17\n\x0fserved_by_cloud\x18\x0f \x01(\x04\x12\x11\n\tfallbacks\x18\x10 \x01(\x04\x12\x1f\n\x17unresolved_reservations\x18\x11 \x01(\r\x12\x0e\n\x06\x61\x64vice\x18\x12 \x03(\t\x12-\n\tproviders\x18\x13 \x03(\x0b\x32\x1a.routet2i.edge.v1.Provider\x12\x0e\n\x06loaded\x18\x14 \x01(\x08\x12\x14\n\x0cloaded_since\x18\x15 \x01(\x01\x12\x1a\n\x12keep_alive_seconds\x18\x16 \x01(\x01\x42\x08\n\x06_alpha\"X\n\x08Provider\x12\x0c\n\x04name\x18\x01 \x01(\t\x12.\n\x05state\x18\x02 \x01(\x0e\x32\x1f.routet2i.edge.v1.ProviderState\x12\x0e\n\x06reason\x18\x03 \x01(\t*d\n\x07Routing\x12\x17\n\x13ROUTING_UNSPECIFIED\x10\x00\x12\x10\n\x0cROUTING_AUTO\x10\x01\x12\x16\n\x12ROUTING_LOCAL_ONLY\x10\x02\x12\x16\n\x12ROUTING_CLOUD_ONLY\x10\x03*?\n\x05Route\x12\x15\n\x11ROUTE_UNSPECIFIED\x10\x00\x12\x0e\n\nROUTE_EDGE\x10\x01\x12\x0f\n\x0bROUTE_CLOUD\x10\x02*\xa2\x02\n\x0e\x44\x65\x63isionReason\x12\x1f\n\x1b\x44\x45\x43ISION_REASON_UNSPECIFIED\x10\x00\x12\x1f\n\x1b\x44\x45\x43ISION_REASON_PARETO_EDGE\x10\x01\x12 \n\x1c\x44\x45\x43ISION_REASON_PARETO_CLOUD\x10\x02\x12#\n\x1f\x44\x45\x43ISION_REASON_QUOTA_EXHAUSTED\x10\x03\x12%\n!DECISION_REASON_CLOUD_UNAVAILABLE\x10\x04\x12\x1e\n\x1a\x44\x45\x43ISION_REASON_LOCAL_ONLY\x10\x05\x12\x1e\n\x1a\x44\x45\x43ISION_REASON_CLOUD_ONLY\x10\x06\x12 \n\x1c\x44\x45\x43ISION_REASON_UNCALIBRATED\x10\x07*\x89\x01\n\rProviderState\x12\x1e\n\x1aPROVIDER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15PROVIDER_STATE_IN_USE\x10\x01\x12\x1d\n\x19PROVIDER_STATE_WARMING_UP\x10\x02\x12\x1e\n\x1aPROVIDER_STATE_PASSED_OVER\x10\x03*\x9e\x01\n\x0b\x43loudHealth\x12\x1c\n\x18\x43LOUD_HEALTH_UNSPECIFIED\x10\x00\x12\x1f\n\x1b\x43LOUD_HEALTH_NOT_CONFIGURED\x10\x01\x12\x18\n\x14\x43LOUD_HEALTH_UNTRIED\x10\x02\x12\x18\n\x14\x43LOUD_HEALTH_HEALTHY\x10\x03\x12\x1c\n\x18\x43LOUD_HEALTH_UNREACHABLE\x10\x04\x32\x8f\x04\n\x10\x45\x64geAgentService\x12S\n\x08Generate\x12!.routet2i.edge.v1.GenerateRequest\x1a\".routet2i.edge.v1.GenerateResponse0\x01\x12H\n\x05Route\x12\x1e.routet2i.edge.v1.RouteRequest\x1a\x1f.routet2i.edge.v1.RouteResponse\x12Q\n\x08GetQuota\x12!.routet2i.edge.v1.GetQuotaRequest\x1a\".routet2i.edge.v1.GetQuotaResponse\x12W\n\nListModels\x12#.routet2i.edge.v1.ListModelsRequest\x1a$.routet2i.edge.v1.ListModelsResponse\x12T\n\tGetStatus\x12\".routet2i.edge.v1.GetStatusRequest\x1a#.routet2i.edge.v1.GetStatusResponse\x12Z\n\x0bReloadModel\x12$.routet2i.edge.v1.ReloadModelRequest\x1a%.routet2i.edge.v1.ReloadModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'routet2i.edge.v1.edge_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROUTING']._serialized_start=3051
-  _globals['_ROUTING']._serialized_end=3151
-  _globals['_ROUTE']._serialized_start=3153
-  _globals['_ROUTE']._serialized_end=3216
-  _globals['_DECISIONREASON']._serialized_start=3219
-  _globals['_DECISIONREASON']._serialized_end=3509
-  _globals['_PROVIDERSTATE']._serialized_start=3512
-  _globals['_PROVIDERSTATE']._serialized_end=3649
-  _globals['_CLOUDHEALTH']._serialized_start=3652
-  _globals['_CLOUDHEALTH']._serialized_end=3810
+  _globals['_ROUTING']._serialized_start=3110
+  _globals['_ROUTING']._serialized_end=3210
+  _globals['_ROUTE']._serialized_start=3212
+  _globals['_ROUTE']._serialized_end=3275
+  _globals['_DECISIONREASON']._serialized_start=3278
+  _globals['_DECISIONREASON']._serialized_end=3568
+  _globals['_PROVIDERSTATE']._serialized_start=3571
+  _globals['_PROVIDERSTATE']._serialized_end=3708
+  _globals['_CLOUDHEALTH']._serialized_start=3711
+  _globals['_CLOUDHEALTH']._serialized_end=3869
   _globals['_GENERATEREQUEST']._serialized_start=80
   _globals['_GENERATEREQUEST']._serialized_end=206
   _globals['_GENERATERESPONSE']._serialized_start=209
@@ -51,37 +51,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_METRICVALUE']._serialized_start=939
   _globals['_METRICVALUE']._serialized_end=981
   _globals['_TOKENPULL']._serialized_start=983
-  _globals['_TOKENPULL']._serialized_end=1053
-  _globals['_BUDGETSTATE']._serialized_start=1056
-  _globals['_BUDGETSTATE']._serialized_end=1217
-  _globals['_RESULT']._serialized_start=1220
-  _globals['_RESULT']._serialized_end=1526
-  _globals['_ROUTEREQUEST']._serialized_start=1528
-  _globals['_ROUTEREQUEST']._serialized_end=1634
-  _globals['_ROUTERESPONSE']._serialized_start=1636
-  _globals['_ROUTERESPONSE']._serialized_end=1697
-  _globals['_GETQUOTAREQUEST']._serialized_start=1699
-  _globals['_GETQUOTAREQUEST']._serialized_end=1729
-  _globals['_GETQUOTARESPONSE']._serialized_start=1731
-  _globals['_GETQUOTARESPONSE']._serialized_end=1841
-  _globals['_RATESTATE']._serialized_start=1843
-  _globals['_RATESTATE']._serialized_end=1923
-  _globals['_LISTMODELSREQUEST']._serialized_start=1925
-  _globals['_LISTMODELSREQUEST']._serialized_end=1944
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1946
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2007
-  _globals['_MODEL']._serialized_start=2010
-  _globals['_MODEL']._serialized_end=2254
-  _globals['_RELOADMODELREQUEST']._serialized_start=2256
-  _globals['_RELOADMODELREQUEST']._serialized_end=2276
-  _globals['_RELOADMODELRESPONSE']._serialized_start=2278
-  _globals['_RELOADMODELRESPONSE']._serialized_end=2362
-  _globals['_GETSTATUSREQUEST']._serialized_start=2364
-  _globals['_GETSTATUSREQUEST']._serialized_end=2382
-  _globals['_GETSTATUSRESPONSE']._serialized_start=2385
-  _globals['_GETSTATUSRESPONSE']._serialized_end=2959
-  _globals['_PROVIDER']._serialized_start=2961
-  _globals['_PROVIDER']._serialized_end=3049
-  _globals['_EDGEAGENTSERVICE']._serialized_start=3813
-  _globals['_EDGEAGENTSERVICE']._serialized_end=4340
+  _globals['_TOKENPULL']._serialized_end=1095
+  _globals['_BUDGETSTATE']._serialized_start=1098
+  _globals['_BUDGETSTATE']._serialized_end=1259
+  _globals['_RESULT']._serialized_start=1262
+  _globals['_RESULT']._serialized_end=1568
+  _globals['_ROUTEREQUEST']._serialized_start=1570
+  _globals['_ROUTEREQUEST']._serialized_end=1693
+  _globals['_ROUTERESPONSE']._serialized_start=1695
+  _globals['_ROUTERESPONSE']._serialized_end=1756
+  _globals['_GETQUOTAREQUEST']._serialized_start=1758
+  _globals['_GETQUOTAREQUEST']._serialized_end=1788
+  _globals['_GETQUOTARESPONSE']._serialized_start=1790
+  _globals['_GETQUOTARESPONSE']._serialized_end=1900
+  _globals['_RATESTATE']._serialized_start=1902
+  _globals['_RATESTATE']._serialized_end=1982
+  _globals['_LISTMODELSREQUEST']._serialized_start=1984
+  _globals['_LISTMODELSREQUEST']._serialized_end=2003
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2005
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2066
+  _globals['_MODEL']._serialized_start=2069
+  _globals['_MODEL']._serialized_end=2313
+  _globals['_RELOADMODELREQUEST']._serialized_start=2315
+  _globals['_RELOADMODELREQUEST']._serialized_end=2335
+  _globals['_RELOADMODELRESPONSE']._serialized_start=2337
+  _globals['_RELOADMODELRESPONSE']._serialized_end=2421
+  _globals['_GETSTATUSREQUEST']._serialized_start=2423
+  _globals['_GETSTATUSREQUEST']._serialized_end=2441
+  _globals['_GETSTATUSRESPONSE']._serialized_start=2444
+  _globals['_GETSTATUSRESPONSE']._serialized_end=3018
+  _globals['_PROVIDER']._serialized_start=3020
+  _globals['_PROVIDER']._serialized_end=3108
+  _globals['_EDGEAGENTSERVICE']._serialized_start=3872
+  _globals['_EDGEAGENTSERVICE']._serialized_end=4399
 # @@protoc_insertion_point(module_scope)

@@ -132,12 +132,14 @@ class MetricValue(_message.Message):
     def __init__(self, name: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
 
 class TokenPull(_message.Message):
-    __slots__ = ("text", "pull")
+    __slots__ = ("text", "pull", "prs_without")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     PULL_FIELD_NUMBER: _ClassVar[int]
+    PRS_WITHOUT_FIELD_NUMBER: _ClassVar[int]
     text: str
     pull: _containers.RepeatedCompositeFieldContainer[MetricValue]
-    def __init__(self, text: _Optional[str] = ..., pull: _Optional[_Iterable[_Union[MetricValue, _Mapping]]] = ...) -> None: ...
+    prs_without: float
+    def __init__(self, text: _Optional[str] = ..., pull: _Optional[_Iterable[_Union[MetricValue, _Mapping]]] = ..., prs_without: _Optional[float] = ...) -> None: ...
 
 class BudgetState(_message.Message):
     __slots__ = ("name", "window", "cap_micro_usd", "spent_micro_usd", "reserved_micro_usd", "remaining_micro_usd", "app")
@@ -182,12 +184,14 @@ class Result(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., image: _Optional[_Union[_image_pb2.ImageInfo, _Mapping]] = ..., served_by: _Optional[_Union[Route, str]] = ..., fallback: _Optional[bool] = ..., fallback_error: _Optional[str] = ..., cost_micro_usd: _Optional[int] = ..., timings: _Optional[_Iterable[_Union[_image_pb2.Timing, _Mapping]]] = ..., edge_model_digest: _Optional[str] = ..., cloud_model_digest: _Optional[str] = ..., queue_position: _Optional[int] = ...) -> None: ...
 
 class RouteRequest(_message.Message):
-    __slots__ = ("image", "routing")
+    __slots__ = ("image", "routing", "explain")
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     ROUTING_FIELD_NUMBER: _ClassVar[int]
+    EXPLAIN_FIELD_NUMBER: _ClassVar[int]
     image: _image_pb2.ImageRequest
     routing: Routing
-    def __init__(self, image: _Optional[_Union[_image_pb2.ImageRequest, _Mapping]] = ..., routing: _Optional[_Union[Routing, str]] = ...) -> None: ...
+    explain: bool
+    def __init__(self, image: _Optional[_Union[_image_pb2.ImageRequest, _Mapping]] = ..., routing: _Optional[_Union[Routing, str]] = ..., explain: _Optional[bool] = ...) -> None: ...
 
 class RouteResponse(_message.Message):
     __slots__ = ("decision",)
