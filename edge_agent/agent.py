@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,9 @@ from edge_agent.resident import Resident
 log = logging.getLogger(__name__)
 
 Found = TypeVar("Found")
+
+SHORT_READING_MS = 2.0
+"""What is read this quickly is read in the event loop: a change of threads would take a tenth of that and more."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,7 @@ class Agent:
         self._terms = terms
         # Apart from the device's worker: a decision must not wait for the image before it.
         self._reading = ThreadPoolExecutor(1, thread_name_prefix="reading")
+        self._reading_ms = math.inf  # what the last one took
         self._nothing_negative: Any = None  # token states of the empty negative prompt
 
     async def generate(self, request: ImageRequest) -> AsyncGenerator[Decision | Progress | Result, None]:
@@ -108,7 +113,7 @@ class Agent:
         purchase = None
         async with AsyncExitStack() as closing:
             closing.enter_context(self.models.used())
-            reading, decision = await self._beside(self._consider, request, reserving=True)
+            reading, decision = await self._read(request, reserving=True)
             if decision.route == "cloud":
                 decision, purchase = await self._reserve(request, reading, decision)
             if purchase is not None:
@@ -117,7 +122,7 @@ class Agent:
             events = await closing.enter_async_context(aclosing(self._make(request, reading, purchase)))
             async for event in events:
                 if isinstance(event, Made):
-                    yield await self._result(request, decision, event, began)
+                    yield self._result(request, decision, event, began)
                 else:
                     yield event
 
@@ -128,7 +133,7 @@ class Agent:
         """
         request = validate(request, self.models.limits)
         with self.models.used():
-            reading, decision = await self._beside(self._consider, request, reserving=False)
+            reading, decision = await self._read(request, reserving=False)
             if explain and self.calibrated:
                 # One by one, so that other decisions come between.
                 decision = decision.explained(
@@ -182,8 +187,17 @@ class Agent:
             self._reading, partial(work, *arguments, **named)
         )
 
+    async def _read(self, request: ImageRequest, *, reserving: bool) -> tuple[Reading, Decision]:
+        """The prompt considered: at once where that takes no longer than turning to another thread and back."""
+        if self._reading_ms < SHORT_READING_MS and self.models.loaded:
+            reading, decision = self._consider(request, reserving=reserving)
+        else:
+            reading, decision = await self._beside(self._consider, request, reserving=reserving)
+        self._reading_ms = sum(reading.timings_ms.values())
+        return reading, decision
+
     def _consider(self, request: ImageRequest, *, reserving: bool) -> tuple[Reading, Decision]:
-        """In the reading thread and in one go, since each change of threads costs a tenth of the whole.
+        """In one go, since each change of threads costs a tenth of the whole.
 
         Whoever is `reserving` next finds out by that whether the quota allows the cloud; others ask here.
         """
@@ -338,12 +352,9 @@ class Agent:
             self._nothing_negative = await self._beside(self.reader.negative_states, "")
         return self._nothing_negative
 
-    async def _result(self, request: ImageRequest, decision: Decision, made: Made, began: float) -> Result:
-        def finish() -> tuple[bytes, str]:
-            png = with_facts(made.png, _facts(request, decision, made)) if self._terms.png_facts else made.png
-            return png, hashlib.sha256(png).hexdigest()
-
-        png, sha256 = await self._beside(finish)
+    def _result(self, request: ImageRequest, decision: Decision, made: Made, began: float) -> Result:
+        png = with_facts(made.png, _facts(request, decision, made)) if self._terms.png_facts else made.png
+        sha256 = hashlib.sha256(png).hexdigest()
         self.tally.served[made.served_by] += 1
         timings_ms = {**decision.timings_ms, **made.timings_ms, "total": _ms_since(began)}
         return Result(request, decision, made, png, sha256, timings_ms)

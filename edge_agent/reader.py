@@ -32,9 +32,12 @@ class Reading:
         """The prompt's own tokens in order, and what each contributes to the predicted gap."""
         if self.prediction is None:
             return ()
-        mask, texts, pulls = self.tokens.mask.tolist(), self.tokens.texts, self.prediction.pull.tolist()
+        texts, pulls = self.tokens.texts, self.prediction.pull[self.tokens.mask].tolist()
         return tuple(
-            [TokenPull(text, tuple(pull)) for own, text, pull in zip(mask, texts, pulls, strict=True) if own]
+            [
+                TokenPull(texts[position], tuple(pull))
+                for position, pull in zip(self.tokens.own, pulls, strict=True)
+            ]
         )
 
 

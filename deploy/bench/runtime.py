@@ -60,6 +60,7 @@ def measure(folder: Path, threads: int, images: int) -> Reply:
         HALF: Runtime(threads=max(1, threads // 2)),
         MORE: Runtime(threads=2 * threads),
     }
+    own = default.denoiser.passes
     found: Reply = {}
     for name in WHAT:
         # Two at a time at most: a large model must not need the memory of five.
@@ -68,7 +69,7 @@ def measure(folder: Path, threads: int, images: int) -> Reply:
         for number in range(images + 1):
             for side in (0, 1) if number % 2 else (1, 0):
                 generator = (other, default)[side]
-                generator.denoiser.passes = "separate" if name == SEPARATE and side == 0 else "batch"
+                generator.denoiser.passes = ("separate", "batch")[side] if name == SEPARATE else own
                 began = time.perf_counter()
                 draw(generator, bundle, number)
                 pairs[side].append(time.perf_counter() - began)

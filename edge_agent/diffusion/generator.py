@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edge_agent.bundle import Bundle, schedule_file
 from edge_agent.diffusion.decoder import Decoder
-from edge_agent.diffusion.denoiser import Denoiser, Passes
+from edge_agent.diffusion.denoiser import Denoiser
 from edge_agent.diffusion.noise import TorchNoise
 from edge_agent.diffusion.schedule import Schedule
 from edge_agent.diffusion.sessions import Runtime, Session, Stop
@@ -51,20 +51,13 @@ MOST_DIFFERENCE = 0.05
 class Generator:
     """The bundle's models, loaded. Safe to use from one worker thread at a time."""
 
-    def __init__(self, bundle: Bundle, runtime: Runtime | None = None, passes: Passes = "batch") -> None:
-        """Load tokenizer, schedules and graphs.
-
-        Args:
-            passes: how guidance runs the denoiser, see `edge_agent.diffusion.denoiser`.
-
-        Raises:
-            BundleError: naming the file that cannot be used.
-        """
+    def __init__(self, bundle: Bundle, runtime: Runtime | None = None) -> None:
+        """Load tokenizer, schedules and graphs. Raises BundleError, naming the file that cannot be used."""
         runtime = runtime or Runtime()
         manifest = bundle.manifest
         self.tokenizer = Tokenizer.open(bundle)
         self.text_encoder = TextEncoder(bundle, runtime)
-        self.denoiser = Denoiser(bundle, runtime, passes)
+        self.denoiser = Denoiser(bundle, runtime)
         self.decoder = Decoder(bundle, runtime)
         self._schedules = {n: Schedule.load(bundle.path(schedule_file(n))) for n in manifest.steps}
         for steps, schedule in self._schedules.items():
@@ -93,9 +86,7 @@ class Generator:
             GenerationFailed: they fail there, or compute something else.
         """
         other = copy.copy(self)
-        other.denoiser = Denoiser(
-            self._bundle, _fixed(runtime, self.denoiser.sessions), passes=self.denoiser.passes
-        )
+        other.denoiser = Denoiser(self._bundle, _fixed(runtime, self.denoiser.sessions))
         other.decoder = Decoder(self._bundle, _fixed(runtime, self.decoder.sessions))
         _, states = self.encode("")
         schedule = self._schedules[min(self._schedules)]

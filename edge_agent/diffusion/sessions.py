@@ -87,7 +87,7 @@ class Session:
     """One graph of a bundle. Inputs are cast to the graph's types; float outputs come back as float32.
 
     It is loaded when it is made, and again by the first run after `unload`. `loaded_at` says when, in seconds since
-    1970; None while it is not.
+    1970; None while it is not. `large` says whether graph and weights have LARGE_BYTES or more.
     """
 
     def __init__(self, path: Path, inputs: Sequence[str], outputs: Sequence[str], runtime: Runtime) -> None:
@@ -102,6 +102,7 @@ class Session:
         self._runtime = runtime
         self._loading = threading.Lock()
         self._files = _files_beside(path)
+        self.large = sum(size for _, size, _ in self._files.values()) >= LARGE_BYTES
         session = self._session = self._load(Stop())
         found = {node.name: node for node in session.get_inputs()}
         given = {node.name for node in session.get_outputs()}
@@ -147,7 +148,7 @@ class Session:
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         options.intra_op_num_threads = runtime.threads or 0  # 0: onnxruntime counts physical cores
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if runtime.spinning else "0")
-        options.enable_mem_pattern = sum(size for _, size, _ in self._files.values()) < LARGE_BYTES
+        options.enable_mem_pattern = not self.large
         options.log_severity_level = 3  # errors; the rest is about graphs nobody here can change
         for name, size in runtime.sizes.items():
             options.add_free_dimension_override_by_name(name, size)
@@ -168,6 +169,11 @@ class Session:
             raise BundleError(f"{self.path}: onnxruntime does not run it on {', '.join(left_out)}")
         self.loaded_at = time.time()
         return session
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether nothing but the CPU runs it."""
+        return self._runtime.providers == ("CPUExecutionProvider",)
 
     @property
     def half(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,10 @@ from edge_agent.errors import BundleError
 from edge_agent.tokens import Tokens
 
 Floats = NDArray[np.float32]
+
+SMALL_BYTES = 10_000_000
+"""A graph smaller than this is done before a second thread has woken up: the starter's, of 2 MB, takes half as long on
+one as on two. At 14 MB two are as fast as one, at 44 MB 1.6 times as fast."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,11 @@ class TextEncoder:
     def __init__(self, bundle: Bundle, runtime: Runtime) -> None:
         """Raises BundleError when a graph cannot be loaded or has another signature."""
         facts = bundle.manifest
+        if (
+            sum(entry.bytes for name, entry in facts.files.items() if name.startswith("text_encoder/"))
+            < SMALL_BYTES
+        ):
+            runtime = replace(runtime, threads=1)
         self._shape = (facts.text_tokens, facts.text_hidden)
         self._added = facts.added
         self._session = Session(bundle.path(TEXT_ENCODER), ["input_ids"], [facts.text_output], runtime)

@@ -20,8 +20,11 @@ from edge_agent.bundle import (
     schedule_file,
     write_manifest,
 )
+from edge_agent.diffusion import sessions, text_encoder
+from edge_agent.diffusion.denoiser import Denoiser
 from edge_agent.diffusion.generator import Generator, Image, Step
 from edge_agent.diffusion.sessions import Runtime, Stop
+from edge_agent.diffusion.text_encoder import TextEncoder
 from edge_agent.errors import BundleError, Cancelled, InvalidRequest
 from tests.miniature import miniature_pipeline
 
@@ -128,6 +131,30 @@ def test_guidance_in_two_passes_gives_the_picture_of_one(
     apart = events(generator, steps=4)[1].colours
     assert batches == [2] * 5 + [1] * 10
     assert np.abs(apart - together).max() <= 1e-5
+
+
+def test_only_a_large_denoiser_on_the_cpu_runs_guidance_in_two_passes(
+    miniature_bundle: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert generator.denoiser.passes == "batch"
+    monkeypatch.setattr(sessions, "LARGE_BYTES", 1_000)
+    bundle = Bundle.open(miniature_bundle)
+    assert Denoiser(bundle, Runtime(threads=1)).passes == "separate"
+    other = Runtime(threads=1, providers=("AzureExecutionProvider", "CPUExecutionProvider"))
+    assert Denoiser(bundle, other).passes == "batch"
+
+
+def test_a_small_text_encoder_runs_on_one_thread(
+    miniature_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def threads() -> int:
+        (session,) = TextEncoder(Bundle.open(miniature_bundle), Runtime(threads=3)).sessions
+        assert session._session is not None
+        return int(session._session.get_session_options().intra_op_num_threads)
+
+    assert threads() == 1
+    monkeypatch.setattr(text_encoder, "SMALL_BYTES", 1_000)
+    assert threads() == 3
 
 
 def test_progress_counts_every_call_of_the_denoiser(generator: Generator) -> None:
