@@ -153,9 +153,9 @@ def evaluate(
         headroom = (gains - random) / (oracle - random)
         return Row(
             router,
-            None if correlations is None else _estimate(correlations),
-            _estimate(headroom),
-            _estimate(100 * gains / full),
+            None if correlations is None else estimate(correlations),
+            estimate(headroom),
+            estimate(100 * gains / full),
         )
 
     rows = [row("random", random, None)]
@@ -168,7 +168,7 @@ def evaluate(
     return [*rows, row("oracle", oracle, None)]
 
 
-def _estimate(values: Floats) -> Estimate:
+def estimate(values: Floats) -> Estimate:
     """The first is the value itself, the others are the resamples'."""
     low, high = np.quantile(values[1:], (0.025, 0.975))
     return Estimate(float(values[0]), float(low), float(high))

@@ -98,7 +98,7 @@ class Draws:
     train: int = 1
     measured: int = 4
     """On every other split: what is measured on them is an expectation, not one image's luck."""
-    ceiling: int = 4
+    ceiling: int = 16
     """On the first CEILING_PROMPTS of test: with 16 one knows well what the best router could win."""
 
     def of(self, split: str) -> int:

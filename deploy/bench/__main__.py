@@ -9,6 +9,7 @@ one right after the other: what else the machine does then weighs on both alike.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -103,6 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"bench: {error.message}", file=sys.stderr)
         return 2
 
+    # What is installed has its bytecode. Here the first process writes it, unless this says no.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     plan = Plan.of(
         options.bundle, options.model, options.evaluation, options.full_size_models, quick=options.quick
     )

@@ -25,9 +25,9 @@ from edge_agent.diffusion.text_encoder import TextEncoder
 from edge_agent.predictor import Prediction, Predictor
 from edge_agent.superiority import ALPHA_BOUND, largest_alpha, realised_rate, relative_superiority
 from edge_agent.tokens import Tokenizer, Tokens
-from export.evaluate import Estimate, resampled, spearman
+from export.evaluate import Estimate, estimate, resampled, spearman
 from export.outcomes import Outcomes
-from export.routerbench.measure import RATES, RESAMPLES, estimate
+from export.routerbench.measure import RATES, RESAMPLES
 from export.routerbench.router import Floats
 from export.terminal import progress
 

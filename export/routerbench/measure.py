@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from export.evaluate import Estimate, Paired, resampled, routed
+from export.evaluate import Estimate, Paired, estimate, resampled, routed
 from export.outcomes import Outcomes
 from export.routerbench.router import Floats
 
@@ -208,12 +208,6 @@ def saved_at_dp(points: Sequence[Point], cloud_only: Point, wanted: float) -> fl
     """
     random = wanted / cloud_only.delta_p.value
     return 1 - share_at_dp(points, wanted) / random if 0 < random <= 1 else float("nan")
-
-
-def estimate(values: Floats) -> Estimate:
-    """The first is the value itself, the others are the resamples'."""
-    low, high = np.quantile(values[1:], (0.025, 0.975))
-    return Estimate(float(values[0]), float(low), float(high))
 
 
 def _curve(points: Sequence[Point]) -> tuple[Floats, Floats]:

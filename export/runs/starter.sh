@@ -16,14 +16,17 @@ both() {
     trap - EXIT
 }
 
-both autoencoder judge
-stage decoder
-both edge-text cloud-text
+both autoencoder edge-text
+both decoder cloud-text
+both judge inspector
 both edge cloud
 stage install
 stage bundle
 both "label --share 1/2" "label --share 2/2" || true # the one that ends first says that pieces are left
 stage label # nothing is left to measure: this one writes the matrix
+stage inspect
 stage predictor
 stage evaluate
 stage contact-sheet
+unset OMP_NUM_THREADS # nothing runs beside it
+stage summary

@@ -17,6 +17,7 @@ whole takes some hours, most of it the cloud model; on a GPU minutes. Stages, in
   predictor      train the predictor, put it into the bundle, calibrate it
   evaluate       measure the routing on held-out prompts
   contact-sheet  edge and cloud side by side
+  summary        what both models' images cost, and how good they are
   all            everything but sprites, in this order (the default)
 """
 
@@ -34,7 +35,16 @@ from export.__main__ import run
 from export.errors import ExportError
 from export.label import STARTER_BUNDLE, STARTER_CLOUD, STARTER_EDGE
 from export.quality import STARTER_JUDGE
-from export.starter import autoencoder, contact_sheet, denoiser, inspector, judge, sprites, text_encoder
+from export.starter import (
+    autoencoder,
+    contact_sheet,
+    denoiser,
+    inspector,
+    judge,
+    sprites,
+    summary,
+    text_encoder,
+)
 from export.starter.card import read_records, write_card
 from export.starter.inspector import STARTER_INSPECTOR
 from export.starter.size import EDGE
@@ -125,7 +135,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "cloud": lambda: denoiser.main(["cloud", *training, *rest]),
         "install": lambda: install(work),
         "bundle": bundle,
-        "label": lambda: label.main(["--out", str(OUTCOMES), "--parts", str(work / "labels"), *rest]),
+        "label": lambda: label.main(
+            ["--out", str(OUTCOMES), "--parts", str(work / "labels"), "--adherence", *rest]
+        ),
         "inspect": lambda: inspection.main(
             [str(OUTCOMES), str(work / "labels" / label.IMAGES), "--report", str(INSPECTION), *rest]
         ),
@@ -134,6 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             [str(OUTCOMES), str(STARTER_BUNDLE), "--out", str(EVALUATION), *rest]
         ),
         "contact-sheet": lambda: contact_sheet.main(rest),
+        "summary": lambda: summary.main(rest),
     }
     if rest and options.stage in ("all", "install", "bundle", "predictor"):
         parser.error(f"the stage {options.stage} does not take {rest[0]}")

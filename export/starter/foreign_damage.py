@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image
 
 from export.starter.damage import Sample
 
@@ -25,8 +25,8 @@ def foreign_damage(sample: Sample, metric: str, severity: float, rng: np.random.
         file = io.BytesIO()
         picture.save(file, "JPEG", quality=max(2, round(22 - 20 * severity)))
         return np.asarray(Image.open(file).convert("RGB"))
-    if metric == "detail":  # the commonest colour of each neighbourhood: areas as painted with a broad brush
-        return np.asarray(picture.filter(ImageFilter.ModeFilter(3 + 2 * round(2 * severity))))
+    if metric == "detail":  # areas as painted with a broad brush
+        return _uint8(_kuwahara(pixels, 1 + round(3 * severity)))
     if metric == "clarity":  # fog that thickens downwards
         fog = 0.9 * severity * (0.4 + 0.6 * rows / height)
         return _uint8(pixels + (rng.uniform(170, 230) - pixels) * fog[..., None])
@@ -69,6 +69,27 @@ def foreign_damage(sample: Sample, metric: str, severity: float, rng: np.random.
         wedge = (angle - middle + 0.4 + 0.8 * severity) % (2 * np.pi) < 0.8 + 1.6 * severity
         return np.where(wedge[..., None], np.broadcast_to(image[:, :1], image.shape), image)
     raise ValueError(f"no damage is known for the metric {metric!r}")
+
+
+def _kuwahara(pixels: np.ndarray, radius: int) -> np.ndarray:
+    """Of the four squares that have a pixel [H, W, 3] for their corner, the mean of the one that varies least.
+
+    Kuwahara et al., "Processing of RI-Angiocardiographic Images", 1976: edges stay, what is small within them goes, and
+    no colour comes in that was not between its neighbours.
+    """
+    height, width, _ = pixels.shape
+    padded = np.pad(pixels, ((radius, radius), (radius, radius), (0, 0)), mode="edge")
+    squares = np.lib.stride_tricks.sliding_window_view(padded, (radius + 1, radius + 1), (0, 1))
+    means, spread = squares.mean((-2, -1)), squares.var((-2, -1)).sum(-1)
+    corners = [
+        (slice(row, row + height), slice(column, column + width))
+        for row in (0, radius)
+        for column in (0, radius)
+    ]
+    calmest = np.argmin([spread[corner] for corner in corners], axis=0)
+    return np.take_along_axis(
+        np.stack([means[corner] for corner in corners]), calmest[None, ..., None], axis=0
+    )[0]
 
 
 def _swirl(image: np.ndarray, turn: float) -> np.ndarray:

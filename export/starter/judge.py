@@ -5,6 +5,7 @@ cross-entropy of sigmoid(CLIP(I, m+) - CLIP(I, m-)) with how undamaged the pictu
 CLIP(I, m+) - CLIP(I, m-) lies below its original's: what scenes differ in beside the damage cancels there. To know the
 world by, CLIP's own between pictures and their captions (with words for the damage where there is one), and whether an
 undamaged picture is more like its caption than like the same sentence with one thing wrong.
+Half of the scenes are taken through the autoencoder, both pictures alike, as what the models paint comes out of it.
 Scenes come from a split that no generator and no router sees.
 """
 
@@ -17,10 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from edge_agent.superiority import METRICS
+from export.errors import ExportError
 from export.negatives import hard_negatives
 from export.quality import Metric, load_metrics
 from export.starter.damage import SIDE_EFFECTS, damage, render_samples
@@ -28,12 +31,14 @@ from export.starter.tokenizer import token_ids, train_tokenizer
 from export.starter.training import UNFINISHED, Run, write_record
 from export.starter.world import caption, sample_scenes
 
-STEPS, BATCH, LEARNING_RATE, SEED = 5000, 64, 1.5e-3, 21
+STEPS, BATCH, LEARNING_RATE, SEED = 8000, 64, 1.5e-3, 21
 WIDTH = 128
 CONTRAST_WEIGHT = ADHERENCE_WEIGHT = (
     0.1  # captions are there to know the world by; the metrics are its purpose
 )
 PAIR_WEIGHT = 0.3
+RESTORED = 0.5  # share of scenes taken through the autoencoder
+LATENT_NOISE = 0.2  # largest standard deviation put on their latents, of their own
 UNDAMAGED, RUINED = 0.9, 0.1  # targets; short of 1 and 0, so that scores stay where the sigmoid still moves
 
 # CLIP's own normalisation is for photographs; the world's pictures are centred on grey.
@@ -103,9 +108,37 @@ def make_batch(number: int, seed: int, metrics: tuple[Metric, ...], split: str =
     return Batch(pictures, captions + blamed, wrong, UNDAMAGED + (RUINED - UNDAMAGED) * harm)
 
 
-def train(work: Path, *, steps: int = STEPS, seconds: float | None = None) -> bool:
-    """Train or go on training; True when done, and then ``work/judge/model`` is a CLIP folder."""
+def restored(pixels: torch.Tensor, autoencoder: AutoencoderKL, rng: np.random.Generator) -> torch.Tensor:
+    """Pixels [2 N, 3, H, W] in [-1, 1], some of the N scenes taken through the autoencoder with noise on the latents.
+
+    The undamaged and the spoiled picture of a scene get the same noise, so that what differs is the damage.
+    """
+    number = len(pixels) // 2
+    scenes = np.flatnonzero(rng.random(number) < RESTORED)
+    if not scenes.size:
+        return pixels
+    rows = torch.from_numpy(np.concatenate([scenes, scenes + number])).to(pixels.device)
+    with torch.no_grad():
+        latents = autoencoder.encode(pixels[rows]).latent_dist.mean
+        strength = rng.uniform(0, LATENT_NOISE, size=(len(scenes), 1, 1, 1))
+        noise = torch.from_numpy(strength * rng.standard_normal((len(scenes), *latents.shape[1:]))).to(
+            latents
+        )
+        seen = autoencoder.decode(latents + latents.std() * noise.repeat(2, 1, 1, 1)).sample.clamp(-1, 1)
+    return pixels.index_copy(0, rows, seen)
+
+
+def train(
+    work: Path, *, autoencoder: Path | None = None, steps: int = STEPS, seconds: float | None = None
+) -> bool:
+    """Train or go on training; True when done, and then ``work/judge/model`` is a CLIP folder.
+
+    ``autoencoder`` is the one pictures are taken through (default: the recipe's, ``work/decoder/model``).
+    """
     folder = work / "judge"
+    source = autoencoder or work / "decoder" / "model"
+    if not (source / "config.json").exists():
+        raise ExportError(f"no autoencoder in {source}: run `edge-export starter decoder`, or name one")
     metrics = load_metrics()
     rng = np.random.default_rng(SEED)
     corpus = [caption(scene, rng) for scene in sample_scenes("judge", 5000, seed=SEED)]
@@ -121,11 +154,14 @@ def train(work: Path, *, steps: int = STEPS, seconds: float | None = None) -> bo
         seed=SEED,
         seconds=seconds,
     )
+    restorer = AutoencoderKL.from_pretrained(source, torch_dtype=torch.float32).eval().requires_grad_(False)
+    restorer.to(run.device)
     pairs = [text for metric in metrics for text in (metric.positive, metric.negative)]
 
     def loss_of_batch(step: int) -> torch.Tensor:
         batch = make_batch(BATCH // 2, SEED * 1_000_000 + step, metrics)
         pixels = torch.from_numpy(batch.pictures).permute(0, 3, 1, 2).float().to(run.device) / 127.5 - 1
+        pixels = restored(pixels, restorer, np.random.default_rng((SEED, step)))
         ids = torch.from_numpy(token_ids(tokenizer, [*batch.texts, *batch.wrong, *pairs])).to(run.device)
         ids = ids[:, : int((ids != tokenizer.eos_token_id).sum(dim=1).max()) + 1]  # the rest is padding
         seen = F.normalize(run.model.get_image_features(pixel_values=pixels), dim=-1)
@@ -164,11 +200,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The stage's command; 0 when done, UNFINISHED when the next call has to go on."""
     parser = argparse.ArgumentParser(prog="edge-export starter judge", description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("runs/starter"), help="folder of checkpoints")
+    parser.add_argument(
+        "--autoencoder", type=Path, help="folder of the autoencoder (default: the recipe's, under --work)"
+    )
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seconds", type=float, help="stop after this long; the next call goes on")
     options = parser.parse_args(argv)
-    return 0 if train(options.work, steps=options.steps, seconds=options.seconds) else UNFINISHED
+    done = train(options.work, autoencoder=options.autoencoder, steps=options.steps, seconds=options.seconds)
+    return 0 if done else UNFINISHED
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from export.__main__ import run
+
+    raise SystemExit(run(main))

@@ -1,9 +1,13 @@
 import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
 
 from edge_agent.superiority import METRICS
+from export.errors import ExportError
 from export.quality import load_metrics
 from export.starter.damage import SIDE_EFFECTS
-from export.starter.judge import RUINED, UNDAMAGED, make_batch
+from export.starter.judge import RUINED, UNDAMAGED, main, make_batch, restored
 
 NUMBER = 24
 
@@ -35,3 +39,21 @@ def test_the_same_seed_makes_the_same_batch():
     assert one.texts == other.texts
     assert one.wrong == other.wrong
     assert (one.pictures != third.pictures).any()
+
+
+def test_some_scenes_go_through_the_autoencoder_and_both_pictures_of_one_alike():
+    torch.manual_seed(0)
+    autoencoder = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=2).eval()
+    undamaged = torch.rand(NUMBER, 3, 16, 16) * 2 - 1
+    pixels = torch.cat([undamaged, undamaged])
+    seen = restored(pixels, autoencoder, np.random.default_rng(3))
+    assert seen.shape == pixels.shape
+    assert seen.abs().max() <= 1
+    changed = (seen != pixels).flatten(1).any(1)
+    assert 0.2 < changed.float().mean() < 0.8
+    torch.testing.assert_close(seen[:NUMBER], seen[NUMBER:], atol=1e-5, rtol=0)
+
+
+def test_the_judge_needs_an_autoencoder_and_says_whose(tmp_path):
+    with pytest.raises(ExportError, match=r"decoder/model: run `edge-export starter decoder`"):
+        main(["--work", str(tmp_path), "--steps", "1"])
