@@ -355,7 +355,7 @@ def _routed_here(options: argparse.Namespace, prompts: Iterable[str]) -> Iterato
             quota_allows=True,
         )
         decision = explain(reading, route, reason, reader.alpha)
-        if options.explain:
+        if options.explain and reader.alpha is not None:
             decision = decision.explained(
                 [reader.prs_without(reading.tokens, position) for position in reading.tokens.own]
             )
