@@ -33,6 +33,9 @@ Found = TypeVar("Found")
 SHORT_READING_MS = 2.0
 """What is read this quickly is read in the event loop: a change of threads would take a tenth of that and more."""
 
+SHORT_PROMPT = 500
+"""Characters up to which a prompt is taken to be read as quickly as the one before it."""
+
 
 @dataclass(frozen=True)
 class Terms:
@@ -189,11 +192,12 @@ class Agent:
 
     async def _read(self, request: ImageRequest, *, reserving: bool) -> tuple[Reading, Decision]:
         """The prompt considered: at once where that takes no longer than turning to another thread and back."""
-        if self._reading_ms < SHORT_READING_MS and self.models.loaded:
+        quick = self._reading_ms < SHORT_READING_MS and len(request.prompt) <= SHORT_PROMPT
+        if quick and self.models.loaded and self.purchases.ledger.at_hand:
             reading, decision = self._consider(request, reserving=reserving)
         else:
             reading, decision = await self._beside(self._consider, request, reserving=reserving)
-        self._reading_ms = sum(reading.timings_ms.values())
+        self._reading_ms = decision.timings_ms["total"]
         return reading, decision
 
     def _consider(self, request: ImageRequest, *, reserving: bool) -> tuple[Reading, Decision]:

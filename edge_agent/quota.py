@@ -309,6 +309,11 @@ class Ledger:
         now = self.clock()
         return self._refusal(self._account_at(now), app, ceiling_micro_usd, now) is None
 
+    @property
+    def at_hand(self) -> bool:
+        """Whether `allows` and `states` answer from memory now, without waiting for the file or another thread."""
+        return self._remembered(self.clock()) is not None
+
     def states(self, app: str | None = None) -> tuple[BudgetState, ...]:
         """The budgets in their current windows: those that apply to `app`, or all of them when it is None."""
         return tuple(
@@ -366,14 +371,20 @@ class Ledger:
 
     def _account_at(self, now: float) -> _Account:
         """What counts at `now`: from memory, or from the file where a window has begun or the clock was set back."""
+        account = self._remembered(now)
+        if account is None:
+            with self._transaction() as connection:
+                account = self._counted(connection, now)
+        return account
+
+    def _remembered(self, now: float) -> _Account | None:
         account = self._account
         if (
             account is None
             or now < account.as_of
             or [start for start, _, _ in account.sums] != self._starts(now)
         ):
-            with self._transaction() as connection:
-                account = self._counted(connection, now)
+            return None
         return account
 
     def _counted(self, connection: sqlite3.Connection, now: float) -> _Account:

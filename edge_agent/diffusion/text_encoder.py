@@ -36,14 +36,17 @@ class TextEncoder:
     def __init__(self, bundle: Bundle, runtime: Runtime) -> None:
         """Raises BundleError when a graph cannot be loaded or has another signature."""
         facts = bundle.manifest
-        if (
-            sum(entry.bytes for name, entry in facts.files.items() if name.startswith("text_encoder/"))
-            < SMALL_BYTES
-        ):
-            runtime = replace(runtime, threads=1)
+
+        def runtime_of(graph: str) -> Runtime:
+            folder = graph.rpartition("/")[0] + "/"
+            size = sum(entry.bytes for name, entry in facts.files.items() if name.startswith(folder))
+            return replace(runtime, threads=1) if size < SMALL_BYTES else runtime
+
         self._shape = (facts.text_tokens, facts.text_hidden)
         self._added = facts.added
-        self._session = Session(bundle.path(TEXT_ENCODER), ["input_ids"], [facts.text_output], runtime)
+        self._session = Session(
+            bundle.path(TEXT_ENCODER), ["input_ids"], [facts.text_output], runtime_of(TEXT_ENCODER)
+        )
         # Where there is a second encoder, only the sum of both sizes is known.
         hidden = facts.text_hidden if facts.added is None else None
         self._session.expect(
@@ -52,7 +55,9 @@ class TextEncoder:
         self._second = None
         if facts.added is not None:
             outputs = [facts.added.text_output, facts.added.pooled_output]
-            self._second = Session(bundle.path(TEXT_ENCODER_2), ["input_ids"], outputs, runtime)
+            self._second = Session(
+                bundle.path(TEXT_ENCODER_2), ["input_ids"], outputs, runtime_of(TEXT_ENCODER_2)
+            )
             self._second.expect(
                 input_ids=(None, facts.text_tokens), **{outputs[0]: (None, facts.text_tokens, None)}
             )

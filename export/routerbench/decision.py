@@ -73,7 +73,8 @@ class Explanations:
     """Any other token, in expectation."""
     ratio: Estimate
     measured: Estimate
-    """The same ratio for the token whose deletion moves PRS most, which is the one `RouteRequest.explain` names."""
+    """The same ratio for the token whose deletion moves PRS most, which is the one `RouteRequest.explain` names.
+    A maximum: no name can exceed it."""
 
 
 @dataclass(frozen=True)

@@ -182,6 +182,12 @@ def test_route_explains_by_deleting_each_token(
     )
 
 
+def test_route_has_nothing_to_explain_without_a_predictor(run: Run, miniature_bundle: Path) -> None:
+    finished = run("route", "a cat", "--explain", "--bundle", miniature_bundle)
+    assert finished.code == 0
+    assert "nothing to explain" in finished.out
+
+
 def test_what_was_decided_before_a_prompt_is_refused_is_shown(run: Run, daemon: Process) -> None:
     finished = run("route", EDGE_PROMPT, "half \ud83d")
     assert finished.code == 2

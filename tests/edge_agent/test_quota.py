@@ -67,6 +67,22 @@ def remaining(ledger: Ledger) -> list[int]:
     return [state.remaining_micro_usd for state in ledger.states()]
 
 
+def test_the_account_is_at_hand_until_a_window_begins_or_a_reservation_is_refused(open_ledger: Open) -> None:
+    clock = Clock()
+    ledger = open_ledger(Budget("daily", "day", 100), clock=clock)
+    ledger.states()
+    ledger.reserve("a", "app", 60)
+    assert ledger.at_hand
+    with pytest.raises(QuotaExhausted):
+        ledger.reserve("b", "app", 60)
+    assert not ledger.at_hand
+    assert remaining(ledger) == [40]
+    ledger.reserve("c", "app", 10)
+    assert ledger.at_hand
+    clock.now += 86_400
+    assert not ledger.at_hand
+
+
 # A call's life
 
 

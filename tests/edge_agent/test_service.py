@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -118,6 +120,29 @@ async def test_a_decision_explains_itself(app: App, routed_bundle: Path) -> None
     assert [budget.name for budget in decision.quota] == ["day"]
     assert decision.cloud_model_digest == calibration.cloud_digest
     assert (decision.calibration_id, decision.prompt_truncated) == (calibration.calibration_id, False)
+
+
+@pytest.mark.parametrize("what", ["slow", "long", "ledger", "quick"])
+async def test_only_a_quick_reading_is_done_in_the_event_loop(
+    here: Here, app: App, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    agent = here.daemon.agent
+    assert agent is not None
+    threads: list[str] = []
+    read = agent.reader.read
+
+    def seen(prompt: str) -> Any:
+        threads.append(threading.current_thread().name)
+        return read(prompt)
+
+    await app.generate()  # every graph is loaded, and the account in memory
+    monkeypatch.setattr(agent.reader, "read", seen)
+    monkeypatch.setattr(agent, "_reading_ms", 50.0 if what == "slow" else 0.5)
+    if what == "ledger":
+        monkeypatch.setattr(agent.purchases.ledger, "_account", None)
+    await app.route("a cat " * 200 if what == "long" else "a cat")
+    (thread,) = threads
+    assert thread.startswith("reading") == (what != "quick")
 
 
 async def test_what_prs_would_be_without_a_token_is_what_it_is_without_it(app: App) -> None:

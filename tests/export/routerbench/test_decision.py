@@ -74,12 +74,8 @@ def test_predicted_prs_is_realised_where_there_is_something_to_learn(made: Decis
     assert made.bins[-1].realised.value > made.bins[0].realised.value
 
 
-def test_deleting_the_named_token_moves_prs_further_than_another_and_the_measured_one_furthest(
-    made: Decisions,
-) -> None:
-    told = made.explanations
-    assert told.ratio.low > 1
-    assert told.measured.value >= told.ratio.value
+def test_deleting_the_named_token_moves_prs_further_than_another(made: Decisions) -> None:
+    assert made.explanations.ratio.low > 1
 
 
 def test_a_prompt_without_a_token_is_the_prompt_that_never_had_it(routed: Routed) -> None:
