@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -90,7 +91,8 @@ Nothing is generated, reserved or sent. Without a running daemon, or with --bund
 bundle is loaded in this process and the answer is the prediction alone: a cloud within reach and no quota are taken
 for granted.
 
---explain deletes each token in turn and reads the prompt again: what moves PRS most, without it, decided most.
+--explain deletes each token in turn and reads the prompt again, so it takes as long as a decision for each of them.
+What moves PRS most, without it, decided most. Of a prompt that is longer than the model reads, no word moves up.
 
 --json prints one object a line: prompt, route, reason, prs, alpha, edge_quality, cloud_quality, tokens, quota,
 timings_ms. A token has its text, its pull on each metric's gap and, with --explain, prs_without, otherwise null.
@@ -313,10 +315,15 @@ def _print_explained(prompt: str, decision: Decision) -> None:
         return
     print(f", PRS {decision.prs:.3f}, alpha {decision.alpha:.3f}")
     moved = [
-        (token.text, token.prs_without, token.prs_without - decision.prs)
-        for token in decision.tokens
+        (name, token.prs_without, token.prs_without - decision.prs)
+        for name, token in zip(
+            _distinct([token.text for token in decision.tokens]), decision.tokens, strict=True
+        )
         if token.prs_without is not None
     ]
+    if not moved:
+        print("  nothing was measured: the daemon is older than this command; restart it")
+        return
     print_table(
         ("  without", "PRS", "moved"),
         (
@@ -324,6 +331,15 @@ def _print_explained(prompt: str, decision: Decision) -> None:
             for text, prs, by in sorted(moved, key=lambda one: -abs(one[2]))
         ),
     )
+
+
+def _distinct(texts: Sequence[str]) -> Iterator[str]:
+    """The texts, each that stands there more than once with which of them it is."""
+    often = Counter(texts)
+    seen: Counter[str] = Counter()
+    for text in texts:
+        seen[text] += 1
+        yield f"{text} ({seen[text]} of {often[text]})" if often[text] > 1 else text
 
 
 def _routed_here(options: argparse.Namespace, prompts: Iterable[str]) -> Iterator[tuple[str, Decision]]:

@@ -37,7 +37,7 @@ class Reason(Enum):
 class TokenPull:
     """How much one token pulls each metric's predicted gap, cloud minus edge, in METRICS order.
 
-    `prs_without` is the PRS of the prompt without the token, where that was measured.
+    `prs_without` is the PRS without the token of what was read of the prompt, where that was measured.
     """
 
     text: str

@@ -103,7 +103,7 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
         self._reload = reload
         self.agent: Agent | None = None
         self.draining = False
-        self.in_flight = 0  # Generate calls that have not ended
+        self.in_flight = 0  # Generate and Route calls that have not ended
         self._idle = asyncio.Event()
         self._idle.set()
         self._started = time.monotonic()
@@ -136,7 +136,7 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
     async def Route(self, request: edge_pb2.RouteRequest, context: Any) -> edge_pb2.RouteResponse:
         """Only the decision."""
         line: Line = {"rpc": "Route"}
-        async with self._call(request, context, line) as agent:
+        async with self._counted(), self._call(request, context, line) as agent:
             wish = _image_request(request.image, request.routing, context)
             line |= _who(wish)
             decision = await agent.route(wish, explain=request.explain)
@@ -254,7 +254,7 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
             )
 
     async def idle(self) -> None:
-        """Returns once no Generate call is in flight."""
+        """Returns once no Generate or Route call is in flight."""
         await self._idle.wait()
 
     async def _write_image(self, context: Any, result: Result, agent: Agent) -> None:

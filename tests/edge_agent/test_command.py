@@ -18,9 +18,10 @@ from typing import Any
 import PIL.Image
 import pytest
 
-from edge_agent.__main__ import main
+from edge_agent.__main__ import _print_explained, main
 from edge_agent.client import _exhausted
 from edge_agent.errors import Busy, QuotaExhausted, status_details
+from edge_agent.policy import Decision, Reason, TokenPull
 from edge_agent.superiority import METRICS
 from tests.running import CLOUD_PROMPT, EDGE_PROMPT, Process, process_environment, short_folder
 
@@ -180,6 +181,18 @@ def test_route_explains_by_deleting_each_token(
     assert max(abs(token["prs_without"] - facts["prs"]) for token in facts["tokens"]) == pytest.approx(
         moved[0], abs=1e-3
     )
+
+
+def test_route_tells_equal_tokens_apart(run: Run, routed_bundle: Path) -> None:
+    rows = run("route", "a cat, a dog", "--explain", "--bundle", routed_bundle).out.splitlines()[3:]
+    names = {row.split("  ")[1] for row in rows}
+    assert {"a (1 of 2)", "a (2 of 2)", "cat", "dog"} <= names
+
+
+def test_route_says_that_an_older_daemon_explains_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    decision = Decision("edge", Reason.PARETO_EDGE, 0.6, 0.5, tokens=(TokenPull("cat", (0.0,) * 10),))
+    _print_explained("cat", decision)
+    assert "the daemon is older than this command" in capsys.readouterr().out
 
 
 def test_route_has_nothing_to_explain_without_a_predictor(run: Run, miniature_bundle: Path) -> None:

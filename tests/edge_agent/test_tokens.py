@@ -36,6 +36,19 @@ def test_a_prompt_without_a_token_is_the_prompt_that_never_had_it(tokenizer: Tok
     assert cut.without(1).without(1).own == []
 
 
+def test_a_prompt_of_two_tokenizers_loses_the_token_in_both_and_a_cut_off_one_stays_cut_off(
+    miniature_bundle: Path, tokenizer: Tokenizer
+) -> None:
+    both = Tokenizer.load(miniature_bundle / "tokenizer", second=tokenizer)
+    cut, less = both.encode("the Red moon").without(2), both.encode("the moon")
+    assert cut.ids_2 is not None and less.ids_2 is not None
+    np.testing.assert_array_equal(cut.ids_2, less.ids_2)
+    assert not cut.truncated
+    long = tokenizer.encode("the " + "cat " * 80).without(1)  # what did not fit does not move up
+    assert long.truncated
+    assert len(long.own) == 74 and {long.texts[position] for position in long.own} == {"cat"}
+
+
 def test_an_empty_prompt_has_no_tokens_of_its_own(tokenizer: Tokenizer) -> None:
     tokens = tokenizer.encode("")
     assert not tokens.mask.any()
