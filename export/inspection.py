@@ -4,9 +4,10 @@
 
 Adds to the labels, for every image that lies in the folder IMAGES (`edge-export label` keeps them under
 `--parts`, in `images`), the columns `inspected` (1 when everything asked for is there, else 0) and `inspected_share`
-(how much of it is). Both are empty where there is no image, or no scene to compare with. Then measures the inspector:
-on rendered scenes it has not met, on the same with the prompts exchanged, and against verdicts on generated
-images given by eye (``starter/inspector_audit.json``). No router, predictor or calibration reads what is written here.
+(how much of it is). An image that is not in the folder keeps the verdict it has; where no scene is known there is none.
+Then measures the inspector: on rendered scenes it has not met, on the same with the prompts exchanged, and against
+verdicts on generated images given by eye (``starter/inspector_audit.json``). No router, predictor or calibration reads
+what is written here.
 """
 
 from __future__ import annotations
@@ -26,13 +27,12 @@ from PIL import Image
 
 from export.errors import ExportError
 from export.label import MODELS
-from export.outcomes import INSPECTED, Outcomes
+from export.outcomes import INSPECTED, INSPECTED_SHARE, Outcomes, read_table
 from export.prompts import PROMPTS, Prompt, router_prompts
 from export.starter.inspector import STARTER_INSPECTOR, Inspector, Sight
 from export.starter.world import Scene, render, sample_scenes
 from export.terminal import console, progress
 
-SHARE = "inspected_share"
 AUDIT = Path(__file__).parent / "starter" / "inspector_audit.json"
 APART = 8.0  # pixels, an eighth of the picture: nearer than that nothing is left of or above anything
 RENDERED = 1000  # held-out scenes
@@ -129,7 +129,7 @@ def inspect(
     keys = zip(*(table[name].to_pylist() for name in ("model", "prompt_id", "seed")), strict=True)
     rows = {key: row for row, key in enumerate(keys)}
     found: dict[tuple[str, int, int], Verdict] = {}
-    strict, share = (np.full(len(table), np.nan, np.float32) for _ in range(2))
+    strict, share = (_column(table, name) for name in (INSPECTED, INSPECTED_SHARE))
     batch: list[tuple[tuple[str, int, int], NDArray[np.uint8]]] = []
 
     def look() -> None:
@@ -152,11 +152,17 @@ def inspect(
         raise ExportError(
             f"{folder} holds no picture of these labels: name the folder `images` under --parts"
         )
-    for name, column in ((INSPECTED, strict), (SHARE, share)):
+    for name, column in ((INSPECTED, strict), (INSPECTED_SHARE, share)):
         if name in table.column_names:
             table = table.drop_columns(name)
         table = table.append_column(name, pa.array(column, from_pandas=True))
     return table, found
+
+
+def _column(table: pa.Table, name: str) -> NDArray[np.float32]:
+    if name not in table.column_names:
+        return np.full(len(table), np.nan, np.float32)
+    return table[name].to_numpy().astype(np.float32)
 
 
 def _made_by_the_same_models(table: pa.Table, folder: Path) -> None:
@@ -334,7 +340,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     known = prompts_of(outcomes)
     scenes = {prompt_id: prompt.scene for prompt_id, prompt in known.items() if prompt.scene is not None}
     inspector = Inspector(options.inspector)
-    table, found = inspect(pq.read_table(options.labels), options.images, inspector, scenes)
+    table, found = inspect(read_table(options.labels), options.images, inspector, scenes)
     partial = options.labels.with_suffix(".partial")
     pq.write_table(table, partial, compression="zstd")
     partial.replace(options.labels)

@@ -28,6 +28,7 @@ from edge_agent.diffusion.generator import Image as EdgeImage
 from export.__main__ import run
 from export.errors import ExportError
 from export.negatives import hard_negatives
+from export.outcomes import COLUMNS, INSPECTION, read_table
 from export.prompts import PROMPTS, Prompt, router_prompts
 from export.quality import STARTER_JUDGE, Judge
 from export.terminal import progress
@@ -201,9 +202,33 @@ def judged(images: Path, parts: Path, wanted: Sequence[Piece], judge: Judge, adh
     missing = [piece for piece in wanted if not (parts / f"{piece.file}.parquet").exists()]
     with progress() as bar:
         for piece in bar.track(missing, description="judge"):
-            partial = parts / f"{piece.file}.{os.getpid()}"
-            pq.write_table(measure(piece, images, judge, adherence), partial)
-            partial.replace(parts / f"{piece.file}.parquet")
+            _write_piece(measure(piece, images, judge, adherence), parts / f"{piece.file}.parquet")
+
+
+def take_over(
+    matrix: Path, facts: Mapping[str, str], parts: Path, wanted: Sequence[Piece], adherence: bool = False
+) -> None:
+    """Put the pieces that an earlier matrix has whole into the folder ``parts``, as if they had been measured.
+
+    ExportError unless the matrix was made with the same ``facts``: models, judge and metrics.
+    """
+    table = read_table(matrix)
+    stated = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+    for name, fact in facts.items():
+        if stated.get(name) != fact:
+            raise ExportError(f"{matrix} has another {name}: leave --extend out, and label everything")
+    columns = [*COLUMNS, *([ADHERENCE] if adherence else [])]
+    if missing := set(columns) - set(table.column_names):
+        raise ExportError(f"{matrix} has no {missing.pop()}: leave --extend out, and label everything")
+    table = table.select([*columns, *(name for name in INSPECTION if name in table.column_names)])
+    keys = zip(*(table[name].to_pylist() for name in ("model", "prompt_id", "seed", "prompt")), strict=True)
+    row_of = {key: row for row, key in enumerate(keys)}
+    for piece in wanted:
+        file = parts / f"{piece.file}.parquet"
+        cells = zip(piece.prompts, piece.seeds, strict=True)
+        rows = [row_of.get((piece.model, prompt.prompt_id, seed, prompt.text)) for prompt, seed in cells]
+        if None not in rows and not file.exists():
+            _write_piece(table.take(rows).replace_schema_metadata(None), file)
 
 
 def _only_of(folder: Path, facts: Mapping[str, str], name: str) -> Path:
@@ -250,6 +275,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="also measure how much more an image is like its prompt than like the prompt with one thing wrong",
     )
+    parser.add_argument(
+        "--extend",
+        type=Path,
+        metavar="MATRIX",
+        help="an earlier matrix of the same models and judge: what it measures is not made again",
+    )
     for split, number in PROMPTS.items():
         parser.add_argument(
             f"--{split}", type=int, default=number, dest=split, help=f"prompts (default: {number})"
@@ -281,18 +312,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     draws = Draws(options.draws, options.measured_draws, options.ceiling_draws)
     every = list(pieces(prompts, draws))
     mine = [piece for piece in every if piece.number % options.share[1] == options.share[0] - 1]
-    generate({"edge": options.edge, "cloud": options.cloud}, bundle, images, mine)
-    judged(images, parts, mine, judge, options.adherence)
+    if options.extend is not None:
+        take_over(options.extend, models | measured, parts, every, options.adherence)
+    unmeasured = [piece for piece in mine if not (parts / f"{piece.file}.parquet").exists()]
+    generate({"edge": options.edge, "cloud": options.cloud}, bundle, images, unmeasured)
+    judged(images, parts, unmeasured, judge, options.adherence)
     files = [parts / f"{piece.file}.parquet" for piece in every]
     if left := [file for file in files if not file.exists()]:
         print(
             f"{len(every) - len(left)} of {len(every)} pieces are made; the same command without --share makes the rest"
         )
         return 1
-    table = pa.concat_tables([pq.read_table(file) for file in files])
+    table = pa.concat_tables([pq.read_table(file) for file in files], promote_options="default")
     pq.write_table(table.replace_schema_metadata(models | measured), options.out, compression="zstd")
     print(f"{table.num_rows} images of {len(prompts)} prompts -> {options.out}")
     return 0
+
+
+def _write_piece(table: pa.Table, file: Path) -> None:
+    partial = file.with_suffix(f".{os.getpid()}")
+    pq.write_table(table, partial)
+    partial.replace(file)
 
 
 def _write_whole(file: Path, text: str) -> None:

@@ -82,9 +82,8 @@ class Mixture(nn.Module):
         with torch.no_grad():
             self.bias.copy_(torch.stack([(low + high) / 2, high - low], dim=-1))
 
-    def gates(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Gate of each expert for each token, [B, L, M]; zero for what the expert does not keep."""
-        scores = tokens @ self.embedding.T
+    def gates(self, scores: Tensor, mask: Tensor) -> Tensor:
+        """``scores [B, L, M], mask [B, L]`` to each expert's gate for each token; zero for what it does not keep."""
         gates = torch.softmax(nn.functional.pad(scores, (0, 1)), dim=-1)[..., :-1] * mask[..., None]
         if not self.shape.selection:
             return gates
@@ -96,16 +95,24 @@ class Mixture(nn.Module):
         """Both signs' first factor folded into one, [M, d, l]."""
         return self.positive if self.negative is None else self.positive - self.negative
 
+    def votes(self, tokens: Tensor) -> Tensor:
+        """What each of ``tokens [T, d]`` would add to each metric's level and gap if its gate were one, [T, M, 2]."""
+        m, d, rank = self.positive.shape
+        narrow = tokens @ self.projection().permute(1, 0, 2).reshape(d, m * rank)
+        # One matrix product an expert, [M, T, l] x [M, l, h], in place of one a token.
+        contrast = torch.sigmoid(narrow.reshape(-1, m, rank).transpose(0, 1) @ self.shared)
+        return ((contrast - 0.5) @ self.head).transpose(0, 1)
+
     def terms(self, states: Tensor, mask: Tensor) -> Tensor:
         """What each token adds to each metric's level and gap: ``states [B, L, d], mask [B, L] -> [B, L, M, 2]``."""
-        m, d, rank = self.positive.shape
-        batch, length, _ = states.shape
-        tokens = self.dropout((states - self.mean) / self.deviation)
-        narrow = tokens @ self.projection().permute(1, 0, 2).reshape(d, m * rank)
-        # One matrix product an expert, [M, B * L, l] x [M, l, h], in place of one a token.
-        contrast = torch.sigmoid(narrow.reshape(-1, m, rank).transpose(0, 1) @ self.shared)
-        votes = ((contrast - 0.5) @ self.head).reshape(m, batch, length, 2).permute(1, 2, 0, 3)
-        return self.gates(tokens, mask)[..., None] * votes
+        if self.training:  # half of a batch is padding, which need not be computed
+            own = self.dropout((states[mask] - self.mean) / self.deviation)
+            scores, votes = _padded(own @ self.embedding.T, mask), _padded(self.votes(own), mask)
+        else:
+            tokens = (states - self.mean) / self.deviation
+            scores = tokens @ self.embedding.T
+            votes = self.votes(tokens.flatten(0, 1)).unflatten(0, mask.shape)
+        return self.gates(scores, mask)[..., None] * votes
 
     def forward(self, states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``states [B, L, d], mask [B, L] -> edge [B, M], cloud [B, M], pull [B, L, M]``."""
@@ -147,6 +154,12 @@ class Ensemble(nn.Module):
                 f"{path}: not a trained predictor ({error}); make it with `edge-export train`"
             ) from error
         return ensemble.eval(), json.loads(facts["record"])
+
+
+def _padded(values: Tensor, mask: Tensor) -> Tensor:
+    """``values [T, ...]`` of the T tokens that ``mask [B, L]`` marks, as [B, L, ...] with zeros between."""
+    padded = values.new_zeros(*mask.shape, *values.shape[1:])
+    return padded.index_put((mask,), values)
 
 
 def _qualities(terms: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:

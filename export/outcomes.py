@@ -17,7 +17,8 @@ from export.errors import ExportError
 
 SPLITS = ("train", "validation", "calibration", "test", "combinations", "wording", "free-form")
 COLUMNS = ("prompt_id", "prompt", "split", "objects", "model", "seed", *METRICS)
-INSPECTED = "inspected"  # optional column of `edge-export inspect`
+INSPECTED, INSPECTED_SHARE = INSPECTION = ("inspected", "inspected_share")
+"""Optional columns of `edge-export inspect`."""
 FACTS = ("edge_digest", "cloud_digest", "metrics")
 """Metadata of the Parquet schema: `Bundle.model_digest` of the edge model, the cloud model's digest (`cloud-server
 digest`), and the metrics as JSON: one [name, positive text, negative text] a metric, in the order of METRICS."""
@@ -86,7 +87,7 @@ class Outcomes:
     @classmethod
     def read(cls, path: Path) -> Outcomes:
         """Read and check the matrix; ExportError names the first prompt whose cells are missing or wrong."""
-        table = _table(path)
+        table = read_table(path)
         column = {name: table[name].to_numpy() for name in COLUMNS}
         ids, first, row_of = np.unique(column["prompt_id"], return_index=True, return_inverse=True)
         for name in ("prompt", "split", "objects"):
@@ -139,7 +140,8 @@ class Outcomes:
         )
 
 
-def _table(path: Path) -> pa.Table:
+def read_table(path: Path) -> pa.Table:
+    """The matrix as it lies in the file, a row an image; ExportError when it is none."""
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:

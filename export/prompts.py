@@ -22,16 +22,19 @@ from numpy.typing import NDArray
 from export.starter.world import Group, Scene, caption, sample_scene
 
 PROMPTS = {
-    "train": 2800,
+    "train": 5600,
     "validation": 200,
     "calibration": 400,
-    "test": 400,
+    "test": 800,
     "combinations": 100,
     "wording": 100,
     "free-form": 60,
 }
 FREE_FORM = Path(__file__).parent / "free_form.json"
 SEED = 32
+REPEATING = 2800
+"""Training prompts that are drawn as they come. Each after them says a scene that none before it says: sentences of one
+scene share what it gains, so a router learns from scenes."""
 HELD_OUT_PAIRS = 10  # one in so many pairs of objects appears in `combinations` alone
 
 
@@ -84,11 +87,16 @@ def _drawn(split: str, number: int, seed: tuple[int, int]) -> list[tuple[str, in
     rng = np.random.default_rng(seed)
     hashed = split if split not in ("combinations", "wording") else "test"
     texts: dict[str, Scene] = {}
+    said: set[Scene] = set()
     while len(texts) < number:
         scene = sample_scene(rng)
         text = caption(scene, rng, held_out=split == "wording")
-        if scene.split == hashed and holds_held_out_pair(scene) == (split == "combinations"):
-            texts.setdefault(text, scene)
+        if scene.split != hashed or holds_held_out_pair(scene) != (split == "combinations"):
+            continue
+        if split == "train" and len(texts) >= REPEATING and scene in said:
+            continue
+        texts.setdefault(text, scene)
+        said.add(scene)
     return [(text, scene.objects, scene) for text, scene in texts.items()]
 
 

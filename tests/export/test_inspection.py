@@ -186,6 +186,17 @@ def test_an_image_that_is_not_there_leaves_its_verdict_empty(labelled, tmp_path)
     assert np.isnan(test.cloud_inspected[:, 1]).all() and not np.isnan(test.cloud_inspected[:, 0]).any()
 
 
+def test_an_image_that_is_gone_keeps_the_verdict_it_had(labelled, tmp_path):
+    labels = Path(shutil.copy(labelled / "labels.parquet", tmp_path))
+    images = Path(shutil.copytree(labelled / "parts" / "images", tmp_path / "images"))
+    assert inspection.main([str(labels), str(images)]) == 0
+    before = pq.read_table(labels)
+    for file in images.glob("*-1-*.npz"):
+        file.unlink()
+    assert inspection.main([str(labels), str(images)]) == 0
+    assert pq.read_table(labels).equals(before)
+
+
 def test_images_of_other_models_half_a_piece_and_no_images_are_refused(labelled, tmp_path):
     labels = Path(shutil.copy(labelled / "labels.parquet", tmp_path))
     before = labels.read_bytes()

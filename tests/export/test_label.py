@@ -100,6 +100,41 @@ def test_another_judge_measures_the_same_images_without_generating_them_again(
     assert not after["detail"].equals(before["detail"])
 
 
+def test_an_earlier_matrix_is_extended_without_making_its_images_again(
+    models, miniature_bundle, tmp_path, monkeypatch
+):
+    earlier, whole, out = (tmp_path / f"{name}.parquet" for name in ("earlier", "whole", "out"))
+    more = ("--train", "5", "--test", "3")
+    monkeypatch.setattr(label, "PIECE", 1)  # a larger batch may round otherwise
+    assert label.main(arguments(models, miniature_bundle, earlier)) == 0
+    assert label.main(arguments(models, miniature_bundle, whole, *more)) == 0
+    paint, painted = label.Painter.paint, []
+
+    def noted(self, prompts, seeds):
+        painted.extend(prompts)
+        return paint(self, prompts, seeds)
+
+    monkeypatch.setattr(label.Painter, "paint", noted)
+    assert label.main(arguments(models, miniature_bundle, out, *more, "--extend", str(earlier))) == 0
+    assert pq.read_table(out).equals(pq.read_table(whole))
+    known = set(pq.read_table(earlier)["prompt"].to_pylist())
+    assert len(set(painted[1:]) - known) == 3  # the bundle's check was the first
+    assert len(painted[1:]) == 2 * (2 + 3) and known.isdisjoint(painted[1:])
+
+
+def test_a_matrix_of_another_judge_or_without_a_column_is_not_extended(models, miniature_bundle, tmp_path):
+    earlier, out = tmp_path / "earlier.parquet", tmp_path / "out.parquet"
+    assert label.main(arguments(models, miniature_bundle, earlier)) == 0
+    extending = arguments(models, miniature_bundle, out, "--extend", str(earlier))
+    with pytest.raises(ExportError, match="has no adherence"):
+        label.main([*extending, "--adherence"])
+    table = pq.read_table(earlier)
+    facts = table.schema.metadata | {b"judge_digest": b"0"}
+    pq.write_table(table.replace_schema_metadata(facts), earlier)
+    with pytest.raises(ExportError, match="has another judge_digest"):
+        label.main(extending)
+
+
 def test_two_processes_share_a_run_and_the_last_one_writes_the_matrix(
     models, miniature_bundle, tmp_path, monkeypatch
 ):

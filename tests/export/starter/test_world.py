@@ -1,7 +1,10 @@
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
-from export.prompts import holds_held_out_pair, router_prompts
+from export import prompts as prompts_of_routers
+from export.prompts import PROMPTS, holds_held_out_pair, router_prompts
+from export.routerbench.__main__ import LABELS
 from export.starter.sprites import CELL, COLUMNS, OBJECTS, PACK, sprite
 from export.starter.world import (
     BACKGROUNDS,
@@ -108,6 +111,21 @@ def test_asking_for_more_prompts_keeps_the_ones_there_were():
     assert set(few) <= set(many)
     assert len({prompt.text for prompt in many}) == len(many)
     assert all(prompt.scene.split == prompt.split for prompt in many)
+
+
+def test_training_prompts_say_scenes_of_their_own_once_many_were_drawn(monkeypatch):
+    monkeypatch.setattr(prompts_of_routers, "REPEATING", 40)
+    drawn = [prompt.scene for prompt in router_prompts({"train": 120, "test": 120})]
+    repeating, own, test = drawn[:40], drawn[40:120], drawn[120:]
+    assert len(set(own)) == len(own) and not set(own) & set(repeating)
+    assert len(set(test)) < len(test)  # as they come, everywhere else
+
+
+def test_the_shipped_labels_are_of_the_prompts_drawn_now():
+    table = pq.read_table(LABELS, columns=["prompt_id", "prompt"])
+    shipped = dict(zip(table["prompt_id"].to_pylist(), table["prompt"].to_pylist(), strict=True))
+    drawn = router_prompts(dict.fromkeys(PROMPTS, 100))
+    assert [shipped[prompt.prompt_id] for prompt in drawn] == [prompt.text for prompt in drawn]
 
 
 def test_pairs_kept_for_combinations_are_in_no_other_split():
