@@ -14,6 +14,10 @@ from edge_agent.diffusion.text_encoder import TextStates
 from edge_agent.errors import Busy, Cancelled, DeadlinePassed
 from edge_agent.image import PREVIEW_SIDE, Progress, encode_png
 
+PROGRESS_EVERY_S = 0.05
+"""Nobody watches more than twenty steps a second, and to tell one takes a hundredth of a small image's time. With
+previews, which were asked for, every step is told."""
+
 _GUESS_S = 1.0
 """How long an image takes, for the first caller who is told when to come back. From then on it is measured."""
 
@@ -63,7 +67,7 @@ class Device:
         return (self._image_s or _GUESS_S) * (self.images + 1)
 
     async def draw(self, job: Job) -> AsyncGenerator[Progress | Drawn, None]:
-        """Progress after each step, then the image. Closing the iterator stops the work at once.
+        """Progress, at most every PROGRESS_EVERY_S, then the image. Closing the iterator stops the work at once.
 
         Raises Busy when the queue is full, DeadlinePassed, GenerationFailed, BundleError.
         """
@@ -119,7 +123,7 @@ class Device:
         post: Callable[[Progress | Drawn | Exception], None],
     ) -> None:
         """In the worker thread: the whole image. Every outcome is posted; nothing is raised."""
-        began = stepped = time.perf_counter()
+        began = stepped = told = time.perf_counter()
         try:
             for event in job.generator.generate(
                 job.states,
@@ -142,12 +146,14 @@ class Device:
                         "png": (done - decoded) * 1e3,
                     }
                     post(Drawn(png, position, timings_ms))
-                else:
-                    preview = None
-                    if event.preview is not None:
-                        preview = encode_png(event.preview, longest_side=PREVIEW_SIDE)
+                    continue
+                preview = None
+                if event.preview is not None:
+                    preview = encode_png(event.preview, longest_side=PREVIEW_SIDE)
+                stepped = time.perf_counter()
+                if job.previews or stepped - told >= PROGRESS_EVERY_S:
                     post(Progress(event.k, event.n, preview))
-                    stepped = time.perf_counter()
+                    told = stepped
         except Cancelled:
             pass  # whoever set the stop has gone
         except Exception as error:

@@ -307,7 +307,12 @@ class Settings:
     max_prompt_characters: int = _setting(
         "2000", _count, "N", "longest prompt and negative prompt, in characters"
     )
-    threads: int = _setting("0", _count, "N", "threads of the local models; 0: one a physical core")
+    threads: int = _setting(
+        "0",
+        _count,
+        "N",
+        "threads of the local models, but for small text encoders: one; 0: one a physical core",
+    )
     providers: tuple[str, ...] = _setting(
         "",
         _providers,

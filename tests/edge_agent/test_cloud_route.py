@@ -156,7 +156,7 @@ async def test_when_the_cloud_fails_the_edge_steps_in_and_the_ledger_learns_the_
 ) -> None:
     spent, _ = await both.app.budget()
     both.cloud.manner = manner
-    answer = await both.app.generate(CLOUD_PROMPT, seed=2)
+    answer = await both.app.generate(CLOUD_PROMPT, seed=2, preview=True)
     assert (answer.route, answer.reason, answer.served_by) == ("cloud", "pareto_cloud", "edge")
     assert answer.result.fallback and words in answer.result.fallback_error
     assert (answer.result.cost_micro_usd, answer.picture.size) == (0, (64, 64))

@@ -14,6 +14,7 @@ import pytest
 import pytest_asyncio
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from edge_agent import device
 from edge_agent.bundle import Bundle
 from edge_agent.daemon import Daemon
 from edge_agent.image import PREVIEW_SIDE
@@ -61,7 +62,10 @@ async def app(here: Here) -> App:
     return here.app
 
 
-async def test_an_image_comes_as_decision_progress_chunks_and_result(app: App, routed_bundle: Path) -> None:
+async def test_an_image_comes_as_decision_progress_chunks_and_result(
+    app: App, routed_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "PROGRESS_EVERY_S", 0)
     answer = await app.generate(EDGE_PROMPT, seed=7, request_id="mine", guidance_scale=3.0)
     assert answer.order == ["decision"] + ["progress"] * len(answer.progress) + ["image_chunk", "result"]
     steps = answer.progress[0].steps
@@ -174,6 +178,15 @@ async def test_who_asks_for_the_edge_gets_it(app: App) -> None:
 async def test_who_asks_for_a_cloud_that_is_not_configured_is_told_what_to_do(app: App) -> None:
     answer = await app.generate(routing=CLOUD)
     assert answer.code == "FAILED_PRECONDITION" and "--cloud" in answer.message
+
+
+async def test_of_a_quick_image_no_step_is_told_but_with_previews(
+    app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "PROGRESS_EVERY_S", 60)
+    assert not (await app.generate()).progress
+    told = (await app.generate(preview=True)).progress
+    assert [progress.step for progress in told] == list(range(1, told[0].steps + 1))
 
 
 async def test_previews_come_when_asked_for(app: App) -> None:

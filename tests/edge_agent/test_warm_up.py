@@ -81,7 +81,7 @@ async def test_it_serves_while_it_warms_up_and_changes_over_between_images(here:
     first = weakref.ref(here.daemon.agent.models.generator.denoiser.sessions[0])
     before = await here.app.generate(routing=LOCAL, seed=5)
 
-    call = here.app.call(routing=LOCAL, seed=6, steps=SLOW_STEPS)
+    call = here.app.call(routing=LOCAL, seed=6, steps=SLOW_STEPS, preview=True)
     await here.app.read(call, until="progress")
     gate.open.set()
 
