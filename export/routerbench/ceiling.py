@@ -21,6 +21,7 @@ from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import minimize
 
 from export.evaluate import routed
+from export.prompts import REPEATING
 from export.routerbench.router import Floats
 from export.starter.world import Scene
 
@@ -72,21 +73,24 @@ def pairs(scene: Scene) -> dict[str, float]:
 
 
 def ceiling(train: Sequence[Scene], gain: Floats, asked: Sequence[Scene], seed: int = 0) -> Ceiling:
-    """From training prompts' scenes and gains [N], one image a model; ``asked`` are the prompts to score."""
+    """From training prompts' scenes and gains [N], one image a model; ``asked`` are the prompts to score.
+
+    Components are those of the first REPEATING training prompts, which were drawn as ``asked`` were.
+    """
     centre, spread = float(gain.mean()), float(gain.std())
     target = (gain - centre) / spread
-    names = sorted({repr(scene) for scene in train})
-    number = np.array([names.index(repr(scene)) for scene in train])
+    names, number = np.unique([repr(scene) for scene in train], return_inverse=True)
     order = np.random.default_rng(seed).permutation(len(names))
     every = [*train, *asked]
     linear = [_gram(every, features) for features in (words, pairs)]
     said = np.array([repr(scene) for scene in every])
     kernels = [*linear, (said[:, None] == said[None]).astype(np.float64)]
-    known = len(train)
-    weights, noise = _fitted([kernel[:known, :known] for kernel in kernels], target)
+    known, like_asked = len(train), min(len(train), REPEATING)
+    drawn_alike = [kernel[:like_asked, :like_asked] for kernel in kernels]
+    weights, noise = _fitted(drawn_alike, target[:like_asked])
     parts = [
-        weight * float(np.diag(kernel)[:known].mean() - kernel[:known, :known].mean())
-        for weight, kernel in zip(weights, kernels, strict=True)
+        weight * float(np.diag(kernel).mean() - kernel.mean())
+        for weight, kernel in zip(weights, drawn_alike, strict=True)
     ]
     shares = np.array([*parts, noise]) / (sum(parts) + noise)
     whole = sum(weight * kernel for weight, kernel in zip(weights, kernels, strict=True))

@@ -251,11 +251,11 @@ def _explanations(
 ) -> Explanations:
     named, others, most, kept = [], [], [], []
     for row, tokens in enumerate(prompts):
-        own = np.flatnonzero(tokens.mask)
+        own = tokens.own
         if len(own) < 2:
             continue  # nothing to name among
         prs, prediction, _ = decider.decide(tokens)
-        moved = np.array([abs(decider.decide(tokens.without(int(position)))[0] - prs) for position in own])
+        moved = np.array([abs(decider.decide(tokens.without(position))[0] - prs) for position in own])
         first = int(np.argmax(np.abs(decider.pull_on_prs(prediction)[own])))
         named.append(moved[first])
         others.append(np.delete(moved, first).mean())

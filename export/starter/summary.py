@@ -129,7 +129,7 @@ def report(
             for part, name in PARTS.items()
         ),
         row("steps", edge.steps, cloud.steps, 0),
-        row("guidance scale", edge.guidance_scale, cloud.guidance_scale, 1),
+        f"| guidance scale | {edge.guidance_scale:.1f} | {cloud.guidance_scale:.1f} | |",
         row("multiply-adds, thousand million", edge.multiply_adds / 1e9, cloud.multiply_adds / 1e9, 2),
         row("time, ms", edge.milliseconds, cloud.milliseconds, 0),
         "",
