@@ -13,7 +13,7 @@ from edge_agent.diffusion.sessions import Runtime, Session
 from edge_agent.errors import BundleError
 from edge_agent.superiority import METRICS
 
-INPUTS = ("states", "mask")
+INPUTS = ("states", "mask", "ids")
 OUTPUTS = ("edge", "cloud", "pull")
 
 # A fraction of a million multiply-adds: waking a second thread would cost more than it saves.
@@ -62,11 +62,13 @@ class Predictor:
         """Its graph."""
         return (self._session,)
 
-    def predict(self, states: NDArray[np.float32], mask: NDArray[np.bool_]) -> Prediction:
-        """Predict from the `states` [1, L, d] of a prompt; `mask` [L] is True on its own tokens.
+    def predict(
+        self, states: NDArray[np.float32], mask: NDArray[np.bool_], ids: NDArray[np.int64]
+    ) -> Prediction:
+        """Predict from the `states` [1, L, d] and `ids` [1, L] of a prompt; `mask` [L] is True on its own tokens.
 
         Raises:
             GenerationFailed: the states have another size than the graph reads.
         """
-        edge, cloud, pull = self._session.run({"states": states, "mask": mask[None]})
+        edge, cloud, pull = self._session.run({"states": states, "mask": mask[None], "ids": ids})
         return Prediction(edge[0], cloud[0], pull[0])

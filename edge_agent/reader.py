@@ -97,8 +97,10 @@ class Reader:
         return self._predict(self._text_encoder.encode(shorter), shorter)[1]
 
     def _predict(self, states: TextStates, tokens: Tokens) -> tuple[Prediction | None, float | None]:
-        prediction = self._predictor.predict(states.tokens, tokens.mask) if self._predictor else None
-        if prediction is None or self._superiority is None:
+        if self._predictor is None:
+            return None, None
+        prediction = self._predictor.predict(states.tokens, tokens.mask, tokens.ids)
+        if self._superiority is None:
             return prediction, None
         return prediction, float(self._superiority.of(prediction.edge, prediction.cloud))
 

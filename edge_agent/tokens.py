@@ -91,6 +91,12 @@ class Tokenizer:
             raise BundleError(f"{path} must pad and truncate to one length; export the bundle again")
         return cls(tokenizer, int(length), second)
 
+    @property
+    def vocabulary(self) -> int:
+        """One more than the largest id."""
+        ids: dict[str, int] = self._tokenizer.get_vocab()
+        return 1 + max(ids.values())
+
     def encode(self, prompt: str) -> Tokens:
         """Tokens of `prompt`, which must be valid Unicode (`edge_agent.request` refuses lone surrogates).
 

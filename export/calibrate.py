@@ -54,7 +54,7 @@ def predicted(bundle: Bundle, prompts: Sequence[str]) -> tuple[Qualities, Qualit
     if bundle.predictor is None:
         raise ExportError(f"{bundle.folder} has no predictor; write one with `edge-export predictor`")
     predictor = Predictor.load(bundle.predictor, bundle.manifest.text_hidden)
-    predictions = [predictor.predict(states, mask) for states, mask in encode(bundle, prompts)]
+    predictions = [predictor.predict(*read) for read in encode(bundle, prompts)]
     return np.stack([p.edge for p in predictions]), np.stack([p.cloud for p in predictions])
 
 

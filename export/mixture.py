@@ -16,6 +16,9 @@ What the paper leaves open, and is chosen here:
   *level* of both models and one for the *gap* between them, give ``edge = sigmoid(level - gap / 2)`` and
   ``cloud = sigmoid(level + gap / 2)``. The gap is the smaller signal and the one that routes: it has weights of its
   own.
+- A token may be read with an *embedding of its own* beside its state, the same wherever the word stands. The encoder
+  writes each word into its neighbours' states: from states alone much of what a word does is learnt of others. Zero for
+  tokens that training never met, of which the state speaks alone. The paper reads states only (``words=0``).
 - ``pull[t, m]`` is the token's term in the gap's sum: ``logit(cloud) - logit(edge) = bias + sum_t pull[t]`` exactly.
 
 Between the two gates stands nothing that is not linear, so that ``T+ - T- = T (P+ - P-) S``: both signs together can
@@ -37,6 +40,9 @@ from torch import Tensor, nn
 
 from export.errors import ExportError
 
+WORDS = 16
+"""Length of a token's own embedding. 32 and 64 ranked the starter's validation prompts no better."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -55,6 +61,10 @@ class Shape:
     """h. As many contrasts a token as the head may weigh; four times l, beyond which validation did not gain."""
     selection: bool = True
     dual_gate: bool = True
+    words: int = 0
+    """Length of the embedding that each token has of its own; 0 for none."""
+    vocabulary: int = 0
+    """Ids that the tokenizer gives, where there are embeddings."""
 
 
 class Mixture(nn.Module):
@@ -63,9 +73,10 @@ class Mixture(nn.Module):
     def __init__(self, shape: Shape, *, dropout: float = 0.0) -> None:
         super().__init__()
         self.shape = shape
-        d, m, rank, hidden = shape.width, shape.metrics, shape.rank, shape.hidden
-        self.register_buffer("mean", torch.zeros(d))
-        self.register_buffer("deviation", torch.ones(d))
+        d, m, rank, hidden = shape.width + shape.words, shape.metrics, shape.rank, shape.hidden
+        self.register_buffer("mean", torch.zeros(shape.width))
+        self.register_buffer("deviation", torch.ones(shape.width))
+        self.words = nn.Parameter(torch.zeros(shape.vocabulary, shape.words)) if shape.words else None
         self.embedding = nn.Parameter(torch.randn(m, d) * 0.5 * d**-0.5)
         self.positive = nn.Parameter(torch.randn(m, d, rank) * d**-0.5)
         self.negative = nn.Parameter(torch.randn(m, d, rank) * d**-0.5) if shape.dual_gate else None
@@ -96,27 +107,34 @@ class Mixture(nn.Module):
         return self.positive if self.negative is None else self.positive - self.negative
 
     def votes(self, tokens: Tensor) -> Tensor:
-        """What each of ``tokens [T, d]`` would add to each metric's level and gap if its gate were one, [T, M, 2]."""
+        """What each of ``tokens [T, d + words]`` would add to levels and gaps if its gate were one, [T, M, 2]."""
         m, d, rank = self.positive.shape
         narrow = tokens @ self.projection().permute(1, 0, 2).reshape(d, m * rank)
         # One matrix product an expert, [M, T, l] x [M, l, h], in place of one a token.
         contrast = torch.sigmoid(narrow.reshape(-1, m, rank).transpose(0, 1) @ self.shared)
         return ((contrast - 0.5) @ self.head).transpose(0, 1)
 
-    def terms(self, states: Tensor, mask: Tensor) -> Tensor:
-        """What each token adds to each metric's level and gap: ``states [B, L, d], mask [B, L] -> [B, L, M, 2]``."""
+    def read(self, states: Tensor, ids: Tensor) -> Tensor:
+        """``states [..., d], ids [...]``, standardised and with the words' own embeddings: [..., d + words]."""
+        tokens = (states - self.mean) / self.deviation
+        return tokens if self.words is None else torch.cat([tokens, self.words[ids]], dim=-1)
+
+    def terms(self, states: Tensor, mask: Tensor, ids: Tensor) -> Tensor:
+        """What each token adds to each metric's level and gap: ``states [B, L, d], mask [B, L], ids [B, L] ->
+        [B, L, M, 2]``.
+        """
         if self.training:  # half of a batch is padding, which need not be computed
-            own = self.dropout((states[mask] - self.mean) / self.deviation)
+            own = self.dropout(self.read(states[mask], ids[mask]))
             scores, votes = _padded(own @ self.embedding.T, mask), _padded(self.votes(own), mask)
         else:
-            tokens = (states - self.mean) / self.deviation
+            tokens = self.read(states, ids)
             scores = tokens @ self.embedding.T
             votes = self.votes(tokens.flatten(0, 1)).unflatten(0, mask.shape)
         return self.gates(scores, mask)[..., None] * votes
 
-    def forward(self, states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``states [B, L, d], mask [B, L] -> edge [B, M], cloud [B, M], pull [B, L, M]``."""
-        return _qualities(self.terms(states, mask), self.bias)
+    def forward(self, states: Tensor, mask: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``states [B, L, d], mask [B, L], ids [B, L] -> edge [B, M], cloud [B, M], pull [B, L, M]``."""
+        return _qualities(self.terms(states, mask, ids), self.bias)
 
 
 class Ensemble(nn.Module):
@@ -129,9 +147,9 @@ class Ensemble(nn.Module):
         self.shape = members[0].shape
         self.members = nn.ModuleList(members)
 
-    def forward(self, states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``states [B, L, d], mask [B, L] -> edge [B, M], cloud [B, M], pull [B, L, M]``."""
-        terms = torch.stack([member.terms(states, mask) for member in self.members]).mean(dim=0)
+    def forward(self, states: Tensor, mask: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``states [B, L, d], mask [B, L], ids [B, L] -> edge [B, M], cloud [B, M], pull [B, L, M]``."""
+        terms = torch.stack([member.terms(states, mask, ids) for member in self.members]).mean(dim=0)
         return _qualities(terms, torch.stack([member.bias for member in self.members]).mean(dim=0))
 
     def save(self, path: Path, record: Mapping[str, Any]) -> None:

@@ -2,7 +2,8 @@
 
     edge-export predictor WEIGHTS BUNDLE
 
-The graph takes `states [1, L, d]` and `mask [1, L]` and gives `edge [1, M]`, `cloud [1, M]`, `pull [1, L, M]`.
+The graph takes `states [1, L, d]`, `mask [1, L]` and `ids [1, L]`, and gives `edge [1, M]`, `cloud [1, M]` and
+`pull [1, L, M]`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,11 @@ def export(ensemble: Ensemble, path: Path, tokens: int) -> float:
             f"a predictor of {shape.metrics} metrics is an ablation; a bundle's has {len(METRICS)}"
         )
     ensemble = ensemble.eval()
-    example = torch.randn(1, tokens, shape.width), torch.ones(1, tokens, dtype=torch.bool)
+    example = (
+        torch.randn(1, tokens, shape.width),
+        torch.ones(1, tokens, dtype=torch.bool),
+        torch.zeros(1, tokens, dtype=torch.int64),
+    )
     with warnings.catch_warnings():
         # Tracing warns of Python's min over K and L, and of a newer exporter, which needs packages that nothing else
         # here does. Whether the graph is right is decided by the comparison below.
@@ -50,11 +55,11 @@ def export(ensemble: Ensemble, path: Path, tokens: int) -> float:
             path,
             input_names=list(INPUTS),
             output_names=list(OUTPUTS),
-            dynamic_axes={"states": {1: "L"}, "mask": {1: "L"}, "pull": {1: "L"}},
+            dynamic_axes={name: {1: "L"} for name in (*INPUTS, "pull")},
             opset_version=18,
             dynamo=False,
         )
-    _state_sizes(path, shape)
+    _state_signature(path, shape)
     difference = max(
         _difference(ensemble, Predictor.load(path, shape.width), tokens, own) for own in range(1, tokens)
     )
@@ -65,9 +70,14 @@ def export(ensemble: Ensemble, path: Path, tokens: int) -> float:
     return difference
 
 
-def _state_sizes(path: Path, shape: Shape) -> None:
-    """Write the outputs' sizes into the graph: tracing leaves names, which older onnxruntimes cannot resolve."""
+def _state_signature(path: Path, shape: Shape) -> None:
+    """Write into the graph what tracing leaves out: the outputs' sizes, for which it leaves names that older
+    onnxruntimes cannot resolve, and the words' ids where nothing reads them.
+    """
     model = onnx.load(path)
+    if not shape.words:
+        ids = onnx.helper.make_tensor_value_info("ids", onnx.TensorProto.INT64, (1, "L"))
+        model.graph.input.append(ids)
     sizes = {"edge": (1, shape.metrics), "cloud": (1, shape.metrics), "pull": (1, "L", shape.metrics)}
     for output in model.graph.output:
         for dimension, size in zip(output.type.tensor_type.shape.dim, sizes[output.name], strict=True):
@@ -84,9 +94,10 @@ def _difference(ensemble: Ensemble, predictor: Predictor, tokens: int, own: int)
     scale = ensemble.members[0]
     states = scale.mean + scale.deviation * torch.randn(1, tokens, ensemble.shape.width, generator=draw)
     mask = (torch.arange(tokens) > 0) & (torch.arange(tokens) <= own)
+    ids = torch.randint(max(ensemble.shape.vocabulary, 1), (1, tokens), generator=draw)
     with torch.inference_mode():
-        expected = ensemble(states, mask[None])
-    made = predictor.predict(states.numpy(), mask.numpy())
+        expected = ensemble(states, mask[None], ids)
+    made = predictor.predict(states.numpy(), mask.numpy(), ids.numpy())
     return max(
         float(np.abs(ours - theirs[0].numpy()).max())
         for ours, theirs in zip((made.edge, made.cloud, made.pull), expected, strict=True)

@@ -14,7 +14,7 @@ import importlib
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -105,12 +105,12 @@ def _time(score: object, prompts: Prompts) -> Floats:
     times = []
     for index in range(TIMED):
         row = index % len(prompts)
-        one = Prompts(
-            prompts.texts[row : row + 1],
-            prompts.objects[row : row + 1],
-            prompts.examples.rows(torch.tensor([row])),
-            prompts.scale,
-            prompts.scenes[row : row + 1],
+        one = replace(
+            prompts,
+            texts=prompts.texts[row : row + 1],
+            objects=prompts.objects[row : row + 1],
+            examples=prompts.examples.rows(torch.tensor([row])),
+            scenes=prompts.scenes[row : row + 1],
         )
         started = time.perf_counter()
         score(one)

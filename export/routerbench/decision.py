@@ -116,7 +116,7 @@ class Decider:
     def decide(self, tokens: Tokens) -> tuple[float, Prediction, NDArray[np.float32]]:
         """PRS, the prediction it comes from, and the mean state [d] of the prompt's own tokens."""
         states = self._encoder.encode(tokens).tokens
-        prediction = self._predictor.predict(states, tokens.mask)
+        prediction = self._predictor.predict(states, tokens.mask, tokens.ids)
         own = states[0][tokens.mask]
         return self.prs(prediction.edge, prediction.cloud), prediction, own.mean(axis=0)
 

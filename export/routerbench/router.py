@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 
 from edge_agent.bundle import Bundle
 from edge_agent.superiority import relative_superiority
+from edge_agent.tokens import Tokenizer
 from export.outcomes import Outcomes
 from export.states import of_prompts
 from export.train import Examples
 
 Floats = NDArray[np.float64]
-SETTINGS = 3  # the tuning budget: every router that has something to tune tries so many settings
+SETTINGS = 2  # the tuning budget: every router that has something to tune tries so many settings
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,13 @@ class Prompts:
     objects: NDArray[np.int64]
     """[N], how many objects each asks for."""
     examples: Examples
-    """Token states [N, n, d] of the edge model's text encoder with their mask, mean qualities [N, M] of both models."""
+    """Token states [N, n, d] of the edge model's text encoder, mask and ids, mean qualities [N, M] of both models."""
     scale: Floats
     """[M], of PRS, from the training split."""
     scenes: NDArray[np.int64]
     """[N], the same number for prompts that say the same scene in other words."""
+    vocabulary: int
+    """One more than the largest id of a token."""
 
     @classmethod
     def of(
@@ -47,7 +50,8 @@ class Prompts:
         """From a split of the matrix. Token states are kept in the folder ``cache``."""
         states = of_prompts(cache, bundle, outcomes.prompts)
         examples = Examples.of(states, outcomes.edge, outcomes.cloud)
-        return cls(outcomes.prompts, outcomes.objects, examples, scale, scenes)
+        vocabulary = Tokenizer.open(bundle).vocabulary
+        return cls(outcomes.prompts, outcomes.objects, examples, scale, scenes, vocabulary)
 
     def __len__(self) -> int:
         return len(self.texts)

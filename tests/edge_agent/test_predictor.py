@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +14,16 @@ from export.errors import ExportError
 from export.mixture import Ensemble, Mixture, Shape
 from export.predictor_onnx import TOLERANCE, export
 
-WIDTH, TOKENS = 16, 20
+WIDTH, TOKENS, VOCABULARY = 16, 20, 50
+IDS = np.arange(TOKENS)[None]
 
 
-def made_up(**parts: bool) -> Ensemble:
+def made_up(**parts: Any) -> Ensemble:
     torch.manual_seed(0)
     mixtures = [Mixture(Shape(WIDTH, len(METRICS), kept=5, **parts)) for _ in range(2)]
+    for mixture in mixtures:
+        if mixture.words is not None:
+            torch.nn.init.normal_(mixture.words)
     states, edge, cloud = (
         torch.randn(100, WIDTH) * 3 + 1,
         torch.rand(9, len(METRICS)),
@@ -32,20 +37,22 @@ def made_up(**parts: bool) -> Ensemble:
 @pytest.fixture(scope="module")
 def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("predictor") / "model.onnx"
-    export(made_up(), path, TOKENS)
+    export(made_up(words=4, vocabulary=VOCABULARY), path, TOKENS)
     return path
 
 
-@pytest.mark.parametrize("parts", [{}, {"selection": False}, {"dual_gate": False}])
-def test_the_graph_says_what_torch_says(tmp_path: Path, parts: dict[str, bool]) -> None:
+@pytest.mark.parametrize(
+    "parts", [{}, {"selection": False}, {"dual_gate": False}, {"words": 4, "vocabulary": VOCABULARY}]
+)
+def test_the_graph_says_what_torch_says(tmp_path: Path, parts: dict[str, Any]) -> None:
     mixture = made_up(**parts)
     assert export(mixture, tmp_path / "model.onnx", TOKENS) <= TOLERANCE
     predictor = Predictor.load(tmp_path / "model.onnx", WIDTH)
     states = torch.randn(1, TOKENS, WIDTH)
     mask = torch.arange(TOKENS) % 3 > 0
     with torch.no_grad():
-        expected = mixture(states, mask[None])
-    made = predictor.predict(states.numpy(), mask.numpy())
+        expected = mixture(states, mask[None], torch.from_numpy(IDS))
+    made = predictor.predict(states.numpy(), mask.numpy(), IDS)
     for ours, theirs in zip((made.edge, made.cloud, made.pull), expected, strict=True):
         np.testing.assert_allclose(ours, theirs[0].numpy(), atol=TOLERANCE, rtol=0)
 
@@ -54,7 +61,7 @@ def test_a_prediction_has_a_quality_a_metric_and_a_pull_a_token(graph: Path) -> 
     mask = np.zeros(TOKENS, bool)
     mask[1:9] = True
     states = np.random.default_rng(0).standard_normal((1, TOKENS, WIDTH), np.float32)
-    made = Predictor.load(graph).predict(states, mask)
+    made = Predictor.load(graph).predict(states, mask, IDS)
     assert made.edge.shape == made.cloud.shape == (len(METRICS),)
     assert ((made.edge > 0) & (made.edge < 1) & (made.cloud > 0) & (made.cloud < 1)).all()
     assert made.pull.shape == (TOKENS, len(METRICS))
@@ -66,10 +73,10 @@ def test_a_prediction_has_a_quality_a_metric_and_a_pull_a_token(graph: Path) -> 
 def test_a_prompt_length_other_than_the_exported_one_is_fine(graph: Path) -> None:
     states = np.random.default_rng(0).standard_normal((1, 40, WIDTH), np.float32)
     mask = np.arange(40) < 6
-    predictor = Predictor.load(graph)
+    predictor, ids = Predictor.load(graph), np.tile(IDS, 2)
     np.testing.assert_allclose(
-        predictor.predict(states, mask).edge,
-        predictor.predict(states[:, :TOKENS], mask[:TOKENS]).edge,
+        predictor.predict(states, mask, ids).edge,
+        predictor.predict(states[:, :TOKENS], mask[:TOKENS], ids[:, :TOKENS]).edge,
         atol=1e-6,
     )
 
@@ -83,7 +90,7 @@ def test_a_graph_for_other_states_is_refused_by_name(graph: Path) -> None:
 
 def test_states_of_another_size_are_refused(graph: Path) -> None:
     with pytest.raises(GenerationFailed):
-        Predictor.load(graph).predict(np.zeros((1, TOKENS, 3), np.float32), np.ones(TOKENS, bool))
+        Predictor.load(graph).predict(np.zeros((1, TOKENS, 3), np.float32), np.ones(TOKENS, bool), IDS)
 
 
 def test_a_file_that_is_no_predictor_is_refused_by_name(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,9 @@ def made_up(shape: Shape, seed: int = 0) -> Mixture:
     return mixture
 
 
-def prompt(tokens: int, own: int) -> tuple[torch.Tensor, torch.Tensor]:
+def prompt(tokens: int, own: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     torch.manual_seed(own)
-    return torch.randn(1, tokens, SHAPE.width), (torch.arange(tokens) < own)[None]
+    return torch.randn(1, tokens, SHAPE.width), (torch.arange(tokens) < own)[None], torch.arange(tokens)[None]
 
 
 def gap(edge: torch.Tensor, cloud: torch.Tensor) -> torch.Tensor:
@@ -37,32 +38,57 @@ def test_the_gap_is_its_bias_and_what_every_token_pulls() -> None:
 
 def test_without_a_token_the_gap_is_smaller_by_just_its_pull() -> None:
     mixture = made_up(SHAPE)
-    states, mask = prompt(10, 4)  # as many as an expert keeps: no other token moves up
-    edge, cloud, pull = mixture(states, mask)
+    states, mask, ids = prompt(10, 4)  # as many as an expert keeps: no other token moves up
+    edge, cloud, pull = mixture(states, mask, ids)
     without = mask.clone()
     without[0, 2] = False
     torch.testing.assert_close(
-        gap(edge, cloud) - pull[:, 2], gap(*mixture(states, without)[:2]), atol=1e-5, rtol=0
+        gap(edge, cloud) - pull[:, 2], gap(*mixture(states, without, ids)[:2]), atol=1e-5, rtol=0
     )
     assert pull[:, 2].abs().min() > 1e-4
 
 
 def test_an_expert_keeps_at_most_k_tokens_and_without_selection_all() -> None:
-    states, mask = prompt(10, 9)
-    assert ((made_up(SHAPE)(states, mask)[2] != 0).sum(1) == SHAPE.kept).all()
+    states, mask, ids = prompt(10, 9)
+    assert ((made_up(SHAPE)(states, mask, ids)[2] != 0).sum(1) == SHAPE.kept).all()
     every = Shape(16, 3, kept=4, rank=2, hidden=8, selection=False)
-    assert ((made_up(every)(states, mask)[2] != 0).sum(1) == 9).all()
+    assert ((made_up(every)(states, mask, ids)[2] != 0).sum(1) == 9).all()
 
 
 def test_padding_changes_nothing() -> None:
     mixture = made_up(SHAPE)
-    states, mask = prompt(10, 6)
+    states, mask, ids = prompt(10, 6)
     longer = (
         torch.cat([states, torch.randn(1, 5, SHAPE.width)], 1),
         torch.cat([mask, torch.zeros(1, 5).bool()], 1),
+        torch.cat([ids, torch.arange(5)[None]], 1),
     )
-    for short, long in zip(mixture(states, mask)[:2], mixture(*longer)[:2], strict=True):
+    for short, long in zip(mixture(states, mask, ids)[:2], mixture(*longer)[:2], strict=True):
         torch.testing.assert_close(short, long, atol=1e-6, rtol=0)
+
+
+def test_in_training_it_computes_the_same_without_the_padding() -> None:
+    mixture = made_up(replace(SHAPE, words=4, vocabulary=10))
+    assert mixture.words is not None
+    torch.nn.init.normal_(mixture.words)
+    both = [torch.cat(pair) for pair in zip(prompt(10, 6), prompt(10, 3), strict=True)]
+    quiet = mixture(*both)
+    for at_rest, training in zip(quiet, mixture.train()(*both), strict=True):  # no dropout in it
+        torch.testing.assert_close(at_rest, training, atol=1e-6, rtol=0)
+
+
+def test_a_word_speaks_for_itself_and_one_that_was_never_met_by_its_state_alone() -> None:
+    words = made_up(replace(SHAPE, words=4, vocabulary=10))
+    assert words.words is not None
+    states, mask, ids = prompt(10, 6)
+    unmet = words(states, mask, ids)
+    with torch.no_grad():
+        words.words[2] = 1.0
+    met = words(states, mask, ids)
+    changed = (met[2] != unmet[2]).any(dim=-1)[0]
+    assert changed.tolist() == [position == 2 for position in range(10)]
+    assert not torch.equal(met[0], unmet[0])
+    torch.testing.assert_close(words(states, mask, ids * 0)[0], unmet[0])
 
 
 def test_a_prompt_without_tokens_gets_the_mean_qualities() -> None:

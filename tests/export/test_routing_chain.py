@@ -28,7 +28,7 @@ class Chain:
         texts = json.dumps([[name, f"good {name}", f"bad {name}"] for name in METRICS])
         facts = {"edge_digest": digest, "cloud_digest": "c0ffee", "metrics": texts}
         self.labels = write_labels(folder / "labels.parquet", 720, facts=facts)
-        train = ["--seeds", "1", "--epochs", "40", "--rank", "4", "--hidden", "16"]
+        train = ["--seeds", "1", "--steps", "400", "--rank", "4", "--hidden", "16"]
         self.codes = [
             main(["train", str(self.labels), str(self.bundle), str(self.weights), *train]),
             main(["predictor", str(self.weights / "predictor.safetensors"), str(self.bundle)]),
@@ -94,10 +94,11 @@ def test_cached_states_are_those_the_encoder_makes(chain: Chain) -> None:
     files = sorted(chain.weights.glob("states-*.npz"))
     assert len(files) == 2
     before = [file.stat().st_mtime_ns for file in files]
-    states, mask = of_prompts(chain.weights, bundle, prompts).padded()
+    states, mask, ids = of_prompts(chain.weights, bundle, prompts).padded()
     assert [file.stat().st_mtime_ns for file in files] == before
-    expected, own = next(encode(bundle, prompts[3:4]))
+    expected, own, words = next(encode(bundle, prompts[3:4]))
     np.testing.assert_allclose(states[3][mask[3]], expected[0][own], atol=1e-6)
+    np.testing.assert_array_equal(ids[3][mask[3]], words[0][own])
 
 
 def test_a_spoilt_cache_is_made_again(chain: Chain, tmp_path: Path) -> None:
@@ -157,7 +158,7 @@ def test_a_bundle_without_predictor_or_calibration_says_what_to_run(
 def test_an_ablated_predictor_is_trained_and_stays_out_of_the_bundle(
     tmp_path: Path, chain: Chain, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    short = ["--seeds", "1", "--epochs", "1", "--ablate", "single-metric", "--ablate", "no-selection"]
+    short = ["--seeds", "1", "--steps", "10", "--ablate", "single-metric", "--ablate", "no-selection"]
     assert main(["train", str(chain.labels), str(chain.bundle), str(tmp_path), *short]) == 0
     capsys.readouterr()
     assert "ablation" in refused(capsys, "predictor", tmp_path / "predictor.safetensors", chain.bundle)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from export.mixture import Shape
 from export.states import TokenStates
 from export.train import Epoch, Examples, Recipe, Trained, train
 
-RECIPE = Recipe(epochs=25, batch=32, learning_rate=3e-2, dropout=0.05, seeds=1)
+RECIPE = Recipe(steps=325, batch=32, learning_rate=3e-2, dropout=0.05, seeds=1)
 METRICS, WIDTH, WORDS = 3, 24, 30
 SHAPE = Shape(WIDTH, METRICS, kept=8)
 
@@ -32,18 +34,20 @@ def world(prompts: int, seed: int) -> Examples:
         logits = 1.5 - part * hard + 0.2 * draw.standard_normal(hard.shape)
         return (1 / (1 + np.exp(-logits))).astype(np.float32)
 
-    return Examples.of(TokenStates.join([states[c] for c in chosen]), quality(1.0), quality(0.4))
+    return Examples.of(TokenStates.join([(states[c], c) for c in chosen]), quality(1.0), quality(0.4))
 
 
-def trained(learning: Examples, validating: Examples, recipe: Recipe = RECIPE) -> Trained:
-    (last,) = [e for e in train(learning, validating, SHAPE, recipe) if isinstance(e, Trained)]
+def trained(
+    learning: Examples, validating: Examples, recipe: Recipe = RECIPE, shape: Shape = SHAPE
+) -> Trained:
+    (last,) = [e for e in train(learning, validating, shape, recipe) if isinstance(e, Trained)]
     return last
 
 
 def correlation(run: Trained, test: Examples) -> float:
     """Of predicted with realised PRS."""
     with torch.no_grad():
-        edge, cloud, _ = run.mixture(test.states, test.mask)
+        edge, cloud, _ = run.mixture(test.states, test.mask, test.ids)
     scale, weights = np.full(METRICS, 0.1), np.full(METRICS, 1 / METRICS)
     prs = [
         relative_superiority(a.numpy(), b.numpy(), scale, weights)
@@ -56,14 +60,27 @@ def test_it_learns_which_prompts_the_cloud_does_better_and_not_from_shuffled_lab
     learning, validating, test = world(400, 1), world(100, 2), world(200, 3)
     real = correlation(trained(learning, validating), test)
     order = torch.randperm(len(learning), generator=torch.Generator().manual_seed(0))
-    shuffled = Examples(learning.states, learning.mask, learning.edge[order], learning.cloud[order])
+    shuffled = replace(learning, edge=learning.edge[order], cloud=learning.cloud[order])
     chance = correlation(trained(shuffled, validating), test)
     assert real > 0.8
     assert abs(chance) < 0.4
 
 
+def test_what_the_states_do_not_say_it_learns_of_the_words_themselves() -> None:
+    def mute(examples: Examples) -> Examples:
+        return replace(examples, states=torch.zeros_like(examples.states))
+
+    learning, validating, test = (mute(world(*size)) for size in ((400, 1), (100, 2), (200, 3)))
+    words = replace(SHAPE, words=4, vocabulary=WORDS)
+    assert correlation(trained(learning, validating, shape=words), test) > 0.8
+    without = trained(learning, validating).mixture
+    with torch.no_grad():
+        edge, _, _ = without(test.states, test.mask, test.ids)
+    assert edge.std(dim=0).max() < 1e-6
+
+
 def test_a_seed_gives_the_same_weights_and_another_seed_others() -> None:
-    data, short = (world(64, 1), world(32, 2)), Recipe(epochs=2, seeds=2)
+    data, short = (world(64, 1), world(32, 2)), Recipe(steps=2, seeds=2)
     runs = [[e for e in train(*data, SHAPE, short) if isinstance(e, Trained)] for _ in range(2)]
     (first, second), (again, _) = runs
     assert torch.equal(first.mixture.head, again.mixture.head)
@@ -73,8 +90,8 @@ def test_a_seed_gives_the_same_weights_and_another_seed_others() -> None:
 def test_it_stops_when_validation_no_longer_gains_and_keeps_the_best_epoch() -> None:
     learning, validating = world(64, 1), world(64, 2)
     # Shuffled: only noise can be learnt, which costs on other prompts.
-    noise = Examples(learning.states, learning.mask, learning.edge.flip(0), learning.cloud.flip(0))
-    recipe = Recipe(epochs=200, patience=5, batch=16, learning_rate=2e-2, dropout=0.0, seeds=1)
+    noise = replace(learning, edge=learning.edge.flip(0), cloud=learning.cloud.flip(0))
+    recipe = Recipe(steps=800, patience=5, batch=16, learning_rate=2e-2, dropout=0.0, seeds=1)
     events = list(train(noise, validating, SHAPE, recipe))
     epochs = [event for event in events if isinstance(event, Epoch)]
     assert len(epochs) < 100
@@ -83,7 +100,7 @@ def test_it_stops_when_validation_no_longer_gains_and_keeps_the_best_epoch() -> 
     run = events[-1]
     assert isinstance(run, Trained)
     with torch.no_grad():
-        edge, _, _ = run.mixture(validating.states, validating.mask)
+        edge, _, _ = run.mixture(validating.states, validating.mask, validating.ids)
     (longer,) = [e for e in train(noise, validating, SHAPE, recipe) if isinstance(e, Trained)]
     with torch.no_grad():
-        assert torch.equal(edge, longer.mixture(validating.states, validating.mask)[0])
+        assert torch.equal(edge, longer.mixture(validating.states, validating.mask, validating.ids)[0])

@@ -28,7 +28,7 @@ class Routed:
             360,
             facts={"edge_digest": digest, "cloud_digest": "c0ffee", "metrics": texts},
         )
-        train = ["--seeds", "1", "--epochs", "30", "--rank", "4", "--hidden", "16"]
+        train = ["--seeds", "1", "--steps", "300", "--rank", "4", "--hidden", "16"]
         assert main(["train", str(labels), str(bundle), str(folder / "run"), *train]) == 0
         assert main(["predictor", str(folder / "run" / "predictor.safetensors"), str(bundle)]) == 0
         assert main(["calibrate", str(labels), str(bundle)]) == 0

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -79,18 +80,8 @@ def test_a_router_never_beats_itself(bench: Bench) -> None:
 @pytest.mark.parametrize("kind", ROUTERS, ids=lambda kind: kind.name)
 def test_every_router_can_be_fitted_again_and_scores_without_outcomes(kind: type, world: World) -> None:
     router, test = kind(), world.data.others["test"]
-    blind = Prompts(
-        test.texts,
-        test.objects,
-        type(test.examples)(
-            test.examples.states,
-            test.examples.mask,
-            torch.full_like(test.examples.edge, torch.nan),
-            torch.full_like(test.examples.cloud, torch.nan),
-        ),
-        test.scale,
-        test.scenes,
-    )
+    unknown = torch.full_like(test.examples.edge, torch.nan)
+    blind = replace(test, examples=replace(test.examples, edge=unknown, cloud=unknown))
     setting = router.settings[0]
     scores = [router.fit(world.data.train, world.data.validation, 0, **setting)(blind) for _ in range(2)]
     assert scores[0].shape == (len(test),)
