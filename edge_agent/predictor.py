@@ -1,4 +1,4 @@
-"""From a prompt's token states to the predicted quality of the edge's and of the cloud's image, metric by metric."""
+"""From a prompt's tokens and their states to the predicted quality of the edge's image and of the cloud's."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Prediction:
     """[L, M], what each token adds to the predicted gap, logit(cloud) - logit(edge); above zero it pulls to the cloud.
 
     Summed over the tokens it is the gap less the model's own bias; without a token's term the gap is smaller by just
-    that. Zero for padding and for tokens that the metric's expert did not keep.
+    that. Zero for padding.
     """
 
 
@@ -68,7 +68,12 @@ class Predictor:
         """Predict from the `states` [1, L, d] and `ids` [1, L] of a prompt; `mask` [L] is True on its own tokens.
 
         Raises:
-            GenerationFailed: the states have another size than the graph reads.
+            GenerationFailed: the states have another size than the graph reads, or an id is none of its vocabulary.
         """
-        edge, cloud, pull = self._session.run({"states": states, "mask": mask[None], "ids": ids})
-        return Prediction(edge[0], cloud[0], pull[0])
+        # As in training: only the prompt's own tokens, the first in the first place. Of none, one that does not count.
+        own = np.flatnonzero(mask) if mask.any() else np.zeros(1, np.int64)
+        inputs = {"states": states[:, own], "mask": mask[None, own], "ids": ids[:, own]}
+        edge, cloud, pull = self._session.run(inputs)
+        pulls = np.zeros((len(mask), pull.shape[-1]), np.float32)
+        pulls[own] = pull[0]
+        return Prediction(edge[0], cloud[0], pulls)

@@ -75,7 +75,7 @@ def _state_signature(path: Path, shape: Shape) -> None:
     onnxruntimes cannot resolve, and the words' ids where nothing reads them.
     """
     model = onnx.load(path)
-    if not shape.words:
+    if "ids" not in {node.name for node in model.graph.input}:
         ids = onnx.helper.make_tensor_value_info("ids", onnx.TensorProto.INT64, (1, "L"))
         model.graph.input.append(ids)
     sizes = {"edge": (1, shape.metrics), "cloud": (1, shape.metrics), "pull": (1, "L", shape.metrics)}
@@ -96,11 +96,11 @@ def _difference(ensemble: Ensemble, predictor: Predictor, tokens: int, own: int)
     mask = (torch.arange(tokens) > 0) & (torch.arange(tokens) <= own)
     ids = torch.randint(max(ensemble.shape.vocabulary, 1), (1, tokens), generator=draw)
     with torch.inference_mode():
-        expected = ensemble(states, mask[None], ids)
+        expected = ensemble(states[:, mask], mask[None, mask], ids[:, mask])
     made = predictor.predict(states.numpy(), mask.numpy(), ids.numpy())
     return max(
         float(np.abs(ours - theirs[0].numpy()).max())
-        for ours, theirs in zip((made.edge, made.cloud, made.pull), expected, strict=True)
+        for ours, theirs in zip((made.edge, made.cloud, made.pull[mask]), expected, strict=True)
     )
 
 

@@ -141,8 +141,9 @@ def _report(
         f"{facts.training_scenes} scenes,",
         f"{facts.prompts} test prompts of {facts.scenes} other scenes, {facts.seeds} images a model,",
         "three seeds a router, 95 % bootstrap intervals over scenes. All routers were trained from scratch on the same",
-        f"token states, with two settings to choose from on validation. dP counts "
-        f"{', '.join(counted) or 'no metric'}; on the",
+        "labels. They read token states, the networks of the literature and ours also the words. Those had two",
+        "settings to choose from on validation; the recipes of routet2i and ours were chosen there beforehand. dP",
+        f"counts {', '.join(counted) or 'no metric'}; on the",
         "training scenes the interval of the others' mean gap holds 0.",
         f"Mean quality: edge {facts.edge:.4f}, cloud {facts.cloud:.4f}.",
         "",

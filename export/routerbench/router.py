@@ -24,7 +24,6 @@ from export.states import of_prompts
 from export.train import Examples
 
 Floats = NDArray[np.float64]
-SETTINGS = 2  # the tuning budget: every router that has something to tune tries so many settings
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ class Router(Protocol):
 
     name: str
     settings: Sequence[Mapping[str, float]]
-    """What is tried on validation: SETTINGS entries, or one where there is nothing to tune."""
+    """What is tried on validation: two entries, the same budget for all, or one where there is nothing to tune."""
 
     def fit(self, train: Prompts, validation: Prompts, seed: int, **setting: float) -> Scorer:
         """Learn from ``train``; ``validation`` is for early stopping. The same seed makes the same scorer."""

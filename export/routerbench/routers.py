@@ -1,7 +1,8 @@
 """The routers of the benchmark: simple ones, those of the literature on language models, the paper's, and ours.
 
-None could be had with weights for images, so all of them are trained here, from scratch, on the same token states and
-the same labels. The differences are what each of them learns, and from which label.
+None could be had with weights for images, so all of them are trained here, from scratch, on the same labels. They read
+the token states of the edge's text encoder, networks of the literature and ours also the words themselves. The
+differences are what each of them learns, and from which label.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from export.mixture import WORDS, Ensemble, Shape
+from export.mixture import SENTENCE, WORDS, Ensemble, Shape
 from export.routerbench.router import Floats, Prompts, Router, Scorer
-from export.train import Examples, Recipe, Trained
+from export.train import Examples, Recipe, Trained, knowing
 from export.train import train as train_mixtures
 
 NOTHING: Sequence[Mapping[str, float]] = ({},)
@@ -104,7 +105,7 @@ class Classifier:
     def fit(self, train: Prompts, validation: Prompts, seed: int, **setting: float) -> Scorer:
         """Cross-entropy with ``labels``."""
         torch.manual_seed(seed)
-        network = _Attentive(train.examples, 1)
+        network = _Attentive(train, 1)
         labels, held_out = (torch.from_numpy(self.labels(part)).float() for part in (train, validation))
         _descend(
             network, train, validation, seed, setting, lambda out, rows: _entropy(out[:, 0], labels[rows]),
@@ -152,7 +153,7 @@ class Zooter:
     def fit(self, train: Prompts, validation: Prompts, seed: int, **setting: float) -> Scorer:
         """Kullback-Leibler divergence from the softmax of the standardised mean qualities."""
         torch.manual_seed(seed)
-        network = _Attentive(train.examples, 2)
+        network = _Attentive(train, 2)
         spread = float(train.gain.std())
 
         def rewards(prompts: Prompts) -> Tensor:
@@ -174,11 +175,11 @@ class Zooter:
 class RouteT2I:
     """The paper's: token-level prediction of all metrics for both models, ranked by PRS. One mixture.
 
-    Its recipe was chosen on the validation prompts beforehand; nothing is left to tune.
+    Its recipe was chosen on the validation prompts beforehand, and ours was too; nothing is left to tune.
     """
 
     name, settings = "routet2i", NOTHING
-    mixtures = 1
+    mixtures, steps = 1, 2 * Recipe.steps
 
     def shape(self, prompts: Prompts) -> Shape:
         """Of the mixture."""
@@ -188,7 +189,7 @@ class RouteT2I:
         """As `edge-export train` does."""
         shape = self.shape(train)
         known, held_out = (_targets(part.examples, shape.metrics) for part in (train, validation))
-        recipe = replace(Recipe(), seeds=self.mixtures)
+        recipe = replace(Recipe(), seeds=self.mixtures, steps=self.steps)
         events = train_mixtures(known, held_out, shape, recipe, first=seed * self.mixtures)
         ensemble = Ensemble([event.mixture for event in events if isinstance(event, Trained)]).eval()
 
@@ -241,14 +242,17 @@ class SingleGate(RouteT2I):
 
 
 class Ours(RouteT2I):
-    """Three mixtures averaged that read words beside states, ranked by the expected gain in quality in place of PRS."""
+    """The predictor that ships: mixtures averaged that also read words, and all of them together. Ranked by the
+    expected gain in quality in place of PRS.
+    """
 
     name = "ours"
-    mixtures = 3
+    mixtures, steps = Recipe.seeds, Recipe.steps
 
     def shape(self, prompts: Prompts) -> Shape:
         """Of each mixture."""
-        return replace(super().shape(prompts), words=WORDS, vocabulary=prompts.vocabulary)
+        shape = replace(super().shape(prompts), words=WORDS, sentence=SENTENCE)
+        return knowing(shape, prompts.examples, prompts.vocabulary)
 
     def ranked(self, prompts: Prompts, edge: Tensor, cloud: Tensor) -> Floats:
         """Expected quality lost by staying on the edge, all metrics weighing the same in their own units."""
@@ -279,7 +283,8 @@ ABLATIONS: tuple[type[Router], ...] = (SingleMetric, NoSelection, SingleGate)
 
 # --- networks of the baselines ----------------------------------------------------------------------------------
 
-EPOCHS, PATIENCE, BATCH = 12, 3, 64
+BATCH = 64
+PATIENCE = 4  # of the epochs a quarter may pass without a better validation loss
 
 
 class _Pooled(nn.Module):
@@ -291,7 +296,7 @@ class _Pooled(nn.Module):
         self.register_buffer("deviation", torch.from_numpy(states.std(0) + 1e-6))
         self.network = build(states.shape[1])
 
-    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, states: Tensor, mask: Tensor, ids: Tensor) -> Tensor:
         own = mask[..., None]
         pooled = (states * own).sum(1) / own.sum(1).clamp_min(1)
         out: Tensor = self.network((pooled - self.mean) / self.deviation)
@@ -299,19 +304,23 @@ class _Pooled(nn.Module):
 
 
 class _Attentive(nn.Module):
-    """One transformer layer over the token states, pooled by attention: what a classifier's own top would be."""
+    """One transformer layer over token states and words, pooled by attention: what a classifier's own top would be."""
 
-    def __init__(self, examples: Examples, outputs: int) -> None:
+    def __init__(self, train: Prompts, outputs: int) -> None:
         super().__init__()
-        own = examples.states[examples.mask]
+        own, met = (part[train.examples.mask] for part in (train.examples.states, train.examples.ids))
+        self.register_buffer("met", torch.zeros(train.vocabulary, 1).index_fill(0, met.unique(), 1.0))
+        self.words = nn.Embedding(train.vocabulary, 64)
+        nn.init.normal_(self.words.weight, std=0.5)
         self.register_buffer("mean", own.mean(0))
         self.register_buffer("deviation", own.std(0) + 1e-6)
         self.narrow = nn.Linear(own.shape[1], 64)
         self.layer = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.1, batch_first=True, norm_first=True)
         self.attention, self.head = nn.Linear(64, 1), nn.Linear(64, outputs)
 
-    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
-        tokens = self.narrow((states - self.mean) / self.deviation)
+    def forward(self, states: Tensor, mask: Tensor, ids: Tensor) -> Tensor:
+        words = self.words(ids) * self.met[ids]  # nothing of words that were never met
+        tokens = self.narrow((states - self.mean) / self.deviation) + words
         tokens = self.layer(tokens, src_key_padding_mask=~mask)
         weights = torch.softmax(self.attention(tokens)[..., 0].masked_fill(~mask, -1e9), dim=1)
         out: Tensor = self.head((weights[..., None] * tokens).sum(1))
@@ -331,23 +340,25 @@ def _descend(
     draw = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW(network.parameters(), setting["learning_rate"], weight_decay=1e-2)
     best, kept, waited = float("inf"), network.state_dict(), 0
-    for _ in range(EPOCHS):
+    epochs = Recipe().epochs(len(train))  # as many steps as ours
+    held = validation.examples
+    for _ in range(epochs):
         network.train()
         for rows in torch.randperm(len(train), generator=draw).split(BATCH):
             batch = train.examples.rows(rows)
-            loss = loss_of(network(batch.states, batch.mask), rows)
+            loss = loss_of(network(batch.states, batch.mask, batch.ids), rows)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
         network.eval()
         with torch.inference_mode():
-            now = float(held_out(network(validation.examples.states, validation.examples.mask)))
+            now = float(held_out(network(held.states, held.mask, held.ids)))
         if now < best:
             best, waited = now, 0
             kept = {name: tensor.clone() for name, tensor in network.state_dict().items()}
         else:
             waited += 1
-            if waited == PATIENCE:
+            if waited * PATIENCE >= epochs:
                 break
     network.load_state_dict(kept)
     network.eval()
@@ -356,7 +367,8 @@ def _descend(
 def _scorer(network: nn.Module, read: Callable[[Tensor], Tensor]) -> Scorer:
     def score(prompts: Prompts) -> Floats:
         with torch.inference_mode():
-            return read(network(prompts.examples.states, prompts.examples.mask)).double().numpy()
+            examples = prompts.examples
+            return read(network(examples.states, examples.mask, examples.ids)).double().numpy()
 
     return score
 

@@ -15,34 +15,34 @@ from export.mixture import Ensemble, Mixture, Shape
 from export.predictor_onnx import TOLERANCE, export
 
 WIDTH, TOKENS, VOCABULARY = 16, 20, 50
-IDS = np.arange(TOKENS)[None]
+IDS, KNOWN = np.arange(TOKENS)[None], {"vocabulary": VOCABULARY, "met": 15}
 
 
 def made_up(**parts: Any) -> Ensemble:
     torch.manual_seed(0)
     mixtures = [Mixture(Shape(WIDTH, len(METRICS), kept=5, **parts)) for _ in range(2)]
     for mixture in mixtures:
-        if mixture.words is not None:
-            torch.nn.init.normal_(mixture.words)
+        for weights in mixture.parameters():  # some begin as zeros
+            torch.nn.init.normal_(weights, std=0.3)
     states, edge, cloud = (
         torch.randn(100, WIDTH) * 3 + 1,
         torch.rand(9, len(METRICS)),
         torch.rand(9, len(METRICS)),
     )
     for mixture in mixtures:
-        mixture.start_from(states, edge, cloud)
+        mixture.start_from(states, torch.arange(mixture.shape.met), edge, cloud)
     return Ensemble(mixtures).eval()
 
 
 @pytest.fixture(scope="module")
 def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("predictor") / "model.onnx"
-    export(made_up(words=4, vocabulary=VOCABULARY), path, TOKENS)
+    export(made_up(words=4, **KNOWN), path, TOKENS)
     return path
 
 
 @pytest.mark.parametrize(
-    "parts", [{}, {"selection": False}, {"dual_gate": False}, {"words": 4, "vocabulary": VOCABULARY}]
+    "parts", [{}, {"selection": False}, {"dual_gate": False}, {"words": 4, **KNOWN}, {"sentence": 8, **KNOWN}]
 )
 def test_the_graph_says_what_torch_says(tmp_path: Path, parts: dict[str, Any]) -> None:
     mixture = made_up(**parts)
@@ -51,9 +51,10 @@ def test_the_graph_says_what_torch_says(tmp_path: Path, parts: dict[str, Any]) -
     states = torch.randn(1, TOKENS, WIDTH)
     mask = torch.arange(TOKENS) % 3 > 0
     with torch.no_grad():
-        expected = mixture(states, mask[None], torch.from_numpy(IDS))
+        expected = mixture(states[:, mask], mask[None, mask], torch.from_numpy(IDS)[:, mask])
     made = predictor.predict(states.numpy(), mask.numpy(), IDS)
-    for ours, theirs in zip((made.edge, made.cloud, made.pull), expected, strict=True):
+    assert not made.pull[~mask.numpy()].any()
+    for ours, theirs in zip((made.edge, made.cloud, made.pull[mask]), expected, strict=True):
         np.testing.assert_allclose(ours, theirs[0].numpy(), atol=TOLERANCE, rtol=0)
 
 

@@ -16,7 +16,10 @@ def made_up(shape: Shape, seed: int = 0) -> Mixture:
     torch.manual_seed(seed)
     mixture = Mixture(shape).eval()
     mixture.start_from(
-        torch.randn(50, shape.width), torch.rand(20, shape.metrics), torch.rand(20, shape.metrics)
+        torch.randn(50, shape.width),
+        torch.arange(shape.met),
+        torch.rand(20, shape.metrics),
+        torch.rand(20, shape.metrics),
     )
     return mixture
 
@@ -68,9 +71,7 @@ def test_padding_changes_nothing() -> None:
 
 
 def test_in_training_it_computes_the_same_without_the_padding() -> None:
-    mixture = made_up(replace(SHAPE, words=4, vocabulary=10))
-    assert mixture.words is not None
-    torch.nn.init.normal_(mixture.words)
+    mixture = made_up(replace(SHAPE, words=4, vocabulary=10, met=10))
     both = [torch.cat(pair) for pair in zip(prompt(10, 6), prompt(10, 3), strict=True)]
     quiet = mixture(*both)
     for at_rest, training in zip(quiet, mixture.train()(*both), strict=True):  # no dropout in it
@@ -78,24 +79,45 @@ def test_in_training_it_computes_the_same_without_the_padding() -> None:
 
 
 def test_a_word_speaks_for_itself_and_one_that_was_never_met_by_its_state_alone() -> None:
-    words = made_up(replace(SHAPE, words=4, vocabulary=10))
-    assert words.words is not None
-    states, mask, ids = prompt(10, 6)
-    unmet = words(states, mask, ids)
+    shape = replace(SHAPE, words=4, vocabulary=10, met=5)
+    mixture = made_up(shape)
+    assert mixture.words is not None
+    states, mask, ids = prompt(10, 8)
+    mute = mixture(states, mask, ids)  # embeddings begin as zeros
     with torch.no_grad():
-        words.words[2] = 1.0
-    met = words(states, mask, ids)
-    changed = (met[2] != unmet[2]).any(dim=-1)[0]
-    assert changed.tolist() == [position == 2 for position in range(10)]
-    assert not torch.equal(met[0], unmet[0])
-    torch.testing.assert_close(words(states, mask, ids * 0)[0], unmet[0])
+        mixture.words[1:] = 1.0
+    spoken = mixture(states, mask, ids)
+    changed = (spoken[2] != mute[2]).any(dim=-1)[0]
+    assert changed[:5].any() and not changed[8:].any()
+    never_met = torch.full_like(ids, 9)
+    torch.testing.assert_close(mixture(states, mask, never_met)[0], mute[0])
+
+
+def test_what_tokens_say_together_depends_on_their_company_and_still_adds_up() -> None:
+    shape = replace(SHAPE, sentence=8, vocabulary=10, met=10)
+    mixture = made_up(shape)
+    assert mixture.together is not None
+    torch.nn.init.normal_(mixture.together.say)
+    states, mask, ids = prompt(10, 6)
+    edge, cloud, pull = mixture(states, mask, ids)
+    torch.testing.assert_close(gap(edge, cloud), mixture.bias[:, 1] + pull.sum(1), atol=1e-5, rtol=0)
+    other = ids.clone()
+    other[0, 5] = 0
+    alone = made_up(replace(SHAPE, vocabulary=10, met=10))
+    for read, moves in ((mixture, True), (alone, False)):
+        before, after = (read(states, mask, words)[2][0, 0] for words in (ids, other))
+        assert torch.equal(before, after) != moves  # the first word's pull, when the last is another
+    padded = mask.clone()
+    padded[0, 6:] = False
+    ids[0, 6:] = 3
+    torch.testing.assert_close(mixture(states, padded, ids)[0], edge)
 
 
 def test_a_prompt_without_tokens_gets_the_mean_qualities() -> None:
     torch.manual_seed(0)
     mixture = Mixture(SHAPE).eval()
     low, high = torch.rand(20, 3), torch.rand(20, 3)
-    mixture.start_from(torch.randn(50, 16), low, high)
+    mixture.start_from(torch.randn(50, 16), torch.zeros(0).long(), low, high)
     edge, cloud, pull = mixture(*prompt(10, 0))
     torch.testing.assert_close(torch.cat([edge, cloud]), torch.stack([low.mean(0), high.mean(0)]))
     assert not pull.any()
@@ -116,8 +138,16 @@ def test_an_expert_costs_l_times_d_and_h_and_not_d_times_h() -> None:
     assert count == m * (d + 2 * d * rank + rank * hidden + 2 * hidden + 2)
 
 
-def test_an_ensemble_s_gap_and_pull_are_the_means_of_its_members() -> None:
-    members = [made_up(SHAPE, seed) for seed in range(3)]
+@pytest.mark.parametrize("sentence", [0, 8])
+def test_an_ensemble_s_gap_and_pull_are_the_means_of_its_members(sentence: int) -> None:
+    members = [made_up(replace(SHAPE, sentence=sentence, vocabulary=10, met=10), seed) for seed in range(3)]
+    for member in members:
+        member.mean, member.deviation = (
+            members[0].mean,
+            members[0].deviation,
+        )  # they learn from the same prompts
+        if member.together is not None:
+            torch.nn.init.normal_(member.together.say)
     alone = [member(*prompt(10, 7)) for member in members]
     edge, cloud, pull = Ensemble(members)(*prompt(10, 7))
     mean = torch.stack([gap(low, high) for low, high, _ in alone]).mean(0)
