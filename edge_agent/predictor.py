@@ -47,7 +47,13 @@ class Predictor:
         Raises:
             BundleError: naming the file, when it is not a predictor of these metrics for states of that size.
         """
-        session = Session(Path(path), INPUTS, OUTPUTS, _ONE_THREAD)
+        try:
+            session = Session(Path(path), INPUTS, OUTPUTS, _ONE_THREAD)
+        except BundleError as error:
+            raise BundleError(
+                f"{error.message}; a predictor of an earlier version is made anew with `edge-export train`, "
+                "`edge-export predictor` and `edge-export calibrate`"
+            ) from error
         own_width, metrics = session.shapes["states"][-1], session.shapes["edge"][-1]
         if metrics != len(METRICS):
             raise BundleError(f"{path} predicts {metrics} metrics; this version compares {len(METRICS)}")

@@ -4,7 +4,8 @@
 
 Adds to the labels, for every image that lies in the folder IMAGES (`edge-export label` keeps them under
 `--parts`, in `images`), the columns `inspected` (1 when everything asked for is there, else 0) and `inspected_share`
-(how much of it is). An image that is not in the folder keeps the verdict it has; where no scene is known there is none.
+(how much of it is). An image that is not in the folder keeps the verdict this inspector has given it; where no scene is
+known there is none.
 Then measures the inspector: on rendered scenes it has not met, on the same with the prompts exchanged, and against
 verdicts on generated images given by eye (``starter/inspector_audit.json``). No router, predictor or calibration reads
 what is written here.
@@ -27,7 +28,7 @@ from PIL import Image
 
 from export.errors import ExportError
 from export.label import MODELS
-from export.outcomes import INSPECTED, INSPECTED_SHARE, Outcomes, read_table
+from export.outcomes import INSPECTION, INSPECTOR, Outcomes, read_table
 from export.prompts import PROMPTS, Prompt, router_prompts
 from export.starter.inspector import STARTER_INSPECTOR, Inspector, Sight
 from export.starter.world import Scene, render, sample_scenes
@@ -129,7 +130,10 @@ def inspect(
     keys = zip(*(table[name].to_pylist() for name in ("model", "prompt_id", "seed")), strict=True)
     rows = {key: row for row, key in enumerate(keys)}
     found: dict[tuple[str, int, int], Verdict] = {}
-    strict, share = (_column(table, name) for name in (INSPECTED, INSPECTED_SHARE))
+    facts = dict(table.schema.metadata or {})
+    if facts.get(INSPECTOR.encode()) != inspector.digest.encode():
+        table = table.drop_columns([name for name in INSPECTION if name in table.column_names])
+    strict, share = (_column(table, name) for name in INSPECTION)
     batch: list[tuple[tuple[str, int, int], NDArray[np.uint8]]] = []
 
     def look() -> None:
@@ -152,11 +156,11 @@ def inspect(
         raise ExportError(
             f"{folder} holds no picture of these labels: name the folder `images` under --parts"
         )
-    for name, column in ((INSPECTED, strict), (INSPECTED_SHARE, share)):
+    for name, column in zip(INSPECTION, (strict, share), strict=True):
         if name in table.column_names:
             table = table.drop_columns(name)
         table = table.append_column(name, pa.array(column, from_pandas=True))
-    return table, found
+    return table.replace_schema_metadata(facts | {INSPECTOR: inspector.digest}), found
 
 
 def _column(table: pa.Table, name: str) -> NDArray[np.float32]:

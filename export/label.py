@@ -28,7 +28,7 @@ from edge_agent.diffusion.generator import Image as EdgeImage
 from export.__main__ import run
 from export.errors import ExportError
 from export.negatives import hard_negatives
-from export.outcomes import COLUMNS, INSPECTION, read_table
+from export.outcomes import COLUMNS, INSPECTION, INSPECTOR, Outcomes, read_table
 from export.prompts import PROMPTS, Prompt, router_prompts
 from export.quality import STARTER_JUDGE, Judge
 from export.terminal import progress
@@ -205,18 +205,25 @@ def judged(images: Path, parts: Path, wanted: Sequence[Piece], judge: Judge, adh
             _write_piece(measure(piece, images, judge, adherence), parts / f"{piece.file}.parquet")
 
 
+def inspector_of(matrix: Path | None) -> dict[str, str]:
+    """What an earlier matrix says of whose verdicts it has."""
+    stated = {} if matrix is None else read_table(matrix).schema.metadata or {}
+    return {INSPECTOR: stated[INSPECTOR.encode()].decode()} if INSPECTOR.encode() in stated else {}
+
+
 def take_over(
     matrix: Path, facts: Mapping[str, str], parts: Path, wanted: Sequence[Piece], adherence: bool = False
 ) -> None:
     """Put the pieces that an earlier matrix has whole into the folder ``parts``, as if they had been measured.
 
-    ExportError unless the matrix was made with the same ``facts``: models, judge and metrics.
+    ExportError unless the matrix is sound and was made with the same ``facts``: models, judge and metrics.
     """
+    Outcomes.read(matrix)
     table = read_table(matrix)
     stated = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
     for name, fact in facts.items():
         if stated.get(name) != fact:
-            raise ExportError(f"{matrix} has another {name}: leave --extend out, and label everything")
+            raise ExportError(f"{matrix} does not have this {name}: leave --extend out, and label everything")
     columns = [*COLUMNS, *([ADHERENCE] if adherence else [])]
     if missing := set(columns) - set(table.column_names):
         raise ExportError(f"{matrix} has no {missing.pop()}: leave --extend out, and label everything")
@@ -279,7 +286,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--extend",
         type=Path,
         metavar="MATRIX",
-        help="an earlier matrix of the same models and judge: what it measures is not made again",
+        help=f"an earlier matrix of the same models and judge: what it has of whole pieces of {PIECE} prompts is not "
+        "made again",
     )
     for split, number in PROMPTS.items():
         parser.add_argument(
@@ -324,14 +332,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 1
     table = pa.concat_tables([pq.read_table(file) for file in files], promote_options="default")
-    pq.write_table(table.replace_schema_metadata(models | measured), options.out, compression="zstd")
+    facts = models | measured | inspector_of(options.extend)
+    _write_piece(table.replace_schema_metadata(facts), options.out)
     print(f"{table.num_rows} images of {len(prompts)} prompts -> {options.out}")
     return 0
 
 
 def _write_piece(table: pa.Table, file: Path) -> None:
     partial = file.with_suffix(f".{os.getpid()}")
-    pq.write_table(table, partial)
+    pq.write_table(table, partial, compression="zstd")
     partial.replace(file)
 
 

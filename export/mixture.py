@@ -64,7 +64,7 @@ class Shape:
     """K. Half of the starter's captions have up to 14 tokens of their own and are kept whole; of the longest, with 22
     to 30, the words that say what is in the picture fit and those that only decorate the sentence do not."""
     rank: int = 8
-    """l. Difficulty has a handful of sources, and l(2d + h) weights an expert must be learnt from ~1,000 prompts."""
+    """l. Difficulty has a handful of sources, and l(2d + h) weights an expert are learnt from thousands of prompts."""
     hidden: int = 32
     """h. As many contrasts a token as the head may weigh; four times l, beyond which validation did not gain."""
     selection: bool = True
@@ -185,12 +185,13 @@ class Mixture(nn.Module):
 
     def gates(self, scores: Tensor, mask: Tensor) -> Tensor:
         """``scores [B, L, M], mask [B, L]`` to each expert's gate for each token; zero for what it does not keep."""
-        gates = torch.softmax(nn.functional.pad(scores, (0, 1)), dim=-1)[..., :-1] * mask[..., None]
+        none = 0 * scores[..., :1]  # concatenated: a graph pads by a dozen operations
+        gates = torch.softmax(torch.cat([scores, none], dim=-1), dim=-1)[..., :-1] * mask[..., None]
         if not self.shape.selection:
             return gates
         # Where fewer than K tokens are the prompt's own, the K-th largest gate is zero and every one of them is kept.
-        kept = self.shape.kept
-        least = nn.functional.pad(gates, (0, 0, 0, kept)).topk(kept, dim=1).values[:, -1:]
+        nothing = gates.new_zeros(gates.shape[0], self.shape.kept, gates.shape[2])
+        least = torch.cat([gates, nothing], dim=1).topk(self.shape.kept, dim=1).values[:, -1:]
         return gates * (gates >= least)
 
     def projection(self) -> Tensor:
@@ -220,7 +221,7 @@ class Mixture(nn.Module):
             scores, votes = _padded(own @ self.embedding.T, mask), _padded(self.votes(own), mask)
         else:
             scores = tokens @ self.embedding.T
-            votes = self.votes(tokens.flatten(0, 1)).unflatten(0, mask.shape)
+            votes = self.votes(tokens.flatten(0, 1)).reshape(len(tokens), -1, *self.bias.shape)
         return self.gates(scores, mask)[..., None] * votes
 
     def forward(self, states: Tensor, mask: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,6 +19,7 @@ SPLITS = ("train", "validation", "calibration", "test", "combinations", "wording
 COLUMNS = ("prompt_id", "prompt", "split", "objects", "model", "seed", *METRICS)
 INSPECTED, INSPECTED_SHARE = INSPECTION = ("inspected", "inspected_share")
 """Optional columns of `edge-export inspect`."""
+INSPECTOR = "inspector_digest"  # metadata: whose verdicts they are
 FACTS = ("edge_digest", "cloud_digest", "metrics")
 """Metadata of the Parquet schema: `Bundle.model_digest` of the edge model, the cloud model's digest (`cloud-server
 digest`), and the metrics as JSON: one [name, positive text, negative text] a metric, in the order of METRICS."""

@@ -14,6 +14,7 @@ shrunk, made noisy and taken through the autoencoder with noise on the latents, 
 from __future__ import annotations
 
 import argparse
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,6 +127,7 @@ class Inspector:
                 f"{folder / WEIGHTS} is not an inspector's weights ({error}): make them with "
                 "`edge-export starter inspector`"
             ) from error
+        self.digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
         self.detector.to(self.device).eval()
 
     def look(self, images: Sequence[Image.Image]) -> list[Sight]:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -97,6 +98,15 @@ def test_states_of_another_size_are_refused(graph: Path) -> None:
 def test_a_file_that_is_no_predictor_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"nothing")
     with pytest.raises(BundleError, match=r"model\.onnx"):
+        Predictor.load(tmp_path / "model.onnx")
+
+
+def test_a_predictor_of_an_earlier_version_is_refused_with_what_to_do(graph: Path, tmp_path: Path) -> None:
+    model = onnx.load(graph)
+    del model.graph.input[[node.name for node in model.graph.input].index("ids")]
+    model.graph.initializer.append(onnx.numpy_helper.from_array(IDS, "ids"))
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(BundleError, match="an earlier version is made anew with `edge-export train`"):
         Predictor.load(tmp_path / "model.onnx")
 
 

@@ -156,6 +156,29 @@ async def test_what_prs_would_be_without_a_token_is_what_it_is_without_it(app: A
     assert beach.prs_without == pytest.approx((await app.route("two dogs on the")).prs, abs=1e-6)
 
 
+async def test_a_shutdown_waits_for_an_explanation(
+    here: Here, app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = here.daemon.agent
+    assert agent is not None
+    without, begun, go_on = agent.reader.prs_without, threading.Event(), threading.Event()
+
+    def slow(*arguments: Any) -> float | None:
+        begun.set()
+        assert go_on.wait(60)
+        return without(*arguments)
+
+    monkeypatch.setattr(agent.reader, "prs_without", slow)
+    asked = asyncio.create_task(app.route("two dogs", explain=True))
+    assert await asyncio.to_thread(begun.wait, 60)
+    idle = asyncio.create_task(here.daemon._service.idle())  # what a shutdown waits for
+    await asyncio.sleep(0.05)
+    assert not idle.done()
+    go_on.set()
+    assert (await asked).tokens[0].HasField("prs_without")
+    await idle
+
+
 async def test_a_prompt_longer_than_the_model_reads_is_said_to_be_cut(app: App) -> None:
     decision = await app.route("x" * 500)
     assert decision.prompt_truncated

@@ -164,7 +164,8 @@ def test_the_labels_get_the_verdicts_of_every_image_and_lose_nothing(labelled, t
     assert inspection.main([str(labels), str(images), "--report", str(report)]) == 0
     after = pq.read_table(labels)
     assert after.select(before.column_names).equals(before)
-    assert after.schema.metadata == before.schema.metadata
+    digest = inspection.Inspector().digest.encode()
+    assert after.schema.metadata == before.schema.metadata | {b"inspector_digest": digest}
     outcomes = Outcomes.read(labels)
     test = outcomes.split("test")
     assert test.cloud_inspected.mean() == 1 and test.edge_inspected.mean() == 0
@@ -195,6 +196,12 @@ def test_an_image_that_is_gone_keeps_the_verdict_it_had(labelled, tmp_path):
         file.unlink()
     assert inspection.main([str(labels), str(images)]) == 0
     assert pq.read_table(labels).equals(before)
+    # Of another inspector it keeps nothing.
+    facts = before.schema.metadata | {b"inspector_digest": b"another"}
+    pq.write_table(before.replace_schema_metadata(facts), labels)
+    assert inspection.main([str(labels), str(images)]) == 0
+    test = Outcomes.read(labels).split("test")
+    assert np.isnan(test.cloud_inspected[:, 1]).all() and not np.isnan(test.cloud_inspected[:, 0]).any()
 
 
 def test_images_of_other_models_half_a_piece_and_no_images_are_refused(labelled, tmp_path):

@@ -2,6 +2,7 @@ import json
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import CLIPImageProcessor, CLIPProcessor
 from edge_agent.superiority import METRICS
 from export import label
 from export.errors import ExportError
-from export.outcomes import SPLITS, Outcomes
+from export.outcomes import INSPECTION, INSPECTOR, SPLITS, Outcomes
 from export.quality import Judge, load_metrics
 from export.starter.judge import new_judge
 from export.starter.tokenizer import train_tokenizer
@@ -107,6 +108,10 @@ def test_an_earlier_matrix_is_extended_without_making_its_images_again(
     more = ("--train", "5", "--test", "3")
     monkeypatch.setattr(label, "PIECE", 1)  # a larger batch may round otherwise
     assert label.main(arguments(models, miniature_bundle, earlier)) == 0
+    table = pq.read_table(earlier)
+    for name in INSPECTION:  # as `edge-export inspect` adds them
+        table = table.append_column(name, pa.array(np.full(len(table), 0.5, np.float32)))
+    pq.write_table(table.replace_schema_metadata(table.schema.metadata | {INSPECTOR: "abc"}), earlier)
     assert label.main(arguments(models, miniature_bundle, whole, *more)) == 0
     paint, painted = label.Painter.paint, []
 
@@ -116,7 +121,10 @@ def test_an_earlier_matrix_is_extended_without_making_its_images_again(
 
     monkeypatch.setattr(label.Painter, "paint", noted)
     assert label.main(arguments(models, miniature_bundle, out, *more, "--extend", str(earlier))) == 0
-    assert pq.read_table(out).equals(pq.read_table(whole))
+    made, expected = pq.read_table(out), pq.read_table(whole)
+    assert made.select(expected.column_names).equals(expected)
+    assert made.schema.metadata[INSPECTOR.encode()] == b"abc"
+    assert made[INSPECTION[0]].null_count == len(made) - len(table) > 0
     known = set(pq.read_table(earlier)["prompt"].to_pylist())
     assert len(set(painted[1:]) - known) == 3  # the bundle's check was the first
     assert len(painted[1:]) == 2 * (2 + 3) and known.isdisjoint(painted[1:])
@@ -131,7 +139,7 @@ def test_a_matrix_of_another_judge_or_without_a_column_is_not_extended(models, m
     table = pq.read_table(earlier)
     facts = table.schema.metadata | {b"judge_digest": b"0"}
     pq.write_table(table.replace_schema_metadata(facts), earlier)
-    with pytest.raises(ExportError, match="has another judge_digest"):
+    with pytest.raises(ExportError, match="does not have this judge_digest"):
         label.main(extending)
 
 

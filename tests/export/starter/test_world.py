@@ -8,10 +8,14 @@ from export.routerbench.__main__ import LABELS
 from export.starter.sprites import CELL, COLUMNS, OBJECTS, PACK, sprite
 from export.starter.world import (
     BACKGROUNDS,
+    FREQUENCY,
     SIZE,
+    SIZES,
     SPLITS,
     Group,
     Scene,
+    _draw,
+    _names,
     caption,
     plural,
     render,
@@ -119,6 +123,15 @@ def test_training_prompts_say_scenes_of_their_own_once_many_were_drawn(monkeypat
     repeating, own, test = drawn[:40], drawn[40:120], drawn[120:]
     assert len(set(own)) == len(own) and not set(own) & set(repeating)
     assert len(set(test)) < len(test)  # as they come, everywhere else
+
+
+def test_scenes_are_drawn_as_numpys_choice_draws():
+    ours, numpys = rng(3), rng(3)
+    shares = np.array([FREQUENCY[name] for name in OBJECTS]) / sum(FREQUENCY.values())
+    for number in (1, 2, 3) * 200:
+        expected = numpys.choice(list(OBJECTS), size=number, replace=False, p=shares)
+        assert _names(ours, number) == expected.tolist()
+        assert _draw(ours, SIZES, (0.2, 0.6, 0.2)) == numpys.choice(SIZES, p=(0.2, 0.6, 0.2))
 
 
 def test_the_shipped_labels_are_of_the_prompts_drawn_now():

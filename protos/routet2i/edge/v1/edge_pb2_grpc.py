@@ -70,9 +70,10 @@ class EdgeAgentServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """Routes the prompt and makes the image. Stream: one `decision`, any number of `progress`, the `image_chunk`s,
-        one `result`. When a cloud call fails half-way, `progress` starts again at step 1 on the edge; image chunks are only
-        sent once the whole image is there and checked, so they never have to be thrown away.
+        """Routes the prompt and makes the image. Stream: one `decision`, any number of `progress`, the `image_chunk`s, one
+        `result`. With previews the edge sends `progress` for each of its steps, without them at most one in 50 ms, and none
+        for a quick image. When a cloud call fails half-way, `progress` starts again on the edge; image chunks are only sent
+        once the whole image is there and checked, so they never have to be thrown away.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
