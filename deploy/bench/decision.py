@@ -160,11 +160,13 @@ def bare_calls(bundle: Bundle) -> dict[str, Callable[[], None]]:
 
     def calls(prompt: str) -> Callable[[], None]:
         tokens = generator_inputs.read(prompt).tokens
-        ids, mask = tokens.ids.astype(ids_type), tokens.mask[None]
+        output, ids = [bundle.manifest.text_output], {"input_ids": tokens.ids.astype(ids_type)}
+        (states,), own = encoder.run(output, ids), tokens.own
+        read = {"states": states[:, own], "mask": tokens.mask[None, own], "ids": tokens.ids[:, own]}
 
         def run() -> None:
-            (states,) = encoder.run([bundle.manifest.text_output], {"input_ids": ids})
-            predictor.run(["edge", "cloud", "pull"], {"states": states, "mask": mask})
+            encoder.run(output, ids)
+            predictor.run(["edge", "cloud", "pull"], read)
 
         return run
 
