@@ -283,6 +283,7 @@ ABLATIONS: tuple[type[Router], ...] = (SingleMetric, NoSelection, SingleGate)
 
 # --- networks of the baselines ----------------------------------------------------------------------------------
 
+STEPS = Recipe.steps  # as many as ours
 BATCH = 64
 PATIENCE = 4  # of the epochs a quarter may pass without a better validation loss
 
@@ -340,7 +341,7 @@ def _descend(
     draw = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW(network.parameters(), setting["learning_rate"], weight_decay=1e-2)
     best, kept, waited = float("inf"), network.state_dict(), 0
-    epochs = Recipe().epochs(len(train))  # as many steps as ours
+    epochs = Recipe(steps=STEPS).epochs(len(train))
     held = validation.examples
     for _ in range(epochs):
         network.train()

@@ -12,6 +12,7 @@ from edge_agent.superiority import METRICS
 from export.__main__ import main
 from export.outcomes import Outcomes
 from export.prompts import scenes_by_text, scenes_of
+from export.routerbench import routers
 from export.routerbench.__main__ import Data, fit, worth
 from export.routerbench.measure import RATES, Bench, apgr, counted_metrics, cpt
 from export.routerbench.report import RESULTS, SUMMARY
@@ -33,6 +34,14 @@ class World:
 
     def said(self, split: str) -> np.ndarray:
         return self.scenes[self.outcomes.splits == split]
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenth of the steps: the prompts are few."""
+    monkeypatch.setattr(routers, "STEPS", 90)
+    monkeypatch.setattr(routers.RouteT2I, "steps", 180)
+    monkeypatch.setattr(routers.Ours, "steps", 180)
 
 
 @pytest.fixture(scope="module")
