@@ -16,7 +16,7 @@ from edge_agent.superiority import METRICS
 INPUTS = ("states", "mask", "ids")
 OUTPUTS = ("edge", "cloud", "pull")
 
-# A fraction of a million multiply-adds: waking a second thread would cost more than it saves.
+# A few million multiply-adds: waking a second thread would cost more than it saves.
 _ONE_THREAD = Runtime(threads=1)
 
 

@@ -202,7 +202,7 @@ def judged(images: Path, parts: Path, wanted: Sequence[Piece], judge: Judge, adh
     missing = [piece for piece in wanted if not (parts / f"{piece.file}.parquet").exists()]
     with progress() as bar:
         for piece in bar.track(missing, description="judge"):
-            _write_piece(measure(piece, images, judge, adherence), parts / f"{piece.file}.parquet")
+            _write_table(measure(piece, images, judge, adherence), parts / f"{piece.file}.parquet")
 
 
 def inspector_of(matrix: Path | None) -> dict[str, str]:
@@ -235,7 +235,7 @@ def take_over(
         cells = zip(piece.prompts, piece.seeds, strict=True)
         rows = [row_of.get((piece.model, prompt.prompt_id, seed, prompt.text)) for prompt, seed in cells]
         if None not in rows and not file.exists():
-            _write_piece(table.take(rows).replace_schema_metadata(None), file)
+            _write_table(table.take(rows).replace_schema_metadata(None), file)
 
 
 def _only_of(folder: Path, facts: Mapping[str, str], name: str) -> Path:
@@ -333,12 +333,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     table = pa.concat_tables([pq.read_table(file) for file in files], promote_options="default")
     facts = models | measured | inspector_of(options.extend)
-    _write_piece(table.replace_schema_metadata(facts), options.out)
+    _write_table(table.replace_schema_metadata(facts), options.out)
     print(f"{table.num_rows} images of {len(prompts)} prompts -> {options.out}")
     return 0
 
 
-def _write_piece(table: pa.Table, file: Path) -> None:
+def _write_table(table: pa.Table, file: Path) -> None:
     partial = file.with_suffix(f".{os.getpid()}")
     pq.write_table(table, partial, compression="zstd")
     partial.replace(file)

@@ -3,7 +3,7 @@
     edge-export train LABELS BUNDLE OUT [--seeds 3] [--ablate single-metric|no-selection|single-gate]
 
 The bundle's tokenizer and text encoder make the token states, as they do in serving; the states are cached beside
-the weights. Takes one or two minutes on one core, whatever the number of prompts.
+the weights. Takes two or three minutes on one core, whatever the number of prompts.
 """
 
 from __future__ import annotations

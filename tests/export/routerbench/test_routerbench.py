@@ -38,7 +38,7 @@ class World:
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tenth of the steps: the prompts are few."""
+    """A fraction of the steps: the prompts are few."""
     monkeypatch.setattr(routers, "STEPS", 90)
     monkeypatch.setattr(routers.RouteT2I, "steps", 180)
     monkeypatch.setattr(routers.Ours, "steps", 180)
