@@ -31,8 +31,9 @@ bench: $(ENV)  ## the table of numbers, as ratios measured in one run, in bench-
 routerbench: $(ENV)  ## compare routers on the shipped outcomes, report in routerbench-out/
 	@$(BIN)/edge-export routerbench $(ARGS)
 
-test: $(ENV)  ## run the tests; ARGS="-k quota" runs some of them
-	@$(BIN)/python -m pytest $(ARGS)
+# A file's tests stay together, as they share what was made for them; a process wants up to a gigabyte.
+test: $(ENV)  ## run the tests, a process a core; ARGS="-k quota" runs some of them, ARGS="-n 0" one by one
+	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 parity: $(ENV)  ## measure pixels against diffusers, class by scheduler, and write docs/parity.md
 	@OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.export.parity  # threads cost more than so small models save
