@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from edge_agent import log, models, settings, version
+from edge_agent import log, memory, models, settings, version
 from edge_agent.client import BAD_INPUT, BROKEN, DONE, REFUSED, UNREACHABLE, CallFailed, Received
 from edge_agent.errors import (
     BundleError,
@@ -219,6 +219,7 @@ def _exit_code(error: RouteT2IError) -> int:
 def _serve(options: argparse.Namespace) -> int:
     chosen = settings.resolve(vars(options), os.environ)
     log.configure(as_json=chosen.log_format == "json")
+    memory.share_one_heap()
     from edge_agent.daemon import run  # the commands need none of it
 
     daemon = asyncio.run(run(chosen))

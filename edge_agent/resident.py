@@ -8,15 +8,13 @@ last use.
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import gc
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+from edge_agent import memory
 from edge_agent.diffusion.generator import Generator
 from edge_agent.diffusion.providers import Choice, Standing, WarmUp
 from edge_agent.diffusion.sessions import Session
@@ -73,7 +71,7 @@ class Resident:
         self.open_better = None  # it holds on to the generator before
         self._warm_up = WarmUp(ready=True)
         if not self._uses:
-            asyncio.get_running_loop().run_in_executor(None, give_back_memory)
+            asyncio.get_running_loop().run_in_executor(None, memory.give_back)
             self.rest()
 
     def stay(self, failure: str) -> None:
@@ -127,7 +125,7 @@ class Resident:
             self._put_down_at = time.time()
             for session in self._sessions:
                 session.unload()
-            give_back_memory()
+            memory.give_back()
             log.info("unloaded", extra={"fields": {"bundle": self.reader.bundle.folder}})
 
     def close(self) -> None:
@@ -142,12 +140,3 @@ class Resident:
     @property
     def _sessions(self) -> tuple[Session, ...]:
         return (*self.reader.sessions, *self.generator.sessions)
-
-
-def give_back_memory() -> None:
-    """Returns free memory to the system, where the C library would keep it: glibc does, for each thread apart."""
-    gc.collect()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none, and keeps less
-        if trim is not None:
-            trim(0)
