@@ -32,13 +32,8 @@ class Reading:
         """The prompt's own tokens in order, and what each contributes to the predicted gap."""
         if self.prediction is None:
             return ()
-        texts, pulls = self.tokens.texts, self.prediction.pull[self.tokens.mask].tolist()
-        return tuple(
-            [
-                TokenPull(texts[position], tuple(pull))
-                for position, pull in zip(self.tokens.own, pulls, strict=True)
-            ]
-        )
+        texts, pulls = self.tokens.texts, self.prediction.pull.tolist()
+        return tuple([TokenPull(texts[position], tuple(pulls[position])) for position in self.tokens.own])
 
 
 class Reader:

@@ -53,17 +53,18 @@ class Superiority:
 
     def __init__(self, scale: ArrayLike, weights: ArrayLike) -> None:
         """Raises ValueError unless the scale is positive and the weights are non-negative and add up to 1."""
-        self._scale, self._weights = np.asarray(scale, np.float64), np.asarray(weights, np.float64)
-        if not (self._scale > 0).all():
+        scale, weights = np.asarray(scale, np.float64), np.asarray(weights, np.float64)
+        if not (scale > 0).all():
             raise ValueError("every metric's scale must be positive")
-        if not ((self._weights >= 0).all() and abs(float(self._weights.sum()) - 1) < 1e-6):
+        if not ((weights >= 0).all() and abs(float(weights.sum()) - 1) < 1e-6):
             raise ValueError("the metrics' weights must be non-negative and add up to 1")
+        self._twice_the_scale, self._half_the_weights = 2 * scale, 0.5 * weights
 
     def of(self, edge: ArrayLike, cloud: ArrayLike) -> Floats:
         """PRS, float64 [...], of qualities [..., M]. Raises ValueError when the result is not finite."""
-        gap = (np.asarray(edge, np.float64) - np.asarray(cloud, np.float64)) / self._scale
-        # sigmoid(x) = (1 + tanh(x / 2)) / 2, which does not overflow for gaps many scales wide.
-        prs: Floats = (0.5 * (1 + np.tanh(0.5 * gap))) @ self._weights
+        gap = np.asarray(edge, np.float64) - np.asarray(cloud, np.float64)
+        # sigmoid(x) = (1 + tanh(x / 2)) / 2, which does not overflow for gaps many scales wide. Weights add up to 1.
+        prs: Floats = 0.5 + np.tanh(gap / self._twice_the_scale) @ self._half_the_weights
         if not np.isfinite(prs).all():
             raise ValueError("the predicted qualities are not finite numbers")
         return prs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,12 @@ class Tokens:
 
     ids: NDArray[np.int64]  # [1, L]
     mask: NDArray[np.bool_]  # [L], True on the prompt's own tokens: not start, not end, not padding
-    texts: tuple[str, ...]  # L; the prompt's own characters, or the name of the start, end or padding token
+    texts: tuple[str, ...]  # L; the prompt's own characters, nothing for the start, the end and padding
     truncated: bool  # the prompt had more tokens than fit
     # [1, L], the same prompt as the second tokenizer reads it, where the model has two (Stable Diffusion XL).
     ids_2: NDArray[np.int64] | None = None
 
-    @property
+    @cached_property
     def own(self) -> list[int]:
         """Positions of the prompt's own tokens, in order."""
         return np.flatnonzero(self.mask).tolist()
@@ -103,15 +104,10 @@ class Tokenizer:
         A character made of several tokens, such as an emoji, is the text of each of them.
         """
         encoding = self._tokenizer.encode(prompt)
-        special = encoding.special_tokens_mask
-        texts = list(encoding.tokens)
-        for position, (start, end) in enumerate(encoding.offsets):
-            if not special[position]:
-                texts[position] = prompt[start:end]
         return Tokens(
             np.array([encoding.ids], np.int64),
-            np.logical_not(np.array(special, np.bool_)),
-            tuple(texts),
+            np.array(encoding.special_tokens_mask) == 0,
+            tuple([prompt[start:end] for start, end in encoding.offsets]),
             bool(encoding.overflowing),
             self._second.encode(prompt).ids if self._second else None,
         )

@@ -22,7 +22,7 @@ def test_start_end_and_padding_are_not_the_prompts_own(tokenizer: Tokenizer) -> 
     assert tokens.ids.shape == (1, 77)
     assert tokens.ids.dtype == np.int64
     assert np.flatnonzero(tokens.mask).tolist() == [1, 2, 3]
-    assert tokens.texts[:5] == ("<|startoftext|>", "the", "Red", "moon", "<|endoftext|>")
+    assert tokens.texts[:5] == ("", "the", "Red", "moon", "")
     assert not tokens.truncated
 
 
