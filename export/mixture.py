@@ -24,6 +24,8 @@ What the paper leaves open, and is chosen here:
   tokens and not their states, so that it learns of words what can be learnt of words. The paper has none
   (``sentence=0``).
 - ``pull[t, m]`` is the token's term in the gap's sum: ``logit(cloud) - logit(edge) = bias + sum_t pull[t]`` exactly.
+  Training asks more of it (``Recipe.deletion_weight``): to be what the gap loses when the token is deleted and the rest
+  encoded again, without the token's traces in its neighbours' states.
 
 Between the two gates stands nothing that is not linear, so that ``T+ - T- = T (P+ - P-) S``: both signs together can
 say what one could. They differ in how they learn. The exported graph therefore carries one folded gate.
@@ -33,7 +35,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -79,12 +80,57 @@ class Shape:
     """How many of them are in the training prompts: only those have embeddings."""
 
 
-class Together(nn.Module):
-    """What tokens say together: one transformer layer, pooled by attention to a level and a gap a metric.
+class Own:
+    """Where in a batch of padded prompts their own tokens are: half of a batch is padding, which is not computed."""
 
-    Weights have a leading dimension of members, one in training: those of an ensemble are computed at once, since a
-    decision's time is that of the operations, not of their sizes.
-    """
+    def __init__(self, mask: Tensor) -> None:
+        """``mask [B, L]`` is true on the T tokens."""
+        self.mask = mask
+        self.index = mask.flatten().nonzero()[:, 0]  # [T]
+        self.prompts = self.index // mask.shape[1]  # [T]
+        self.places = (mask.cumsum(1) - 1)[mask]  # [T], the first in its prompt in place 0
+
+    def padded(self, values: Tensor) -> Tensor:
+        """``[..., T, n] -> [..., B, L, n]``, with zeros between."""
+        *lead, _, last = values.shape
+        flat = values.new_zeros(*lead, self.mask.numel(), last).index_copy(-2, self.index, values)
+        return flat.unflatten(-2, tuple(self.mask.shape))
+
+    def packed(self, values: Tensor) -> Tensor:
+        """``[..., B, L, n] -> [..., T, n]``."""
+        return values.flatten(-3, -2).index_select(-2, self.index)
+
+    def summed(self, values: Tensor) -> Tensor:
+        """``[T, n] -> [B, n]``, over the tokens of each prompt."""
+        return values.new_zeros(len(self.mask), values.shape[1]).index_add(0, self.prompts, values)
+
+
+class Inputs(nn.Module):
+    """What is read of a token: its state, standardised, and the row that embeddings have for its word."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape.width))
+        self.register_buffer("deviation", torch.ones(shape.width))
+        # Row 0 is that of all tokens that no training prompt has.
+        self.register_buffer("row", torch.zeros(max(shape.vocabulary, 1), dtype=torch.long))
+        self.met = shape.met
+
+    def start_from(self, states: Tensor, ids: Tensor) -> None:
+        """Standardise by ``states [tokens, d]``, and give each of ``ids [tokens]`` its row."""
+        if self.met:
+            self.row[torch.unique(ids)] = torch.arange(1, 1 + self.met)
+        self.mean = states.mean(0)
+        self.deviation = states.std(0).clamp_min(1e-6)
+
+    def forward(self, states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """``states [T, d], ids [T]``, standardised and as rows."""
+        rows = self.row[ids] if self.met else torch.zeros_like(ids)
+        return (states - self.mean) / self.deviation, rows
+
+
+class Together(nn.Module):
+    """What tokens say together: one transformer layer, pooled by attention."""
 
     HEADS = 4
     DROPOUT = 0.1
@@ -93,61 +139,42 @@ class Together(nn.Module):
     PLACES = 128
     """Tokens beyond so many share the last one's place. CLIP reads 77."""
 
-    def __init__(self, shape: Shape, members: int = 1) -> None:
+    def __init__(self, shape: Shape, outputs: int, hidden: float = HIDDEN) -> None:
+        """Says `outputs` numbers; `hidden` in place of HIDDEN."""
         super().__init__()
-        self.shape, width = shape, shape.sentence
-
-        def linear(inputs: int, outputs: int) -> nn.Parameter:
-            return nn.Parameter((2 * torch.rand(members, inputs, outputs) - 1) * inputs**-0.5)
-
-        def of(value: float, *sizes: int) -> nn.Parameter:
-            return nn.Parameter(torch.full((members, *sizes), value))
-
-        self.words = nn.Parameter(torch.randn(members, 1 + shape.met, width) * 0.5)
-        self.places = nn.Parameter(torch.randn(members, self.PLACES, width) * 0.1)
-        self.narrow = linear(shape.width, width)
-        self.before, self.between = of(1.0, 1, width), of(1.0, 1, width)
-        self.attend, self.merge = linear(width, 3 * width), linear(width, width)
-        self.widen, self.widen_bias = linear(width, 2 * width), of(0.0, 1, 2 * width)
-        self.back = linear(2 * width, width)
-        self.weigh = linear(width, 1)
-        self.say = of(0.0, width, 2 * shape.metrics)
+        self.hidden, width = hidden, shape.sentence
+        self.words = nn.Parameter(torch.randn(1 + shape.met, width) * 0.5)
+        self.places = nn.Parameter(torch.randn(self.PLACES, width) * 0.1)
+        self.narrow = nn.Linear(shape.width, width, bias=False)
+        self.before, self.between = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
+        self.attend, self.merge = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.widen, self.back = nn.Linear(width, 2 * width), nn.Linear(2 * width, width, bias=False)
+        self.weigh = nn.Linear(width, 1, bias=False)
+        self.say = nn.Linear(width, outputs, bias=False)
         self.dropout = nn.Dropout(self.DROPOUT)
         with torch.no_grad():
-            self.words[:, 0] = 0.0  # of tokens that were never met nothing is known
+            self.words[0] = 0.0  # of tokens that were never met nothing is known
+            self.say.weight.zero_()
 
-    @classmethod
-    def of(cls, parts: Sequence[Together]) -> Together:
-        """Several as one, which says the mean of what they say."""
-        whole = cls(parts[0].shape, len(parts)).train(parts[0].training)
-        states = [part.state_dict() for part in parts]
-        whole.load_state_dict({name: torch.cat([state[name] for state in states]) for name in states[0]})
-        return whole
-
-    def forward(self, states: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
-        """``states [B, L, d], mask [B, L], rows [B, L] -> [B, L, M, 2]``, zero outside of the mask."""
-        if self.training:
-            states = states * (torch.rand(*mask.shape, 1) >= self.HIDDEN)
-        width, head = self.shape.sentence, self.shape.sentence // self.HEADS  # numbers, not shapes to compute
-        places = self.places[:, torch.arange(mask.shape[1]).clamp_max(self.PLACES - 1)]
-        words = self.words[:, rows].transpose(0, 1)  # [B, members, L, width], as all that follows
-        inside = self.dropout(states)[:, None] @ self.narrow + self.dropout(words) + places
+    def forward(self, states: Tensor, rows: Tensor, own: Own) -> Tensor:
+        """``states [T, d], rows [T] -> [T, outputs]``, a term of each token; what is said is their sum."""
+        if self.training and self.hidden:
+            states = states * (torch.rand(len(states), 1) >= self.hidden)
+        places = self.places[own.places.clamp_max(self.PLACES - 1)]
+        inside = self.narrow(self.dropout(states)) + self.dropout(self.words[rows]) + places
         query, key, value = (
-            part.unflatten(-1, (self.HEADS, head)).transpose(2, 3)
-            for part in (nn.functional.layer_norm(inside, (width,)) * self.before @ self.attend).chunk(
-                3, dim=-1
-            )
+            part.unflatten(-1, (self.HEADS, -1)).transpose(1, 2)
+            for part in own.padded(self.attend(self.before(inside))).chunk(3, dim=-1)
         )
-        scores = query @ key.transpose(3, 4) * head**-0.5
-        heard = torch.softmax(scores.masked_fill(~mask[:, None, None, None], _NOT), dim=-1) @ value
-        inside = inside + self.dropout(heard.transpose(2, 3).flatten(3) @ self.merge)
-        wide = torch.relu(
-            nn.functional.layer_norm(inside, (width,)) * self.between @ self.widen + self.widen_bias
+        scores = (query @ key.transpose(2, 3) * query.shape[-1] ** -0.5).masked_fill(
+            ~own.mask[:, None, None], _NOT
         )
-        inside = inside + self.dropout(wide @ self.back)
-        weights = torch.softmax((inside @ self.weigh)[..., 0].masked_fill(~mask[:, None], _NOT), dim=-1)
-        terms = (weights * mask[:, None])[..., None] * (inside @ self.say)
-        return terms.mean(dim=1).unflatten(-1, (self.shape.metrics, 2))
+        heard = scores.softmax(dim=-1) @ value
+        inside = inside + self.dropout(self.merge(own.packed(heard.transpose(1, 2).flatten(2))))
+        inside = inside + self.dropout(self.back(torch.relu(self.widen(self.between(inside)))))
+        weights = own.padded(self.weigh(inside)).masked_fill(~own.mask[..., None], _NOT).softmax(dim=1)
+        terms: Tensor = own.packed(weights) * self.say(inside)
+        return terms
 
 
 class Mixture(nn.Module):
@@ -157,10 +184,7 @@ class Mixture(nn.Module):
         super().__init__()
         self.shape = shape
         d, m, rank, hidden = shape.width + shape.words, shape.metrics, shape.rank, shape.hidden
-        self.register_buffer("mean", torch.zeros(shape.width))
-        self.register_buffer("deviation", torch.ones(shape.width))
-        # Row 0 is that of all tokens that no training prompt has, and stays zero.
-        self.register_buffer("row", torch.zeros(max(shape.vocabulary, 1), dtype=torch.long))
+        self.inputs = Inputs(shape)
         self.words = nn.Parameter(torch.zeros(1 + shape.met, shape.words)) if shape.words else None
         self.embedding = nn.Parameter(torch.randn(m, d) * 0.5 * d**-0.5)
         self.positive = nn.Parameter(torch.randn(m, d, rank) * d**-0.5)
@@ -168,31 +192,25 @@ class Mixture(nn.Module):
         self.shared = nn.Parameter(torch.randn(m, rank, hidden) * rank**-0.5)
         self.head = nn.Parameter(torch.randn(m, hidden, 2) * hidden**-0.5)
         self.bias = nn.Parameter(torch.zeros(m, 2))
-        self.together = Together(shape) if shape.sentence else None
+        self.together = Together(shape, 2 * m) if shape.sentence else None
         self.dropout = nn.Dropout(dropout)
 
     def start_from(self, states: Tensor, ids: Tensor, edge: Tensor, cloud: Tensor) -> None:
-        """Standardise by ``states [tokens, d]``, give each of ``ids [tokens]`` its row, and begin by predicting the
-        means of ``edge`` and ``cloud`` [N, M].
-        """
-        if self.shape.met:
-            self.row[torch.unique(ids)] = torch.arange(1, 1 + self.shape.met)
-        self.mean = states.mean(0)
-        self.deviation = states.std(0).clamp_min(1e-6)
+        """Read as `Inputs.start_from` says, and begin by predicting the means of ``edge`` and ``cloud`` [N, M]."""
+        self.inputs.start_from(states, ids)
         low, high = torch.logit(edge.mean(0), 1e-4), torch.logit(cloud.mean(0), 1e-4)
         with torch.no_grad():
             self.bias.copy_(torch.stack([(low + high) / 2, high - low], dim=-1))
 
-    def gates(self, scores: Tensor, mask: Tensor) -> Tensor:
-        """``scores [B, L, M], mask [B, L]`` to each expert's gate for each token; zero for what it does not keep."""
-        none = 0 * scores[..., :1]  # concatenated: a graph pads by a dozen operations
-        gates = torch.softmax(torch.cat([scores, none], dim=-1), dim=-1)[..., :-1] * mask[..., None]
-        if not self.shape.selection:
+    def gates(self, tokens: Tensor, own: Own) -> Tensor:
+        """Each expert's gate for each of ``tokens [T, d + words]``, [T, M]; zero for what it does not keep."""
+        scores = tokens @ self.embedding.T
+        gates = torch.softmax(nn.functional.pad(scores, (0, 1)), dim=-1)[:, :-1]
+        if not self.shape.selection or own.mask.shape[1] <= self.shape.kept:
             return gates
         # Where fewer than K tokens are the prompt's own, the K-th largest gate is zero and every one of them is kept.
-        nothing = gates.new_zeros(gates.shape[0], self.shape.kept, gates.shape[2])
-        least = torch.cat([gates, nothing], dim=1).topk(self.shape.kept, dim=1).values[:, -1:]
-        return gates * (gates >= least)
+        least = own.padded(gates).topk(self.shape.kept, dim=1).values[:, -1]
+        return gates * (gates >= least[own.prompts])
 
     def projection(self) -> Tensor:
         """Both signs' first factor folded into one, [M, d, l]."""
@@ -206,31 +224,19 @@ class Mixture(nn.Module):
         contrast = torch.sigmoid(narrow.reshape(-1, m, rank).transpose(0, 1) @ self.shared)
         return ((contrast - 0.5) @ self.head).transpose(0, 1)
 
-    def read(self, states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """``states [B, L, d], ids [B, L]``, standardised and as the rows of their embeddings."""
-        rows = self.row[ids] if self.shape.met else torch.zeros_like(ids)
-        return (states - self.mean) / self.deviation, rows
-
-    def terms(self, states: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
-        """What the experts let each token add to levels and gaps: ``states [B, L, d], mask [B, L], rows [B, L] ->
-        [B, L, M, 2]``, states and rows as `read` gives them.
-        """
-        tokens = states if self.words is None else torch.cat([states, self.words[rows]], dim=-1)
-        if self.training:  # half of a batch is padding, which need not be computed
-            own = self.dropout(tokens[mask])
-            scores, votes = _padded(own @ self.embedding.T, mask), _padded(self.votes(own), mask)
-        else:
-            scores = tokens @ self.embedding.T
-            votes = self.votes(tokens.flatten(0, 1)).reshape(len(tokens), -1, *self.bias.shape)
-        return self.gates(scores, mask)[..., None] * votes
+    def terms(self, states: Tensor, ids: Tensor, own: Own) -> Tensor:
+        """What each token adds to levels and gaps: ``states [T, d], ids [T] -> [T, M, 2]``."""
+        states, rows = self.inputs(states, ids)
+        tokens = self.dropout(states if self.words is None else torch.cat([states, self.words[rows]], dim=-1))
+        terms = self.gates(tokens, own)[..., None] * self.votes(tokens)
+        if self.together is not None:
+            terms = terms + self.together(states, rows, own).unflatten(1, tuple(self.bias.shape))
+        return terms
 
     def forward(self, states: Tensor, mask: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``states [B, L, d], mask [B, L], ids [B, L] -> edge [B, M], cloud [B, M], pull [B, L, M]``."""
-        states, rows = self.read(states, ids)
-        terms = self.terms(states, mask, rows)
-        if self.together is not None:
-            terms = terms + self.together(states, mask, rows)
-        return _qualities(terms, self.bias)
+        own = Own(mask)
+        return _qualities(self.terms(states[mask], ids[mask], own), self.bias, own)
 
 
 class Ensemble(nn.Module):
@@ -241,19 +247,13 @@ class Ensemble(nn.Module):
     def __init__(self, members: Sequence[Mixture]) -> None:
         super().__init__()
         self.shape = members[0].shape
-        parts = [member.together for member in members if member.together is not None]
-        self.together = Together.of(parts) if parts else None
-        self.members = nn.ModuleList(map(deepcopy, members))
-        for member in self.members:
-            member.together = None
+        self.members = nn.ModuleList(members)
 
     def forward(self, states: Tensor, mask: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``states [B, L, d], mask [B, L], ids [B, L] -> edge [B, M], cloud [B, M], pull [B, L, M]``."""
-        states, rows = self.members[0].read(states, ids)  # which all have learnt from the same prompts
-        terms = torch.stack([member.terms(states, mask, rows) for member in self.members]).mean(dim=0)
-        if self.together is not None:
-            terms = terms + self.together(states, mask, rows)
-        return _qualities(terms, torch.stack([member.bias for member in self.members]).mean(dim=0))
+        own = Own(mask)
+        terms = torch.stack([member.terms(states[mask], ids[mask], own) for member in self.members]).mean(0)
+        return _qualities(terms, torch.stack([member.bias for member in self.members]).mean(0), own)
 
     def save(self, path: Path, record: Mapping[str, Any]) -> None:
         """Write the weights with the shape and a record of how they were made. Nothing in the file is pickled."""
@@ -277,13 +277,7 @@ class Ensemble(nn.Module):
         return ensemble.eval(), json.loads(facts["record"])
 
 
-def _padded(values: Tensor, mask: Tensor) -> Tensor:
-    """``values [T, ...]`` of the T tokens that ``mask [B, L]`` marks, as [B, L, ...] with zeros between."""
-    padded = values.new_zeros(*mask.shape, *values.shape[1:])
-    return padded.index_put((mask,), values)
-
-
-def _qualities(terms: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``terms [B, L, M, 2], bias [M, 2] -> edge [B, M], cloud [B, M], pull [B, L, M]``."""
-    level, gap = (terms.sum(dim=1) + bias).unbind(-1)
-    return torch.sigmoid(level - gap / 2), torch.sigmoid(level + gap / 2), terms[..., 1]
+def _qualities(terms: Tensor, bias: Tensor, own: Own) -> tuple[Tensor, Tensor, Tensor]:
+    """``terms [T, M, 2], bias [M, 2] -> edge [B, M], cloud [B, M], pull [B, L, M]``."""
+    level, gap = (own.summed(terms.flatten(1)).unflatten(1, tuple(bias.shape)) + bias).unbind(-1)
+    return torch.sigmoid(level - gap / 2), torch.sigmoid(level + gap / 2), own.padded(terms[..., 1])

@@ -22,6 +22,7 @@ from edge_agent.bundle import CALIBRATION, PREDICTOR, Bundle, write_manifest
 from edge_agent.predictor import INPUTS, OUTPUTS, Predictor
 from edge_agent.superiority import METRICS
 from export.errors import ExportError
+from export.folded import Folded
 from export.mixture import Ensemble, Shape
 from export.terminal import console
 
@@ -50,7 +51,7 @@ def export(ensemble: Ensemble, path: Path, tokens: int) -> float:
         # here does. Whether the graph is right is decided by the comparison below.
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            ensemble,
+            Folded(ensemble, tokens).eval(),
             example,
             path,
             input_names=list(INPUTS),
@@ -61,7 +62,7 @@ def export(ensemble: Ensemble, path: Path, tokens: int) -> float:
         )
     _state_signature(path, shape)
     difference = max(
-        _difference(ensemble, Predictor.load(path, shape.width), tokens, own) for own in range(1, tokens)
+        _difference(ensemble, Predictor.load(path, shape.width), tokens, own) for own in range(tokens)
     )
     if not difference <= TOLERANCE:
         raise ExportError(
@@ -91,16 +92,16 @@ def _state_signature(path: Path, shape: Shape) -> None:
 def _difference(ensemble: Ensemble, predictor: Predictor, tokens: int, own: int) -> float:
     """Between torch and the graph, for a made-up prompt with `own` tokens of its own."""
     draw = torch.Generator().manual_seed(own)
-    scale = ensemble.members[0]
+    scale = ensemble.members[0].inputs
     states = scale.mean + scale.deviation * torch.randn(1, tokens, ensemble.shape.width, generator=draw)
     mask = (torch.arange(tokens) > 0) & (torch.arange(tokens) <= own)
     ids = torch.randint(max(ensemble.shape.vocabulary, 1), (1, tokens), generator=draw)
     with torch.inference_mode():
-        expected = ensemble(states[:, mask], mask[None, mask], ids[:, mask])
+        expected = ensemble(states, mask[None], ids)
     made = predictor.predict(states.numpy(), mask.numpy(), ids.numpy())
     return max(
         float(np.abs(ours - theirs[0].numpy()).max())
-        for ours, theirs in zip((made.edge, made.cloud, made.pull[mask]), expected, strict=True)
+        for ours, theirs in zip((made.edge, made.cloud, made.pull), expected, strict=True)
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from edge_agent.bundle import Bundle
 from edge_agent.diffusion.sessions import Runtime
 from edge_agent.diffusion.text_encoder import TextEncoder
-from edge_agent.tokens import Tokenizer
+from edge_agent.tokens import Tokenizer, Tokens
 from export.terminal import progress
 
 
@@ -35,10 +35,10 @@ class TokenStates:
         states, ids = zip(*prompts, strict=True)
         return cls(np.concatenate(states), np.concatenate(ids), np.cumsum([0, *map(len, states)]))
 
-    def padded(self) -> tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.int64]]:
-        """States [N, n, d], mask [N, n] and ids [N, n], n being the longest prompt's tokens."""
+    def padded(self, width: int = 0) -> tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.int64]]:
+        """States [N, n, d], mask [N, n] and ids [N, n], n being the longest prompt's tokens or ``width``, if more."""
         counts = np.diff(self.starts)
-        mask = np.arange(counts.max()) < counts[:, None]
+        mask = np.arange(max(width, counts.max())) < counts[:, None]
         states = np.zeros((*mask.shape, self.tokens.shape[1]), np.float32)
         states[mask] = self.tokens
         ids = np.zeros(mask.shape, np.int64)
@@ -46,27 +46,61 @@ class TokenStates:
         return states, mask, ids
 
 
-def encode(
-    bundle: Bundle, prompts: Sequence[str]
-) -> Iterator[tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.int64]]]:
-    """States [1, L, d], mask [L] and ids [1, L] of one prompt after the other, as the daemon makes them; with a bar."""
-    tokenizer = Tokenizer.open(bundle)
-    encoder = TextEncoder(bundle, Runtime(threads=1))
-    with progress() as bars:
-        for prompt in bars.track(prompts, description="token states"):
-            tokens = tokenizer.encode(prompt)
-            yield encoder.encode(tokens).tokens, tokens.mask, tokens.ids
+Encoded = Iterator[tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.int64]]]
+"""States [1, L, d], mask [L] and ids [1, L] of one prompt after the other."""
+
+
+def encode(bundle: Bundle, prompts: Sequence[str]) -> Encoded:
+    """What the daemon reads of the prompts; with a bar."""
+    return _encoded(bundle, _tokenized(bundle, prompts), "token states")
 
 
 def of_prompts(cache: Path, bundle: Bundle, prompts: Sequence[str]) -> TokenStates:
     """The states of `prompts`, read from the folder `cache` when they were made before, made when not."""
+    return _kept(_file(cache, "states", bundle, prompts), lambda: encode(bundle, prompts))
+
+
+def of_shorter_prompts(
+    cache: Path, bundle: Bundle, prompts: Sequence[str], seed: int = 0
+) -> tuple[TokenStates, NDArray[np.int64]]:
+    """The same of each prompt without one of its own tokens, and which [N] that is, counted from 0; ``seed`` draws it.
+
+    A prompt without any stays as it is.
+    """
+    draw = np.random.default_rng(seed)
+    tokens = _tokenized(bundle, prompts)
+    deleted = [int(draw.integers(max(1, len(one.own)))) for one in tokens]
+
+    def make() -> Encoded:
+        pairs = zip(tokens, deleted, strict=True)
+        shorter = [one.without(one.own[place]) if one.own else one for one, place in pairs]
+        return _encoded(bundle, shorter, "token states of shorter prompts")
+
+    return _kept(_file(cache, f"shorter-{seed}", bundle, prompts), make), np.array(deleted)
+
+
+def _tokenized(bundle: Bundle, prompts: Sequence[str]) -> list[Tokens]:
+    tokenizer = Tokenizer.open(bundle)
+    return [tokenizer.encode(prompt) for prompt in prompts]
+
+
+def _encoded(bundle: Bundle, prompts: Sequence[Tokens], description: str) -> Encoded:
+    encoder = TextEncoder(bundle, Runtime(threads=1))
+    with progress() as bars:
+        for tokens in bars.track(prompts, description=description):
+            yield encoder.encode(tokens).tokens, tokens.mask, tokens.ids
+
+
+def _file(cache: Path, kind: str, bundle: Bundle, prompts: Sequence[str]) -> Path:
     key = hashlib.sha256("\0".join((bundle.model_digest, *prompts)).encode()).hexdigest()
-    file = cache / f"states-{key[:16]}.npz"
+    return cache / f"{kind}-{key[:16]}.npz"
+
+
+def _kept(file: Path, make: Callable[[], Encoded]) -> TokenStates:
+    """What the file holds, or else what is made, and kept there."""
     if kept := _read(file):
         return kept
-    joined = TokenStates.join(
-        [(states[0][mask], ids[0][mask]) for states, mask, ids in encode(bundle, prompts)]
-    )
+    joined = TokenStates.join([(states[0][mask], ids[0][mask]) for states, mask, ids in make()])
     part = file.with_name(file.name + ".part")
     with part.open("wb") as out:
         np.savez(out, tokens=joined.tokens, ids=joined.ids, starts=joined.starts)

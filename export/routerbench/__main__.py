@@ -59,7 +59,8 @@ class Data:
 
         def prompts(split: str) -> Prompts:
             said = scenes[outcomes.splits == split]
-            return Prompts.of(outcomes.split(split), bundle, scale, said, cache)
+            part = outcomes.split(split)
+            return Prompts.of(part, bundle, scale, said, cache, shorter=split == "train")
 
         there = [split for split in OTHER_SPLITS if (outcomes.splits == split).sum() > 1]
         others = {split: prompts(split) for split in ("test", *there)}

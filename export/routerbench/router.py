@@ -20,7 +20,7 @@ from edge_agent.bundle import Bundle
 from edge_agent.superiority import relative_superiority
 from edge_agent.tokens import Tokenizer
 from export.outcomes import Outcomes
-from export.states import of_prompts
+from export.states import of_prompts, of_shorter_prompts
 from export.train import Examples
 
 Floats = NDArray[np.float64]
@@ -44,11 +44,22 @@ class Prompts:
 
     @classmethod
     def of(
-        cls, outcomes: Outcomes, bundle: Bundle, scale: Floats, scenes: NDArray[np.int64], cache: Path
+        cls,
+        outcomes: Outcomes,
+        bundle: Bundle,
+        scale: Floats,
+        scenes: NDArray[np.int64],
+        cache: Path,
+        *,
+        shorter: bool = False,
     ) -> Prompts:
-        """From a split of the matrix. Token states are kept in the folder ``cache``."""
+        """From a split of the matrix; with ``shorter``, of each prompt less a token too. Token states are kept in the
+        folder ``cache``.
+        """
         states = of_prompts(cache, bundle, outcomes.prompts)
         examples = Examples.of(states, outcomes.edge, outcomes.cloud)
+        if shorter:
+            examples = examples.beside(*of_shorter_prompts(cache, bundle, outcomes.prompts))
         vocabulary = Tokenizer.open(bundle).vocabulary
         return cls(outcomes.prompts, outcomes.objects, examples, scale, scenes, vocabulary)
 

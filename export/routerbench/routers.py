@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from export.mixture import SENTENCE, WORDS, Ensemble, Shape
+from export.mixture import SENTENCE, WORDS, Ensemble, Inputs, Own, Shape, Together
 from export.routerbench.router import Floats, Prompts, Router, Scorer
 from export.train import Examples, Recipe, Trained, knowing
 from export.train import train as train_mixtures
@@ -179,7 +179,7 @@ class RouteT2I:
     """
 
     name, settings = "routet2i", NOTHING
-    mixtures, steps = 1, 2 * Recipe.steps
+    mixtures, steps, deletion_weight = 1, 2 * Recipe.steps, 0.0
 
     def shape(self, prompts: Prompts) -> Shape:
         """Of the mixture."""
@@ -189,7 +189,7 @@ class RouteT2I:
         """As `edge-export train` does."""
         shape = self.shape(train)
         known, held_out = (_targets(part.examples, shape.metrics) for part in (train, validation))
-        recipe = replace(Recipe(), seeds=self.mixtures, steps=self.steps)
+        recipe = Recipe(seeds=self.mixtures, steps=self.steps, deletion_weight=self.deletion_weight)
         events = train_mixtures(known, held_out, shape, recipe, first=seed * self.mixtures)
         ensemble = Ensemble([event.mixture for event in events if isinstance(event, Trained)]).eval()
 
@@ -242,12 +242,12 @@ class SingleGate(RouteT2I):
 
 
 class Ours(RouteT2I):
-    """The predictor that ships: mixtures averaged that also read words, and all of them together. Ranked by the
-    expected gain in quality in place of PRS.
+    """The predictor that ships: mixtures averaged that also read words, and all of them together, and whose pulls are
+    learnt of deleted tokens. Ranked by the expected gain in quality in place of PRS.
     """
 
     name = "ours"
-    mixtures, steps = Recipe.seeds, Recipe.steps
+    mixtures, steps, deletion_weight = Recipe.seeds, Recipe.steps, Recipe.deletion_weight
 
     def shape(self, prompts: Prompts) -> Shape:
         """Of each mixture."""
@@ -305,27 +305,24 @@ class _Pooled(nn.Module):
 
 
 class _Attentive(nn.Module):
-    """One transformer layer over token states and words, pooled by attention: what a classifier's own top would be."""
+    """One transformer layer over token states and words, pooled by attention: what a classifier's own top would be.
+
+    The layer is ours (`export.mixture.Together`), all that there is to see shown to it.
+    """
 
     def __init__(self, train: Prompts, outputs: int) -> None:
         super().__init__()
-        own, met = (part[train.examples.mask] for part in (train.examples.states, train.examples.ids))
-        self.register_buffer("met", torch.zeros(train.vocabulary, 1).index_fill(0, met.unique(), 1.0))
-        self.words = nn.Embedding(train.vocabulary, 64)
-        nn.init.normal_(self.words.weight, std=0.5)
-        self.register_buffer("mean", own.mean(0))
-        self.register_buffer("deviation", own.std(0) + 1e-6)
-        self.narrow = nn.Linear(own.shape[1], 64)
-        self.layer = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.1, batch_first=True, norm_first=True)
-        self.attention, self.head = nn.Linear(64, 1), nn.Linear(64, outputs)
+        examples = train.examples
+        shape = Shape(examples.states.shape[-1], outputs, sentence=SENTENCE)
+        shape = knowing(shape, examples, train.vocabulary)
+        self.inputs = Inputs(shape)
+        self.inputs.start_from(examples.states[examples.mask], examples.ids[examples.mask])
+        self.together = Together(shape, outputs, hidden=0.0)
+        self.bias = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, states: Tensor, mask: Tensor, ids: Tensor) -> Tensor:
-        words = self.words(ids) * self.met[ids]  # nothing of words that were never met
-        tokens = self.narrow((states - self.mean) / self.deviation) + words
-        tokens = self.layer(tokens, src_key_padding_mask=~mask)
-        weights = torch.softmax(self.attention(tokens)[..., 0].masked_fill(~mask, -1e9), dim=1)
-        out: Tensor = self.head((weights[..., None] * tokens).sum(1))
-        return out
+        own = Own(mask)
+        return own.summed(self.together(*self.inputs(states[mask], ids[mask]), own)) + self.bias
 
 
 def _descend(
@@ -339,7 +336,9 @@ def _descend(
 ) -> None:
     """AdamW with early stopping; ``loss_of(outputs, rows)`` of a batch, ``held_out(outputs)`` of all of validation."""
     draw = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.AdamW(network.parameters(), setting["learning_rate"], weight_decay=1e-2)
+    optimiser = torch.optim.AdamW(
+        network.parameters(), setting["learning_rate"], weight_decay=1e-2, fused=True
+    )
     best, kept, waited = float("inf"), network.state_dict(), 0
     epochs = Recipe(steps=STEPS).epochs(len(train))
     held = validation.examples

@@ -70,12 +70,14 @@ def test_padding_changes_nothing() -> None:
         torch.testing.assert_close(short, long, atol=1e-6, rtol=0)
 
 
-def test_in_training_it_computes_the_same_without_the_padding() -> None:
-    mixture = made_up(replace(SHAPE, words=4, vocabulary=10, met=10))
-    both = [torch.cat(pair) for pair in zip(prompt(10, 6), prompt(10, 3), strict=True)]
-    quiet = mixture(*both)
-    for at_rest, training in zip(quiet, mixture.train()(*both), strict=True):  # no dropout in it
-        torch.testing.assert_close(at_rest, training, atol=1e-6, rtol=0)
+def test_a_prompt_is_read_alike_alone_and_among_others() -> None:
+    mixture = made_up(replace(SHAPE, words=4, sentence=8, vocabulary=10, met=10))
+    assert mixture.together is not None
+    torch.nn.init.normal_(mixture.together.say.weight)
+    one, other = prompt(10, 6), prompt(10, 3)
+    both = mixture(*(torch.cat(pair) for pair in zip(other, one, strict=True)))
+    for alone, among in zip(mixture(*one), both, strict=True):
+        torch.testing.assert_close(alone[0], among[1], atol=1e-6, rtol=0)
 
 
 def test_a_word_speaks_for_itself_and_one_that_was_never_met_by_its_state_alone() -> None:
@@ -97,7 +99,7 @@ def test_what_tokens_say_together_depends_on_their_company_and_still_adds_up() -
     shape = replace(SHAPE, sentence=8, vocabulary=10, met=10)
     mixture = made_up(shape)
     assert mixture.together is not None
-    torch.nn.init.normal_(mixture.together.say)
+    torch.nn.init.normal_(mixture.together.say.weight)
     states, mask, ids = prompt(10, 6)
     edge, cloud, pull = mixture(states, mask, ids)
     torch.testing.assert_close(gap(edge, cloud), mixture.bias[:, 1] + pull.sum(1), atol=1e-5, rtol=0)
@@ -142,12 +144,9 @@ def test_an_expert_costs_l_times_d_and_h_and_not_d_times_h() -> None:
 def test_an_ensemble_s_gap_and_pull_are_the_means_of_its_members(sentence: int) -> None:
     members = [made_up(replace(SHAPE, sentence=sentence, vocabulary=10, met=10), seed) for seed in range(3)]
     for member in members:
-        member.mean, member.deviation = (
-            members[0].mean,
-            members[0].deviation,
-        )  # they learn from the same prompts
+        member.inputs = members[0].inputs  # they learn from the same prompts
         if member.together is not None:
-            torch.nn.init.normal_(member.together.say)
+            torch.nn.init.normal_(member.together.say.weight)
     alone = [member(*prompt(10, 7)) for member in members]
     edge, cloud, pull = Ensemble(members)(*prompt(10, 7))
     mean = torch.stack([gap(low, high) for low, high, _ in alone]).mean(0)

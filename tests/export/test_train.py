@@ -22,19 +22,26 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def world(prompts: int, seed: int) -> Examples:
+def world(prompts: int, seed: int, mixing: float = 0.0) -> Examples:
     """Prompts of 3 to 8 words; each word has its state and makes the edge model's image so much worse."""
     words = np.random.default_rng(0)
     states, hardness = words.standard_normal((WORDS, WIDTH), np.float32), words.exponential(0.4, WORDS)
     draw = np.random.default_rng(seed)
     chosen = [draw.integers(WORDS, size=draw.integers(3, 9)) for _ in range(prompts)]
+    deleted = [int(draw.integers(len(c))) for c in chosen]
     hard = np.array([hardness[c].sum() for c in chosen])[:, None] * np.linspace(0.8, 1.2, METRICS)
 
     def quality(part: float) -> np.ndarray:
         logits = 1.5 - part * hard + 0.2 * draw.standard_normal(hard.shape)
         return (1 / (1 + np.exp(-logits))).astype(np.float32)
 
-    return Examples.of(TokenStates.join([(states[c], c) for c in chosen]), quality(1.0), quality(0.4))
+    def read(prompts: list[np.ndarray]) -> TokenStates:
+        """As encoders do, each word is written into the others' states."""
+        return TokenStates.join([(states[c] + mixing * states[c].sum(0), c) for c in prompts])
+
+    examples = Examples.of(read(chosen), quality(1.0), quality(0.4))
+    less = [np.delete(c, place) for c, place in zip(chosen, deleted, strict=True)]
+    return examples.beside(read(less), np.array(deleted))
 
 
 def trained(
@@ -79,6 +86,22 @@ def test_what_the_states_do_not_say_it_learns_of_the_words_themselves() -> None:
     assert edge.std(dim=0).max() < 1e-6
 
 
+def test_a_token_s_pull_becomes_what_is_lost_without_it() -> None:
+    learning, validating, test = (world(*size, mixing=0.3) for size in ((400, 1), (100, 2), (200, 3)))
+    assert test.shorter is not None
+    rows, less, error = torch.arange(len(test)), test.shorter, {}
+    shape = knowing(replace(SHAPE, words=4), learning, WORDS)
+    for weight in (0.0, 3.0):
+        recipe = replace(RECIPE, deletions=1.0, deletion_weight=weight)
+        mixture = trained(learning, validating, recipe, shape).mixture
+        with torch.no_grad():
+            pull = mixture(test.states, test.mask, test.ids)[2]
+            shorter = mixture(less.states, less.mask, less.ids)[2]
+        lost = pull.sum(1) - shorter.sum(1)
+        error[weight] = float(((lost - pull[rows, less.deleted]) ** 2).mean() / lost.var())
+    assert error[3.0] < error[0.0] / 2
+
+
 def test_a_seed_gives_the_same_weights_and_another_seed_others() -> None:
     data, short = (world(64, 1), world(32, 2)), Recipe(steps=2, seeds=2)
     runs = [[e for e in train(*data, SHAPE, short) if isinstance(e, Trained)] for _ in range(2)]
@@ -98,5 +121,5 @@ def test_it_keeps_the_epoch_that_was_best_on_validation() -> None:
     losses = [epoch.validation_loss for epoch in epochs if isinstance(epoch, Epoch)]
     assert min(losses) < losses[-1]
     with torch.no_grad():
-        kept = Loss(noise, recipe.gap_weight)(run.mixture, validating)
+        kept = Loss(noise, recipe)(run.mixture, validating)
     assert float(kept) == pytest.approx(min(losses), rel=1e-5)

@@ -1,0 +1,127 @@
+"""The ensemble as the graph computes it: the same numbers in a fraction of the operations.
+
+A decision's time is that of the operations, not of their sizes. So all members are computed at once; what is linear in
+a token's state and its word becomes one matrix product and one row of a table; scales, biases and the mean over members
+go into the weights next to them. One prompt at a time, and of it only the tokens that are its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from export.mixture import Ensemble, Mixture, Shape, Together
+
+_LOGITS = torch.tensor([[1.0, 1.0], [-0.5, 0.5]])
+"""From (level, gap) to the logits of (edge, cloud)."""
+
+
+class Folded(nn.Module):
+    """``states [1, L, d], mask [1, L], ids [1, L] -> edge [1, M], cloud [1, M], pull [1, L, M]``.
+
+    The L tokens are the prompt's own. Of a prompt that has none it takes any one, with a mask that is false.
+    """
+
+    @torch.no_grad()
+    def __init__(self, ensemble: Ensemble, tokens: int) -> None:
+        """For prompts of up to ``tokens`` tokens."""
+        super().__init__()
+        members = [member for member in ensemble.members if isinstance(member, Mixture)]
+        first, shape = (
+            members[0].inputs,
+            ensemble.shape,
+        )  # all have learnt from the same prompts: they read alike
+        self.shape, self.count = shape, len(members)
+
+        def columns(of: Callable[[Mixture], Tensor]) -> tuple[Tensor, Tensor]:
+            """What weights [d + words, n] of every member make of a state and of each row's word, side by side."""
+            parts = [(one, *of(one).split([shape.width, shape.words])) for one in members]
+            states = torch.cat([state for _, state, _ in parts], dim=1)
+            none = torch.zeros(1 + shape.met, states.shape[1])
+            words = [one.words @ word for one, _, word in parts if one.words is not None]
+            return states, torch.cat(words, dim=1) if words else none
+
+        # With one more expert, "none of them", whose scores are zeros.
+        read = [columns(lambda one: nn.functional.pad(one.embedding.T, (0, 1)))]
+        read += [columns(lambda one: one.projection().transpose(0, 1).flatten(1))]
+        self.together = None
+        if together := [one.together for one in members if one.together is not None]:
+            self.together = _Together(together, shape, tokens)
+            weights = torch.cat([one.narrow.weight.T for one in together], dim=1)
+            read += [(weights, torch.cat([one.words for one in together], dim=1))]
+        self.widths = [states.shape[1] for states, _ in read]
+        states, words = (torch.cat(part, dim=1) for part in zip(*read, strict=True))
+        self.states = states / first.deviation[:, None]
+        self.words = words - first.mean @ self.states
+        self.row = first.row
+
+        # sigmoid(x) - 1/2 = tanh(x / 2) / 2
+        self.shared = torch.cat([one.shared for one in members]) / 2
+        self.head = torch.cat([one.head for one in members]) @ _LOGITS / (2 * self.count)
+        bias = torch.stack([one.bias for one in members]).mean(dim=0)
+        self.bias = (bias @ _LOGITS).T.reshape(1, -1)
+        self.nothing = torch.zeros(shape.kept, self.count * shape.metrics)
+
+    def forward(self, states: Tensor, mask: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As the class says."""
+        m = self.shape.metrics
+        rows = self.row[ids[0]] if self.shape.met else torch.zeros_like(ids[0])
+        scores, narrow, *rest = (states[0] @ self.states + self.words[rows]).split(self.widths, dim=-1)
+        gates = torch.softmax(scores.reshape(-1, self.count, m + 1), dim=-1)[..., :-1]
+        gates = gates.reshape(-1, self.count * m)
+        if self.shape.selection:
+            least = torch.cat([gates, self.nothing]).topk(self.shape.kept, dim=0).values[-1:]
+            gates = gates * (gates >= least)
+        narrow = narrow.reshape(-1, self.count * m, self.shape.rank).transpose(0, 1)
+        votes = torch.tanh(narrow @ self.shared) @ self.head  # [members M, L, 2]
+        votes = (votes * gates.T[..., None]).reshape(self.count, m, -1, 2).sum(dim=0)
+        terms = votes.permute(1, 2, 0).reshape(-1, 2 * m)  # the edge's logits, then the cloud's
+        if self.together is not None:
+            terms = terms + self.together(*rest)
+        terms = terms * mask[0][:, None]
+        edge, cloud = torch.sigmoid(terms.sum(dim=0, keepdim=True) + self.bias).split(m, dim=-1)
+        low, high = terms.split(m, dim=-1)
+        return edge, cloud, (high - low)[None]
+
+
+class _Together(nn.Module):
+    """``[L, members s] -> [L, 2 M]``: from the tokens' states and words, narrowed, to terms of the logits."""
+
+    def __init__(self, parts: list[Together], shape: Shape, tokens: int) -> None:
+        super().__init__()
+        self.count, width = len(parts), shape.sentence
+        self.width, self.heads, self.metrics = width, Together.HEADS, shape.metrics
+
+        def stacked(of: Callable[[Together], Tensor]) -> Tensor:
+            return torch.stack([of(one) for one in parts])
+
+        def linear(layer: nn.Module, scale: Tensor | None = None) -> Tensor:
+            weights: Tensor = layer.weight.T
+            return weights if scale is None else weights * scale[:, None]
+
+        self.places = stacked(lambda one: one.places[torch.arange(tokens).clamp_max(Together.PLACES - 1)])
+        quiet = torch.ones(3 * width)
+        quiet[:width] = (width // self.heads) ** -0.5  # of the queries
+        self.attend = stacked(lambda one: linear(one.attend, one.before.weight) * quiet)
+        self.merge = stacked(lambda one: linear(one.merge))
+        self.widen = stacked(lambda one: linear(one.widen, one.between.weight))
+        self.widen_bias = stacked(lambda one: one.widen.bias[None])
+        self.back = stacked(lambda one: linear(one.back))
+        say = stacked(lambda one: linear(one.say)).unflatten(-1, (self.metrics, 2)) @ _LOGITS / self.count
+        self.say = torch.cat([stacked(lambda one: linear(one.weigh)), say.transpose(2, 3).flatten(2)], dim=-1)
+
+    def forward(self, inside: Tensor) -> Tensor:
+        inside = inside.reshape(-1, self.count, self.width).transpose(0, 1)
+        inside = inside + self.places[:, : inside.shape[1]]
+        read = nn.functional.layer_norm(inside, (self.width,)) @ self.attend
+        query, key, value = read.reshape(self.count, -1, 3, self.heads, self.width // self.heads).permute(
+            2, 0, 3, 1, 4
+        )
+        heard = torch.softmax(query @ key.transpose(2, 3), dim=-1) @ value
+        inside = inside + heard.transpose(1, 2).reshape(self.count, -1, self.width) @ self.merge
+        wide = torch.relu(nn.functional.layer_norm(inside, (self.width,)) @ self.widen + self.widen_bias)
+        inside = inside + wide @ self.back
+        weights, said = (inside @ self.say).split([1, 2 * self.metrics], dim=-1)
+        return (torch.softmax(weights, dim=1) * said).sum(dim=0)
