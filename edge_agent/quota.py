@@ -27,7 +27,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal, cast, get_args
 
-from edge_agent.errors import DuplicateRequest, LedgerError, QuotaExhausted
+from edge_agent.errors import DuplicateRequest, LedgerError, QuotaExhausted, RouteT2IError
 
 log = logging.getLogger(__name__)
 
@@ -350,7 +350,8 @@ class Ledger:
                 self._connection.execute("COMMIT")
                 self._account = account
             except BaseException as error:
-                self._account = None  # the file has to be asked again
+                if not isinstance(error, RouteT2IError):  # a refusal leaves the file as the account has it
+                    self._account = None  # after anything else it has to be asked again
                 # After a failed COMMIT it is open whether the change is durable. Either way is safe: what
                 # was to be reserved then counts until it is resolved, what was to be settled or released
                 # was so in truth.

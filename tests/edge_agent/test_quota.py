@@ -67,7 +67,9 @@ def remaining(ledger: Ledger) -> list[int]:
     return [state.remaining_micro_usd for state in ledger.states()]
 
 
-def test_the_account_is_at_hand_until_a_window_begins_or_a_reservation_is_refused(open_ledger: Open) -> None:
+def test_the_account_is_at_hand_until_a_window_begins_also_when_a_reservation_was_refused(
+    open_ledger: Open,
+) -> None:
     clock = Clock()
     ledger = open_ledger(Budget("daily", "day", 100), clock=clock)
     ledger.states()
@@ -75,10 +77,12 @@ def test_the_account_is_at_hand_until_a_window_begins_or_a_reservation_is_refuse
     assert ledger.at_hand
     with pytest.raises(QuotaExhausted):
         ledger.reserve("b", "app", 60)
-    assert not ledger.at_hand
-    assert remaining(ledger) == [40]
-    ledger.reserve("c", "app", 10)
+    with pytest.raises(LedgerError):
+        ledger.settle("never reserved", 1)
+    with pytest.raises(DuplicateRequest):
+        ledger.reserve("a", "app", 1)
     assert ledger.at_hand
+    assert remaining(ledger) == [40]
     clock.now += 86_400
     assert not ledger.at_hand
 
