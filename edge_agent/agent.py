@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from edge_agent import version
 from edge_agent.cloud import CloudAccepted, CloudImage
-from edge_agent.device import Device, Drawn, Job
+from edge_agent.device import Device, Drawing, Drawn, Job
 from edge_agent.errors import CloudError, CloudRefused, LedgerError, QuotaExhausted
 from edge_agent.image import Progress, with_facts
 from edge_agent.policy import Decision, Reason, Route, decide
@@ -119,10 +119,15 @@ class Agent:
             reading, decision = await self._read(request, reserving=True)
             if decision.route == "cloud":
                 decision, purchase = await self._reserve(request, reading, decision)
+            drawing = None
             if purchase is not None:
                 await closing.enter_async_context(aclosing(purchase))
+            else:  # begun before the decision is told, which takes a hundredth of a small image's time
+                drawing = await self._begin(request, reading)
+                closing.callback(drawing.stop)
             yield decision
-            events = await closing.enter_async_context(aclosing(self._make(request, reading, purchase)))
+            maker = self._make(request, reading, purchase, drawing)
+            events = await closing.enter_async_context(aclosing(maker))
             async for event in events:
                 if isinstance(event, Made):
                     yield self._result(request, decision, event, began)
@@ -272,7 +277,7 @@ class Agent:
             return ()
 
     async def _make(
-        self, request: ImageRequest, reading: Reading, purchase: Purchase | None
+        self, request: ImageRequest, reading: Reading, purchase: Purchase | None, drawing: Drawing | None
     ) -> AsyncGenerator[Progress | Made, None]:
         """From the cloud where that was bought, otherwise, or when it fails, from this device."""
         failure = ""
@@ -289,7 +294,8 @@ class Agent:
                     raise
                 failure = error.message
                 self.tally.fallbacks += 1
-        async with aclosing(self._draw(request, reading, failure)) as events:
+        drawing = drawing or await self._begin(request, reading)
+        async with aclosing(self._draw(drawing, failure)) as events:
             async for event in events:
                 yield event
 
@@ -316,9 +322,7 @@ class Agent:
                 else:
                     yield Progress(event.step, event.steps, event.preview)
 
-    async def _draw(
-        self, request: ImageRequest, reading: Reading, failure: str
-    ) -> AsyncGenerator[Progress | Made, None]:
+    async def _begin(self, request: ImageRequest, reading: Reading) -> Drawing:
         manifest = self.reader.bundle.manifest
         guidance = manifest.default_guidance if request.guidance_scale is None else request.guidance_scale
         job = Job(
@@ -331,14 +335,18 @@ class Agent:
             previews=request.preview,
             deadline=request.deadline,
         )
-        async with aclosing(self.device.draw(job)) as events:
+        return self.device.begin(job)
+
+    async def _draw(self, drawing: Drawing, failure: str) -> AsyncGenerator[Progress | Made, None]:
+        job = drawing.job
+        async with aclosing(drawing.events()) as events:
             async for event in events:
                 if isinstance(event, Drawn):
                     yield Made(
                         event.png,
                         "edge",
                         job.steps,
-                        guidance,
+                        job.guidance_scale,
                         self.reader.bundle.model_digest,
                         event.queue_position,
                         event.timings_ms,

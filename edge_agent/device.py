@@ -48,6 +48,56 @@ class Drawn:
     timings_ms: Mapping[str, float]
 
 
+class Drawing:
+    """An image that waits or is in the making. Whoever has begun it iterates over `events`, or calls `stop`."""
+
+    def __init__(self, job: Job, position: int) -> None:
+        self.job = job
+        self.position = position  # in the queue; 0 is drawn at once
+        self.stopped = Stop()
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Progress | Drawn | Exception] = asyncio.Queue()
+        self._deadline: asyncio.TimerHandle | None = None
+        if job.deadline is not None:  # an event like the others: one timer an image, and none a step
+            passed = DeadlinePassed(
+                "the deadline passed while the image waited or was being made; allow more time"
+            )
+            left_s = job.deadline - time.monotonic()
+            self._deadline = self._loop.call_later(left_s, self._events.put_nowait, passed)
+
+    def start(self, work: Future[None], left: Callable[[], None]) -> None:
+        """It is the device's `work` now; `left` is called when that has ended, whichever way."""
+        self._work = work
+        work.add_done_callback(lambda _: self._loop.call_soon_threadsafe(left))
+
+    def post(self, event: Progress | Drawn | Exception) -> None:
+        """From any thread."""
+        self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    async def events(self) -> AsyncGenerator[Progress | Drawn, None]:
+        """Progress, at most every PROGRESS_EVERY_S, then the image. Closing the iterator stops the work at once.
+
+        Raises DeadlinePassed, GenerationFailed, BundleError.
+        """
+        try:
+            while True:
+                event = await self._events.get()
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+                if isinstance(event, Drawn):
+                    return
+        finally:
+            self.stop()
+
+    def stop(self) -> None:
+        """End the work at once. Stopping what has ended does nothing."""
+        self.stopped.set()
+        self._work.cancel()
+        if self._deadline is not None:
+            self._deadline.cancel()
+
+
 class Device:
     """One worker thread, so that the local models, whichever they are, make one image at a time."""
 
@@ -66,63 +116,28 @@ class Device:
         """How long an image that came now would take, the queue before it included."""
         return (self._image_s or _GUESS_S) * (self.images + 1)
 
-    async def draw(self, job: Job) -> AsyncGenerator[Progress | Drawn, None]:
-        """Progress, at most every PROGRESS_EVERY_S, then the image. Closing the iterator stops the work at once.
-
-        Raises Busy when the queue is full, DeadlinePassed, GenerationFailed, BundleError.
-        """
+    def begin(self, job: Job) -> Drawing:
+        """Take the job into the queue. Needs a running event loop. Raises Busy when the queue is full."""
         if self.images > self.max_queue:
             raise Busy(
                 f"{self.waiting} images are waiting on this device, as many as its queue holds; try again later",
                 retry_after_s=self._image_s or _GUESS_S,
             )
-        position = self.images
-        loop = asyncio.get_running_loop()
-        events: asyncio.Queue[Progress | Drawn | Exception] = asyncio.Queue()
-
-        def post(event: Progress | Drawn | Exception) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
-
-        deadline = None
-        if job.deadline is not None:  # an event like the others: one timer an image, and none a step
-            passed = DeadlinePassed(
-                "the deadline passed while the image waited or was being made; allow more time"
-            )
-            deadline = loop.call_later(job.deadline - time.monotonic(), events.put_nowait, passed)
-        stop = Stop()
-        work = self._worker.submit(self._work, job, position, time.perf_counter(), stop, post)
+        drawing = Drawing(job, self.images)
         self.images += 1
-        work.add_done_callback(lambda done: loop.call_soon_threadsafe(self._left, done))
-        try:
-            while True:
-                event = await events.get()
-                if isinstance(event, Exception):
-                    raise event
-                yield event
-                if isinstance(event, Drawn):
-                    return
-        finally:
-            stop.set()
-            work.cancel()
-            if deadline is not None:
-                deadline.cancel()
+        drawing.start(self._worker.submit(self._work, drawing, time.perf_counter()), self._left)
+        return drawing
 
     async def close(self) -> None:
         """Wait until the worker has left the models. The callers have been told to go before."""
         await asyncio.to_thread(self._worker.shutdown)
 
-    def _left(self, _: Future[None]) -> None:
+    def _left(self) -> None:
         self.images -= 1
 
-    def _work(
-        self,
-        job: Job,
-        position: int,
-        asked: float,
-        stop: Stop,
-        post: Callable[[Progress | Drawn | Exception], None],
-    ) -> None:
+    def _work(self, drawing: Drawing, asked: float) -> None:
         """In the worker thread: the whole image. Every outcome is posted; nothing is raised."""
+        job, post = drawing.job, drawing.post
         began = stepped = told = time.perf_counter()
         try:
             for event in job.generator.generate(
@@ -132,7 +147,7 @@ class Device:
                 job.steps,
                 job.guidance_scale,
                 previews=job.previews,
-                stop=stop,
+                stop=drawing.stopped,
             ):
                 if isinstance(event, Image):
                     decoded = time.perf_counter()
@@ -145,7 +160,7 @@ class Device:
                         "decode": (decoded - stepped) * 1e3,
                         "png": (done - decoded) * 1e3,
                     }
-                    post(Drawn(png, position, timings_ms))
+                    post(Drawn(png, drawing.position, timings_ms))
                     continue
                 preview = None
                 if event.preview is not None:
