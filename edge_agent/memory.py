@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import sys
 from typing import Any
 
@@ -15,10 +16,10 @@ def share_one_heap() -> None:
 
     glibc gives each thread a heap of its own, and what a run leaves scattered over a dozen of them stays: the daemon's
     idle memory then grows by 10 MB over its first images. onnxruntime keeps its own store for the large blocks, so
-    that threads do not meet at this one.
+    that threads do not meet at this one. Whoever sets MALLOC_ARENA_MAX knows better.
     """
     mallopt = _of_libc("mallopt")
-    if mallopt is not None:
+    if mallopt is not None and "MALLOC_ARENA_MAX" not in os.environ:
         mallopt(_M_ARENA_MAX, 1)
 
 

@@ -30,7 +30,7 @@ class Tokens:
 
     @cached_property
     def own(self) -> list[int]:
-        """Positions of the prompt's own tokens, in order."""
+        """Positions of the prompt's own tokens, in order. To be read only."""
         return np.flatnonzero(self.mask).tolist()
 
     def without(self, position: int) -> Tokens:

@@ -38,6 +38,8 @@ IDLE_BYTES = 120e6
 CYCLING = """
 import json, sys
 from pathlib import Path
+from edge_agent import memory
+memory.share_one_heap()
 from edge_agent.daemon import _load_models
 from edge_agent.settings import resolve
 
