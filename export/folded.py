@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from export.mixture import Ensemble, Mixture, Shape, Together
 
-_LOGITS = torch.tensor([[1.0, 1.0], [-0.5, 0.5]])
+_TO_LOGITS = torch.tensor([[1.0, 1.0], [-0.5, 0.5]])
 """From (level, gap) to the logits of (edge, cloud)."""
 
 
@@ -28,11 +28,9 @@ class Folded(nn.Module):
     def __init__(self, ensemble: Ensemble, tokens: int) -> None:
         """For prompts of up to ``tokens`` tokens."""
         super().__init__()
-        members = [member for member in ensemble.members if isinstance(member, Mixture)]
-        first, shape = (
-            members[0].inputs,
-            ensemble.shape,
-        )  # all have learnt from the same prompts: they read alike
+        members: list[Mixture] = list(ensemble.members)
+        shape = ensemble.shape
+        first = members[0].inputs  # of all: they have learnt from the same prompts
         self.shape, self.count = shape, len(members)
 
         def columns(of: Callable[[Mixture], Tensor]) -> tuple[Tensor, Tensor]:
@@ -53,22 +51,23 @@ class Folded(nn.Module):
             read += [(weights, torch.cat([one.words for one in together], dim=1))]
         self.widths = [states.shape[1] for states, _ in read]
         states, words = (torch.cat(part, dim=1) for part in zip(*read, strict=True))
-        self.states = states / first.deviation[:, None]
-        self.words = words - first.mean @ self.states
-        self.row = first.row
+        self.mean, self.row = first.mean, first.row
+        self.states, self.words = states / first.deviation[:, None], words
 
         # sigmoid(x) - 1/2 = tanh(x / 2) / 2
         self.shared = torch.cat([one.shared for one in members]) / 2
-        self.head = torch.cat([one.head for one in members]) @ _LOGITS / (2 * self.count)
+        self.head = torch.cat([one.head for one in members]) @ _TO_LOGITS / (2 * self.count)
         bias = torch.stack([one.bias for one in members]).mean(dim=0)
-        self.bias = (bias @ _LOGITS).T.reshape(1, -1)
+        self.bias = (bias @ _TO_LOGITS).T.reshape(1, -1)
         self.nothing = torch.zeros(shape.kept, self.count * shape.metrics)
 
     def forward(self, states: Tensor, mask: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As the class says."""
         m = self.shape.metrics
         rows = self.row[ids[0]] if self.shape.met else torch.zeros_like(ids[0])
-        scores, narrow, *rest = (states[0] @ self.states + self.words[rows]).split(self.widths, dim=-1)
+        scores, narrow, *rest = ((states[0] - self.mean) @ self.states + self.words[rows]).split(
+            self.widths, dim=-1
+        )
         gates = torch.softmax(scores.reshape(-1, self.count, m + 1), dim=-1)[..., :-1]
         gates = gates.reshape(-1, self.count * m)
         if self.shape.selection:
@@ -101,27 +100,29 @@ class _Together(nn.Module):
             weights: Tensor = layer.weight.T
             return weights if scale is None else weights * scale[:, None]
 
-        self.places = stacked(lambda one: one.places[torch.arange(tokens).clamp_max(Together.PLACES - 1)])
+        self.positions = stacked(
+            lambda one: one.positions[torch.arange(tokens).clamp_max(Together.POSITIONS - 1)]
+        )
         quiet = torch.ones(3 * width)
         quiet[:width] = (width // self.heads) ** -0.5  # of the queries
-        self.attend = stacked(lambda one: linear(one.attend, one.before.weight) * quiet)
-        self.merge = stacked(lambda one: linear(one.merge))
-        self.widen = stacked(lambda one: linear(one.widen, one.between.weight))
-        self.widen_bias = stacked(lambda one: one.widen.bias[None])
-        self.back = stacked(lambda one: linear(one.back))
-        say = stacked(lambda one: linear(one.say)).unflatten(-1, (self.metrics, 2)) @ _LOGITS / self.count
-        self.say = torch.cat([stacked(lambda one: linear(one.weigh)), say.transpose(2, 3).flatten(2)], dim=-1)
+        self.qkv = stacked(lambda one: linear(one.qkv, one.norm1.weight) * quiet)
+        self.proj = stacked(lambda one: linear(one.proj))
+        self.fc1 = stacked(lambda one: linear(one.fc1, one.norm2.weight))
+        self.fc1_bias = stacked(lambda one: one.fc1.bias[None])
+        self.fc2 = stacked(lambda one: linear(one.fc2))
+        say = stacked(lambda one: linear(one.out)).unflatten(-1, (self.metrics, 2)) @ _TO_LOGITS / self.count
+        self.out = torch.cat([stacked(lambda one: linear(one.pool)), say.transpose(2, 3).flatten(2)], dim=-1)
 
     def forward(self, inside: Tensor) -> Tensor:
         inside = inside.reshape(-1, self.count, self.width).transpose(0, 1)
-        inside = inside + self.places[:, : inside.shape[1]]
-        read = nn.functional.layer_norm(inside, (self.width,)) @ self.attend
+        inside = inside + self.positions[:, : inside.shape[1]]
+        read = nn.functional.layer_norm(inside, (self.width,)) @ self.qkv
         query, key, value = read.reshape(self.count, -1, 3, self.heads, self.width // self.heads).permute(
             2, 0, 3, 1, 4
         )
         heard = torch.softmax(query @ key.transpose(2, 3), dim=-1) @ value
-        inside = inside + heard.transpose(1, 2).reshape(self.count, -1, self.width) @ self.merge
-        wide = torch.relu(nn.functional.layer_norm(inside, (self.width,)) @ self.widen + self.widen_bias)
-        inside = inside + wide @ self.back
-        weights, said = (inside @ self.say).split([1, 2 * self.metrics], dim=-1)
+        inside = inside + heard.transpose(1, 2).reshape(self.count, -1, self.width) @ self.proj
+        wide = torch.relu(nn.functional.layer_norm(inside, (self.width,)) @ self.fc1 + self.fc1_bias)
+        inside = inside + wide @ self.fc2
+        weights, said = (inside @ self.out).split([1, 2 * self.metrics], dim=-1)
         return (torch.softmax(weights, dim=1) * said).sum(dim=0)

@@ -81,24 +81,25 @@ class Shape:
 
 
 class Own:
-    """Where in a batch of padded prompts their own tokens are: half of a batch is padding, which is not computed."""
+    """Where in a batch of padded prompts their own tokens are. Half of a batch is padding: what is done to each
+    token by itself is not done there.
+    """
 
     def __init__(self, mask: Tensor) -> None:
         """``mask [B, L]`` is true on the T tokens."""
         self.mask = mask
         self.index = mask.flatten().nonzero()[:, 0]  # [T]
         self.prompts = self.index // mask.shape[1]  # [T]
-        self.places = (mask.cumsum(1) - 1)[mask]  # [T], the first in its prompt in place 0
+        self.positions = (mask.cumsum(1) - 1)[mask]  # [T], the first in its prompt in position 0
 
     def padded(self, values: Tensor) -> Tensor:
-        """``[..., T, n] -> [..., B, L, n]``, with zeros between."""
-        *lead, _, last = values.shape
-        flat = values.new_zeros(*lead, self.mask.numel(), last).index_copy(-2, self.index, values)
-        return flat.unflatten(-2, tuple(self.mask.shape))
+        """``[T, n] -> [B, L, n]``, with zeros between."""
+        flat = values.new_zeros(self.mask.numel(), values.shape[1]).index_copy(0, self.index, values)
+        return flat.unflatten(0, tuple(self.mask.shape))
 
     def packed(self, values: Tensor) -> Tensor:
-        """``[..., B, L, n] -> [..., T, n]``."""
-        return values.flatten(-3, -2).index_select(-2, self.index)
+        """``[B, L, n] -> [T, n]``."""
+        return values.flatten(0, 1).index_select(0, self.index)
 
     def summed(self, values: Tensor) -> Tensor:
         """``[T, n] -> [B, n]``, over the tokens of each prompt."""
@@ -134,46 +135,46 @@ class Together(nn.Module):
 
     HEADS = 4
     DROPOUT = 0.1
-    HIDDEN = 0.5
+    MASKED = 0.5
     """Share of the tokens whose state it does not see in training."""
-    PLACES = 128
-    """Tokens beyond so many share the last one's place. CLIP reads 77."""
+    POSITIONS = 128
+    """Tokens beyond so many share the last one's position. CLIP reads 77."""
 
-    def __init__(self, shape: Shape, outputs: int, hidden: float = HIDDEN) -> None:
-        """Says `outputs` numbers; `hidden` in place of HIDDEN."""
+    def __init__(self, shape: Shape, outputs: int, masked: float = MASKED) -> None:
+        """Says `outputs` numbers; `masked` in place of MASKED."""
         super().__init__()
-        self.hidden, width = hidden, shape.sentence
+        self.masked, width = masked, shape.sentence
         self.words = nn.Parameter(torch.randn(1 + shape.met, width) * 0.5)
-        self.places = nn.Parameter(torch.randn(self.PLACES, width) * 0.1)
+        self.positions = nn.Parameter(torch.randn(self.POSITIONS, width) * 0.1)
         self.narrow = nn.Linear(shape.width, width, bias=False)
-        self.before, self.between = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
-        self.attend, self.merge = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
-        self.widen, self.back = nn.Linear(width, 2 * width), nn.Linear(2 * width, width, bias=False)
-        self.weigh = nn.Linear(width, 1, bias=False)
-        self.say = nn.Linear(width, outputs, bias=False)
+        self.norm1, self.norm2 = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
+        self.qkv, self.proj = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.fc1, self.fc2 = nn.Linear(width, 2 * width), nn.Linear(2 * width, width, bias=False)
+        self.pool = nn.Linear(width, 1, bias=False)
+        self.out = nn.Linear(width, outputs, bias=False)
         self.dropout = nn.Dropout(self.DROPOUT)
         with torch.no_grad():
             self.words[0] = 0.0  # of tokens that were never met nothing is known
-            self.say.weight.zero_()
+            self.out.weight.zero_()
 
     def forward(self, states: Tensor, rows: Tensor, own: Own) -> Tensor:
         """``states [T, d], rows [T] -> [T, outputs]``, a term of each token; what is said is their sum."""
-        if self.training and self.hidden:
-            states = states * (torch.rand(len(states), 1) >= self.hidden)
-        places = self.places[own.places.clamp_max(self.PLACES - 1)]
-        inside = self.narrow(self.dropout(states)) + self.dropout(self.words[rows]) + places
+        if self.training and self.masked:
+            states = states * (torch.rand(len(states), 1) >= self.masked)
+        positions = self.positions[own.positions.clamp_max(self.POSITIONS - 1)]
+        inside = self.narrow(self.dropout(states)) + self.dropout(self.words[rows]) + positions
         query, key, value = (
             part.unflatten(-1, (self.HEADS, -1)).transpose(1, 2)
-            for part in own.padded(self.attend(self.before(inside))).chunk(3, dim=-1)
+            for part in own.padded(self.qkv(self.norm1(inside))).chunk(3, dim=-1)
         )
         scores = (query @ key.transpose(2, 3) * query.shape[-1] ** -0.5).masked_fill(
             ~own.mask[:, None, None], _NOT
         )
         heard = scores.softmax(dim=-1) @ value
-        inside = inside + self.dropout(self.merge(own.packed(heard.transpose(1, 2).flatten(2))))
-        inside = inside + self.dropout(self.back(torch.relu(self.widen(self.between(inside)))))
-        weights = own.padded(self.weigh(inside)).masked_fill(~own.mask[..., None], _NOT).softmax(dim=1)
-        terms: Tensor = own.packed(weights) * self.say(inside)
+        inside = inside + self.dropout(self.proj(own.packed(heard.transpose(1, 2).flatten(2))))
+        inside = inside + self.dropout(self.fc2(torch.relu(self.fc1(self.norm2(inside)))))
+        weights = own.padded(self.pool(inside)).masked_fill(~own.mask[..., None], _NOT).softmax(dim=1)
+        terms: Tensor = own.packed(weights) * self.out(inside)
         return terms
 
 

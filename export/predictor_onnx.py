@@ -47,8 +47,8 @@ def export(ensemble: Ensemble, path: Path, tokens: int) -> float:
         torch.zeros(1, tokens, dtype=torch.int64),
     )
     with warnings.catch_warnings():
-        # Tracing warns of Python's min over K and L, and of a newer exporter, which needs packages that nothing else
-        # here does. Whether the graph is right is decided by the comparison below.
+        # Tracing warns of a newer exporter, which needs packages that nothing else here does. Whether the graph is
+        # right is decided by the comparison below.
         warnings.simplefilter("ignore")
         torch.onnx.export(
             Folded(ensemble, tokens).eval(),

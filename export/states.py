@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +47,7 @@ class TokenStates:
         return states, mask, ids
 
 
+Arrays = Mapping[str, NDArray[Any]]
 Encoded = Iterator[tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.int64]]]
 """States [1, L, d], mask [L] and ids [1, L] of one prompt after the other."""
 
@@ -57,7 +59,8 @@ def encode(bundle: Bundle, prompts: Sequence[str]) -> Encoded:
 
 def of_prompts(cache: Path, bundle: Bundle, prompts: Sequence[str]) -> TokenStates:
     """The states of `prompts`, read from the folder `cache` when they were made before, made when not."""
-    return _kept(_file(cache, "states", bundle, prompts), lambda: encode(bundle, prompts))
+    kept = _kept(_file(cache, "states", bundle, prompts), lambda: _joined(encode(bundle, prompts)))
+    return TokenStates(kept["tokens"], kept["ids"], kept["starts"])
 
 
 def of_shorter_prompts(
@@ -67,16 +70,18 @@ def of_shorter_prompts(
 
     A prompt without any stays as it is.
     """
-    draw = np.random.default_rng(seed)
-    tokens = _tokenized(bundle, prompts)
-    deleted = [int(draw.integers(max(1, len(one.own)))) for one in tokens]
 
-    def make() -> Encoded:
+    def make() -> Arrays:
+        draw = np.random.default_rng(seed)
+        tokens = _tokenized(bundle, prompts)
+        deleted = [int(draw.integers(max(1, len(one.own)))) for one in tokens]
         pairs = zip(tokens, deleted, strict=True)
         shorter = [one.without(one.own[place]) if one.own else one for one, place in pairs]
-        return _encoded(bundle, shorter, "token states of shorter prompts")
+        made = _encoded(bundle, shorter, "token states of shorter prompts")
+        return {**_joined(made), "deleted": np.array(deleted)}
 
-    return _kept(_file(cache, f"shorter-{seed}", bundle, prompts), make), np.array(deleted)
+    kept = _kept(_file(cache, f"shorter-{seed}", bundle, prompts), make)
+    return TokenStates(kept["tokens"], kept["ids"], kept["starts"]), kept["deleted"]
 
 
 def _tokenized(bundle: Bundle, prompts: Sequence[str]) -> list[Tokens]:
@@ -96,21 +101,26 @@ def _file(cache: Path, kind: str, bundle: Bundle, prompts: Sequence[str]) -> Pat
     return cache / f"{kind}-{key[:16]}.npz"
 
 
-def _kept(file: Path, make: Callable[[], Encoded]) -> TokenStates:
+def _joined(made: Encoded) -> Arrays:
+    states = TokenStates.join([(states[0][mask], ids[0][mask]) for states, mask, ids in made])
+    return {"tokens": states.tokens, "ids": states.ids, "starts": states.starts}
+
+
+def _kept(file: Path, make: Callable[[], Arrays]) -> Arrays:
     """What the file holds, or else what is made, and kept there."""
     if kept := _read(file):
         return kept
-    joined = TokenStates.join([(states[0][mask], ids[0][mask]) for states, mask, ids in make()])
+    made = make()
     part = file.with_name(file.name + ".part")
     with part.open("wb") as out:
-        np.savez(out, tokens=joined.tokens, ids=joined.ids, starts=joined.starts)
+        np.savez(out, **made)
     part.replace(file)
-    return joined
+    return made
 
 
-def _read(file: Path) -> TokenStates | None:
+def _read(file: Path) -> Arrays:
     try:
         with np.load(file) as kept:
-            return TokenStates(kept["tokens"], kept["ids"], kept["starts"])
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-        return None  # A cache that cannot be read is made again.
+            return dict(kept)
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return {}  # A cache that cannot be read is made again.

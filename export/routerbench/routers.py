@@ -186,7 +186,7 @@ class RouteT2I:
         return Shape(prompts.examples.states.shape[-1], prompts.examples.edge.shape[1])
 
     def fit(self, train: Prompts, validation: Prompts, seed: int, **setting: float) -> Scorer:
-        """As `edge-export train` does."""
+        """As `edge-export train` does, by the recipe of this class."""
         shape = self.shape(train)
         known, held_out = (_targets(part.examples, shape.metrics) for part in (train, validation))
         recipe = Recipe(seeds=self.mixtures, steps=self.steps, deletion_weight=self.deletion_weight)
@@ -317,7 +317,7 @@ class _Attentive(nn.Module):
         shape = knowing(shape, examples, train.vocabulary)
         self.inputs = Inputs(shape)
         self.inputs.start_from(examples.states[examples.mask], examples.ids[examples.mask])
-        self.together = Together(shape, outputs, hidden=0.0)
+        self.together = Together(shape, outputs, masked=0.0)
         self.bias = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, states: Tensor, mask: Tensor, ids: Tensor) -> Tensor:

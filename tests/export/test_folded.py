@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from export.folded import Folded
-from export.mixture import Ensemble, Mixture, Shape
+from export.mixture import Ensemble, Mixture, Shape, Together
 
 TOKENS = 12
 SHAPE = Shape(width=16, metrics=3, kept=4, rank=2, hidden=8)
@@ -22,7 +22,7 @@ def ensemble_of(shape: Shape, members: int) -> Ensemble:
         for mixture in mixtures:
             mixture.start_from(states, ids, torch.rand(20, shape.metrics), torch.rand(20, shape.metrics))
             for weights in mixture.parameters():
-                if not weights.any():
+                if len(weights.unique()) == 1:
                     torch.nn.init.normal_(weights)
     return Ensemble(mixtures).eval()
 
@@ -52,6 +52,18 @@ def test_folded_the_ensemble_says_the_same_of_every_prompt(shape: Shape, members
         with torch.no_grad():
             for ours, theirs in zip(folded(*prompt), ensemble(*prompt), strict=True):
                 torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_beyond_the_last_place_tokens_share_it() -> None:
+    ensemble, count = ensemble_of(FULL, 2), Together.POSITIONS + 2
+    prompt = (
+        torch.randn(1, count, 16),
+        torch.ones(1, count, dtype=torch.bool),
+        torch.randint(20, (1, count)),
+    )
+    with torch.no_grad():
+        for ours, theirs in zip(Folded(ensemble, count)(*prompt), ensemble(*prompt), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
 def test_every_part_of_it_is_felt() -> None:

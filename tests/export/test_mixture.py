@@ -73,7 +73,7 @@ def test_padding_changes_nothing() -> None:
 def test_a_prompt_is_read_alike_alone_and_among_others() -> None:
     mixture = made_up(replace(SHAPE, words=4, sentence=8, vocabulary=10, met=10))
     assert mixture.together is not None
-    torch.nn.init.normal_(mixture.together.say.weight)
+    torch.nn.init.normal_(mixture.together.out.weight)
     one, other = prompt(10, 6), prompt(10, 3)
     both = mixture(*(torch.cat(pair) for pair in zip(other, one, strict=True)))
     for alone, among in zip(mixture(*one), both, strict=True):
@@ -99,7 +99,7 @@ def test_what_tokens_say_together_depends_on_their_company_and_still_adds_up() -
     shape = replace(SHAPE, sentence=8, vocabulary=10, met=10)
     mixture = made_up(shape)
     assert mixture.together is not None
-    torch.nn.init.normal_(mixture.together.say.weight)
+    torch.nn.init.normal_(mixture.together.out.weight)
     states, mask, ids = prompt(10, 6)
     edge, cloud, pull = mixture(states, mask, ids)
     torch.testing.assert_close(gap(edge, cloud), mixture.bias[:, 1] + pull.sum(1), atol=1e-5, rtol=0)
@@ -146,7 +146,7 @@ def test_an_ensemble_s_gap_and_pull_are_the_means_of_its_members(sentence: int) 
     for member in members:
         member.inputs = members[0].inputs  # they learn from the same prompts
         if member.together is not None:
-            torch.nn.init.normal_(member.together.say.weight)
+            torch.nn.init.normal_(member.together.out.weight)
     alone = [member(*prompt(10, 7)) for member in members]
     edge, cloud, pull = Ensemble(members)(*prompt(10, 7))
     mean = torch.stack([gap(low, high) for low, high, _ in alone]).mean(0)
