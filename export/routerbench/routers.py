@@ -21,7 +21,7 @@ from export.train import Examples, Recipe, Trained, knowing
 from export.train import train as train_mixtures
 
 NOTHING: Sequence[Mapping[str, float]] = ({},)
-RATES = ({"learning_rate": 3e-4}, {"learning_rate": 1e-3})  # 3e-3 was worse on validation where it was tried
+RATES = ({"learning_rate": 3e-4}, {"learning_rate": 1e-3})
 
 
 class Random:
@@ -307,7 +307,8 @@ class _Pooled(nn.Module):
 class _Attentive(nn.Module):
     """One transformer layer over token states and words, pooled by attention: what a classifier's own top would be.
 
-    The layer is ours (`export.mixture.Together`), all that there is to see shown to it.
+    The layer is ours (`export.mixture.Together`), shown all states in training: with half of them masked, as ours
+    learns, ZOOTER won no more on validation prompts (5.5 in place of 5.8 thousandths).
     """
 
     def __init__(self, train: Prompts, outputs: int) -> None:
