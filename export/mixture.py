@@ -162,7 +162,7 @@ class Together(nn.Module):
         if self.training and self.masked:
             states = states * (torch.rand(len(states), 1) >= self.masked)
         positions = self.positions[own.positions.clamp_max(self.POSITIONS - 1)]
-        inside = self.narrow(self.dropout(states)) + self.dropout(self.words[rows]) + positions
+        inside = self.narrow(states) + self.words[rows] + positions
         query, key, value = (
             part.unflatten(-1, (self.HEADS, -1)).transpose(1, 2)
             for part in own.padded(self.qkv(self.norm1(inside))).chunk(3, dim=-1)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from export.starter.world import Group, Scene, caption, sample_scene
 
 PROMPTS = {
-    "train": 5600,
+    "train": 11200,
     "validation": 200,
     "calibration": 400,
     "test": 800,
