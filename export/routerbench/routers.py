@@ -179,7 +179,8 @@ class RouteT2I:
     """
 
     name, settings = "routet2i", NOTHING
-    mixtures, steps, deletion_weight = 1, 2 * Recipe.steps, 0.0
+    mixtures, steps = 1, 2 * Recipe.steps
+    gain_weight = deletion_weight = 0.0  # neither is the paper's
 
     def shape(self, prompts: Prompts) -> Shape:
         """Of the mixture."""
@@ -189,7 +190,12 @@ class RouteT2I:
         """As `edge-export train` does, by the recipe of this class."""
         shape = self.shape(train)
         known, held_out = (_targets(part.examples, shape.metrics) for part in (train, validation))
-        recipe = Recipe(seeds=self.mixtures, steps=self.steps, deletion_weight=self.deletion_weight)
+        recipe = Recipe(
+            seeds=self.mixtures,
+            steps=self.steps,
+            gain_weight=self.gain_weight,
+            deletion_weight=self.deletion_weight,
+        )
         events = train_mixtures(known, held_out, shape, recipe, first=seed * self.mixtures)
         ensemble = Ensemble([event.mixture for event in events if isinstance(event, Trained)]).eval()
 
@@ -247,7 +253,8 @@ class Ours(RouteT2I):
     """
 
     name = "ours"
-    mixtures, steps, deletion_weight = Recipe.seeds, Recipe.steps, Recipe.deletion_weight
+    mixtures, steps = Recipe.seeds, Recipe.steps
+    gain_weight, deletion_weight = Recipe.gain_weight, Recipe.deletion_weight
 
     def shape(self, prompts: Prompts) -> Shape:
         """Of each mixture."""
