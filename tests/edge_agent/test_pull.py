@@ -550,7 +550,7 @@ def test_a_pull_that_is_killed_goes_on_and_fetches_nothing_twice(
 ) -> None:
     models = tmp_path / "data" / "routet2i" / "models"
     partial = models / ".partial" / "hollow"
-    web.block_bytes, web.pause_s = 20_000, 0.01
+    web.block_bytes, web.pause_s = 20_000, 0.05  # seconds for all of it: the signal has to meet it
     with pulling_process(web, tmp_path) as first:
         while not (partial / DENOISER).exists() or (partial / DENOISER).stat().st_size < 200_000:
             assert first.poll() is None
