@@ -37,6 +37,10 @@ from edge_agent.superiority import METRICS
 from edge_agent.terminal import add_command, client, print_facts, print_json, print_table
 from routet2i.edge.v1 import edge_pb2
 
+SWITCH_S = 1e-4
+"""How long a thread may keep Python to itself while the daemon's others wait for it. The device's thread wants it for
+microseconds between two runs; by Python's default of 5 ms an image waited until its decision had been told."""
+
 DESCRIPTION = """\
 Makes images from prompts on this device, and asks a cloud server for those that a larger model is predicted to do
 better, as far as the quota allows.
@@ -220,6 +224,7 @@ def _serve(options: argparse.Namespace) -> int:
     chosen = settings.resolve(vars(options), os.environ)
     log.configure(as_json=chosen.log_format == "json")
     memory.share_one_heap()
+    sys.setswitchinterval(SWITCH_S)
     from edge_agent.daemon import run  # the commands need none of it
 
     daemon = asyncio.run(run(chosen))

@@ -79,10 +79,16 @@ class Daemon:
     async def startup(self) -> None:
         """Opens ledger and address; health says NOT_SERVING. Raises StartRefused or LedgerError."""
         settings = self.settings
-        if settings.address.startswith("unix:"):
-            _clear_socket(Path(settings.address.removeprefix("unix:")))
+        path = settings.address.removeprefix("unix:")
+        socket_file = None if path == settings.address else Path(path)
+        if socket_file is not None:
+            _check_socket(socket_file)
         ledger = Ledger.open(settings.ledger_file, settings.budget, settings.rate)
         try:
+            if socket_file is not None:
+                _clear_socket(
+                    socket_file
+                )  # now that the ledger is ours: of two that start at once only one comes here
             self._purchases = Purchases(ledger, _cloud_client(settings))
             self._service = EdgeAgentService(self.reload)
             self._server = grpc.aio.server(interceptors=(HandOverMalformed(),), options=CHANNEL_OPTIONS)
@@ -324,8 +330,8 @@ def _cloud_client(settings: Settings) -> CloudClient | None:
     )
 
 
-def _clear_socket(path: Path) -> None:
-    """Make the socket's folder, and take away the socket of a daemon that was killed.
+def _check_socket(path: Path) -> None:
+    """Make the socket's folder. What lies at `path` afterwards, if anything, is the socket of a daemon that was killed.
 
     Raises StartRefused when a daemon answers there, or something else lies there.
     """
@@ -339,11 +345,19 @@ def _clear_socket(path: Path) -> None:
             raise StartRefused(
                 f"an edge-agent is already running at {path}; use that one, stop it, or choose another --listen"
             )
-        path.unlink()
     except OSError as error:
         raise StartRefused(
             f"cannot make the socket {path}: {error.strerror}; choose another with --listen unix:PATH"
         ) from error
+
+
+def _clear_socket(path: Path) -> None:
+    """Take away the socket of a daemon that was killed. Raises what `_check_socket` does."""
+    _check_socket(path)
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StartRefused(f"cannot remove the old socket {path}: {error.strerror}") from error
 
 
 def _answers(path: Path) -> bool:

@@ -127,7 +127,7 @@ class Session:
         with self._loading:
             self._session = self.loaded_at = None
 
-    def _loaded(self, stop: Stop) -> ort.InferenceSession:
+    def _loaded(self, stop: Stop | None) -> ort.InferenceSession:
         """The session, loaded if it is not. Raises BundleError when its files are not those that were checked."""
         session = self._session
         if session is None:
@@ -139,7 +139,7 @@ class Session:
                             f"{self.path} has changed since the bundle was checked: take the bundle up anew with "
                             "`edge-agent models use`, or restart edge-agent"
                         )
-                    session = self._session = self._load(stop)
+                    session = self._session = self._load(stop or Stop())
         return session
 
     def _load(self, stop: Stop) -> ort.InferenceSession:
@@ -221,17 +221,19 @@ class Session:
         if shrink:
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", self._devices)
         feeds = {name: np.asarray(value, self._dtypes[name]) for name, value in inputs.items()}
-        stop = stop or Stop()
         session = self._loaded(stop)
         end = partial(setattr, options, "terminate", True)
-        stop.enter(end)
+        if stop is not None:
+            stop.enter(end)
         try:
             outputs = session.run(self._outputs, feeds, options)
         except Exception as error:  # onnxruntime's own exceptions share no base class
-            stop.check()
+            if stop is not None:
+                stop.check()
             raise GenerationFailed(f"onnxruntime failed in {self.path}: {error}") from error
         finally:
-            stop.leave(end)
+            if stop is not None:
+                stop.leave(end)
         return [
             value.astype(np.float32, copy=False) if value.dtype.kind == "f" else value for value in outputs
         ]

@@ -161,6 +161,18 @@ def test_the_socket_of_a_killed_daemon_is_taken_over_and_a_live_one_is_not(
     assert health(f"unix:{folder}/edge-agent/agent.sock") == "SERVING"
 
 
+def test_of_two_that_start_at_once_only_the_one_with_the_ledger_clears_a_socket_away(
+    folder: Path, refused: Refused
+) -> None:
+    path = folder / "agent.sock"
+    with socket.socket(socket.AF_UNIX) as bound_and_not_listening_yet:
+        bound_and_not_listening_yet.bind(str(path))
+        ledger = Ledger.open(folder / "quota.sqlite3", ())
+        assert "in use by another edge-agent" in refused("--state", folder, "--listen", f"unix:{path}")
+        ledger.close()
+        assert path.exists()
+
+
 def test_what_lies_at_the_sockets_place_is_left_alone(folder: Path, refused: Refused) -> None:
     (folder / "file").write_text("precious")
     assert "no socket" in refused("--listen", f"unix:{folder}/file")
