@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 Found = TypeVar("Found")
 
 SHORT_READING_MS = 5.0
-"""What is read this quickly is read in the event loop: turning to another thread and back takes a third of a millisecond,
-and no call notices that the loop was away for so long."""
+"""What is read this quickly is read in the event loop: turning to another thread and back takes a third of a
+millisecond, and no call notices that the loop was away for so long."""
 
 SHORT_PROMPT = 500
 """Characters up to which a prompt is taken to be read as quickly as the one before it."""

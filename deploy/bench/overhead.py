@@ -28,12 +28,13 @@ from edge_agent.image import encode_png
 from edge_agent.reader import Reader
 from edge_agent.settings import ENVIRONMENT_PREFIX
 from errors import BenchError
-from estimate import calm_ratio, quantile
+from estimate import calm, calm_ratio, quantile
 from plan import PROMPTS, Plan
 from routet2i.edge.v1 import edge_pb2
 from routet2i.edge.v1.edge_pb2_grpc import EdgeAgentServiceStub
 from routet2i.image.v1 import image_pb2
 from row import Row
+from stream import running_stream
 
 GROUP = "agent"
 PERCENT, MILLISECONDS = 3.0, 3.0  # target: the larger of the two
@@ -62,12 +63,22 @@ def rows(plan: Plan) -> list[Row]:
             "reading the prompt, diffusion and PNG",
             calm=100 * (calm_ratio(agent, direct) - 1),
             details=found,
-        )
+        ),
+        Row(
+            GROUP,
+            "a gRPC stream of the same messages with nothing behind it",
+            "ms",
+            "",
+            quantile(found["stream_ms"]),
+            None,
+            note="the part of it that no server in Python is without",
+            calm=calm(found["stream_ms"]),
+        ),
     ]
 
 
 def measure(folder: Path, threads: int, images: int) -> Reply:
-    """Images through the agent and directly, in turns, in milliseconds."""
+    """Images through the agent, directly, and messages alone, in turns, in milliseconds."""
     bundle = Bundle.open(folder)
     manifest = bundle.manifest
     generator = Generator(bundle, Runtime(threads=threads))
@@ -81,11 +92,12 @@ def measure(folder: Path, threads: int, images: int) -> Reply:
         assert isinstance(image, Image)  # noqa: S101  # the last event
         return encode_png(image.pixels)
 
-    found: Reply = {"agent_ms": [], "direct_ms": []}
-    with running_agent(folder, threads) as (stub, _):
+    found: Reply = {"agent_ms": [], "direct_ms": [], "stream_ms": []}
+    with running_agent(folder, threads) as (stub, _), running_stream() as stream:
+        sizes: list[int] = []
 
         def agent(prompt: str, seed: int) -> bytes:
-            return through_agent(stub, prompt, seed)
+            return through_agent(stub, prompt, seed, sizes)
 
         for number in range(images + 1):
             prompt = PROMPTS[number % len(PROMPTS)]
@@ -97,16 +109,19 @@ def measure(folder: Path, threads: int, images: int) -> Reply:
                 found[f"{name}_ms"].append((time.perf_counter() - began) * 1e3)
             if not np.array_equal(*map(pixels, pngs)):
                 raise BenchError("the agent's image is not the one that the same calls make directly")
+            found["stream_ms"].append(stream(sizes, found["direct_ms"][-1] / 1e3) * 1e3)
     return {name: series[1:] for name, series in found.items()}  # the first pair warmed both up
 
 
-def through_agent(stub: EdgeAgentServiceStub, prompt: str, seed: int) -> bytes:
-    """The PNG that the agent streams."""
-    png = bytearray()
+def through_agent(
+    stub: EdgeAgentServiceStub, prompt: str, seed: int, sizes: list[int] | None = None
+) -> bytes:
+    """The PNG that the agent streams. `sizes` is filled with the bytes of the messages."""
     request = edge_pb2.GenerateRequest(image=image_pb2.ImageRequest(prompt=prompt, seed=seed))
-    for response in stub.Generate(request):
-        png += response.image_chunk.data
-    return bytes(png)
+    responses = list(stub.Generate(request))
+    if sizes is not None:
+        sizes[:] = [response.ByteSize() for response in responses]
+    return b"".join(response.image_chunk.data for response in responses)
 
 
 def pixels(png: bytes) -> np.ndarray:

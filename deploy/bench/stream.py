@@ -1,0 +1,72 @@
+"""A gRPC stream of an image's messages with nothing behind it: what nobody who streams an image can do without.
+
+Its server is started as `python deploy/bench/stream.py ADDRESS` and ends with its input.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+
+SERVICE, METHOD = "bench.Stream", "Replay"
+LOADED_S = 60.0
+_PAUSED = struct.Struct("d")
+
+
+@contextmanager
+def running_stream() -> Iterator[Callable[[Sequence[int], float], float]]:
+    """Of messages of so many bytes, with a pause of so many seconds after the first: the seconds beside the pause."""
+    with tempfile.TemporaryDirectory() as folder:
+        address = f"unix:{folder}/stream.sock"
+        command = [sys.executable, __file__, address]
+        with (
+            subprocess.Popen(command, stdin=subprocess.PIPE) as server,
+            grpc.insecure_channel(address) as channel,
+        ):
+            grpc.channel_ready_future(channel).result(LOADED_S)
+            call: Any = channel.unary_stream(f"/{SERVICE}/{METHOD}")
+
+            def stream(sizes: Sequence[int], pause_s: float) -> float:
+                began = time.perf_counter()
+                *_, last = call(json.dumps([list(sizes), pause_s]).encode())
+                return time.perf_counter() - began - float(_PAUSED.unpack_from(last)[0])
+
+            yield stream
+            server.communicate()
+
+
+async def replay(request: bytes, context: Any) -> None:
+    """The messages. The last one begins with how long the pause became."""
+    (first, *between, last), pause_s = json.loads(request)
+    await context.write(bytes(first))
+    began = time.perf_counter()
+    await asyncio.sleep(pause_s)
+    paused = _PAUSED.pack(time.perf_counter() - began)
+    for size in between:
+        await context.write(bytes(size))
+    await context.write(paused + bytes(max(0, last - len(paused))))
+
+
+async def serve(address: str) -> None:
+    """Until standard input ends."""
+    server = grpc.aio.server()
+    handler = grpc.unary_stream_rpc_method_handler(replay)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
+    server.add_insecure_port(address)
+    await server.start()
+    await asyncio.to_thread(sys.stdin.read)
+    await server.stop(None)
+
+
+if __name__ == "__main__":
+    asyncio.run(serve(sys.argv[1]))
