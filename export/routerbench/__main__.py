@@ -166,18 +166,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench = Bench(test, each, counted, said["test"])
 
     fitted: dict[str, Fitted] = {}
+    there = {split: numbers for split, numbers in said.items() if split != "validation"}
     with ProcessPoolExecutor(options.processes) as pool, progress() as bar:
-        task = bar.add_task("routers", total=len(routers))
-        for done in as_completed(
-            [pool.submit(fit, router, data) for router in reversed(routers)]
-        ):  # slowest first
-            fitted[done.result().name] = done.result()
-            bar.update(task, advance=1, note=done.result().name)
+        # The slowest first; what is measured beside routers fills the gap that the last one leaves.
+        fitting = [pool.submit(fit, router, data) for router in reversed(routers)]
+        limiting = pool.submit(_ceiling, outcomes.split("train"), test, known)
+        deciding = pool.submit(decisions, bundle, outcomes, there)
+        parts = {limiting: "what can be foreseen", deciding: "the bundle's decisions"}
+        task = bar.add_task("routers", total=len(fitting) + len(parts))
+        for done in as_completed([*fitting, *parts]):
+            if done in fitting:
+                fitted[done.result().name] = done.result()
+            bar.update(task, advance=1, note=parts.get(done) or done.result().name)
+        limit, made = limiting.result(), deciding.result()
     order = [fitted[router.name] for router in routers]
     points = {one.name: bench.points(one.scores["test"]) for one in order}
-    there = [split for split in said if split != "validation"]
-    made = decisions(bundle, outcomes, {split: said[split] for split in there})
-    limit = _ceiling(outcomes.split("train"), test, known)
     if limit is not None:
         points[report.REFERENCE] = bench.points([limit.scores])
     every = (test.cloud_seeds.astype(np.float64) - test.edge_seeds).mean(axis=2)

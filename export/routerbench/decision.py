@@ -29,7 +29,6 @@ from export.evaluate import Estimate, estimate, resampled, spearman
 from export.outcomes import Outcomes
 from export.routerbench.measure import RATES, RESAMPLES
 from export.routerbench.router import Floats
-from export.terminal import progress
 
 EXPLAINED = 200  # test prompts whose tokens are deleted, one after the other
 BINS = 8  # of predicted PRS, with equally many prompts
@@ -156,17 +155,8 @@ def decisions(
     tokens = {
         split: [decider.tokenizer.encode(text) for text in part.prompts] for split, part in parts.items()
     }
-    with progress() as bars:
-        made = {
-            split: [decider.decide(one) for one in bars.track(rows, description=f"decisions, {split}")]
-            for split, rows in tokens.items()
-        }
-        explanations = _explanations(
-            decider,
-            list(bars.track(tokens["test"][:EXPLAINED], description="explanations")),
-            scenes["test"][:EXPLAINED],
-            seed,
-        )
+    made = {split: [decider.decide(one) for one in rows] for split, rows in tokens.items()}
+    explanations = _explanations(decider, tokens["test"][:EXPLAINED], scenes["test"][:EXPLAINED], seed)
     predicted = {split: np.array([prs for prs, _, _ in rows]) for split, rows in made.items()}
     realised = {
         split: np.array([decider.prs(*pair) for pair in zip(part.edge, part.cloud, strict=True)])
