@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -380,17 +380,11 @@ def _known(table: Mapping[Any, Wish], value: int, field: str) -> Wish:
 
 def _decision(decision: Decision, agent: Agent) -> edge_pb2.Decision:
     calibration = agent.reader.calibration
-    return edge_pb2.Decision(
+    told = edge_pb2.Decision(
         route=ROUTES[decision.route],
         reason=REASONS[decision.reason],
         prs=decision.prs,
         alpha=decision.alpha,
-        edge_quality=_metrics(decision.edge_quality),
-        cloud_quality=_metrics(decision.cloud_quality),
-        tokens=[
-            edge_pb2.TokenPull(text=token.text, pull=_metrics(token.pull), prs_without=token.prs_without)
-            for token in decision.tokens
-        ],
         quota=map(_budget, decision.quota),
         timings=_timings(decision.timings_ms),
         edge_model_digest=agent.reader.bundle.model_digest,
@@ -398,6 +392,11 @@ def _decision(decision: Decision, agent: Agent) -> edge_pb2.Decision:
         calibration_id=calibration.calibration_id if calibration else "",
         prompt_truncated=decision.prompt_truncated,
     )
+    _add_metrics(told.edge_quality, decision.edge_quality)
+    _add_metrics(told.cloud_quality, decision.cloud_quality)
+    for token in decision.tokens:
+        _add_metrics(told.tokens.add(text=token.text, prs_without=token.prs_without).pull, token.pull)
+    return told
 
 
 def _result(result: Result, agent: Agent) -> edge_pb2.Result:
@@ -427,10 +426,10 @@ def _result(result: Result, agent: Agent) -> edge_pb2.Result:
     )
 
 
-def _metrics(values: Iterable[float]) -> list[edge_pb2.MetricValue]:
-    values = tuple(values)
-    names = METRICS[: len(values)]  # none where no predictor ran
-    return [edge_pb2.MetricValue(name=name, value=value) for name, value in zip(names, values, strict=True)]
+def _add_metrics(told: Any, values: Sequence[float]) -> None:
+    """In place: a decision is made of hundreds of these messages, and of a list each would be copied."""
+    for name, value in zip(METRICS[: len(values)], values, strict=True):  # no values where no predictor ran
+        told.add(name=name, value=value)
 
 
 def _budget(state: BudgetState) -> edge_pb2.BudgetState:
