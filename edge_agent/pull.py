@@ -118,7 +118,12 @@ def source_of(text: str, environment: Mapping[str, str]) -> Source:
             )
         endpoint = environment.get("HF_ENDPOINT") or HUB
         _check_address(endpoint, "HF_ENDPOINT")
-        return HubSource(endpoint, found[1], found[2] or "main", environment.get("HF_TOKEN", ""))
+        token = environment.get("HF_TOKEN", "").strip()  # a file's last line break often comes along
+        if not (token.isascii() and token.isprintable()):
+            raise InvalidRequest(
+                "HF_TOKEN holds characters that no token can have; set it to the token alone"
+            )
+        return HubSource(endpoint, found[1], found[2] or "main", token)
     if "://" in text:
         _check_address(text, "the source")
         return WebSource(text)
@@ -479,6 +484,11 @@ class WebSource:
 
     _how_to_be_let_in = "make it readable without credentials, or put the bundle where it is"
 
+        if isinstance(reason, (ValueError, http.client.InvalidURL)):
+            # Its own text is not repeated: it quotes headers and signed addresses.
+            return SourceRefused(
+                f"{host} cannot be asked: the address, or one that it redirects to, is not well-formed"
+            )
     def _address(self, name: str) -> str:
         return self._base._replace(path=f"{self._base.path}/{urllib.parse.quote(name)}").geturl()
 

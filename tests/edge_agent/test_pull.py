@@ -350,6 +350,32 @@ def test_the_hub_says_how_to_be_let_in_and_what_to_export(web: Web, store: Store
         fetch(asked, store)
     web.misbehave("status", code=401)
     with pytest.raises(SourceRefused, match="HF_TOKEN"):
+def test_a_token_with_its_files_line_break_is_taken_without_it(web: Web, store: Store, hollow: Path) -> None:
+    hub(web, hollow)
+    fetch(source_of("hf:someone/hollow", {"HF_ENDPOINT": web.address, "HF_TOKEN": " secret\r\n"}), store)
+    assert {asked.headers.get("Authorization") for asked in web.asked} == {"Bearer secret"}
+
+
+@pytest.mark.parametrize("token", ["s3\rcret", "s3\x00cret", "s3cret🐈", "s3crét"])
+def test_a_token_that_no_header_can_hold_is_refused_and_told_to_nobody(token: str) -> None:
+    with pytest.raises(InvalidRequest, match="HF_TOKEN holds") as raised:
+        source_of("hf:someone/hollow", {"HF_TOKEN": token})
+    assert "s3" not in raised.value.message
+
+
+def test_what_http_cannot_carry_is_refused_and_told_to_nobody(web: Web, store: Store) -> None:
+    """Python's own words for it quote the whole address, or the whole header."""
+    web.misbehave("redirect", at=DENOISER, to="http://[::1/x?sig=s3cret")
+    for asked in (
+        WebSource(f"{web.address}/b?sig=s3cret y"),
+        HubSource(web.address, "someone/hollow", "main", "s3cret\r"),
+        source(web),
+    ):
+        with pytest.raises(SourceRefused, match=r"127\.0\.0\.1:\d+ cannot be asked") as raised:
+            fetch(asked, store)
+        assert "s3cret" not in raised.value.message
+
+
         fetch(asked, store)
     web.misbehave("honest")
     (web.folder / "someone/model/resolve/main").mkdir(parents=True)
