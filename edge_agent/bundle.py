@@ -58,7 +58,9 @@ _LABELS = ("name", "licence", "latent_to_rgb")
 # A manifest is a list of some dozen files. What is larger is a mistake, or wants to fill memory or disk.
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_FILES = 1000
-MAX_PATH_CHARS = 200
+MAX_PATH_BYTES = 200  # in UTF-8: file systems count bytes, and take 255 or fewer for a name
+MAX_INT = 2**31 - 1  # of a size or a count
+MAX_FILE_BYTES = 2**63 - 1
 
 READ_BYTES = 1 << 20
 """How much of a file is read at a time."""
@@ -156,10 +158,10 @@ class Bundle:
             BundleError: naming the file that is missing, truncated, altered, a link, outside or too new.
         """
         root = Path(folder)
-        if not root.is_dir():
-            raise BundleError(f"no bundle at {root}: the folder does not exist")
-        _refuse_links(root, MANIFEST)
         try:
+            if not root.is_dir():
+                raise BundleError(f"no bundle at {root}: the folder does not exist")
+            _refuse_links(root, MANIFEST)
             with (root / MANIFEST).open("rb") as file:
                 text = file.read(MAX_MANIFEST_BYTES + 1)
         except OSError as error:
@@ -167,8 +169,11 @@ class Bundle:
                 f"{root / MANIFEST} cannot be read: {error.strerror}; is this a bundle folder?"
             ) from error
         manifest = parse_manifest(text, root / MANIFEST)
-        for name, entry in manifest.files.items():
-            _check(root, name, entry, verify)
+        try:
+            for name, entry in manifest.files.items():
+                _check(root, name, entry, verify)
+        except OSError as error:
+            raise BundleError(f"{error.filename or root} cannot be read: {error.strerror}") from error
         return cls(root, manifest, hashlib.sha256(text).hexdigest(), _model_digest(manifest))
 
     def path(self, name: str) -> Path:
@@ -298,12 +303,12 @@ def _parse(text: bytes, path: Path | str) -> Manifest:
         if kind in (int, float, str):
             facts[name] = _typed(document, name, kind, path)
     steps = _typed(document, "steps", list, path)
-    if not steps or not all(type(count) is int and count > 0 for count in steps):
-        raise BundleError(f"{path}: steps must list step counts above zero")
+    if not steps or not all(type(count) is int and 0 < count <= MAX_INT for count in steps):
+        raise BundleError(f"{path}: steps must list step counts from 1 to {MAX_INT}")
     if document.get("guidance_embedding") is not None:
         facts["guidance_embedding"] = _typed(document, "guidance_embedding", int, path)
-        if facts["guidance_embedding"] < 4:
-            raise BundleError(f"{path}: guidance_embedding must be 4 or above")
+        if not 4 <= facts["guidance_embedding"] <= MAX_INT:
+            raise BundleError(f"{path}: guidance_embedding must be from 4 to {MAX_INT}")
     manifest = Manifest(
         **facts,
         steps=tuple(sorted(steps)),
@@ -313,8 +318,8 @@ def _parse(text: bytes, path: Path | str) -> Manifest:
         files=_parse_files(document, path),
     )
     for name, kind in get_type_hints(Facts).items():
-        if kind is int and getattr(manifest, name) <= 0:
-            raise BundleError(f"{path}: {name} must be above zero")
+        if kind is int and not 0 < getattr(manifest, name) <= MAX_INT:
+            raise BundleError(f"{path}: {name} must be from 1 to {MAX_INT}")
         if kind is float and not math.isfinite(getattr(manifest, name)):
             raise BundleError(f"{path}: {name} must be a finite number")
         if kind is str and not getattr(manifest, name).isprintable():  # it is shown on terminals
@@ -350,11 +355,14 @@ def _parse_map(
 
 
 def _numbers(value: Any, name: str, path: Path | str) -> tuple[float, ...]:
-    if not isinstance(value, list) or not all(
-        type(number) in (int, float) and math.isfinite(number) for number in value
-    ):
-        raise BundleError(f"{path}: {name} must list numbers, not {value!r:.60}")
-    return tuple(map(float, value))
+    try:
+        if isinstance(value, list) and all(
+            type(number) in (int, float) and math.isfinite(number) for number in value
+        ):
+            return tuple(map(float, value))
+    except OverflowError:  # an integer that no float can hold
+        pass
+    raise BundleError(f"{path}: {name} must list numbers, not {value!r:.60}")
 
 
 def _parse_files(document: dict[str, Any], path: Path | str) -> dict[str, FileEntry]:
@@ -371,18 +379,24 @@ def _parse_files(document: dict[str, Any], path: Path | str) -> dict[str, FileEn
             and PurePosixPath(name).as_posix() == name
         )
         # A backslash parts folders on Windows, where a colon names a drive or a stream.
-        if not inside or set(name) & set("\\:\0") or not name.isprintable() or len(name) > MAX_PATH_CHARS:
+        if (
+            not inside
+            or set(name) & set("\\:\0")
+            or not name.isprintable()
+            or len(name.encode()) > MAX_PATH_BYTES
+        ):
             raise BundleError(
-                f"{path} lists {name[:MAX_PATH_CHARS]!r}, which is not a plain path inside the bundle"
+                f"{path} lists {name[:MAX_PATH_BYTES]!r}, which is not a plain path inside the bundle, of at most "
+                f"{MAX_PATH_BYTES} bytes"
             )
         if name == MANIFEST or any(parent.as_posix() in files for parent in PurePosixPath(name).parents):
             raise BundleError(f"{path} lists {name!r}, whose place another file has")
         if not isinstance(entry, dict):
             raise BundleError(f"{path}: the entry of {name} must hold bytes and sha256")
         found = FileEntry(_typed(entry, "bytes", int, path), _typed(entry, "sha256", str, path))
-        if found.bytes < 0 or not _SHA256.fullmatch(found.sha256):
+        if not 0 <= found.bytes <= MAX_FILE_BYTES or not _SHA256.fullmatch(found.sha256):
             raise BundleError(
-                f"{path}: the entry of {name} must hold bytes, not below zero, and a sha256 in hex"
+                f"{path}: the entry of {name} must hold bytes, from 0 to {MAX_FILE_BYTES}, and a sha256 in hex"
             )
         entries[name] = found
     return entries
@@ -391,7 +405,10 @@ def _parse_files(document: dict[str, Any], path: Path | str) -> dict[str, FileEn
 def _typed(document: dict[str, Any], name: str, kind: Any, path: Path | str) -> Any:
     value = document.get(name)
     if kind is float and type(value) is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise BundleError(f"{path}: {name} must be a finite number") from error
     if type(value) is not kind:
         raise BundleError(f"{path}: {name} must be a {kind.__name__}, not {value!r:.60}")
     return value

@@ -71,7 +71,8 @@ def _parse(text: bytes, path: Path) -> Calibration:
             recipe=dict(document["recipe"]),
             calibration_id=hashlib.sha256(text).hexdigest()[:16],
         )
-    except (KeyError, TypeError, ValueError) as error:
+    # OverflowError: an integer that no float can hold.
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         names = ", ".join(entry.name for entry in fields(Calibration) if entry.name != "calibration_id")
         raise BundleError(f"{path} is not a calibration ({names}): {error!r}") from error
     if not len(calibration.metrics) == len(calibration.scale) == len(calibration.weights) > 0:

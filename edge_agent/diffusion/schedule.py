@@ -76,21 +76,22 @@ class Schedule:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Schedule:
-        """Read a schedule. Raises BundleError, naming the file, unless it is lower-triangular."""
+        """Read a schedule. Raises BundleError, naming the file, unless it is lower-triangular and finite."""
         try:
             document = json.loads(Path(path).read_bytes())
             schedule = cls(
                 scheduler=str(document["scheduler"]),
                 steps=int(document["steps"]),
-                timesteps=tuple(map(float, document["timesteps"])),
+                timesteps=_numbers(document["timesteps"]),
                 signal=_rows(document["signal"]),
                 noise=_rows(document["noise"]),
-                clean=tuple((float(a), float(b)) for a, b in document["clean"]),
+                clean=tuple((a, b) for a, b in _rows(document["clean"])),
             )
             version = document["format"]
         except OSError as error:
             raise BundleError(f"{path} cannot be read: {error.strerror}") from error
-        except (KeyError, TypeError, ValueError) as error:
+        # OverflowError: an integer that no float can hold.
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise BundleError(f"{path} is not a compiled schedule: {error!r}") from error
         if version != FORMAT:
             raise BundleError(f"{path} has schedule format {version!r}; this version reads {FORMAT}")
@@ -107,7 +108,11 @@ class Schedule:
 
 
 def _rows(rows: Any) -> tuple[tuple[float, ...], ...]:
-    table = tuple(tuple(map(float, row)) for row in rows)
-    if not all(math.isfinite(value) for row in table for value in row):
-        raise ValueError("a coefficient is not finite")
-    return table
+    return tuple(map(_numbers, rows))
+
+
+def _numbers(values: Any) -> tuple[float, ...]:
+    numbers = tuple(map(float, values))
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError("a number is not finite")
+    return numbers

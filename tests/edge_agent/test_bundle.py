@@ -108,6 +108,7 @@ def test_a_folder_in_a_files_place_is_named(bundle_copy: Path) -> None:
         "./a",
         "a\x1bb",
         "a" * 201,
+        "unet/" + "🐈" * 50,  # 200 bytes behind the folder's name
     ],
 )
 def test_a_path_that_could_lead_outside_is_refused(bundle_copy: Path, name: str) -> None:
@@ -160,12 +161,17 @@ def test_a_newer_schema_says_what_to_do(bundle_copy: Path) -> None:
         ({"files": []}, "files"),
         ({"files": {"a": 1}}, "a must hold"),
         ({"files": {"a": {"bytes": "1", "sha256": ""}}}, "bytes"),
-        ({"files": {"a": {"bytes": -1, "sha256": "0" * 64}}}, "not below zero"),
+        ({"files": {"a": {"bytes": -1, "sha256": "0" * 64}}}, "bytes, from 0 to"),
         ({"files": {"a": {"bytes": 1, "sha256": "0" * 63}}}, "sha256 in hex"),
         ({"files": {MANIFEST: {"bytes": 1, "sha256": "0" * 64}}}, "whose place another file has"),
         ({"files": {"a": ENTRY, "a/b/c": ENTRY}}, "'a/b/c', whose place another file has"),
         ({"files": {f"{n}.json": ENTRY for n in range(1001)}}, "1,001 files"),
         ({"default_guidance": float("nan")}, "default_guidance must be a finite number"),
+        ({"latent_scaling": 10**400}, "latent_scaling must be a finite number"),
+        ({"width": 10**400}, "width must be from 1 to"),
+        ({"steps": [4, 8, 10**400]}, "steps"),
+        ({"latent_to_rgb": [[10**400, 0, 0]] * 5}, "latent_to_rgb must list numbers"),
+        ({"files": {"a": {"bytes": 10**400, "sha256": "0" * 64}}}, "bytes, from 0 to"),
         ({"name": "red\x1b[31m"}, "name must be printable"),
     ],
 )

@@ -58,6 +58,7 @@ def test_alpha_sends_at_most_the_rate_and_is_at_most_one_half(rho: float, alpha:
         ({"scores": [0.2, float("inf")]}, "finite"),
         ({"metrics": [["only a name"]] * 2}, "not a calibration"),
         ({"scale": None}, "not a calibration"),
+        ({"scale": [10**400] * 2}, "not a calibration"),
     ],
 )
 def test_an_inconsistent_file_is_refused_by_name(tmp_path: Path, change: dict[str, Any], why: str) -> None:
@@ -68,7 +69,7 @@ def test_an_inconsistent_file_is_refused_by_name(tmp_path: Path, change: dict[st
         Calibration.load(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"\xff"])
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b"[" * 100_000 + b"]" * 100_000])
 def test_a_file_that_is_no_calibration_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "calibration.json"
     path.write_bytes(content)

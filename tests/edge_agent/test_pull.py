@@ -209,6 +209,12 @@ def test_a_server_that_lies_is_found_out_and_what_was_right_is_kept(
     assert same(store.folder / "hollow", hollow)
 
 
+def test_a_part_that_begins_beyond_all_numbers_is_another_than_was_asked_for(web: Web, store: Store) -> None:
+    web.misbehave("status", at=DENOISER, code=206, headers={"Content-Range": "bytes " + "9" * 5000 + "-1/2"})
+    with pytest.raises(SourceLied, match="another part"):
+        fetch(source(web), store)
+
+
 def test_a_manifest_without_end_is_not_read_to_it(web: Web, store: Store) -> None:
     web.misbehave("endless", at=MANIFEST)
     with pytest.raises(BundleError, match="larger than any manifest"):

@@ -55,6 +55,11 @@ def test_comes_back_from_its_file_to_the_last_bit(tmp_path: Path) -> None:
         ({"clean": []}, "lower-triangular"),
         ({"timesteps": []}, "lower-triangular"),
         ({"signal": [[1.0], [1.0, float("nan")], [1.0, 1.0, 1.0]]}, "finite"),
+        ({"timesteps": [float("nan"), 100.0]}, "finite"),
+        ({"clean": [[1.0, -1.0], [float("-inf"), 0.0]]}, "finite"),
+        ({"timesteps": [10**400, 100]}, "not a compiled schedule"),
+        ({"steps": float("inf")}, "not a compiled schedule"),
+        ({"clean": [[1.0]] * 2}, "not a compiled schedule"),
         ({"signal": "none"}, "not a compiled schedule"),
         ({"format": 2}, "format 2"),
     ],
@@ -67,7 +72,7 @@ def test_refuses_a_file_that_is_not_a_schedule(tmp_path: Path, change: dict[str,
         Schedule.load(path)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", "\x00"])
+@pytest.mark.parametrize("text", ["", "[]", "{}", "\x00", "[" * 100_000 + "]" * 100_000])
 def test_refuses_a_file_that_is_not_even_json(tmp_path: Path, text: str) -> None:
     path = tmp_path / "2.json"
     path.write_text(text)
