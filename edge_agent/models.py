@@ -276,7 +276,7 @@ def _take_up(store: Store, name: str, options: argparse.Namespace) -> tuple[bool
     except CallFailed as error:
         if error.exit_code == UNREACHABLE:  # still loading, or shutting down
             return False, f"; the running daemon serves it when it is started again: {error.message}"
-        store.choose(before)
+        store.restore(before)
         raise StoreError(
             f"the running daemon cannot serve {name}, so {before} stays the chosen model: {error.message}"
         ) from error
@@ -289,9 +289,9 @@ def _take_up(store: Store, name: str, options: argparse.Namespace) -> tuple[bool
 
 
 def _choice(store: Store) -> str:
-    """The chosen model; the starter where the file that says it is damaged, or its model gone."""
+    """The chosen model; the starter where the file that says it is damaged."""
     try:
-        return store.current if store.current in store.names() else STARTER_NAME
+        return store.current
     except StoreError:
         return STARTER_NAME
 

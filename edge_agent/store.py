@@ -92,16 +92,19 @@ class Store:
     def choose(self, name: str) -> Bundle:
         """Makes `name` the chosen model, in one step that cannot be seen half-done; returns its bundle.
 
-        Raises BundleError, and changes nothing, when a file of it is missing or not of its size.
+        Raises BundleError, and changes nothing, when a file of it is missing or not of its size, or its calibration
+        cannot be read.
         """
         with self._exclusive():
             bundle = Bundle.open(self.path(name), verify=False)
-            with self.explained("written"):
-                if name == STARTER_NAME:
-                    (self.folder / _CURRENT).unlink(missing_ok=True)
-                else:
-                    _write_durably(self.folder / _CURRENT, name + "\n")
+            _ = bundle.advice  # a calibration that cannot be read would keep the daemon from starting
+            self._set_current(name)
         return bundle
+
+    def restore(self, name: str) -> None:
+        """Makes `name`, which was the chosen model before, chosen again: as it is, even damaged or gone."""
+        with self._exclusive():
+            self._set_current(name)
 
     def remove(self, name: str) -> int:
         """Deletes an installed model, or what an unfinished pull of it left; returns the bytes that this freed.
@@ -176,6 +179,13 @@ class Store:
             os.rename(partial, target)  # noqa: PTH104  # like os.replace: it says what it is
             _sync(self.folder)
         return Bundle.open(target, verify=False)
+
+    def _set_current(self, name: str) -> None:
+        with self.explained("written"):
+            if name == STARTER_NAME:
+                (self.folder / _CURRENT).unlink(missing_ok=True)
+            else:
+                _write_durably(self.folder / _CURRENT, name + "\n")
 
     def _delete(self, path: Path) -> int:
         with self.explained("written"):

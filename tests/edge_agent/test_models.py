@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from edge_agent.__main__ import main
-from edge_agent.bundle import DENOISER, Bundle, write_manifest
+from edge_agent.bundle import CALIBRATION, DENOISER, Bundle, write_manifest
 from edge_agent.settings import STARTER
 from tests.hollow import SIZES, hollow_bundle
 from tests.running import Process, process_environment, short_folder
@@ -297,6 +297,29 @@ def test_a_model_that_the_running_daemon_cannot_load_is_not_chosen(
 
 def test_a_daemon_with_a_bundle_of_its_own_keeps_it_and_that_is_said(
     run: Run, home: Path, start: Callable[..., Process]
+def test_a_model_that_the_daemon_refuses_leaves_even_a_damaged_one_chosen(
+    run: Run, home: Path, models: Path, start: Callable[..., Process]
+) -> None:
+    run("pull", STARTER, "--name", "former", "--use")
+    run("pull", hollow_bundle(home / "tiny"))
+    start()
+    (models / "former" / DENOISER).unlink()  # the daemon has it in memory
+    refused = run("use", "hollow")
+    assert refused.code == 2 and "so former stays the chosen model" in refused.err
+    assert names(run("list", "--json"))["former"]["current"] is True
+
+
+def test_a_hand_placed_model_with_numbers_beyond_any_float_spoils_no_list(run: Run, models: Path) -> None:
+    for name, deep in (("large", False), ("deep", True)):
+        folder = Path(shutil.copytree(STARTER, models / name))
+        facts = json.loads((folder / CALIBRATION).read_text()) | {"scale": [10**400] * 10}
+        (folder / CALIBRATION).write_text("[" * 100_000 + "]" * 100_000 if deep else json.dumps(facts))
+        write_manifest(folder, name=name)
+    listed = names(run("list", "--json"))
+    assert [listed[name]["error"] is None for name in ("starter", "deep", "large")] == [True, False, False]
+    assert [found["ok"] for found in run("verify", "--json").objects] == [True, False, False]
+
+
 ) -> None:
     run("pull", hollow_bundle(home / "tiny"))
     start("--bundle", STARTER)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.bundle import DENOISER, Bundle
+from edge_agent.bundle import CALIBRATION, DENOISER, Bundle, write_manifest
 from edge_agent.errors import BundleError, Busy, StoreError
 from edge_agent.settings import STARTER, resolve
 from edge_agent.store import MAX_NAME_CHARS, Store, check_name, name_from
@@ -78,6 +79,31 @@ def test_a_damaged_model_is_not_chosen(store: Store) -> None:
     with pytest.raises(BundleError, match="is missing"):
         store.choose("broken")
     assert store.current == "mine"
+
+
+def test_a_model_whose_calibration_cannot_be_read_is_not_chosen(store: Store) -> None:
+    folder = install(store, "broken")
+    calibration = folder / CALIBRATION
+    calibration.write_text(json.dumps(json.loads(calibration.read_text()) | {"scale": [10**400] * 10}))
+    write_manifest(folder)
+    with pytest.raises(BundleError, match=r"calibration\.json is not a calibration"):
+        store.choose("broken")
+    assert store.current == "starter"
+
+
+def test_a_choice_that_is_taken_back_is_the_former_one_whatever_became_of_it(store: Store) -> None:
+    former = install(store, "former")
+    store.choose("former")
+    (former / DENOISER).unlink()
+    install(store, "mine")
+    for gone in (False, True):
+        store.choose("mine")
+        if gone:
+            shutil.rmtree(former)
+        store.restore("former")
+        assert store.current == "former"
+    store.restore("starter")
+    assert store.current == "starter"
 
 
 def test_a_choice_that_is_not_there_any_more_says_what_to_do(store: Store) -> None:
