@@ -54,8 +54,8 @@ a first image, in two terminals:
 Commands other than serve talk to a running daemon. They find it by --agent, else by the environment variable
 EDGE_AGENT_ADDRESS, else at the default socket. `edge-agent COMMAND --help` has examples of each.
 
-exit codes: 0 done, 2 bad usage or input, 3 daemon, cloud or source of a model not reachable or busy, 4 refused by
-quota or policy
+exit codes: 0 done, 2 bad usage or input, or a damaged model, 3 daemon, cloud or source of a model not reachable or
+busy, 4 refused by quota or policy
 (1: a fault of the program itself)
 """
 

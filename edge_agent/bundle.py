@@ -182,6 +182,13 @@ class Bundle:
             raise BundleError(f"{self.folder / MANIFEST} does not list {name}")
         return self.folder / name
 
+    def beside(self, name: str) -> list[Path]:
+        """The other files that the manifest lists in the folder of `name`; a graph's weights are among them."""
+        folder = name.rpartition("/")[0] + "/"
+        return [
+            self.folder / other for other in self.manifest.files if other.startswith(folder) and other != name
+        ]
+
     @property
     def predictor(self) -> Path | None:
         """The quality predictor's graph, or None when the bundle has none."""

@@ -36,6 +36,7 @@ _EXIT_CODES = {
     grpc.StatusCode.PERMISSION_DENIED: BAD_INPUT,
     grpc.StatusCode.ALREADY_EXISTS: BAD_INPUT,
     grpc.StatusCode.NOT_FOUND: BAD_INPUT,
+    grpc.StatusCode.DATA_LOSS: BAD_INPUT,  # the model's files are to be mended, and the program is not
     grpc.StatusCode.UNAVAILABLE: UNREACHABLE,
     grpc.StatusCode.DEADLINE_EXCEEDED: UNREACHABLE,
     grpc.StatusCode.FAILED_PRECONDITION: REFUSED,

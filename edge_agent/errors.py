@@ -177,7 +177,7 @@ GRPC_CODES: dict[type[RouteT2IError], grpc.StatusCode] = {
     CloudRefused: grpc.StatusCode.FAILED_PRECONDITION,
     CloudLied: grpc.StatusCode.UNAVAILABLE,
     StartRefused: grpc.StatusCode.FAILED_PRECONDITION,
-    BundleError: grpc.StatusCode.FAILED_PRECONDITION,
+    BundleError: grpc.StatusCode.DATA_LOSS,
     LedgerError: grpc.StatusCode.INTERNAL,
     StoreError: grpc.StatusCode.FAILED_PRECONDITION,
     PullFailed: grpc.StatusCode.UNAVAILABLE,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,14 +42,17 @@ class Predictor:
         self._session = session
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], width: int | None = None) -> Predictor:
-        """Open the graph at `path`. `width` is the size of the token states it will get, where that is known.
+    def load(
+        cls, path: str | os.PathLike[str], width: int | None = None, beside: Iterable[Path] = ()
+    ) -> Predictor:
+        """Open the graph at `path`. `width` is the size of the token states it will get, where that is known. Its
+        weights may lie in the files `beside` it.
 
         Raises:
             BundleError: naming the file, when it is not a predictor of these metrics for states of that size.
         """
         try:
-            session = Session(Path(path), INPUTS, OUTPUTS, _ONE_THREAD)
+            session = Session(Path(path), INPUTS, OUTPUTS, _ONE_THREAD, beside)
         except BundleError as error:
             raise BundleError(
                 f"{error.message}; a predictor of an earlier version is made anew with `edge-export train`, "

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from edge_agent.bundle import Bundle
+from edge_agent.bundle import PREDICTOR, Bundle
 from edge_agent.diffusion.sessions import Runtime, Session
 from edge_agent.diffusion.text_encoder import TextEncoder, TextStates
 from edge_agent.policy import TokenPull
@@ -51,7 +51,9 @@ class Reader:
         self._tokenizer = tokenizer
         self._text_encoder = text_encoder
         self._predictor = (
-            Predictor.load(bundle.predictor, bundle.manifest.text_hidden) if bundle.predictor else None
+            Predictor.load(bundle.predictor, bundle.manifest.text_hidden, bundle.beside(PREDICTOR))
+            if bundle.predictor
+            else None
         )
         self.calibration = bundle.calibration
         self.advice = bundle.advice

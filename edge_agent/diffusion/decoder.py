@@ -14,7 +14,9 @@ class Decoder:
 
     def __init__(self, bundle: Bundle, runtime: Runtime) -> None:
         """Raises BundleError when the graph cannot be loaded or has another signature."""
-        self._session = Session(bundle.path(DECODER), ["latent_sample"], ["sample"], runtime)
+        self._session = Session(
+            bundle.path(DECODER), ["latent_sample"], ["sample"], runtime, bundle.beside(DECODER)
+        )
         facts = bundle.manifest
         self._session.expect(
             latent_sample=(None, facts.latent_channels, facts.latent_height, facts.latent_width),

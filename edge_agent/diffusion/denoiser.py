@@ -35,7 +35,9 @@ class Denoiser:
             inputs.append("timestep_cond")
         if facts.added is not None:
             inputs += ["text_embeds", "time_ids"]
-        self._session = Session(bundle.path(DENOISER), inputs, ["out_sample"], runtime)
+        self._session = Session(
+            bundle.path(DENOISER), inputs, ["out_sample"], runtime, bundle.beside(DENOISER)
+        )
         latents = (None, facts.latent_channels, facts.latent_height, facts.latent_width)
         states = (None, facts.text_tokens, facts.text_hidden)
         self._session.expect(sample=latents, encoder_hidden_states=states, out_sample=latents)

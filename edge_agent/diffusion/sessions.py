@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -90,8 +91,16 @@ class Session:
     1970; None while it is not. `large` says whether graph and weights have LARGE_BYTES or more.
     """
 
-    def __init__(self, path: Path, inputs: Sequence[str], outputs: Sequence[str], runtime: Runtime) -> None:
-        """Open the graph at `path`, which must take exactly `inputs` and give at least `outputs`.
+    def __init__(
+        self,
+        path: Path,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        runtime: Runtime,
+        beside: Iterable[Path] = (),
+    ) -> None:
+        """Open the graph at `path`, which must take exactly `inputs` and give at least `outputs`. Its weights may lie
+        in the files `beside` it.
 
         Raises:
             BundleError: naming the file, when onnxruntime cannot load it or its signature differs, or when
@@ -101,8 +110,9 @@ class Session:
         self.loaded_at: float | None = None
         self._runtime = runtime
         self._loading = threading.Lock()
-        self._files = _files_beside(path)
-        self.large = sum(size for _, size, _ in self._files.values()) >= LARGE_BYTES
+        self._files = (path, *beside)
+        self._states = _states(self._files)
+        self.large = sum(size for _, size, _ in self._states.values()) >= LARGE_BYTES
         session = self._session = self._load(Stop())
         found = {node.name: node for node in session.get_inputs()}
         given = {node.name for node in session.get_outputs()}
@@ -134,7 +144,7 @@ class Session:
             with self._loading:
                 session = self._session
                 if session is None:
-                    if _files_beside(self.path) != self._files:
+                    if _states(self._files) != self._states:
                         raise BundleError(
                             f"{self.path} has changed since the bundle was checked: take the bundle up anew with "
                             "`edge-agent models use`, or restart edge-agent"
@@ -239,13 +249,16 @@ class Session:
         ]
 
 
-def _files_beside(path: Path) -> Mapping[str, tuple[int, int, int]]:
-    """What tells whether the graph's file, or the weights beside it, were replaced: inode, bytes, time of change."""
-    try:
-        found = {file.name: file.stat() for file in path.parent.iterdir()}
-    except OSError:  # onnxruntime will say what is missing
-        return {}
-    return {name: (state.st_ino, state.st_size, state.st_mtime_ns) for name, state in found.items()}
+def _states(files: Iterable[Path]) -> Mapping[Path, tuple[int, int, int]]:
+    """What tells whether one of them was replaced: inode, bytes, time of change. What else lies in their folder, such
+    as what a desktop leaves there, is none of onnxruntime's.
+    """
+    found = {}
+    for file in files:
+        with suppress(OSError):  # onnxruntime will say what is missing
+            state = file.stat()
+            found[file] = (state.st_ino, state.st_size, state.st_mtime_ns)
+    return found
 
 
 def _devices(providers: Sequence[str]) -> str:

@@ -45,7 +45,11 @@ class TextEncoder:
         self._shape = (facts.text_tokens, facts.text_hidden)
         self._added = facts.added
         self._session = Session(
-            bundle.path(TEXT_ENCODER), ["input_ids"], [facts.text_output], runtime_of(TEXT_ENCODER)
+            bundle.path(TEXT_ENCODER),
+            ["input_ids"],
+            [facts.text_output],
+            runtime_of(TEXT_ENCODER),
+            bundle.beside(TEXT_ENCODER),
         )
         # Where there is a second encoder, only the sum of both sizes is known.
         hidden = facts.text_hidden if facts.added is None else None
@@ -56,7 +60,11 @@ class TextEncoder:
         if facts.added is not None:
             outputs = [facts.added.text_output, facts.added.pooled_output]
             self._second = Session(
-                bundle.path(TEXT_ENCODER_2), ["input_ids"], outputs, runtime_of(TEXT_ENCODER_2)
+                bundle.path(TEXT_ENCODER_2),
+                ["input_ids"],
+                outputs,
+                runtime_of(TEXT_ENCODER_2),
+                bundle.beside(TEXT_ENCODER_2),
             )
             self._second.expect(
                 input_ids=(None, facts.text_tokens), **{outputs[0]: (None, facts.text_tokens, None)}

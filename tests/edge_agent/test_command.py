@@ -19,6 +19,7 @@ import PIL.Image
 import pytest
 
 from edge_agent.__main__ import _print_explained, main
+from edge_agent.bundle import DECODER
 from edge_agent.client import _exhausted
 from edge_agent.errors import Busy, QuotaExhausted, status_details
 from edge_agent.policy import Decision, Reason, TokenPull
@@ -315,6 +316,22 @@ def test_what_is_wrong_is_said_with_the_right_exit_code(
     assert (finished.code, finished.out) == (code, "")
     assert words in finished.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_model_is_no_refusal_by_quota_or_policy(run: Run, bundle_copy: Path) -> None:
+    home = short_folder()
+    address = f"unix:{home / 'agent.sock'}"
+    flags = ("--bundle", bundle_copy, "--listen", address, "--threads", "1", "--keep-alive-s", "0.1")
+    daemon = Process("edge_agent", home, *flags)
+    try:
+        daemon.wait_for("unloaded")
+        (bundle_copy / DECODER).touch()
+        finished = run("generate", "a", "--agent", address)
+        assert (finished.code, finished.out) == (2, "")
+        assert f"{DECODER} has changed" in finished.err
+    finally:
+        daemon.kill()
+        shutil.rmtree(home)
 
 
 def test_a_full_queue_is_no_refusal_by_quota() -> None:

@@ -13,10 +13,12 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 import pytest_asyncio
 
 from edge_agent.bundle import DECODER, DENOISER, Bundle, write_manifest
+from edge_agent.diffusion.decoder import Decoder
 from edge_agent.diffusion.sessions import Runtime, Session
 from edge_agent.errors import BundleError
 from routet2i.edge.v1 import edge_pb2
@@ -192,6 +194,34 @@ def test_files_that_changed_meanwhile_are_not_loaded(bundle_copy: Path) -> None:
         session.run({"latent_sample": [[[[0.0]]]]})  # type: ignore[dict-item]
 
 
+def test_only_the_graph_and_its_weights_have_to_stay_as_they_were(bundle_copy: Path) -> None:
+    """A desktop's leavings, and what else comes to lie beside them, are not onnxruntime's to read."""
+    weights = bundle_copy / "vae_decoder" / "weights.bin"
+    weights.write_bytes(b"x")
+    write_manifest(bundle_copy)
+    decoder = Decoder(Bundle.open(bundle_copy), Runtime(threads=1))
+    (session,) = decoder.sessions
+    latents = np.zeros((1, 4, 8, 8), np.float32)
+    for name in (".DS_Store", "model.onnx~"):
+        session.unload()
+        (bundle_copy / "vae_decoder" / name).write_bytes(b"x")
+        decoder.decode(latents)
+    session.unload()
+    weights.write_bytes(b"y")
+    with pytest.raises(BundleError, match=r"vae_decoder/model\.onnx has changed since"):
+        decoder.decode(latents)
+
+
+async def test_an_image_of_a_file_that_changed_meanwhile_is_no_refusal_by_policy(
+    bundle_copy: Path, tmp_path: Path
+) -> None:
+    async with daemon_here(bundle_copy, tmp_path) as here:
+        here.daemon.agent.models.put_down()  # type: ignore[union-attr]
+        (bundle_copy / DECODER).touch()
+        answer = await here.app.generate()
+        assert (answer.code, "restart edge-agent" in answer.message) == ("DATA_LOSS", True)
+
+
 @pytest.mark.timeout(LONG_S)
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what a process holds on Linux only")
 def test_idle_memory_stays_small_and_the_same(folder: Path) -> None:
@@ -282,7 +312,7 @@ async def test_a_corrupt_bundle_is_refused_by_its_file_and_the_old_one_goes_on(
     choose(chosen, corrupt)
     with pytest.raises(grpc.aio.AioRpcError, match=r"unet/model\.onnx does not match its sha256") as refused:
         await reload(here)
-    assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert refused.value.code() is grpc.StatusCode.DATA_LOSS
     status = await here.app.status()
     assert Path(status.bundle) == routed_bundle
     assert status.loaded

@@ -109,8 +109,9 @@ class EdgeAgentServiceServicer:
 
     def ReloadModel(self, request, context):
         """Takes up the local model that is chosen now, as after `edge-agent models use`. Answers once it serves: requests from
-        then on go to it, those before end on the one they began with. FAILED_PRECONDITION when it is refused; the message
-        names the file, and the model in use goes on serving. Takes as long as loading the model does.
+        then on go to it, those before end on the one they began with. FAILED_PRECONDITION when it is gone, DATA_LOSS
+        when it is refused; the message names the file, and the model in use goes on serving. Takes as long as loading the
+        model does.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -13,6 +13,7 @@ Errors:
                        ROUTING_CLOUD_ONLY, the quota is used up (google.rpc.QuotaFailure names the budget).
   FAILED_PRECONDITION  ROUTING_CLOUD_ONLY where no cloud server is configured, or it refuses the request (price,
                        size, token).
+  DATA_LOSS            a file of the local model is missing, altered or not what it has to be; the message names it.
   UNAVAILABLE          the daemon is still loading its models (google.rpc.RetryInfo says when to try again) or is
                        draining; or, for ROUTING_CLOUD_ONLY, the cloud server cannot be reached or answered with
                        something that is not the image.
@@ -66,8 +67,9 @@ class EdgeAgentServiceStub:
     """What the daemon is doing, and what to do when it is not routing."""
     ReloadModel: _grpc.UnaryUnaryMultiCallable[_edge_pb2.ReloadModelRequest, _edge_pb2.ReloadModelResponse]
     """Takes up the local model that is chosen now, as after `edge-agent models use`. Answers once it serves: requests from
-    then on go to it, those before end on the one they began with. FAILED_PRECONDITION when it is refused; the message
-    names the file, and the model in use goes on serving. Takes as long as loading the model does.
+    then on go to it, those before end on the one they began with. FAILED_PRECONDITION when it is gone, DATA_LOSS
+    when it is refused; the message names the file, and the model in use goes on serving. Takes as long as loading the
+    model does.
     """
 
 @_typing.type_check_only
@@ -89,8 +91,9 @@ class EdgeAgentServiceAsyncStub(EdgeAgentServiceStub):
     """What the daemon is doing, and what to do when it is not routing."""
     ReloadModel: _aio.UnaryUnaryMultiCallable[_edge_pb2.ReloadModelRequest, _edge_pb2.ReloadModelResponse]  # type: ignore[assignment]
     """Takes up the local model that is chosen now, as after `edge-agent models use`. Answers once it serves: requests from
-    then on go to it, those before end on the one they began with. FAILED_PRECONDITION when it is refused; the message
-    names the file, and the model in use goes on serving. Takes as long as loading the model does.
+    then on go to it, those before end on the one they began with. FAILED_PRECONDITION when it is gone, DATA_LOSS
+    when it is refused; the message names the file, and the model in use goes on serving. Takes as long as loading the
+    model does.
     """
 
 class EdgeAgentServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -145,8 +148,9 @@ class EdgeAgentServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_edge_pb2.ReloadModelResponse, _abc.Awaitable[_edge_pb2.ReloadModelResponse]]:
         """Takes up the local model that is chosen now, as after `edge-agent models use`. Answers once it serves: requests from
-        then on go to it, those before end on the one they began with. FAILED_PRECONDITION when it is refused; the message
-        names the file, and the model in use goes on serving. Takes as long as loading the model does.
+        then on go to it, those before end on the one they began with. FAILED_PRECONDITION when it is gone, DATA_LOSS
+        when it is refused; the message names the file, and the model in use goes on serving. Takes as long as loading the
+        model does.
         """
 
 def add_EdgeAgentServiceServicer_to_server(servicer: EdgeAgentServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
