@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
 import os
 import re
 from collections.abc import Mapping
@@ -172,6 +173,9 @@ class Bundle:
         try:
             for name, entry in manifest.files.items():
                 _check(root, name, entry, verify)
+            for name in manifest.files:
+                if name.endswith(".onnx"):
+                    _refuse_unlisted_weights(root, name, manifest)
         except OSError as error:
             raise BundleError(f"{error.filename or root} cannot be read: {error.strerror}") from error
         return cls(root, manifest, hashlib.sha256(text).hexdigest(), _model_digest(manifest))
@@ -444,6 +448,22 @@ def _refuse_links(root: Path, name: str) -> None:
         path = path / part
         if path.is_symlink():
             raise BundleError(f"{path} is a symbolic link; a bundle holds plain files only")
+
+
+def _refuse_unlisted_weights(root: Path, graph: str, manifest: Manifest) -> None:
+    """A graph's weights may lie in any file below its folder that it names: no sha256 covers one that is not listed."""
+    path = root / graph
+    found = [other for other in path.parent.rglob("*") if other.is_symlink() or not other.is_dir()]
+    unlisted = [other for other in found if other.relative_to(root).as_posix() not in manifest.files]
+    if not unlisted or manifest.files[graph].bytes == 0:  # what is empty cannot be mapped
+        return
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        for other in unlisted:
+            if content.find(os.fsencode(other.name)) >= 0:
+                raise BundleError(
+                    f"{other} is named in {path} and not listed in {MANIFEST}, so nothing tells whether it is whole; "
+                    "export the bundle again, or delete the file if it is none of its weights"
+                )
 
 
 def _sha256(path: Path) -> str:

@@ -65,7 +65,9 @@ class Reader:
     def open(cls, bundle: Bundle, routing_rate: float, runtime: Runtime | None = None) -> Reader:
         """Load what reading needs and no more. Raises BundleError, naming the file that cannot be used."""
         tokenizer = Tokenizer.open(bundle)
-        return cls(bundle, tokenizer, TextEncoder(bundle, runtime or Runtime()), routing_rate)
+        text_encoder = TextEncoder(bundle, runtime or Runtime())
+        text_encoder.check(tokenizer)
+        return cls(bundle, tokenizer, text_encoder, routing_rate)
 
     @property
     def sessions(self) -> tuple[Session, ...]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -82,14 +84,18 @@ class Tokenizer:
         """
         path = Path(folder) / FILE
         try:
-            tokenizer = TokenizersTokenizer.from_buffer(path.read_bytes())
+            text = path.read_bytes()
         except OSError as error:
             raise BundleError(f"{path} cannot be read: {error.strerror}") from error
-        except Exception as error:  # tokenizers raises bare Exception and ValueError
-            raise BundleError(f"{path} is not a tokenizer: {error}") from error
+        with _refused(path):
+            tokenizer = TokenizersTokenizer.from_buffer(text)
         length = (tokenizer.truncation or {}).get("max_length")
         if not length or length != (tokenizer.padding or {}).get("length"):
             raise BundleError(f"{path} must pad and truncate to one length; export the bundle again")
+        with _refused(path):
+            tokenizer.encode(
+                "a " * length
+            )  # with start and end too long: some settings only fail on such a text
         return cls(tokenizer, int(length), second)
 
     @property
@@ -97,6 +103,13 @@ class Tokenizer:
         """One more than the largest id."""
         ids: dict[str, int] = self._tokenizer.get_vocab()
         return 1 + max(ids.values())
+
+    @property
+    def largest(self) -> tuple[int, ...]:
+        """The largest id that a prompt can have, here and in the second tokenizer where there is one."""
+        # Start, end and padding have ids of their own in the file, which need not be the vocabulary's.
+        own = max(self.vocabulary - 1, *self._tokenizer.encode("").ids)
+        return (own, *self._second.largest) if self._second else (own,)
 
     def encode(self, prompt: str) -> Tokens:
         """Tokens of `prompt`, which must be valid Unicode (`edge_agent.request` refuses lone surrogates).
@@ -111,3 +124,16 @@ class Tokenizer:
             bool(encoding.overflowing),
             self._second.encode(prompt).ids if self._second else None,
         )
+
+
+@contextmanager
+def _refused(path: Path) -> Iterator[None]:
+    """Whatever tokenizers raises becomes a BundleError that names the file."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # bare Exception, ValueError, and a panic in Rust, which is no Exception
+        raise BundleError(
+            f"{path} is not a tokenizer that works: {error}; export the bundle again"
+        ) from error

@@ -57,6 +57,7 @@ class Generator:
         manifest = bundle.manifest
         self.tokenizer = Tokenizer.open(bundle)
         self.text_encoder = TextEncoder(bundle, runtime)
+        self.text_encoder.check(self.tokenizer)
         self.denoiser = Denoiser(bundle, runtime)
         self.decoder = Decoder(bundle, runtime)
         self._schedules = {n: Schedule.load(bundle.path(schedule_file(n))) for n in manifest.steps}

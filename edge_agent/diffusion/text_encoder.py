@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.bundle import TEXT_ENCODER, TEXT_ENCODER_2, Bundle
+from edge_agent.bundle import TEXT_ENCODER, TEXT_ENCODER_2, TOKENIZER, TOKENIZER_2, Bundle
 from edge_agent.diffusion.sessions import Runtime, Session
-from edge_agent.errors import BundleError
-from edge_agent.tokens import Tokens
+from edge_agent.errors import BundleError, GenerationFailed
+from edge_agent.tokens import Tokenizer, Tokens
 
 Floats = NDArray[np.float32]
 
@@ -44,6 +45,7 @@ class TextEncoder:
 
         self._shape = (facts.text_tokens, facts.text_hidden)
         self._added = facts.added
+        self._folder = bundle.folder
         self._session = Session(
             bundle.path(TEXT_ENCODER),
             ["input_ids"],
@@ -75,6 +77,15 @@ class TextEncoder:
         """Its graphs."""
         return (self._session,) if self._second is None else (self._session, self._second)
 
+    def check(self, tokenizer: Tokenizer) -> None:
+        """Read the largest ids of the bundle's `tokenizer` once: a graph with a smaller vocabulary fails on them.
+
+        Raises BundleError, naming both files.
+        """
+        names = (TOKENIZER, TOKENIZER_2)
+        for session, name, largest in zip(self.sessions, names, tokenizer.largest, strict=False):
+            _check_ids(session, self._folder / name, np.full((1, self._shape[0]), largest))
+
     def encode(self, tokens: Tokens) -> TextStates:
         """The states of a prompt.
 
@@ -101,3 +112,13 @@ class TextEncoder:
             return states
         pooled = None if states.pooled is None else np.zeros_like(states.pooled)
         return TextStates(np.zeros_like(states.tokens), pooled)
+
+
+def _check_ids(session: Session, tokenizer: Path, ids: NDArray[np.int64]) -> None:
+    try:
+        session.run({"input_ids": ids})
+    except GenerationFailed as error:
+        raise BundleError(
+            f"{tokenizer} gives token ids up to {ids.max()}, on which {session.path} fails: they are not of one model; "
+            "export the bundle again"
+        ) from error

@@ -197,6 +197,35 @@ def test_a_folder_that_is_no_bundle_says_so(tmp_path: Path) -> None:
         Bundle.open(tmp_path)
 
 
+@pytest.mark.parametrize("place", ["{}", "unet/{}"])
+def test_a_place_that_no_file_system_has_is_refused_by_name(bundle_copy: Path, place: str) -> None:
+    """The manifest's limit is below what most take for one name; what else a file system refuses is told, too."""
+    with pytest.raises(BundleError, match=r"x/manifest\.json cannot be read: File name too long"):
+        Bundle.open(bundle_copy / place.format("x" * 300))
+
+
+@pytest.mark.parametrize("place", ["weights.bin", "more/weights.bin"])
+def test_weights_that_the_manifest_does_not_list_are_refused_by_name(bundle_copy: Path, place: str) -> None:
+    """Nothing would tell whether they are whole, and onnxruntime would read them."""
+    with (bundle_copy / DENOISER).open("ab") as graph:
+        graph.write(place.encode())
+    write_manifest(bundle_copy)
+    weights = bundle_copy / "unet" / place
+    weights.parent.mkdir(exist_ok=True)
+    weights.write_bytes(b"x")
+    with pytest.raises(BundleError, match=rf"unet/{place} is named in .*{DENOISER} and not listed"):
+        Bundle.open(bundle_copy, verify=False)
+    write_manifest(bundle_copy)
+    assert weights in Bundle.open(bundle_copy).beside(DENOISER)
+
+
+def test_files_that_no_graph_names_may_lie_in_a_bundle(bundle_copy: Path) -> None:
+    for folder in (bundle_copy, bundle_copy / "unet"):
+        (folder / ".DS_Store").write_bytes(b"x")
+    bundle = Bundle.open(bundle_copy)
+    assert [path.name for path in bundle.beside(DENOISER)] == ["config.json"]
+
+
 def test_a_file_that_the_manifest_does_not_list_is_not_handed_out(bundle_copy: Path) -> None:
     (bundle_copy / "stray.onnx").write_bytes(b"x")
     with pytest.raises(BundleError, match=r"does not list stray\.onnx"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,6 +76,28 @@ def test_a_tokenizer_without_a_length_is_refused(bundle_copy: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"truncation": None}))
     with pytest.raises(BundleError, match=r"tokenizer\.json must pad and truncate"):
         Tokenizer.load(path.parent)
+
+
+def edit(folder: Path, part: str, **changes: Any) -> None:
+    path = folder / "tokenizer.json"
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps(document | {part: document[part] | changes}))
+
+
+def test_a_tokenizer_that_fails_on_long_prompts_is_refused_when_it_is_loaded(bundle_copy: Path) -> None:
+    """On this one the library panics, which is no Exception."""
+    edit(bundle_copy / "tokenizer", "truncation", stride=1_000_000)
+    with pytest.raises(BundleError, match=r"tokenizer\.json is not a tokenizer that works"):
+        Tokenizer.load(bundle_copy / "tokenizer")
+
+
+def test_the_largest_id_is_the_vocabularys_unless_padding_has_a_larger_one(
+    bundle_copy: Path, tokenizer: Tokenizer
+) -> None:
+    assert tokenizer.largest == (tokenizer.vocabulary - 1,)
+    edit(bundle_copy / "tokenizer", "padding", pad_id=70_000)
+    padded = Tokenizer.load(bundle_copy / "tokenizer", second=tokenizer)
+    assert padded.largest == (70_000, tokenizer.vocabulary - 1)
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"\xff"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ from edge_agent.bundle import (
     DECODER,
     DENOISER,
     TEXT_ENCODER,
+    TEXT_ENCODER_2,
     TOKENIZER,
+    TOKENIZER_2,
     Bundle,
     schedule_file,
     write_manifest,
@@ -26,7 +30,9 @@ from edge_agent.diffusion.generator import Generator, Image, Step
 from edge_agent.diffusion.sessions import Runtime, Stop
 from edge_agent.diffusion.text_encoder import TextEncoder
 from edge_agent.errors import BundleError, Cancelled, InvalidRequest
-from tests.miniature import miniature_pipeline
+from edge_agent.reader import Reader
+from export.diffusion_onnx import export_bundle
+from tests.miniature import miniature_pipeline, miniature_xl
 
 TOLERANCE = 1e-3  # of colours in 0..1, before rounding
 PROMPT, NEGATIVE = "two red cats on the beach 🐈", "blurry, dark"
@@ -256,6 +262,38 @@ def test_facts_that_the_graphs_do_not_share_are_refused_at_start(
     write_manifest(bundle_copy, **{fact: value})
     with pytest.raises(BundleError, match=name):
         Generator(Bundle.open(bundle_copy))
+
+
+def give_larger_ids(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    document = json.loads(path.read_text())
+    document["model"]["vocab"]["cat</w>"] = 100_000
+    path.write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    "open_models", [Generator, lambda bundle: Reader.open(bundle, 0.5)], ids=["to generate", "to decide"]
+)
+def test_a_tokenizer_of_another_model_is_refused_at_start_naming_both_files(
+    bundle_copy: Path, open_models: Callable[[Bundle], object]
+) -> None:
+    """Not by the first prompt that has such a token."""
+    give_larger_ids(bundle_copy / "tokenizer")
+    write_manifest(bundle_copy)
+    with pytest.raises(
+        BundleError, match=f"{TOKENIZER} gives token ids up to 100000, .*{TEXT_ENCODER} fails"
+    ):
+        open_models(Bundle.open(bundle_copy))
+
+
+def test_a_second_tokenizer_of_another_model_is_refused_like_the_first(tmp_path: Path) -> None:
+    facts: dict[str, Any] = {"steps": (4,), "guidance": 5.0, "name": "xl", "licence": "Apache-2.0"}
+    export_bundle(miniature_xl(), tmp_path / "xl", **facts)
+    Reader.open(Bundle.open(tmp_path / "xl"), 0.5)
+    give_larger_ids(tmp_path / "xl" / "tokenizer_2")
+    write_manifest(tmp_path / "xl")
+    with pytest.raises(BundleError, match=f"{TOKENIZER_2} gives token ids up to .*{TEXT_ENCODER_2} fails"):
+        Reader.open(Bundle.open(tmp_path / "xl"), 0.5)
 
 
 def test_a_schedule_in_anothers_place_is_refused_at_start(bundle_copy: Path) -> None:
