@@ -129,8 +129,12 @@ def source_of(text: str, environment: Mapping[str, str]) -> Source:
     if "://" in text:
         _check_address(text, "the source")
         return WebSource(text)
-    folder = Path(text).expanduser()
-    if not folder.is_dir():
+    try:
+        folder = Path(text).expanduser()
+        there = folder.is_dir()
+    except (OSError, RuntimeError):  # a name that no folder can have, or ~ with one that no user has
+        there = False
+    if not there:
         raise InvalidRequest(
             f"there is no folder {text}; a bundle on a web server is written https://..., one on the hub hf:OWNER/NAME"
         )
@@ -480,17 +484,17 @@ class WebSource:
                 f"the certificate of {host} is not to be trusted: {reason.verify_message}; if an authority of your own "
                 "vouches for it, name that authority's PEM file in SSL_CERT_FILE"
             )
+        if isinstance(reason, (ValueError, http.client.InvalidURL)):
+            # Its own text is not repeated: it quotes headers and signed addresses.
+            return SourceRefused(
+                f"{host} cannot be asked: the address, or one that it redirects to, is not well-formed"
+            )
         return SourceUnreachable(f"{host} cannot be reached: {_reason(reason)}")
 
     # What the hub does otherwise.
 
     _how_to_be_let_in = "make it readable without credentials, or put the bundle where it is"
 
-        if isinstance(reason, (ValueError, http.client.InvalidURL)):
-            # Its own text is not repeated: it quotes headers and signed addresses.
-            return SourceRefused(
-                f"{host} cannot be asked: the address, or one that it redirects to, is not well-formed"
-            )
     def _address(self, name: str) -> str:
         return self._base._replace(path=f"{self._base.path}/{urllib.parse.quote(name)}").geturl()
 

@@ -87,7 +87,13 @@ def split_address(address: str) -> tuple[str, int]:
 # is expected.
 
 
-def _text(value: str) -> str:
+def _path(value: str) -> str:
+    try:
+        Path(value).expanduser()
+    except RuntimeError as error:
+        raise ValueError(
+            f"nobody knows which folder {Path(value).parts[0]} stands for; write it out"
+        ) from error
     return value
 
 
@@ -244,12 +250,12 @@ class Settings:
     )
     cloud_ca: str = _setting(
         "",
-        _text,
+        _path,
         "FILE",
         "PEM file with the certificates to trust for the cloud server; default: the system's",
     )
     cloud_token: str = _setting(
-        "", _text, "FILE", "file that holds the token which the cloud server knows us by"
+        "", _path, "FILE", "file that holds the token which the cloud server knows us by"
     )
     cloud_timeout_s: float = _setting(
         "120", _seconds, "SECONDS", "how long the cloud may take for an image before the edge makes it"
@@ -259,14 +265,14 @@ class Settings:
     )
     bundle: str = _setting(
         "",
-        _text,
+        _path,
         "DIR",
         "the local model: a bundle folder; default: the one chosen with `edge-agent models use`, else the starter "
         "that comes with the project",
     )
     models: str = _setting(
         "",
-        _text,
+        _path,
         "DIR",
         "folder of installed models; default: routet2i/models under $XDG_DATA_HOME or ~/.local/share",
     )
@@ -294,7 +300,7 @@ class Settings:
     )
     state: str = _setting(
         "",
-        _text,
+        _path,
         "DIR",
         "folder of the quota ledger; default: routet2i/edge-agent under $XDG_STATE_HOME or ~/.local/state",
     )
@@ -322,7 +328,7 @@ class Settings:
     )
     cache: str = _setting(
         "",
-        _text,
+        _path,
         "DIR",
         "folder of what can be made again, such as TensorRT's engines; default: routet2i/edge-agent under "
         "$XDG_CACHE_HOME or ~/.cache",
@@ -404,7 +410,7 @@ def resolve(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Setting
     given: dict[str, tuple[Any, str]] = {}
     config = flags.get("config") or environment.get(variable("config"))
     if config:
-        for name, value in _read_toml(Path(config).expanduser()).items():
+        for name, value in _read_toml(config).items():
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
@@ -434,8 +440,8 @@ def _parse(setting: Field[Any], value: Any, where: str) -> Any:
         raise StartRefused(f"{where} is {value!r}: {error}") from error
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def _read_toml(path: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(Path(_path(path)).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise StartRefused(f"cannot read the settings file {path}: {error}") from error

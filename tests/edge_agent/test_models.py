@@ -204,6 +204,8 @@ def test_an_unfinished_pull_is_listed_and_can_be_removed(run: Run, home: Path) -
     ("arguments", "code", "words"),
     [
         (("pull", "nothing"), 2, "hf:OWNER/NAME"),
+        (("pull", "~nosuchuser/b"), 2, "hf:OWNER/NAME"),
+        (("list", "--models", "~nosuchuser/m"), 2, "~nosuchuser stands for"),
         (("pull", "hf:nobody"), 2, "hf:OWNER/NAME"),
         (("pull", "ftp://host/b"), 2, "http"),
         (("pull", "hf:someone/model"), 3, "cannot be reached"),
@@ -295,8 +297,6 @@ def test_a_model_that_the_running_daemon_cannot_load_is_not_chosen(
     assert main(["generate", "a red apple", "-o", "apple.png"]) == 0
 
 
-def test_a_daemon_with_a_bundle_of_its_own_keeps_it_and_that_is_said(
-    run: Run, home: Path, start: Callable[..., Process]
 def test_a_model_that_the_daemon_refuses_leaves_even_a_damaged_one_chosen(
     run: Run, home: Path, models: Path, start: Callable[..., Process]
 ) -> None:
@@ -320,6 +320,8 @@ def test_a_hand_placed_model_with_numbers_beyond_any_float_spoils_no_list(run: R
     assert [found["ok"] for found in run("verify", "--json").objects] == [True, False, False]
 
 
+def test_a_daemon_with_a_bundle_of_its_own_keeps_it_and_that_is_said(
+    run: Run, home: Path, start: Callable[..., Process]
 ) -> None:
     run("pull", hollow_bundle(home / "tiny"))
     start("--bundle", STARTER)

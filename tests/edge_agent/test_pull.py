@@ -350,12 +350,6 @@ def test_the_hub_is_asked_at_its_plain_addresses_with_the_token_kept_to_itself(
     assert same(store.folder / "hollow", hollow)
 
 
-def test_the_hub_says_how_to_be_let_in_and_what_to_export(web: Web, store: Store, hollow: Path) -> None:
-    asked = source_of("hf:someone/model", {"HF_ENDPOINT": web.address + "/"})
-    with pytest.raises(SourceRefused, match=r"hf:someone/model@main/manifest\.json is not there"):
-        fetch(asked, store)
-    web.misbehave("status", code=401)
-    with pytest.raises(SourceRefused, match="HF_TOKEN"):
 def test_a_token_with_its_files_line_break_is_taken_without_it(web: Web, store: Store, hollow: Path) -> None:
     hub(web, hollow)
     fetch(source_of("hf:someone/hollow", {"HF_ENDPOINT": web.address, "HF_TOKEN": " secret\r\n"}), store)
@@ -382,6 +376,12 @@ def test_what_http_cannot_carry_is_refused_and_told_to_nobody(web: Web, store: S
         assert "s3cret" not in raised.value.message
 
 
+def test_the_hub_says_how_to_be_let_in_and_what_to_export(web: Web, store: Store, hollow: Path) -> None:
+    asked = source_of("hf:someone/model", {"HF_ENDPOINT": web.address + "/"})
+    with pytest.raises(SourceRefused, match=r"hf:someone/model@main/manifest\.json is not there"):
+        fetch(asked, store)
+    web.misbehave("status", code=401)
+    with pytest.raises(SourceRefused, match="HF_TOKEN"):
         fetch(asked, store)
     web.misbehave("honest")
     (web.folder / "someone/model/resolve/main").mkdir(parents=True)
@@ -413,7 +413,8 @@ def test_the_hub_is_the_one_everybody_knows_unless_told_otherwise() -> None:
     "text",
     [
         "hf:model", "hf:a/b/c", "hf:../b", "hf:a/b@", "hf:a/b@x y", "ftp://host/b", "file:///etc", "http://", "http://:1/b",
-        "http://host:port/b", "http://user:pass@host/b", "http://ho st/b", "http://host/\x1b[31m", "no/such/folder", "",
+        "http://host:port/b", "http://user:pass@host/b", "http://ho st/b", "http://host/\x1b[31m", "no/such/folder",
+        "~nosuchuser/b", "x" * 300, "",
     ],
 )  # fmt: skip
 def test_what_is_no_source_is_refused_before_anything_is_asked(text: str) -> None:

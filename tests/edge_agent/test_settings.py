@@ -53,6 +53,8 @@ def test_budgets_and_rates_have_one_grammar() -> None:
         ("listen", "unix:", "path"),
         ("listen", "unix:/" + "x" * 200, "107"),
         ("cloud", "example.com", "HOST:PORT"),
+        ("models", "~nosuchuser/models", "~nosuchuser"),
+        ("bundle", "~nosuchuser/b", "write it out"),
         ("routing_rate", "1.5", "between 0 and 1"),
         ("routing_rate", "half", "between 0 and 1"),
         ("budget", "1/week", "hour, day, month, total"),
@@ -108,6 +110,8 @@ def test_a_wrong_file_is_refused(tmp_path: Path, content: str, words: str) -> No
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StartRefused, match="cannot read"):
         resolve({"config": str(tmp_path / "none.toml")}, {})
+    with pytest.raises(StartRefused, match=r"cannot read .* ~nosuchuser stands for"):
+        resolve({"config": "~nosuchuser/edge.toml"}, {})
 
 
 @pytest.mark.parametrize(
