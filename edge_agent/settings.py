@@ -36,6 +36,9 @@ ADDRESS_VARIABLE = "EDGE_AGENT_ADDRESS"
 STARTER = Path(__file__).parent / "starter"
 """The bundle that comes with the project."""
 
+DEFAULT_BUDGET = "1.00"
+"""US dollars a day for all apps together, unless a budget for all apps is given."""
+
 SOCKET_PATH_BYTES = 107
 """Longest path of a Unix socket on Linux."""
 
@@ -195,7 +198,10 @@ def _apps(value: str) -> tuple[str, ...]:
 
 
 def _budgets(value: str) -> tuple[Budget, ...]:
-    """Budgets of `1`, `0.20/hour, 20/month` or `0.50/day@kiosk`: dollars, window (a day where none is named), app."""
+    """Budgets of `1`, `0.20/hour, 20/month` or `0.50/day@kiosk`: dollars, window (a day where none is named), app.
+
+    Where each is one app's alone, the default one stays: a limit for one app must not lift that of all others.
+    """
     budgets: list[Budget] = []
     for part in _apps(value):
         rest, at, app = part.partition("@")
@@ -211,6 +217,8 @@ def _budgets(value: str) -> tuple[Budget, ...]:
         budgets.append(Budget(name, cast(Window, window), parse_dollars(amount), app.strip() or None))
     if not budgets:  # an empty variable must not mean that there is no limit
         raise ValueError("an amount of US dollars is expected; 0 keeps everything on the edge")
+    if all(budget.app for budget in budgets):
+        budgets = [*_budgets(DEFAULT_BUDGET), *budgets]
     return tuple(budgets)
 
 
@@ -280,11 +288,12 @@ class Settings:
         "0.5", _share, "RHO", "wanted share of prompts in the cloud, 0 to 1; the true share can stay below it"
     )
     budget: tuple[Budget, ...] = _setting(
-        "1.00",
+        DEFAULT_BUDGET,
         _budgets,
         "USD_PER_DAY",
         "most to spend in the cloud, in US dollars a day; or several USD/WINDOW[@APP] with commas between, "
-        "WINDOW being hour, day, month or total: 1/day,20/month,0.2/day@kiosk",
+        "WINDOW being hour, day, month or total: 1/day,20/month,0.2/day@kiosk; budgets of apps alone leave the "
+        "default for all apps together in force",
     )
     rate: tuple[Rate, ...] = _setting(
         "",

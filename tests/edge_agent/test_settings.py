@@ -42,6 +42,12 @@ def test_budgets_and_rates_have_one_grammar() -> None:
     assert settings.rate == (Rate("rate 10/60", 10, 60.0), Rate("rate 2/1.5", 2, 1.5))
 
 
+def test_a_budget_for_one_app_leaves_the_default_one_for_all_in_force() -> None:
+    kiosk = Budget("day@kiosk", "day", 20_000, "kiosk")
+    assert resolve({"budget": "0.02/day@kiosk"}, {}).budget == (*Settings().budget, kiosk)
+    assert resolve({"budget": "5/month,0.02/day@kiosk"}, {}).budget[1:] == (kiosk,)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
