@@ -56,7 +56,7 @@ class Drawing:
         self.position = position  # in the queue; 0 is drawn at once
         self.stopped = Stop()
         self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[Progress | Drawn | Exception] = asyncio.Queue()
+        self._events: asyncio.Queue[Progress | Drawn | BaseException] = asyncio.Queue()
         self._deadline: asyncio.TimerHandle | None = None
         if job.deadline is not None:  # an event like the others: one timer an image, and none a step
             passed = DeadlinePassed(
@@ -70,7 +70,7 @@ class Drawing:
         self._work = work
         work.add_done_callback(lambda _: self._loop.call_soon_threadsafe(left))
 
-    def post(self, event: Progress | Drawn | Exception) -> None:
+    def post(self, event: Progress | Drawn | BaseException) -> None:
         """From any thread."""
         self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
@@ -82,7 +82,7 @@ class Drawing:
         try:
             while True:
                 event = await self._events.get()
-                if isinstance(event, Exception):
+                if isinstance(event, BaseException):
                     raise event
                 yield event
                 if isinstance(event, Drawn):
@@ -171,7 +171,7 @@ class Device:
                     told = stepped
         except Cancelled:
             pass  # whoever set the stop has gone
-        except Exception as error:
+        except BaseException as error:  # a panic in a native library, too: somebody waits for this
             post(error)
 
 

@@ -294,10 +294,12 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
         except RouteT2IError as error:
             line |= {"outcome": grpc_code(error).name, "error": error.message}
             await _abort(context, error)
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit):
             line["outcome"] = "CANCELLED"
             raise
-        except Exception as error:
+        except (
+            BaseException
+        ) as error:  # no Exception: a panic in a native library, of which the caller must be told
             line["outcome"] = "INTERNAL"
             log.exception("a bug in the daemon ended a call")
             await _abort(context, error)
@@ -306,7 +308,7 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
             log.info("call", extra={"fields": line})
 
 
-async def _abort(context: Any, error: Exception) -> None:
+async def _abort(context: Any, error: BaseException) -> None:
     status = status_details(error)
     details = (("grpc-status-details-bin", status.SerializeToString()),)
     try:

@@ -268,6 +268,26 @@ async def test_text_that_is_not_utf_8_is_refused(here: Here) -> None:
     assert (await here.app.health()) == "SERVING"
 
 
+@pytest.mark.parametrize("where", ["reader", "generator"])
+async def test_a_panic_in_a_native_library_ends_the_call_as_a_fault_of_the_daemon(
+    here: Here, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    class Panic(BaseException):  # as pyo3 has it
+        pass
+
+    def panics(*_: Any, **__: Any) -> Any:
+        raise Panic("index out of bounds")
+
+    agent = here.daemon.agent
+    assert agent is not None
+    part, name = (agent.reader, "read") if where == "reader" else (agent.models.generator, "generate")
+    with monkeypatch.context() as broken:
+        broken.setattr(part, name, panics)
+        answer = await here.app.generate(timeout=20)
+        assert answer.code == "INTERNAL" and "bounds" not in answer.message
+    assert (await here.app.generate()).code == "OK"
+
+
 async def test_the_rest_of_an_image_is_not_kept_here(app: App) -> None:
     assert (await app.generate(resume_offset=10)).code == "NOT_FOUND"
 
