@@ -14,6 +14,7 @@ import hashlib
 import io
 import ipaddress
 import math
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -26,7 +27,7 @@ from google.rpc.error_details_pb2 import RetryInfo
 from google.rpc.status_pb2 import Status
 from PIL import Image
 
-from edge_agent.errors import CloudError, CloudLied, CloudRefused, CloudUnavailable, sent_status
+from edge_agent.errors import CloudError, CloudLied, CloudRefused, CloudUnavailable, printable, sent_status
 from edge_agent.request import ImageRequest
 from routet2i.cloud.v1 import cloud_pb2
 from routet2i.cloud.v1.cloud_pb2_grpc import CloudServerServiceStub
@@ -294,7 +295,7 @@ class CloudClient:
         try:
             await CloudServerServiceStub(channel).GetModel(cloud_pb2.GetModelRequest())
         except grpc.aio.AioRpcError as error:
-            return error.details() or error.code().name
+            return printable(error.details() or error.code().name)
         return "it answers again just now"
 
     def _failed(self) -> None:
@@ -306,7 +307,7 @@ class CloudClient:
 
     def _explained(self, error: grpc.aio.AioRpcError, *, accepted: bool, timeout_s: float) -> CloudError:
         """A gRPC error of a connected call as one of ours."""
-        code, text = error.code(), error.details() or "no reason given"
+        code, text = error.code(), printable(error.details() or "no reason given")
         status = sent_status(error)
         never_ran = not accepted and status is not None and code in _NOTHING_RAN
         if code in _REFUSALS:
@@ -353,9 +354,8 @@ class _ImageStream:
                     f"the cloud's price is {price} micro-dollars, and {self._ceiling_micro_usd} were offered",
                     never_ran=False,
                 )
-            self.accepted = CloudAccepted(
-                response.accepted.queue_position, price, response.accepted.model_digest
-            )
+            digest = _digest(response.accepted.model_digest)
+            self.accepted = CloudAccepted(response.accepted.queue_position, price, digest)
             return self.accepted
         if kind == "progress":
             progress = response.progress
@@ -400,10 +400,17 @@ class _ImageStream:
             seed=info.seed,
             steps=info.steps,
             guidance_scale=info.guidance_scale,
-            model_digest=info.model_digest,
+            model_digest=_digest(info.model_digest),
             charged_micro_usd=result.charged_micro_usd,
             timings_ms={timing.stage: timing.milliseconds for timing in result.timings},
         )
+
+
+def _digest(text: str) -> str:
+    """A model's digest, as the cloud gives it. Raises CloudLied when it is none."""
+    if not re.fullmatch("[0-9a-f]{64}", text):
+        raise CloudLied("what the cloud sent as its model's digest is not 64 hex digits", never_ran=False)
+    return text
 
 
 def _check_png(png: bytes, sha256: str, width: int, height: int) -> None:

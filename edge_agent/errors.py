@@ -226,6 +226,11 @@ def status_details(error: BaseException) -> Status:
     return status
 
 
+def printable(text: str) -> str:
+    """What another machine says, fit for terminal and log: ? for what moves a cursor, hides or ends a line."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 def sent_status(error: grpc.RpcError) -> Status | None:
     """The google.rpc.Status that a server of ours sent with its error; None when gRPC itself made the error."""
     call: Any = error

@@ -44,6 +44,7 @@ from edge_agent.errors import (
     SourceRefused,
     SourceUnreachable,
     StoreError,
+    printable,
 )
 from edge_agent.store import Store, check_name, name_from
 
@@ -605,6 +606,4 @@ def _reason(error: object) -> str:
     if isinstance(error, http.client.IncompleteRead):
         return "the connection ended early"
     said = str(getattr(error, "strerror", None) or error) or type(error).__name__
-    return "".join(
-        letter if letter.isprintable() else "?" for letter in said
-    )  # some of it may be the server's
+    return printable(said)  # some of it may be the server's

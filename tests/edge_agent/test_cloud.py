@@ -56,9 +56,9 @@ def png(width: int = 64, height: int = 64, image_format: str = "PNG") -> bytes:
     return file.getvalue()
 
 
-def accepted(price: int = PRICE) -> Response:
+def accepted(price: int = PRICE, digest: str = "ab" * 32) -> Response:
     return Response(
-        accepted=cloud_pb2.Accepted(queue_position=2, charged_micro_usd=price, model_digest="ab" * 32)
+        accepted=cloud_pb2.Accepted(queue_position=2, charged_micro_usd=price, model_digest=digest)
     )
 
 
@@ -75,7 +75,13 @@ def chunks(data: bytes) -> list[Response]:
 
 
 def result(
-    data: bytes, *, sha256: str | None = None, charged: int = PRICE, request_id: str = "r-1", side: int = 64
+    data: bytes,
+    *,
+    sha256: str | None = None,
+    charged: int = PRICE,
+    request_id: str = "r-1",
+    side: int = 64,
+    digest: str = "ab" * 32,
 ) -> Response:
     info = image_pb2.ImageInfo(
         sha256=sha256 or hashlib.sha256(data).hexdigest(),
@@ -86,7 +92,7 @@ def result(
         seed=7,
         steps=3,
         guidance_scale=3.0,
-        model_digest="ab" * 32,
+        model_digest=digest,
     )
     timings = [image_pb2.Timing(stage="generate", milliseconds=12.5)]
     return Response(
@@ -302,6 +308,8 @@ async def test_no_connection_exists_before_the_first_call_nor_after_the_last(clo
         ([accepted(), *chunks(png()), result(png(), request_id="r-2")], "another request's"),
         ([accepted(), *chunks(png()), result(png(), charged=PRICE + 1)], "charged 30001"),
         ([accepted(), *chunks(png()), result(png(), charged=-1)], "charged -1"),
+        ([accepted(digest="\x1b[31mX")], "not 64 hex digits"),
+        ([accepted(), *chunks(png()), result(png(), digest="")], "not 64 hex digits"),
         ([accepted(CEILING + 1)], "price is 40001"),
         ([accepted(-5)], "price is -5"),
         ([accepted(), accepted()], "sent accepted where it may not"),
@@ -375,6 +383,13 @@ async def test_a_refusal_before_accepting_says_whether_anything_ran(
     assert type(error) is kind
     assert "not today" in error.message
     assert error.never_ran is never_ran
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAVAILABLE])
+async def test_what_a_cloud_says_cannot_take_over_the_terminal(cloud: Cloud, code: grpc.StatusCode) -> None:
+    cloud.script = [abort(code, "\x1b[2Jno\nedge-agent: é")]
+    message = (await failure(CloudClient(cloud.address))).message
+    assert "?[2Jno?edge-agent: é" in message and message.isprintable()
 
 
 @pytest.mark.parametrize("code", [grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.UNAVAILABLE])
