@@ -9,13 +9,13 @@ import math
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
 from edge_agent import version
-from edge_agent.cloud import CloudAccepted, CloudImage
+from edge_agent.cloud import CloudAccepted, CloudClient, CloudImage
 from edge_agent.device import Device, Drawing, Drawn, Job
 from edge_agent.errors import CloudError, CloudRefused, LedgerError, QuotaExhausted
 from edge_agent.image import Progress, with_facts
@@ -33,6 +33,9 @@ Found = TypeVar("Found")
 SHORT_READING_MS = 5.0
 """What is read this quickly is read in the event loop: turning to another thread and back takes a third of a
 millisecond, and no call notices that the loop was away for so long."""
+
+ASK_AGAIN_S = 60.0
+"""A cloud with another model than the calibration's is asked at most this often whether it still has it."""
 
 SHORT_PROMPT = 500
 """Characters up to which a prompt is taken to be read as quickly as the one before it."""
@@ -106,6 +109,8 @@ class Agent:
         self._reading = ThreadPoolExecutor(1, thread_name_prefix="reading")
         self._reading_ms = math.inf  # what the last one took
         self._nothing_negative: Any = None  # token states of the empty negative prompt
+        self._asking: asyncio.Task[None] | None = None  # which model the cloud has
+        self._ask_again_at = -math.inf  # time.monotonic(), s
 
     async def generate(self, request: ImageRequest) -> AsyncGenerator[Decision | Progress | Result, None]:
         """The decision, the progress of whoever makes the image, then the image. Closing the iterator stops all of it.
@@ -118,6 +123,8 @@ class Agent:
         async with AsyncExitStack() as closing:
             closing.enter_context(self.models.used())
             reading, decision = await self._read(request, reserving=True)
+            if decision.reason is Reason.UNCALIBRATED:
+                self._ask_for_model()
             if decision.route == "cloud":
                 decision, purchase = await self._reserve(request, reading, decision)
             drawing = None
@@ -161,8 +168,9 @@ class Agent:
         if calibration is not None and not self._cloud_fits:
             found.append(
                 f"the cloud server runs model {self.tally.cloud_digest[:16]} and the calibration was made for "
-                f"{calibration.cloud_digest[:16]}, so no prompt is routed: run `edge-export calibrate` for that model, "
-                "or start the cloud server with the other one; then restart edge-agent"
+                f"{calibration.cloud_digest[:16]}, so no prompt is routed: run `edge-export calibrate` for that model "
+                "and restart edge-agent, or start the cloud server with the other one, which the prompts after that "
+                "notice"
             )
         if self.purchases.cloud is None:
             found.append(
@@ -188,6 +196,8 @@ class Agent:
     def close(self) -> None:
         """Let go of the reading thread and the models' timer."""
         self._reading.shutdown(wait=False, cancel_futures=True)
+        if self._asking is not None:
+            self._asking.cancel()
         self.models.close()
 
     async def _beside(self, work: Callable[..., Found], *arguments: Any, **named: Any) -> Found:

@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import grpc
 from google.rpc.error_details_pb2 import RetryInfo
@@ -216,16 +216,8 @@ class CloudClient:
 
     async def lookup(self, request_id: str, timeout_s: float = 10.0) -> Outcome:
         """What became of `request_id`. Raises CloudError when there is no answer in `timeout_s` seconds."""
-        deadline = self._monotonic() + timeout_s
-        async with self._connection(timeout_s) as channel:
-            try:
-                answer = await CloudServerServiceStub(channel).LookupGeneration(
-                    cloud_pb2.LookupGenerationRequest(request_id=request_id),
-                    timeout=max(0.0, deadline - self._monotonic()),
-                    metadata=self._metadata,
-                )
-            except grpc.aio.AioRpcError as error:
-                raise self._explained(error, accepted=True, timeout_s=timeout_s) from error
+        question = cloud_pb2.LookupGenerationRequest(request_id=request_id)
+        answer = await self._answer("LookupGeneration", question, timeout_s)
         charged = answer.charged_micro_usd if answer.charged else 0
         if answer.request_id != request_id or charged < 0:
             raise CloudLied(f"the cloud at {self.address} answered for another request", never_ran=False)
@@ -237,9 +229,25 @@ class CloudClient:
             charged_micro_usd=charged,
         )
 
+    async def model_digest(self, timeout_s: float = 10.0) -> str:
+        """Digest of the model that the cloud runs now, which costs nothing to ask. Raises what `lookup` raises."""
+        answer = await self._answer("GetModel", cloud_pb2.GetModelRequest(), timeout_s)
+        return _digest(answer.model_digest)
+
     async def close(self) -> None:
         """Take no more calls. Those under way end with the tasks that await them."""
         self._closed = True
+
+    async def _answer(self, method: str, question: Any, timeout_s: float) -> Any:
+        deadline = self._monotonic() + timeout_s
+        async with self._connection(timeout_s) as channel:
+            ask = getattr(CloudServerServiceStub(channel), method)
+            try:
+                return await ask(
+                    question, timeout=max(0.0, deadline - self._monotonic()), metadata=self._metadata
+                )
+            except grpc.aio.AioRpcError as error:
+                raise self._explained(error, accepted=True, timeout_s=timeout_s) from error
 
     @asynccontextmanager
     async def _connection(self, timeout_s: float) -> AsyncIterator[grpc.aio.Channel]:

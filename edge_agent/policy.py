@@ -86,13 +86,14 @@ def decide(
     """The route and its reason. What comes first below wins over what comes later.
 
     Someone who asks for `cloud_only` wants the cloud's own answer, so health and quota do not turn that
-    wish down here: the call, or the ledger's refusal of it, does, and says more.
+    wish down here: the call, or the ledger's refusal of it, does, and says more. Nor does a calibration for
+    other models: nothing is compared.
 
-    Raises PolicyConflict for a `cloud_only` that cannot be: privacy is local_only, no cloud is configured,
-    or the models are uncalibrated. Raises ValueError when calibrated without a PRS and an alpha.
+    Raises PolicyConflict for a `cloud_only` that cannot be: privacy is local_only, or no cloud is configured.
+    Raises ValueError when calibrated without a PRS and an alpha.
     """
     if routing is Routing.CLOUD_ONLY:
-        _check_cloud_only(privacy, calibrated=calibrated, cloud_configured=cloud_configured)
+        _check_cloud_only(privacy, cloud_configured=cloud_configured)
         return "cloud", Reason.CLOUD_ONLY
     if routing is Routing.LOCAL_ONLY or privacy is Privacy.LOCAL_ONLY:
         return "edge", Reason.LOCAL_ONLY
@@ -109,7 +110,7 @@ def decide(
     return "cloud", Reason.PARETO_CLOUD
 
 
-def _check_cloud_only(privacy: Privacy, *, calibrated: bool, cloud_configured: bool) -> None:
+def _check_cloud_only(privacy: Privacy, *, cloud_configured: bool) -> None:
     if privacy is Privacy.LOCAL_ONLY:
         raise PolicyConflict(
             "cloud_only was asked for a prompt that may not leave the device; drop one of the two"
@@ -117,9 +118,4 @@ def _check_cloud_only(privacy: Privacy, *, calibrated: bool, cloud_configured: b
     if not cloud_configured:
         raise PolicyConflict(
             "cloud_only was asked, but no cloud is configured; start the daemon with --cloud"
-        )
-    if not calibrated:
-        raise PolicyConflict(
-            "cloud_only was asked, but this calibration was made for other models; "
-            "`edge-agent status` says what to run"
         )

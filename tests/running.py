@@ -359,6 +359,9 @@ class ScriptedCloud(cloud_pb2_grpc.CloudServerServiceServicer):
             )
         )
 
+    async def GetModel(self, request: cloud_pb2.GetModelRequest, context: Any) -> cloud_pb2.GetModelResponse:
+        return cloud_pb2.GetModelResponse(model_digest=self.digest)
+
     async def LookupGeneration(
         self, request: cloud_pb2.LookupGenerationRequest, context: Any
     ) -> cloud_pb2.LookupGenerationResponse:

@@ -109,6 +109,7 @@ class Cloud(cloud_pb2_grpc.CloudServerServiceServicer):
     """A cloud server that plays back a script, and keeps what it received."""
 
     script: list[Any] = field(default_factory=list)  # responses; a callable is awaited with the context
+    digest: str = "cd" * 32
     answer: cloud_pb2.LookupGenerationResponse = field(default_factory=cloud_pb2.LookupGenerationResponse)
     received: list[cloud_pb2.GenerateRequest] = field(default_factory=list)
     metadata: dict[str, str | bytes] = field(default_factory=dict)
@@ -136,7 +137,7 @@ class Cloud(cloud_pb2_grpc.CloudServerServiceServicer):
     async def GetModel(
         self, request: cloud_pb2.GetModelRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> cloud_pb2.GetModelResponse:
-        return cloud_pb2.GetModelResponse()
+        return cloud_pb2.GetModelResponse(model_digest=self.digest)
 
     async def LookupGeneration(
         self,
@@ -631,6 +632,13 @@ async def test_a_lookup_that_answers_for_another_request_is_a_lie(cloud: Cloud) 
     cloud.answer.request_id = "r-2"
     with pytest.raises(CloudLied):
         await CloudClient(cloud.address).lookup("r-1")
+
+
+async def test_the_cloud_can_be_asked_for_its_model(cloud: Cloud) -> None:
+    assert await CloudClient(cloud.address).model_digest() == "cd" * 32
+    cloud.digest = "\x1b[31mX"
+    with pytest.raises(CloudLied, match="64 hex digits"):
+        await CloudClient(cloud.address).model_digest()
 
 
 async def test_a_lookup_without_a_cloud_is_an_error_and_no_outcome() -> None:

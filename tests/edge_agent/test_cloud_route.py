@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
-from edge_agent import purchase
+from edge_agent import agent, purchase
 from edge_agent.bundle import Bundle
 from edge_agent.quota import Budget, Ledger
 from routet2i.edge.v1 import edge_pb2
@@ -294,6 +294,29 @@ async def test_another_cloud_model_than_the_calibrations_is_noticed(
         assert (answer.reason, answer.served_by) == ("uncalibrated", "edge")
         status = await here.app.status()
         assert not status.calibrated and "edge-export calibrate" in status.advice[0]
+
+
+@pytest.mark.parametrize("how", ["cloud_only", "asking"])
+async def test_a_cloud_that_has_the_right_model_again_is_noticed(
+    routed_bundle: Path, digest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(agent, "ASK_AGAIN_S", 3600.0 if how == "cloud_only" else 0.0)
+    async with (
+        scripted_cloud("f" * 64) as cloud,
+        daemon_here(routed_bundle, tmp_path, cloud=cloud.address) as here,
+    ):
+        await here.app.generate(CLOUD_PROMPT)
+        assert (await here.app.generate(CLOUD_PROMPT)).reason == "uncalibrated"
+        if how == "cloud_only":
+            assert (await here.app.generate(routing=CLOUD)).served_by == "cloud"
+            assert not (await here.app.status()).calibrated
+        cloud.digest = digest
+        if how == "cloud_only":
+            assert (await here.app.generate(routing=CLOUD)).served_by == "cloud"
+        else:
+            assert (await here.app.generate(CLOUD_PROMPT)).reason == "uncalibrated"
+            await until(lambda: here.daemon.agent is not None and here.daemon.agent.calibrated)
+        assert (await here.app.generate(CLOUD_PROMPT)).reason == "pareto_cloud"
 
 
 @pytest.mark.parametrize("where", ["a closed port", "a name that does not resolve"])

@@ -43,6 +43,7 @@ WORTH_IT: dict[str, Any] = {
         ({"routing": Routing.CLOUD_ONLY, "prs": 0.9}, "cloud", Reason.CLOUD_ONLY),
         ({"routing": Routing.CLOUD_ONLY, "quota_allows": False}, "cloud", Reason.CLOUD_ONLY),
         ({"routing": Routing.CLOUD_ONLY, "cloud_healthy": False}, "cloud", Reason.CLOUD_ONLY),
+        ({"routing": Routing.CLOUD_ONLY, "calibrated": False}, "cloud", Reason.CLOUD_ONLY),
     ],
 )
 def test_each_reason_has_its_place_in_the_order(change: dict[str, Any], route: str, reason: Reason) -> None:
@@ -54,7 +55,6 @@ def test_each_reason_has_its_place_in_the_order(change: dict[str, Any], route: s
     [
         ({"privacy": Privacy.LOCAL_ONLY}, "may not leave the device"),
         ({"cloud_configured": False}, "--cloud"),
-        ({"calibrated": False}, "edge-agent status"),
     ],
 )
 def test_a_cloud_only_that_cannot_be_is_a_conflict_that_says_what_to_do(
