@@ -85,7 +85,8 @@ class Tally:
     fallbacks: int = 0
     cloud_digest: str = ""  # what the cloud server last said it is
     cloud_connected: bool = False  # whether a call has reached it
-    refusal: str = ""  # why the cloud server took none of the calls since the last one that it took
+    cloud_failure: CloudError | None = None  # of the last call, where no image has come from the cloud since
+    ledger_failure: str = ""  # why no call could be reserved, where none has been since
 
 
 class Agent:
@@ -176,12 +177,23 @@ class Agent:
             found.append(
                 "no cloud server is configured, so every prompt stays on the edge: start with --cloud HOST:PORT"
             )
-        if self.tally.refusal:
+        failure = self.tally.cloud_failure
+        if failure is not None:
+            check = "--cloud, --cloud-ca and whether the cloud server runs"
+            if isinstance(failure, CloudRefused):
+                check = "--max-price, --cloud-token and the cloud server's own settings"
+            found.append(f"{failure.message}; no image has come from it since: if it goes on, check {check}")
+        if self.tally.ledger_failure:
             found.append(
-                f"{self.tally.refusal}; that was its last answer: if it goes on, check --max-price, --cloud-token "
-                "and the cloud server's own settings"
+                f"{self.tally.ledger_failure}; until a call can be reserved again, prompts that are worth the cloud "
+                "stay on the edge as quota_exhausted"
             )
         return tuple(found)
+
+    @property
+    def max_price_micro_usd(self) -> int:
+        """The most that one cloud image may cost."""
+        return self._terms.max_price_micro_usd
 
     @property
     def calibrated(self) -> bool:
@@ -242,11 +254,12 @@ class Agent:
             purchase = await self.purchases.reserve(
                 request, self._ceiling(request), self._cloud_timeout_s(request)
             )
+            self.tally.ledger_failure = ""
         except (QuotaExhausted, LedgerError) as error:
+            if isinstance(error, LedgerError):
+                self._unusable(error)
             if request.routing is Routing.CLOUD_ONLY:
                 raise
-            if isinstance(error, LedgerError):  # a ledger that cannot be written allows nothing
-                log.error("ledger", extra={"fields": {"error": error.message}})
             route, reason = self._verdict(request, reading, quota_allows=False)
         try:
             quota = await self._beside(self._quota, request.app)
@@ -276,16 +289,36 @@ class Agent:
     def _quota_allows(self, request: ImageRequest) -> bool:
         try:
             return self.purchases.ledger.allows(request.app, self._ceiling(request))
-        except LedgerError as error:  # as in _reserve: a ledger that cannot be read allows nothing
-            log.error("ledger", extra={"fields": {"error": error.message}})
+        except LedgerError as error:
+            self._unusable(error)
             return False
 
     def _quota(self, app: str) -> tuple[BudgetState, ...]:
         try:
             return self.purchases.ledger.states(app)
         except LedgerError as error:  # only an account is lost; an image on the edge costs nothing
-            log.error("ledger", extra={"fields": {"error": error.message}})
+            self._unusable(error)
             return ()
+
+    def _unusable(self, error: LedgerError) -> None:
+        """A ledger that cannot be read or written allows nothing, and the status says why."""
+        log.error("ledger", extra={"fields": {"error": error.message}})
+        self.tally.ledger_failure = error.message
+
+    def _ask_for_model(self) -> None:
+        """Where another model in the cloud is all that keeps prompts from it, ask whether it is still there.
+
+        Beside the image, which the edge makes: only later decisions can profit.
+        """
+        cloud, now = self.purchases.cloud, time.monotonic()
+        if cloud is None or not cloud.healthy or self._cloud_fits or now < self._ask_again_at:
+            return
+        self._ask_again_at = now + ASK_AGAIN_S
+        self._asking = asyncio.create_task(self._learn_model(cloud))
+
+    async def _learn_model(self, cloud: CloudClient) -> None:
+        with suppress(CloudError):
+            self.tally.cloud_digest = await cloud.model_digest()
 
     async def _make(
         self, request: ImageRequest, reading: Reading, purchase: Purchase | None, drawing: Drawing | None
@@ -299,8 +332,7 @@ class Agent:
                         yield event
                 return
             except CloudError as error:
-                if isinstance(error, CloudRefused):
-                    self.tally.refusal = error.message
+                self.tally.cloud_failure = error
                 if request.routing is Routing.CLOUD_ONLY:
                     raise
                 failure = error.message
@@ -318,8 +350,8 @@ class Agent:
                 if isinstance(event, CloudAccepted):
                     position, self.tally.cloud_digest = event.queue_position, event.model_digest
                     self.tally.cloud_connected = True
-                    self.tally.refusal = ""
                 elif isinstance(event, CloudImage):
+                    self.tally.cloud_failure = None
                     yield Made(
                         event.png,
                         "cloud",

@@ -178,7 +178,7 @@ GRPC_CODES: dict[type[RouteT2IError], grpc.StatusCode] = {
     CloudLied: grpc.StatusCode.UNAVAILABLE,
     StartRefused: grpc.StatusCode.FAILED_PRECONDITION,
     BundleError: grpc.StatusCode.DATA_LOSS,
-    LedgerError: grpc.StatusCode.INTERNAL,
+    LedgerError: grpc.StatusCode.FAILED_PRECONDITION,
     StoreError: grpc.StatusCode.FAILED_PRECONDITION,
     PullFailed: grpc.StatusCode.UNAVAILABLE,
     SourceUnreachable: grpc.StatusCode.UNAVAILABLE,

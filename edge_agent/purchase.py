@@ -15,11 +15,12 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
+from datetime import datetime, timezone
 from typing import Any, cast
 
 from edge_agent.cloud import CloudAccepted, CloudClient, CloudImage, CloudProgress
 from edge_agent.errors import CloudError, DuplicateRequest, LedgerError, PolicyConflict, RouteT2IError
-from edge_agent.quota import Ledger, Reservation
+from edge_agent.quota import Ledger, Reservation, dollars
 from edge_agent.request import ImageRequest
 
 log = logging.getLogger(__name__)
@@ -84,9 +85,37 @@ class Purchases:
             raise
         return Purchase(self, self.cloud, replace(request, request_id=key), ceiling_micro_usd, deadline)
 
-    async def out_of_reach(self) -> list[Reservation]:
-        """The open reservations whose cloud is not the one in use, so that nobody can be asked. Raises LedgerError."""
-        return [left for left in await asyncio.to_thread(self.ledger.unresolved) if not self._knows(left)]
+    async def advice(self, ceiling_micro_usd: int) -> list[str]:
+        """One sentence for each thing that keeps calls of this ceiling, or what was set aside, from their end.
+
+        Raises LedgerError.
+        """
+        found = []
+        if lost := [
+            left for left in await asyncio.to_thread(self.ledger.unresolved) if not self._knows(left)
+        ]:
+            clouds = ", ".join(sorted({reservation.cloud for reservation in lost}))
+            found.append(
+                f"{len(lost)} cloud calls of unknown outcome count as spent, and only the cloud server that they "
+                f"went to can tell: start once more with the --cloud and --cloud-token of then ({clouds}) to have "
+                "them resolved"
+            )
+        if self.cloud is not None:
+            found += [
+                f"the budget {budget.name!r} is {dollars(budget.cap_micro_usd)} and one cloud image may cost "
+                f"{dollars(ceiling_micro_usd)}, so that it never has room for one: raise --budget, or lower --max-price"
+                for budget in self.ledger.budgets
+                if budget.cap_micro_usd < ceiling_micro_usd
+            ]
+        calls, until = await asyncio.to_thread(self.ledger.ahead)
+        if calls:
+            date = datetime.fromtimestamp(until, timezone.utc).date().isoformat()
+            found.append(
+                f"{calls} cloud calls bear a date that is still to come, the last of them {date}, so that they count "
+                "in every window until then: check this machine's clock; if it is right and was not, stop edge-agent "
+                f"and move {self.ledger.path} away, which forgets what was spent"
+            )
+        return found
 
     async def settle(self, key: str, charged_micro_usd: int) -> bool:
         """Record the charge, also when the caller is cancelled meanwhile. False when the ledger could not."""

@@ -56,6 +56,9 @@ _SCHEMA = (
 _LOCK_WAIT_S = 1.0
 """How long opening waits for another process to let go of the file: enough for one that is just closing."""
 
+_CLOCK_SLIPS_S = 60.0
+"""How far a clock that is kept right may be put back."""
+
 _EFFECTIVE_IDS = os.access in os.supports_effective_ids
 
 _MAX_INTEGER = 2**63 - 1
@@ -166,8 +169,8 @@ class Ledger:
         clock: Callable[[], float],
     ) -> None:
         self._connection = connection
-        self._path = path
-        self._budgets = budgets
+        self.path = path
+        self.budgets = budgets
         self._rates = rates
         self.clock = clock
         # SQLite before 3.51.3 can corrupt a write-ahead log that two connections use: there is one, and one
@@ -303,6 +306,19 @@ class Ledger:
             ).fetchall()
         return [Reservation(*row) for row in rows]
 
+    def ahead(self) -> tuple[int, float]:
+        """How many of the calls that count bear a date in the future, and the last of these dates (0 for none).
+
+        A clock that was ahead has left them there: see above for why they count all the same.
+        """
+        with self._transaction() as connection:
+            row = connection.execute(
+                "SELECT count(*), COALESCE(MAX(reserved_at), 0.0) FROM calls "
+                "WHERE reserved_at > ? AND state != 'released'",
+                (self.clock() + _CLOCK_SLIPS_S,),
+            ).fetchone()
+        return cast("tuple[int, float]", row)
+
     def allows(self, app: str, ceiling_micro_usd: int) -> bool:
         """Whether `reserve` would find room at this moment. A snapshot: nothing is set aside."""
         _check_money(ceiling_micro_usd)
@@ -342,7 +358,7 @@ class Ledger:
         """The connection, alone, in a transaction that is durable when the block is left without an error."""
         with self._lock:
             if self._closed:
-                raise LedgerError(f"the quota ledger {self._path} is closed")
+                raise LedgerError(f"the quota ledger {self.path} is closed")
             try:
                 self._connection.execute("BEGIN IMMEDIATE")
                 yield self._connection
@@ -358,7 +374,7 @@ class Ledger:
                 with suppress(sqlite3.Error):
                     self._connection.rollback()
                 if isinstance(error, sqlite3.Error):
-                    raise _explained(self._path, error) from error
+                    raise _explained(self.path, error) from error
                 raise
 
     def _call(self, connection: sqlite3.Connection, request_id: str) -> tuple[str, int, int]:
@@ -392,7 +408,7 @@ class Ledger:
         """What counts at `now`, from the file."""
         sums = [
             (start, *_sums(connection, budget, start))
-            for budget, start in zip(self._budgets, self._starts(now), strict=True)
+            for budget, start in zip(self.budgets, self._starts(now), strict=True)
         ]
         recent = [
             tuple(
@@ -407,10 +423,10 @@ class Ledger:
         return _Account(now, tuple(sums), tuple(recent))
 
     def _starts(self, now: float) -> list[float]:
-        return [window_bounds(budget.window, now)[0] for budget in self._budgets]
+        return [window_bounds(budget.window, now)[0] for budget in self.budgets]
 
     def _states(self, account: _Account) -> Iterator[BudgetState]:
-        for budget, (_, spent, reserved) in zip(self._budgets, account.sums, strict=True):
+        for budget, (_, spent, reserved) in zip(self.budgets, account.sums, strict=True):
             cap = budget.cap_micro_usd
             remaining = max(
                 0, cap - spent - reserved

@@ -21,6 +21,7 @@ from edge_agent.errors import (
     Cancelled,
     Draining,
     InvalidRequest,
+    LedgerError,
     NotKept,
     NotReady,
     RouteT2IError,
@@ -198,15 +199,12 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
         """What the daemon is doing, and what to do when it is not routing."""
         async with self._call(request, context, {"rpc": "GetStatus"}) as agent:
             reader, cloud = agent.reader, agent.purchases.cloud
-            unresolved = len(await asyncio.to_thread(agent.purchases.ledger.unresolved))
-            advice = list(agent.advice)
-            if lost := await agent.purchases.out_of_reach():
-                clouds = ", ".join(sorted({reservation.cloud for reservation in lost}))
-                advice.append(
-                    f"{len(lost)} cloud calls of unknown outcome count as spent, and only the cloud server that they "
-                    f"went to can tell: start once more with the --cloud and --cloud-token of then ({clouds}) to have "
-                    "them resolved"
-                )
+            unresolved, of_quota = 0, list[str]()
+            try:
+                unresolved = len(await asyncio.to_thread(agent.purchases.ledger.unresolved))
+                of_quota = await agent.purchases.advice(agent.max_price_micro_usd)
+            except LedgerError as error:
+                agent.tally.ledger_failure = error.message
             return edge_pb2.GetStatusResponse(
                 version=version(),
                 uptime_seconds=time.monotonic() - self._started,
@@ -225,7 +223,7 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
                 served_by_cloud=agent.tally.served["cloud"],
                 fallbacks=agent.tally.fallbacks,
                 unresolved_reservations=unresolved,
-                advice=advice,
+                advice=[*agent.advice, *of_quota],
                 providers=[
                     edge_pb2.Provider(
                         name=each.name,
@@ -459,7 +457,8 @@ def _cloud_health(agent: Agent) -> edge_pb2.CloudHealth:
     cloud = agent.purchases.cloud
     if cloud is None:
         return edge_pb2.CLOUD_HEALTH_NOT_CONFIGURED
-    if not cloud.healthy:
+    failure = agent.tally.cloud_failure
+    if not cloud.healthy or (failure is not None and failure.never_ran):
         return edge_pb2.CLOUD_HEALTH_UNREACHABLE
     return edge_pb2.CLOUD_HEALTH_HEALTHY if agent.tally.cloud_connected else edge_pb2.CLOUD_HEALTH_UNTRIED
 

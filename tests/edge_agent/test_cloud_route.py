@@ -18,6 +18,7 @@ import pytest_asyncio
 
 from edge_agent import agent, purchase
 from edge_agent.bundle import Bundle
+from edge_agent.errors import LedgerError
 from edge_agent.quota import Budget, Ledger
 from routet2i.edge.v1 import edge_pb2
 from routet2i.image.v1 import image_pb2
@@ -177,14 +178,17 @@ async def test_who_asked_for_the_cloud_alone_gets_its_error(both: Both, manner: 
     assert (answer.code, answer.result) == (code, None)
 
 
-async def test_the_status_tells_of_a_cloud_that_refuses_until_it_takes_a_call(both: Both) -> None:
+async def test_the_status_tells_of_a_cloud_that_refuses_until_an_image_comes_from_it(both: Both) -> None:
     both.cloud.manner = "refuse"
     await both.app.generate(CLOUD_PROMPT)
-    (advice,) = (await both.app.status()).advice
+    status = await both.app.status()
+    assert status.cloud_health == edge_pb2.CLOUD_HEALTH_UNREACHABLE
+    (advice,) = status.advice
     assert "too dear" in advice and "--max-price" in advice
     both.cloud.manner = "honest"
     await both.app.generate(CLOUD_PROMPT)
-    assert not (await both.app.status()).advice
+    status = await both.app.status()
+    assert status.cloud_health == edge_pb2.CLOUD_HEALTH_HEALTHY and not status.advice
 
 
 async def test_a_slow_cloud_leaves_the_edge_time_within_the_deadline(both: Both) -> None:
@@ -320,8 +324,8 @@ async def test_a_cloud_that_has_the_right_model_again_is_noticed(
 
 
 @pytest.mark.parametrize("where", ["a closed port", "a name that does not resolve"])
-async def test_a_cloud_out_of_reach_is_left_alone_for_a_while(
-    routed_bundle: Path, tmp_path: Path, where: str
+async def test_a_cloud_out_of_reach_is_left_alone_for_a_while_and_the_status_says_so(
+    routed_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound and not listening: nobody answers there
@@ -335,7 +339,11 @@ async def test_a_cloud_out_of_reach_is_left_alone_for_a_while(
             assert await here.app.budget() == (0, 0)
             second = await here.app.generate(CLOUD_PROMPT)
             assert (second.reason, second.result.fallback) == ("cloud_unavailable", False)
-            assert (await here.app.status()).cloud_health == edge_pb2.CLOUD_HEALTH_UNREACHABLE
+            monkeypatch.setattr(here.daemon._purchases.cloud, "_retry_at", 0.0)  # the next try is due
+            status = await here.app.status()
+            assert status.cloud_health == edge_pb2.CLOUD_HEALTH_UNREACHABLE
+            (advice,) = status.advice
+            assert address in advice and "whether the cloud server runs" in advice
             assert (await here.app.generate(routing=CLOUD)).code == "UNAVAILABLE"
 
 
@@ -435,8 +443,31 @@ async def test_a_ledger_that_breaks_keeps_prompts_on_the_edge(
         assert (answer.reason, answer.served_by) == ("quota_exhausted", "edge")
         assert (await here.app.route(CLOUD_PROMPT)).reason == edge_pb2.DECISION_REASON_QUOTA_EXHAUSTED
         assert (await here.app.generate(EDGE_PROMPT)).served_by == "edge"
-        assert (await here.app.generate(routing=CLOUD)).code == "INTERNAL"
-        assert cloud.connections == 0
+        refused = await here.app.generate(routing=CLOUD)
+        assert (refused.code, cloud.connections) == ("FAILED_PRECONDITION", 0)
+        (advice,) = (await here.app.status()).advice
+        assert refused.message in advice and "quota_exhausted" in advice
+
+
+async def test_a_ledger_that_cannot_be_written_is_in_the_status_until_a_call_is_reserved(
+    routed_bundle: Path, digest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise LedgerError(
+            "the quota ledger cannot grow because the disk is full: free some space and try again"
+        )
+
+    async with (
+        scripted_cloud(digest) as cloud,
+        daemon_here(routed_bundle, tmp_path, cloud=cloud.address) as here,
+    ):
+        with monkeypatch.context() as broken:
+            broken.setattr(here.daemon._purchases.ledger, "reserve", full)
+            assert (await here.app.generate(CLOUD_PROMPT)).reason == "quota_exhausted"
+        (advice,) = (await here.app.status()).advice
+        assert "free some space" in advice
+        assert (await here.app.generate(CLOUD_PROMPT)).served_by == "cloud"
+        assert not (await here.app.status()).advice
 
 
 async def test_a_stalled_connection_to_the_cloud_ends_at_the_connection_timeout(

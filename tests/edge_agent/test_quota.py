@@ -255,6 +255,20 @@ def test_a_clock_set_back_does_not_give_the_budget_a_second_time(open_ledger: Op
     assert not ledger.allows("app", 1)
 
 
+def test_calls_of_a_clock_that_was_ahead_are_told_apart(open_ledger: Open) -> None:
+    clock = Clock()
+    ledger = open_ledger(DAY, clock=clock)
+    for request_id in ("settled", "released", "now"):
+        ledger.reserve(request_id, "app", 10)
+    ledger.settle("settled", 10)
+    ledger.release("released")
+    assert ledger.ahead() == (0, 0.0)
+    clock.now = NOON - 1
+    assert ledger.ahead() == (0, 0.0)  # as small a step as a clock that is kept right makes
+    clock.now = NOON - 86_400
+    assert ledger.ahead() == (2, NOON)
+
+
 def test_december_ends_in_january_and_a_total_never(open_ledger: Open) -> None:
     december = datetime(2026, 12, 31, tzinfo=timezone.utc).timestamp()
     assert window_bounds("month", december)[1] == datetime(2027, 1, 1, tzinfo=timezone.utc).timestamp()

@@ -12,7 +12,7 @@ Errors:
   RESOURCE_EXHAUSTED   the device's queue is full (google.rpc.RetryInfo says when to try again), or, for
                        ROUTING_CLOUD_ONLY, the quota is used up (google.rpc.QuotaFailure names the budget).
   FAILED_PRECONDITION  ROUTING_CLOUD_ONLY where no cloud server is configured, or it refuses the request (price,
-                       size, token).
+                       size, token), or the quota ledger cannot be used.
   DATA_LOSS            a file of the local model is missing, altered or not what it has to be; the message names it.
   UNAVAILABLE          the daemon is still loading its models (google.rpc.RetryInfo says when to try again) or is
                        draining; or, for ROUTING_CLOUD_ONLY, the cloud server cannot be reached or answered with
