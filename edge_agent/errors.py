@@ -190,6 +190,10 @@ GRPC_CODES: dict[type[RouteT2IError], grpc.StatusCode] = {
 for `cloud_only`; for everyone else the edge makes the image."""
 
 
+MAX_MESSAGE_BYTES = 1_000
+"""Longest message on the wire. It travels in headers, twice and escaped, and gRPC takes 8 KiB of them."""
+
+
 def grpc_code(error: BaseException) -> grpc.StatusCode:
     """The status code `error` has on the wire: its own class's, else its nearest base's, else INTERNAL."""
     for cls in type(error).__mro__:
@@ -206,19 +210,20 @@ def status_details(error: BaseException) -> Status:
     code: int = grpc_code(error).value[0]
     if not isinstance(error, RouteT2IError):
         return Status(code=code, message="internal error; the daemon's log has the details")
+    message = error.message.encode(errors="replace")[:MAX_MESSAGE_BYTES].decode(errors="ignore")
     details: list[Message] = []
     if error.field is not None:
-        violation = BadRequest.FieldViolation(field=error.field, description=error.message)
+        violation = BadRequest.FieldViolation(field=error.field, description=message)
         details.append(BadRequest(field_violations=[violation]))
     if isinstance(error, QuotaExhausted):
         details.append(
-            QuotaFailure(violations=[QuotaFailure.Violation(subject=error.budget, description=error.message)])
+            QuotaFailure(violations=[QuotaFailure.Violation(subject=error.budget, description=message)])
         )
     if error.retry_after_s is not None:
         retry = RetryInfo()
         retry.retry_delay.FromMilliseconds(max(0, math.ceil(error.retry_after_s * 1000)))
         details.append(retry)
-    status = Status(code=code, message=error.message)
+    status = Status(code=code, message=message)
     for detail in details:
         packed = AnyMessage()
         packed.Pack(detail)

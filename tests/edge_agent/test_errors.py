@@ -9,6 +9,7 @@ from google.rpc.error_details_pb2 import BadRequest, QuotaFailure, RetryInfo
 from edge_agent import errors
 from edge_agent.errors import (
     GRPC_CODES,
+    MAX_MESSAGE_BYTES,
     Busy,
     CloudError,
     InvalidRequest,
@@ -60,3 +61,10 @@ def test_a_full_queue_says_when_to_come_back_and_is_no_quota_failure() -> None:
 
 def test_the_text_of_a_fault_of_our_own_stays_off_the_wire() -> None:
     assert "secret" not in status_details(RuntimeError("secret")).message
+
+
+@pytest.mark.parametrize("letter", ["x", "é", "🐈", "\udcff"])
+def test_a_message_is_cut_to_what_headers_take(letter: str) -> None:
+    status = status_details(InvalidRequest(letter * 20_000, field="media_type"))
+    assert 900 < len(status.message.encode()) <= MAX_MESSAGE_BYTES
+    assert status.ByteSize() < 3 * MAX_MESSAGE_BYTES

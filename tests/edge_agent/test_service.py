@@ -236,6 +236,8 @@ async def test_previews_come_when_asked_for(app: App) -> None:
         ({"guidance_scale": -1.0}, "guidance_scale", "between"),
         ({"guidance_scale": float("nan")}, "guidance_scale", "between"),
         ({"media_type": "image/jpeg"}, "media_type", "image/png"),
+        ({"media_type": "x" * 20_000}, "media_type", "xxx"),
+        ({"media_type": "猫" * 20_000}, "media_type", "猫"),
         ({"request_id": "a b"}, "request_id", "letters"),
         ({"request_id": "x" * 129}, "request_id", "128"),
         ({"traceparent": "nonsense"}, "traceparent", "W3C"),
