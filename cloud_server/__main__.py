@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
-import asyncio
-import logging
-import os
 import sys
 
-from cloud_server import log, settings
-from cloud_server.errors import StartRefused
+try:
+    import argparse
+    import asyncio
+    import logging
+    import os
+
+    from cloud_server import log, settings
+    from cloud_server.errors import StartRefused
+except KeyboardInterrupt:  # they take a moment, in which somebody may think better of it
+    sys.exit(130)
 
 DESCRIPTION = "Hosts a large text-to-image model for the edge agents that route prompts to it."
 
@@ -55,8 +59,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    parsed = parser().parse_args(arguments)
     try:
+        parsed = parser().parse_args(arguments)
         if parsed.command == "digest":
             from cloud_server.model import open_model
 

@@ -2,40 +2,45 @@
 
 from __future__ import annotations
 
-import argparse
-import asyncio
-import logging
-import os
 import sys
-import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import datetime
-from pathlib import Path
-from typing import Any
 
-from edge_agent import log, memory, models, settings, version
-from edge_agent.client import BAD_INPUT, BROKEN, DONE, REFUSED, UNREACHABLE, CallFailed, Received
-from edge_agent.errors import (
-    BundleError,
-    Busy,
-    InvalidRequest,
-    LedgerError,
-    PolicyConflict,
-    PullFailed,
-    QuotaExhausted,
-    RouteT2IError,
-    SourceUnreachable,
-    StartRefused,
-    StoreError,
-)
-from edge_agent.image import Progress
-from edge_agent.policy import Decision, decide
-from edge_agent.quota import BudgetState, dollars
-from edge_agent.request import MAX_SEED, ImageRequest, Limits, Privacy, Routing, validate
-from edge_agent.superiority import METRICS
-from edge_agent.terminal import add_command, client, print_facts, print_json, print_table
-from routet2i.edge.v1 import edge_pb2
+try:
+    import argparse
+    import asyncio
+    import io
+    import logging
+    import os
+    import tempfile
+    from collections import Counter
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from datetime import datetime
+    from pathlib import Path
+    from typing import Any
+
+    from edge_agent import log, memory, models, settings, version
+    from edge_agent.client import BAD_INPUT, BROKEN, DONE, REFUSED, UNREACHABLE, CallFailed, Received
+    from edge_agent.errors import (
+        BundleError,
+        Busy,
+        InvalidRequest,
+        LedgerError,
+        PolicyConflict,
+        PullFailed,
+        QuotaExhausted,
+        RouteT2IError,
+        SourceUnreachable,
+        StartRefused,
+        StoreError,
+    )
+    from edge_agent.image import Progress
+    from edge_agent.policy import Decision, decide
+    from edge_agent.quota import BudgetState, dollars
+    from edge_agent.request import MAX_SEED, ImageRequest, Limits, Privacy, Routing, validate
+    from edge_agent.superiority import METRICS
+    from edge_agent.terminal import add_command, client, print_facts, print_json, print_table
+    from routet2i.edge.v1 import edge_pb2
+except KeyboardInterrupt:  # they take a moment, in which somebody may think better of it
+    sys.exit(130)
 
 SWITCH_S = 1e-4
 """How long a thread may keep Python to itself while the daemon's others wait for it. The device's thread wants it for
@@ -193,9 +198,15 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    options = parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # of characters that its encoding lacks
+    command = ""
     try:
+        options = parser().parse_args(arguments)
+        command = options.command
         code: int = options.run(options)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # what cannot be written shall be found here and not by the interpreter
         return code
     except CallFailed as error:
         return _complain(error.message, error.exit_code)
@@ -209,10 +220,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             BAD_INPUT,
         )
     except BrokenPipeError:  # whoever read our output has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return DONE
+    except OSError as error:
+        if error.filename is not None or command == "serve":
+            raise
+        _drop_output()
+        return _complain(f"the output cannot be written: {error.strerror}; send it elsewhere", BAD_INPUT)
     except KeyboardInterrupt:
         return 130
+
+
+def _drop_output() -> None:
+    """Nothing more is written, also not what is still in a buffer when the program ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _exit_code(error: RouteT2IError) -> int:
@@ -442,6 +463,8 @@ def _timeout(command: argparse.ArgumentParser) -> None:
 def _prompts(arguments: Sequence[str]) -> Iterator[str]:
     for argument in arguments:
         if argument == "-":
+            if sys.stdin is None:
+                raise InvalidRequest("standard input is closed, so no prompt can be read from it")
             sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
             yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
         else:
@@ -450,6 +473,8 @@ def _prompts(arguments: Sequence[str]) -> Iterator[str]:
 
 def _target(output: str | None) -> Path | None:
     """Where the image goes; None where its name depends on it. Checked before anything is paid for."""
+    if output == "-" and sys.stdout is None:
+        raise InvalidRequest("standard output is closed; name a file with -o")
     if output is None or output == "-":
         folder, target = Path(), None
     else:

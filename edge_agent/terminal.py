@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -69,8 +71,9 @@ def print_facts(facts: dict[str, Any], options: argparse.Namespace) -> int:
 
 
 def print_json(facts: dict[str, Any]) -> None:
-    """One object on one line."""
-    print(json.dumps(facts, ensure_ascii=False), flush=True)
+    """One object on one line, in ASCII where standard output takes less than Unicode."""
+    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+    print(json.dumps(facts, ensure_ascii=codecs.lookup(encoding).name != "utf-8"), flush=True)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
