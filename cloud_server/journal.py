@@ -19,6 +19,7 @@ from pathlib import Path
 from cloud_server.errors import AlreadyExists, JournalError, StartRefused
 from cloud_server.request import Spec
 
+APPLICATION_ID = 0x52543243  # "RT2C"
 SCHEMA_VERSION = 1
 KEEP_ROWS_S = 400 * 86_400.0  # a year and a bit: longer than any budget window an edge still asks about
 
@@ -97,6 +98,7 @@ class Journal:
             connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=1.0)
             # One connection, and one process: whoever opens the file second is told so.
             connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+            _check(connection, path)  # before anything is written: another program's file stays as it is
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("BEGIN IMMEDIATE")
@@ -105,6 +107,7 @@ class Journal:
                 connection.execute(_TABLE)
                 connection.execute(_INDEX)
                 connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+                connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             elif version != SCHEMA_VERSION:
                 raise StartRefused(
                     f"{path} was written by another version of cloud-server (schema {version}, this is "
@@ -240,3 +243,16 @@ class Journal:
                 raise JournalError(
                     f"the journal of generations cannot be used: {error}; check the disk of the state folder"
                 ) from error
+
+
+def _check(connection: sqlite3.Connection, path: Path) -> None:
+    """Raises StartRefused for another program's database.
+
+    The first journals say nothing of whose they are; they are known by their table and version.
+    """
+    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    (application_id,) = connection.execute("PRAGMA application_id").fetchone()
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    unnamed = application_id == 0 and version == 1 and tables == {"generations"}
+    if tables and application_id != APPLICATION_ID and not unnamed:
+        raise StartRefused(f"{path} is another program's database; choose another --state folder")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,22 @@ def test_a_state_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "state").write_text("")
     with pytest.raises(StartRefused, match="--state"):
         Journal.open(tmp_path / "state" / "j.sqlite", keep_images_s=1.0)
+
+
+def test_another_programs_database_is_refused_and_stays_as_it_is(tmp_path: Path) -> None:
+    file = tmp_path / "generations.sqlite"
+    sqlite3.connect(file).executescript("CREATE TABLE theirs (x); PRAGMA user_version = 1").close()
+    before = file.read_bytes()
+    with pytest.raises(StartRefused, match="another program's"):
+        Journal.open(file, keep_images_s=1.0)
+    assert file.read_bytes() == before
+
+
+def test_a_journal_from_before_they_were_marked_is_opened(journal: Journal, tmp_path: Path) -> None:
+    journal.begin("t", "r", "f")
+    journal._connection.execute("PRAGMA application_id = 0")
+    journal.close()
+    assert Journal.open(tmp_path / "state" / "j.sqlite", keep_images_s=1.0).find("t", "r") is not None
 
 
 def test_another_version_s_journal_is_refused(journal: Journal, tmp_path: Path) -> None:
