@@ -87,7 +87,7 @@ examples:
 
 --json prints one object: request_id, route, served_by, reason, fallback, prs, alpha, seed, width, height, file, sha256,
 cost_micro_usd, timings_ms. `route` is what was decided, `served_by` who made the image; where they differ, `fallback`
-says what went wrong in the cloud, otherwise it is null.
+says what went wrong in the cloud, otherwise it is null. Not together with -o -, which is standard output's, too.
 """
 
 ROUTE_EPILOG = """\
@@ -258,6 +258,10 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
+    if options.json and options.output == "-":
+        raise InvalidRequest(
+            "--json and -o - would both write to standard output; name a file with -o, or leave out --json"
+        )
     target = _target(options.output)
     fields = {
         "prompt": options.prompt,
