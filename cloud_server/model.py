@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from cloud_server.errors import StartRefused
-from cloud_server.settings import STARTER
+from cloud_server.settings import STARTER, expanded
 
 INDEX_FILE = "model_index.json"
 CARD_FILE = "routet2i.json"
@@ -69,7 +69,7 @@ def locate(model: str) -> Path:
 
     Raises StartRefused when there is neither.
     """
-    folder = Path(model).expanduser()
+    folder = expanded(model)
     if (folder / INDEX_FILE).is_file():
         return folder.resolve()
     if folder == STARTER and not folder.exists():

@@ -7,7 +7,6 @@ import concurrent.futures
 import logging
 import signal
 import threading
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -20,7 +19,7 @@ from cloud_server.generator import Generator
 from cloud_server.journal import Journal
 from cloud_server.model import open_model
 from cloud_server.service import CloudServerService, HandOverMalformed, Serving
-from cloud_server.settings import Settings
+from cloud_server.settings import Settings, expanded
 from cloud_server.tenants import Tenants
 from routet2i.cloud.v1 import cloud_pb2, cloud_pb2_grpc
 
@@ -134,7 +133,7 @@ class Server:
             if not settings.tls:
                 port = self._server.add_insecure_port(settings.listen)
             else:
-                key, chain = Path(settings.tls_key).read_bytes(), Path(settings.tls_cert).read_bytes()
+                key, chain = expanded(settings.tls_key).read_bytes(), expanded(settings.tls_cert).read_bytes()
                 credentials = grpc.ssl_server_credentials([(key, chain)])
                 port = self._server.add_secure_port(settings.listen, credentials)
         except (RuntimeError, OSError) as error:

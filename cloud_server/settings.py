@@ -35,10 +35,17 @@ def _setting(default: Any, kind: type, metavar: str, explanation: str, choices: 
     )
 
 
-def default_state_folder() -> str:
+def expanded(path: str) -> Path:
+    """The path, a leading ~ or ~USER being that user's home. Raises StartRefused where no such home is known."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise StartRefused(f"{path}: no home folder is known for its ~; write the path out") from error
+
+
+def default_state_folder() -> Path:
     """Where the journal lies unless --state says otherwise: under XDG_STATE_HOME."""
-    home = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-    return str(Path(home).expanduser() / "routet2i" / "cloud-server")
+    return expanded(os.environ.get("XDG_STATE_HOME") or "~/.local/state") / "routet2i" / "cloud-server"
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,8 @@ class Settings:
     @property
     def journal_file(self) -> Path:
         """The journal of generations."""
-        return Path(self.state or default_state_folder()).expanduser() / "generations.sqlite"
+        folder = expanded(self.state) if self.state else default_state_folder()
+        return folder / "generations.sqlite"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -130,7 +138,7 @@ def resolve(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Setting
     known = {setting.name: setting for setting in fields(Settings)}
     config = flags.get("config") or environment.get(ENVIRONMENT_PREFIX + "CONFIG")
     if config:
-        for name, value in _read_toml(Path(config).expanduser()).items():
+        for name, value in _read_toml(expanded(config)).items():
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known)}"
@@ -221,7 +229,7 @@ def _check(settings: Settings) -> None:
     if settings.tls:
         try:
             ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(
-                settings.tls_cert, settings.tls_key
+                expanded(settings.tls_cert), expanded(settings.tls_key)
             )
         except (OSError, ssl.SSLError) as error:
             raise StartRefused(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from cloud_server.errors import StartRefused, Unauthenticated
+from cloud_server.settings import expanded
 
 DEFAULT_TENANT = "default"
 MIN_TOKEN_CHARACTERS = 16  # shorter ones can be guessed
@@ -25,7 +25,7 @@ class Tenants:
 
         A tenant may have several tokens, so that one can be replaced without a gap. Raises StartRefused.
         """
-        path = Path(file).expanduser()
+        path = expanded(file)
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:

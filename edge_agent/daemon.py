@@ -38,7 +38,7 @@ from edge_agent.reader import Reader
 from edge_agent.request import Limits
 from edge_agent.resident import Resident
 from edge_agent.service import EdgeAgentService, HandOverMalformed
-from edge_agent.settings import Settings, split_address
+from edge_agent.settings import Settings, expanded, split_address
 from routet2i.edge.v1 import edge_pb2, edge_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -317,7 +317,7 @@ def _cloud_client(settings: Settings) -> CloudClient | None:
     token = None
     if settings.cloud_token:
         try:
-            token = Path(settings.cloud_token).expanduser().read_text(encoding="ascii").strip()
+            token = expanded(settings.cloud_token).read_text(encoding="ascii").strip()
         except (OSError, ValueError) as error:
             raise StartRefused(f"cannot read the token in {settings.cloud_token}: {error}") from error
         if not token or not token.isprintable() or " " in token:  # as a line of the server's own list has

@@ -46,6 +46,7 @@ from edge_agent.errors import (
     StoreError,
     printable,
 )
+from edge_agent.settings import expanded
 from edge_agent.store import Store, check_name, name_from
 
 HUB = "https://huggingface.co"
@@ -130,10 +131,10 @@ def source_of(text: str, environment: Mapping[str, str]) -> Source:
     if "://" in text:
         _check_address(text, "the source")
         return WebSource(text)
+    folder = expanded(text)
     try:
-        folder = Path(text).expanduser()
         there = folder.is_dir()
-    except (OSError, RuntimeError):  # a name that no folder can have, or ~ with one that no user has
+    except OSError:  # a name that no folder can have
         there = False
     if not there:
         raise InvalidRequest(

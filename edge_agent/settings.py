@@ -43,19 +43,27 @@ SOCKET_PATH_BYTES = 107
 """Longest path of a Unix socket on Linux."""
 
 
+def expanded(path: str) -> Path:
+    """The path, a leading ~ or ~USER being that user's home. Raises StartRefused where no such home is known."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise StartRefused(f"{path}: no home folder is known for its ~; write the path out") from error
+
+
 def default_state_folder() -> Path:
     """Where the ledger lies unless --state says otherwise: under XDG_STATE_HOME."""
-    return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "routet2i" / "edge-agent"
+    return expanded(os.environ.get("XDG_STATE_HOME") or "~/.local/state") / "routet2i" / "edge-agent"
 
 
 def default_models_folder() -> Path:
     """Where installed models lie unless --models says otherwise: under XDG_DATA_HOME."""
-    return Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser() / "routet2i" / "models"
+    return expanded(os.environ.get("XDG_DATA_HOME") or "~/.local/share") / "routet2i" / "models"
 
 
 def default_cache_folder() -> Path:
     """Where what can be made again lies unless --cache says otherwise: under XDG_CACHE_HOME."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "routet2i" / "edge-agent"
+    return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "routet2i" / "edge-agent"
 
 
 def default_address() -> str:
@@ -65,6 +73,18 @@ def default_address() -> str:
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     folder = Path(runtime) / "edge-agent" if runtime else default_state_folder() / "socket"
     return f"unix:{folder / 'agent.sock'}"
+
+
+def socket_address(path: str) -> str:
+    """The address of a Unix socket: unix: and its absolute path. Raises ValueError when that is too long or empty."""
+    if not path:
+        raise ValueError("unix:PATH needs a path")
+    absolute = expanded(path).absolute()
+    if len(os.fsencode(absolute)) > SOCKET_PATH_BYTES:
+        raise ValueError(
+            f"a socket's path has at most {SOCKET_PATH_BYTES} bytes, and this one has {len(os.fsencode(absolute))}"
+        )
+    return f"unix:{absolute}"
 
 
 def parse_dollars(text: str) -> int:
@@ -92,11 +112,9 @@ def split_address(address: str) -> tuple[str, int]:
 
 def _path(value: str) -> str:
     try:
-        Path(value).expanduser()
-    except RuntimeError as error:
-        raise ValueError(
-            f"nobody knows which folder {Path(value).parts[0]} stands for; write it out"
-        ) from error
+        expanded(value)
+    except StartRefused as error:
+        raise ValueError(error.message) from error
     return value
 
 
@@ -104,14 +122,7 @@ def _listen(value: str) -> str:
     if not value:
         return value
     if value.startswith("unix:"):
-        path = os.path.expanduser(value.removeprefix("unix:"))  # noqa: PTH111  # "" must stay ""
-        if not path:
-            raise ValueError("unix:PATH needs a path")
-        if len(os.fsencode(path)) > SOCKET_PATH_BYTES:
-            raise ValueError(
-                f"a socket's path has at most {SOCKET_PATH_BYTES} bytes, and this one has {len(os.fsencode(path))}"
-            )
-        return f"unix:{Path(path).absolute()}"
+        return socket_address(value.removeprefix("unix:"))
     host, _ = split_address(value)
     try:
         loopback = ipaddress.ip_address(host).is_loopback
@@ -359,28 +370,36 @@ class Settings:
 
     @property
     def address(self) -> str:
-        """Where to listen."""
-        return self.listen or default_address()
+        """Where to listen. Raises StartRefused where the environment's folders are too deep for a socket."""
+        if self.listen:
+            return self.listen
+        address = default_address()
+        try:
+            return _listen(address)
+        except ValueError as error:
+            raise StartRefused(
+                f"the default socket {address} cannot be: {error}; choose another with --listen unix:PATH"
+            ) from error
 
     @property
     def bundle_folder(self) -> Path:
         """The bundle to run. Raises StoreError when the chosen model is not there any more."""
-        return Path(self.bundle).expanduser() if self.bundle else self.store.current_folder
+        return expanded(self.bundle) if self.bundle else self.store.current_folder
 
     @property
     def store(self) -> Store:
         """The installed models."""
-        return Store(Path(self.models).expanduser() if self.models else default_models_folder(), STARTER)
+        return Store(expanded(self.models) if self.models else default_models_folder(), STARTER)
 
     @property
     def cache_folder(self) -> Path:
         """What can be made again."""
-        return Path(self.cache).expanduser() if self.cache else default_cache_folder()
+        return expanded(self.cache) if self.cache else default_cache_folder()
 
     @property
     def ledger_file(self) -> Path:
         """The quota ledger."""
-        folder = Path(self.state).expanduser() if self.state else default_state_folder()
+        folder = expanded(self.state) if self.state else default_state_folder()
         return folder / "quota.sqlite3"
 
 
@@ -419,7 +438,7 @@ def resolve(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Setting
     given: dict[str, tuple[Any, str]] = {}
     config = flags.get("config") or environment.get(variable("config"))
     if config:
-        for name, value in _read_toml(config).items():
+        for name, value in _read_toml(expanded(config)).items():
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
@@ -449,8 +468,8 @@ def _parse(setting: Field[Any], value: Any, where: str) -> Any:
         raise StartRefused(f"{where} is {value!r}: {error}") from error
 
 
-def _read_toml(path: str) -> dict[str, Any]:
+def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(Path(_path(path)).expanduser().read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise StartRefused(f"cannot read the settings file {path}: {error}") from error

@@ -47,14 +47,19 @@ def add_command(
 
 
 def client(options: argparse.Namespace) -> AgentClient:
-    """The daemon that the options, else the environment, name. Raises InvalidRequest."""
-    address = options.agent or os.environ.get(settings.ADDRESS_VARIABLE) or settings.default_address()
+    """The daemon that the options, else the environment, name. Raises InvalidRequest or StartRefused."""
+    address = options.agent or os.environ.get(settings.ADDRESS_VARIABLE) or ""
+    if address.startswith("unix:"):
+        try:
+            address = settings.socket_address(address.removeprefix("unix:"))
+        except ValueError as error:
+            raise InvalidRequest(f"{address} is no address: {error}") from error
     timeout_s = getattr(options, "timeout", None)
     if timeout_s is not None and not 0 < timeout_s <= LONGEST_TIMEOUT_S:
         raise InvalidRequest(
             "--timeout must be a number of seconds above 0 and at most a year; leave it out to wait as long as it takes"
         )
-    return AgentClient(address, timeout_s)
+    return AgentClient(address or settings.default_address(), timeout_s)
 
 
 def print_facts(facts: dict[str, Any], options: argparse.Namespace) -> int:

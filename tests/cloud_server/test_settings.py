@@ -86,6 +86,46 @@ def test_help_shows_every_flag_and_examples(capsys: pytest.CaptureFixture[str]) 
     assert "examples:" in text
 
 
+@pytest.mark.parametrize("name", ["config", "state", "model", "tokens", "tls"])
+def test_a_home_that_is_not_known_is_refused_without_a_traceback(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cloud_server.log.configure", lambda **_: None)  # pytest has the root logger
+    given = {"state": str(tmp_path), "listen": "127.0.0.1:0", name: "~nosuchuser/x"}
+    if name == "tls":
+        given |= {"tls-cert": given["tls"], "tls-key": given.pop("tls")}
+    assert main(["serve", *(word for name, value in given.items() for word in (f"--{name}", value))]) == 2
+    assert "~nosuchuser/x: no home folder" in capsys.readouterr().err
+
+
+def test_certificate_and_key_may_lie_in_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "pem").write_text("no certificate")
+    with pytest.raises(StartRefused, match=r"PEM|SSL"):  # it was found and read
+        resolve({"tls_cert": "~/pem", "tls_key": "~/pem"}, {})
+
+
+def test_ctrl_c_while_the_program_is_being_imported_ends_it_quietly() -> None:
+    interrupted = """
+import runpy, sys
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == "cloud_server.settings":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+runpy.run_module("cloud_server", run_name="__main__")
+"""
+    finished = subprocess.run(
+        [sys.executable, "-c", interrupted],
+        capture_output=True,
+        timeout=60,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'protos'}"},
+    )
+    assert (finished.returncode, finished.stderr) == (130, b"")
+
+
 @pytest.mark.parametrize(
     ("host", "loopback"),
     [

@@ -298,6 +298,11 @@ def test_status_and_models_tell_what_runs(run: Run, daemon: Process, routed_bund
         (("generate", "a", "--cloud-only"), 4, "--cloud"),
         (("generate", "a", "-o", "none/cat.png"), 2, "nothing can be written"),
         (("generate", "a", "-o", "."), 2, "is a folder"),
+        (("generate", "a", "-o", "-", "--json"), 2, "both write to standard output"),
+        (("route", "a", "--config", "~nosuchuser/x"), 2, "no home folder"),
+        (("models", "pull", "~nosuchuser/x"), 2, "no home folder"),
+        (("quota", "--agent", "unix:~nosuchuser/x"), 2, "no home folder"),
+        (("quota", "--agent", "unix:/" + "x" * 200), 2, "at most 107 bytes"),
         (("generate", "a", "--timeout", "0"), 2, "--timeout"),
         (("generate", "a", "--timeout", "inf"), 2, "at most a year"),
         (("generate", "a", "--timeout", "nan"), 2, "at most a year"),
@@ -349,6 +354,67 @@ def test_the_address_comes_from_flag_then_environment(
     assert run("quota", "--agent", address).code == 0
     monkeypatch.setenv("EDGE_AGENT_ADDRESS", address)
     assert run("quota").code == 0
+    monkeypatch.setenv(
+        "EDGE_AGENT_ADDRESS", "unix:~/edge-agent/agent.sock"
+    )  # the fixture's HOME has the socket, too
+    assert run("quota").code == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("status >/dev/full", "output cannot be written: No space left"),
+        ("status --json >/dev/full", "output cannot be written: No space left"),
+        (f"generate '{EDGE_PROMPT}' -o - >/dev/full", "output cannot be written: No space left"),
+        (f"generate '{EDGE_PROMPT}' -o - >&-", "standard output is closed"),
+        ("route - <&-", "standard input is closed"),
+    ],
+)
+def test_streams_that_cannot_be_used_are_said_without_a_traceback(
+    daemon: Process, folder: Path, command: str, words: str
+) -> None:
+    finished = shell(folder, command)
+    assert finished.returncode == 2
+    (said,) = finished.stderr.splitlines()
+    assert words in said
+
+
+def test_a_prompt_that_the_terminals_encoding_lacks_is_shown_all_the_same(
+    daemon: Process, folder: Path
+) -> None:
+    table = shell(folder, "route 猫", PYTHONIOENCODING="latin-1")
+    assert (table.returncode, table.stderr) == (0, "") and "\\u732b" in table.stdout
+    line = shell(folder, "route --json 猫🐈", PYTHONIOENCODING="latin-1")
+    assert json.loads(line.stdout)["prompt"] == "猫🐈"
+
+
+def shell(folder: Path, command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["sh", "-c", f"{shlex.quote(sys.executable)} -m edge_agent {command}"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=process_environment(folder, **environment),
+    )
+
+
+def test_ctrl_c_while_the_program_is_being_imported_ends_it_quietly(tmp_path: Path) -> None:
+    interrupted = """
+import runpy, sys
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == "edge_agent.client":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+runpy.run_module("edge_agent", run_name="__main__")
+"""
+    finished = subprocess.run(
+        [sys.executable, "-c", interrupted],
+        capture_output=True,
+        timeout=60,
+        env=process_environment(tmp_path),
+    )
+    assert (finished.returncode, finished.stderr) == (130, b"")
 
 
 @pytest.mark.parametrize("command", [(), ("serve",), ("generate",), ("route",), ("quota",), ("status",)])

@@ -138,6 +138,26 @@ def test_the_default_socket_lies_in_a_folder_of_its_own(
     assert default_address() == f"unix:{tmp_path}/.local/state/routet2i/edge-agent/socket/agent.sock"
 
 
+def test_a_default_socket_whose_path_is_too_long_is_refused_saying_how_to_choose_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/" + "x" * 100)
+    with pytest.raises(StartRefused, match=r"at most 107 bytes.*--listen"):
+        assert not Settings().address
+
+
+@pytest.mark.parametrize("name", ["listen", "bundle", "models", "state", "cache", "config"])
+def test_a_home_that_is_not_known_is_refused(name: str) -> None:
+    path = "~nosuchuser/x"
+
+    def all_folders() -> list[Path]:
+        settings = resolve({name: f"unix:{path}" if name == "listen" else path}, {})
+        return [settings.bundle_folder, settings.store.folder, settings.cache_folder, settings.ledger_file]
+
+    with pytest.raises(StartRefused, match=f"{path}: no home folder"):
+        all_folders()
+
+
 def _rows() -> dict[str, str]:
     text = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
     section = text.split("\n## edge-agent\n")[1].split("\n## ")[0]
