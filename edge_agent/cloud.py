@@ -88,6 +88,10 @@ _REFUSALS = frozenset(
 """Codes with which the same request would be refused again."""
 
 
+_HUNG_UP = ("Socket closed", "Connection reset")
+"""GRPC's words for a peer that takes a connection and ends it at once."""
+
+
 @dataclass(frozen=True)
 class CloudAccepted:
     """The cloud has taken the request. `charged_micro_usd` is its price, the digest that of its model."""
@@ -290,10 +294,12 @@ class CloudClient:
         while state is not grpc.ChannelConnectivity.READY:
             if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
                 self._failed()
+                reason = await self._reason(channel)
+                check = "check the address and that the cloud server runs"
+                if not self._secure and any(words in reason for words in _HUNG_UP):
+                    check = "a server that speaks TLS does so: if this one does, name its authority with --cloud-ca"
                 raise CloudUnavailable(
-                    f"the cloud at {self.address} is not reached: {await self._reason(channel)}; "
-                    "check the address and that the cloud server runs",
-                    never_ran=True,
+                    f"the cloud at {self.address} is not reached: {reason}; {check}", never_ran=True
                 )
             await channel.wait_for_state_change(state)
             state = channel.get_state(try_to_connect=True)

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import stat
 import threading
 import time
@@ -322,9 +323,15 @@ def _cloud_client(settings: Settings) -> CloudClient | None:
             raise StartRefused(f"cannot read the token in {settings.cloud_token}: {error}") from error
         if not token or not token.isprintable() or " " in token:  # as a line of the server's own list has
             raise StartRefused(f"{settings.cloud_token} must hold one token and nothing else, on one line")
-    ca_file = Path(settings.cloud_ca).expanduser() if settings.cloud_ca else None
-    if ca_file is not None and not ca_file.is_file():
-        raise StartRefused(f"--cloud-ca {ca_file} is not a file")
+    ca_file = expanded(settings.cloud_ca) if settings.cloud_ca else None
+    if ca_file is not None:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(ca_file)
+        except OSError as error:  # ssl's own among them
+            raise StartRefused(
+                f"--cloud-ca {ca_file} has no certificate that can be read: {error.strerror or error}; a PEM file is "
+                "expected"
+            ) from error
     return CloudClient(
         settings.cloud, ca_file=ca_file, token=token, connect_timeout_s=settings.cloud_connect_timeout_s
     )

@@ -271,7 +271,8 @@ class Settings:
         "",
         _path,
         "FILE",
-        "PEM file with the certificates to trust for the cloud server; default: the system's",
+        "PEM file with the certificates to trust for the cloud server; default: the system's. With it, TLS is used "
+        "also towards a cloud server on this machine",
     )
     cloud_token: str = _setting(
         "", _path, "FILE", "file that holds the token which the cloud server knows us by"

@@ -554,6 +554,7 @@ async def test_over_tls_only_a_cloud_with_a_trusted_certificate_gets_the_prompt(
         ):
             assert (await failure(client)).never_ran
         assert len(cloud.received) == 1
+        assert "--cloud-ca" in (await failure(CloudClient(address))).message  # without TLS
     finally:
         await server.stop(None)
 

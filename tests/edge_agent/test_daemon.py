@@ -260,6 +260,17 @@ def test_a_file_that_holds_more_or_less_than_a_token_is_refused(
     assert "must hold one token" in refused("--cloud", "127.0.0.1:1", "--cloud-token", file)
 
 
+@pytest.mark.parametrize("content", [None, "", "no certificate", "-----BEGIN CERTIFICATE-----\n!\n"])
+def test_certificates_that_cannot_be_read_are_refused(
+    folder: Path, refused: Refused, content: str | None
+) -> None:
+    file = folder / "ca.pem"
+    if content is not None:
+        file.write_text(content)
+    words = refused("--cloud", "localhost:1", "--cloud-ca", file)
+    assert f"--cloud-ca {file} has no certificate that can be read" in words
+
+
 def test_each_request_has_one_line_without_its_prompt(start: Start, folder: Path) -> None:
     process = start("--listen", "127.0.0.1:0", EDGE_AGENT_ROUTING_RATE="0.25")
     address = process.wait_for("listening")["address"]
