@@ -24,6 +24,7 @@ from export import graphs, tokenizer_json
 from export import pipeline as pipelines
 from export.errors import ExportError
 from export.preview import WORTH_SHOWING, fit_preview
+from export.prompts import numbered_lines
 from export.reference import largest_difference, reference_images
 from export.schedule import compile_schedule
 from export.scheduler import choose_scheduler
@@ -80,7 +81,11 @@ def export_bundle(
     _refuse_taken(target, force)
     if dtype == "fp32" and keep:
         raise ExportError("there is nothing to keep in fp32 without --dtype fp16 or int8")
-    prompts = None if calibration_prompts is None else _lines(Path(calibration_prompts))
+    prompts = (
+        None
+        if calibration_prompts is None
+        else [line for _, line in numbered_lines(Path(calibration_prompts))]
+    )
     loaded = pipelines.load(model) if isinstance(model, (str, os.PathLike)) else model
     pipeline = pipelines.prepared(loaded, autoencoder)
     if scheduler is not None:
@@ -161,16 +166,6 @@ def _open_to_all(folder: Path) -> None:
     """A daemon may run as another user, and mkdtemp and onnx's files of weights are for their owner alone."""
     for path in (folder, *folder.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ExportError(f"{file} is not text in UTF-8: {error}") from error
-    if not lines:
-        raise ExportError(f"{file} has no prompts; write one a line")
-    return lines
 
 
 def _move(partial: Path, target: Path) -> None:

@@ -1,6 +1,7 @@
 """Measure both models: the outcome matrix, prompts x models x seeds x metrics, as Parquet.
 
-Both models really generate; the judge measures every image. Work is cut into pieces that are kept as they are
+Both models really generate, as they are served: the edge's images are the bundle's, the cloud's those of a request that
+names neither size nor steps. The judge measures every image. Work is cut into pieces that are kept as they are
 finished, so an interrupted run goes on where it was, and several processes may share one run (``--share``). Images
 are kept too: another judge measures them without generating anything again.
 """
@@ -10,26 +11,33 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from diffusers import DiffusionPipeline
+from numpy.typing import NDArray
 from PIL import Image
 
-from cloud_server.model import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, open_model
+from cloud_server.errors import StartRefused
+from cloud_server.model import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, Model, open_model
 from edge_agent.bundle import Bundle
+from edge_agent.diffusion import providers
 from edge_agent.diffusion.generator import Generator
 from edge_agent.diffusion.generator import Image as EdgeImage
+from edge_agent.diffusion.sessions import Runtime
+from edge_agent.superiority import METRICS
 from export.__main__ import run
 from export.errors import ExportError
 from export.negatives import hard_negatives
 from export.outcomes import COLUMNS, INSPECTION, INSPECTOR, Outcomes, read_table
-from export.prompts import PROMPTS, Prompt, router_prompts
+from export.prompts import PROMPTS, SHARES, Prompt, own_prompts, router_prompts
 from export.quality import STARTER_JUDGE, Judge
 from export.terminal import progress
 
@@ -39,13 +47,13 @@ STARTER_CLOUD = ROOT / "cloud_server" / "starter"
 STARTER_BUNDLE = ROOT / "edge_agent" / "starter"
 
 PIECE = 25  # prompts; what an interruption loses at most
+BATCH = 5  # images a pipeline makes at once; a whole piece of large ones would not fit a GPU
 MODELS = ("edge", "cloud")
 IMAGES = "images"  # folder of finished pictures, beside one folder of measurements a judge
 CEILING_PROMPTS = 300
+WITHHELD = "withheld"  # array beside a piece's pictures
+OWN_PROMPTS = "prompts.txt"  # beside that folder: those of --prompts, whose places in it give their ids
 ADHERENCE = "adherence"  # optional column: no router is trained on it, and the paper's ten stay comparable
-SAME_PICTURE = (
-    4.0  # levels of 255, on average: rounding, half precision and eight bits stay below, other weights do not
-)
 
 
 @dataclass(frozen=True)
@@ -69,27 +77,92 @@ class Piece:
         return [prompt.prompt_id * 1000 + self.draw for prompt in self.prompts]
 
 
-class Painter:
-    """Generates with a diffusers pipeline at the steps and guidance its model card names."""
+@dataclass(frozen=True)
+class Picture:
+    """One generated image."""
 
-    def __init__(self, model: str) -> None:
-        opened = open_model(model)
+    pixels: NDArray[np.uint8]
+    """[H, W, 3]"""
+    withheld: bool = False
+    """The model's own safety checker blanked it: nobody would be served it."""
+
+
+class Paints(Protocol):
+    """A model that generates."""
+
+    def paint(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Picture]:
+        """One image a prompt."""
+
+
+class Painter:
+    """Generates with a diffusers pipeline, at the size, steps and guidance its model card names, as the cloud does.
+
+    ``batch`` images are made at once. Raises ExportError when ``model`` is no folder of a pipeline.
+    """
+
+    def __init__(self, model: str, batch: int = BATCH) -> None:
+        opened = cloud_model(model)
         card = opened.card
         self.steps = DEFAULT_STEPS if card.steps is None else card.steps
         self.guidance_scale = DEFAULT_GUIDANCE_SCALE if card.guidance_scale is None else card.guidance_scale
+        self.size = {} if None in (card.width, card.height) else {"width": card.width, "height": card.height}
+        self.batch = batch
         self.pipeline = DiffusionPipeline.from_pretrained(opened.folder, torch_dtype=torch.float32)
         self.pipeline.set_progress_bar_config(disable=True)
         if torch.cuda.is_available():
             self.pipeline.to("cuda")
 
-    def paint(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+    def paint(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Picture]:
         """One image a prompt. Noise comes from the CPU, so a seed is the same image on every device."""
-        return self.pipeline(
-            list(prompts),
-            num_inference_steps=self.steps,
-            guidance_scale=self.guidance_scale,
-            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-        ).images
+        made: list[Picture] = []
+        for start in range(0, len(prompts), self.batch):
+            chosen = slice(start, start + self.batch)
+            output = self.pipeline(
+                list(prompts[chosen]),
+                num_inference_steps=self.steps,
+                guidance_scale=self.guidance_scale,
+                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[chosen]],
+                **self.size,
+            )
+            withheld = getattr(output, "nsfw_content_detected", None) or [False] * len(output.images)
+            made += [
+                Picture(np.asarray(image), bool(blank))
+                for image, blank in zip(output.images, withheld, strict=True)
+            ]
+        return made
+
+
+class BundlePainter:
+    """Generates with a bundle, at its default steps and guidance, as the daemon does.
+
+    Of what the daemon would run it on, whatever opens at once. Raises BundleError when a graph cannot be opened.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        names = map(providers.full_name, providers.find().serving)
+        self.generator = Generator(bundle, Runtime(providers=tuple(names)))
+        self.nothing = self.generator.encode_negative("")
+        self.steps, self.guidance_scale = bundle.manifest.default_steps, bundle.manifest.default_guidance
+
+    def paint(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Picture]:
+        """One image a prompt. Raises GenerationFailed when one has numbers that are not finite."""
+        return [Picture(self._image(*one).pixels) for one in zip(prompts, seeds, strict=True)]
+
+    def _image(self, prompt: str, seed: int) -> EdgeImage:
+        _, states = self.generator.encode(prompt)
+        *_, image = self.generator.generate(states, self.nothing, seed, self.steps, self.guidance_scale)
+        assert isinstance(image, EdgeImage)  # the last event
+        return image
+
+
+def cloud_model(model: str) -> Model:
+    """The model folder that ``model`` names, or hub id; ExportError when there is none."""
+    try:
+        return open_model(model)
+    except StartRefused as error:
+        raise ExportError(
+            error.message.replace("--model", "--cloud")
+        ) from error  # as the option is called here
 
 
 @dataclass(frozen=True)
@@ -125,57 +198,48 @@ def pieces(prompts: Sequence[Prompt], draws: Draws) -> Iterator[Piece]:
                 number += 1
 
 
-def generate(sources: Mapping[str, str], bundle: Bundle, images: Path, wanted: Sequence[Piece]) -> None:
-    """Generate the pictures that the folder ``images`` lacks. ExportError when ``bundle`` is not the edge's."""
-    missing = [piece for piece in wanted if not images_file(images, piece).exists()]
-    if not missing:
-        return
-    painters = {model: Painter(sources[model]) for model in {piece.model for piece in missing}}
-    if "edge" in painters:
-        check_bundle(bundle, painters["edge"], missing[0].prompts[0].text)
+def generate(painters: Mapping[str, Callable[[], Paints]], images: Path, wanted: Sequence[Piece]) -> None:
+    """Generate the pictures that the folder ``images`` lacks: those of one model, then those of the other.
+
+    ``painters`` opens each model when it is needed; only one is in memory at a time.
+    """
+    for model in MODELS:
+        missing = [
+            piece for piece in wanted if piece.model == model and not images_file(images, piece).exists()
+        ]
+        if missing:
+            _generate(painters[model](), images, missing)
+
+
+def _generate(painter: Paints, images: Path, missing: Sequence[Piece]) -> None:
     with progress() as bar:
-        for piece in bar.track(missing, description="generate"):
-            pictures = painters[piece.model].paint([prompt.text for prompt in piece.prompts], piece.seeds)
+        for piece in bar.track(missing, description=f"generate, {missing[0].model}"):
+            pictures = painter.paint([prompt.text for prompt in piece.prompts], piece.seeds)
+            arrays = {"images": np.stack([picture.pixels for picture in pictures])}
+            if any(picture.withheld for picture in pictures):
+                arrays[WITHHELD] = np.array([picture.withheld for picture in pictures])
             partial = images_file(images, piece).with_suffix(f".{os.getpid()}")
             with partial.open("wb") as file:
-                np.savez_compressed(file, images=np.stack([np.asarray(picture) for picture in pictures]))
+                np.savez_compressed(file, **arrays)
             partial.replace(images_file(images, piece))
 
 
-def check_bundle(bundle: Bundle, painter: Painter, prompt: str) -> None:
-    """Raises ExportError unless the bundle makes the painter's picture: what is measured here is what is served there.
-
-    Labels bear the bundle's digest, and the pictures come from the pipeline that it was exported from.
-    """
-    facts = bundle.manifest
-    served, painted = (facts.default_steps, facts.default_guidance), (painter.steps, painter.guidance_scale)
-    if served != painted:
-        raise ExportError(
-            f"{bundle.folder} makes {served[0]} steps at guidance {served[1]:g}, and the edge model's routet2i.json "
-            f"says {painted[0]} at {painted[1]:g}: export the bundle again with those (--steps, --guidance), or "
-            "correct the file"
-        )
-    generator = Generator(bundle)
-    states, nothing = generator.encode(prompt)[1], generator.encode_negative("")
-    *_, image = generator.generate(states, nothing, seed=0, steps=served[0], guidance_scale=served[1])
-    assert isinstance(image, EdgeImage)  # the last event
-    pixels = np.asarray(painter.paint([prompt], [0])[0], dtype=np.float32)
-    if pixels.shape != image.pixels.shape or np.abs(pixels - image.pixels).mean() > SAME_PICTURE:
-        raise ExportError(
-            f"{bundle.folder} makes other pictures than the edge model: name the bundle that was exported from it "
-            "with --bundle"
-        )
-
-
 def images_file(images: Path, piece: Piece) -> Path:
-    """Where the piece's pictures are: one array ``images``, uint8 [prompts, height, width, 3]."""
+    """Where the piece's pictures are: one array ``images``, uint8 [prompts, height, width, 3].
+
+    Where some were withheld an array WITHHELD [prompts] says which.
+    """
     return images / f"{piece.file}.npz"
 
 
 def measure(piece: Piece, images: Path, judge: Judge, adherence: bool = False) -> pa.Table:
-    """Judge one generated piece: a row an image; ``adherence`` adds the column ADHERENCE."""
+    """Judge one generated piece: a row an image; ``adherence`` adds the column ADHERENCE.
+
+    A picture that was withheld measures nothing: its metrics are null.
+    """
     with np.load(images_file(images, piece)) as kept:
         pictures = [Image.fromarray(picture) for picture in kept["images"]]
+        withheld = kept[WITHHELD] if WITHHELD in kept else np.zeros(len(pictures), bool)
     scores = judge.quality(pictures)
     columns: dict[str, object] = {
         "prompt_id": pa.array([prompt.prompt_id for prompt in piece.prompts], pa.int32()),
@@ -186,15 +250,24 @@ def measure(piece: Piece, images: Path, judge: Judge, adherence: bool = False) -
         "seed": pa.array(piece.seeds, pa.int64()),
     }
     for index, metric in enumerate(judge.metrics):
-        columns[metric.name] = pa.array(scores[:, index].astype(np.float32))
+        columns[metric.name] = pa.array(scores[:, index].astype(np.float32), mask=withheld)
     if adherence:
         negatives = [
             [negative.text for negative in hard_negatives(prompt.text, prompt.scene)] if prompt.scene else []
             for prompt in piece.prompts
         ]
         adheres = judge.adherence(pictures, [prompt.text for prompt in piece.prompts], negatives)
-        columns[ADHERENCE] = pa.array(adheres, from_pandas=True)
+        columns[ADHERENCE] = pa.array(adheres, mask=withheld | np.isnan(adheres))
     return pa.table(columns)
+
+
+def without_withheld(table: pa.Table) -> tuple[pa.Table, int]:
+    """The matrix without the prompts of which a picture was withheld, and how many these are.
+
+    Both models lose all pictures of such a prompt, because they are compared in pairs.
+    """
+    lacking = table.filter(pc.is_null(table[METRICS[0]]))["prompt_id"].unique()
+    return table.filter(pc.invert(pc.is_in(table["prompt_id"], value_set=lacking))), len(lacking)
 
 
 def judged(images: Path, parts: Path, wanted: Sequence[Piece], judge: Judge, adherence: bool = False) -> None:
@@ -248,14 +321,34 @@ def _only_of(folder: Path, facts: Mapping[str, str], name: str) -> Path:
     return folder
 
 
+def _only_for(root: Path, own: Sequence[Prompt]) -> None:
+    """ExportError when ``root`` holds pictures of other prompts: pieces go by ids, which own ones have by their place.
+
+    ``own`` are the prompts of --prompts; none for the starter's, whose ids say everything.
+    """
+    file, texts = root / OWN_PROMPTS, [prompt.text for prompt in own]
+    kept = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    both = min(len(kept), len(texts))
+    begun = bool(kept) or (root / IMAGES).exists()
+    if kept[:both] != texts[:both] or (begun and bool(kept) != bool(texts)):
+        raise ExportError(
+            f"{root} holds pictures of other prompts: add new ones at the end of the file, remove {root}, or name "
+            "another --parts"
+        )
+    if len(texts) > len(kept):
+        root.mkdir(parents=True, exist_ok=True)
+        _write_whole(file, "\n".join(texts) + "\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The stage's command; exit code 0 when the matrix is written, 1 when pieces of it are still to be made."""
     parser = argparse.ArgumentParser(prog="edge-export label", description=__doc__)
     parser.add_argument(
-        "--edge", default=str(STARTER_EDGE), help="the edge model: a diffusers folder or hub id"
+        "--bundle", type=Path, default=STARTER_BUNDLE, help="the edge model (default: the starter's)"
     )
-    parser.add_argument("--cloud", default=str(STARTER_CLOUD), help="the cloud model, likewise")
-    parser.add_argument("--bundle", type=Path, default=STARTER_BUNDLE, help="the edge model's bundle")
+    parser.add_argument(
+        "--cloud", default=str(STARTER_CLOUD), help="the cloud model: a diffusers folder or hub id"
+    )
     parser.add_argument(
         "--judge", default=STARTER_JUDGE, help="a CLIP: folder or hub id (default: the starter's)"
     )
@@ -264,16 +357,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     draws = Draws()
     parser.add_argument(
         "--draws",
-        type=int,
+        type=_at_least(1),
         default=draws.train,
         help="images a training prompt and model (default: %(default)s)",
     )
     parser.add_argument(
-        "--measured-draws", type=int, default=draws.measured, help="on other splits (default: %(default)s)"
+        "--measured-draws",
+        type=_at_least(1),
+        default=draws.measured,
+        help="on other splits (default: %(default)s)",
     )
     parser.add_argument(
         "--ceiling-draws",
-        type=int,
+        type=_at_least(0),
         default=draws.ceiling,
         help=f"on the first {CEILING_PROMPTS} test prompts (default: %(default)s)",
     )
@@ -289,9 +385,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         help=f"an earlier matrix of the same models and judge: what it has of whole pieces of {PIECE} prompts is not "
         "made again",
     )
+    parser.add_argument(
+        "--batch",
+        type=_at_least(1),
+        default=BATCH,
+        help="images the cloud model makes at once; fewer need less memory (default: %(default)s)",
+    )
+    shares = ", ".join(f"{share} {split}" for split, share in SHARES.items())
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="prompts of your own, one a line in UTF-8, in place of the starter's; a hash of its text gives each its "
+        f"split, of a hundred {shares}",
+    )
     for split, number in PROMPTS.items():
         parser.add_argument(
-            f"--{split}", type=int, default=number, dest=split, help=f"prompts (default: {number})"
+            f"--{split}", type=_at_least(0), dest=split, help=f"prompts of the starter's (default: {number})"
         )
     parser.add_argument(
         "--share",
@@ -302,18 +412,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(argv)
 
-    prompts = router_prompts({split: getattr(options, split) for split in PROMPTS})
+    asked = {split: count for split in PROMPTS if (count := getattr(options, split)) is not None}
+    if options.prompts is not None and asked:
+        parser.error(f"--prompts FILE says how many there are: leave --{next(iter(asked))} out")
+    counts = PROMPTS | asked
+    if not any(counts.values()):
+        parser.error("there is no prompt to label: ask for some of one split at least, such as --test 100")
+    own = [] if options.prompts is None else own_prompts(options.prompts)
+    bundle, cloud = Bundle.open(options.bundle), cloud_model(options.cloud)
+    prompts = own or router_prompts(counts)
     judge = Judge(options.judge)
-    bundle = Bundle.open(options.bundle)
     models = {
         "edge_digest": bundle.model_digest,
-        "cloud_digest": open_model(options.cloud).digest,
+        "cloud_digest": cloud.digest,
     }
     measured = {
         "metrics": json.dumps([[metric.name, metric.positive, metric.negative] for metric in judge.metrics]),
         "judge_digest": judge.digest,
     }
     root = options.parts or options.out.with_suffix(".parts")
+    _only_for(root, own)
     images = _only_of(root / IMAGES, models, "images of other models")
     name = f"{judge.digest[:16]}-{ADHERENCE}" if options.adherence else judge.digest[:16]
     parts = _only_of(root / name, models | measured, "measurements of other metrics")
@@ -323,7 +441,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.extend is not None:
         take_over(options.extend, models | measured, parts, every, options.adherence)
     unmeasured = [piece for piece in mine if not (parts / f"{piece.file}.parquet").exists()]
-    generate({"edge": options.edge, "cloud": options.cloud}, bundle, images, unmeasured)
+    painters: dict[str, Callable[[], Paints]] = {
+        "edge": lambda: BundlePainter(bundle),
+        "cloud": lambda: Painter(options.cloud, options.batch),
+    }
+    generate(painters, images, unmeasured)
     judged(images, parts, unmeasured, judge, options.adherence)
     files = [parts / f"{piece.file}.parquet" for piece in every]
     if left := [file for file in files if not file.exists()]:
@@ -332,9 +454,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 1
     table = pa.concat_tables([pq.read_table(file) for file in files], promote_options="default")
+    table, withheld = without_withheld(table)
+    if withheld:
+        print(
+            f"left out {withheld} of {len(prompts)} prompts: the cloud's safety checker withheld a picture of each"
+        )
+    if withheld == len(prompts):
+        raise ExportError("no prompt is left to route: label others, or a model without a safety checker")
     facts = models | measured | inspector_of(options.extend)
     _write_table(table.replace_schema_metadata(facts), options.out)
-    print(f"{table.num_rows} images of {len(prompts)} prompts -> {options.out}")
+    print(f"{table.num_rows} images of {len(prompts) - withheld} prompts -> {options.out}")
     return 0
 
 
@@ -347,8 +476,17 @@ def _write_table(table: pa.Table, file: Path) -> None:
 def _write_whole(file: Path, text: str) -> None:
     """Another process sharing the run reads all of it or nothing."""
     partial = file.with_suffix(f".{os.getpid()}")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     partial.replace(file)
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {value}")
+        return value
+
+    return number
 
 
 def _share(text: str) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 Scenes of `train`, `validation`, `calibration` and `test` are disjoint, and no generator, judge or inspector was trained
 on them. Three more splits ask how far a router carries: `combinations` pairs objects that no router split pairs,
 `wording` says scenes in sentences of its own, and `free-form` was written by hand, outside the grammar
-(``free_form.json``).
+(``free_form.json``). All of these are of the starter's world; `own_prompts` are whatever people write.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from export.errors import ExportError
 from export.starter.world import Group, Scene, caption, sample_scene
 
 PROMPTS = {
@@ -30,6 +31,9 @@ PROMPTS = {
     "wording": 100,
     "free-form": 60,
 }
+SHARES = {"train": 70, "validation": 10, "calibration": 10, "test": 10}
+"""Of a hundred prompts of one's own, how many fall to each split."""
+FEWEST = 2  # prompts of each of these splits, without which a later stage has nothing to work on
 FREE_FORM = Path(__file__).parent / "free_form.json"
 SEED = 32
 REPEATING = 2800
@@ -60,6 +64,57 @@ def router_prompts(number: Mapping[str, int] = PROMPTS, seed: int = SEED) -> lis
         for place, (text, objects, scene) in enumerate(drawn):
             prompts.append(Prompt((index + 1) * 100_000 + place, text, split, objects, scene))
     return prompts
+
+
+def own_prompts(file: Path) -> list[Prompt]:
+    """The prompts in ``file``, one a line, each in the split that a hash of its text gives.
+
+    More lines at its end leave all before them in their split, with their ids. Raises ExportError when it is not text
+    in UTF-8, holds a prompt twice, or leaves a split with fewer than FEWEST.
+    """
+    first: dict[str, int] = {}
+    counts = Counter(dict.fromkeys(SHARES, 0))
+    prompts = []
+    for number, text in numbered_lines(file):
+        if text in first:
+            raise ExportError(
+                f"{file}: line {number} is line {first[text]} again, {text!r}: remove one, or a router is measured on "
+                "what it learnt"
+            )
+        first[text] = number
+        split = _split_of(text)
+        # A million for each split: seeds are a thousand times the id and end at 2**32.
+        prompt_id = list(SHARES).index(split) * 1_000_000 + counts[split]
+        prompts.append(Prompt(prompt_id, text, split, objects=0, scene=None))
+        counts[split] += 1
+    for split, count in counts.items():
+        if count < FEWEST:
+            raise ExportError(
+                f"{file}: {count} of its {len(prompts)} prompts fall to the split {split!r}, which needs {FEWEST} at "
+                f"least: write more prompts, {SHARES[split]} in a hundred go there"
+            )
+    return prompts
+
+
+def numbered_lines(file: Path) -> list[tuple[int, str]]:
+    """The lines that are not blank, counted from 1. Raises ExportError when they are not text in UTF-8, or none."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ExportError(f"{file} is not text in UTF-8: {error}") from error
+    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if not lines:
+        raise ExportError(f"{file} has no prompts; write one a line")
+    return lines
+
+
+def _split_of(text: str) -> str:
+    place = int.from_bytes(sha256(text.encode()).digest()[:8], "big") % sum(SHARES.values())
+    for split, share in SHARES.items():
+        if place < share:
+            return split
+        place -= share
+    raise AssertionError(place)
 
 
 def scenes_by_text(splits: Sequence[str]) -> dict[str, Scene | None]:

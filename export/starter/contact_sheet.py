@@ -51,7 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     prompts = graded_prompts()
     seeds = [SEED] * len(prompts)
-    pictures = [Painter(model).paint(prompts, seeds) for model in (options.edge, options.cloud)]
+    pictures = [
+        [Image.fromarray(picture.pixels) for picture in Painter(model).paint(prompts, seeds)]
+        for model in (options.edge, options.cloud)
+    ]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     sheet(prompts, *pictures).save(options.out, optimize=True)
     print(f"{len(prompts)} prompts, edge left, cloud right -> {options.out}")

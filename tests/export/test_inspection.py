@@ -138,7 +138,7 @@ def labelled(tmp_path_factory, miniature_bundle) -> Path:
         folder = save_miniature(root / name, seed=seed)
         (folder / "routet2i.json").write_text(json.dumps({"steps": 4, "guidance_scale": 5.0}))
     arguments = [f"--{split}={number}" for split, number in COUNTS.items()]
-    models = ["--edge", str(root / "edge"), "--cloud", str(root / "cloud"), "--bundle", str(miniature_bundle)]
+    models = ["--cloud", str(root / "cloud"), "--bundle", str(miniature_bundle)]
     out = ["--out", str(root / "labels.parquet"), "--parts", str(root / "parts")]
     assert label([*models, *out, *arguments, "--measured-draws", "2", "--ceiling-draws", "2"]) == 0
     # Pictures of the world in place of a random model's: every cloud picture shows what was asked for, no edge one.

@@ -1,36 +1,42 @@
 import json
+import re
 import shutil
+import weakref
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPProcessor
 
+from edge_agent.bundle import Bundle
+from edge_agent.diffusion.generator import Generator
 from edge_agent.superiority import METRICS
+from export import evaluate as evaluation
 from export import label
+from export.__main__ import main as edge_export
+from export.diffusion_onnx import export_bundle
 from export.errors import ExportError
 from export.outcomes import INSPECTION, INSPECTOR, SPLITS, Outcomes
+from export.prompts import SHARES, own_prompts, router_prompts
 from export.quality import Judge, load_metrics
 from export.starter.judge import new_judge
 from export.starter.tokenizer import train_tokenizer
-from tests.miniature import save_miniature
+from tests.miniature import miniature_pipeline, miniature_xl, save_miniature
 
-CARDS = {
-    "edge": {"steps": 4, "guidance_scale": 5.0},  # as the miniature bundle
-    "cloud": {"steps": 2, "guidance_scale": 2.0},
-}
+CARD = {"steps": 2, "guidance_scale": 2.0, "width": 96, "height": 64}  # not the size that the weights name
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Two random pipelines of few steps, and a random judge."""
+    """A random cloud pipeline of few steps, and a random judge. The edge model is the miniature bundle."""
     root = tmp_path_factory.mktemp("models")
-    for seed, name in enumerate(("edge", "cloud")):
-        folder = save_miniature(root / name, seed=seed)
-        (folder / "routet2i.json").write_text(json.dumps(CARDS[name]))
+    folder = save_miniature(root / "cloud", seed=1)
+    (folder / "routet2i.json").write_text(json.dumps(CARD))
     tokenizer = train_tokenizer(root / "tokenizer", ["a cat on a beach", "high definition photo"] * 5)
     torch.manual_seed(0)
     new_judge(tokenizer).save_pretrained(root / "judge")
@@ -39,13 +45,42 @@ def models(tmp_path_factory):
     return root
 
 
+COUNTS = {
+    "train": 3,
+    "validation": 2,
+    "calibration": 2,
+    "test": 2,
+    "combinations": 1,
+    "wording": 1,
+    "free-form": 1,
+}
+
+
+def named(models, bundle, out):
+    return [
+        *("--cloud", str(models / "cloud"), "--judge", str(models / "judge")),
+        *("--bundle", str(bundle), "--out", str(out)),
+    ]
+
+
 def arguments(models, bundle, out, *more):
     return [
-        *("--edge", str(models / "edge"), "--cloud", str(models / "cloud"), "--judge", str(models / "judge")),
-        *("--bundle", str(bundle), "--out", str(out), "--train", "3", "--validation", "2"),
-        *("--calibration", "2", "--test", "2", "--combinations", "1", "--wording", "1", "--free-form", "1"),
+        *named(models, bundle, out),
+        *(f"--{split}={number}" for split, number in COUNTS.items()),
         *("--measured-draws", "2", "--ceiling-draws", "3", *more),
     ]
+
+
+def pictures(out, model):
+    """Prompt id -> the first picture that was kept of it, float32 [H, W, 3]."""
+    found = {}
+    for file in out.with_suffix(".parts").glob(f"images/{model}-0-*.npz"):
+        with np.load(file) as kept:
+            first = int(file.stem.split("-")[2])
+            found |= {
+                first + place: picture for place, picture in enumerate(kept["images"].astype(np.float32))
+            }
+    return found
 
 
 def test_the_matrix_holds_every_prompt_model_and_seed_and_says_what_it_was_made_with(
@@ -71,7 +106,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_matrix(
     paint, painted = label.Painter.paint, []
 
     def interrupted(self, prompts, seeds):
-        if len(painted) == 2:  # the bundle's check was the first
+        if len(painted) == 1:
             raise KeyboardInterrupt
         painted.append(prompts)
         return paint(self, prompts, seeds)
@@ -85,6 +120,10 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_matrix(
     assert pq.read_table(cut).equals(pq.read_table(whole))
 
 
+def nothing_missing(_painters, images, wanted):
+    assert all(label.images_file(images, piece).exists() for piece in wanted)
+
+
 def test_another_judge_measures_the_same_images_without_generating_them_again(
     models, miniature_bundle, tmp_path, monkeypatch
 ):
@@ -93,7 +132,7 @@ def test_another_judge_measures_the_same_images_without_generating_them_again(
     shutil.copytree(models / "judge", other)
     torch.manual_seed(1)
     new_judge(CLIPProcessor.from_pretrained(other).tokenizer).save_pretrained(other)
-    monkeypatch.setattr(label, "Painter", None)
+    monkeypatch.setattr(label, "generate", nothing_missing)
     before = pq.read_table(out)
     assert label.main(arguments(models, miniature_bundle, out, "--judge", str(other))) == 0
     after = pq.read_table(out)
@@ -113,21 +152,22 @@ def test_an_earlier_matrix_is_extended_without_making_its_images_again(
         table = table.append_column(name, pa.array(np.full(len(table), 0.5, np.float32)))
     pq.write_table(table.replace_schema_metadata(table.schema.metadata | {INSPECTOR: "abc"}), earlier)
     assert label.main(arguments(models, miniature_bundle, whole, *more)) == 0
-    paint, painted = label.Painter.paint, []
+    painted = []
+    for kind in (label.Painter, label.BundlePainter):
 
-    def noted(self, prompts, seeds):
-        painted.extend(prompts)
-        return paint(self, prompts, seeds)
+        def noted(self, prompts, seeds, paint=kind.paint):
+            painted.extend(prompts)
+            return paint(self, prompts, seeds)
 
-    monkeypatch.setattr(label.Painter, "paint", noted)
+        monkeypatch.setattr(kind, "paint", noted)
     assert label.main(arguments(models, miniature_bundle, out, *more, "--extend", str(earlier))) == 0
     made, expected = pq.read_table(out), pq.read_table(whole)
     assert made.select(expected.column_names).equals(expected)
     assert made.schema.metadata[INSPECTOR.encode()] == b"abc"
     assert made[INSPECTION[0]].null_count == len(made) - len(table) > 0
     known = set(pq.read_table(earlier)["prompt"].to_pylist())
-    assert len(set(painted[1:]) - known) == 3  # the bundle's check was the first
-    assert len(painted[1:]) == 2 * (2 + 3) and known.isdisjoint(painted[1:])
+    assert len(set(painted) - known) == 3
+    assert len(painted) == 2 * (2 + 3) and known.isdisjoint(painted)
 
 
 def test_a_matrix_of_another_judge_or_without_a_column_is_not_extended(models, miniature_bundle, tmp_path):
@@ -158,28 +198,219 @@ def test_labels_of_other_models_are_not_mixed_in(models, miniature_bundle, tmp_p
     monkeypatch.setattr(label, "PIECE", 4)
     out = tmp_path / "labels.parquet"
     label.main(arguments(models, miniature_bundle, out, "--share", "1/2"))
-    swapped = arguments(models, miniature_bundle, out)
-    swapped[3] = str(models / "edge")
+    other = shutil.copytree(models / "cloud", tmp_path / "other")
+    (other / "routet2i.json").write_text(json.dumps(CARD | {"steps": 3}))
     with pytest.raises(ExportError, match="other models"):
-        label.main(swapped)
+        label.main(arguments(models, miniature_bundle, out, "--cloud", str(other)))
+
+
+@pytest.fixture(scope="module")
+def few(models, miniature_bundle, tmp_path_factory):
+    """Labels of the prompts of COUNTS."""
+    out = tmp_path_factory.mktemp("few") / "labels.parquet"
+    assert label.main(arguments(models, miniature_bundle, out)) == 0
+    return out
+
+
+def test_the_edges_pictures_are_those_that_the_bundle_serves(few, miniature_bundle):
+    generator, facts = Generator(Bundle.open(miniature_bundle)), Bundle.open(miniature_bundle).manifest
+    kept = pictures(few, "edge")
+    for prompt in router_prompts(COUNTS)[:4]:
+        _, states = generator.encode(prompt.text)
+        made = generator.generate(
+            states,
+            generator.encode_negative(""),
+            1000 * prompt.prompt_id,
+            facts.default_steps,
+            facts.default_guidance,
+        )
+        *_, image = made
+        assert np.abs(kept[prompt.prompt_id] - image.pixels).max() <= 1  # rounding
+
+
+def test_the_clouds_pictures_are_of_the_size_steps_and_guidance_of_its_card(few, models):
+    pipeline = StableDiffusionPipeline.from_pretrained(models / "cloud", safety_checker=None)
+    kept = pictures(few, "cloud")
+    for prompt in router_prompts(COUNTS)[:4]:
+        seed = torch.Generator("cpu").manual_seed(1000 * prompt.prompt_id)
+        (image,) = pipeline(
+            prompt.text,
+            width=96,
+            height=64,
+            num_inference_steps=2,
+            guidance_scale=2.0,
+            generator=seed,
+        ).images
+        assert kept[prompt.prompt_id].shape == (64, 96, 3)
+        assert np.abs(kept[prompt.prompt_id] - np.asarray(image)).max() <= 1  # rounding
+
+
+@pytest.mark.parametrize("kind", ["xl", "half precision"])
+def test_whatever_the_export_makes_is_labelled_as_it_is(models, tmp_path, kind):
+    """With its own default steps, guidance, size and scheduler, none of which the model's folder states."""
+    pipeline = miniature_xl() if kind == "xl" else miniature_pipeline()
+    more = {} if kind == "xl" else {"dtype": "fp16", "scheduler": "DPMSolverMultistep", "size": (96, 64)}
+    bundle = export_bundle(
+        pipeline, tmp_path / "bundle", steps=(2,), guidance=3.0, report=lambda _: None, **more
+    )
+    none = [f"--{split}=0" for split in COUNTS]
+    assert (
+        label.main([*arguments(models, bundle.folder, tmp_path / "labels.parquet"), *none, "--train=2"]) == 0
+    )
+
+
+def test_a_prompt_whose_picture_the_cloud_withholds_is_left_out_of_both_models(
+    models, miniature_bundle, tmp_path, monkeypatch, capsys
+):
+    paint = label.Painter.paint
+    withheld = router_prompts(COUNTS)[1]
+
+    def checked(self, prompts, seeds):
+        made = paint(self, prompts, seeds)
+        return [
+            replace(one, withheld=True) if seed == 1000 * withheld.prompt_id else one
+            for one, seed in zip(made, seeds, strict=True)
+        ]
+
+    monkeypatch.setattr(label.Painter, "paint", checked)
+    out = tmp_path / "labels.parquet"
+    for _ in range(2):  # also from the pictures that are kept
+        assert label.main(arguments(models, miniature_bundle, out)) == 0
+        assert "left out 1 of 12 prompts: the cloud's safety checker" in capsys.readouterr().out
+        assert withheld.text not in Outcomes.read(out).prompts
+        assert len(Outcomes.read(out)) == 11
+        shutil.rmtree(next(out.with_suffix(".parts").glob("*[!s]/")))
+
+
+def test_what_a_safety_checker_blanks_is_told_from_a_black_picture(models):
+    painter = label.Painter(str(models / "cloud"))
+    painter.pipeline.safety_checker = lambda images, **_: (images, [False, True])
+    painter.pipeline.feature_extractor = CLIPImageProcessor()
+    assert [one.withheld for one in painter.paint(["a cat", "a dog"], [0, 1])] == [False, True]
+
+
+def test_only_one_model_is_in_memory_and_makes_few_images_at_once(
+    models, miniature_bundle, tmp_path, monkeypatch
+):
+    edge, sizes = [], []
+    opened, called = label.BundlePainter.__init__, StableDiffusionPipeline.__call__
+
+    def noted(self, bundle):
+        edge.append(weakref.ref(self))
+        opened(self, bundle)
+
+    def counted(self, prompts, **options):
+        assert edge[0]() is None
+        sizes.append(len(prompts))
+        return called(self, prompts, **options)
+
+    monkeypatch.setattr(label.BundlePainter, "__init__", noted)
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", counted)
+    assert label.main(arguments(models, miniature_bundle, tmp_path / "labels.parquet", "--batch", "2")) == 0
+    assert max(sizes) == 2
+
+
+OWN = [f"a photo of thing {number}" for number in range(60)]
+
+
+def test_own_prompts_are_parted_by_their_text_and_more_of_them_move_none(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(OWN) + "\n")
+    before = own_prompts(file)
+    assert [prompt.text for prompt in before] == OWN
+    assert {prompt.split for prompt in before} == set(SHARES)
+    assert {(prompt.objects, prompt.scene) for prompt in before} == {(0, None)}
+    file.write_text(
+        "\ufeff" + "\n\n".join([*OWN, *(f"more {number}" for number in range(2000))]), encoding="utf-8"
+    )
+    after = own_prompts(file)
+    assert after[: len(before)] == before
+    assert len({prompt.prompt_id for prompt in after}) == len(after) == 2060
+    assert max(prompt.prompt_id for prompt in after) * 1000 + 999 < 2**32
+    for split, share in SHARES.items():
+        assert sum(prompt.split == split for prompt in after) == pytest.approx(20.6 * share, rel=0.2)
 
 
 @pytest.mark.parametrize(
-    ("weights", "card", "words"),
+    ("content", "words"),
     [
-        ("cloud", CARDS["edge"], "other pictures"),
-        ("edge", CARDS["cloud"], "4 steps at guidance 5, and .* says 2 at 2"),
+        (b"a cat\n\na dog\n a cat \n", "line 4 is line 1 again, 'a cat'"),
+        (b"a cat\n", "0 of its 1 prompts fall to the split .*, which needs 2 at least"),
+        (b"\n \n", "has no prompts"),
+        (b"caf\xe9\n", "not text in UTF-8"),
     ],
 )
-def test_labels_are_not_made_under_the_digest_of_a_bundle_that_makes_other_pictures(
-    models, miniature_bundle, tmp_path, weights, card, words
+def test_a_file_of_prompts_that_cannot_be_parted_is_refused(tmp_path, content, words, capsys):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(content)
+    assert edge_export(["label", "--prompts", str(file)]) == 2
+    assert re.search(words, capsys.readouterr().err)
+
+
+def test_pictures_of_one_file_of_prompts_are_not_taken_for_anothers(
+    models, miniature_bundle, tmp_path, few, monkeypatch
 ):
-    edge = shutil.copytree(models / weights, tmp_path / "edge")
-    (edge / "routet2i.json").write_text(json.dumps(card))
-    swapped = arguments(models, miniature_bundle, tmp_path / "labels.parquet")
-    swapped[1] = str(edge)
-    with pytest.raises(ExportError, match=words):
-        label.main(swapped)
+    """They are kept by ids, which are places in the file."""
+    file, out = tmp_path / "prompts.txt", tmp_path / "labels.parquet"
+    file.write_text("\n".join(OWN))
+    monkeypatch.setattr(label, "generate", lambda *_: None)  # the folder alone is looked at
+    monkeypatch.setattr(label, "judged", lambda *_: None)
+    own = [*named(models, miniature_bundle, out), "--prompts", str(file)]
+    assert label.main(own) == 1
+    file.write_text("\n".join([*OWN, "one more"]))
+    assert label.main(own) == 1
+    file.write_text("\n".join(["one before", *OWN]))
+    with pytest.raises(ExportError, match="pictures of other prompts: add new ones at the end"):
+        label.main(own)
+    with pytest.raises(ExportError, match="pictures of other prompts"):
+        label.main(arguments(models, miniature_bundle, out))
+    with pytest.raises(ExportError, match="pictures of other prompts"):
+        label.main([*named(models, miniature_bundle, few), "--prompts", str(file)])
+
+
+def test_labels_of_own_prompts_go_through_every_later_stage(models, bundle_copy, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "RESAMPLES", 20)
+    file, labels, weights = (tmp_path / name for name in ("prompts.txt", "labels.parquet", "run"))
+    file.write_text("\n".join(OWN))
+    whole = named(models, bundle_copy, labels)
+    stages = [
+        ["label", *whole, "--prompts", file, "--measured-draws", "2", "--ceiling-draws", "2"],
+        ["train", labels, bundle_copy, weights, "--seeds", "1", "--steps", "5"],
+        ["predictor", weights / "predictor.safetensors", bundle_copy],
+        ["calibrate", labels, bundle_copy],
+        ["evaluate", labels, bundle_copy, "--out", tmp_path / "evaluation.json"],
+    ]
+    assert [edge_export([str(argument) for argument in stage]) for stage in stages] == [0] * len(stages)
+    assert Bundle.open(bundle_copy).advice == ""
+    report = json.loads((tmp_path / "evaluation.json").read_text())
+    assert report["prompts"] == report["scenes"] == sum(p.split == "test" for p in own_prompts(file))
+
+
+def test_a_cloud_model_that_is_not_there_is_refused_in_one_line(tmp_path, capsys):
+    assert (
+        edge_export(["label", "--cloud", str(tmp_path / "none"), "--out", str(tmp_path / "l.parquet")]) == 2
+    )
+    said = capsys.readouterr().err.strip()
+    assert said.startswith(f"error: there is no model folder {tmp_path / 'none'}") and "\n" not in said
+    assert "--cloud" in said and "--model" not in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--draws", "0"], "--draws: must be at least 1, not 0"),
+        (["--measured-draws", "0"], "--measured-draws: must be at least 1, not 0"),
+        (["--train", "-1"], "--train: must be at least 0, not -1"),
+        (["--batch", "none"], "--batch: invalid number value: 'none'"),
+        ([f"--{split}=0" for split in COUNTS], "there is no prompt to label"),
+        (["--prompts", "prompts.txt", "--test", "5"], "leave --test out"),
+    ],
+)
+def test_numbers_that_make_no_labels_are_refused(arguments, words, capsys):
+    with pytest.raises(SystemExit) as refusal:
+        label.main(arguments)
+    assert refusal.value.code == 2
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("share", ["0/2", "3/2", "half"])
@@ -220,7 +451,7 @@ def test_adherence_is_one_column_more_of_the_same_images_and_off_by_default(
     assert label.main(arguments(models, miniature_bundle, out)) == 0
     before = pq.read_table(out)
     assert label.ADHERENCE not in before.column_names
-    monkeypatch.setattr(label, "Painter", None)
+    monkeypatch.setattr(label, "generate", nothing_missing)
     assert label.main(arguments(models, miniature_bundle, out, "--adherence")) == 0
     after = pq.read_table(out)
     assert after.drop_columns(label.ADHERENCE).equals(before)
