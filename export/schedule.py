@@ -93,7 +93,9 @@ def _drive(
         scheduler.set_begin_index(0)
     generator = torch.Generator().manual_seed(seed)
     parameters = inspect.signature(scheduler.step).parameters
-    extra = {"generator": generator} if "generator" in parameters else {}
+    # What the pipelines pass to each scheduler that takes it; TCD's own default for eta is another.
+    given: dict[str, Any] = {"generator": generator, "eta": 0.0}
+    extra = {name: value for name, value in given.items() if name in parameters}
     scales = hasattr(scheduler, "scale_model_input")
     shape = (-1, 1, 1, 1)
     latents = torch.from_numpy(inputs[0]).reshape(shape) * getattr(scheduler, "init_noise_sigma", 1.0)

@@ -63,6 +63,7 @@ SCHEDULERS: dict[str, tuple[type, dict[str, Any]]] = {
     "Heun": (diffusers.HeunDiscreteScheduler, BETAS),
     "LCM": (diffusers.LCMScheduler, BETAS),
     "flow-match Euler": (FlowMatchEuler, {}),
+    "TCD": (diffusers.TCDScheduler, BETAS),
 }
 
 

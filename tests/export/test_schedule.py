@@ -34,6 +34,7 @@ ON_THE_PARITY_PAGE: list[tuple[str, dict[str, Any], int, int]] = [
     ("UniPCMultistepScheduler", {}, 7, 7),
     ("HeunDiscreteScheduler", {}, 7, 13),
     ("LCMScheduler", {}, 4, 4),
+    ("TCDScheduler", {}, 4, 4),
 ]
 BEYOND: list[tuple[str, dict[str, Any], int, int]] = [
     ("DDIMScheduler", {"clip_sample": False, "rescale_betas_zero_snr": True, **V}, 7, 7),
@@ -108,8 +109,8 @@ def test_latents_equal_the_schedulers_own(name: str, config: dict[str, Any], ste
 
         generator = torch.Generator().manual_seed(5)
         made.set_timesteps(count)
-        takes_generator = "generator" in made.step.__code__.co_varnames
-        extra = {"generator": generator} if takes_generator else {}
+        given = {"generator": generator, "eta": 0.0}  # as the pipelines do
+        extra = {name: value for name, value in given.items() if name in made.step.__code__.co_varnames}
         latents = torch.randn(shape, generator=generator) * made.init_noise_sigma
         sums = compiled.run(shape, TorchNoise(5))
         ours = next(sums)
