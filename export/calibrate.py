@@ -89,11 +89,7 @@ def calibrate(
     outcomes: Outcomes, bundle: Bundle, cloud_digest: str, gamma: float, weighing: str = WEIGHTS[0]
 ) -> Calibration:
     """The calibration of `bundle`'s predictor. ExportError when the labels are of other models or lack their facts."""
-    made_for = outcomes.facts.get("edge_digest", bundle.model_digest)
-    if made_for != bundle.model_digest:
-        raise ExportError(
-            f"the labels are of edge model {made_for[:16]}, the bundle holds {bundle.model_digest[:16]}"
-        )
+    outcomes.must_be_of(bundle)
     stated = json.loads(outcomes.facts.get("metrics", "[]"))
     metrics = tuple((name, good, bad) for name, good, bad in stated) or project_metrics()
     if tuple(name for name, _, _ in metrics) != METRICS:

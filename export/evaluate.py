@@ -203,6 +203,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if calibration is None:
         raise ExportError(f"{bundle.folder} has no calibration; make it with `edge-export calibrate`")
     test = Outcomes.read(options.labels).split("test")
+    test.must_be_of(bundle)
+    cloud = test.facts.get("cloud_digest", calibration.cloud_digest)
+    if cloud != calibration.cloud_digest:
+        raise ExportError(
+            f"the labels are of cloud model {cloud[:16]}, and {bundle.folder} is calibrated for "
+            f"{calibration.cloud_digest[:16]}: run `edge-export calibrate` with these labels first"
+        )
     paired = Paired.of(test)
 
     def prs(edge: NDArray[np.float32], cloud: NDArray[np.float32]) -> Floats:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from edge_agent.bundle import Bundle
 from edge_agent.superiority import METRICS
 from export.errors import ExportError
 
@@ -85,6 +86,15 @@ class Outcomes:
             )
         return part
 
+    def must_be_of(self, bundle: Bundle) -> None:
+        """ExportError when the labels say that they are of another edge model than ``bundle``."""
+        stated = self.facts.get("edge_digest", bundle.model_digest)
+        if stated != bundle.model_digest:
+            raise ExportError(
+                f"the labels are of edge model {stated[:16]}, and {bundle.folder} holds {bundle.model_digest[:16]}: "
+                "name the bundle they were made with, or label again"
+            )
+
     @classmethod
     def read(cls, path: Path) -> Outcomes:
         """Read and check the matrix; ExportError names the first prompt whose cells are missing or wrong."""
@@ -153,9 +163,53 @@ def read_table(path: Path) -> pa.Table:
         raise ExportError(f"{path}: the labels have no rows; make them with `edge-export label`")
     if missing := [name for name in COLUMNS if name not in table.column_names]:
         raise ExportError(f"{path}: no column {missing[0]!r}; make the labels again with `edge-export label`")
+    _sound_columns(path, table)
     if unknown := set(table["model"].unique().to_pylist()) - {"edge", "cloud"}:
         raise ExportError(f"{path}: unknown model {sorted(map(str, unknown))[0]!r}; there are edge and cloud")
     return table
+
+
+def _sound_columns(path: Path, table: pa.Table) -> None:
+    """ExportError for a column of another type, a hole where a row says what it is of, or metadata that is no text."""
+    wanted: dict[str, tuple[str, Callable[[pa.DataType], bool]]] = {
+        **dict.fromkeys(("prompt", "split", "model"), ("text", _is_text)),
+        **dict.fromkeys(("prompt_id", "objects", "seed"), ("whole numbers", pa.types.is_integer)),
+        **dict.fromkeys((*METRICS, *INSPECTION), ("numbers", _is_number)),
+    }
+    for name, (what, fits) in wanted.items():
+        if name not in table.column_names:
+            continue
+        column = table[name]
+        if not fits(column.type):
+            raise ExportError(
+                f"{path}: column {name!r} holds {column.type}, not {what}; make the labels again"
+            )
+        if (
+            name not in (*METRICS, *INSPECTION) and column.null_count
+        ):  # of numbers the row is named that lacks one
+            row = column.is_null().to_pylist().index(True)
+            raise ExportError(f"{path}: row {row} has no {name}; remove it, or make the labels again")
+    stated = (table.schema.metadata or {}).items()
+    if unreadable := [key for key, value in stated if not (_is_utf8(key) and _is_utf8(value))]:
+        raise ExportError(
+            f"{path}: its metadata {unreadable[0]!r} is not text in UTF-8; make the labels again"
+        )
+
+
+def _is_utf8(text: bytes) -> bool:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind))
 
 
 def _known_metrics(path: Path, stated: bytes | None) -> None:

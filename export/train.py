@@ -319,6 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         recipe, seeds=options.seeds, steps=options.steps, deletion_weight=options.deletion_weight
     )
     outcomes, bundle = Outcomes.read(options.labels), Bundle.open(options.bundle)
+    outcomes.must_be_of(bundle)
     learning, validating = outcomes.split("train"), outcomes.split("validation")
     options.out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()

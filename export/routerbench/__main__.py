@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -121,6 +122,9 @@ def _time(score: object, prompts: Prompts) -> Floats:
 
 def _named(text: str) -> type[Router]:
     module, _, name = text.partition(":")
+    # A command's path begins with its own folder, and a router of one's own lies where one works.
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)
     try:
         found: type[Router] = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
@@ -149,6 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     started = time.monotonic()
     outcomes, bundle = Outcomes.read(options.labels), Bundle.open(options.bundle)
+    outcomes.must_be_of(bundle)
     test = outcomes.split("test")
     known = scenes_by_text(outcomes.splits.tolist())
     scenes = scenes_of(outcomes.prompts, known)

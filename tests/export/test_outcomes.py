@@ -71,6 +71,11 @@ def change(name: str, row: int, value: object) -> Callable[[pa.Table], pa.Table]
     return changed
 
 
+def typed(table: pa.Table, name: str, kind: pa.DataType) -> pa.Table:
+    column = pc.round(table[name]) if pa.types.is_boolean(kind) else table[name]
+    return table.set_column(table.column_names.index(name), name, column.cast(kind))
+
+
 def reworded(table: pa.Table, prompt_id: int, text: str) -> pa.Table:
     own = pc.equal(table["prompt_id"], prompt_id)
     return table.set_column(
@@ -120,6 +125,21 @@ def test_optional_metrics_may_follow_the_ten(labels: Path) -> None:
         (lambda t: t.replace_schema_metadata({"metrics": "[1]"}), "metrics are no list of"),
         (lambda t: t.drop_columns("layout"), "no column 'layout'"),
         (lambda t: t.slice(0, 0), "no rows"),
+        (lambda t: typed(t, "detail", pa.string()), "column 'detail' holds string, not numbers"),
+        (lambda t: typed(t, "detail", pa.bool_()), "column 'detail' holds bool, not numbers"),
+        (lambda t: typed(t, "prompt_id", pa.string()), "column 'prompt_id' holds string, not whole numbers"),
+        (lambda t: typed(t, "prompt", pa.binary()), "column 'prompt' holds binary, not text"),
+        (change("prompt", 2, None), "row 2 has no prompt"),
+        (change("prompt_id", 2, None), "row 2 has no prompt_id"),
+        (change("model", 2, None), "row 2 has no model"),
+        (
+            lambda t: t.append_column("inspected", pa.nulls(len(t), pa.string())),
+            "column 'inspected' holds string, not numbers",
+        ),
+        (
+            lambda t: t.replace_schema_metadata({"edge_digest": b"\xff"}),
+            "metadata b'edge_digest' is not text in UTF-8",
+        ),
     ],
 )
 def test_labels_with_a_hole_or_a_mistake_are_refused(

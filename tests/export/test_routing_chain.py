@@ -134,7 +134,18 @@ def test_labels_of_another_edge_model_are_refused(
     labels = write_labels(
         tmp_path / "labels.parquet", 12, facts={"edge_digest": "00ff", "cloud_digest": "c0ffee"}
     )
-    assert "labels are of edge model 00ff" in refused(capsys, "calibrate", labels, chain.bundle)
+    for stage in ("calibrate", "evaluate"):
+        assert "labels are of edge model 00ff" in refused(capsys, stage, labels, chain.bundle)
+    assert "labels are of edge model 00ff" in refused(capsys, "train", labels, chain.bundle, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bundle_that_is_calibrated_for_another_cloud_model_is_not_evaluated(
+    tmp_path: Path, chain: Chain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = write_labels(tmp_path / "labels.parquet", 12, facts={"cloud_digest": "00ff"})
+    line = refused(capsys, "evaluate", labels, chain.bundle)
+    assert "labels are of cloud model 00ff" in line and "calibrated for c0ffee" in line
 
 
 def test_labels_that_do_not_say_their_cloud_model_ask_for_it(

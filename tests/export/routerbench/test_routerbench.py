@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -135,6 +136,17 @@ def test_the_command_writes_its_tables_and_takes_a_router_of_one_s_own(
     ]
     assert (out / "deferral.png").stat().st_size > 10_000
     assert "most letters" in (out / "report.md").read_text()
+
+
+def test_a_router_is_found_in_the_folder_one_works_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from export.routerbench import __main__ as command
+
+    (tmp_path / "my_own_router.py").write_text("class Mine:\n    name = 'mine'\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert command._named("my_own_router:Mine").name == "mine"
 
 
 def test_a_router_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
