@@ -11,15 +11,18 @@ when their pixels agree; until then it is built beside it. A smaller one (`expor
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from edge_agent.bundle import MANIFEST, Bundle, schedule_file, write_manifest
-from edge_agent.errors import BundleError, GenerationFailed
+from edge_agent.errors import BundleError, GenerationFailed, StoreError
+from edge_agent.store import name_from
 from export import graphs, tokenizer_json
 from export import pipeline as pipelines
 from export.errors import ExportError
@@ -74,13 +77,20 @@ def export_bundle(
 
     Raises:
         ExportError: the pipeline is of an unsupported kind, its scheduler is not linear, its tokenizer cannot be
-            converted, the size does not suit it, `out` is taken, or the bundle's pixels differ from the pipeline's,
-            or those of the smaller one too much from the float32 one's. Nothing is left at `out`.
+            converted, the size, guidance, name or a part to keep does not suit it, `out` is taken, or the bundle's
+            pixels differ from the pipeline's, or those of the smaller one too much from the float32 one's. Nothing is
+            left at `out`.
     """
-    target = Path(out)
+    target = Path(out).resolve()  # "." has neither a name nor a folder beside it
     _refuse_taken(target, force)
     if dtype == "fp32" and keep:
         raise ExportError("there is nothing to keep in fp32 without --dtype fp16 or int8")
+    if guidance is not None and not 0 <= guidance < math.inf:
+        raise ExportError(
+            f"a guidance scale of {guidance:g} does not work: it must be a number of at least 0"
+        )
+    name = name or pipelines.name_of(model)
+    _refuse_name(name)
     prompts = (
         None
         if calibration_prompts is None
@@ -91,6 +101,7 @@ def export_bundle(
     if scheduler is not None:
         pipeline.scheduler = choose_scheduler(pipeline.scheduler, scheduler)
     kind = pipelines.kind(pipeline)
+    _refuse_unknown(keep, pipeline)
     size = pipelines.size_of(pipeline, size)
     counts = list(dict.fromkeys(steps or (kind.steps,)))
     scale = kind.guidance if guidance is None else float(guidance)
@@ -99,6 +110,10 @@ def export_bundle(
     ]
     report(f"running {type(pipeline).__name__} in torch, to compare with")
     references = reference_images(pipeline, min(counts), scale, size)
+    if counts[0] > min(
+        counts
+    ):  # one image: they take longer, and differ from the first in their number of steps alone
+        references += reference_images(pipeline, counts[0], scale, size)[:1]
     target.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, so that the move at the end is one rename on one disk.
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
@@ -122,7 +137,7 @@ def export_bundle(
             + ("use it" if shown else "run the decoder")
         )
         facts = pipelines.facts(pipeline, size) | {
-            "name": name or pipelines.name_of(model),
+            "name": name,
             "licence": licence,
             "default_steps": counts[0],
             "default_guidance": scale,
@@ -153,7 +168,26 @@ def export_bundle(
     return Bundle.open(target)
 
 
+def _refuse_name(name: str) -> None:
+    """What a bundle says it is called is what a pull will call it."""
+    try:
+        name_from(name)
+    except StoreError as error:
+        raise ExportError(error.message) from error
+
+
+def _refuse_unknown(keep: Collection[str], pipeline: Any) -> None:
+    models = [
+        part for part in pipelines.kind(pipeline).parts if hasattr(getattr(pipeline, part), "parameters")
+    ]
+    parts = sorted("vae_decoder" if part == "vae" else part for part in models)
+    if unknown := sorted(set(keep) - set(parts)):
+        raise ExportError(f"--keep: the bundle has no {', '.join(unknown)}; its parts are {', '.join(parts)}")
+
+
 def _refuse_taken(target: Path, force: bool) -> None:
+    if target == Path.cwd():
+        raise ExportError(f"{target} is the folder you are in; name a new folder, which the bundle becomes")
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not (target / MANIFEST).is_file():
@@ -254,7 +288,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--licence", default="unknown", help="licence in the manifest, as an SPDX id")
     parser.add_argument("--force", action="store_true", help="replace the bundle at OUT")
     options = vars(parser.parse_args(argv))
-    export_bundle(options.pop("model"), options.pop("out"), **options)
+    # Whoever ends the process is obeyed as Ctrl-C is: nothing half-made stays behind.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        export_bundle(options.pop("model"), options.pop("out"), **options)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 

@@ -107,17 +107,19 @@ def kind(pipeline: Any) -> Kind:
 def name_of(model: Any) -> str:
     """The model's own name: the last part of where it was loaded from."""
     where = model.config.get("_name_or_path") if isinstance(model, DiffusionPipeline) else os.fspath(model)
-    return Path(where or "unnamed").name
+    return Path(where or "unnamed").resolve().name  # of "." too
 
 
 def size_of(pipeline: Any, size: tuple[int, int] | None) -> tuple[int, int]:
     """Width and height in pixels: `size`, or the pipeline's own.
 
-    Raises ExportError when the denoiser cannot halve it as often as it does.
+    Raises ExportError when the denoiser cannot halve it as often as it does, or the pipeline does not name its own.
     """
     factor = pipeline.vae_scale_factor
     if size is None:
         own = pipeline.unet.config.sample_size
+        if own is None:
+            raise ExportError("the model does not say its image size: name it with --size WIDTHxHEIGHT")
         height, width = (own, own) if isinstance(own, int) else own
         return width * factor, height * factor
     multiple = factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
@@ -177,6 +179,11 @@ def quiet() -> Iterator[None]:
 
 def _class_name(model: str | os.PathLike[str]) -> str:
     folder = Path(model)
+    if folder.is_file():
+        raise ExportError(
+            f"{folder} is a file, and a pipeline is a folder: make one with diffusers, such as "
+            f"StableDiffusionPipeline.from_single_file({str(folder)!r}).save_pretrained(FOLDER)"
+        )
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise ExportError(
             f"{folder} has no model_index.json: name a folder that diffusers saved, or a hub id"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import socket
 import time
 from pathlib import Path
@@ -26,10 +27,12 @@ from edge_agent.bundle import MANIFEST, Bundle
 from edge_agent.diffusion.generator import Generator
 from edge_agent.diffusion.sessions import Runtime
 from export import diffusion_onnx
+from export.__main__ import INTERRUPTED
 from export.__main__ import main as edge_export
 from export.diffusion_onnx import export_bundle, main
 from export.errors import ExportError
-from export.reference import difference, largest_difference, reference_image, reference_images
+from export.pipeline import name_of
+from export.reference import Reference, difference, largest_difference, reference_image, reference_images
 from tests.miniature import miniature_pipeline, miniature_tiny_autoencoder, save_miniature
 
 
@@ -284,6 +287,94 @@ def test_sizes_that_are_none_are_refused(size: str, capsys: pytest.CaptureFixtur
         main(["model", "out", "--size", size])
     assert stopped.value.code == 2
     assert "WIDTHxHEIGHT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"guidance": float("nan")}, "guidance scale of nan .* at least 0"),
+        ({"guidance": -1.0}, "guidance scale of -1"),
+        ({"dtype": "fp16", "keep": ["vae"]}, "no vae; its parts are text_encoder, unet, vae_decoder"),
+        ({"name": "edge"}, "can be called 'edge'; choose another with --name"),
+        ({"name": "!"}, "cannot be called ''"),
+    ],
+)
+def test_what_no_bundle_can_be_is_refused_before_anything_is_run(
+    pipeline: StableDiffusionPipeline,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    why: str,
+) -> None:
+    monkeypatch.setattr(diffusion_onnx, "reference_images", None)
+    with pytest.raises(ExportError, match=why):
+        export_bundle(pipeline, tmp_path / "bundle", report=silent, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_one_is_in_does_not_become_the_bundle(
+    pipeline: StableDiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ExportError, match="the folder you are in; name a new folder"):
+        export_bundle(pipeline, ".", steps=(2,), report=silent)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_in_the_folder_one_is_in_has_that_folders_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my-model").mkdir()
+    monkeypatch.chdir(tmp_path / "my-model")
+    assert name_of(".") == "my-model"
+    assert name_of("owner/name") == "name"
+
+
+def test_a_model_that_does_not_say_its_size_asks_for_it(
+    pipeline: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    pipeline.unet.register_to_config(sample_size=None)
+    with pytest.raises(ExportError, match="--size WIDTHxHEIGHT"):
+        export_bundle(pipeline, tmp_path / "bundle", report=silent)
+
+
+def test_a_file_of_weights_says_how_to_make_a_folder_of_it(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"x")
+    with pytest.raises(ExportError, match=r"from_single_file\('.*model\.safetensors'\)\.save_pretrained"):
+        export_bundle(file, tmp_path / "bundle", report=silent)
+
+
+def test_an_export_that_is_ended_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, out = save_miniature(tmp_path / "model"), tmp_path / "out" / "bundle"
+
+    def ended(*_arguments: object) -> None:
+        assert len(list(out.parent.iterdir())) == 1
+        assert signal.getsignal(signal.SIGTERM) is not before  # else it would end the tests
+        signal.raise_signal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(diffusion_onnx.graphs, "trace", ended)
+    assert edge_export(["diffusion", str(model), str(out), "--steps", "1"]) == INTERRUPTED
+    assert list(out.parent.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_default_number_of_steps_is_compared_too(
+    pipeline: StableDiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[tuple[int, bool]] = []
+
+    def nothing(_bundle: Bundle, references: list[Reference]) -> float:
+        compared.extend((one.steps, one.guidance > 1) for one in references)
+        return 1.0
+
+    monkeypatch.setattr(diffusion_onnx, "largest_difference", nothing)
+    with pytest.raises(ExportError, match="differ"):
+        export_bundle(pipeline, tmp_path / "bundle", steps=(3, 2, 4), report=silent)
+    assert compared == [(2, True), (2, False), (3, True)]
 
 
 @pytest.mark.parametrize("part", ["scheduler", "tokenizer", "unet"])
