@@ -264,7 +264,13 @@ def start_edge(options: argparse.Namespace, state: Path, cloud: str, gallery: in
         "bundle": options.bundle,
         "cloud": cloud,
         "routing-rate": options.routing_rate,
-        "budget": f"{gallery * price:.6f}/total@{GALLERY},{kiosk * price:.6f}/total@{KIOSK}",
+        "budget": ",".join(
+            [
+                f"{(gallery + kiosk) * price:.6f}/total",
+                f"{gallery * price:.6f}/total@{GALLERY}",
+                f"{kiosk * price:.6f}/total@{KIOSK}",
+            ]
+        ),
         "max-price": f"{price:.6f}",
         "state": state / "edge",
     }
@@ -341,6 +347,7 @@ def account(
         *(
             f"{budget.app} spent {dollars(budget.spent_micro_usd)} of its {dollars(budget.cap_micro_usd)}"
             for budget in budgets
+            if budget.app
         ),
         f"contact sheet  {sheet}",
         f"images         {demo.out / 'images'}",

@@ -27,10 +27,11 @@ def test_the_edges_rows_are_measured_and_written(group: str, routed_bundle: Path
     finished, record = bench("--only", group, "--bundle", str(routed_bundle), out=tmp_path)
     assert finished.returncode == 0, finished.stderr
     assert {row["group"] for row in record["rows"]} == {group}
+    assert any(row["target"] for row in record["rows"])
     for row in record["rows"]:
         numbers = [row["measured"][name] for name in ("low", "value", "high")]
         assert all(map(math.isfinite, numbers)) and numbers == sorted(numbers)
-        assert isinstance(row["met"], bool) and row["target"]
+        assert isinstance(row["met"], bool) == bool(row["target"])
         assert row["what"] in (tmp_path / "bench.md").read_text()
     assert record["bundle"]["name"] == "miniature"
     assert record["machine"]["versions"]["onnxruntime"]
