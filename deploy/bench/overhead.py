@@ -44,7 +44,7 @@ _POLL_S = 0.05
 
 def rows(plan: Plan) -> list[Row]:
     """What the agent adds: socket, service, decision's account, worker thread, facts in the PNG, checksum."""
-    arguments = (str(plan.bundle), str(plan.threads), str(plan.images))
+    arguments = (str(plan.bundle), str(plan.threads), str(plan.answers))
     with Child("overhead.py", *arguments, threads=plan.threads, edge=True) as child:
         found = child.ask()
     agent, direct = found["agent_ms"], found["direct_ms"]

@@ -26,6 +26,7 @@ class Plan:
     threads: int
     decisions: int
     images: int
+    answers: int  # of the daemon, whose share in an image is small beside the weather
     starts: int  # fresh processes
     cancellations: int
     unloads: int  # of the daemon's models
@@ -35,7 +36,7 @@ class Plan:
     @classmethod
     def of(cls, bundle: Path, model: Path, evaluation: Path, full_size: Path, *, quick: bool) -> Plan:
         """`quick` measures so little that only the machinery is tried."""
-        decisions, images, starts = (24, 3, 1) if quick else (600, 15, 5)
+        decisions, images, answers, starts = (24, 3, 3, 1) if quick else (600, 15, 60, 5)
         cancellations, unloads, pairs = (40, 2, 1) if quick else (1000, 200, 3)
         return cls(
             bundle,
@@ -44,6 +45,7 @@ class Plan:
             cores(),
             decisions,
             images,
+            answers,
             starts,
             cancellations,
             unloads,
