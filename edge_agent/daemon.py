@@ -87,9 +87,8 @@ class Daemon:
         ledger = Ledger.open(settings.ledger_file, settings.budget, settings.rate)
         try:
             if socket_file is not None:
-                _clear_socket(
-                    socket_file
-                )  # now that the ledger is ours: of two that start at once only one comes here
+                # Now that the ledger is ours: of two that start at once only one comes here.
+                _clear_socket(socket_file)
             self._purchases = Purchases(ledger, _cloud_client(settings))
             self._service = EdgeAgentService(self.reload)
             self._server = grpc.aio.server(interceptors=(HandOverMalformed(),), options=CHANNEL_OPTIONS)

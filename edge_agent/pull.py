@@ -70,9 +70,8 @@ SPARE_BYTES = 16 << 20
 _MODEL_INDEX = "model_index.json"
 _HUB = re.compile(r"hf:([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(\S+))?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_CONTENT_RANGE = re.compile(
-    r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)"
-)  # Python reads no number of thousands of digits
+# Python reads no number of thousands of digits.
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
 
 
 @dataclass(frozen=True)

@@ -295,9 +295,8 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
         except (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit):
             line["outcome"] = "CANCELLED"
             raise
-        except (
-            BaseException
-        ) as error:  # no Exception: a panic in a native library, of which the caller must be told
+        # A panic in a native library is no Exception, and the caller must be told of it.
+        except BaseException as error:
             line["outcome"] = "INTERNAL"
             log.exception("a bug in the daemon ended a call")
             await _abort(context, error)

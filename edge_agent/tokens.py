@@ -93,9 +93,8 @@ class Tokenizer:
         if not length or length != (tokenizer.padding or {}).get("length"):
             raise BundleError(f"{path} must pad and truncate to one length; export the bundle again")
         with _refused(path):
-            tokenizer.encode(
-                "a " * length
-            )  # with start and end too long: some settings only fail on such a text
+            # With start and end too long: some settings only fail on such a text.
+            tokenizer.encode("a " * length)
         return cls(tokenizer, int(length), second)
 
     @property

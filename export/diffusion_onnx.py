@@ -110,9 +110,8 @@ def export_bundle(
     ]
     report(f"running {type(pipeline).__name__} in torch, to compare with")
     references = reference_images(pipeline, min(counts), scale, size)
-    if counts[0] > min(
-        counts
-    ):  # one image: they take longer, and differ from the first in their number of steps alone
+    if counts[0] > min(counts):
+        # One image: they take longer, and differ from the first in their number of steps alone.
         references += reference_images(pipeline, counts[0], scale, size)[:1]
     target.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, so that the move at the end is one rename on one disk.

@@ -184,9 +184,8 @@ def _sound_columns(path: Path, table: pa.Table) -> None:
             raise ExportError(
                 f"{path}: column {name!r} holds {column.type}, not {what}; make the labels again"
             )
-        if (
-            name not in (*METRICS, *INSPECTION) and column.null_count
-        ):  # of numbers the row is named that lacks one
+        # Of a measurement that is missing `Outcomes.read` names the prompt.
+        if name not in (*METRICS, *INSPECTION) and column.null_count:
             row = column.is_null().to_pylist().index(True)
             raise ExportError(f"{path}: row {row} has no {name}; remove it, or make the labels again")
     stated = (table.schema.metadata or {}).items()

@@ -107,7 +107,8 @@ def kind(pipeline: Any) -> Kind:
 def name_of(model: Any) -> str:
     """The model's own name: the last part of where it was loaded from."""
     where = model.config.get("_name_or_path") if isinstance(model, DiffusionPipeline) else os.fspath(model)
-    return Path(where or "unnamed").resolve().name  # of "." too
+    # Of "." too. Not `resolve`: a link's own name is the model's.
+    return Path(os.path.abspath(where or "unnamed")).name  # noqa: PTH100
 
 
 def size_of(pipeline: Any, size: tuple[int, int] | None) -> tuple[int, int]:

@@ -327,6 +327,8 @@ def test_a_model_in_the_folder_one_is_in_has_that_folders_name(
     (tmp_path / "my-model").mkdir()
     monkeypatch.chdir(tmp_path / "my-model")
     assert name_of(".") == "my-model"
+    (tmp_path / "linked").symlink_to(tmp_path / "my-model")
+    assert name_of(tmp_path / "linked") == "linked"
     assert name_of("owner/name") == "name"
 
 
