@@ -199,7 +199,8 @@ class Generator:
             output = self._pipeline(**arguments)
         except _Stopped:
             return None
-        except Exception as error:  # whatever torch, diffusers or a driver raise
+        # Whatever torch, diffusers or a driver raise; a panic in a native library is no Exception.
+        except BaseException as error:
             raise GenerationFailed(f"the pipeline failed: {type(error).__name__}: {error}") from error
         if any(getattr(output, "nsfw_content_detected", None) or ()):
             raise ImageWithheld("the model's safety checker withheld the image; nothing is charged")

@@ -295,10 +295,11 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
             status = grpc_status(error)
             trailing = (("grpc-status-details-bin", status.SerializeToString()),)
             await _abort(context, GRPC_CODES[type(error)], status.message, trailing)
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit):
             line["outcome"] = "DEADLINE_EXCEEDED" if _remaining_s(context) == 0 else "CANCELLED"
             raise
-        except Exception:
+        # A panic in a native library is no Exception, and the caller must be told of it.
+        except BaseException:
             line["outcome"] = "INTERNAL"
             log.exception("a bug in the server ended a call")
             await _abort(

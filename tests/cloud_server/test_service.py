@@ -335,18 +335,26 @@ async def test_an_image_no_longer_kept_is_neither_made_nor_charged_again(
         assert running.passes[0] == made
 
 
-async def test_a_pipeline_that_breaks_charges_nothing_and_the_next_call_is_served(running: Running) -> None:
-    def break_down(*_: Any) -> None:
-        raise RuntimeError("CUDA error: out of memory")
+class Panic(BaseException):
+    """What tokenizers written in Rust raise when they panic: no Exception."""
 
+
+@pytest.mark.parametrize("failure", [RuntimeError, Panic])
+async def test_a_pipeline_that_breaks_charges_nothing_and_the_next_call_is_served(
+    running: Running, failure: type[BaseException]
+) -> None:
+    def break_down(*_: Any) -> None:
+        raise failure("CUDA error: out of memory")
+
+    request_id = f"broken-{failure.__name__}"
     hook = running.pipeline.unet.register_forward_hook(break_down)
-    answer = await running.client.generate(request_id="broken")
+    answer = await running.client.generate(request_id=request_id)
     hook.remove()
     assert answer.error is not None
     assert answer.error.code == "INTERNAL"
     assert "out of memory" in answer.error.message
-    assert await running.client.state("broken") == "FAILED"
-    assert (await running.client.generate(request_id="broken")).error is None
+    assert await running.client.state(request_id) == "FAILED"
+    assert (await running.client.generate(request_id=request_id)).error is None
 
 
 async def test_get_model_says_what_is_served_and_for_how_much(running: Running) -> None:
