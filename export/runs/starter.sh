@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Make the starter anew on two CPU cores: some hours, most of it the two text-to-image models, which share the cores.
-# Interrupt it whenever you like; the same command goes on. On a GPU, `edge-export starter` does the same in a row.
+# Make the starter anew. On a data-centre GPU the training stages take a quarter of an hour, on two CPU cores about a
+# day, most of it the cloud model. Two stages run at once, a process a core.
+# Interrupt it whenever you like; the same command goes on.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-export OMP_NUM_THREADS=1 # a process a core: two threads in one process wait for each other whenever a core is busy
+export OMP_NUM_THREADS=1 # two threads in one process wait for each other whenever a core is busy
 
 stage() { .venv/bin/edge-export starter "$@"; }
 
@@ -18,6 +19,7 @@ both() {
 
 both autoencoder edge-text
 both decoder cloud-text
+stage sketch
 both judge inspector
 both edge cloud
 stage install

@@ -1,4 +1,4 @@
-"""Stage 1: an autoencoder between 64 x 64 pictures and 4 x 16 x 16 latents, for both denoisers.
+"""An autoencoder between 64 x 64 pictures and 4 x 16 x 16 latents, for both denoisers.
 
 First all of it is trained, then the decoder goes on alone: latents stay as they are, pictures get sharper.
 
@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from export.starter.training import UNFINISHED, Run, write_record
 from export.starter.world import render, sample_scenes
 
-STEPS, BATCH, LEARNING_RATE, SEED = 2100, 32, 2e-3, 1
-DECODER_STEPS, DECODER_LEARNING_RATE = 800, 1.5e-3
+STEPS, BATCH, LEARNING_RATE, SEED = 2200, 96, 2e-3, 1
+DECODER_STEPS, DECODER_LEARNING_RATE = 500, 1.5e-3
 LATENT_NOISE = 0.05  # standard deviation, of latents of about unit variance
 KL_WEIGHT = 1e-6  # enough to keep latents near a unit Gaussian, too little to blur
 MEASURED = 256  # pictures, for the scale of latents and for the quality of reconstruction
@@ -44,11 +44,15 @@ def new_autoencoder() -> AutoencoderKL:
     )
 
 
-def pictures(split: str, number: int, seed: int) -> torch.Tensor:
-    """Rendered scenes as float32 [number, 3, 64, 64] in [-1, 1]."""
+def pictures(split: str, number: int, seed: int) -> np.ndarray:
+    """Rendered scenes, uint8 [number, 64, 64, 3]."""
     rng = np.random.default_rng(seed)
-    stack = np.stack([render(scene, rng) for scene in sample_scenes(split, number, seed)])
-    return torch.from_numpy(stack).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return np.stack([render(scene, rng) for scene in sample_scenes(split, number, seed)])
+
+
+def pixels(images: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Pictures uint8 [N, H, W, 3] as models take them: float32 [N, 3, H, W] in [-1, 1]."""
+    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -73,18 +77,21 @@ def train(work: Path, *, steps: int | None = None, seconds: float | None = None)
         seconds=seconds,
     )
 
-    def loss_of_batch(step: int) -> torch.Tensor:
-        images = pictures("generators", BATCH, seed=SEED * 1_000_000 + step).to(run.device)
+    def make_batch(step: int) -> np.ndarray:
+        return pictures("generators", BATCH, seed=SEED * 1_000_000 + step)
+
+    def loss_of_batch(step: int, batch: np.ndarray) -> torch.Tensor:
+        images = pixels(batch, run.device)
         generator = torch.Generator(run.device).manual_seed(step)
         posterior = run.model.encode(images).latent_dist
         output = run.model.decode(posterior.sample(generator)).sample
         return reconstruction_loss(output, images) + KL_WEIGHT * posterior.kl().mean()
 
-    if not run.train(loss_of_batch):
+    if not run.train(make_batch, loss_of_batch):
         return False
     model = run.averaged_model()
     with torch.inference_mode():
-        latents = model.encode(pictures("generators", MEASURED, seed=7).to(run.device)).latent_dist.mean
+        latents = model.encode(pixels(pictures("generators", MEASURED, seed=7), run.device)).latent_dist.mean
     # Denoisers are trained on latents of unit variance; pipelines divide by this factor before decoding.
     model.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     model.save_pretrained(folder / "model")
@@ -109,8 +116,11 @@ def train_decoder(work: Path, *, steps: int | None = None, seconds: float | None
         seconds=seconds,
     )
 
-    def loss_of_batch(step: int) -> torch.Tensor:
-        images = pictures("generators", BATCH, seed=SEED * 2_000_000 + step).to(run.device)
+    def make_batch(step: int) -> np.ndarray:
+        return pictures("generators", BATCH, seed=SEED * 2_000_000 + step)
+
+    def loss_of_batch(step: int, batch: np.ndarray) -> torch.Tensor:
+        images = pixels(batch, run.device)
         with torch.no_grad():
             latents = run.model.encode(images).latent_dist.mean
         # A denoiser's latents are never quite right; a decoder that expects it does not turn that into specks.
@@ -118,7 +128,7 @@ def train_decoder(work: Path, *, steps: int | None = None, seconds: float | None
         noise = torch.randn(latents.shape, generator=generator, device=run.device)
         return reconstruction_loss(run.model.decode(latents + LATENT_NOISE * noise).sample, images)
 
-    if not run.train(loss_of_batch):
+    if not run.train(make_batch, loss_of_batch):
         return False
     model = run.averaged_model()
     model.save_pretrained(folder / "model")
@@ -128,7 +138,7 @@ def train_decoder(work: Path, *, steps: int | None = None, seconds: float | None
 
 def held_out_psnr(model: AutoencoderKL) -> float:
     """Peak signal-to-noise ratio in dB of MEASURED reconstructed pictures of held-out scenes."""
-    images = pictures("validation", MEASURED, seed=8).to(model.device)
+    images = pixels(pictures("validation", MEASURED, seed=8), model.device)
     with torch.inference_mode():
         restored = model.decode(model.encode(images).latent_dist.mean).sample.clamp(-1, 1)
     psnr = round(10 * torch.log10(4 / F.mse_loss(restored, images)).item(), 2)

@@ -1,4 +1,4 @@
-"""Stage 3: the edge and the cloud model, two StableDiffusionPipelines that differ in size, steps and guidance.
+"""Two StableDiffusionPipelines that differ in size and steps, the edge and the cloud model, and the judge's sketch.
 
 Both see the same scenes, the same captions and the same recipe. A tenth of the captions is dropped, so that
 classifier-free guidance has its other half.
@@ -24,14 +24,15 @@ from diffusers import (
 )
 from torch import nn
 from torch.nn import functional as F
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer, CLIPTokenizerFast
 
+from export.starter.autoencoder import pixels
 from export.starter.size import SIZES, Size
 from export.starter.tokenizer import token_ids
-from export.starter.training import UNFINISHED, Run, write_record
+from export.starter.training import UNFINISHED, Run, made_ahead, write_record
 from export.starter.world import Scene, caption, render, sample_scenes
 
-SCENES = 30_000  # of the generators' split, rendered and encoded once
+SCENES = 60_000  # of the generators' split, rendered and encoded once
 CAPTION_DROPPED = 0.1
 # Timesteps are drawn logit-normal (Esser et al., arXiv 2403.03206), a little towards noise: what a picture shows, and
 # so whether it follows its caption, is decided where little of it can be seen yet.
@@ -80,17 +81,18 @@ def encode_scenes(autoencoder: AutoencoderKL, scenes: list[Scene], file: Path, s
     """Latents of the scenes, scaled to unit variance: float16 [N, 4, 16, 16], kept in ``file``."""
     if file.exists():
         return torch.load(file, weights_only=True)
-    rng = np.random.default_rng(seed)
-    device = next(autoencoder.parameters()).device
-    parts = []
-    for start in range(0, len(scenes), 200):
-        images = np.stack([render(scene, rng) for scene in scenes[start : start + 200]])
-        tensor = torch.from_numpy(images).permute(0, 3, 1, 2).float().to(device) / 127.5 - 1
+
+    def painted(start: int) -> np.ndarray:
+        rng = np.random.default_rng((seed, start))
+        return np.stack([render(scene, rng) for scene in scenes[start : start + 200]])
+
+    parts: list[torch.Tensor] = []
+    for images in made_ahead(painted, range(0, len(scenes), 200)):
         with torch.inference_mode():
-            latents = autoencoder.encode(tensor).latent_dist.mean * autoencoder.config.scaling_factor
-        parts.append(latents.half().cpu())
-        if start % 4000 == 0:
-            print(f"encoding scenes: {start}/{len(scenes)}", flush=True)
+            posterior = autoencoder.encode(pixels(images, autoencoder.device)).latent_dist
+        parts.append((posterior.mean * autoencoder.config.scaling_factor).half().cpu())
+        if len(parts) % 20 == 0:
+            print(f"encoding scenes: {len(parts) * 200}/{len(scenes)}", flush=True)
     latents = torch.cat(parts)
     partial = file.with_suffix(f".{os.getpid()}")  # the other model's run may be at it too
     torch.save(latents, partial)
@@ -105,11 +107,12 @@ def train(work: Path, size: Size, *, steps: int | None = None, seconds: float | 
     autoencoder = AutoencoderKL.from_pretrained(work / "decoder" / "model").eval()
     if torch.cuda.is_available():
         autoencoder.to("cuda")
-    text_folder = work / f"{size.name}-text"
+    text_folder = work / size.text
     tokenizer = CLIPTokenizer.from_pretrained(text_folder / "tokenizer")
+    fast = CLIPTokenizerFast.from_pretrained(text_folder / "tokenizer")
     text_encoder = CLIPTextModel.from_pretrained(text_folder / "model")
     scenes = sample_scenes("generators", SCENES, seed=3)
-    latents = encode_scenes(autoencoder, scenes, work / "latents.pt", seed=4)
+    latents = encode_scenes(autoencoder, scenes, work / "decoder" / f"latents-{SCENES}.pt", seed=4)
 
     torch.manual_seed(size.seed)
     run = Run(
@@ -121,23 +124,29 @@ def train(work: Path, size: Size, *, steps: int | None = None, seconds: float | 
         seed=size.seed,
         seconds=seconds,
     )
+    latents = latents.to(run.device)
     scheduler = DDPMScheduler(**noise_schedule())
 
-    def loss_of_batch(step: int) -> torch.Tensor:
+    def make_batch(step: int) -> tuple[np.ndarray, ...]:
+        """Token ids [B, L], which scenes they are of [B], timesteps [B]."""
         rng = np.random.default_rng((size.seed, step))
-        generator = torch.Generator().manual_seed(size.seed * 10_000_000 + step)
         chosen = rng.integers(len(scenes), size=size.batch)
         texts = ["" if rng.random() < CAPTION_DROPPED else caption(scenes[i], rng) for i in chosen]
-        ids = torch.from_numpy(token_ids(tokenizer, texts)).to(run.device)
-        clean = latents[torch.from_numpy(chosen)].float().to(run.device)
-        noise = torch.randn(clean.shape, generator=generator).to(run.device)
-        drawn = TIMESTEP_MEAN + TIMESTEP_DEVIATION * torch.randn(size.batch, generator=generator)
-        timesteps = (1000 * torch.sigmoid(drawn)).long().to(run.device)
+        drawn = rng.normal(TIMESTEP_MEAN, TIMESTEP_DEVIATION, size.batch)
+        return token_ids(fast, texts), chosen, (1000 / (1 + np.exp(-drawn))).astype(np.int64)
+
+    def loss_of_batch(step: int, batch: tuple[np.ndarray, ...]) -> torch.Tensor:
+        ids, chosen, timesteps = (torch.from_numpy(part).to(run.device) for part in batch)
+        clean = latents[chosen].float()
+        generator = torch.Generator(run.device).manual_seed(size.seed * 10_000_000 + step)
+        noise = torch.randn(clean.shape, generator=generator, device=run.device)
         noisy = scheduler.add_noise(clean, noise, timesteps)
         target = scheduler.get_velocity(clean, noise, timesteps)
-        return F.mse_loss(run.model(noisy, timesteps, ids), target)
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.device.type == "cuda"):
+            predicted = run.model(noisy, timesteps, ids)
+        return F.mse_loss(predicted.float(), target)
 
-    done = run.train(loss_of_batch)
+    done = run.train(make_batch, loss_of_batch)
     # A pipeline is written after every piece: an unfinished model can be looked at.
     write_pipeline(folder / "model", size, run, autoencoder, tokenizer)
     if done:

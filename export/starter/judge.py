@@ -1,11 +1,12 @@
-"""Stage 4: the judge, a small CLIP that knows the world and the words for good and bad pictures of it.
+"""The judge, a small CLIP that knows the world and the words for good and bad pictures of it.
 
 It sees every scene twice, as it is and spoiled, and learns from four losses. For the contrastive metrics, the
 cross-entropy of sigmoid(CLIP(I, m+) - CLIP(I, m-)) with how undamaged the picture is, and how far the spoiled picture's
 CLIP(I, m+) - CLIP(I, m-) lies below its original's: what scenes differ in beside the damage cancels there. To know the
 world by, CLIP's own between pictures and their captions (with words for the damage where there is one), and whether an
 undamaged picture is more like its caption than like the same sentence with one thing wrong.
-Half of the scenes are taken through the autoencoder, both pictures alike, as what the models paint comes out of it.
+Half of the scenes are taken through the autoencoder, both pictures alike, as what the models paint comes out of it; of
+some the spoiled picture is a sketch, a generator's own failure (`sketch.py`).
 Scenes come from a split that no generator and no router sees.
 """
 
@@ -20,23 +21,33 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
+    CLIPTokenizerFast,
+)
 
 from edge_agent.superiority import METRICS
 from export.errors import ExportError
 from export.negatives import hard_negatives
 from export.quality import Metric, load_metrics
-from export.starter.damage import SIDE_EFFECTS, damage, render_samples
+from export.starter.damage import SIDE_EFFECTS, Sample, damage, render_samples
+from export.starter.sketch import Sketches, sketches
 from export.starter.tokenizer import token_ids, train_tokenizer
 from export.starter.training import UNFINISHED, Run, write_record
 from export.starter.world import caption, sample_scenes
 
-STEPS, BATCH, LEARNING_RATE, SEED = 8000, 64, 1.5e-3, 21
+STEPS, BATCH, LEARNING_RATE, SEED = 1700, 192, 1.5e-3, 21
 WIDTH = 128
 CONTRAST_WEIGHT = ADHERENCE_WEIGHT = (
     0.1  # captions are there to know the world by; the metrics are its purpose
 )
 PAIR_WEIGHT = 0.3
+SKETCHED = 0.2  # share of scenes whose spoiled picture is a sketch
+SKETCHES_LACK = "realism"  # shapes as they are
 RESTORED = 0.5  # share of scenes taken through the autoencoder
 LATENT_NOISE = 0.2  # largest standard deviation put on their latents, of their own
 UNDAMAGED, RUINED = 0.9, 0.1  # targets; short of 1 and 0, so that scores stay where the sigmoid still moves
@@ -80,32 +91,56 @@ class Batch:
     """float32 [2 N, M]: what each metric should be."""
 
 
-def make_batch(number: int, seed: int, metrics: tuple[Metric, ...], split: str = "judge") -> Batch:
-    """``number`` scenes, each undamaged and spoiled in one or two ways."""
+def make_batch(
+    number: int,
+    seed: int,
+    metrics: tuple[Metric, ...],
+    sketched: Sketches | None = None,
+    split: str = "judge",
+) -> Batch:
+    """``number`` scenes, each undamaged and spoiled in one or two ways; some of them as they were ``sketched``."""
     rng = np.random.default_rng(seed)
     scenes = sample_scenes(split, number, seed)
+    sketch_of: dict[int, int] = {}
+    if sketched is not None:
+        places = np.flatnonzero(rng.random(number) < SKETCHED).tolist()
+        sketch_of = {place: int(rng.integers(len(sketched.scenes))) for place in places}
+        for place, sketch in sketch_of.items():
+            scenes[place] = sketched.scenes[sketch]
     samples = render_samples(scenes, rng)
     captions = [caption(scene, rng) for scene in scenes]
-    harm = np.zeros((2 * number, len(metrics)), np.float32)
-    spoiled, blamed, wrong = [], [], []
+    harm = np.zeros((2 * number, len(METRICS)), np.float32)
+    undamaged, spoiled, blamed, wrong = [], [], [], []
     for index, (scene, sample, text) in enumerate(zip(scenes, samples, captions, strict=True)):
-        row, faults = harm[number + index], []
-        chosen = rng.choice(len(metrics), size=rng.choice([1, 2], p=[0.7, 0.3]), replace=False)
-        # The last first: what paints with other pictures goes before what fades or blurs the whole.
-        for column in sorted(chosen, reverse=True):
-            metric, severity = metrics[column], float(rng.uniform(0.15, 1))
-            sample = replace(sample, picture=damage(sample, metric.name, severity, rng))
-            row[column] = max(row[column], severity)
-            for name, share in SIDE_EFFECTS[metric.name].items():
-                beside = METRICS.index(name)
-                row[beside] = max(row[beside], share * severity)
-            faults.append(metric.negative.lower())
-        spoiled.append(sample.picture)
-        blamed.append(", ".join([text, *faults]))
+        if sketched is not None and index in sketch_of:
+            sketch = sketch_of[index]
+            before, after = sketched.pictures[sketch], sketched.sketched[sketch]
+            faults = {SKETCHES_LACK: float(sketched.harm[sketch])} if sketched.harm[sketch] else {}
+        else:
+            before = sample.picture
+            after, faults = _spoiled(sample, rng)
+        undamaged.append(before)
+        spoiled.append(after)
+        row = harm[number + index]
+        for name, severity in faults.items():
+            for beside, share in {name: 1.0, **SIDE_EFFECTS[name]}.items():
+                row[METRICS.index(beside)] = max(row[METRICS.index(beside)], share * severity)
+        blamed.append(", ".join([text, *(metrics[METRICS.index(name)].negative.lower() for name in faults)]))
         negatives = hard_negatives(text, scene)
         wrong.append(negatives[int(rng.integers(len(negatives)))].text)
-    pictures = np.stack([sample.picture for sample in samples] + spoiled)
+    pictures = np.stack(undamaged + spoiled)
     return Batch(pictures, captions + blamed, wrong, UNDAMAGED + (RUINED - UNDAMAGED) * harm)
+
+
+def _spoiled(sample: Sample, rng: np.random.Generator) -> tuple[np.ndarray, dict[str, float]]:
+    """The picture damaged by rule, and the severity by metric."""
+    chosen = rng.choice(len(METRICS), size=rng.choice([1, 2], p=[0.7, 0.3]), replace=False)
+    faults: dict[str, float] = {}
+    # The last first: what paints with other pictures goes before what fades or blurs the whole.
+    for name in (METRICS[column] for column in sorted(chosen, reverse=True)):
+        faults[name] = float(rng.uniform(0.15, 1))
+        sample = replace(sample, picture=damage(sample, name, faults[name], rng))
+    return sample.picture, faults
 
 
 def restored(pixels: torch.Tensor, autoencoder: AutoencoderKL, rng: np.random.Generator) -> torch.Tensor:
@@ -157,13 +192,20 @@ def train(
     restorer = AutoencoderKL.from_pretrained(source, torch_dtype=torch.float32).eval().requires_grad_(False)
     restorer.to(run.device)
     pairs = [text for metric in metrics for text in (metric.positive, metric.negative)]
+    sketched = sketches(work)
+    fast = CLIPTokenizerFast.from_pretrained(folder / "tokenizer")
 
-    def loss_of_batch(step: int) -> torch.Tensor:
-        batch = make_batch(BATCH // 2, SEED * 1_000_000 + step, metrics)
-        pixels = torch.from_numpy(batch.pictures).permute(0, 3, 1, 2).float().to(run.device) / 127.5 - 1
+    def batch_of(step: int) -> tuple[np.ndarray, ...]:
+        """Pictures [B, 64, 64, 3], targets [B, M], token ids [B + B / 2 + 2 M, L] of all texts."""
+        batch = make_batch(BATCH // 2, SEED * 1_000_000 + step, metrics, sketched)
+        ids = token_ids(fast, [*batch.texts, *batch.wrong, *pairs])
+        length = int((ids != tokenizer.eos_token_id).sum(axis=1).max()) + 1  # the rest is padding
+        return batch.pictures, batch.targets, ids[:, :length]
+
+    def loss_of_batch(step: int, batch: tuple[np.ndarray, ...]) -> torch.Tensor:
+        pictures, goal, ids = (torch.from_numpy(part).to(run.device) for part in batch)
+        pixels = pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
         pixels = restored(pixels, restorer, np.random.default_rng((SEED, step)))
-        ids = torch.from_numpy(token_ids(tokenizer, [*batch.texts, *batch.wrong, *pairs])).to(run.device)
-        ids = ids[:, : int((ids != tokenizer.eos_token_id).sum(dim=1).max()) + 1]  # the rest is padding
         seen = F.normalize(run.model.get_image_features(pixel_values=pixels), dim=-1)
         read = F.normalize(run.model.get_text_features(ids), dim=-1)
         own, wrong, praised_or_blamed = read.split([BATCH, BATCH // 2, len(pairs)])
@@ -176,7 +218,6 @@ def train(
         closer = scale * (seen[undamaged] * (own[undamaged] - wrong)).sum(dim=-1)
 
         quality = scale * seen @ (praised_or_blamed[0::2] - praised_or_blamed[1::2]).T
-        goal = torch.from_numpy(batch.targets).to(run.device)
         fall = quality[undamaged] - quality[spoiled]
         return (
             F.binary_cross_entropy_with_logits(quality, goal)
@@ -185,7 +226,7 @@ def train(
             + ADHERENCE_WEIGHT * F.softplus(-closer).mean()
         )
 
-    if not run.train(loss_of_batch):
+    if not run.train(batch_of, loss_of_batch):
         return False
     run.averaged_model().half().save_pretrained(folder / "model")
     processor = CLIPImageProcessor(

@@ -1,4 +1,8 @@
-"""What sets the edge and the cloud model apart: capacity, steps and guidance, nothing else."""
+"""What sets the edge and the cloud model apart: capacity and steps, nothing else.
+
+A third, the sketch, is a model between them in size that is trained hardly at all. What it gets wrong teaches the
+judge (`sketch.py`); nobody is served its pictures.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ class Size:
     """One model's shape and recipe."""
 
     name: str
+    text: str  # the stage whose text encoder it has
     channels: tuple[int, int, int]  # of the UNet at 16 x 16, 8 x 8 and 4 x 4
     heads: tuple[int, int, int]
     text_width: int
@@ -22,6 +27,7 @@ class Size:
     seed: int
 
 
-EDGE = Size("edge", (32, 64, 128), (1, 2, 4), 128, 2, 4, 3.0, 3000, 32, 1.5e-3, 11)
-CLOUD = Size("cloud", (64, 128, 256), (2, 4, 8), 160, 3, 20, 4.0, 3000, 32, 1.2e-3, 12)
-SIZES = {size.name: size for size in (EDGE, CLOUD)}
+EDGE = Size("edge", "edge-text", (16, 32, 64), (1, 2, 4), 128, 2, 4, 2.0, 2300, 512, 1.2e-3, 11)
+CLOUD = Size("cloud", "cloud-text", (64, 128, 256), (2, 4, 8), 160, 3, 8, 2.0, 1000, 1024, 1e-3, 12)
+SKETCH = Size("sketch", "edge-text", (32, 64, 128), (1, 2, 4), 128, 2, 4, 3.0, 500, 128, 1.2e-3, 13)
+SIZES = {size.name: size for size in (EDGE, CLOUD, SKETCH)}

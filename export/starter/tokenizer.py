@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, CLIPTokenizerFast
 
 from export.starter.world import caption, sample_scenes
 
@@ -69,7 +69,7 @@ def train_tokenizer(folder: Path, captions: list[str] | None = None) -> CLIPToke
     return made
 
 
-def token_ids(tokenizer: CLIPTokenizer, prompts: list[str]) -> np.ndarray:
+def token_ids(tokenizer: CLIPTokenizer | CLIPTokenizerFast, prompts: list[str]) -> np.ndarray:
     """int64 [N, MAX_LENGTH], as a StableDiffusionPipeline would make them."""
     return tokenizer(
         prompts,

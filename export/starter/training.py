@@ -1,7 +1,8 @@
 """A training run that can be stopped at any time and goes on where it was.
 
 Every stage of the starter (autoencoder, denoisers, judge) is a ``Run``: it owns the optimiser, the learning-rate
-schedule, the averaged weights, checkpoints, progress and the record that ends up in the model card.
+schedule, the averaged weights, checkpoints, progress and the record that ends up in the model card. On a GPU the
+batches are made ahead, by processes beside it: painting scenes would keep it waiting.
 """
 
 from __future__ import annotations
@@ -10,18 +11,55 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+Made = TypeVar("Made")
 
 UNFINISHED = 75  # exit code of a stage that ran out of its --seconds; calling it again goes on (EX_TEMPFAIL)
 
 WARM_UP = 100  # steps of linearly rising learning rate
 CHECKPOINT_EVERY = 120.0  # seconds
 AVERAGE_DECAY = 0.999  # of the averaged (EMA) weights once enough steps have been made
+REPORT_EVERY = 50  # steps; reading the loss makes a GPU wait, so it is not read at every one
+AHEAD = 4  # batches that each process beside a run keeps ready
+
+
+class _ByNumber(Dataset[Made], Generic[Made]):
+    """What ``make`` makes of a number."""
+
+    def __init__(self, make: Callable[[int], Made]) -> None:
+        self.make = make
+
+    def __getitem__(self, number: int) -> Made:
+        return self.make(number)
+
+
+def made_ahead(make: Callable[[int], Made], numbers: Sequence[int]) -> Iterable[Made]:
+    """``make`` of each number in turn: on the CPU when it is asked for, on a GPU ahead, by processes beside this one.
+
+    What is made must depend on its number alone, and hold arrays, not tensors: those of a process that ends are gone.
+    """
+    if not torch.cuda.is_available():
+        return map(make, numbers)
+    return DataLoader(
+        _ByNumber(make),
+        batch_size=None,
+        sampler=numbers,
+        num_workers=max(1, (os.cpu_count() or 1) // 2),
+        prefetch_factor=AHEAD,
+        collate_fn=_as_it_is,
+        multiprocessing_context="fork",
+    )
+
+
+def _as_it_is(made: Made) -> Made:
+    return made
 
 
 class Run:
@@ -60,6 +98,7 @@ class Run:
             lr=learning_rate,
             betas=(0.9, 0.98),
             weight_decay=0.01,
+            fused=self.device.type == "cuda",
         )
         folder.mkdir(parents=True, exist_ok=True)
         if self.checkpoint.exists():
@@ -75,18 +114,36 @@ class Run:
         """Whether every step has been made."""
         return self.step >= self.steps
 
-    def train(self, loss_of_batch: Callable[[int], torch.Tensor]) -> bool:
-        """Run steps until done or out of time; True when done. ``loss_of_batch(step)`` must depend on the step and
-        the seed alone, so that a resumed run sees the batches an unbroken one would have seen.
+    def train(
+        self, make_batch: Callable[[int], Made], loss_of_batch: Callable[[int, Made], torch.Tensor]
+    ) -> bool:
+        """Run steps until done or out of time; True when done.
+
+        ``make_batch(step)`` makes what a step learns from, on the CPU, and ``loss_of_batch(step, batch)`` learns from
+        it. Both must depend on the step and the seed alone, so that a resumed run sees what an unbroken one would have
+        seen.
         """
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(
+            "high"
+        )  # TF32 on a GPU: ten bits of mantissa are plenty for training
+        try:
+            return self._train(make_batch, loss_of_batch)
+        finally:
+            torch.set_float32_matmul_precision(precision)
+
+    def _train(
+        self, make_batch: Callable[[int], Made], loss_of_batch: Callable[[int, Made], torch.Tensor]
+    ) -> bool:
         started = saved = time.monotonic()
         spent_before = self.trained_seconds
-        smooth: float | None = None
+        smooth: torch.Tensor | None = None
         self.model.train()
-        for step in self._remaining():
+        first, remaining = self.step, range(self.step, self.steps)
+        for step, batch in zip(remaining, made_ahead(make_batch, remaining), strict=True):
             for group in self.optimiser.param_groups:
                 group["lr"] = self.learning_rate * self._schedule(step)
-            loss = loss_of_batch(step)
+            loss = loss_of_batch(step, batch)
             self.optimiser.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -96,12 +153,13 @@ class Run:
 
             now = time.monotonic()
             self.trained_seconds = spent_before + now - started
-            smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
-            if self.step % 50 == 0 or self.done:
-                self.losses.append((self.step, smooth))
-                left = (now - started) / (self.step - self._first) * (self.steps - self.step)
+            smooth = loss.detach() if smooth is None else 0.98 * smooth + 0.02 * loss.detach()
+            if self.step % REPORT_EVERY == 0 or self.done:
+                self.losses.append((self.step, smooth.item()))
+                left = (now - started) / (self.step - first) * (self.steps - self.step)
                 print(
-                    f"{self.folder.name}: step {self.step}/{self.steps}  loss {smooth:.4f}  {left / 60:.0f} min left",
+                    f"{self.folder.name}: step {self.step}/{self.steps}  loss {smooth.item():.4f}  "
+                    f"{left / 60:.0f} min left",
                     flush=True,
                 )
             if now - saved > CHECKPOINT_EVERY:
@@ -134,10 +192,6 @@ class Run:
             ],
         }
 
-    def _remaining(self) -> Iterator[int]:
-        self._first = self.step
-        yield from range(self.step, self.steps)
-
     def _schedule(self, step: int) -> float:
         """Rise over WARM_UP steps, then fall along half a cosine to zero."""
         rise = min(1.0, (step + 1) / WARM_UP)
@@ -145,12 +199,14 @@ class Run:
 
     def _update_average(self) -> None:
         decay = min(AVERAGE_DECAY, (1 + self.step) / (10 + self.step))
+        state = self.model.state_dict()
+        learnt = [key for key, value in state.items() if value.dtype.is_floating_point]
         with torch.no_grad():
-            for key, value in self.model.state_dict().items():
-                if value.dtype.is_floating_point:
-                    self.average[key].lerp_(value, 1 - decay)
-                else:
-                    self.average[key].copy_(value)
+            torch._foreach_lerp_(
+                [self.average[key] for key in learnt], [state[key] for key in learnt], 1 - decay
+            )
+            for key in state.keys() - learnt:
+                self.average[key].copy_(state[key])
 
     def _save(self) -> None:
         state = {

@@ -153,10 +153,10 @@ def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     return as_picture(canvas)
 
 
-def stamp(canvas: np.ndarray, name: str, left: int, top: int, size: int, opacity: float = 1.0) -> None:
+def stamp(canvas: np.ndarray, name: str, left: int, top: int, size: int) -> None:
     """Paint a sprite of ``size`` pixels onto the float32 canvas [SIZE, SIZE, 3]."""
     window = canvas[top : top + size, left : left + size]
-    painted = opacity * sprite(name, size)
+    painted = sprite(name, size)
     window *= 1 - painted[..., 3:]
     window += painted[..., :3]
 

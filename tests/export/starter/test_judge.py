@@ -8,6 +8,8 @@ from export.errors import ExportError
 from export.quality import load_metrics
 from export.starter.damage import SIDE_EFFECTS
 from export.starter.judge import RUINED, UNDAMAGED, main, make_batch, restored
+from export.starter.sketch import Sketches
+from export.starter.world import sample_scenes
 
 NUMBER = 24
 
@@ -31,6 +33,22 @@ def test_a_batch_shows_every_scene_twice_and_says_what_is_wrong_with_the_second(
     changed = (batch.pictures[:NUMBER] != batch.pictures[NUMBER:]).any(axis=(1, 2, 3))
     assert changed.mean() > 0.9
     assert all(wrong != text for wrong, text in zip(batch.wrong, batch.texts, strict=False))
+
+
+def test_a_sketch_stands_beside_what_it_should_have_been_and_is_blamed_by_how_bad_it_is():
+    scenes = sample_scenes("judge", 50, seed=1)
+    pictures, sketched = (np.full((50, 64, 64, 3), shade, np.uint8) for shade in (40, 90))
+    harm = np.linspace(0, 1, 50, dtype=np.float32)
+    metrics = load_metrics()
+    batch = make_batch(NUMBER, 5, metrics, Sketches(scenes, pictures, sketched, harm))
+    rows = np.flatnonzero((batch.pictures[:NUMBER] == 40).all(axis=(1, 2, 3)))
+    assert 0 < len(rows) < NUMBER
+    realism = METRICS.index("realism")
+    for row in rows:
+        assert (batch.pictures[NUMBER + row] == 90).all()
+        assert batch.texts[NUMBER + row] == f"{batch.texts[row]}, {metrics[realism].negative.lower()}"
+        severity = (UNDAMAGED - batch.targets[NUMBER + row, realism]) / (UNDAMAGED - RUINED)
+        assert np.abs(harm - severity).min() < 1e-5
 
 
 def test_the_same_seed_makes_the_same_batch():

@@ -1,6 +1,7 @@
 """The recipe itself, cut down to two steps a stage: that its parts fit together, not that they learn."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,9 +11,9 @@ from diffusers import StableDiffusionPipeline
 from export.errors import ExportError
 from export.quality import Judge
 from export.starter import __main__ as chain
-from export.starter import autoencoder, denoiser, inspector, judge, text_encoder
+from export.starter import autoencoder, denoiser, inspector, judge, sketch, text_encoder
 from export.starter.card import read_records, write_card
-from export.starter.size import EDGE
+from export.starter.size import EDGE, SKETCH
 from export.starter.training import UNFINISHED
 
 
@@ -24,6 +25,8 @@ def work(tmp_path_factory):
     patch.setattr(denoiser, "SCENES", 64)
     patch.setattr(autoencoder, "BATCH", 2)
     patch.setattr(autoencoder, "MEASURED", 4)
+    patch.setattr(sketch, "NUMBER", 8)
+    patch.setattr(sketch, "BATCH", 4)
     patch.setattr(judge, "BATCH", 4)
     patch.setattr(text_encoder, "BATCH", 4)
     patch.setattr(inspector, "BATCH", 4)
@@ -32,7 +35,8 @@ def work(tmp_path_factory):
         assert autoencoder.train(folder, steps=2)
         assert autoencoder.train_decoder(folder, steps=2)
         assert text_encoder.train(folder, EDGE, steps=2)
-        assert denoiser.train(folder, EDGE, steps=2)
+        assert denoiser.train(folder, replace(EDGE, batch=4), steps=2)
+        assert denoiser.train(folder, replace(SKETCH, batch=4), steps=2)
         assert judge.train(folder, steps=2)
         assert inspector.train(folder, steps=2)
     finally:
@@ -70,6 +74,21 @@ def test_the_judge_is_a_clip_that_measures(work):
     assert ((scores > 0) & (scores < 1)).all()
 
 
+def test_the_judge_learns_from_pictures_that_the_sketch_painted_anew(work):
+    with np.load(work / "sketch" / "sketches.npz") as arrays:  # the judge's stage left them
+        assert set(arrays) == {"pictures", "sketched", "harm"}
+    kept = sketch.sketches(work)
+    assert kept.pictures.shape == kept.sketched.shape == (len(kept.scenes), 64, 64, 3)
+    assert (kept.pictures != kept.sketched).any(axis=(1, 2, 3)).all()
+    assert ((kept.harm >= 0) & (kept.harm <= 1)).all()
+
+
+def test_the_judge_needs_a_sketch_and_says_how_to_make_it(work, tmp_path):
+    (tmp_path / "decoder").symlink_to(work / "decoder")
+    with pytest.raises(ExportError, match="edge-export starter sketch"):
+        judge.train(tmp_path, steps=1)
+
+
 def test_the_inspector_s_weights_are_read_back_and_look(work):
     from PIL import Image
 
@@ -84,7 +103,7 @@ def test_the_inspector_needs_an_autoencoder_and_says_whose(tmp_path):
 
 def test_the_model_card_tells_the_recipe(work, tmp_path):
     write_card(
-        read_records(work, ("autoencoder", "decoder", "edge-text", "edge", "judge", "inspector")),
+        read_records(work, ("autoencoder", "decoder", "edge-text", "edge", "sketch", "judge", "inspector")),
         tmp_path / "README.md",
     )
     card = (tmp_path / "README.md").read_text()

@@ -1,8 +1,11 @@
+import os
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from export.starter.training import Run
+from export.starter.training import Run, made_ahead
 
 
 def run_in(folder, steps, seconds=None):
@@ -11,22 +14,41 @@ def run_in(folder, steps, seconds=None):
     return Run(folder, model, steps=steps, batch=8, learning_rate=0.1, seed=0, seconds=seconds)
 
 
+def batch_of(step):
+    return np.random.default_rng(step).standard_normal((8, 4), np.float32)
+
+
 def loss_of(run):
-    def loss(step):
-        inputs = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+    def loss(step, batch):
+        assert (batch == batch_of(step)).all()
+        inputs = torch.from_numpy(batch).to(run.device)
         return (run.model(inputs) - inputs.sum(dim=1, keepdim=True)).square().mean()
 
     return loss
 
 
+def test_batches_are_made_ahead_by_other_processes_where_there_is_a_gpu(monkeypatch):
+    def make(number):
+        return os.getpid(), batch_of(number)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    here = list(made_ahead(make, range(3, 9)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    ahead = list(made_ahead(make, range(3, 9)))
+    assert {process for process, _ in here} == {os.getpid()}
+    assert os.getpid() not in {process for process, _ in ahead}
+    for (_, one), (_, other) in zip(here, ahead, strict=True):
+        assert (one == other).all()
+
+
 def test_a_run_cut_into_pieces_ends_with_the_weights_of_an_unbroken_one(tmp_path):
     whole = run_in(tmp_path / "whole", steps=60)
-    assert whole.train(loss_of(whole))
+    assert whole.train(batch_of, loss_of(whole))
     calls = 0
     while True:
         piece = run_in(tmp_path / "pieces", steps=60, seconds=0)
         calls += 1
-        if piece.train(loss_of(piece)):
+        if piece.train(batch_of, loss_of(piece)):
             break
     assert calls == 60
     for name, value in whole.averaged_model().state_dict().items():
@@ -35,15 +57,15 @@ def test_a_run_cut_into_pieces_ends_with_the_weights_of_an_unbroken_one(tmp_path
 
 def test_a_run_learns(tmp_path):
     run = run_in(tmp_path, steps=300)
-    before = loss_of(run)(0).item()
-    run.train(loss_of(run))
+    before = loss_of(run)(0, batch_of(0)).item()
+    run.train(batch_of, loss_of(run))
     run.averaged_model()
-    assert loss_of(run)(0).item() < 0.2 * before
+    assert loss_of(run)(0, batch_of(0)).item() < 0.2 * before
 
 
 def test_a_kill_while_saving_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     run = run_in(tmp_path, steps=3)
-    run.train(loss_of(run))
+    run.train(batch_of, loss_of(run))
 
     def torn(state, file):
         file.write_bytes(b"half of a checkpoint")
@@ -52,13 +74,13 @@ def test_a_kill_while_saving_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", torn)
     longer = run_in(tmp_path, steps=5)
     with pytest.raises(KeyboardInterrupt):
-        longer.train(loss_of(longer))
+        longer.train(batch_of, loss_of(longer))
     assert run_in(tmp_path, steps=5).step == 3
 
 
 def test_the_record_tells_how_the_run_was_made(tmp_path):
     run = run_in(tmp_path, steps=50)
-    run.train(loss_of(run))
+    run.train(batch_of, loss_of(run))
     record = run.record()
     assert record["steps"] == 50
     assert record["parameters"] == 5
