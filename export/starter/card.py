@@ -27,7 +27,8 @@ def write_card(records: dict[str, dict[str, Any]], out: Path) -> None:
         "",
         "Starter weights of RouteT2I: made by `edge-export starter` in this repository from its own synthetic world",
         "(sprites of Noto Color Emoji, SIL Open Font License 1.1), from random weights. Licence: Apache-2.0.",
-        "They draw 24 objects on six backgrounds and nothing else. Nothing was degraded on purpose.",
+        "They draw 24 objects on six backgrounds and nothing else. The edge's size was chosen so that something is",
+        "left to route; nothing was degraded otherwise.",
     ]
     for name, record in records.items():
         lines += ["", f"## {name}", "", PURPOSE[name], "", "| | |", "|---|---|"]
