@@ -1,8 +1,8 @@
 """`edge-export starter`: the whole chain from sprites to a calibrated bundle, or one stage of it.
 
 Every stage can be interrupted and goes on where it was; a finished stage is not made again. On a data-centre GPU with
-16 cores beside it the training stages take a quarter of an hour, on two CPU cores about a day, most of it the cloud
-model: `--steps` makes a stage shorter. Stages, in order:
+16 cores beside it the training stages take a quarter of an hour, on two CPU cores by estimate a day, most of it the
+cloud model: `--steps` makes a stage shorter. Stages, in order:
 
   sprites        cut the sprites out of the font (they are committed; needed only to change them)
   autoencoder    train the autoencoder both models share
