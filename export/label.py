@@ -135,12 +135,13 @@ class Painter:
 class BundlePainter:
     """Generates with a bundle, at its default steps and guidance, as the daemon does.
 
-    Of what the daemon would run it on, whatever opens at once. Raises BundleError when a graph cannot be opened.
+    Of what the daemon would run it on, whatever opens at once; ``threads`` in place of one a physical core. Raises
+    BundleError when a graph cannot be opened.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
         names = map(providers.full_name, providers.find().serving)
-        self.generator = Generator(bundle, Runtime(providers=tuple(names)))
+        self.generator = Generator(bundle, Runtime(threads, providers=tuple(names)))
         self.nothing = self.generator.encode_negative("")
         self.steps, self.guidance_scale = bundle.manifest.default_steps, bundle.manifest.default_guidance
 
@@ -170,14 +171,24 @@ class Draws:
     """How many images of a prompt each model makes."""
 
     train: int = 1
+    train_edge: int = 4
+    """The edge's of a training prompt, `train` at least. They cost a tenth of the cloud's, and most of the luck in
+    what a prompt gains is theirs."""
     measured: int = 4
     """On every other split: what is measured on them is an expectation, not one image's luck."""
     ceiling: int = 16
     """On the first CEILING_PROMPTS of test: with 16 one knows well what the best router could win."""
 
-    def of(self, split: str) -> int:
-        """Images of every prompt of the split."""
-        return self.train if split == "train" else self.measured
+    def of(self, split: str, model: str) -> int:
+        """The model's images of every prompt of the split."""
+        if split != "train":
+            return self.measured
+        return max(self.train, self.train_edge) if model == "edge" else self.train
+
+    @property
+    def most(self) -> int:
+        """Of any prompt."""
+        return max(self.train, self.train_edge, self.measured, self.ceiling)
 
 
 def pieces(prompts: Sequence[Prompt], draws: Draws) -> Iterator[Piece]:
@@ -187,14 +198,15 @@ def pieces(prompts: Sequence[Prompt], draws: Draws) -> Iterator[Piece]:
         for split in dict.fromkeys(prompt.split for prompt in prompts)
     }
     number = 0
-    for draw in range(max(draws.train, draws.measured, draws.ceiling)):
-        for split, wanted in splits.items():
+    for draw in range(draws.most):
+        for split, of_split in splits.items():
             # Split by split, so that a run with more prompts keeps the pieces of one with fewer.
-            if draw >= draws.of(split):
-                wanted = wanted[:CEILING_PROMPTS] if split == "test" and draw < draws.ceiling else []
-            for start in range(0, len(wanted), PIECE):
+            few = of_split[:CEILING_PROMPTS] if split == "test" and draw < draws.ceiling else []
+            wanted = {model: of_split if draw < draws.of(split, model) else few for model in MODELS}
+            for start in range(0, max(map(len, wanted.values())), PIECE):
                 for model in MODELS:
-                    yield Piece(number, model, draw, tuple(wanted[start : start + PIECE]))
+                    if piece := tuple(wanted[model][start : start + PIECE]):
+                        yield Piece(number, model, draw, piece)
                 number += 1
 
 
@@ -240,7 +252,8 @@ def measure(piece: Piece, images: Path, judge: Judge, adherence: bool = False) -
     with np.load(images_file(images, piece)) as kept:
         pictures = [Image.fromarray(picture) for picture in kept["images"]]
         withheld = kept[WITHHELD] if WITHHELD in kept else np.zeros(len(pictures), bool)
-    scores = judge.quality(pictures)
+    seen = judge.look(pictures)
+    scores = judge.quality_of(seen)
     columns: dict[str, object] = {
         "prompt_id": pa.array([prompt.prompt_id for prompt in piece.prompts], pa.int32()),
         "prompt": [prompt.text for prompt in piece.prompts],
@@ -256,7 +269,7 @@ def measure(piece: Piece, images: Path, judge: Judge, adherence: bool = False) -
             [negative.text for negative in hard_negatives(prompt.text, prompt.scene)] if prompt.scene else []
             for prompt in piece.prompts
         ]
-        adheres = judge.adherence(pictures, [prompt.text for prompt in piece.prompts], negatives)
+        adheres = judge.adherence_of(seen, [prompt.text for prompt in piece.prompts], negatives)
         columns[ADHERENCE] = pa.array(adheres, mask=withheld | np.isnan(adheres))
     return pa.table(columns)
 
@@ -362,6 +375,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="images a training prompt and model (default: %(default)s)",
     )
     parser.add_argument(
+        "--edge-draws",
+        type=_at_least(1),
+        default=draws.train_edge,
+        help="the edge's of a training prompt, which are the cheaper, where --draws does not ask for more (default: "
+        "%(default)s)",
+    )
+    parser.add_argument(
         "--measured-draws",
         type=_at_least(1),
         default=draws.measured,
@@ -435,14 +455,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     images = _only_of(root / IMAGES, models, "images of other models")
     name = f"{judge.digest[:16]}-{ADHERENCE}" if options.adherence else judge.digest[:16]
     parts = _only_of(root / name, models | measured, "measurements of other metrics")
-    draws = Draws(options.draws, options.measured_draws, options.ceiling_draws)
+    draws = Draws(options.draws, options.edge_draws, options.measured_draws, options.ceiling_draws)
     every = list(pieces(prompts, draws))
     mine = [piece for piece in every if piece.number % options.share[1] == options.share[0] - 1]
     if options.extend is not None:
         take_over(options.extend, models | measured, parts, every, options.adherence)
     unmeasured = [piece for piece in mine if not (parts / f"{piece.file}.parquet").exists()]
+    threads = None
+    if (processes := options.share[1]) > 1:  # each to its share of the cores, or they wait for each other
+        threads = max(1, (os.cpu_count() or 1) // processes)
+        torch.set_num_threads(threads)
     painters: dict[str, Callable[[], Paints]] = {
-        "edge": lambda: BundlePainter(bundle),
+        "edge": lambda: BundlePainter(bundle, threads),
         "cloud": lambda: Painter(options.cloud, options.batch),
     }
     generate(painters, images, unmeasured)

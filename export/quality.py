@@ -14,12 +14,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn import functional as F
 from transformers import CLIPModel, CLIPProcessor
 
 from export.errors import ExportError
 
 METRICS_FILE = Path(__file__).parent / "metrics.json"
 STARTER_JUDGE = Path(__file__).parent / "starter" / "weights" / "judge"
+
+VIEWS = (-0.25, -0.125, 0, 0.125, 0.25)
+"""Where a CLIP's patches begin, in patches down and right: it is asked of each picture so moved, and the mean counts.
+
+A fault that a border between patches cuts looks other than one within a patch. The starter judge tells spoiled pictures
+from whole ones better so, by damages it knows (severity 0.3): d' 1.88, of one view 1.78, of three 1.87.
+"""
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,8 @@ class Judge:
         self.clip = clip.to(self.device).eval()
         self.digest = _digest(self.clip)
         texts = [text for metric in self.metrics for text in (metric.positive, metric.negative)]
-        self.directions = self._directions(texts)
+        read = self._read(texts)
+        self.directions = read[0::2] - read[1::2]  # [M, D]: a score is then one product
         try:
             self.quality([Image.new("RGB", (64, 64))])
         except (ValueError, RuntimeError) as error:
@@ -66,46 +75,62 @@ class Judge:
 
     def quality(self, images: Sequence[Image.Image]) -> np.ndarray:
         """float32 [N, M] in (0, 1), a row an image, a column a metric."""
+        return self.quality_of(self.look(images))
+
+    def look(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """What is seen of each image, [N, D]: the mean of its views' unit features. A product with it is the views'."""
         pixels = self.processor(images=list(images), return_tensors="pt")["pixel_values"].to(self.device)
+        height, width = pixels.shape[-2:]
+        patch = self.clip.config.vision_config.patch_size
+        moves = sorted({round(part * patch) for part in VIEWS})
+        margin = max(moves)
+        framed = F.pad(pixels, [margin] * 4, mode="replicate") if margin else pixels
+        total = torch.zeros((), device=self.device)
+        for start in (margin + move for move in moves):
+            view = framed[..., start : start + height, start : start + width]
+            with torch.inference_mode():
+                seen = self.clip.get_image_features(pixel_values=view)
+                total = total + seen / seen.norm(dim=-1, keepdim=True)
+        return total / len(moves)
+
+    def quality_of(self, seen: torch.Tensor) -> np.ndarray:
+        """`quality` of what `look` has seen."""
         with torch.inference_mode():
-            seen = self.clip.get_image_features(pixel_values=pixels)
-            seen = seen / seen.norm(dim=-1, keepdim=True)
             return torch.sigmoid(seen @ self.directions.T).float().cpu().numpy()
 
-    def adherence(
-        self, images: Sequence[Image.Image], prompts: Sequence[str], negatives: Sequence[Sequence[str]]
+    def adherence_of(
+        self, seen: torch.Tensor, prompts: Sequence[str], negatives: Sequence[Sequence[str]]
     ) -> np.ndarray:
         """float32 [N] in (0, 1): how much more each image is like its prompt than like the prompt's hard negatives.
 
         The mean over the negatives of sigmoid(CLIP(I, prompt) - CLIP(I, negative)): 0.5 is an image, or a CLIP, that
-        does not tell them apart. NaN for a prompt without negatives.
+        does not tell them apart. NaN for a prompt without negatives. ``seen`` is of `look`.
         """
-        pixels = self.processor(images=list(images), return_tensors="pt")["pixel_values"].to(self.device)
         scores = np.full(len(prompts), np.nan, np.float32)
+        said = list(dict.fromkeys(text for row in zip(prompts, negatives, strict=True) for text in (row[0], *row[1])))
+        place = {text: index for index, text in enumerate(said)}
+        read = self._read(said)
         with torch.inference_mode():
-            seen = self.clip.get_image_features(pixel_values=pixels)
-            seen = seen / seen.norm(dim=-1, keepdim=True)
             for row, (prompt, wrong) in enumerate(zip(prompts, negatives, strict=True)):
                 if wrong:
-                    texts = [text for negative in wrong for text in (prompt, negative)]
-                    scores[row] = torch.sigmoid(self._directions(texts) @ seen[row]).mean().item()
+                    better = read[place[prompt]] - read[[place[text] for text in wrong]]
+                    scores[row] = torch.sigmoid(better @ seen[row]).mean().item()
         return scores
 
-    def _directions(self, texts: list[str]) -> torch.Tensor:
-        """Scale * (text+ - text-) of every pair in turn, [M, D]: a score is then one dot product."""
+    def _read(self, texts: Sequence[str]) -> torch.Tensor:
+        """Scale * unit features of each text, [T, D]."""
         length = min(
             self.processor.tokenizer.model_max_length, self.clip.config.text_config.max_position_embeddings
         )
         tokens = self.processor(
-            text=texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            text=list(texts), padding=True, max_length=length, truncation=True, return_tensors="pt"
         )
         with torch.inference_mode():
             read = self.clip.get_text_features(
                 input_ids=tokens["input_ids"].to(self.device),
                 attention_mask=tokens["attention_mask"].to(self.device),
             )
-            read = read / read.norm(dim=-1, keepdim=True)
-            return self.clip.logit_scale.exp() * (read[0::2] - read[1::2])
+            return self.clip.logit_scale.exp() * read / read.norm(dim=-1, keepdim=True)
 
 
 def _open(model: Path | str) -> tuple[CLIPModel, CLIPProcessor]:
@@ -130,8 +155,8 @@ def _open(model: Path | str) -> tuple[CLIPModel, CLIPProcessor]:
 
 
 def _digest(model: CLIPModel) -> str:
-    """SHA-256 of the weights, wherever they were loaded from: which judge measured is part of a measurement."""
-    summed = hashlib.sha256()
+    """SHA-256 of the weights, wherever they were loaded from, and of VIEWS: who measured is part of a measurement."""
+    summed = hashlib.sha256(repr(VIEWS).encode())
     for name, tensor in sorted(model.state_dict().items()):
         summed.update(name.encode())
         summed.update(tensor.cpu().numpy().tobytes())

@@ -108,8 +108,9 @@ def tells_apart(judge: Judge, scenes: Sequence[Scene], samples: Sequence[Sample]
     told: dict[str, list[bool]] = {fault: [] for fault in FAULTS}
     for scene, sample in zip(scenes, samples, strict=True):
         text = caption(scene, rng)
+        seen = judge.look([Image.fromarray(sample.picture)])
         for negative in hard_negatives(text, scene):
-            score = judge.adherence([Image.fromarray(sample.picture)], [text], [[negative.text]])[0]
+            score = judge.adherence_of(seen, [text], [[negative.text]])[0]
             told[negative.fault].append(bool(score > 0.5))
     return {fault: np.array(found, np.float64) for fault, found in told.items()}
 

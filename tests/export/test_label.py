@@ -90,9 +90,10 @@ def test_the_matrix_holds_every_prompt_model_and_seed_and_says_what_it_was_made_
     assert label.main(arguments(models, miniature_bundle, out)) == 0
     outcomes = Outcomes.read(out)
     assert [np.sum(outcomes.splits == split) for split in SPLITS] == [3, 2, 2, 2, 1, 1, 1]
-    drawn = (~np.isnan(outcomes.edge_seeds[..., 0])).sum(axis=1)
-    images = {split: np.unique(drawn[outcomes.splits == split]).tolist() for split in SPLITS}
-    assert images == {split: [{"train": 1, "test": 3}.get(split, 2)] for split in SPLITS}
+    for seeds, learnt in ((outcomes.edge_seeds, 4), (outcomes.cloud_seeds, 1)):
+        drawn = (~np.isnan(seeds[..., 0])).sum(axis=1)
+        images = {split: np.unique(drawn[outcomes.splits == split]).tolist() for split in SPLITS}
+        assert images == {split: [{"train": learnt, "test": 3}.get(split, 2)] for split in SPLITS}
     assert {"edge_digest", "cloud_digest", "metrics", "judge_digest"} <= {
         key.decode() for key in pq.read_schema(out).metadata
     }
@@ -167,7 +168,7 @@ def test_an_earlier_matrix_is_extended_without_making_its_images_again(
     assert made[INSPECTION[0]].null_count == len(made) - len(table) > 0
     known = set(pq.read_table(earlier)["prompt"].to_pylist())
     assert len(set(painted) - known) == 3
-    assert len(painted) == 2 * (2 + 3) and known.isdisjoint(painted)
+    assert len(painted) == (4 + 1) * 2 + 2 * 3 and known.isdisjoint(painted)  # 2 learnt from, 3 images of a test
 
 
 def test_a_matrix_of_another_judge_or_without_a_column_is_not_extended(models, miniature_bundle, tmp_path):
@@ -295,9 +296,9 @@ def test_only_one_model_is_in_memory_and_makes_few_images_at_once(
     edge, sizes = [], []
     opened, called = label.BundlePainter.__init__, StableDiffusionPipeline.__call__
 
-    def noted(self, bundle):
+    def noted(self, *given):
         edge.append(weakref.ref(self))
-        opened(self, bundle)
+        opened(self, *given)
 
     def counted(self, prompts, **options):
         assert edge[0]() is None
@@ -420,7 +421,8 @@ def test_a_share_that_is_none_is_refused(share):
     assert refusal.value.code == 2
 
 
-def test_a_quality_is_the_sigmoid_of_the_difference_of_two_scaled_cosines(models):
+def test_a_quality_of_one_view_is_the_sigmoid_of_the_difference_of_two_scaled_cosines(models, monkeypatch):
+    monkeypatch.setattr("export.quality.VIEWS", (0,))
     judge = Judge(models / "judge")
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     with torch.inference_mode():

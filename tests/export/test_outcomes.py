@@ -53,6 +53,19 @@ def test_a_prompt_may_have_more_seeds_than_another(labels: Path) -> None:
     assert np.isfinite(outcomes.edge).all()
 
 
+def test_of_a_training_prompt_the_edge_may_have_more_images_than_the_cloud(labels: Path) -> None:
+    table, whole = pq.read_table(labels), Outcomes.read(labels)
+    learnt = int(whole.ids[whole.splits == "train"][0])
+    own = (pc.field("prompt_id") == learnt) & (pc.field("seed") > 0)
+    pq.write_table(table.filter(~(own & (pc.field("model") == "cloud"))), labels)
+    fewer, row = Outcomes.read(labels), int(np.flatnonzero(whole.ids == learnt)[0])
+    np.testing.assert_array_equal(fewer.edge, whole.edge)
+    np.testing.assert_allclose(fewer.cloud[row], whole.cloud_seeds[row, 0])
+    pq.write_table(table.filter(~(own & (pc.field("model") == "edge"))), labels)
+    with pytest.raises(ExportError, match=f"prompt {learnt} has no image of the edge model with seed 1"):
+        Outcomes.read(labels)
+
+
 def test_splits_part_the_prompts(labels: Path) -> None:
     outcomes = Outcomes.read(labels)
     train, test = outcomes.split("train"), outcomes.split("test")

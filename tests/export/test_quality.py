@@ -9,7 +9,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from edge_agent.superiority import METRICS
 from export.errors import ExportError
-from export.quality import STARTER_JUDGE, Judge
+from export.quality import STARTER_JUDGE, VIEWS, Judge
 from export.starter.tokenizer import train_tokenizer
 
 SIDE = 96  # pixels; the starter's judge takes 64
@@ -43,8 +43,34 @@ def test_a_clip_of_another_size_and_tokenizer_measures_pictures_of_any_size(tmp_
     assert scores.shape == (2, len(METRICS))
     assert ((scores > 0) & (scores < 1)).all()
     # More tokens than the text model has places for: cut off, and no error.
-    (adheres,) = judge.adherence(pictures[:1], ["a cat " * 40], [["a dog " * 40]])
+    (adheres,) = judge.adherence_of(judge.look(pictures[:1]), ["a cat " * 40], [["a dog " * 40]])
     assert 0 < adheres < 1
+
+
+def test_a_score_is_the_mean_over_pictures_moved_against_the_patches():
+    judge, side, move = Judge(), 64, 2
+    rng = np.random.default_rng(0)
+    wide = rng.integers(0, 256, (side, side, 3), np.uint8)
+    framed = np.pad(wide, ((move, move), (move, move), (0, 0)), mode="edge")
+
+    def seen(start):
+        view = Image.fromarray(np.ascontiguousarray(framed[start : start + side, start : start + side]))
+        pixels = judge.processor(images=[view], return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            return torch.nn.functional.normalize(judge.clip.get_image_features(pixel_values=pixels), dim=-1)
+
+    patch = judge.clip.config.vision_config.patch_size
+    assert [round(part * patch) for part in VIEWS] == [-2, -1, 0, 1, 2]
+    mean = torch.stack([seen(start) for start in range(2 * move + 1)]).mean(0)
+    scores = judge.quality([Image.fromarray(wide)])
+    np.testing.assert_allclose(scores, judge.quality_of(mean), atol=1e-5)
+    assert np.abs(scores - judge.quality_of(seen(move))).max() > 1e-3
+
+
+def test_other_views_are_another_judge(monkeypatch):
+    before = Judge().digest
+    monkeypatch.setattr("export.quality.VIEWS", (0,))
+    assert Judge().digest != before
 
 
 def test_judges_that_differ_have_digests_that_differ(tmp_path):
