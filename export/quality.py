@@ -107,7 +107,9 @@ class Judge:
         does not tell them apart. NaN for a prompt without negatives. ``seen`` is of `look`.
         """
         scores = np.full(len(prompts), np.nan, np.float32)
-        said = list(dict.fromkeys(text for row in zip(prompts, negatives, strict=True) for text in (row[0], *row[1])))
+        said = list(
+            dict.fromkeys(text for row in zip(prompts, negatives, strict=True) for text in (row[0], *row[1]))
+        )
         place = {text: index for index, text in enumerate(said)}
         read = self._read(said)
         with torch.inference_mode():

@@ -36,6 +36,7 @@ from export.routerbench.measure import RATES, Bench, counted_metrics
 from export.routerbench.router import Floats, Prompts, Router
 from export.routerbench.routers import ABLATIONS, BASELINES, ROUTERS
 from export.starter.world import Scene
+from export.states import of_prompts, of_shorter_prompts
 from export.terminal import console, progress
 
 LABELS = Path(__file__).parent.parent / "starter" / "weights" / "labels.parquet"
@@ -63,9 +64,21 @@ class Data:
             part = outcomes.split(split)
             return Prompts.of(part, bundle, scale, said, cache, shorter=split == "train")
 
-        there = [split for split in OTHER_SPLITS if (outcomes.splits == split).sum() > 1]
-        others = {split: prompts(split) for split in ("test", *there)}
-        return cls(prompts("train"), prompts("validation"), others)
+        learnt, validation, *others = _splits_read(outcomes)
+        return cls(prompts(learnt), prompts(validation), {split: prompts(split) for split in others})
+
+
+def _splits_read(outcomes: Outcomes) -> list[str]:
+    """The splits of the matrix that routers see."""
+    there = (split for split in OTHER_SPLITS if (outcomes.splits == split).sum() > 1)
+    return ["train", "validation", "test", *there]
+
+
+def keep_states(outcomes: Outcomes, bundle: Bundle, cache: Path) -> None:
+    """Put into the folder ``cache`` the token states that `Data.of` reads."""
+    for split in _splits_read(outcomes):
+        of_prompts(cache, bundle, outcomes.split(split).prompts)
+    of_shorter_prompts(cache, bundle, outcomes.split("train").prompts)
 
 
 @dataclass(frozen=True)
@@ -155,12 +168,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     outcomes, bundle = Outcomes.read(options.labels), Bundle.open(options.bundle)
     outcomes.must_be_of(bundle)
     test = outcomes.split("test")
-    known = scenes_by_text(outcomes.splits.tolist())
+    options.out.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(1) as pool:
+        naming = pool.submit(scenes_by_text, outcomes.splits.tolist())
+        keep_states(outcomes, bundle, options.out)  # meanwhile
+        known = naming.result()
     scenes = scenes_of(outcomes.prompts, known)
     said = {
         split: scenes[outcomes.splits == split] for split in SPLITS if (outcomes.splits == split).sum() > 1
     }
-    options.out.mkdir(parents=True, exist_ok=True)
     data = Data.of(outcomes, bundle, scenes, options.out)
     prompts = data.others["test"]
     superiority = prompts.superiority(prompts.examples.edge, prompts.examples.cloud)
@@ -249,7 +265,8 @@ def _ceiling(train: Outcomes, test: Outcomes, known: Mapping[str, Scene | None])
     if len(learnt) < len(train) or len(asked) < len(test):
         return None
     gain = (train.cloud.astype(np.float64) - train.edge).mean(axis=1)
-    return ceiling(learnt, gain, asked)
+    single = (train.cloud_seeds[:, 0].astype(np.float64) - train.edge_seeds[:, 0]).mean(axis=1)
+    return ceiling(learnt, gain, single, asked)
 
 
 def _elsewhere(one: Fitted, split: str, data: Data) -> float:

@@ -36,7 +36,7 @@ class Ceiling:
     components: Mapping[str, float]
     """By KINDS; they add up to 1."""
     curve: Sequence[tuple[int, float]]
-    """(scenes learnt from, correlation of the reference with one image's gains on training scenes left out)"""
+    """(scenes learnt from, correlation of the reference with measured gains on training scenes left out)"""
     scores: Floats
     """[N] of the prompts asked for, low goes to the cloud."""
 
@@ -72,10 +72,13 @@ def pairs(scene: Scene) -> dict[str, float]:
     return found
 
 
-def ceiling(train: Sequence[Scene], gain: Floats, asked: Sequence[Scene], seed: int = 0) -> Ceiling:
-    """From training prompts' scenes and gains [N], one image a model; ``asked`` are the prompts to score.
+def ceiling(
+    train: Sequence[Scene], gain: Floats, single: Floats, asked: Sequence[Scene], seed: int = 0
+) -> Ceiling:
+    """From training prompts' scenes and gains [N]; ``asked`` are the prompts to score.
 
-    Components are those of the first REPEATING training prompts, which were drawn as ``asked`` were.
+    Components are those of the first REPEATING training prompts, which were drawn as ``asked`` were. They are shares of
+    what varies in ``single`` [N], the gains of one image a model, while ``gain`` may be a mean over several.
     """
     centre, spread = float(gain.mean()), float(gain.std())
     target = (gain - centre) / spread
@@ -92,7 +95,8 @@ def ceiling(train: Sequence[Scene], gain: Floats, asked: Sequence[Scene], seed: 
         weight * float(np.diag(kernel).mean() - kernel.mean())
         for weight, kernel in zip(weights, drawn_alike, strict=True)
     ]
-    shares = np.array([*parts, noise]) / (sum(parts) + noise)
+    scenes_part = np.array(parts) * spread**2 / float(single[:like_asked].var())
+    shares = [*scenes_part, 1 - scenes_part.sum()]
     whole = sum(weight * kernel for weight, kernel in zip(weights, kernels, strict=True))
 
     def predicted(learnt: np.ndarray, where: np.ndarray) -> Floats:
@@ -108,7 +112,7 @@ def ceiling(train: Sequence[Scene], gain: Floats, asked: Sequence[Scene], seed: 
         found = np.corrcoef(predicted(learnt, left_out), target[left_out])[0, 1]
         curve.append((len(scenes), float(found)))
     scores = predicted(np.arange(known), np.arange(known, len(every)))
-    return Ceiling(dict(zip(KINDS, shares.tolist(), strict=True)), curve, -scores)
+    return Ceiling(dict(zip(KINDS, map(float, shares), strict=True)), curve, -scores)
 
 
 def oracle_by_images(gains: Floats, rate: float) -> list[tuple[int, float]]:

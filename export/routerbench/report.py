@@ -266,7 +266,7 @@ def _ceiling(facts: Facts) -> list[str]:
         f"them on the test prompts. Of the expected gain, words and pairs of words explain {found.carried_over:.0%};",
         "only that part carries over to scenes that nobody trained on, and the oracle knows the rest as well. The",
         "reference is a Gaussian process told the scenes: it reads without error what routers must read from states.",
-        "It learns with the number of scenes (correlation with one image's gain on training scenes left out): "
+        "It learns with the number of scenes (correlation with the measured gain of training scenes left out): "
         + ", ".join(f"{correlation:.2f} from {scenes}" for scenes, correlation in found.curve)
         + ".",
         "",

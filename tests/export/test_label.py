@@ -168,7 +168,9 @@ def test_an_earlier_matrix_is_extended_without_making_its_images_again(
     assert made[INSPECTION[0]].null_count == len(made) - len(table) > 0
     known = set(pq.read_table(earlier)["prompt"].to_pylist())
     assert len(set(painted) - known) == 3
-    assert len(painted) == (4 + 1) * 2 + 2 * 3 and known.isdisjoint(painted)  # 2 learnt from, 3 images of a test
+    assert len(painted) == (4 + 1) * 2 + 2 * 3 and known.isdisjoint(
+        painted
+    )  # 2 learnt from, 3 images of a test
 
 
 def test_a_matrix_of_another_judge_or_without_a_column_is_not_extended(models, miniature_bundle, tmp_path):

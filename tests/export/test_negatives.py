@@ -56,7 +56,9 @@ def test_a_picture_adheres_to_its_own_prompt_and_not_to_another():
     judge, rng = Judge(), np.random.default_rng(0)
     text, wrong = "two cats on a beach", "two rockets on a beach"
     image = Image.fromarray(render(Scene((Group("cat", 2),), "beach"), rng))
-    right, swapped, unknown = judge.adherence_of(judge.look([image] * 3), [text, wrong, text], [[wrong], [text], []])
+    right, swapped, unknown = judge.adherence_of(
+        judge.look([image] * 3), [text, wrong, text], [[wrong], [text], []]
+    )
     assert right > 0.5 > swapped
     assert right + swapped == pytest.approx(1, abs=1e-5)
     assert np.isnan(unknown)

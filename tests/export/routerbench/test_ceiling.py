@@ -16,7 +16,8 @@ def test_a_gain_that_adds_up_is_found_to_and_carries_over_to_other_scenes() -> N
 
     truth = np.array([gain(scene) for scene in scenes])
     asked = sample_scenes("test", 150, seed=2)
-    found = ceiling(scenes, truth + draw.normal(0, 0.3 * truth.std(), len(truth)), asked)
+    gains = truth + draw.normal(0, 0.3 * truth.std(), len(truth))
+    found = ceiling(scenes, gains, gains, asked)
     assert sum(found.components.values()) == pytest.approx(1)
     assert tuple(found.components) == KINDS
     assert found.components["words, adding up"] > 0.5
@@ -28,11 +29,19 @@ def test_a_gain_that_adds_up_is_found_to_and_carries_over_to_other_scenes() -> N
 def test_a_gain_that_is_every_scene_s_own_does_not() -> None:
     scenes, draw = sample_scenes("train", 500, seed=1), np.random.default_rng(0)
     worth = {scene: draw.normal() for scene in scenes}
-    found = ceiling(
-        scenes, np.array([worth[scene] for scene in scenes]) + draw.normal(0, 0.3, 500), scenes[:9]
-    )
+    gains = np.array([worth[scene] for scene in scenes]) + draw.normal(0, 0.3, 500)
+    found = ceiling(scenes, gains, gains, scenes[:9])
     assert found.carried_over < 0.4
     assert found.components["the scene's own"] > found.components["the image's seed"]
+
+
+def test_components_are_shares_of_single_images_gains_and_not_of_their_means() -> None:
+    scenes, draw = sample_scenes("train", 500, seed=1), np.random.default_rng(0)
+    worth = {scene: draw.normal() for scene in scenes}
+    each = np.array([worth[scene] for scene in scenes])[:, None] + draw.normal(0, 1, (500, 4))
+    found = ceiling(scenes, each.mean(axis=1), each[:, 0], scenes[:9])
+    assert sum(found.components.values()) == pytest.approx(1)
+    assert found.components["the image's seed"] == pytest.approx(0.5, abs=0.15)
 
 
 def test_words_and_pairs_of_a_scene() -> None:
