@@ -31,7 +31,15 @@ from cloud_server.errors import (
 )
 from cloud_server.generator import Generator, Step
 from cloud_server.journal import Finished, Journal, State
-from cloud_server.request import MEDIA_TYPE, Limits, Spec, Wish, check_request_id, validate
+from cloud_server.request import (
+    MAX_NAME_CHARACTERS,
+    MEDIA_TYPE,
+    Limits,
+    Spec,
+    Wish,
+    check_request_id,
+    validate,
+)
 from cloud_server.tenants import Tenants
 from routet2i.cloud.v1 import cloud_pb2, cloud_pb2_grpc
 from routet2i.image.v1 import image_pb2
@@ -159,8 +167,9 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
         self, request: cloud_pb2.GenerateRequest, context: Any
     ) -> None:
         """Makes one image, or sends a kept one again; see the .proto file."""
-        line: Line = {"rpc": "Generate"} | _who(request)
+        line: Line = {"rpc": "Generate"}
         async with self._counted(), self._call(request, context, line) as tenant:
+            line |= _who(request.image)  # not before: the log is not for strangers to fill
             wish = _wish(request.image)
             responses = self._generate(tenant, wish, request.preview, _remaining_s(context), line)
             async with aclosing(responses):
@@ -197,7 +206,8 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
         """What became of a request id; answers across restarts, and before the model is loaded."""
         line: Line = {"rpc": "LookupGeneration"}
         async with self._call(request, context, line) as tenant:
-            request_id = line["request_id"] = request.request_id
+            request_id = request.request_id
+            line["request_id"] = request_id[:MAX_NAME_CHARACTERS]
             check_request_id(request_id)
             entry = await asyncio.to_thread(self._journal.find, tenant, request_id)
             if entry is None:
@@ -338,14 +348,12 @@ async def _abort(
         raise asyncio.CancelledError from None  # nobody is left to be told
 
 
-def _who(request: cloud_pb2.GenerateRequest | Malformed) -> Line:
-    if isinstance(request, Malformed):
-        return {}
-    image = request.image
+def _who(image: image_pb2.ImageRequest) -> Line:
+    """What the log says of a request that is not validated yet, so not all of a long field."""
     line: Line = {"request_id": image.request_id, "app": image.app or "default"}
     if image.traceparent:
         line["traceparent"] = image.traceparent
-    return line
+    return {name: value[:MAX_NAME_CHARACTERS] for name, value in line.items()}
 
 
 def _wish(image: image_pb2.ImageRequest) -> Wish:

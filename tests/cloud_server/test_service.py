@@ -415,3 +415,23 @@ async def test_one_log_line_a_request_and_no_prompt_in_it(
     assert fields[0] | {"request_id": name, "tenant": "default", "traceparent": trace} == fields[0]
     assert fields[0]["charged_micro_usd"] == PRICE
     assert "secret" not in str(fields)
+
+
+async def test_no_caller_fills_the_log(
+    tmp_path: Path, model_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokens = tmp_path / "tokens.txt"
+    tokens.write_text("acme acme-token-0123456789\n")
+    long = "x" * 50_000
+    async with serve(tmp_path / "state", model_folder, tokens=str(tokens)) as running:
+        with caplog.at_level("INFO", logger="cloud_server"):
+            for metadata in ((), (("authorization", "Bearer acme-token-0123456789"),)):
+                caller = Client(running.client.channel, metadata)
+                assert (await caller.generate(request_id=long, app=long, traceparent=long)).error is not None
+                with pytest.raises(grpc.aio.AioRpcError):
+                    await caller.lookup(long)
+            await running.idle()
+    lines = [record.__dict__["fields"] for record in caplog.records if record.message == "call"]
+    assert [line["outcome"] for line in lines] == ["UNAUTHENTICATED"] * 2 + ["INVALID_ARGUMENT"] * 2
+    assert all("request_id" not in line for line in lines[:2])
+    assert max(len(str(value)) for line in lines for value in line.values()) <= 128
