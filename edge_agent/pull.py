@@ -241,17 +241,18 @@ def _fetch(
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
         digest, size = _hashed(file, entry)
-        earlier = size > 0  # bytes that an earlier pull left may be damaged: the power can have gone
+        started_over = False
         failures = 0
         yield size, 0, ""
         while True:
             before = size
+            pieced = size > 0
             try:
                 if size < entry.bytes:
                     start, blocks = source.read(name, entry, size)
                     with closing(blocks):  # type: ignore[type-var]  # it is a generator
                         if start != size:
-                            digest, size, earlier = _emptied(file), 0, False
+                            digest, size, pieced = _emptied(file), 0, False
                         for block in blocks:
                             file.write(block)
                             digest.update(block)
@@ -265,15 +266,20 @@ def _fetch(
                 yield size, 0, error.message
                 time.sleep(max(waits_s[failures - 1], error.retry_after_s or 0.0))
                 continue
-            if digest.hexdigest() == entry.sha256:
-                break
-            digest, size = _emptied(file), 0
-            if not earlier:
-                raise SourceLied(
+            except SourceLied as error:
+                lie = error
+            else:
+                if digest.hexdigest() == entry.sha256:
+                    break
+                lie = SourceLied(
                     f"{source.place}: {name} does not match its sha256 in {MANIFEST}, so it was altered on the way or "
                     "at its source; nothing was installed"
                 )
-            earlier = False
+            digest, size = _emptied(file), 0
+            # Pieces may not belong together: the power can have gone, or the file was another in between.
+            if started_over or not pieced:
+                raise lie
+            started_over = True
         _settle(file)
 
 
@@ -467,15 +473,16 @@ class WebSource:
             return SourceRefused(f"{place} is not for everybody ({status}); {self._how_to_be_let_in}")
         if status == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             return SourceLied(f"{place} is shorter than {MANIFEST} says")
-        # The server's own words are not repeated: they could be anything.
-        said = http.client.responses.get(status, "") if status >= 400 else error.reason
+        # The server's own words are not repeated: they could be anything, and urllib's quote signed addresses.
+        reason = error.reason if isinstance(error, _LessSafe) else http.client.responses.get(status, "")
+        said = f"{status} {reason}".strip()
         if status >= 500 or status in (http.HTTPStatus.TOO_MANY_REQUESTS, http.HTTPStatus.REQUEST_TIMEOUT):
             after = error.headers.get("Retry-After", "")
             return SourceUnreachable(
-                f"{place} cannot be had at the moment ({status} {said})",
+                f"{place} cannot be had at the moment ({said})",
                 retry_after_s=float(after) if after.isdecimal() else None,
             )
-        return SourceRefused(f"{place} cannot be had ({status} {said})")
+        return SourceRefused(f"{place} cannot be had ({said})")
 
     def _silence(self, error: Exception) -> PullFailed:
         host = self._base.netloc
@@ -548,6 +555,10 @@ class _NotThere(SourceRefused):
     """The server has no such file."""
 
 
+class _LessSafe(urllib.error.HTTPError):
+    """A redirect that is not followed; its reason is in our words."""
+
+
 class _Redirects(urllib.request.HTTPRedirectHandler):
     """Follows redirects to other web addresses, never out of TLS, and with credentials only on the same server."""
 
@@ -562,11 +573,12 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         headers: Any,
         newurl: str,
     ) -> urllib.request.Request:
-        """The request that follows; raises HTTPError where none may."""
+        """The request that follows; raises _LessSafe where none may."""
         old, new = urllib.parse.urlsplit(req.full_url), urllib.parse.urlsplit(newurl)
         if new.scheme not in ("http", "https") or (old.scheme == "https" and new.scheme == "http"):
-            reason = f"redirects to {new.scheme}://{new.netloc}, which is less safe"
-            raise urllib.error.HTTPError(req.full_url, code, reason, headers, fp)
+            host = new.netloc.rpartition("@")[2]
+            reason = printable(f"redirects to {new.scheme}://{host}, which is less safe")
+            raise _LessSafe(req.full_url, code, reason, headers, fp)
         request = urllib.request.Request(newurl, headers=req.headers)  # noqa: S310  # http or https
         if (old.scheme, old.netloc) == (new.scheme, new.netloc):
             for header, value in req.unredirected_hdrs.items():

@@ -215,6 +215,53 @@ def test_a_part_that_begins_beyond_all_numbers_is_another_than_was_asked_for(web
         fetch(source(web), store)
 
 
+@pytest.mark.parametrize("manner", ["other_part", "longer", "refused"])
+def test_a_server_that_does_not_give_the_rest_as_asked_is_asked_for_the_whole_file_once(
+    web: Web, store: Store, hollow: Path, manner: str
+) -> None:
+    def break_off() -> None:
+        web.misbehave("stop", at=DENOISER)
+        with pytest.raises(SourceUnreachable):
+            fetch(source(web), store)
+        web.asked.clear()
+        web.misbehave("status" if manner == "refused" else manner, at=DENOISER, code=416)
+
+    break_off()
+    with pytest.raises(SourceLied):
+        fetch(source(web), store)
+    assert len(web.offsets(DENOISER)) == 2 and web.offsets(DENOISER)[1] == 0
+    assert (store.partial("hollow") / DENOISER).stat().st_size == 0
+    break_off()
+    web.times = 1
+    fetch(source(web), store)
+    assert web.offsets(DENOISER)[1:] == [0]
+    assert same(store.folder / "hollow", hollow)
+
+
+def test_a_file_that_changed_between_two_attempts_is_fetched_anew(
+    web: Web, store: Store, hollow: Path
+) -> None:
+    file = web.folder / "b" / DENOISER
+    file.write_bytes(bytes(SIZES[DENOISER]))
+    web.misbehave("stop", at=DENOISER, times=1)
+    for event in pull(source(web), store, waits_s=NO_WAITS):
+        if isinstance(event, Fetched) and event.trouble:
+            shutil.copy(hollow / DENOISER, file)
+    assert web.offsets(DENOISER) == [0, SIZES[DENOISER] // 2, 0]
+    assert same(store.folder / "hollow", hollow)
+
+
+def test_a_file_whose_pieces_never_fit_is_started_over_once(web: Web, store: Store) -> None:
+    (web.folder / "b" / DENOISER).write_bytes(bytes(SIZES[DENOISER]))
+    web.misbehave("stop", at=DENOISER, times=1)
+    for event in (pulling := pull(source(web), store, waits_s=NO_WAITS)):
+        if isinstance(event, Fetched) and event.trouble:
+            break
+    with pytest.raises(SourceLied, match="does not match its sha256"):
+        list(pulling)
+    assert web.offsets(DENOISER) == [0, SIZES[DENOISER] // 2, 0]
+
+
 def test_a_manifest_without_end_is_not_read_to_it(web: Web, store: Store) -> None:
     web.misbehave("endless", at=MANIFEST)
     with pytest.raises(BundleError, match="larger than any manifest"):
@@ -666,6 +713,39 @@ def test_a_server_cannot_write_on_the_terminal(store: Store) -> None:
             with pytest.raises(SourceUnreachable) as raised:
                 fetch(WebSource(f"http://127.0.0.1:{listener.getsockname()[1]}/b"), store)
             assert raised.value.message.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [
+        ("302 \x1b[31mred\r\nLocation: /b/manifest.json?sig=s3cret", "302 Found"),
+        ("302 \x1b[31mred\r\nLocation: file:///s3cret\x1b[2J?sig=s3cret", "302 Found"),
+        (
+            "302 \x1b[31mred\r\nLocation: ftp://s3cret@ho\x1bst/x?sig=s3cret",
+            r"redirects to ftp://ho%1Bst, which",
+        ),
+        ("300 \x1b[31mred", "300 Multiple Choices"),
+        ("399 \x1b[31mred", r"\(399\)"),
+    ],
+)
+def test_a_redirect_that_is_not_followed_is_told_in_words_of_ours(
+    store: Store, head: str, words: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            with suppress(OSError):
+                while True:
+                    caller, _ = listener.accept()
+                    with caller:
+                        caller.recv(65_536)
+                        caller.sendall(f"HTTP/1.1 {head}\r\nContent-Length: 0\r\n\r\n".encode())
+
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(SourceRefused, match=words) as raised:
+            fetch(WebSource(f"http://127.0.0.1:{listener.getsockname()[1]}/b"), store)
+    assert raised.value.message.isprintable()
+    assert "s3cret" not in raised.value.message
 
 
 def test_two_pulls_of_one_bundle_do_not_meet(web: Web, store: Store, hollow: Path) -> None:
