@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 The models on this device. One comes with the project, the starter; others are pulled, and one is chosen: `serve` runs
-the chosen one unless --bundle names another. None of this needs a running daemon.
+the chosen one unless --bundle names another. Of these only `show edge` and `show cloud` need a running daemon.
 """
 
 EPILOG = """\
