@@ -227,9 +227,16 @@ def _check(settings: Settings) -> None:
                 "Give --tokens, or listen on 127.0.0.1"
             )
     if settings.tls:
+
+        def passphrase() -> str:
+            # OpenSSL would ask for it on the terminal, which a service has not, and gRPC takes no such key.
+            raise StartRefused(
+                f"--tls-key {settings.tls_key} is encrypted; decrypt it first, as with `openssl pkey -in KEY -out NEW`"
+            )
+
         try:
             ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(
-                expanded(settings.tls_cert), expanded(settings.tls_key)
+                expanded(settings.tls_cert), expanded(settings.tls_key), passphrase
             )
         except (OSError, ssl.SSLError) as error:
             raise StartRefused(

@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,32 @@ async def test_beyond_loopback_tls_and_tokens_let_the_right_caller_in(
             untrusting = await Client(channel).generate(timeout=5)
             assert untrusting.error is not None
             assert untrusting.error.code == "UNAVAILABLE", "the certificate is what the caller checks"
+
+
+@pytest.mark.parametrize("form", ["pkcs8 -topk8", "ec -aes256"])
+def test_an_encrypted_key_is_refused_without_asking_for_its_passphrase(
+    form: str, certificate: tuple[Path, Path], tmp_path: Path
+) -> None:
+    chain, key = certificate
+    locked = tmp_path / "locked.pem"
+    encrypt = f"openssl {form} -in {key} -out {locked} -passout pass:secret"
+    subprocess.run(encrypt.split(), check=True, capture_output=True)
+    command = [
+        sys.executable,
+        "-m",
+        "cloud_server",
+        "serve",
+        "--tls-cert",
+        str(chain),
+        "--tls-key",
+        str(locked),
+    ]
+    # In a session without a terminal OpenSSL asks on standard error.
+    refused = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, start_new_session=True, timeout=60
+    )
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(f"cloud-server: --tls-key {locked} is encrypted; decrypt it first")
 
 
 def test_beyond_loopback_tls_alone_is_not_enough(
