@@ -85,6 +85,8 @@ def export_bundle(
     _refuse_taken(target, force)
     if dtype == "fp32" and keep:
         raise ExportError("there is nothing to keep in fp32 without --dtype fp16 or int8")
+    if dtype == "fp32" and calibration_prompts is not None:
+        raise ExportError("there is nothing to calibrate in fp32 without --dtype fp16 or int8")
     if guidance is not None and not 0 <= guidance < math.inf:
         raise ExportError(
             f"a guidance scale of {guidance:g} does not work: it must be a number of at least 0"

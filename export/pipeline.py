@@ -196,11 +196,13 @@ def _class_name(model: str | os.PathLike[str]) -> str:
         raise ExportError(
             f"{model} cannot be loaded as a diffusers pipeline: it is no folder here, and {_from_hub(error)}"
         ) from error
+    made = str(index.get("_class_name"))
     if folder.is_dir():
         for name, part in index.items():
-            if isinstance(part, (list, tuple)) and part[0] is not None and not (folder / name).is_dir():
+            named = isinstance(part, (list, tuple)) and part[0] is not None
+            if named and name not in _without_safety_checker(made) and not (folder / name).is_dir():
                 raise ExportError(f"{folder} has no {name}, which its model_index.json names")
-    return str(index.get("_class_name"))
+    return made
 
 
 def _load_autoencoder(model: str | os.PathLike[str]) -> Any:
@@ -226,8 +228,10 @@ def _refuse_class(name: str) -> None:
 
 
 def _without_safety_checker(name: str) -> dict[str, Any]:
-    """What the edge does not run need not be loaded; Stable Diffusion XL has none."""
-    return {} if name == StableDiffusionXLPipeline.__name__ else {"safety_checker": None}
+    """What the edge does not run need be neither there nor loaded; Stable Diffusion XL has none."""
+    if name == StableDiffusionXLPipeline.__name__:
+        return {}
+    return {"safety_checker": None, "feature_extractor": None}  # the second serves the first alone
 
 
 def _refuse_unsupported(pipeline: Any) -> None:

@@ -22,6 +22,7 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from huggingface_hub import constants, file_download
+from transformers import CLIPImageProcessor
 
 from edge_agent.bundle import MANIFEST, Bundle
 from edge_agent.diffusion.generator import Generator
@@ -31,7 +32,7 @@ from export.__main__ import INTERRUPTED
 from export.__main__ import main as edge_export
 from export.diffusion_onnx import export_bundle, main
 from export.errors import ExportError
-from export.pipeline import name_of
+from export.pipeline import load, name_of
 from export.reference import Reference, difference, largest_difference, reference_image, reference_images
 from tests.miniature import miniature_pipeline, miniature_tiny_autoencoder, save_miniature
 
@@ -295,6 +296,7 @@ def test_sizes_that_are_none_are_refused(size: str, capsys: pytest.CaptureFixtur
         ({"guidance": float("nan")}, "guidance scale of nan .* at least 0"),
         ({"guidance": -1.0}, "guidance scale of -1"),
         ({"dtype": "fp16", "keep": ["vae"]}, "no vae; its parts are text_encoder, unet, vae_decoder"),
+        ({"calibration_prompts": "prompts.txt"}, "nothing to calibrate in fp32 without --dtype"),
         ({"name": "edge"}, "can be called 'edge'; choose another with --name"),
         ({"name": "!"}, "cannot be called ''"),
     ],
@@ -377,6 +379,21 @@ def test_the_default_number_of_steps_is_compared_too(
     with pytest.raises(ExportError, match="differ"):
         export_bundle(pipeline, tmp_path / "bundle", steps=(3, 2, 4), report=silent)
     assert compared == [(2, True), (2, False), (3, True)]
+
+
+@pytest.mark.parametrize("there", [(), ("feature_extractor",)])
+def test_a_model_folder_needs_no_safety_checker_whatever_its_index_names(
+    tmp_path: Path, there: tuple[str, ...]
+) -> None:
+    save_miniature(tmp_path)
+    for part in there:
+        CLIPImageProcessor().save_pretrained(tmp_path / part)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    pipeline = load(tmp_path)
+    assert (pipeline.safety_checker, pipeline.feature_extractor) == (None, None)
 
 
 @pytest.mark.parametrize("part", ["scheduler", "tokenizer", "unet"])
