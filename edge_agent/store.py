@@ -2,7 +2,7 @@
 
     NAME/            an installed bundle; it appears by one rename, once every byte of it is verified
     .current         the name of the chosen one; without this file that is the starter
-    .partial/NAME/   what a pull has so far, with the lock NAME.lock beside it
+    .partial/NAME/   what a pull has so far, with the lock .NAME.lock beside it
 
 A folder, or a link to one, that somebody puts there by hand is a model like any other. The starter lies elsewhere, is
 always there, and cannot be removed.
@@ -17,7 +17,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from edge_agent.bundle import Bundle
@@ -149,7 +149,7 @@ class Store:
         """
         check_name(name)
         folder = self.partial(name)
-        lock = folder.with_name(f"{name}.lock")
+        lock = folder.with_name(f".{name}.lock")  # a name that no model has
         with self.explained("written"):
             folder.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -254,7 +254,12 @@ def _is_model(path: Path) -> bool:
 
 
 def _bytes_in(folder: Path) -> int:
-    return sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
+    size = 0
+    for place, _, files in os.walk(folder):
+        for name in files:
+            with suppress(FileNotFoundError):  # another process installs or removes it meanwhile
+                size += (Path(place) / name).lstat().st_size
+    return size
 
 
 def _write_durably(path: Path, text: str) -> None:

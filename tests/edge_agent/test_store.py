@@ -180,6 +180,31 @@ def test_what_an_unfinished_pull_left_can_be_removed(store: Store) -> None:
     assert list((store.folder / ".partial").iterdir()) == []
 
 
+def test_unfinished_pulls_are_counted_while_they_end_or_are_removed(store: Store) -> None:
+    partial = store.partial("mine")
+
+    def come_and_go() -> None:
+        for _ in range(300):
+            for folder in (partial / "unet", partial / "vae_decoder"):
+                folder.mkdir(parents=True)
+                for number in range(5):
+                    (folder / f"{number}").write_bytes(b"x")
+            shutil.rmtree(partial)
+
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(come_and_go)
+        while not coming.done():
+            assert store.unfinished().get("mine", 0) <= 10
+        coming.result()
+
+
+def test_a_model_that_is_called_like_a_lock_is_pulled_beside_the_other(store: Store) -> None:
+    for name in ("mine", "mine.lock"):
+        with store.pulling(name) as partial:
+            partial.mkdir()
+    assert list(store.unfinished()) == ["mine", "mine.lock"]
+
+
 def test_install_makes_a_complete_folder_a_model_and_leaves_nothing_else(store: Store) -> None:
     with store.pulling("mine") as partial:
         shutil.copytree(STARTER, partial)
