@@ -184,7 +184,7 @@ def _show_served(options: argparse.Namespace) -> int:
 def _pull(options: argparse.Namespace) -> int:
     store = _store(options)
     pulled = _pulled(store, options)
-    served, remark = _take_up(store, pulled.name, options) if options.use else (None, "")
+    served, said = _take_up(store, pulled.name, options) if options.use else (None, "")
     advice = pulled.bundle.advice
     facts = {
         "name": pulled.name,
@@ -204,7 +204,7 @@ def _pull(options: argparse.Namespace) -> int:
     came = f"pulled, {pulled.fetched_bytes / 1e6:,.1f} MB, verified"
     print(f"{pulled.name}: {'was here already' if pulled.was_installed else came}")
     if options.use:
-        print(f"{pulled.name} is the chosen model{remark}")
+        print(said)
     elif not facts["current"]:
         print(f"choose it with `edge-agent models use {pulled.name}`")
     _say_uncalibrated(advice)
@@ -248,25 +248,34 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _use(options: argparse.Namespace) -> int:
     store, name = _store(options), options.name
-    served, remark = _take_up(store, name, options)
+    served, said = _take_up(store, name, options)
     bundle = Bundle.open(store.path(name), verify=False)
     advice = bundle.advice
     if options.json:
         facts = {"name": name, "folder": str(bundle.folder), "digest": bundle.model_digest, "served": served}
         print_json(facts | {"calibrated": not advice, "advice": advice})
         return DONE
-    print(f"{name} is the chosen model{remark}")
+    print(said)
     _say_uncalibrated(advice)
     return DONE
 
 
 def _take_up(store: Store, name: str, options: argparse.Namespace) -> tuple[bool | None, str]:
-    """Chooses the model and has a running daemon serve it: whether it does, None without one, and a remark on it.
+    """Chooses the model and has a running daemon serve it: whether it does, None without one, and what to say of it.
 
     Raises StoreError, and leaves the choice as it was, when the daemon refuses the model.
     """
     before = _choice(store)
     store.choose(name)
+    served, remark = _reloaded(store, name, before, options)
+    now = _choice(store)  # another process may have chosen, and the daemon have loaded that
+    if now != name:
+        return served, f"meanwhile {now} was chosen in place of {name}"
+    return served, f"{name} is the chosen model{remark}"
+
+
+def _reloaded(store: Store, name: str, before: str, options: argparse.Namespace) -> tuple[bool | None, str]:
+    """Has a running daemon load the chosen model. Where it refuses, the one `before` is chosen again."""
     daemon = client(options)
     if not daemon.reachable():
         return None, ""
@@ -276,6 +285,11 @@ def _take_up(store: Store, name: str, options: argparse.Namespace) -> tuple[bool
     except CallFailed as error:
         if error.exit_code == UNREACHABLE:  # still loading, or shutting down
             return False, f"; the running daemon serves it when it is started again: {error.message}"
+        if (now := _choice(store)) != name:  # whoever chose it sees to it
+            raise StoreError(
+                f"meanwhile {now} was chosen in place of {name}, and the running daemon cannot serve one of them: "
+                f"{error.message}"
+            ) from error
         store.restore(before)
         raise StoreError(
             f"the running daemon cannot serve {name}, so {before} stays the chosen model: {error.message}"

@@ -17,7 +17,9 @@ import pytest
 
 from edge_agent.__main__ import main
 from edge_agent.bundle import CALIBRATION, DENOISER, Bundle, write_manifest
+from edge_agent.client import AgentClient
 from edge_agent.settings import STARTER
+from edge_agent.store import Store
 from tests.hollow import SIZES, hollow_bundle
 from tests.running import Process, process_environment, short_folder
 from tests.web import web_server
@@ -307,6 +309,28 @@ def test_a_model_that_the_daemon_refuses_leaves_even_a_damaged_one_chosen(
     refused = run("use", "hollow")
     assert refused.code == 2 and "so former stays the chosen model" in refused.err
     assert names(run("list", "--json"))["former"]["current"] is True
+
+
+def test_a_choice_that_another_process_replaces_meanwhile_is_told_as_it_is(
+    run: Run, home: Path, models: Path, start: Callable[..., Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("pull", STARTER, "--name", "mine")
+    run("pull", STARTER, "--name", "other")
+    run("pull", hollow_bundle(home / "tiny"))
+    start()
+    reload = AgentClient.reload
+    for other, code in (("other", 0), ("hollow", 2)):
+
+        def choose_then_reload(agent: AgentClient, other: str = other) -> dict[str, Any]:
+            Store(models, STARTER).choose(other)
+            return reload(agent)
+
+        monkeypatch.setattr(AgentClient, "reload", choose_then_reload)
+        used = run("use", "mine")
+        assert used.code == code
+        assert f"meanwhile {other} was chosen in place of mine" in used.out + used.err
+        assert "--bundle" not in used.out and "stays" not in used.err
+        assert names(run("list", "--json"))[other]["current"] is True
 
 
 def test_a_hand_placed_model_with_numbers_beyond_any_float_spoils_no_list(run: Run, models: Path) -> None:
