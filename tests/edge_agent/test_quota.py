@@ -148,6 +148,22 @@ def test_a_price_above_the_whole_cap_does_not_ask_to_wait(open_ledger: Open) -> 
     assert refused.value.retry_after_s is None
 
 
+def test_a_budget_of_nothing_refuses_also_what_costs_nothing(open_ledger: Open) -> None:
+    ledger = open_ledger(Budget("none", "day", 0, "kiosk"))
+    assert not ledger.allows("kiosk", 0)
+    with pytest.raises(QuotaExhausted, match="'none'") as refused:
+        ledger.reserve("a", "kiosk", 0)
+    assert refused.value.retry_after_s is None  # tomorrow is no better
+    assert ledger.allows("other", 0)
+
+
+def test_what_costs_nothing_fits_into_a_budget_that_is_used_up(open_ledger: Open) -> None:
+    ledger = open_ledger(DAY)
+    ledger.reserve("a", "app", 100)
+    assert ledger.allows("app", 0)
+    ledger.reserve("b", "app", 0)
+
+
 def test_a_second_reserve_of_the_same_request_is_refused_before_and_after_settling(open_ledger: Open) -> None:
     ledger = open_ledger(DAY)
     ledger.reserve("r", "app", 10)
