@@ -272,9 +272,10 @@ def _take_up(store: Store, name: str, options: argparse.Namespace) -> tuple[bool
         return None, ""
     try:
         with _spinner(f"the daemon loads {name}"):
+            daemon.status()  # loading may take long, so one that never answers is found out before
             served = str(daemon.reload()["bundle"])
     except CallFailed as error:
-        if error.exit_code == UNREACHABLE:  # still loading, or shutting down
+        if error.exit_code == UNREACHABLE:  # still loading, shutting down, or stopped
             return False, f"; the running daemon serves it when it is started again: {error.message}"
         store.restore(before)
         raise StoreError(

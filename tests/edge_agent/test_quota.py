@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import sqlite3
@@ -606,19 +605,6 @@ def test_a_damaged_ledger_is_refused_at_opening(path: Path, open_ledger: Open) -
         file.write(b"\xff" * 4096)
     with pytest.raises(LedgerError, match="damaged"):
         open_ledger(DAY)
-
-
-@pytest.fixture
-def ordinary_user() -> Iterator[None]:
-    """Permissions bind: as root, become nobody for the length of a test."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65_534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 @pytest.mark.usefixtures("ordinary_user")
