@@ -10,6 +10,7 @@ try:
     import io
     import logging
     import os
+    import stat
     import tempfile
     from collections import Counter
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -308,7 +309,7 @@ def _route(options: argparse.Namespace) -> int:
     prompts = _prompts(options.prompts)
     agent = client(options)
     own_terms = any(name in options for name in ("bundle", "routing_rate", "config"))
-    named = options.agent is not None or settings.ADDRESS_VARIABLE in os.environ
+    named = bool(options.agent or os.environ.get(settings.ADDRESS_VARIABLE))
     if own_terms or (not named and not agent.reachable()):
         decisions = _routed_here(options, prompts)
     else:
@@ -484,7 +485,13 @@ def _target(output: str | None) -> Path | None:
     else:
         target = Path(output)
         folder = target.parent
-        if target.is_dir():
+        try:
+            is_folder = stat.S_ISDIR(target.stat().st_mode)
+        except FileNotFoundError:
+            is_folder = False
+        except OSError as error:  # a name too long, a folder that one may not enter
+            raise _cannot_be_written(target, error) from error
+        if is_folder:
             raise InvalidRequest(f"{target} is a folder; name a file in it with -o")
     if output != "-" and not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise InvalidRequest(
@@ -502,7 +509,8 @@ def _write(received: Received, target: Path | None) -> str:
     target = target or Path(f"{received.request_id}.png")
     part = None
     try:
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as part:
+        # A name of its own: the target's may be as long as the file system takes.
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".edge-agent-", delete=False) as part:
             part.write(received.png)
         umask = os.umask(0)
         os.umask(umask)
@@ -513,10 +521,12 @@ def _write(received: Received, target: Path | None) -> str:
             Path(part.name).unlink(missing_ok=True)
         if not isinstance(error, OSError):
             raise
-        raise InvalidRequest(
-            f"{target} cannot be written: {error.strerror}; choose another with -o"
-        ) from error
+        raise _cannot_be_written(target, error) from error
     return str(target)
+
+
+def _cannot_be_written(target: Path, error: OSError) -> InvalidRequest:
+    return InvalidRequest(f"{target} cannot be written: {error.strerror}; choose another with -o")
 
 
 def _shown(events: Iterable[Decision | Progress | Received]) -> Iterator[Decision | Progress | Received]:

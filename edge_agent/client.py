@@ -28,6 +28,9 @@ from routet2i.image.v1 import image_pb2
 CONNECT_S = 2.0
 """The daemon is on this machine: what does not answer by then is not there."""
 
+ANSWER_S = 10.0
+"""What a daemon may take to say how things are: it needs milliseconds, and one that is stopped never answers."""
+
 # Exit codes of the commands.
 DONE, BROKEN, BAD_INPUT, UNREACHABLE, REFUSED = 0, 1, 2, 3, 4
 
@@ -41,6 +44,9 @@ _EXIT_CODES = {
     grpc.StatusCode.DEADLINE_EXCEEDED: UNREACHABLE,
     grpc.StatusCode.FAILED_PRECONDITION: REFUSED,
 }
+
+_LATE = "was not done in time; allow more with --timeout"
+_SILENT = "does not answer; see whether it is stopped or stuck, and restart it"
 
 _ROUTES: dict[int, Route] = {edge_pb2.ROUTE_EDGE: "edge", edge_pb2.ROUTE_CLOUD: "cloud"}
 
@@ -126,15 +132,15 @@ class AgentClient:
     def quota(self, app: str = "") -> tuple[list[BudgetState], list[RateState]]:
         """The budgets that count for `app`, all of them when it is empty; and the rates."""
         _check_text("app", app)
-        with self._stub() as stub, _explained(self.address):
-            answer = stub.GetQuota(edge_pb2.GetQuotaRequest(app=app), timeout=self._timeout_s)
+        with self._stub() as stub, _explained(self.address, _SILENT):
+            answer = stub.GetQuota(edge_pb2.GetQuotaRequest(app=app), timeout=self._timeout_s or ANSWER_S)
         rates = [RateState(rate.name, rate.max_calls, rate.per_seconds, rate.calls) for rate in answer.rates]
         return [_budget(budget) for budget in answer.budgets], rates
 
     def status(self) -> dict[str, Any]:
         """What the daemon is doing: the wire's GetStatusResponse as plain values."""
-        with self._stub() as stub, _explained(self.address):
-            answer = stub.GetStatus(edge_pb2.GetStatusRequest(), timeout=self._timeout_s)
+        with self._stub() as stub, _explained(self.address, _SILENT):
+            answer = stub.GetStatus(edge_pb2.GetStatusRequest(), timeout=self._timeout_s or ANSWER_S)
         facts = {name: getattr(answer, name) for name in answer.DESCRIPTOR.fields_by_name}
         facts["alpha"] = answer.alpha if answer.HasField("alpha") else None
         facts["cloud_health"] = (
@@ -159,8 +165,8 @@ class AgentClient:
 
     def models(self) -> list[dict[str, Any]]:
         """The models: the wire's Model as plain values."""
-        with self._stub() as stub, _explained(self.address):
-            answer = stub.ListModels(edge_pb2.ListModelsRequest(), timeout=self._timeout_s)
+        with self._stub() as stub, _explained(self.address, _SILENT):
+            answer = stub.ListModels(edge_pb2.ListModelsRequest(), timeout=self._timeout_s or ANSWER_S)
         found = []
         for model in answer.models:
             facts = {name: getattr(model, name) for name in model.DESCRIPTOR.fields_by_name}
@@ -184,7 +190,7 @@ class AgentClient:
 
 
 @contextmanager
-def _explained(address: str) -> Iterator[None]:
+def _explained(address: str, late: str = _LATE) -> Iterator[None]:
     try:
         yield
     except grpc.RpcError as error:
@@ -192,7 +198,7 @@ def _explained(address: str) -> Iterator[None]:
         code = call.code()
         message = call.details() or code.name
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-            message = f"the daemon at {address} was not done in time; allow more with --timeout"
+            message = f"the daemon at {address} {late}"
         exit_code = _EXIT_CODES.get(code, BROKEN)
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
             exit_code = _exhausted(sent_status(error))

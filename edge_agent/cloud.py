@@ -25,7 +25,7 @@ from typing import Any, cast
 import grpc
 from google.rpc.error_details_pb2 import RetryInfo
 from google.rpc.status_pb2 import Status
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from edge_agent.errors import CloudError, CloudLied, CloudRefused, CloudUnavailable, printable, sent_status
 from edge_agent.request import ImageRequest
@@ -57,6 +57,8 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     # Channels do not share connections, nor each other's wait after a failure.
     ("grpc.use_local_subchannel_pool", 1),
 )
+# A proxy for the world outside must not stand between two processes of this machine.
+_LOCAL_OPTIONS = (*CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0))
 
 _NOTHING_RAN = frozenset(
     {
@@ -90,6 +92,10 @@ _REFUSALS = frozenset(
 
 _HUNG_UP = ("Socket closed", "Connection reset")
 """GRPC's words for a peer that takes a connection and ends it at once."""
+
+_UNTRUSTED = "CERTIFICATE_VERIFY_FAILED"
+_MISNAMED = "Hostname Verification Check failed"
+"""GRPC's words for a certificate of an authority that we do not trust, and for one that names another host."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +172,9 @@ class CloudClient:
         self.identity = address
         if token:
             self.identity += f" with token {hashlib.sha256(token.encode()).hexdigest()[:8]}"
-        self._secure = ca_file is not None or not is_local(address)
+        local = is_local(address)
+        self._secure = ca_file is not None or not local
+        self._options = _LOCAL_OPTIONS if local else CHANNEL_OPTIONS
         self._ca_file = ca_file
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._connect_timeout_s = connect_timeout_s
@@ -277,7 +285,7 @@ class CloudClient:
 
     async def _channel(self) -> grpc.aio.Channel:
         if not self._secure:
-            return grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS)
+            return grpc.aio.insecure_channel(self.address, options=self._options)
         try:
             roots = await asyncio.to_thread(self._ca_file.read_bytes) if self._ca_file else None
         except OSError as error:
@@ -286,7 +294,7 @@ class CloudClient:
                 never_ran=True,
             ) from error
         credentials = grpc.ssl_channel_credentials(roots)
-        return grpc.aio.secure_channel(self.address, credentials, options=CHANNEL_OPTIONS)
+        return grpc.aio.secure_channel(self.address, credentials, options=self._options)
 
     async def _ready(self, channel: grpc.aio.Channel) -> None:
         """Wait until the channel is connected; at the first failure, give its reason instead of trying on."""
@@ -298,6 +306,14 @@ class CloudClient:
                 check = "check the address and that the cloud server runs"
                 if not self._secure and any(words in reason for words in _HUNG_UP):
                     check = "a server that speaks TLS does so: if this one does, name its authority with --cloud-ca"
+                elif _UNTRUSTED in reason:
+                    check = (
+                        "its certificate is not trusted: name the authority that signed it with --cloud-ca"
+                    )
+                elif _MISNAMED in reason:
+                    check = (
+                        "its certificate is for another name: give --cloud the host as the certificate has it"
+                    )
                 raise CloudUnavailable(
                     f"the cloud at {self.address} is not reached: {reason}; {check}", never_ran=True
                 )
@@ -436,6 +452,8 @@ def _check_png(png: bytes, sha256: str, width: int, height: int) -> None:
             size = image.size
             if size == (width, height):  # before any pixel is unpacked
                 image.load()
+    except UnidentifiedImageError as error:  # whose text shows our buffer
+        raise CloudLied("what the cloud sent is not a PNG image", never_ran=False) from error
     except Exception as error:  # a decoder fed with garbage may raise anything
         raise CloudLied(f"what the cloud sent is not a PNG image: {error}", never_ran=False) from error
     if size != (width, height):

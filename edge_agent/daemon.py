@@ -75,6 +75,7 @@ class Daemon:
         self._working: list[asyncio.Future[Any]] = []  # of threads that nothing can interrupt
         self._warming: asyncio.Task[None] | None = None
         self._reloading = asyncio.Lock()
+        self._reloads: set[asyncio.Task[Agent]] = set()  # which end whether or not their callers stay
         self.agent: Agent | None = None  # once the models are loaded
 
     async def startup(self) -> None:
@@ -129,15 +130,13 @@ class Daemon:
 
         Both bundles' models are in memory until the requests that began with the old ones have ended. Raises
         BundleError, or what else `Settings.bundle_folder` does, when the new one is refused: then the old one goes on.
+
+        A caller who goes away does not stop it: what is loaded by then must be served or given back.
         """
-        async with self._reloading:
-            models = await asyncio.shield(self._load())  # a caller who goes away does not stop it half-way
-            assert self.agent is not None  # noqa: S101  # the service asks for it before
-            self._service.agent = self.agent = self.agent.succeeded_by(models)
-            models.rest()
-            _log_serving(self.agent)
-            self._warming = asyncio.create_task(self._warm_up(models))
-            return self.agent
+        reload = asyncio.create_task(self._reload())
+        self._reloads.add(reload)
+        reload.add_done_callback(self._reloads.discard)
+        return await asyncio.shield(reload)
 
     async def shutdown(self) -> None:
         """Drains: health NOT_SERVING, new requests refused, those in flight get the grace period to finish."""
@@ -151,6 +150,9 @@ class Daemon:
         hurry.cancel()
         await self._server.stop(CLOSE_S)  # cancels what is not done by now
         await self._service.idle()  # a cancelled image leaves the device at once
+        for reload in self._reloads:
+            reload.cancel()
+        await asyncio.gather(*self._reloads, return_exceptions=True)
         if self.agent is not None:
             self.agent.close()
             await self.agent.device.close()
@@ -186,6 +188,16 @@ class Daemon:
             return address
         host, _ = split_address(address)
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    async def _reload(self) -> Agent:
+        async with self._reloading:
+            models = await asyncio.shield(self._load())  # the thread ends by itself, also when we shut down
+            assert self.agent is not None  # noqa: S101  # the service asks for it before
+            self._service.agent = self.agent = self.agent.succeeded_by(models)
+            models.rest()
+            _log_serving(self.agent)
+            self._warming = asyncio.create_task(self._warm_up(models))
+            return self.agent
 
     def _load(self) -> asyncio.Future[Resident]:
         return self._in_thread("loader", lambda: _load_models(self.settings))

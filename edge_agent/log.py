@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 from typing import Any
 
@@ -23,7 +24,7 @@ class Lines(logging.Formatter):
         trace = self.formatException(record.exc_info) if record.exc_info else ""
         if self._as_json:
             return json.dumps(line | ({"traceback": trace} if trace else {}), default=str)
-        return " ".join(f"{name}={_quoted(value)}" for name, value in line.items()) + (
+        return " ".join(f"{_key(name)}={_quoted(value)}" for name, value in line.items()) + (
             f"\n{trace}" if trace else ""
         )
 
@@ -34,6 +35,11 @@ def configure(as_json: bool) -> None:
     handler.setFormatter(Lines(as_json))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("edge_agent").setLevel(logging.INFO)
+
+
+def _key(name: str) -> str:
+    """Logfmt cannot quote a key, and a budget's holds the name of an app."""
+    return re.sub(r"[^\w@.-]", "_", name)
 
 
 def _quoted(value: Any) -> str:

@@ -281,9 +281,10 @@ def _reloaded(store: Store, name: str, before: str, options: argparse.Namespace)
         return None, ""
     try:
         with _spinner(f"the daemon loads {name}"):
+            daemon.status()  # loading may take long, so one that never answers is found out before
             served = str(daemon.reload()["bundle"])
     except CallFailed as error:
-        if error.exit_code == UNREACHABLE:  # still loading, or shutting down
+        if error.exit_code == UNREACHABLE:  # still loading, shutting down, or stopped
             return False, f"; the running daemon serves it when it is started again: {error.message}"
         if (now := _choice(store)) != name:  # whoever chose it sees to it
             raise StoreError(

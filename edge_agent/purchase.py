@@ -80,9 +80,16 @@ class Purchases:
             # Where the write itself failed, the money may be set aside all the same: the resolver looks.
             self.hand_over(key, sent=True)
             raise
+        except DuplicateRequest as error:
+            self._under_way.discard(key)
+            # The ledger knows it by a key that the caller never gave.
+            raise DuplicateRequest(
+                f"the request id {request.request_id!r} was used before; use a new one for a new image"
+            ) from error
         except RouteT2IError:
             self._under_way.discard(key)
             raise
+        self._unsent.discard(key)  # that was an earlier call of this id, released since; this one may be sent
         return Purchase(self, self.cloud, replace(request, request_id=key), ceiling_micro_usd, deadline)
 
     async def advice(self, ceiling_micro_usd: int) -> list[str]:

@@ -7,8 +7,10 @@ cap, and no request id is paid for twice.
 
 Money is whole micro-dollars. A call counts in the window in which it was reserved. Windows are calendar
 hours, days and months in UTC. Calls that bear a later date than now (the clock was set back, or a board
-without a battery booted in 1970) count in the current window too: a wrong clock can make the ledger
-stricter, never more generous.
+without a battery booted in 1970) count in the current window too, so that a clock that is wrong or set back
+makes the ledger stricter. One way it is more generous: calls made while the clock is behind bear too early a
+date, and once it is put right the window then current knows nothing of them and has its whole cap. Only a budget
+with the window `total` counts them all the same.
 """
 
 from __future__ import annotations
@@ -80,7 +82,10 @@ _ADVICE = (
 
 @dataclass(frozen=True)
 class Budget:
-    """At most `cap_micro_usd` in each window; of one `app` alone, or of all apps together when it is None."""
+    """At most `cap_micro_usd` in each window; of one `app` alone, or of all apps together when it is None.
+
+    A cap of 0 lets no call through, whatever it costs. One that is merely used up lets calls through that cost nothing.
+    """
 
     name: str
     window: Window
@@ -441,9 +446,10 @@ class Ledger:
             if state.app not in (None, app):
                 continue
             overdrawn = state.spent_micro_usd + state.reserved_micro_usd > state.cap_micro_usd
-            if overdrawn or ceiling_micro_usd > state.remaining_micro_usd:
+            closed = state.cap_micro_usd == 0  # no cloud, also where a call costs nothing
+            if closed or overdrawn or ceiling_micro_usd > state.remaining_micro_usd:
                 _, end = window_bounds(state.window, now)
-                fits_later = ceiling_micro_usd <= state.cap_micro_usd and end is not None
+                fits_later = not closed and ceiling_micro_usd <= state.cap_micro_usd and end is not None
                 left, cap = dollars(state.remaining_micro_usd), dollars(state.cap_micro_usd)
                 return QuotaExhausted(
                     f"the budget {state.name!r} ({state.window}) has {left} left of {cap}, "

@@ -109,7 +109,7 @@ def validate(
     Raises InvalidRequest (naming the field), UnknownApp or DeadlinePassed.
     """
     _check_name(request.request_id, "request_id", _REQUEST_ID, "letters, digits and . _ : - only")
-    _check_name(request.app, "app", _APP, "printable ASCII characters only")
+    check_app(request.app)
     if limits.apps is not None and request.app not in limits.apps:
         raise UnknownApp(f"the app {request.app!r} is not among those the settings allow; add it to `apps`")
     if request.deadline is not None and request.deadline <= monotonic():
@@ -145,6 +145,11 @@ def validate(
         )
     seed = draw_seed() if request.seed is None else request.seed
     return replace(request, seed=seed, width=width, height=height)
+
+
+def check_app(name: str) -> None:
+    """Raises InvalidRequest for what no request can give as its app."""
+    _check_name(name, "app", _APP, "printable ASCII characters only")
 
 
 def _check_name(name: str, field: str, pattern: re.Pattern[str], holds: str) -> None:

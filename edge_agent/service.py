@@ -31,7 +31,7 @@ from edge_agent.errors import (
 from edge_agent.image import Progress
 from edge_agent.policy import Decision, Reason, Route
 from edge_agent.quota import BudgetState
-from edge_agent.request import MEDIA_TYPE, ImageRequest, Privacy, Routing
+from edge_agent.request import MAX_ID_CHARS, MEDIA_TYPE, ImageRequest, Privacy, Routing
 from edge_agent.superiority import METRICS
 from routet2i.edge.v1 import edge_pb2, edge_pb2_grpc
 from routet2i.image.v1 import image_pb2
@@ -290,7 +290,8 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
                 )
             yield self.agent
         except RouteT2IError as error:
-            line |= {"outcome": grpc_code(error).name, "error": error.message}
+            # As the caller is told it: cut where it repeats a long field.
+            line |= {"outcome": grpc_code(error).name, "error": status_details(error).message}
             await _abort(context, error)
         except (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit):
             line["outcome"] = "CANCELLED"
@@ -463,9 +464,10 @@ def _cloud_health(agent: Agent) -> edge_pb2.CloudHealth:
 
 
 def _who(request: ImageRequest) -> Line:
-    line: Line = {"request_id": request.request_id, "app": request.app}
+    """Cut to what a valid request may have, as this is logged before the request is checked."""
+    line: Line = {"request_id": request.request_id[:MAX_ID_CHARS], "app": request.app[:MAX_ID_CHARS]}
     if request.traceparent:
-        line["traceparent"] = request.traceparent
+        line["traceparent"] = request.traceparent[:MAX_ID_CHARS]
     return line
 
 

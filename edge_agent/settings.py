@@ -13,15 +13,16 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import Field, dataclass, field, fields
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, cast, get_args
 
 from edge_agent.cloud import is_local
-from edge_agent.errors import StartRefused
+from edge_agent.errors import InvalidRequest, StartRefused
 from edge_agent.quota import Budget, Rate, Window
-from edge_agent.request import MAX_MONEY
+from edge_agent.request import MAX_MONEY, check_app
 from edge_agent.store import Store
 
 if sys.version_info >= (3, 11):
@@ -41,6 +42,9 @@ DEFAULT_BUDGET = "1.00"
 
 SOCKET_PATH_BYTES = 107
 """Longest path of a Unix socket on Linux."""
+
+NOT_IN_SOCKET_PATHS = "#?%,"
+"""gRPC's clients take an address for a URI, or for several with commas, and would look for the socket elsewhere."""
 
 
 def expanded(path: str) -> Path:
@@ -76,7 +80,7 @@ def default_address() -> str:
 
 
 def socket_address(path: str) -> str:
-    """The address of a Unix socket: unix: and its absolute path. Raises ValueError when that is too long or empty."""
+    """The address of a Unix socket: unix: and its absolute path. Raises ValueError when there can be none."""
     if not path:
         raise ValueError("unix:PATH needs a path")
     absolute = expanded(path).absolute()
@@ -84,6 +88,8 @@ def socket_address(path: str) -> str:
         raise ValueError(
             f"a socket's path has at most {SOCKET_PATH_BYTES} bytes, and this one has {len(os.fsencode(absolute))}"
         )
+    if wrong := [letter for letter in NOT_IN_SOCKET_PATHS if letter in str(absolute)]:
+        raise ValueError(f"a socket's path with {wrong[0]} in it cannot be reached; choose one without")
     return f"unix:{absolute}"
 
 
@@ -91,11 +97,11 @@ def parse_dollars(text: str) -> int:
     """Micro-dollars of an amount in US dollars, such as 0.04. Raises ValueError."""
     try:
         micro = Decimal(text.strip().removeprefix("$")) * 1_000_000
-        if micro == micro.to_integral_value() and 0 <= micro <= MAX_MONEY:
+        if "_" not in text and micro == micro.to_integral_value() and 0 <= micro <= MAX_MONEY:
             return int(micro)
     except (ArithmeticError, ValueError):
         pass
-    raise ValueError(f"{text!r} is not an amount of US dollars with at most six decimals")
+    raise ValueError(f"{text!r} is not an amount of US dollars with at most six decimals, such as 0.04")
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -103,7 +109,13 @@ def split_address(address: str) -> tuple[str, int]:
     host, colon, port = address.rpartition(":")
     if not (colon and host and port.isdecimal() and int(port) <= 65_535):
         raise ValueError(f"{address!r} is neither unix:PATH nor HOST:PORT")
-    return host.strip("[]"), int(port)
+    bracketed = host.startswith("[") and host.endswith("]")
+    bare = host[1:-1] if bracketed else host
+    if bracketed is not (":" in bare):
+        raise ValueError(
+            f"{address!r}: IPv6 addresses stand in brackets, such as [::1]:50051, and others do not"
+        )
+    return bare, int(port)
 
 
 # What a setting may be. Each takes the text of a flag or variable and raises ValueError with a phrase that says what
@@ -168,7 +180,10 @@ def _seconds(value: str) -> float:
 
 
 def _seconds_or_none(value: str) -> float:
-    return 0.0 if value.strip() == "0" else _seconds(value)
+    with suppress(ValueError):
+        if float(value) == 0:
+            return 0.0
+    return _seconds(value)
 
 
 def _switch(value: str) -> bool:
@@ -218,6 +233,8 @@ def _budgets(value: str) -> tuple[Budget, ...]:
         rest, at, app = part.partition("@")
         if at and not app.strip():
             raise ValueError("a budget that ends in @ needs an app's name behind it")
+        if at:
+            _check_budgets_app(app.strip())
         amount, _, window = rest.partition("/")
         window = window.strip() or "day"
         if window not in get_args(Window):
@@ -231,6 +248,18 @@ def _budgets(value: str) -> tuple[Budget, ...]:
     if all(budget.app for budget in budgets):
         budgets = [*_budgets(DEFAULT_BUDGET), *budgets]
     return tuple(budgets)
+
+
+def _check_budgets_app(app: str) -> None:
+    """Raises ValueError for an app without calls: its budget would limit nothing, and nobody would notice."""
+    if "/" in app or "@" in app:
+        raise ValueError(
+            f"USD/WINDOW@APP is expected, such as 0.2/month@kiosk; {app!r} is no app's name here, as it has / or @"
+        )
+    try:
+        check_app(app)
+    except InvalidRequest as error:
+        raise ValueError(f"{app!r} is no app's name: {error.message}") from error
 
 
 def _rates(value: str) -> tuple[Rate, ...]:

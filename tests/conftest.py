@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,16 @@ def routed_bundle(
     shutil.copytree(miniature_bundle, folder)
     make_routed(folder, cloud_model)
     return folder
+
+
+@pytest.fixture
+def ordinary_user() -> Iterator[None]:
+    """Permissions bind: as root, become nobody for the length of a test."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65_534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)

@@ -325,6 +325,7 @@ async def test_a_lie_is_found_and_named_and_the_call_ended(
     error = await failure(CloudClient(cloud.address))
     assert isinstance(error, CloudLied), error
     assert says in error.message
+    assert "BytesIO" not in error.message
     assert not error.never_ran
     await asyncio.wait_for(cloud.cancelled.wait(), 5)
 
@@ -527,9 +528,13 @@ async def test_a_caller_in_a_hurry_does_not_make_the_cloud_unhealthy() -> None:
 @pytest.fixture
 def certificate(tmp_path: Path) -> tuple[Path, Path]:
     """A key and a certificate for 127.0.0.1, made by OpenSSL."""
+    return make_certificate(tmp_path)
+
+
+def make_certificate(folder: Path) -> tuple[Path, Path]:
     if shutil.which("openssl") is None:
         pytest.skip("needs the program openssl")
-    key, pem = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    key, pem = folder / "key.pem", folder / "certificate.pem"
     make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=cloud"
     names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(pem)]
     subprocess.run([*make.split(), *names], check=True, capture_output=True)
@@ -540,6 +545,8 @@ async def test_over_tls_only_a_cloud_with_a_trusted_certificate_gets_the_prompt(
     certificate: tuple[Path, Path], tmp_path: Path
 ) -> None:
     key, pem = certificate
+    (tmp_path / "another").mkdir()
+    _, another = make_certificate(tmp_path / "another")
     cloud = Cloud(script=honest(png()))
     server = grpc.aio.server()
     cloud_pb2_grpc.add_CloudServerServiceServicer_to_server(cloud, server)
@@ -548,13 +555,38 @@ async def test_over_tls_only_a_cloud_with_a_trusted_certificate_gets_the_prompt(
     await server.start()
     try:
         assert isinstance((await collect(CloudClient(address, ca_file=pem)))[-1], CloudImage)
-        for client in (
-            CloudClient(address),
-            CloudClient(address.replace("127.0.0.1", "localhost"), ca_file=pem),
+        misnamed = CloudClient(address.replace("127.0.0.1", "localhost"), ca_file=pem)
+        untrusting = CloudClient(address, ca_file=another)
+        for client, words in (
+            (CloudClient(address), "if this one does, name its authority with --cloud-ca"),  # without TLS
+            (untrusting, "not trusted: name the authority that signed it with --cloud-ca"),
+            (misnamed, "for another name"),
         ):
-            assert (await failure(client)).never_ran
+            error = await failure(client)
+            assert error.never_ran
+            assert words in error.message
         assert len(cloud.received) == 1
-        assert "--cloud-ca" in (await failure(CloudClient(address))).message  # without TLS
+    finally:
+        await server.stop(None)
+
+
+async def test_no_proxy_stands_between_us_and_a_cloud_on_this_machine(
+    cloud: Cloud, certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("no_proxy", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")  # nobody answers there
+    cloud.script = honest(png())
+    key, pem = certificate
+    server = grpc.aio.server()
+    cloud_pb2_grpc.add_CloudServerServiceServicer_to_server(cloud, server)
+    credentials = grpc.ssl_server_credentials([(key.read_bytes(), pem.read_bytes())])
+    secure = f"127.0.0.1:{server.add_secure_port('127.0.0.1:0', credentials)}"
+    await server.start()
+    try:
+        for client in (CloudClient(cloud.address), CloudClient(secure, ca_file=pem)):
+            assert isinstance((await collect(client))[-1], CloudImage)
     finally:
         await server.stop(None)
 

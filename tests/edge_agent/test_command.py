@@ -9,8 +9,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +21,10 @@ from typing import Any
 import PIL.Image
 import pytest
 
-from edge_agent.__main__ import _print_explained, main
+from edge_agent.__main__ import _print_explained, _target, main
 from edge_agent.bundle import DECODER
 from edge_agent.client import _exhausted
-from edge_agent.errors import Busy, QuotaExhausted, status_details
+from edge_agent.errors import Busy, InvalidRequest, QuotaExhausted, status_details
 from edge_agent.policy import Decision, Reason, TokenPull
 from edge_agent.superiority import METRICS
 from tests.running import CLOUD_PROMPT, EDGE_PROMPT, Process, process_environment, short_folder
@@ -126,6 +128,24 @@ def test_an_image_that_cannot_be_put_in_place_leaves_nothing_behind(
     finished = run("generate", EDGE_PROMPT, "-o", "cat.png")
     assert finished.code == 2 and "No space left" in finished.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_as_long_as_the_file_system_takes_is_no_longer_while_it_is_written(
+    run: Run, daemon: Process, tmp_path: Path
+) -> None:
+    name = "x" * 251 + ".png"
+    assert run("generate", EDGE_PROMPT, "-o", name).code == 0
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.usefixtures("ordinary_user")
+def test_a_folder_that_one_may_not_enter_is_refused_before_the_image_is_made() -> None:
+    # Not tmp_path: its parents belong to the user who started the tests.
+    with tempfile.TemporaryDirectory() as folder:
+        closed = Path(folder) / "closed"
+        closed.mkdir(0o600)
+        with pytest.raises(InvalidRequest, match="cannot be written: Permission denied"):
+            _target(str(closed / "cat.png"))
 
 
 def test_generate_prints_exactly_these_fields(run: Run, daemon: Process, tmp_path: Path) -> None:
@@ -243,6 +263,32 @@ def test_route_without_a_daemon_takes_the_bundle_of_the_environment(
     assert run("route", EDGE_PROMPT).code == 2
 
 
+def test_an_empty_address_in_the_environment_names_no_daemon(
+    run: Run, routed_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))  # where no daemon is
+    monkeypatch.setenv("EDGE_AGENT_BUNDLE", str(routed_bundle))
+    monkeypatch.setenv("EDGE_AGENT_ADDRESS", "")
+    assert run("route", EDGE_PROMPT).code == 0
+
+
+def test_a_daemon_that_does_not_answer_is_said_to_be_so(
+    run: Run, daemon: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_agent.client.ANSWER_S", 0.5)
+    daemon.popen.send_signal(signal.SIGSTOP)
+    try:
+        for command in (("status",), ("quota",), ("models", "show", "edge")):
+            finished = run(*command)
+            assert (finished.code, finished.out) == (3, "")
+            assert "does not answer" in finished.err
+        used = run("models", "use", "starter")
+        assert used.code == 0
+        assert "serves it when it is started again" in used.out and "does not answer" in used.out
+    finally:
+        daemon.popen.send_signal(signal.SIGCONT)
+
+
 def test_route_heeds_a_settings_file_also_where_a_daemon_answers(
     run: Run, daemon: Process, routed_bundle: Path, tmp_path: Path
 ) -> None:
@@ -298,6 +344,7 @@ def test_status_and_models_tell_what_runs(run: Run, daemon: Process, routed_bund
         (("generate", "a", "--cloud-only"), 4, "--cloud"),
         (("generate", "a", "-o", "none/cat.png"), 2, "nothing can be written"),
         (("generate", "a", "-o", "."), 2, "is a folder"),
+        (("generate", "a", "-o", "x" * 300), 2, "name too long; choose another with -o"),
         (("generate", "a", "-o", "-", "--json"), 2, "both write to standard output"),
         (("route", "a", "--config", "~nosuchuser/x"), 2, "no home folder"),
         (("models", "pull", "~nosuchuser/x"), 2, "no home folder"),

@@ -28,6 +28,12 @@ def test_text_is_logfmt_on_one_line() -> None:
     )
 
 
+def test_a_key_has_no_space_and_no_equals_sign() -> None:
+    made = record()
+    made.fields = {"day@my app=1_left_micro_usd": 5}  # type: ignore[attr-defined]
+    assert Lines(as_json=False).format(made).endswith(" day@my_app_1_left_micro_usd=5")
+
+
 def test_json_is_one_object_on_one_line() -> None:
     line = Lines(as_json=True).format(record())
     assert "\n" not in line

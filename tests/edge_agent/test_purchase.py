@@ -6,16 +6,17 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from edge_agent.cloud import CloudClient
-from edge_agent.errors import DuplicateRequest
-from edge_agent.purchase import Purchases
+from edge_agent.errors import CloudError, DuplicateRequest
+from edge_agent.purchase import Purchases, purchase_id
 from edge_agent.quota import Budget, Ledger
 from edge_agent.request import ImageRequest
-from tests.running import scripted_cloud, until
+from tests.running import ScriptedCloud, scripted_cloud, until
 
 CEILING = 10_000
 DAY = (Budget("day", "day", 1_000_000),)
@@ -79,6 +80,38 @@ async def test_what_was_never_sent_is_released_also_while_the_cloud_is_out_of_re
         assert unresolved(purchases) == ["left", "hasty"]
         await purchases.start()
         await until(lambda: unresolved(purchases) == ["left"])
+
+
+async def test_a_call_that_was_sent_is_asked_about_also_where_an_earlier_one_of_its_id_was_not(
+    begin: Begin,
+) -> None:
+    async with scripted_cloud("d" * 64) as cloud:
+        cloud.manner = "break"  # made and charged, and the way back breaks
+        purchases = begin(cloud.address)
+        first = await purchases.reserve(request("again"), CEILING, 0.0)
+        leaving = asyncio.create_task(first.aclose())  # never sent, so it is released
+        await asyncio.sleep(0)
+        leaving.cancel()  # while the release is being written
+        await asyncio.gather(leaving, return_exceptions=True)
+        await until(lambda: unresolved(purchases) == ["left"])
+        second = await purchases.reserve(request("again"), CEILING, 60.0)
+        with pytest.raises(CloudError):
+            _ = [event async for event in second.images()]
+        await second.aclose()
+        await purchases.start()
+        await until(lambda: unresolved(purchases) == [])
+        assert sorted(cloud.lookups) == ["again", "left"]
+        assert purchases.ledger.states()[0].spent_micro_usd == ScriptedCloud.PRICE
+
+
+async def test_an_id_that_is_used_again_is_refused_by_the_name_that_its_app_gave(begin: Begin) -> None:
+    purchases = begin("127.0.0.1:1")
+    wish = replace(request("again"), app="kiosk")
+    first = await purchases.reserve(wish, CEILING, 60.0)
+    purchases.concluded(purchase_id(wish))
+    with pytest.raises(DuplicateRequest, match="the request id 'again' was used before"):
+        await purchases.reserve(wish, CEILING, 60.0)
+    await first.aclose()
 
 
 async def test_what_never_fits_and_what_a_clock_ahead_left_is_said_with_what_to_do(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import sqlite3
@@ -146,6 +145,22 @@ def test_a_price_above_the_whole_cap_does_not_ask_to_wait(open_ledger: Open) -> 
     with pytest.raises(QuotaExhausted) as refused:
         open_ledger(DAY).reserve("a", "app", 101)
     assert refused.value.retry_after_s is None
+
+
+def test_a_budget_of_nothing_refuses_also_what_costs_nothing(open_ledger: Open) -> None:
+    ledger = open_ledger(Budget("none", "day", 0, "kiosk"))
+    assert not ledger.allows("kiosk", 0)
+    with pytest.raises(QuotaExhausted, match="'none'") as refused:
+        ledger.reserve("a", "kiosk", 0)
+    assert refused.value.retry_after_s is None  # tomorrow is no better
+    assert ledger.allows("other", 0)
+
+
+def test_what_costs_nothing_fits_into_a_budget_that_is_used_up(open_ledger: Open) -> None:
+    ledger = open_ledger(DAY)
+    ledger.reserve("a", "app", 100)
+    assert ledger.allows("app", 0)
+    ledger.reserve("b", "app", 0)
 
 
 def test_a_second_reserve_of_the_same_request_is_refused_before_and_after_settling(open_ledger: Open) -> None:
@@ -590,19 +605,6 @@ def test_a_damaged_ledger_is_refused_at_opening(path: Path, open_ledger: Open) -
         file.write(b"\xff" * 4096)
     with pytest.raises(LedgerError, match="damaged"):
         open_ledger(DAY)
-
-
-@pytest.fixture
-def ordinary_user() -> Iterator[None]:
-    """Permissions bind: as root, become nobody for the length of a test."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65_534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 @pytest.mark.usefixtures("ordinary_user")

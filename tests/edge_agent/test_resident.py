@@ -273,6 +273,31 @@ async def test_a_new_bundle_is_taken_up_while_requests_run(
     assert (await here.app.status()).served_by_edge == 6
 
 
+async def test_a_reload_whose_caller_goes_away_is_finished_all_the_same(
+    here: Here, chosen: Path, other_bundle: Path
+) -> None:
+    """Else the models that were loaded would be nobody's to serve or to put down."""
+    old = here.daemon.agent
+    assert old is not None
+    choose(chosen, other_bundle)
+    leaving = here.app.stub.ReloadModel(edge_pb2.ReloadModelRequest(), timeout=60)
+    await until(lambda: here.daemon._reloading.locked())
+    leaving.cancel()
+    await until(lambda: here.daemon.agent is not old)
+    assert Path((await here.app.status()).bundle) == other_bundle
+    await until(lambda: not old.models.loaded)
+    assert here.daemon._reloads == set()
+
+
+async def test_a_shutdown_does_not_wait_for_a_reload(chosen: Path, tmp_path: Path) -> None:
+    async with daemon_here(chosen, tmp_path / "state") as here:
+        reloading = asyncio.create_task(reload(here))
+        await until(lambda: here.daemon._reloading.locked())
+    assert here.daemon._reloads == set()
+    assert not here.daemon._reloading.locked()
+    assert isinstance((await asyncio.gather(reloading, return_exceptions=True))[0], BaseException)
+
+
 async def test_streams_without_end_see_no_gap_while_bundles_change(
     here: Here, chosen: Path, routed_bundle: Path, other_bundle: Path
 ) -> None:

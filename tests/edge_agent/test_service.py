@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from edge_agent import device
 from edge_agent.bundle import Bundle
 from edge_agent.daemon import Daemon
 from edge_agent.image import PREVIEW_SIDE
+from edge_agent.log import Lines
 from edge_agent.settings import resolve
 from edge_agent.superiority import METRICS
 from routet2i.edge.v1 import edge_pb2
@@ -251,6 +253,17 @@ async def test_a_bad_field_is_named(app: App, wish: dict[str, object], field: st
     answer = await app.generate(**{"prompt": EDGE_PROMPT} | wish)
     assert (answer.code, answer.order) == ("INVALID_ARGUMENT", [])
     assert answer.field == field and words in answer.message
+
+
+@pytest.mark.parametrize("field", ["request_id", "app", "traceparent", "media_type"])
+async def test_a_long_field_makes_no_long_line_in_the_log(
+    app: App, caplog: pytest.LogCaptureFixture, field: str
+) -> None:
+    caplog.set_level(logging.INFO, "edge_agent")
+    answer = await app.generate(**{field: "x" * 200_000})  # type: ignore[arg-type]
+    assert answer.code == "INVALID_ARGUMENT"
+    assert field == "media_type" or "x" * 128 in Lines(as_json=False).format(caplog.records[-1])
+    assert len(Lines(as_json=False).format(caplog.records[-1])) < 5_000
 
 
 @pytest.mark.parametrize("prompt", ["猫", "🐈‍⬛ and ʼn e\u0301", "a\tb\nc", "عربى", "x" * 2_000])

@@ -42,6 +42,11 @@ def test_budgets_and_rates_have_one_grammar() -> None:
     assert settings.rate == (Rate("rate 10/60", 10, 60.0), Rate("rate 2/1.5", 2, 1.5))
 
 
+@pytest.mark.parametrize("text", ["0", "0.0", " 0 "])
+def test_zero_may_be_written_with_decimals(text: str) -> None:
+    assert resolve({"keep_alive_s": text}, {}).keep_alive_s == 0
+
+
 def test_a_budget_for_one_app_leaves_the_default_one_for_all_in_force() -> None:
     kiosk = Budget("day@kiosk", "day", 20_000, "kiosk")
     assert resolve({"budget": "0.02/day@kiosk"}, {}).budget == (*Settings().budget, kiosk)
@@ -58,6 +63,12 @@ def test_a_budget_for_one_app_leaves_the_default_one_for_all_in_force() -> None:
         ("listen", "localhost:http", "HOST:PORT"),
         ("listen", "unix:", "path"),
         ("listen", "unix:/" + "x" * 200, "107"),
+        ("listen", "unix:/tmp/a#b", "with # in it"),
+        ("listen", "unix:/tmp/a%20b", "with % in it"),
+        ("listen", "unix:/tmp/a?b", "with ? in it"),
+        ("listen", "unix:/tmp/a,b", "with , in it"),
+        ("listen", "::1:50051", "such as [::1]:50051"),
+        ("listen", "[127.0.0.1]:50051", "and others do not"),
         ("cloud", "example.com", "HOST:PORT"),
         ("models", "~nosuchuser/models", "~nosuchuser"),
         ("bundle", "~nosuchuser/b", "write the path out"),
@@ -70,6 +81,11 @@ def test_a_budget_for_one_app_leaves_the_default_one_for_all_in_force() -> None:
         ("budget", "1/day@", "an app's name"),
         ("budget", "1e999999", "US dollars"),
         ("budget", "1,2/day", "two budgets"),
+        ("budget", "0.2@kiosk/month", "such as 0.2/month@kiosk"),
+        ("budget", "0.2/day@kiosk@home", "such as 0.2/month@kiosk"),
+        ("budget", "0.2/day@küche", "printable ASCII"),
+        ("budget", "0.2/day@" + "x" * 129, "at most 128"),
+        ("budget", "1_000", "such as 0.04"),
         ("max_price", "0.0000001", "six decimals"),
         ("max_price", "NaN", "US dollars"),
         ("rate", "10", "CALLS/SECONDS"),
@@ -80,6 +96,8 @@ def test_a_budget_for_one_app_leaves_the_default_one_for_all_in_force() -> None:
         ("max_queue", "-1", "whole number"),
         ("max_queue", "1.5", "whole number"),
         ("grace_s", "inf", "seconds"),
+        ("keep_alive_s", "-1", "seconds"),
+        ("keep_alive_s", "nan", "seconds"),
         ("png_facts", "perhaps", "true or false"),
         ("log_format", "xml", "text or json"),
     ],
