@@ -252,9 +252,10 @@ def _budgets(value: str) -> tuple[Budget, ...]:
 
 def _check_budgets_app(app: str) -> None:
     """Raises ValueError for an app without calls: its budget would limit nothing, and nobody would notice."""
-    if "/" in app or "@" in app:
+    name, _, window = app.rpartition("/")
+    if window in get_args(Window):
         raise ValueError(
-            f"USD/WINDOW@APP is expected, such as 0.2/month@kiosk; {app!r} is no app's name here, as it has / or @"
+            f"the window stands before the app, USD/WINDOW@APP, such as 0.2/{window}@{name or 'kiosk'}"
         )
     try:
         check_app(app)
