@@ -179,7 +179,7 @@ class RouteT2I:
     """
 
     name, settings = "routet2i", NOTHING
-    mixtures, steps = 1, 2 * Recipe.steps
+    mixtures, steps = 1, Recipe.steps
     gain_weight = deletion_weight = 0.0  # neither is the paper's
 
     def shape(self, prompts: Prompts) -> Shape:
@@ -253,7 +253,7 @@ class Ours(RouteT2I):
     """
 
     name = "ours"
-    mixtures, steps = Recipe.seeds, Recipe.steps
+    mixtures = Recipe.seeds
     gain_weight, deletion_weight = Recipe.gain_weight, Recipe.deletion_weight
 
     def shape(self, prompts: Prompts) -> Shape:

@@ -82,7 +82,6 @@ def test_a_budget_for_one_app_leaves_the_default_one_for_all_in_force() -> None:
         ("budget", "1e999999", "US dollars"),
         ("budget", "1,2/day", "two budgets"),
         ("budget", "0.2@kiosk/month", "such as 0.2/month@kiosk"),
-        ("budget", "0.2/day@kiosk@home", "such as 0.2/month@kiosk"),
         ("budget", "0.2/day@küche", "printable ASCII"),
         ("budget", "0.2/day@" + "x" * 129, "at most 128"),
         ("budget", "1_000", "such as 0.04"),
