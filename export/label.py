@@ -171,9 +171,10 @@ class Draws:
     """How many images of a prompt each model makes."""
 
     train: int = 1
-    train_edge: int = 4
-    """The edge's of a training prompt, `train` at least. They cost a tenth of the cloud's, and most of the luck in
-    what a prompt gains is theirs."""
+    train_edge: int = 1
+    """The edge's of a training prompt, `train` at least. Most of the luck in what a prompt gains is theirs. With four,
+    which cost less than half of one of the cloud's, the starter's mixtures predict gains that correlate 0.54 with
+    measured ones, on validation and calibration prompts, with one 0.52."""
     measured: int = 4
     """On every other split: what is measured on them is an expectation, not one image's luck."""
     ceiling: int = 16
@@ -378,8 +379,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--edge-draws",
         type=_at_least(1),
         default=draws.train_edge,
-        help="the edge's of a training prompt, which are the cheaper, where --draws does not ask for more (default: "
-        "%(default)s)",
+        help="the edge's of a training prompt, where --draws does not ask for more: where they cost little, four are "
+        "worth it (default: %(default)s)",
     )
     parser.add_argument(
         "--measured-draws",

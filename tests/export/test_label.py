@@ -67,7 +67,7 @@ def arguments(models, bundle, out, *more):
     return [
         *named(models, bundle, out),
         *(f"--{split}={number}" for split, number in COUNTS.items()),
-        *("--measured-draws", "2", "--ceiling-draws", "3", *more),
+        *("--edge-draws", "4", "--measured-draws", "2", "--ceiling-draws", "3", *more),
     ]
 
 
