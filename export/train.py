@@ -36,7 +36,7 @@ class Recipe:
     """How the mixture is trained. The paper's own (Adam, 2e-5, 10 epochs) is for 58 M weights; here are 89,000."""
 
     steps: int = 2000
-    """About so many, in whole epochs: 11 of 11,200 prompts. Gains predicted by two mixtures correlate with measured ones
+    """About so many, in whole epochs: 11 of 11,200 prompts. Gains predicted by two mixtures correlate with measured
     of validation and calibration prompts 0.50 after 1,600 steps, 0.54 after 2,400 and 0.55 after 3,600, where the
     tokens they name move PRS less. The weights of the epoch with the best validation loss are kept."""
     batch: int = 64
