@@ -541,19 +541,29 @@ def make_certificate(folder: Path) -> tuple[Path, Path]:
     return key, pem
 
 
-async def test_over_tls_only_a_cloud_with_a_trusted_certificate_gets_the_prompt(
-    certificate: tuple[Path, Path], tmp_path: Path
-) -> None:
+@asynccontextmanager
+async def over_tls(cloud: Cloud, certificate: tuple[Path, Path]) -> AsyncIterator[str]:
+    """The address of `cloud` behind that key and certificate."""
     key, pem = certificate
-    (tmp_path / "another").mkdir()
-    _, another = make_certificate(tmp_path / "another")
-    cloud = Cloud(script=honest(png()))
     server = grpc.aio.server()
     cloud_pb2_grpc.add_CloudServerServiceServicer_to_server(cloud, server)
     credentials = grpc.ssl_server_credentials([(key.read_bytes(), pem.read_bytes())])
-    address = f"127.0.0.1:{server.add_secure_port('127.0.0.1:0', credentials)}"
+    port = server.add_secure_port("127.0.0.1:0", credentials)
     await server.start()
     try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        await server.stop(None)
+
+
+async def test_over_tls_only_a_cloud_with_a_trusted_certificate_gets_the_prompt(
+    certificate: tuple[Path, Path], tmp_path: Path
+) -> None:
+    _, pem = certificate
+    (tmp_path / "another").mkdir()
+    _, another = make_certificate(tmp_path / "another")
+    cloud = Cloud(script=honest(png()))
+    async with over_tls(cloud, certificate) as address:
         assert isinstance((await collect(CloudClient(address, ca_file=pem)))[-1], CloudImage)
         misnamed = CloudClient(address.replace("127.0.0.1", "localhost"), ca_file=pem)
         untrusting = CloudClient(address, ca_file=another)
@@ -566,8 +576,6 @@ async def test_over_tls_only_a_cloud_with_a_trusted_certificate_gets_the_prompt(
             assert error.never_ran
             assert words in error.message
         assert len(cloud.received) == 1
-    finally:
-        await server.stop(None)
 
 
 async def test_no_proxy_stands_between_us_and_a_cloud_on_this_machine(
@@ -578,17 +586,9 @@ async def test_no_proxy_stands_between_us_and_a_cloud_on_this_machine(
     for name in ("http_proxy", "https_proxy", "grpc_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")  # nobody answers there
     cloud.script = honest(png())
-    key, pem = certificate
-    server = grpc.aio.server()
-    cloud_pb2_grpc.add_CloudServerServiceServicer_to_server(cloud, server)
-    credentials = grpc.ssl_server_credentials([(key.read_bytes(), pem.read_bytes())])
-    secure = f"127.0.0.1:{server.add_secure_port('127.0.0.1:0', credentials)}"
-    await server.start()
-    try:
-        for client in (CloudClient(cloud.address), CloudClient(secure, ca_file=pem)):
+    async with over_tls(cloud, certificate) as secure:
+        for client in (CloudClient(cloud.address), CloudClient(secure, ca_file=certificate[1])):
             assert isinstance((await collect(client))[-1], CloudImage)
-    finally:
-        await server.stop(None)
 
 
 async def test_a_plain_server_behind_a_tls_address_is_not_reached(cloud: Cloud, tmp_path: Path) -> None:
