@@ -193,6 +193,11 @@ class Bundle:
             self.folder / other for other in self.manifest.files if other.startswith(folder) and other != name
         ]
 
+    def size_of(self, name: str) -> int:
+        """Bytes of the graph `name` and of what the manifest lists beside it."""
+        folder = name.rpartition("/")[0] + "/"
+        return sum(entry.bytes for other, entry in self.manifest.files.items() if other.startswith(folder))
+
     @property
     def predictor(self) -> Path | None:
         """The quality predictor's graph, or None when the bundle has none."""

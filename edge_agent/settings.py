@@ -368,7 +368,7 @@ class Settings:
         "0",
         _count,
         "N",
-        "threads of the local models, but for small text encoders: one; 0: one a physical core",
+        "threads of a local model, of a small one but one: see docs/settings.md; 0: one a physical core",
     )
     providers: tuple[str, ...] = _setting(
         "",

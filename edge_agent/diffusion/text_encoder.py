@@ -39,9 +39,7 @@ class TextEncoder:
         facts = bundle.manifest
 
         def runtime_of(graph: str) -> Runtime:
-            folder = graph.rpartition("/")[0] + "/"
-            size = sum(entry.bytes for name, entry in facts.files.items() if name.startswith(folder))
-            return replace(runtime, threads=1) if size < SMALL_BYTES else runtime
+            return replace(runtime, threads=1) if bundle.size_of(graph) < SMALL_BYTES else runtime
 
         self._shape = (facts.text_tokens, facts.text_hidden)
         self._added = facts.added

@@ -330,7 +330,8 @@ class _Attentive(nn.Module):
 
     def forward(self, states: Tensor, mask: Tensor, ids: Tensor) -> Tensor:
         own = Own(mask)
-        return own.summed(self.together(*self.inputs(states[mask], ids[mask]), own)) + self.bias
+        read = self.inputs(own.packed(states), own.packed(ids))
+        return own.summed(self.together(*read, own)) + self.bias
 
 
 def _descend(

@@ -24,7 +24,7 @@ from edge_agent.bundle import (
     schedule_file,
     write_manifest,
 )
-from edge_agent.diffusion import sessions, text_encoder
+from edge_agent.diffusion import denoiser, sessions, text_encoder
 from edge_agent.diffusion.denoiser import Denoiser
 from edge_agent.diffusion.generator import Generator, Image, Step
 from edge_agent.diffusion.sessions import Runtime, Stop
@@ -150,16 +150,23 @@ def test_only_a_large_denoiser_on_the_cpu_runs_guidance_in_two_passes(
     assert Denoiser(bundle, other).passes == "batch"
 
 
-def test_a_small_text_encoder_runs_on_one_thread(
-    miniature_bundle: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("model", "limit"),
+    [(TextEncoder, (text_encoder, "SMALL_BYTES")), (Denoiser, (denoiser, "SMALL_WORK"))],
+)
+def test_a_small_model_runs_on_one_thread(
+    model: type[TextEncoder] | type[Denoiser],
+    limit: tuple[object, str],
+    miniature_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def threads() -> int:
-        (session,) = TextEncoder(Bundle.open(miniature_bundle), Runtime(threads=3)).sessions
+        (session,) = model(Bundle.open(miniature_bundle), Runtime(threads=3)).sessions
         assert session._session is not None
         return int(session._session.get_session_options().intra_op_num_threads)
 
     assert threads() == 1
-    monkeypatch.setattr(text_encoder, "SMALL_BYTES", 1_000)
+    monkeypatch.setattr(*limit, 1_000)
     assert threads() == 3
 
 
