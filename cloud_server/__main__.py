@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 
+INTERRUPTED = 130  # exit code, after Ctrl-C
+
+
+def _interrupted(*_: object) -> None:
+    """Ends the program, which has nothing open yet. An exception would be lost where a native library is imported, or
+    come out of it as another.
+    """
+    os._exit(INTERRUPTED)
+
+
+_before = signal.signal(signal.SIGINT, _interrupted)
 try:
     import argparse
     import asyncio
     import logging
-    import os
 
     from cloud_server import log, settings
     from cloud_server.errors import StartRefused
-except KeyboardInterrupt:  # they take a moment, in which somebody may think better of it
-    sys.exit(130)
+finally:
+    signal.signal(signal.SIGINT, _before)
 
 DESCRIPTION = "Hosts a large text-to-image model for the edge agents that route prompts to it."
 
@@ -70,12 +82,13 @@ def main(arguments: list[str] | None = None) -> int:
     except StartRefused as refusal:
         print(f"cloud-server: {refusal.message}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:  # before the server took over the signals
-        return 130
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 def _serve(chosen: settings.Settings) -> int:
     log.configure(as_json=chosen.log_format == "json")
+    signal.signal(signal.SIGINT, _interrupted)  # until the server takes it over
     from cloud_server.server import run
 
     server = asyncio.run(run(chosen))

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 
+INTERRUPTED = 130  # exit code, after Ctrl-C
+
+
+def _interrupted(*_: object) -> None:
+    """Ends the program, which has nothing open yet. An exception would be lost where a native library is imported, or
+    come out of it as another.
+    """
+    os._exit(INTERRUPTED)
+
+
+_before = signal.signal(signal.SIGINT, _interrupted)
 try:
     import argparse
     import asyncio
     import io
     import logging
-    import os
     import stat
     import tempfile
     from collections import Counter
@@ -40,8 +52,8 @@ try:
     from edge_agent.superiority import METRICS
     from edge_agent.terminal import add_command, client, print_facts, print_json, print_table
     from routet2i.edge.v1 import edge_pb2
-except KeyboardInterrupt:  # they take a moment, in which somebody may think better of it
-    sys.exit(130)
+finally:
+    signal.signal(signal.SIGINT, _before)
 
 SWITCH_S = 1e-4
 """How long a thread may keep Python to itself while the daemon's others wait for it. The device's thread wants it for
@@ -229,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _drop_output()
         return _complain(f"the output cannot be written: {error.strerror}; send it elsewhere", BAD_INPUT)
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
 
 
 def _drop_output() -> None:
@@ -247,6 +259,7 @@ def _serve(options: argparse.Namespace) -> int:
     log.configure(as_json=chosen.log_format == "json")
     memory.share_one_heap()
     sys.setswitchinterval(SWITCH_S)
+    signal.signal(signal.SIGINT, _interrupted)  # until the daemon takes it over
     from edge_agent.daemon import run  # the commands need none of it
 
     daemon = asyncio.run(run(chosen))

@@ -107,14 +107,18 @@ def test_certificate_and_key_may_lie_in_the_home_folder(
         resolve({"tls_cert": "~/pem", "tls_key": "~/pem"}, {})
 
 
-def test_ctrl_c_while_the_program_is_being_imported_ends_it_quietly() -> None:
-    interrupted = """
-import runpy, sys
+@pytest.mark.parametrize("library", ["grpc", "cloud_server.server"])
+def test_ctrl_c_while_a_library_is_being_imported_ends_the_program_quietly(library: str) -> None:
+    """Some of them lose the exception that Python makes of it."""
+    interrupted = f"""
+import contextlib, os, runpy, signal, sys
 class Interrupt:
     def find_spec(self, name, *_):
-        if name == "cloud_server.settings":
-            raise KeyboardInterrupt
+        if name == "{library}":
+            with contextlib.suppress(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Interrupt())
+sys.argv = ["cloud-server", "serve", "--listen", "127.0.0.1:0"]
 runpy.run_module("cloud_server", run_name="__main__")
 """
     finished = subprocess.run(
