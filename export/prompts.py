@@ -26,7 +26,7 @@ PROMPTS = {
     "train": 11200,
     "validation": 200,
     "calibration": 400,
-    "test": 800,
+    "test": 2400,
     "combinations": 100,
     "wording": 100,
     "free-form": 60,

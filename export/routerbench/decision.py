@@ -30,7 +30,7 @@ from export.outcomes import Outcomes
 from export.routerbench.measure import RATES, RESAMPLES
 from export.routerbench.router import Floats
 
-EXPLAINED = 200  # test prompts whose tokens are deleted, one after the other
+EXPLAINED = 800  # test prompts whose tokens are deleted, one after the other
 BINS = 8  # of predicted PRS, with equally many prompts
 FAMILIAR = 3  # training prompts that a token must have been in to count as known
 
