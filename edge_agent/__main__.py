@@ -499,13 +499,17 @@ def _target(output: str | None) -> Path | None:
         target = Path(output)
         folder = target.parent
         try:
-            is_folder = stat.S_ISDIR(target.stat().st_mode)
+            mode = target.stat().st_mode
         except FileNotFoundError:
-            is_folder = False
+            mode = stat.S_IFREG
         except OSError as error:  # a name too long, a folder that one may not enter
             raise _cannot_be_written(target, error) from error
-        if is_folder:
+        if stat.S_ISDIR(mode):
             raise InvalidRequest(f"{target} is a folder; name a file in it with -o")
+        if not stat.S_ISREG(mode):  # a pipe or a device, which the image would replace
+            raise InvalidRequest(
+                f"{target} is no regular file; name one with -o, or write to a pipe with -o -"
+            )
     if output != "-" and not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise InvalidRequest(
             f"nothing can be written into the folder {folder.absolute()}; choose another with -o"

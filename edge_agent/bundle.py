@@ -160,6 +160,12 @@ class Bundle:
         """
         root = Path(folder)
         try:
+            str(root).encode()
+        except UnicodeEncodeError as error:  # onnxruntime takes no other paths
+            raise BundleError(
+                f"{str(root)!r} is not a path in UTF-8; move the bundle to one that is"
+            ) from error
+        try:
             if not root.is_dir():
                 raise BundleError(f"no bundle at {root}: the folder does not exist")
             _refuse_links(root, MANIFEST)
@@ -277,6 +283,24 @@ def write_manifest(folder: str | os.PathLike[str], **facts: Any) -> Path:
     partial.write_bytes(text)
     os.replace(partial, target)
     return target
+
+
+def put_file(folder: Path, name: str, made: Path, without: str | None = None) -> None:
+    """Make the file `made`, on the same disk, the file `name` of a finished bundle, and take `without` out of it.
+
+    Nothing else is hashed, so files and manifest disagree for no longer than two renames take.
+    """
+    manifest = folder / MANIFEST
+    document = json.loads(manifest.read_bytes())
+    files = document["files"] | {name: {"bytes": made.stat().st_size, "sha256": _sha256(made)}}
+    document["files"] = {other: files[other] for other in sorted(files) if other != without}
+    partial = manifest.with_suffix(".json.partial")
+    partial.write_bytes(json.dumps(document, indent=2, ensure_ascii=False).encode() + b"\n")
+    (folder / name).parent.mkdir(exist_ok=True)
+    os.replace(made, folder / name)
+    os.replace(partial, manifest)
+    if without is not None:
+        (folder / without).unlink(missing_ok=True)
 
 
 def parse_manifest(text: bytes, place: Path | str) -> Manifest:

@@ -233,11 +233,15 @@ class CloudClient:
         charged = answer.charged_micro_usd if answer.charged else 0
         if answer.request_id != request_id or charged < 0:
             raise CloudLied(f"the cloud at {self.address} answered for another request", never_ran=False)
-        unfinished = {cloud_pb2.GENERATION_STATE_UNSPECIFIED, cloud_pb2.GENERATION_STATE_RUNNING}
+        ended = {
+            cloud_pb2.GENERATION_STATE_FINISHED,
+            cloud_pb2.GENERATION_STATE_FAILED,
+            cloud_pb2.GENERATION_STATE_CANCELLED,
+        }
+        # What a later version of the wire may call a state is no end that is known of.
         return Outcome(
-            known=answer.state not in unfinished,
-            arrived=answer.state
-            not in {cloud_pb2.GENERATION_STATE_UNSPECIFIED, cloud_pb2.GENERATION_STATE_UNKNOWN},
+            known=answer.state in {*ended, cloud_pb2.GENERATION_STATE_UNKNOWN},
+            arrived=answer.state in {*ended, cloud_pb2.GENERATION_STATE_RUNNING},
             charged_micro_usd=charged,
         )
 
@@ -255,11 +259,16 @@ class CloudClient:
         async with self._connection(timeout_s) as channel:
             ask = getattr(CloudServerServiceStub(channel), method)
             try:
-                return await ask(
+                answer = await ask(
                     question, timeout=max(0.0, deadline - self._monotonic()), metadata=self._metadata
                 )
             except grpc.aio.AioRpcError as error:
                 raise self._explained(error, accepted=True, timeout_s=timeout_s) from error
+        if answer is None:  # what gRPC makes of bytes that it cannot decode
+            raise CloudLied(
+                f"the cloud at {self.address} sent an answer that cannot be read", never_ran=False
+            )
+        return answer
 
     @asynccontextmanager
     async def _connection(self, timeout_s: float) -> AsyncIterator[grpc.aio.Channel]:
@@ -268,9 +277,14 @@ class CloudClient:
             raise CloudUnavailable("the connection to the cloud was closed for good", never_ran=True)
         channel = await self._channel()
         try:
+            # Not `asyncio.wait_for`: before Python 3.12 it loses a cancellation that meets the end of its work.
+            ready = asyncio.ensure_future(self._ready(channel))
             try:
-                await asyncio.wait_for(self._ready(channel), min(timeout_s, self._connect_timeout_s))
-            except asyncio.TimeoutError as error:
+                await asyncio.wait({ready}, timeout=min(timeout_s, self._connect_timeout_s))
+            finally:
+                in_time = ready.done()
+                ready.cancel()
+            if not in_time:
                 # A caller in a hurry says nothing about the cloud.
                 if timeout_s >= self._connect_timeout_s:
                     self._failed()
@@ -278,7 +292,8 @@ class CloudClient:
                     f"the cloud at {self.address} gave no connection within "
                     f"{min(timeout_s, self._connect_timeout_s):g} s",
                     never_ran=True,
-                ) from error
+                )
+            ready.result()
             yield channel
         finally:
             await channel.close()  # cancels a call that is still under way
@@ -371,9 +386,11 @@ class _ImageStream:
         self.received = bytearray()
 
     async def take(
-        self, response: cloud_pb2.GenerateResponse
+        self, response: cloud_pb2.GenerateResponse | None
     ) -> CloudAccepted | CloudProgress | CloudImage | None:
         """The event in `response`; None for a piece of the image. Raises CloudLied."""
+        if response is None:  # what gRPC makes of bytes that it cannot decode
+            raise CloudLied("the cloud sent a message that cannot be read", never_ran=False)
         kind = response.WhichOneof("event")
         if (kind == "accepted") is (self.accepted is not None):
             raise CloudLied(f"the cloud sent {kind} where it may not", never_ran=False)

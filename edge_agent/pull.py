@@ -184,6 +184,7 @@ def pull(
 def _installed(store: Store, name: str, text: bytes) -> Bundle | None:
     """The bundle called `name` if it is the one with this manifest. Raises StoreError when it is another."""
     if name not in store.names():
+        store.must_be_free(name)
         return None
     try:
         bundle = Bundle.open(store.path(name), verify=False)
@@ -243,9 +244,9 @@ def _fetch(
         digest, size = _hashed(file, entry)
         started_over = False
         failures = 0
+        most = size  # that there have been; a server that begins anew each time has brought nothing before it has more
         yield size, 0, ""
         while True:
-            before = size
             pieced = size > 0
             try:
                 if size < entry.bytes:
@@ -260,7 +261,8 @@ def _fetch(
                             yield size, len(block), ""
             except SourceUnreachable as error:
                 file.flush()
-                failures = 1 if size - before >= WORTH_BYTES else failures + 1
+                failures = 1 if size - most >= WORTH_BYTES else failures + 1
+                most = max(most, size)
                 if failures > len(waits_s) or (error.retry_after_s or 0.0) > LONGEST_WAIT_S:
                     raise
                 yield size, 0, error.message
@@ -276,6 +278,7 @@ def _fetch(
                     "at its source; nothing was installed"
                 )
             digest, size = _emptied(file), 0
+            most = 0
             # Pieces may not belong together: the power can have gone, or the file was another in between.
             if started_over or not pieced:
                 raise lie

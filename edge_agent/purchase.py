@@ -187,11 +187,14 @@ class Purchases:
                 )  # or it could be reserved anew before the answer comes, and be released
                 try:
                     later += not await self._resolved(reservation)
+                except CloudError as error:
+                    if error.never_ran:  # the cloud is out of reach: so it would be for the others
+                        raise
+                    log.warning("unresolved", extra={"fields": {"purchase": key, "error": error.message}})
+                    later += 1
                 finally:
                     self._under_way.discard(key)
-        except (
-            RouteT2IError
-        ) as error:  # the cloud is out of reach, or the ledger is: so it would be for the others
+        except RouteT2IError as error:  # the cloud is out of reach, or the ledger is
             log.warning("unresolved", extra={"fields": {"error": error.message}})
             return False
         return later == 0

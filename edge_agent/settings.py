@@ -123,6 +123,8 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def _path(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("a path cannot hold the character NUL")
     try:
         expanded(value)
     except StartRefused as error:
@@ -148,8 +150,16 @@ def _listen(value: str) -> str:
 
 
 def _cloud(value: str) -> str:
+    if value.startswith("unix:"):
+        path = _path(value.removeprefix("unix:"))
+        if not path:
+            raise ValueError("unix:PATH needs a path")
+        return f"unix:{expanded(path)}"
+    if "://" in value:
+        raise ValueError(f"{value!r} begins with a scheme; HOST:PORT alone is expected")
     if value:
-        is_local(value)  # raises ValueError unless it is HOST:PORT or unix:PATH
+        split_address(value)
+        is_local(value)  # raises ValueError also for the port 0
     return value
 
 

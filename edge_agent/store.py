@@ -14,6 +14,7 @@ import errno
 import os
 import re
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -57,7 +58,7 @@ class Store:
         if name == STARTER_NAME:
             return self._starter
         path = self.folder / name
-        if not _is_name(name) or not path.is_dir():
+        if not _is_name(name) or not (path.is_dir() or path.is_symlink()):
             raise StoreError(
                 f"there is no model {name!r} in {self.folder}; there are {', '.join(self.names())}. "
                 "Get others with `edge-agent models pull`"
@@ -163,6 +164,13 @@ class Store:
         finally:
             os.close(descriptor)
 
+    def must_be_free(self, name: str) -> None:
+        """Raises StoreError when something lies where the model `name` would be installed."""
+        if os.path.lexists(self.folder / name):  # a rename would put it in the place of an empty folder
+            raise StoreError(
+                f"{self.folder / name} is there already; remove it, or pull under another --name"
+            )
+
     def install(self, name: str) -> Bundle:
         """Makes the complete folder `partial(name)` the model `name`, by one rename. Only while `pulling` it.
 
@@ -172,8 +180,7 @@ class Store:
         bundle = Bundle.open(partial, verify=False)
         _ = bundle.advice  # a calibration that cannot be read would keep the daemon from starting
         with self._exclusive(), self.explained("written"):
-            if os.path.lexists(target):  # a rename would put it in the place of an empty folder
-                raise StoreError(f"{target} has appeared meanwhile; remove it, or pull under another --name")
+            self.must_be_free(name)
             for folder, _, _ in os.walk(partial):
                 _sync(Path(folder))
             os.rename(partial, target)  # noqa: PTH104  # like os.replace: it says what it is
@@ -193,9 +200,10 @@ class Store:
                 path.unlink()
                 return 0
             freed = _bytes_in(path)
+            _make_writable(path)
             # Out of sight first: a model that is half deleted must not be seen.
             for left in self.folder.glob(_REMOVED + "*"):  # by a process that was killed
-                shutil.rmtree(left)
+                shutil.rmtree(left, ignore_errors=True)  # what it left is no reason to keep another model
             away = tempfile.mkdtemp(prefix=_REMOVED, dir=self.folder)
             os.replace(path, Path(away) / path.name)
             shutil.rmtree(away)
@@ -250,7 +258,7 @@ def _is_name(name: str) -> bool:
 
 
 def _is_model(path: Path) -> bool:
-    return _is_name(path.name) and path.name not in RESERVED and path.is_dir()
+    return _is_name(path.name) and path.name not in RESERVED and (path.is_dir() or path.is_symlink())
 
 
 def _bytes_in(folder: Path) -> int:
@@ -260,6 +268,14 @@ def _bytes_in(folder: Path) -> int:
             with suppress(FileNotFoundError):  # another process installs or removes it meanwhile
                 size += (Path(place) / name).lstat().st_size
     return size
+
+
+def _make_writable(folder: Path) -> None:
+    """Folders that were copied from where nothing can be written must not keep what is in them."""
+    for place, _, _ in os.walk(folder):
+        mode = Path(place).stat().st_mode
+        if not mode & stat.S_IWUSR:
+            Path(place).chmod(mode | stat.S_IRWXU)
 
 
 def _write_durably(path: Path, text: str) -> None:

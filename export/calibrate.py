@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.bundle import CALIBRATION, PREDICTOR, Bundle, write_manifest
+from edge_agent.bundle import CALIBRATION, PREDICTOR, Bundle, put_file
 from edge_agent.calibration import Calibration
 from edge_agent.predictor import Predictor
 from edge_agent.superiority import (
@@ -144,8 +144,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             "the labels do not say which cloud model they were measured on; pass --cloud-digest"
         )
     calibration = calibrate(outcomes, bundle, cloud_digest, options.gamma, options.weights)
-    calibration = calibration.save(bundle.folder / CALIBRATION)
-    write_manifest(bundle.folder)
+    partial = bundle.folder / f"{CALIBRATION}.partial"
+    calibration = calibration.save(partial)
+    put_file(bundle.folder, CALIBRATION, partial)
     console.print(
         f"{bundle.folder / CALIBRATION}: {calibration.calibration_id}, {len(calibration.scores)} scores; "
         f"alpha {calibration.alpha(0.5):.4f} at a routing rate of 50 %; "

@@ -93,6 +93,8 @@ def export_bundle(
         )
     name = name or pipelines.name_of(model)
     _refuse_name(name)
+    if not licence.strip() or not licence.isprintable():
+        raise ExportError(f"a licence of {licence!r} does not work: it must be printable text on one line")
     prompts = (
         None
         if calibration_prompts is None
@@ -171,6 +173,8 @@ def export_bundle(
 
 def _refuse_name(name: str) -> None:
     """What a bundle says it is called is what a pull will call it."""
+    if not name.isprintable():
+        raise ExportError(f"a name of {name!r} does not work: it must be printable text on one line")
     try:
         name_from(name)
     except StoreError as error:

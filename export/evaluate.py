@@ -32,6 +32,7 @@ from scipy.stats import rankdata
 
 from edge_agent.bundle import Bundle
 from edge_agent.superiority import relative_superiority
+from export.arguments import check_output
 from export.calibrate import predicted
 from export.errors import ExportError
 from export.outcomes import Outcomes
@@ -198,6 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not 0 < options.rate < 1:
         parser.error("--rate must lie between 0 and 1")
 
+    check_output(options.out)
     bundle = Bundle.open(options.bundle)
     calibration = bundle.calibration
     if calibration is None:

@@ -34,6 +34,7 @@ from edge_agent.diffusion.generator import Image as EdgeImage
 from edge_agent.diffusion.sessions import Runtime
 from edge_agent.superiority import METRICS
 from export.__main__ import run
+from export.arguments import at_least, check_output
 from export.errors import ExportError
 from export.negatives import hard_negatives
 from export.outcomes import COLUMNS, INSPECTION, INSPECTOR, Outcomes, read_table
@@ -341,7 +342,7 @@ def _only_for(root: Path, own: Sequence[Prompt]) -> None:
     ``own`` are the prompts of --prompts; none for the starter's, whose ids say everything.
     """
     file, texts = root / OWN_PROMPTS, [prompt.text for prompt in own]
-    kept = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    kept = file.read_text(encoding="utf-8").removesuffix("\n").split("\n") if file.exists() else []
     both = min(len(kept), len(texts))
     begun = bool(kept) or (root / IMAGES).exists()
     if kept[:both] != texts[:both] or (begun and bool(kept) != bool(texts)):
@@ -371,26 +372,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     draws = Draws()
     parser.add_argument(
         "--draws",
-        type=_at_least(1),
+        type=at_least(1),
         default=draws.train,
         help="images a training prompt and model (default: %(default)s)",
     )
     parser.add_argument(
         "--edge-draws",
-        type=_at_least(1),
+        type=at_least(1),
         default=draws.train_edge,
         help="the edge's of a training prompt, where --draws does not ask for more: where they cost little, four are "
         "worth it (default: %(default)s)",
     )
     parser.add_argument(
         "--measured-draws",
-        type=_at_least(1),
+        type=at_least(1),
         default=draws.measured,
         help="on other splits (default: %(default)s)",
     )
     parser.add_argument(
         "--ceiling-draws",
-        type=_at_least(0),
+        type=at_least(0),
         default=draws.ceiling,
         help=f"on the first {CEILING_PROMPTS} test prompts (default: %(default)s)",
     )
@@ -408,7 +409,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--batch",
-        type=_at_least(1),
+        type=at_least(1),
         default=BATCH,
         help="images the cloud model makes at once; fewer need less memory (default: %(default)s)",
     )
@@ -422,7 +423,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     for split, number in PROMPTS.items():
         parser.add_argument(
-            f"--{split}", type=_at_least(0), dest=split, help=f"prompts of the starter's (default: {number})"
+            f"--{split}", type=at_least(0), dest=split, help=f"prompts of the starter's (default: {number})"
         )
     parser.add_argument(
         "--share",
@@ -440,6 +441,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not any(counts.values()):
         parser.error("there is no prompt to label: ask for some of one split at least, such as --test 100")
     own = [] if options.prompts is None else own_prompts(options.prompts)
+    check_output(options.out)
     bundle, cloud = Bundle.open(options.bundle), cloud_model(options.cloud)
     prompts = own or router_prompts(counts)
     judge = Judge(options.judge)
@@ -503,15 +505,6 @@ def _write_whole(file: Path, text: str) -> None:
     partial = file.with_suffix(f".{os.getpid()}")
     partial.write_text(text, encoding="utf-8")
     partial.replace(file)
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if (value := int(text)) < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, not {value}")
-        return value
-
-    return number
 
 
 def _share(text: str) -> tuple[int, int]:

@@ -270,6 +270,12 @@ def _refuse_unsupported(pipeline: Any) -> None:
             raise ExportError(f"{what} is not supported")
     if not hasattr(vae, "scaling_factor"):
         raise ExportError(f"{type(pipeline.vae).__name__} names no scaling_factor")
+    positions = min(encoder.config.max_position_embeddings for encoder in encoders)
+    if (tokens := pipeline.tokenizer.model_max_length) > positions:
+        raise ExportError(
+            f"the tokenizer allows {tokens:g} tokens, and the text encoder has {positions} positions: write "
+            f"model_max_length {positions} into tokenizer_config.json"
+        )
 
 
 def _nearest(side: int, multiple: int) -> int:

@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 import torch
 
-from edge_agent.bundle import CALIBRATION, PREDICTOR, Bundle, write_manifest
+from edge_agent.bundle import CALIBRATION, PREDICTOR, Bundle, put_file
 from edge_agent.predictor import INPUTS, OUTPUTS, Predictor
 from edge_agent.superiority import METRICS
 from export.errors import ExportError
@@ -115,14 +115,10 @@ def install(weights: Path, bundle: Bundle) -> float:
         raise ExportError(
             f"{weights} was trained on another edge model's token states; train it on {bundle.folder}"
         )
-    target = bundle.folder / PREDICTOR
-    target.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=bundle.folder.parent) as scratch:
-        graph = Path(scratch) / target.name
+        graph = Path(scratch) / "model.onnx"
         difference = export(ensemble, graph, bundle.manifest.text_tokens)
-        (bundle.folder / CALIBRATION).unlink(missing_ok=True)
-        graph.replace(target)
-    write_manifest(bundle.folder)
+        put_file(bundle.folder, PREDICTOR, graph, without=CALIBRATION)
     return difference
 
 

@@ -9,6 +9,7 @@ on them. Three more splits ask how far a router carries: `combinations` pairs ob
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -76,12 +77,13 @@ def own_prompts(file: Path) -> list[Prompt]:
     counts = Counter(dict.fromkeys(SHARES, 0))
     prompts = []
     for number, text in numbered_lines(file):
-        if text in first:
+        read = " ".join(unicodedata.normalize("NFC", text).lower().split())  # by most text encoders
+        if read in first:
             raise ExportError(
-                f"{file}: line {number} is line {first[text]} again, {text!r}: remove one, or a router is measured on "
+                f"{file}: line {number} is line {first[read]} again, {text!r}: remove one, or a router is measured on "
                 "what it learnt"
             )
-        first[text] = number
+        first[read] = number
         split = _split_of(text)
         # A million for each split: seeds are a thousand times the id and end at 2**32.
         prompt_id = list(SHARES).index(split) * 1_000_000 + counts[split]
@@ -102,7 +104,7 @@ def numbered_lines(file: Path) -> list[tuple[int, str]]:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ExportError(f"{file} is not text in UTF-8: {error}") from error
-    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise ExportError(f"{file} has no prompts; write one a line")
     return lines

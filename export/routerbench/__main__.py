@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -23,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from edge_agent.bundle import Bundle
+from export.arguments import at_least
 from export.calibrate import scale_of
 from export.errors import ExportError
 from export.evaluate import Paired, routed, spearman
@@ -33,7 +36,7 @@ from export.routerbench import plots, report
 from export.routerbench.ceiling import Ceiling, ceiling, oracle_by_images, sentences_share
 from export.routerbench.decision import decisions
 from export.routerbench.measure import RATES, Bench, counted_metrics
-from export.routerbench.router import Floats, Prompts, Router
+from export.routerbench.router import Floats, Prompts, Router, Scorer
 from export.routerbench.routers import ABLATIONS, BASELINES, ROUTERS
 from export.starter.world import Scene
 from export.states import of_prompts, of_shorter_prompts
@@ -105,14 +108,30 @@ def fit(router: Router, data: Data) -> Fitted:
     """Tune on validation, fit with every seed, score the rest."""
     torch.set_num_threads(1)
 
-    tried = [router.fit(data.train, data.validation, 0, **setting) for setting in router.settings]
+    def learnt(seed: int, setting: Mapping[str, float]) -> Scorer:
+        return _checked(router.name, router.fit(data.train, data.validation, seed, **setting))
+
+    tried = [learnt(0, setting) for setting in router.settings]
     worths = [worth(score(data.validation), data.validation.gain) for score in tried]
     best = int(np.argmax(worths))
     setting = router.settings[best]
-    more = [router.fit(data.train, data.validation, seed, **setting) for seed in range(1, SEEDS)]
+    more = [learnt(seed, setting) for seed in range(1, SEEDS)]
     scorers = [tried[best], *more]
     scores = {split: [score(prompts) for score in scorers] for split, prompts in data.others.items()}
     return Fitted(router.name, dict(setting), max(worths), scores, _time(scorers[0], data.others["test"]))
+
+
+def _checked(name: str, score: Scorer) -> Scorer:
+    def checked(prompts: Prompts) -> Floats:
+        scores = np.asarray(score(prompts), np.float64)
+        if scores.shape != (len(prompts),) or not np.isfinite(scores).all():
+            raise ExportError(
+                f"router {name!r} scored {len(prompts)} prompts with an array {list(scores.shape)}, "
+                f"{int(np.isfinite(scores).sum())} of it finite: it must give one finite number a prompt"
+            )
+        return scores
+
+    return checked
 
 
 def _time(score: object, prompts: Prompts) -> Floats:
@@ -142,7 +161,27 @@ def _named(text: str) -> type[Router]:
         found: type[Router] = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ExportError(f"--router {text}: no such class ({error}); say package.module:Class") from error
+    described = isinstance(getattr(found, "name", None), str) and bool(getattr(found, "settings", None))
+    if not inspect.isclass(found) or not callable(getattr(found, "fit", None)) or not described:
+        raise ExportError(
+            f"--router {text}: not a class with a name, settings (at least one, which may be {{}}) and fit(); "
+            "docs/routerbench.md shows one"
+        )
     return found
+
+
+def _instances(kinds: Sequence[type[Router]]) -> list[Router]:
+    names = Counter(kind.name for kind in kinds)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise ExportError(f"two routers are called {twice[0]!r}: give yours another name")
+    return [_made(kind) for kind in kinds]
+
+
+def _made(kind: type[Router]) -> Router:
+    try:
+        return kind()
+    except TypeError as error:
+        raise ExportError(f"router {kind.name!r} cannot be made without arguments: {error}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -160,9 +199,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="MODULE:CLASS",
         help="one more router; may be repeated",
     )
-    parser.add_argument("--processes", type=int, default=2, help="fitting at once (default: %(default)s)")
+    parser.add_argument(
+        "--processes", type=at_least(1), default=2, help="fitting at once (default: %(default)s)"
+    )
     options = parser.parse_args(argv)
-    routers = [kind() for kind in (*ROUTERS, *map(_named, options.router))]
+    routers = _instances([*ROUTERS, *map(_named, options.router)])
 
     started = time.monotonic()
     outcomes, bundle = Outcomes.read(options.labels), Bundle.open(options.bundle)

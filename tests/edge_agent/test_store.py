@@ -222,7 +222,7 @@ def test_install_refuses_what_is_incomplete_and_what_would_replace(store: Store)
         shutil.rmtree(partial)
         shutil.copytree(STARTER, partial)
         (store.folder / "mine").mkdir()
-        with pytest.raises(StoreError, match="has appeared meanwhile"):
+        with pytest.raises(StoreError, match="has there already"):
             store.install("mine")
 
 
