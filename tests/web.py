@@ -29,9 +29,10 @@ class Asked:
 class Web:
     """What the server does. `manner` holds for the files whose path ends in `at`, the first `times` times.
 
-    honest, no_range, stop (half of what is asked for, then the connection ends), hang (the same, then nothing),
-    wrong (one bit), longer and shorter (whole answers of another size), endless (no size, and no end), cut (a chunk
-    that ends early), other_part (of the file than was asked for), compressed, redirect (to `to`), status (`code`).
+    honest, no_range, stop (half of what is asked for, then the connection ends), hang (the same, then nothing), anew
+    (two or three quarters in turns, from the beginning each time), wrong (one bit), longer and shorter (whole answers
+    of another size), endless (no size, and no end), cut (a chunk that ends early), other_part (of the file than was
+    asked for), compressed, redirect (to `to`), status (`code`).
     """
 
     folder: Path
@@ -97,7 +98,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             whole += b"x"
         elif manner == "shorter":
             whole = whole[:-1]
-        start = 0 if manner == "no_range" else asked.offset
+        start = 0 if manner in ("no_range", "anew") else asked.offset
         if start and start >= len(whole):
             return self._head(416, {"Content-Range": f"bytes */{len(whole)}", "Content-Length": "0"})
         body, headers = whole[start:], {}
@@ -111,6 +112,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         elif manner != "endless":
             headers["Content-Length"] = str(len(body))
         self._head(206 if headers.get("Content-Range") else 200, headers)
+        if manner == "anew":
+            self._write(asked, body[: len(body) * (2 + self.web.times % 2) // 4])
+            return None
         if manner in ("stop", "hang", "cut"):
             chunk = f"{len(body):x}\r\n".encode() if manner == "cut" else b""
             self.wfile.write(chunk)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from edge_agent.bundle import (
     TOKENIZER_2,
     AddedConditioning,
     Bundle,
+    put_file,
     schedule_file,
     write_manifest,
 )
@@ -322,3 +324,23 @@ def test_what_a_crash_left_of_a_manifest_is_not_listed(bundle_copy: Path) -> Non
     (bundle_copy / "manifest.json.partial").write_text("{")
     write_manifest(bundle_copy)
     assert "manifest.json.partial" not in Bundle.open(bundle_copy).manifest.files
+
+
+def test_a_file_is_put_into_a_finished_bundle_and_another_taken_out(
+    bundle_copy: Path, tmp_path: Path
+) -> None:
+    (bundle_copy / "predictor").mkdir()
+    for name in ("predictor/old.json", "predictor/new.json"):
+        made = tmp_path / "made"
+        made.write_text(name)
+        put_file(bundle_copy, name, made, without="predictor/old.json" if "new" in name else None)
+        assert not made.exists()
+    assert set(Bundle.open(bundle_copy).manifest.files) >= {DENOISER, "predictor/new.json"}
+    assert [path.name for path in (bundle_copy / "predictor").iterdir()] == ["new.json"]
+
+
+def test_a_folder_whose_name_is_no_utf_8_is_refused(miniature_bundle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"b\xff")
+    folder.symlink_to(miniature_bundle)
+    with pytest.raises(BundleError, match="not a path in UTF-8"):
+        Bundle.open(folder)

@@ -667,6 +667,58 @@ async def test_a_lookup_that_answers_for_another_request_is_a_lie(cloud: Cloud) 
         await CloudClient(cloud.address).lookup("r-1")
 
 
+async def test_bytes_that_are_no_message_are_a_lie_that_may_have_run() -> None:
+    async with undecodable_cloud() as address:
+        client = CloudClient(address)
+        for answer in (client.lookup("r-1"), client.model_digest(), collect(client)):
+            with pytest.raises(CloudLied, match="cannot be read") as lied:
+                await answer
+            assert not lied.value.never_ran
+
+
+@asynccontextmanager
+async def undecodable_cloud() -> AsyncIterator[str]:
+    """A server that answers every method with bytes that are no message."""
+
+    class Anything(grpc.GenericRpcHandler):
+        def service(self, details: Any) -> grpc.RpcMethodHandler:
+            if details.method.endswith("/Generate"):
+
+                async def stream(request: bytes, context: Any) -> AsyncIterator[bytes]:
+                    yield b"\xff"
+
+                return grpc.unary_stream_rpc_method_handler(stream)
+
+            async def answer(request: bytes, context: Any) -> bytes:
+                return b"\xff"
+
+            return grpc.unary_unary_rpc_method_handler(answer)
+
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers((Anything(),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        await server.stop(None)
+
+
+async def test_a_caller_who_leaves_as_the_connection_is_made_sends_nothing(
+    cloud: Cloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both in one turn of the loop: before Python 3.12 `asyncio.wait_for` then forgets the cancellation."""
+    client, connected = CloudClient(cloud.address), asyncio.Event()
+    monkeypatch.setattr(client, "_ready", lambda _: connected.wait())
+    call = asyncio.create_task(client.lookup("r-1"))
+    await asyncio.sleep(0.1)
+    connected.set()
+    await asyncio.sleep(0)  # it has ended, and whoever waits for it does not know yet
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+
+
 async def test_the_cloud_can_be_asked_for_its_model(cloud: Cloud) -> None:
     assert await CloudClient(cloud.address).model_digest() == "cd" * 32
     cloud.digest = "\x1b[31mX"

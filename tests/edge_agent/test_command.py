@@ -138,6 +138,12 @@ def test_a_name_as_long_as_the_file_system_takes_is_no_longer_while_it_is_writte
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+def test_a_pipe_is_not_replaced_by_the_image(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InvalidRequest, match=r"no regular file.*-o -"):
+        _target(str(tmp_path / "pipe"))
+
+
 @pytest.mark.usefixtures("ordinary_user")
 def test_a_folder_that_one_may_not_enter_is_refused_before_the_image_is_made() -> None:
     # Not tmp_path: its parents belong to the user who started the tests.

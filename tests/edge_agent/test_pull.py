@@ -178,6 +178,26 @@ def test_a_server_without_ranges_starts_that_file_over_and_no_other(
     assert same(store.folder / "hollow", hollow)
 
 
+def test_a_server_that_begins_anew_each_time_and_never_ends_is_given_up(
+    web: Web, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_agent.pull.WORTH_BYTES", SIZES[DENOISER] // 8)
+    web.misbehave("anew", at=DENOISER)
+    with pytest.raises(SourceUnreachable):
+        fetch(source(web), store)
+    assert len(web.offsets(DENOISER)) <= 2 + len(NO_WAITS)
+
+
+def test_what_lies_where_a_model_would_be_is_told_before_it_is_fetched(web: Web, store: Store) -> None:
+    store.folder.mkdir(parents=True)
+    (store.folder / "hollow").symlink_to("/nowhere")
+    (store.folder / "file").write_text("")
+    for name, words in (("hollow", "models remove hollow"), ("file", "is there already")):
+        with pytest.raises(StoreError, match=words):
+            fetch(source(web), store, name)
+    assert web.sent(DENOISER) == 0
+
+
 def test_a_server_that_falls_silent_is_asked_again(web: Web, store: Store, hollow: Path) -> None:
     web.misbehave("hang", at=DENOISER, times=1)
     fetch(source(web, timeout_s=0.3), store)

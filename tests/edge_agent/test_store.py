@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pytest
 from edge_agent.bundle import CALIBRATION, DENOISER, Bundle, write_manifest
 from edge_agent.errors import BundleError, Busy, StoreError
 from edge_agent.settings import STARTER, resolve
-from edge_agent.store import MAX_NAME_CHARS, Store, check_name, name_from
+from edge_agent.store import MAX_NAME_CHARS, Store, _make_writable, check_name, name_from
 
 ROOT = Path(__file__).parents[2]
 
@@ -169,6 +170,32 @@ def test_removing_a_link_leaves_what_it_leads_to(store: Store, tmp_path: Path) -
     Bundle.open(elsewhere)
 
 
+def test_a_link_that_leads_nowhere_is_listed_and_can_be_removed(store: Store, tmp_path: Path) -> None:
+    store.folder.mkdir(parents=True)
+    (store.folder / "gone").symlink_to(tmp_path / "unplugged")
+    assert store.names() == ["starter", "gone"]
+    with pytest.raises(BundleError, match="does not exist"):
+        store.choose("gone")
+    assert store.remove("gone") == 0
+    assert store.names() == ["starter"]
+
+
+@pytest.mark.usefixtures("ordinary_user")
+def test_a_model_whose_folders_cannot_be_written_is_removed_whole() -> None:
+    # Not tmp_path: its parents belong to the user who started the tests.
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(Path(folder) / "models", STARTER)
+        for name in ("first", "second"):
+            (install(store, name) / "unet").chmod(0o555)
+        assert store.remove("first") > 0
+        (left := store.folder / ".removed-left").mkdir()  # as by a version that could not
+        (store.folder / "second").rename(left / "second")
+        install(store, "third")
+        assert store.remove("third") > 0
+        assert store.names() == ["starter"]
+        _make_writable(left)
+
+
 def test_what_an_unfinished_pull_left_can_be_removed(store: Store) -> None:
     with store.pulling("mine") as partial:
         partial.mkdir()
@@ -222,12 +249,13 @@ def test_install_refuses_what_is_incomplete_and_what_would_replace(store: Store)
         shutil.rmtree(partial)
         shutil.copytree(STARTER, partial)
         (store.folder / "mine").mkdir()
-        with pytest.raises(StoreError, match="has there already"):
+        with pytest.raises(StoreError, match="is there already"):
             store.install("mine")
 
 
 HOLD = """
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from edge_agent.store import Store

@@ -299,6 +299,9 @@ def test_sizes_that_are_none_are_refused(size: str, capsys: pytest.CaptureFixtur
         ({"calibration_prompts": "prompts.txt"}, "nothing to calibrate in fp32 without --dtype"),
         ({"name": "edge"}, "can be called 'edge'; choose another with --name"),
         ({"name": "!"}, "cannot be called ''"),
+        ({"name": "a\nb"}, "printable text on one line"),
+        ({"licence": "MIT\r"}, "printable text on one line"),
+        ({"licence": " "}, "printable text on one line"),
     ],
 )
 def test_what_no_bundle_can_be_is_refused_before_anything_is_run(
@@ -422,6 +425,14 @@ def test_a_network_that_takes_or_gives_something_else_is_refused(
 ) -> None:
     getattr(pipeline, part).register_to_config(**change)
     with pytest.raises(ExportError, match=why):
+        export_bundle(pipeline, tmp_path / "bundle", report=silent)
+
+
+def test_a_tokenizer_without_a_length_says_where_to_write_it(
+    pipeline: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    pipeline.tokenizer.model_max_length = int(1e30)
+    with pytest.raises(ExportError, match=r"1e\+30 tokens.* 77 positions.*tokenizer_config"):
         export_bundle(pipeline, tmp_path / "bundle", report=silent)
 
 

@@ -22,7 +22,7 @@ from export.__main__ import main as edge_export
 from export.diffusion_onnx import export_bundle
 from export.errors import ExportError
 from export.outcomes import INSPECTION, INSPECTOR, SPLITS, Outcomes
-from export.prompts import SHARES, own_prompts, router_prompts
+from export.prompts import SHARES, numbered_lines, own_prompts, router_prompts
 from export.quality import Judge, load_metrics
 from export.starter.judge import new_judge
 from export.starter.tokenizer import train_tokenizer
@@ -338,6 +338,7 @@ def test_own_prompts_are_parted_by_their_text_and_more_of_them_move_none(tmp_pat
     ("content", "words"),
     [
         (b"a cat\n\na dog\n a cat \n", "line 4 is line 1 again, 'a cat'"),
+        (b"a cat\nA  cat\n", "line 2 is line 1 again, 'A  cat'"),
         (b"a cat\n", "0 of its 1 prompts fall to the split .*, which needs 2 at least"),
         (b"\n \n", "has no prompts"),
         (b"caf\xe9\n", "not text in UTF-8"),
@@ -461,3 +462,16 @@ def test_adherence_is_one_column_more_of_the_same_images_and_off_by_default(
     assert after.drop_columns(label.ADHERENCE).equals(before)
     measured = after[label.ADHERENCE].to_numpy()
     assert ((measured > 0) & (measured < 1)).all()
+
+
+def test_a_line_ends_where_editors_end_it(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a cat\u2028on a mat\r\n\na dog\x0con a log\n", encoding="utf-8", newline="")
+    assert numbered_lines(file) == [(1, "a cat\u2028on a mat"), (3, "a dog\x0con a log")]
+
+
+def test_the_folder_of_the_matrix_is_made_before_the_work(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for out, words in (("file/labels.parquet", "cannot be made"), (".", "is a folder")):
+        assert edge_export(["label", "--out", str(tmp_path / out)]) == 2
+        assert words in capsys.readouterr().err

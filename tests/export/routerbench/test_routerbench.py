@@ -11,6 +11,7 @@ import torch
 
 from edge_agent.superiority import METRICS
 from export.__main__ import main
+from export.errors import ExportError
 from export.outcomes import Outcomes
 from export.prompts import scenes_by_text, scenes_of
 from export.routerbench import routers
@@ -143,7 +144,9 @@ def test_a_router_is_found_in_the_folder_one_works_in(
 ) -> None:
     from export.routerbench import __main__ as command
 
-    (tmp_path / "my_own_router.py").write_text("class Mine:\n    name = 'mine'\n")
+    (tmp_path / "my_own_router.py").write_text(
+        "class Mine:\n    name, settings = 'mine', ({},)\n    def fit(self): ...\n"
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     assert command._named("my_own_router:Mine").name == "mine"
@@ -152,6 +155,43 @@ def test_a_router_is_found_in_the_folder_one_works_in(
 def test_a_router_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["routerbench", "--router", "nowhere:Router"]) == 2
     assert "package.module:Class" in capsys.readouterr().err
+
+
+class Copied(Longest):
+    name = "random"
+
+
+class Undecided(Longest):
+    name = "undecided"
+
+    def fit(self, train: Prompts, validation: Prompts, seed: int, **setting: float) -> Scorer:
+        return lambda prompts: np.full(len(prompts), np.nan)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--router", f"{__name__}:Copied"], "two routers are called 'random'"),
+        (["--router", "export.prompts:Prompt"], "not a class with a name"),
+        (["--router", "os:getcwd"], "not a class with a name"),
+    ],
+)
+def test_what_is_no_router_of_its_own_is_refused_before_anything_is_read(
+    options: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["routerbench", "--labels", "nowhere", *options]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_no_processes_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["routerbench", "--processes", "0"])
+    assert "at least 1" in capsys.readouterr().err
+
+
+def test_a_router_without_a_number_for_every_prompt_is_named(world: World) -> None:
+    with pytest.raises(ExportError, match=r"'undecided' scored .* 0 of it finite"):
+        fit(Undecided(), world.data)
 
 
 def test_only_metrics_whose_gap_is_sure_make_dp(world: World) -> None:
