@@ -126,3 +126,21 @@ async def test_what_never_fits_and_what_a_clock_ahead_left_is_said_with_what_to_
     _, advice = await purchases.advice(CEILING)
     assert "1 cloud calls" in advice and "2027-01-15" in advice and str(tmp_path / "quota.sqlite3") in advice
     await purchases.close()
+
+
+async def test_a_reservation_that_the_cloud_cannot_answer_for_does_not_hold_up_those_after_it(
+    begin: Begin,
+) -> None:
+    def answerable(request_id: str) -> bool:
+        if request_id == "left":
+            raise ValueError(request_id)  # as where what the cloud has noted of it is damaged
+        return True
+
+    async with scripted_cloud("d" * 64) as cloud:
+        cloud.answerable = answerable
+        purchases = begin(cloud.address)
+        await purchases.reserve(request("after"), CEILING, 0.0)
+        purchases.hand_over("after", sent=True)
+        await purchases.start()
+        await until(lambda: unresolved(purchases) == ["left"])
+        assert cloud.lookups[0] == "left"
