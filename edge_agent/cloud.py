@@ -279,7 +279,9 @@ class CloudClient:
         try:
             # Not `asyncio.wait_for`: before Python 3.12 it loses a cancellation that meets the end of its work.
             ready = asyncio.ensure_future(self._ready(channel))
-            ready.add_done_callback(lambda done: done.cancelled() or done.exception())  # or asyncio warns of one
+            ready.add_done_callback(
+                lambda done: done.cancelled() or done.exception()
+            )  # or asyncio warns of one
             try:
                 await asyncio.wait({ready}, timeout=min(timeout_s, self._connect_timeout_s))
             finally:
