@@ -36,6 +36,10 @@ class TokenStates:
         states, ids = zip(*prompts, strict=True)
         return cls(np.concatenate(states), np.concatenate(ids), np.cumsum([0, *map(len, states)]))
 
+    def means(self) -> NDArray[np.float32]:
+        """[N, d], the mean state of each prompt's own tokens."""
+        return np.stack([one.mean(axis=0) for one in np.split(self.tokens, self.starts[1:-1])])
+
     def padded(self, width: int = 0) -> tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.int64]]:
         """States [N, n, d], mask [N, n] and ids [N, n], n being the longest prompt's tokens or ``width``, if more."""
         counts = np.diff(self.starts)

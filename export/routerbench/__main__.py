@@ -233,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The slowest first; what is measured beside routers fills the gap that the last one leaves.
         fitting = [pool.submit(fit, router, data) for router in reversed(routers)]
         limiting = pool.submit(_ceiling, outcomes.split("train"), test, known)
-        deciding = pool.submit(decisions, bundle, outcomes, there)
+        deciding = pool.submit(decisions, bundle, outcomes, there, options.out)
         parts = {limiting: "what can be foreseen", deciding: "the bundle's decisions"}
         task = bar.add_task("routers", total=len(fitting) + len(parts))
         for done in as_completed([*fitting, *parts]):

@@ -85,11 +85,12 @@ def ceiling(
     names, number = np.unique([repr(scene) for scene in train], return_inverse=True)
     order = np.random.default_rng(seed).permutation(len(names))
     every = [*train, *asked]
-    linear = [_gram(every, features) for features in (words, pairs)]
-    said = np.array([repr(scene) for scene in every])
-    kernels = [*linear, (said[:, None] == said[None]).astype(np.float64)]
+    tables = [_table(every, features) for features in (words, pairs)]
+    _, said = np.unique([repr(scene) for scene in every], return_inverse=True)
     known, like_asked = len(train), min(len(train), REPEATING)
-    drawn_alike = [kernel[:like_asked, :like_asked] for kernel in kernels]
+    few = said[:like_asked]
+    drawn_alike = [table[:like_asked] @ table[:like_asked].T for table in tables]
+    drawn_alike.append((few[:, None] == few).astype(np.float64))
     weights, noise = _fitted(drawn_alike, target[:like_asked])
     parts = [
         weight * float(np.diag(kernel).mean() - kernel.mean())
@@ -97,12 +98,20 @@ def ceiling(
     ]
     scenes_part = np.array(parts) * spread**2 / float(single[:like_asked].var())
     shares = [*scenes_part, 1 - scenes_part.sum()]
-    whole = sum(weight * kernel for weight, kernel in zip(weights, kernels, strict=True))
+    *of_words, of_scene = weights
+    weighed = np.hstack([weight**0.5 * table for weight, table in zip(of_words, tables, strict=True)])
+
+    def covariance(one: np.ndarray, other: np.ndarray) -> Floats:
+        made = weighed[one] @ weighed[other].T
+        made[said[one][:, None] == said[other]] += of_scene
+        return made
 
     def predicted(learnt: np.ndarray, where: np.ndarray) -> Floats:
         mean = float(target[learnt].mean())
-        factor = cho_factor(whole[np.ix_(learnt, learnt)] + noise * np.eye(len(learnt)))
-        return np.asarray(mean + whole[np.ix_(where, learnt)] @ cho_solve(factor, target[learnt] - mean))
+        noisy = covariance(learnt, learnt)
+        noisy[np.diag_indices_from(noisy)] += noise
+        factor = cho_factor(noisy, overwrite_a=True)  # a gigabyte, at ten thousand prompts
+        return np.asarray(mean + covariance(where, learnt) @ cho_solve(factor, target[learnt] - mean))
 
     left_out = np.flatnonzero(np.isin(number, order[-len(names) // 5 :]))
     curve = []
@@ -150,15 +159,14 @@ def sentences_share(gains: Floats, scenes: NDArray[np.int64]) -> float:
     return (within - image) / (float(mean.var(ddof=1)) - image)
 
 
-def _gram(scenes: Sequence[Scene], features: Callable[[Scene], dict[str, float]]) -> Floats:
-    """[N, N], inner products of features, of mean one on the diagonal."""
+def _table(scenes: Sequence[Scene], features: Callable[[Scene], dict[str, float]]) -> Floats:
+    """[N, F], a feature a column; the rows' squares are one in the mean."""
     found = [features(scene) for scene in scenes]
     place = {name: index for index, name in enumerate(sorted({name for one in found for name in one}))}
     table = np.zeros((len(scenes), len(place)))
     for row, one in enumerate(found):
         table[row, [place[name] for name in one]] = list(one.values())
-    gram = table @ table.T
-    return np.asarray(gram / np.diag(gram).mean())
+    return table / np.sqrt((table**2).sum(axis=1).mean())
 
 
 def _fitted(kernels: Sequence[Floats], target: Floats) -> tuple[list[float], float]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,7 @@ from export.evaluate import Estimate, estimate, resampled, spearman
 from export.outcomes import Outcomes
 from export.routerbench.measure import RATES, RESAMPLES
 from export.routerbench.router import Floats
+from export.states import of_prompts
 
 EXPLAINED = 800  # test prompts whose tokens are deleted, one after the other
 BINS = 8  # of predicted PRS, with equally many prompts
@@ -141,11 +143,12 @@ class Decider:
 
 
 def decisions(
-    bundle: Bundle, outcomes: Outcomes, scenes: Mapping[str, NDArray[np.int64]], seed: int = 0
+    bundle: Bundle, outcomes: Outcomes, scenes: Mapping[str, NDArray[np.int64]], cache: Path, seed: int = 0
 ) -> Decisions | None:
     """Measure them; None where the bundle has no predictor or no calibration for these labels' models.
 
-    ``scenes`` numbers what each prompt says, split by split; its keys are the splits that are looked at.
+    ``scenes`` numbers what each prompt says, split by split; its keys are the splits that are looked at. The training
+    prompts' token states are read from the folder ``cache``, or made and kept there.
     """
     calibration = bundle.calibration
     if bundle.predictor is None or calibration is None:
@@ -155,15 +158,18 @@ def decisions(
     tokens = {
         split: [decider.tokenizer.encode(text) for text in part.prompts] for split, part in parts.items()
     }
-    made = {split: [decider.decide(one) for one in rows] for split, rows in tokens.items()}
+    measured = [split for split in scenes if split != "train"]
+    made = {split: [decider.decide(one) for one in tokens[split]] for split in measured}
     explanations = _explanations(decider, tokens["test"][:EXPLAINED], scenes["test"][:EXPLAINED], seed)
     predicted = {split: np.array([prs for prs, _, _ in rows]) for split, rows in made.items()}
     realised = {
-        split: np.array([decider.prs(*pair) for pair in zip(part.edge, part.cloud, strict=True)])
-        for split, part in parts.items()
+        split: np.array(
+            [decider.prs(*pair) for pair in zip(parts[split].edge, parts[split].cloud, strict=True)]
+        )
+        for split in measured
     }
     middles = {split: np.stack([middle for _, _, middle in rows]) for split, rows in made.items()}
-    measured = [split for split in scenes if split != "train"]
+    middles["train"] = of_prompts(cache, bundle, parts["train"].prompts).means()
     bins, slope = _reliability(predicted["test"], realised["test"], scenes["test"], seed)
     return Decisions(
         rates={

@@ -20,7 +20,7 @@ class Routed:
     """A world with a trained and calibrated bundle."""
 
     def __init__(self, folder: Path) -> None:
-        bundle = folder / "bundle"
+        bundle, self.cache = folder / "bundle", folder / "run"
         digest = write_bundle(bundle).model_digest
         texts = json.dumps([[name, f"good {name}", f"bad {name}"] for name in METRICS])
         labels = write_labels(
@@ -29,8 +29,8 @@ class Routed:
             facts={"edge_digest": digest, "cloud_digest": "c0ffee", "metrics": texts},
         )
         train = ["--seeds", "1", "--steps", "300", "--rank", "4", "--hidden", "16"]
-        assert main(["train", str(labels), str(bundle), str(folder / "run"), *train]) == 0
-        assert main(["predictor", str(folder / "run" / "predictor.safetensors"), str(bundle)]) == 0
+        assert main(["train", str(labels), str(bundle), str(self.cache), *train]) == 0
+        assert main(["predictor", str(self.cache / "predictor.safetensors"), str(bundle)]) == 0
         assert main(["calibrate", str(labels), str(bundle)]) == 0
         self.bundle, self.outcomes = Bundle.open(bundle), Outcomes.read(labels)
         scenes = scenes_of(self.outcomes.prompts, scenes_by_text(self.outcomes.splits.tolist()))
@@ -46,7 +46,7 @@ def routed(tmp_path_factory: pytest.TempPathFactory) -> Routed:
 
 @pytest.fixture(scope="module")
 def made(routed: Routed) -> Decisions:
-    found = decisions(routed.bundle, routed.outcomes, routed.scenes)
+    found = decisions(routed.bundle, routed.outcomes, routed.scenes, routed.cache)
     assert found is not None
     return found
 
@@ -95,7 +95,7 @@ def test_an_unknown_word_is_told(routed: Routed, made: Decisions) -> None:
 
 def test_a_bundle_without_calibration_has_no_decisions_to_measure(routed: Routed, tmp_path: Path) -> None:
     bare = write_bundle(tmp_path / "bare")
-    assert decisions(bare, routed.outcomes, routed.scenes) is None
+    assert decisions(bare, routed.outcomes, routed.scenes, tmp_path) is None
 
 
 def test_sentences_of_one_scene_share_its_number_and_strangers_have_their_own() -> None:
