@@ -35,7 +35,7 @@ from export.prompts import scenes_by_text, scenes_of
 from export.routerbench import plots, report
 from export.routerbench.ceiling import Ceiling, ceiling, oracle_by_images, sentences_share
 from export.routerbench.decision import decisions
-from export.routerbench.measure import RATES, Bench, counted_metrics
+from export.routerbench.measure import RATES, Bench, Point, counted_metrics
 from export.routerbench.router import Floats, Prompts, Router, Scorer
 from export.routerbench.routers import ABLATIONS, BASELINES, ROUTERS
 from export.starter.world import Scene
@@ -228,6 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench = Bench(test, each, counted, said["test"])
 
     fitted: dict[str, Fitted] = {}
+    measured: dict[str, list[Point]] = {}
     there = {split: numbers for split, numbers in said.items() if split != "validation"}
     with ProcessPoolExecutor(options.processes) as pool, progress() as bar:
         # The slowest first; what is measured beside routers fills the gap that the last one leaves.
@@ -238,11 +239,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         task = bar.add_task("routers", total=len(fitting) + len(parts))
         for done in as_completed([*fitting, *parts]):
             if done in fitting:
-                fitted[done.result().name] = done.result()
+                try:
+                    one = done.result()
+                except ExportError:  # of a router of one's own: nobody waits for the others' results
+                    pool.shutdown(cancel_futures=True)
+                    raise
+                fitted[one.name], measured[one.name] = one, bench.points(one.scores["test"])
             bar.update(task, advance=1, note=parts.get(done) or done.result().name)
         limit, made = limiting.result(), deciding.result()
     order = [fitted[router.name] for router in routers]
-    points = {one.name: bench.points(one.scores["test"]) for one in order}
+    points = {one.name: measured[one.name] for one in order}
     if limit is not None:
         points[report.REFERENCE] = bench.points([limit.scores])
     every = (test.cloud_seeds.astype(np.float64) - test.edge_seeds).mean(axis=2)
