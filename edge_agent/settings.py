@@ -490,7 +490,14 @@ def resolve(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Setting
             given[name] = environment[variable(name)], variable(name)
         if name in flags:
             given[name] = flags[name], flag(name)
-    return Settings(**{name: _parse(known[name], value, where) for name, (value, where) in given.items()})
+    settings = Settings(**{name: _parse(known[name], value, where) for name, (value, where) in given.items()})
+    for app in {budget.app for budget in settings.budget} - {None, *settings.apps}:
+        if settings.apps:
+            raise StartRefused(
+                f"{given['budget'][1]} limits {app!r}, which is none of the apps that may call: "
+                f"{', '.join(settings.apps)} ({given['apps'][1]})"
+            )
+    return settings
 
 
 def _parse(setting: Field[Any], value: Any, where: str) -> Any:

@@ -135,6 +135,13 @@ def test_a_wrong_file_is_refused(tmp_path: Path, content: str, words: str) -> No
         resolve({"config": str(file)}, {})
 
 
+def test_a_budget_of_an_app_that_may_not_call_is_refused() -> None:
+    with pytest.raises(StartRefused, match=r"--budget limits 'kisok'.*kiosk, desk \(EDGE_AGENT_APPS\)"):
+        resolve({"budget": "0.2/day@kisok"}, {"EDGE_AGENT_APPS": "kiosk,desk"})
+    assert len(resolve({"budget": "0.2/day@kiosk"}, {"EDGE_AGENT_APPS": "kiosk"}).budget) == 2
+    assert len(resolve({"budget": "0.2/day@kisok"}, {}).budget) == 2
+
+
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StartRefused, match="cannot read"):
         resolve({"config": str(tmp_path / "none.toml")}, {})
