@@ -279,9 +279,8 @@ class CloudClient:
         try:
             # Not `asyncio.wait_for`: before Python 3.12 it loses a cancellation that meets the end of its work.
             ready = asyncio.ensure_future(self._ready(channel))
-            ready.add_done_callback(
-                lambda done: done.cancelled() or done.exception()
-            )  # or asyncio warns of one
+            # Asked for its error even where a cancellation is faster: asyncio warns of those that nobody asked for.
+            ready.add_done_callback(lambda done: done.cancelled() or done.exception())
             try:
                 await asyncio.wait({ready}, timeout=min(timeout_s, self._connect_timeout_s))
             finally:
