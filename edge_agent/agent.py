@@ -381,15 +381,14 @@ class Agent:
         return self.device.begin(job)
 
     async def _draw(self, drawing: Drawing, failure: str) -> AsyncGenerator[Progress | Made, None]:
-        job = drawing.job
         async with aclosing(drawing.events()) as events:
             async for event in events:
                 if isinstance(event, Drawn):
                     yield Made(
                         event.png,
                         "edge",
-                        job.steps,
-                        job.guidance_scale,
+                        event.job.steps,
+                        event.job.guidance_scale,
                         self.reader.bundle.model_digest,
                         event.queue_position,
                         event.timings_ms,

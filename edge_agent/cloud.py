@@ -39,6 +39,14 @@ MAX_MESSAGE_BYTES = 4 * 2**20
 MAX_IMAGE_BYTES = 64 * 2**20
 """Largest image taken. A 2048 x 2048 PNG of noise in 24 bits has 12 MiB."""
 
+MAX_PIXEL_BYTES, MAX_OTHER_BYTES = 8, 2**20
+"""Largest for its size: noise in four channels of 16 bits, and what a PNG carries beside its pixels."""
+
+MAX_PREVIEW_BYTES = 2**18
+"""Largest preview passed on. A 256 x 256 PNG of noise in 24 bits has 0.2 MiB."""
+
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
 FIRST_RETRY_S = 1.0
 LONGEST_RETRY_S = 60.0
 """After a failed connection the cloud counts as unhealthy for 1 s, then 2, 4, ... up to a minute."""
@@ -62,6 +70,7 @@ _LOCAL_OPTIONS = (*CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0))
 
 _NOTHING_RAN = frozenset(
     {
+        grpc.StatusCode.DEADLINE_EXCEEDED,  # the queue is longer than the time left
         grpc.StatusCode.FAILED_PRECONDITION,
         grpc.StatusCode.INVALID_ARGUMENT,
         grpc.StatusCode.PERMISSION_DENIED,
@@ -361,9 +370,9 @@ class CloudClient:
             return CloudRefused(f"the cloud at {self.address} refused: {text}", never_ran=never_ran)
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED and status is None:
             return CloudLied(f"the cloud at {self.address} sent too much: {text}", never_ran=False)
-        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED and status is None:
             return CloudUnavailable(
-                f"the cloud at {self.address} was not done within {timeout_s:g} s", never_ran=never_ran
+                f"the cloud at {self.address} was not done within {timeout_s:g} s", never_ran=False
             )
         retry_after_s = _retry_after_s(status)
         if retry_after_s is not None:
@@ -384,6 +393,9 @@ class _ImageStream:
         self._request = request
         self._ceiling_micro_usd = ceiling_micro_usd
         self._max_image_bytes = max_image_bytes
+        if request.width and request.height:
+            own = request.width * request.height * MAX_PIXEL_BYTES + MAX_OTHER_BYTES
+            self._max_image_bytes = min(max_image_bytes, own)
         self.accepted: CloudAccepted | None = None
         self.received = bytearray()
 
@@ -407,15 +419,24 @@ class _ImageStream:
             self.accepted = CloudAccepted(response.accepted.queue_position, price, digest)
             return self.accepted
         if kind == "progress":
-            progress = response.progress
-            preview = progress.preview if progress.HasField("preview") else None
-            return CloudProgress(progress.step, progress.steps, preview)
+            return self._progress(response.progress)
         if kind == "image_chunk":
             self._append(response.image_chunk)
             return None
         if kind == "result":
             return await self._image(response.result)
         return None  # an event of a later version of the wire
+
+    def _progress(self, progress: image_pb2.Progress) -> CloudProgress | None:
+        """None for what is none, and no preview where it is not what was asked for: the image may be right all the
+        same.
+        """
+        if not 1 <= progress.step <= progress.steps:
+            return None
+        preview = progress.preview if self._request.preview else b""
+        if len(preview) > MAX_PREVIEW_BYTES or not preview.startswith(_PNG_SIGNATURE):
+            return CloudProgress(progress.step, progress.steps, None)
+        return CloudProgress(progress.step, progress.steps, preview)
 
     def _append(self, chunk: image_pb2.ImageChunk) -> None:
         if chunk.offset != len(self.received):
@@ -437,6 +458,7 @@ class _ImageStream:
                 never_ran=False,
             )
         info, png = result.image, bytes(self.received)
+        self._check_facts(info, accepted)
         width = self._request.width or info.width
         height = self._request.height or info.height
         # Hashing and decoding take tens of milliseconds for a large image: not on the event loop.
@@ -449,10 +471,26 @@ class _ImageStream:
             seed=info.seed,
             steps=info.steps,
             guidance_scale=info.guidance_scale,
-            model_digest=_digest(info.model_digest),
+            model_digest=accepted.model_digest,
             charged_micro_usd=result.charged_micro_usd,
             timings_ms={timing.stage: timing.milliseconds for timing in result.timings},
         )
+
+    def _check_facts(self, info: image_pb2.ImageInfo, accepted: CloudAccepted) -> None:
+        """Raises CloudLied where the image was not made as it was asked for, or not by the model that accepted it."""
+        asked, guidance = self._request, info.guidance_scale
+        facts = {
+            "seed": (info.seed, asked.seed),
+            "number of steps": (info.steps, asked.steps),
+            "model": (info.model_digest, accepted.model_digest),
+        }
+        wrong = [name for name, (told, wanted) in facts.items() if wanted not in (None, told)]
+        # The wire carries 32 bits of it.
+        wanted = guidance if asked.guidance_scale is None else asked.guidance_scale
+        if not (math.isfinite(guidance) and math.isclose(guidance, wanted, rel_tol=1e-6)):
+            wrong.append("guidance scale")
+        if wrong:
+            raise CloudLied(f"the cloud's image has another {wrong[0]} than was asked for", never_ran=False)
 
 
 def _digest(text: str) -> str:

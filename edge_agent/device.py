@@ -43,6 +43,7 @@ class Job:
 class Drawn:
     """A finished image: PNG, images that waited or were in the making when it came in, and what each stage took."""
 
+    job: Job
     png: bytes
     queue_position: int
     timings_ms: Mapping[str, float]
@@ -52,7 +53,9 @@ class Drawing:
     """An image that waits or is in the making. Whoever has begun it iterates over `events`, or calls `stop`."""
 
     def __init__(self, job: Job, position: int) -> None:
-        self.job = job
+        self.job: Job | None = (
+            job  # None once it is stopped: an image that waited is forgotten by the queue later
+        )
         self.position = position  # in the queue; 0 is drawn at once
         self.stopped = Stop()
         self._loop = asyncio.get_running_loop()
@@ -93,6 +96,7 @@ class Drawing:
     def stop(self) -> None:
         """End the work at once. Stopping what has ended does nothing."""
         self.stopped.set()
+        self.job = None  # with its token states
         self._work.cancel()
         if self._deadline is not None:
             self._deadline.cancel()
@@ -138,6 +142,8 @@ class Device:
     def _work(self, drawing: Drawing, asked: float) -> None:
         """In the worker thread: the whole image. Every outcome is posted; nothing is raised."""
         job, post = drawing.job, drawing.post
+        if job is None:
+            return
         began = stepped = told = time.perf_counter()
         try:
             for event in job.generator.generate(
@@ -160,7 +166,7 @@ class Device:
                         "decode": (decoded - stepped) * 1e3,
                         "png": (done - decoded) * 1e3,
                     }
-                    post(Drawn(png, drawing.position, timings_ms))
+                    post(Drawn(job, png, drawing.position, timings_ms))
                     continue
                 preview = None
                 if event.preview is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -39,6 +40,8 @@ class Purchases:
         self.ledger = ledger
         self.cloud = cloud
         self._under_way: set[str] = set()  # ids that a Purchase of this process holds, or the resolver
+        # By when, on time.monotonic(), a call of this process has reached the cloud or never will.
+        self._arrived_by: dict[str, float] = {}
         self._unsent: set[str] = set()  # ids left to the resolver whose call was never opened
         self._wake = asyncio.Event()
         self._resolver: asyncio.Task[None] | None = None
@@ -58,7 +61,7 @@ class Purchases:
         """
         if self.cloud is None:
             raise PolicyConflict("no cloud is configured; start the daemon with --cloud")
-        key = purchase_id(request)
+        key = self.key(request)
         if key in self._under_way:
             raise DuplicateRequest(
                 f"the request id {request.request_id!r} is under way; use a new one for a new image"
@@ -81,7 +84,8 @@ class Purchases:
             self.hand_over(key, sent=True)
             raise
         except DuplicateRequest as error:
-            self._under_way.discard(key)
+            # It may be the resolver's, which meanwhile has passed it over as under way.
+            self.hand_over(key, sent=True)
             # The ledger knows it by a key that the caller never gave.
             raise DuplicateRequest(
                 f"the request id {request.request_id!r} was used before; use a new one for a new image"
@@ -90,6 +94,7 @@ class Purchases:
             self._under_way.discard(key)
             raise
         self._unsent.discard(key)  # that was an earlier call of this id, released since; this one may be sent
+        self._arrived_by[key] = deadline
         return Purchase(self, self.cloud, replace(request, request_id=key), ceiling_micro_usd, deadline)
 
     async def advice(self, ceiling_micro_usd: int) -> list[str]:
@@ -132,6 +137,13 @@ class Purchases:
         """Give the money back, also when the caller is cancelled meanwhile. False when the ledger could not."""
         return await self._write(key, self.ledger.release)
 
+    def key(self, request: ImageRequest) -> str:
+        """The request's id towards ledger and cloud, which serves other devices too: ids are unique for each app of
+        each device only.
+        """
+        whole = "\0".join((self.ledger.device, request.app, request.request_id))
+        return hashlib.sha256(whole.encode()).hexdigest()[:32]
+
     def concluded(self, key: str) -> None:
         """Nothing is open under `key` any more."""
         self._under_way.discard(key)
@@ -158,6 +170,7 @@ class Purchases:
         except LedgerError as error:
             log.error("ledger", extra={"fields": {"purchase": key, "error": error.message}})
             return False
+        self._arrived_by.pop(key, None)
         return True
 
     async def _resolve(self) -> None:
@@ -182,9 +195,8 @@ class Purchases:
                 key = reservation.request_id
                 if key in self._under_way:
                     continue
-                self._under_way.add(
-                    key
-                )  # or it could be reserved anew before the answer comes, and be released
+                # Or it could be reserved anew before the answer comes, and be released.
+                self._under_way.add(key)
                 try:
                     later += not await self._resolved(reservation)
                 except CloudError as error:
@@ -208,7 +220,9 @@ class Purchases:
             return released
         if self.cloud is None or not self._knows(reservation):
             return True  # nobody to ask; the status says so
-        may_arrive = self.ledger.clock() < reservation.expires_at  # before asking, as that takes time
+        # Before asking, as that takes time. And by both clocks: that of the ledger may have been set ahead.
+        arrived_by = self._arrived_by.get(key, -math.inf)
+        may_arrive = self.ledger.clock() < reservation.expires_at or time.monotonic() < arrived_by
         outcome = await self.cloud.lookup(key)
         if not outcome.known or (may_arrive and not outcome.arrived):
             return False
@@ -268,10 +282,3 @@ class Purchase:
                 self._purchases.concluded(key)
             else:
                 self._purchases.hand_over(key, sent=self._sent)
-
-
-def purchase_id(request: ImageRequest) -> str:
-    """The request's id towards ledger and cloud. Ids are unique for each app only, so two apps may choose the same."""
-    if request.app == "default":
-        return request.request_id
-    return hashlib.sha256(f"{request.app}\0{request.request_id}".encode()).hexdigest()[:32]

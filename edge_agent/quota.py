@@ -55,6 +55,13 @@ _SCHEMA = (
     f"PRAGMA user_version = {SCHEMA_VERSION}",
 )
 
+_ADDED = (
+    "CREATE INDEX IF NOT EXISTS calls_open ON calls (reserved_at) WHERE state = 'reserved'",
+    "CREATE TABLE IF NOT EXISTS device (id TEXT NOT NULL)",
+    "INSERT INTO device SELECT lower(hex(randomblob(16))) WHERE NOT EXISTS (SELECT * FROM device)",
+)
+"""What later versions have added to a ledger of this schema; the first ones do not mind."""
+
 _LOCK_WAIT_S = 1.0
 """How long opening waits for another process to let go of the file: enough for one that is just closing."""
 
@@ -175,6 +182,8 @@ class Ledger:
     ) -> None:
         self._connection = connection
         self.path = path
+        # Drawn with the file: what tells this device's calls from those of others that use the same cloud.
+        (self.device,) = connection.execute("SELECT id FROM device").fetchone()
         self.budgets = budgets
         self._rates = rates
         self.clock = clock
@@ -212,13 +221,13 @@ class Ledger:
                 path, timeout=_LOCK_WAIT_S, isolation_level=None, check_same_thread=False
             )
             _prepare(connection, path)
+            return cls(connection, path, tuple(budgets), tuple(rates), clock)
         except BaseException as error:
             if connection is not None:
                 connection.close()
             if isinstance(error, (OSError, sqlite3.Error)):
                 raise _explained(path, error) from error
             raise
-        return cls(connection, path, tuple(budgets), tuple(rates), clock)
 
     def reserve(
         self,
@@ -532,6 +541,8 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     if not tables:
         for statement in _SCHEMA:
             connection.execute(statement)
+    for statement in _ADDED:
+        connection.execute(statement)
     connection.execute("COMMIT")
 
 

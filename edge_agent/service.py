@@ -6,8 +6,8 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -40,6 +40,9 @@ log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 65_536
 """Image bytes in one message; far below gRPC's 4 MiB, so that no image size matters."""
+
+LAST_WORD_S = 1.0
+"""How long a status may wait for a caller who does not read."""
 
 STALLED_READER_S = 30.0
 """A caller that takes no message for so long is dropped, so that it cannot hold the device."""
@@ -123,6 +126,8 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
                 async for event in events:
                     if isinstance(event, Decision):
                         line |= _account(event)
+                        if event.route == "cloud":  # which knows the call by this id
+                            line["purchase"] = agent.purchases.key(wish)
                         decision = _decision(event, agent)
                         await _write(context, edge_pb2.GenerateResponse(decision=decision))
                     elif isinstance(event, Progress):
@@ -310,36 +315,49 @@ async def _abort(context: Any, error: BaseException) -> None:
     status = status_details(error)
     details = (("grpc-status-details-bin", status.SerializeToString()),)
     try:
-        await context.abort(grpc_code(error), status.message, details)
-    except grpc.aio.InternalError:
+        # The status waits behind what the caller has not read yet.
+        with _patience(LAST_WORD_S):
+            await context.abort(grpc_code(error), status.message, details)
+    except (grpc.aio.InternalError, TimeoutError):
         raise asyncio.CancelledError from None  # nobody is left to be told
 
 
 async def _write(context: Any, response: edge_pb2.GenerateResponse) -> None:
-    # Not wait_for: before Python 3.12 it swallows a cancellation that meets the end of what it waits for, and its task
-    # costs more turns of the event loop than the message.
-    loop, writing = asyncio.get_running_loop(), asyncio.current_task()
-    assert writing is not None  # noqa: S101  # a coroutine runs in a task
-    stalled = False
-
-    def give_up() -> None:
-        nonlocal stalled
-        stalled = True
-        writing.cancel()
-
-    patience = loop.call_later(STALLED_READER_S, give_up)
     try:
-        await context.write(response)
-    except asyncio.CancelledError:
-        if not stalled:
-            raise
+        with _patience(STALLED_READER_S):
+            await context.write(response)
+    except TimeoutError:
         raise Cancelled(
             f"the caller read nothing for {STALLED_READER_S:.0f} s; read the stream as it comes"
         ) from None
     except grpc.aio.InternalError as error:  # the write and the caller's leaving crossed
         raise Cancelled("the caller went away") from error
+
+
+@contextmanager
+def _patience(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError where the block takes longer.
+
+    Not `wait_for`: before Python 3.12 it swallows a cancellation that meets the end of what it waits for, and its task
+    costs more turns of the event loop than a message.
+    """
+    task, passed = asyncio.current_task(), False
+    assert task is not None  # noqa: S101  # a coroutine runs in a task
+
+    def give_up() -> None:
+        nonlocal passed
+        passed = True
+        task.cancel()
+
+    timer = asyncio.get_running_loop().call_later(seconds, give_up)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not passed:
+            raise
+        raise TimeoutError from None
     finally:
-        patience.cancel()
+        timer.cancel()
 
 
 def _image_request(

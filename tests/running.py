@@ -293,8 +293,8 @@ def short_folder() -> Path:
 class ScriptedCloud(cloud_pb2_grpc.CloudServerServiceServicer):
     """A cloud server without a model, which keeps honest books and misbehaves as a test tells it to.
 
-    `manner` is honest, refuse, break (after some progress), hang (the same, and then nothing), lie (about the hash),
-    text (which is no image) or large (an image of another size).
+    `manner` is honest, refuse, break (after some progress), hang (the same, and then nothing), flood (previews without
+    end), lie (about the hash), text (which is no image) or large (an image of another size).
     """
 
     PRICE = 5_000
@@ -331,6 +331,12 @@ class ScriptedCloud(cloud_pb2_grpc.CloudServerServiceServicer):
         try:
             if self.manner == "hang":
                 await asyncio.sleep(3600)
+            while self.manner == "flood":
+                noise = Image.effect_noise((400, 400), 100)
+                file = io.BytesIO()
+                noise.save(file, "PNG")
+                progress = image_pb2.Progress(step=3, steps=3, preview=file.getvalue())
+                await context.write(cloud_pb2.GenerateResponse(progress=progress))
             if self.manner == "break":
                 self.charged[wish.request_id] = self.PRICE  # it was made; only the way back broke
                 await context.abort(grpc.StatusCode.INTERNAL, "the server broke")

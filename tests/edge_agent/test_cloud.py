@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
+import math
 import shutil
 import socket
 import subprocess
@@ -25,9 +26,11 @@ from google.rpc.error_details_pb2 import RetryInfo
 from google.rpc.status_pb2 import Status
 from grpc_status.rpc_status import to_status
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from edge_agent.cloud import (
     MAX_MESSAGE_BYTES,
+    MAX_PREVIEW_BYTES,
     CloudAccepted,
     CloudClient,
     CloudImage,
@@ -62,8 +65,8 @@ def accepted(price: int = PRICE, digest: str = "ab" * 32) -> Response:
     )
 
 
-def progress(step: int, preview: bytes | None = None) -> Response:
-    return Response(progress=image_pb2.Progress(step=step, steps=3, preview=preview))
+def progress(step: int, preview: bytes | None = None, steps: int = 3) -> Response:
+    return Response(progress=image_pb2.Progress(step=step, steps=steps, preview=preview))
 
 
 def chunk(offset: int, data: bytes) -> Response:
@@ -82,6 +85,9 @@ def result(
     request_id: str = "r-1",
     side: int = 64,
     digest: str = "ab" * 32,
+    seed: int = 7,
+    steps: int = 3,
+    guidance_scale: float = 2.5,
 ) -> Response:
     info = image_pb2.ImageInfo(
         sha256=sha256 or hashlib.sha256(data).hexdigest(),
@@ -89,9 +95,9 @@ def result(
         media_type="image/png",
         width=side,
         height=side,
-        seed=7,
-        steps=3,
-        guidance_scale=3.0,
+        seed=seed,
+        steps=steps,
+        guidance_scale=guidance_scale,
         model_digest=digest,
     )
     timings = [image_pb2.Timing(stage="generate", milliseconds=12.5)]
@@ -101,7 +107,7 @@ def result(
 
 
 def honest(data: bytes) -> list[Response]:
-    return [accepted(), progress(1), progress(2, b"preview"), progress(3), *chunks(data), result(data)]
+    return [accepted(), progress(1), progress(2, png(32, 32)), progress(3), *chunks(data), result(data)]
 
 
 @dataclass
@@ -223,15 +229,15 @@ async def test_an_image_arrives_with_its_progress_and_its_facts(cloud: Cloud) ->
     cloud.script = [
         accepted(),
         progress(1),
-        progress(2, b"preview"),
+        progress(2, data),
         *chunks(data),
         result(data, side=200),
     ]
-    events = await collect(CloudClient(cloud.address), replace(REQUEST, width=200, height=200))
+    events = await collect(CloudClient(cloud.address), replace(REQUEST, width=200, height=200, preview=True))
     assert events[:3] == [
         CloudAccepted(2, PRICE, "ab" * 32),
         CloudProgress(1, 3, None),
-        CloudProgress(2, 3, b"preview"),
+        CloudProgress(2, 3, data),
     ]
     assert events[3] == CloudImage(
         png=data,
@@ -240,7 +246,7 @@ async def test_an_image_arrives_with_its_progress_and_its_facts(cloud: Cloud) ->
         height=200,
         seed=7,
         steps=3,
-        guidance_scale=3.0,
+        guidance_scale=2.5,
         model_digest="ab" * 32,
         charged_micro_usd=PRICE,
         timings_ms={"generate": 12.5},
@@ -310,7 +316,11 @@ async def test_no_connection_exists_before_the_first_call_nor_after_the_last(clo
         ([accepted(), *chunks(png()), result(png(), charged=PRICE + 1)], "charged 30001"),
         ([accepted(), *chunks(png()), result(png(), charged=-1)], "charged -1"),
         ([accepted(digest="\x1b[31mX")], "not 64 hex digits"),
-        ([accepted(), *chunks(png()), result(png(), digest="")], "not 64 hex digits"),
+        ([accepted(), *chunks(png()), result(png(), digest="cd" * 32)], "another model"),
+        ([accepted(), *chunks(png()), result(png(), seed=8)], "another seed"),
+        ([accepted(), *chunks(png()), result(png(), steps=4)], "another number of steps"),
+        ([accepted(), *chunks(png()), result(png(), guidance_scale=2.6)], "another guidance scale"),
+        ([accepted(), *chunks(png()), result(png(), guidance_scale=math.nan)], "another guidance scale"),
         ([accepted(CEILING + 1)], "price is 40001"),
         ([accepted(-5)], "price is -5"),
         ([accepted(), accepted()], "sent accepted where it may not"),
@@ -322,12 +332,55 @@ async def test_a_lie_is_found_and_named_and_the_call_ended(
     cloud: Cloud, script: list[Response], says: str
 ) -> None:
     cloud.script = [*script, stall]
-    error = await failure(CloudClient(cloud.address))
+    error = await failure(CloudClient(cloud.address), replace(REQUEST, steps=3, guidance_scale=2.5))
     assert isinstance(error, CloudLied), error
     assert says in error.message
     assert "BytesIO" not in error.message
     assert not error.never_ran
     await asyncio.wait_for(cloud.cancelled.wait(), 5)
+
+
+@pytest.mark.parametrize("guidance_scale", [math.nan, math.inf])
+async def test_facts_that_were_left_to_the_cloud_have_to_be_numbers(
+    cloud: Cloud, guidance_scale: float
+) -> None:
+    cloud.script = [accepted(), *chunks(png()), result(png(), guidance_scale=guidance_scale)]
+    assert "another guidance scale" in (await failure(CloudClient(cloud.address))).message
+    cloud.script = honest(png())
+    assert await collect(CloudClient(cloud.address))
+
+
+async def test_previews_that_nobody_asked_for_are_not_passed_on_nor_is_what_is_none(cloud: Cloud) -> None:
+    large = png(300, 300)  # of noise
+    assert len(large) > MAX_PREVIEW_BYTES
+    steps = [
+        progress(1, png()),
+        progress(1, b"<script>"),
+        progress(2, large),
+        progress(0),
+        progress(9),
+        progress(0, steps=0),
+    ]
+    cloud.script = [accepted(), *steps, *chunks(png()), result(png())]
+    for preview, first in ((False, None), (True, png())):
+        _, *told, image = await collect(CloudClient(cloud.address), replace(REQUEST, preview=preview))
+        assert told == [CloudProgress(1, 3, first), CloudProgress(1, 3, None), CloudProgress(2, 3, None)]
+        assert isinstance(image, CloudImage)
+
+
+async def test_an_image_may_be_as_large_as_its_pixels_make_it(cloud: Cloud) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 4), dtype=np.uint8)
+    file = io.BytesIO()
+    note = PngInfo()
+    note.add_text("note", "x" * 2**19)
+    Image.fromarray(noise).save(file, "PNG", pnginfo=note)
+    cloud.script = [accepted(), *chunks(file.getvalue()), result(file.getvalue())]
+    assert await collect(CloudClient(cloud.address))
+    note.add_text("more", "x" * 2**20)
+    Image.fromarray(noise).save(file, "PNG", pnginfo=note)
+    cloud.script = [accepted(), *chunks(file.getvalue()), result(file.getvalue())]
+    error = await failure(CloudClient(cloud.address))
+    assert isinstance(error, CloudLied) and "exceeds 1081344 bytes" in error.message
 
 
 async def test_an_image_larger_than_any_image_is_cut_off(cloud: Cloud) -> None:
@@ -369,6 +422,7 @@ async def test_a_message_larger_than_any_message_is_a_lie_and_may_have_run(
         (grpc.StatusCode.UNAUTHENTICATED, CloudRefused, True),
         (grpc.StatusCode.PERMISSION_DENIED, CloudRefused, True),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, CloudUnavailable, True),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, CloudUnavailable, True),
         (grpc.StatusCode.UNAVAILABLE, CloudUnavailable, True),
         (grpc.StatusCode.ALREADY_EXISTS, CloudRefused, False),
         (grpc.StatusCode.NOT_FOUND, CloudRefused, False),
@@ -402,7 +456,14 @@ async def test_the_same_refusals_after_accepting_leave_the_outcome_open(
     assert not (await failure(CloudClient(cloud.address))).never_ran
 
 
-@pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED])
+@pytest.mark.parametrize(
+    "code",
+    [
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+    ],
+)
 async def test_a_code_that_grpc_itself_may_have_made_leaves_the_outcome_open(
     cloud: Cloud, code: grpc.StatusCode
 ) -> None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from edge_agent.cloud import CloudClient
 from edge_agent.errors import CloudError, DuplicateRequest
-from edge_agent.purchase import Purchases, purchase_id
-from edge_agent.quota import Budget, Ledger
+from edge_agent.purchase import Purchase, Purchases
+from edge_agent.quota import Budget, Ledger, Reservation
 from edge_agent.request import ImageRequest
 from tests.running import ScriptedCloud, scripted_cloud, until
 
@@ -55,19 +57,20 @@ async def test_an_id_whose_outcome_is_being_asked_for_cannot_be_reserved_anew_an
     async with scripted_cloud("d" * 64) as cloud:
         cloud.answerable = answered.__contains__
         purchases = begin(cloud.address)
-        first = await purchases.reserve(request("again"), CEILING, 0.0)
+        key = purchases.key(request("again"))
+        await purchases.reserve(request("again"), CEILING, 0.0)
         await purchases.start()
         await until(lambda: cloud.lookups == ["left"])  # both were open when the resolver looked
-        await first.aclose()  # never sent, so it is released
+        purchases.hand_over(key, sent=True)
         answered.add("left")
-        await until(lambda: cloud.lookups == ["left", "again"])
+        await until(lambda: cloud.lookups == ["left", key])
         with pytest.raises(DuplicateRequest, match="under way"):
             await purchases.reserve(request("again"), CEILING, 60.0)
-        answered.add("again")
+        answered.add(key)
         await until(lambda: purchases._under_way == set())
         second = await purchases.reserve(request("again"), CEILING, 60.0)
         await asyncio.sleep(0.2)
-        assert unresolved(purchases) == ["again"]
+        assert unresolved(purchases) == [key]
         await second.aclose()
 
 
@@ -76,8 +79,9 @@ async def test_what_was_never_sent_is_released_also_while_the_cloud_is_out_of_re
         closed.bind(("127.0.0.1", 0))  # bound and not listening: nobody answers there
         purchases = begin(f"127.0.0.1:{closed.getsockname()[1]}")
         await purchases.reserve(request("hasty"), CEILING, 60.0)
-        purchases.hand_over("hasty", sent=False)  # as when its caller goes away within the reservation
-        assert unresolved(purchases) == ["left", "hasty"]
+        key = purchases.key(request("hasty"))
+        purchases.hand_over(key, sent=False)  # as when its caller goes away within the reservation
+        assert unresolved(purchases) == ["left", key]
         await purchases.start()
         await until(lambda: unresolved(purchases) == ["left"])
 
@@ -100,7 +104,7 @@ async def test_a_call_that_was_sent_is_asked_about_also_where_an_earlier_one_of_
         await second.aclose()
         await purchases.start()
         await until(lambda: unresolved(purchases) == [])
-        assert sorted(cloud.lookups) == ["again", "left"]
+        assert sorted(cloud.lookups) == sorted([purchases.key(request("again")), "left"])
         assert purchases.ledger.states()[0].spent_micro_usd == ScriptedCloud.PRICE
 
 
@@ -108,7 +112,7 @@ async def test_an_id_that_is_used_again_is_refused_by_the_name_that_its_app_gave
     purchases = begin("127.0.0.1:1")
     wish = replace(request("again"), app="kiosk")
     first = await purchases.reserve(wish, CEILING, 60.0)
-    purchases.concluded(purchase_id(wish))
+    purchases.concluded(purchases.key(wish))
     with pytest.raises(DuplicateRequest, match="the request id 'again' was used before"):
         await purchases.reserve(wish, CEILING, 60.0)
     await first.aclose()
@@ -140,7 +144,98 @@ async def test_a_reservation_that_the_cloud_cannot_answer_for_does_not_hold_up_t
         cloud.answerable = answerable
         purchases = begin(cloud.address)
         await purchases.reserve(request("after"), CEILING, 0.0)
-        purchases.hand_over("after", sent=True)
+        purchases.hand_over(purchases.key(request("after")), sent=True)
         await purchases.start()
         await until(lambda: unresolved(purchases) == ["left"])
         assert cloud.lookups[0] == "left"
+
+
+async def test_a_retry_under_the_same_id_does_not_make_the_resolver_forget_the_first_call(
+    tmp_path: Path,
+) -> None:
+    written = threading.Event()
+
+    class SlowLedger(Ledger):
+        def reserve(self, *arguments: Any, **named: Any) -> Reservation:
+            written.wait(30)  # as on a disk that is slow
+            return super().reserve(*arguments, **named)
+
+    async with scripted_cloud("d" * 64) as cloud:
+        ledger = SlowLedger.open(tmp_path / "quota.sqlite3", DAY)
+        purchases = Purchases(ledger, CloudClient(cloud.address))
+        key = purchases.key(request("again"))
+        Ledger.reserve(ledger, key, "default", CEILING, cloud.address)
+        retry = asyncio.create_task(purchases.reserve(request("again"), CEILING, 60.0))
+        await until(lambda: key in purchases._under_way)
+        await purchases.start()
+        await until(lambda: not purchases._wake.is_set())
+        await asyncio.sleep(0.2)  # the resolver has looked, and passed over what is under way
+        assert cloud.lookups == []
+        written.set()
+        with pytest.raises(DuplicateRequest, match="used before"):
+            await retry
+        await until(lambda: unresolved(purchases) == [])
+        assert cloud.lookups == [key]
+        await purchases.close()
+
+
+async def test_devices_that_share_a_cloud_do_not_answer_for_each_others_ids(tmp_path: Path) -> None:
+    async with scripted_cloud("d" * 64) as cloud:
+        keys = []
+        for device in ("one", "two", "one"):
+            ledger = Ledger.open(tmp_path / device / "quota.sqlite3", DAY)
+            purchases = Purchases(ledger, CloudClient(cloud.address))
+            keys.append(purchases.key(request("frame-0")))
+            if len(keys) < 3:
+                purchase = await purchases.reserve(request("frame-0"), CEILING, 60.0)
+                _ = [event async for event in purchase.images()]
+                await purchase.aclose()
+            assert purchases.ledger.states()[0].spent_micro_usd == ScriptedCloud.PRICE
+            await purchases.close()
+        assert keys[0] == keys[2] != keys[1], "a device keeps its own"
+        assert set(cloud.charged) == set(keys)
+
+
+async def test_what_was_reserved_anew_since_the_resolver_looked_is_not_judged_by_what_it_was(
+    begin: Begin,
+) -> None:
+    answered: set[str] = set()
+    async with scripted_cloud("d" * 64) as cloud:
+        cloud.answerable = lambda asked: asked in answered or asked == key
+        purchases = begin(cloud.address)
+        key = purchases.key(request("again"))
+        first = await purchases.reserve(request("again"), CEILING, 0.0)
+        await purchases.start()
+        await until(lambda: cloud.lookups == ["left"])  # both were open when the resolver looked
+        await first.aclose()  # never sent, so it is released
+        cloud.manner = "break"
+        await broken(await purchases.reserve(request("again"), CEILING, 60.0), cloud)
+        answered.add("left")
+        await until(lambda: key in cloud.lookups)
+        await asyncio.sleep(0.2)
+        assert unresolved(purchases) == [key], "for another minute it may still arrive"
+
+
+async def test_a_clock_set_ahead_does_not_end_the_wait_for_a_call_that_may_still_arrive(
+    tmp_path: Path,
+) -> None:
+    now = 1_800_000_000.0
+    async with scripted_cloud("d" * 64) as cloud:
+        cloud.manner = "break"
+        ledger = Ledger.open(tmp_path / "quota.sqlite3", DAY, clock=lambda: now)
+        purchases = Purchases(ledger, CloudClient(cloud.address))
+        await broken(await purchases.reserve(request("again"), CEILING, 60.0), cloud)
+        now += 3_600.0
+        await purchases.start()
+        await until(lambda: len(cloud.lookups) == 2)
+        assert len(unresolved(purchases)) == 1
+        await purchases.close()
+
+
+async def broken(purchase: Purchase, cloud: ScriptedCloud) -> None:
+    """Sent, and broken off before the cloud has heard of it."""
+    with pytest.raises(CloudError):
+        _ = [event async for event in purchase.images()]
+    cloud.received.clear()
+    cloud.charged.clear()
+    await purchase.aclose()

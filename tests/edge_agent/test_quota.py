@@ -207,6 +207,28 @@ def test_what_was_never_reserved_or_was_released_cannot_be_settled(open_ledger: 
         ledger.settle("r", 10)
 
 
+def test_a_ledger_of_an_earlier_version_gets_an_id_and_its_open_calls_are_found_without_reading_all(
+    open_ledger: Open, path: Path
+) -> None:
+    ledger = open_ledger(DAY)
+    ledger.reserve("r", "app", 10)
+    ledger.close()
+    with sqlite3.connect(path) as earlier:
+        earlier.execute("DROP TABLE device")
+        earlier.execute("DROP INDEX calls_open")
+    earlier.close()
+    ledger = open_ledger(DAY)
+    assert remaining(ledger) == [90] and len(ledger.device) == 32
+    assert open_ledger(DAY).device == ledger.device
+    statements: list[str] = []
+    reopened = open_ledger(DAY)
+    reopened._connection.set_trace_callback(statements.append)
+    assert [left.request_id for left in reopened.unresolved()] == ["r"]
+    (query,) = [statement for statement in statements if "expires_at" in statement]
+    (*_, plan), *_ = reopened._connection.execute(f"EXPLAIN QUERY PLAN {query}").fetchall()
+    assert "calls_open" in plan
+
+
 @pytest.mark.parametrize("amount", [-1, 2**63])
 def test_an_amount_that_is_no_money_is_a_mistake(open_ledger: Open, amount: int) -> None:
     ledger = open_ledger(DAY)

@@ -1,0 +1,35 @@
+"""The device makes one image at a time, and keeps nothing of those that nobody waits for."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from contextlib import aclosing
+
+from edge_agent.bundle import Bundle
+from edge_agent.device import Device, Drawn, Job
+from edge_agent.diffusion.generator import Generator
+from edge_agent.diffusion.sessions import Runtime
+from edge_agent.settings import STARTER
+
+
+async def test_what_was_cancelled_in_the_queue_holds_no_token_states_until_its_turn_comes() -> None:
+    generator = Generator(Bundle.open(STARTER), Runtime(threads=1))
+    device = Device(max_queue=8)
+
+    def job() -> Job:
+        _, states = generator.encode("a cat")
+        return Job(generator, states, states, 1, 16, 1.0, previews=False, deadline=None)
+
+    first = device.begin(job())
+    waiting = device.begin(job())
+    assert waiting.job is not None
+    states = weakref.ref(waiting.job.states.tokens)
+    assert states() is not None
+    waiting.stop()
+    gc.collect()
+    assert states() is None
+    async with aclosing(first.events()) as events:
+        *_, last = [event async for event in events]
+    assert isinstance(last, Drawn)
+    await device.close()
