@@ -91,6 +91,9 @@ class Own:
         self.index = mask.flatten().nonzero()[:, 0]  # [T]
         self.prompts = self.index // mask.shape[1]  # [T]
         self.positions = (mask.cumsum(1) - 1)[mask]  # [T], the first in its prompt in position 0
+        self.silence = torch.zeros(mask.shape).masked_fill_(
+            ~mask, _NOT
+        )  # [B, L], added to what softmax weighs
 
     def padded(self, values: Tensor) -> Tensor:
         """``[T, n] -> [B, L, n]``, with zeros between."""
@@ -181,13 +184,12 @@ class Together(nn.Module):
             part.unflatten(-1, (self.HEADS, -1)).transpose(1, 2)
             for part in own.padded(self.qkv(self.norm1(inside))).chunk(3, dim=-1)
         )
-        scores = (query @ key.transpose(2, 3) * query.shape[-1] ** -0.5).masked_fill(
-            ~own.mask[:, None, None], _NOT
-        )
+        # Added, and to half as many numbers scaled, as both ways back cost as much again.
+        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(2, 3) + own.silence[:, None, None]
         heard = scores.softmax(dim=-1) @ value
         inside = inside + self.dropout(self.proj(own.packed(heard.transpose(1, 2).flatten(2))))
         inside = inside + self.dropout(self.fc2(torch.relu(self.fc1(self.norm2(inside)))))
-        weights = own.padded(self.pool(inside)).masked_fill(~own.mask[..., None], _NOT).softmax(dim=1)
+        weights = (own.padded(self.pool(inside)) + own.silence[..., None]).softmax(dim=1)
         terms: Tensor = own.packed(weights) * self.out(inside)
         return terms
 
