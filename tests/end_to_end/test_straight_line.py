@@ -199,8 +199,15 @@ async def test_every_prompt_is_answered_when_the_cloud_server_is_killed_and_its_
         world.cloud.kill()
         answer = await reading
         assert (answer.route, answer.served_by, answer.result.fallback) == ("cloud", "edge", True)
-        after = await app.generate(prompts[1])
-        assert (after.reason, after.served_by) == ("cloud_unavailable", "edge")
+
+        async def left_alone() -> (
+            bool
+        ):  # for a second, then two, ...: a slow machine's image may outlast the first
+            after = await app.generate(prompts[1])
+            assert after.served_by == "edge"
+            return after.reason == "cloud_unavailable"
+
+        await until(left_alone)
         assert (await app.generate(routing=CLOUD)).code == "UNAVAILABLE"
         _, reserved = await app.budget()
         assert reserved in (0, CEILING)  # as the call had been sent or not; nobody can say what it came to
