@@ -76,14 +76,25 @@ def main(arguments: list[str] | None = None) -> int:
         if parsed.command == "digest":
             from cloud_server.model import open_model
 
-            print(open_model(parsed.model).digest)
-            return 0
+            return _print(open_model(parsed.model).digest)
         return _serve(settings.resolve(vars(parsed), os.environ))
     except StartRefused as refusal:
         print(f"cloud-server: {refusal.message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def _print(line: str) -> int:
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in its buffer
+        if isinstance(error, BrokenPipeError):  # whoever read it has enough
+            return 0
+        print(f"cloud-server: the output cannot be written: {error.strerror}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def _serve(chosen: settings.Settings) -> int:

@@ -26,6 +26,7 @@ try:
     import tempfile
     from collections import Counter
     from collections.abc import Callable, Iterable, Iterator, Sequence
+    from contextlib import suppress
     from datetime import datetime
     from pathlib import Path
     from typing import Any
@@ -109,9 +110,9 @@ examples:
   edge-agent route - --json < prompts.txt
   edge-agent route --explain "three strawberries on white"
 
-Nothing is generated, reserved or sent. Without a running daemon, or with --bundle, --routing-rate or --config, the
-bundle is loaded in this process and the answer is the prediction alone: a cloud within reach and no quota are taken
-for granted.
+Nothing is generated, reserved or sent. With --bundle, --routing-rate or --config, or where no daemon runs and neither
+--agent nor EDGE_AGENT_ADDRESS names one, the bundle is loaded in this process and the answer is the prediction alone:
+a cloud within reach and no quota are taken for granted.
 
 --explain deletes each token in turn and reads the prompt again, so it takes as long as a decision for each of them.
 What moves PRS most, without it, decided most. Of a prompt that is longer than the model reads, no word moves up.
@@ -483,7 +484,8 @@ def _prompts(arguments: Sequence[str]) -> Iterator[str]:
         if argument == "-":
             if sys.stdin is None:
                 raise InvalidRequest("standard input is closed, so no prompt can be read from it")
-            sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
+            # A byte order mark is no part of the first prompt.
+            sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")  # type: ignore[union-attr]
             yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
         else:
             yield argument
@@ -497,16 +499,19 @@ def _target(output: str | None) -> Path | None:
         folder, target = Path(), None
     else:
         target = Path(output)
-        folder = target.parent
+        device = target.absolute().is_relative_to("/dev") or target.absolute().is_relative_to("/proc")
         try:
+            if target.is_symlink():  # what it leads to is written, and the link stays
+                target = target.resolve()
             mode = target.stat().st_mode
         except FileNotFoundError:
             mode = stat.S_IFREG
         except OSError as error:  # a name too long, a folder that one may not enter
             raise _cannot_be_written(target, error) from error
-        if stat.S_ISDIR(mode):
+        folder = target.parent
+        if stat.S_ISDIR(mode) or output.endswith("/"):
             raise InvalidRequest(f"{target} is a folder; name a file in it with -o")
-        if not stat.S_ISREG(mode):  # a pipe or a device, which the image would replace
+        if device or not stat.S_ISREG(mode):  # a pipe or a device, which the image would replace
             raise InvalidRequest(
                 f"{target} is no regular file; name one with -o, or write to a pipe with -o -"
             )
@@ -529,9 +534,7 @@ def _write(received: Received, target: Path | None) -> str:
         # A name of its own: the target's may be as long as the file system takes.
         with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".edge-agent-", delete=False) as part:
             part.write(received.png)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(part.name, 0o666 & ~umask)  # noqa: PTH101  # the mode that open() would have given
+        os.chmod(part.name, _mode(target))  # noqa: PTH101
         os.replace(part.name, target)
     except BaseException as error:
         if part is not None:
@@ -540,6 +543,15 @@ def _write(received: Received, target: Path | None) -> str:
             raise
         raise _cannot_be_written(target, error) from error
     return str(target)
+
+
+def _mode(target: Path) -> int:
+    """Who may read and write it: as before, or as open() would have it."""
+    with suppress(FileNotFoundError):
+        return stat.S_IMODE(target.stat().st_mode)
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
 
 
 def _cannot_be_written(target: Path, error: OSError) -> InvalidRequest:

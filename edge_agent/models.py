@@ -175,7 +175,8 @@ def _show_served(options: argparse.Namespace) -> int:
     """A model of the running daemon, by its side."""
     for model in client(options).models():
         if model["side"] == options.name:
-            return print_facts(model, options)
+            known = {name: value for name, value in model.items() if value not in (None, "", 0, [])}
+            return print_facts(model if options.json or options.name == "edge" else known, options)
     raise InvalidRequest(
         "the daemon knows of no cloud model: none is configured, and its bundle is not calibrated"
     )
@@ -196,7 +197,7 @@ def _pull(options: argparse.Namespace) -> int:
         "current": store.current == pulled.name,
         "served": served,
         "calibrated": not advice,
-        "advice": advice,
+        "advice": [advice] if advice else [],
     }
     if options.json:
         print_json(facts)
@@ -253,7 +254,7 @@ def _use(options: argparse.Namespace) -> int:
     advice = bundle.advice
     if options.json:
         facts = {"name": name, "folder": str(bundle.folder), "digest": bundle.model_digest, "served": served}
-        print_json(facts | {"calibrated": not advice, "advice": advice})
+        print_json(facts | {"calibrated": not advice, "advice": [advice] if advice else []})
         return DONE
     print(said)
     _say_uncalibrated(advice)
@@ -313,7 +314,8 @@ def _choice(store: Store) -> str:
 
 def _remove(options: argparse.Namespace) -> int:
     store, name = _store(options), options.name
-    if name in store.names() and _is_served(store, name, _served(options, surely=True)):
+    removable = name in store.names() and name != STARTER_NAME  # what else it is, the store says
+    if removable and _is_served(store, name, _served(options, surely=True)):
         raise StoreError(
             f"a running daemon serves {name}; let it serve another, or stop it, and remove {name} then"
         )

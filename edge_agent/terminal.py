@@ -8,11 +8,17 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edge_agent import settings
 from edge_agent.client import DONE, AgentClient
 from edge_agent.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+PIPE_COLUMNS = 10_000
 
 LONGEST_TIMEOUT_S = 365 * 86_400.0
 """gRPC takes longer ones, from some 10^9 s on, for a deadline that has passed."""
@@ -87,6 +93,8 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    # In a pipe, where programs look for names, no name is folded.
+    console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_COLUMNS)
     table = Table(box=None, pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold")  # nothing is cut off
@@ -95,6 +103,12 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
             table.add_row(*map(Text, row))  # Text: a prompt's [brackets] are no markup
     except BaseException:
         if table.row_count:
-            Console().print(table)
+            _print(console, table)
         raise
-    Console().print(table)
+    _print(console, table)
+
+
+def _print(console: Console, table: Table) -> None:
+    with console.capture() as text:
+        console.print(table)
+    print(text.get(), end="")  # rich itself ends the program where a pipe has been closed

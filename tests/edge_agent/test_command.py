@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -144,6 +145,32 @@ def test_a_pipe_is_not_replaced_by_the_image(tmp_path: Path) -> None:
         _target(str(tmp_path / "pipe"))
 
 
+@pytest.mark.parametrize("name", ["/dev/stdout", "/proc/self/fd/1"])
+def test_what_only_looks_like_a_file_is_not_replaced_by_the_image(name: str) -> None:
+    with pytest.raises(InvalidRequest, match=r"no regular file.*-o -"):
+        _target(name)
+
+
+def test_a_folder_that_is_not_there_is_not_taken_for_a_file(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="is a folder"):
+        _target(f"{tmp_path / 'new'}/")
+
+
+def test_a_file_is_written_where_a_link_leads_and_stays_as_private_as_it_was(
+    run: Run, daemon: Process, tmp_path: Path
+) -> None:
+    (tmp_path / "kept").mkdir()
+    private = tmp_path / "kept" / "cat.png"
+    private.touch(0o600)
+    (tmp_path / "link.png").symlink_to(private)
+    (tmp_path / "dangling.png").symlink_to(tmp_path / "kept" / "new.png")
+    for link in ("link.png", "dangling.png"):
+        assert run("generate", EDGE_PROMPT, "-o", link, "--seed", 1).code == 0
+        assert (tmp_path / link).is_symlink()
+    assert stat.S_IMODE(private.stat().st_mode) == 0o600
+    assert private.read_bytes() == (tmp_path / "kept" / "new.png").read_bytes() != b""
+
+
 @pytest.mark.usefixtures("ordinary_user")
 def test_a_folder_that_one_may_not_enter_is_refused_before_the_image_is_made() -> None:
     # Not tmp_path: its parents belong to the user who started the tests.
@@ -239,11 +266,27 @@ def test_what_was_decided_before_a_prompt_is_refused_is_shown(run: Run, daemon: 
 def test_route_reads_prompts_from_a_pipe(
     run: Run, daemon: Process, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (tmp_path / "prompts.txt").write_text(f"{EDGE_PROMPT}\n\n猫 🐈\r\n", encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text(f"{EDGE_PROMPT}\n\n猫 🐈\r\n", encoding="utf-8-sig")
     with (tmp_path / "prompts.txt").open(encoding="utf-8") as prompts:
         monkeypatch.setattr("sys.stdin", prompts)
         finished = run("route", "first", "-", "--json")
     assert [facts["prompt"] for facts in finished.objects] == ["first", EDGE_PROMPT, "猫 🐈"]
+
+
+def test_a_table_folds_no_name_in_a_pipe_and_ends_well_where_the_pipe_is_closed(
+    folder: Path, routed_bundle: Path
+) -> None:
+    long = " ".join(["a red apple"] * 20)
+    command = [sys.executable, "-m", "edge_agent", "route", long, "--bundle", str(routed_bundle)]
+    environment = process_environment(folder)
+    assert long in subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as closed:
+        finished = subprocess.run(
+            command, stdout=closed, stderr=subprocess.PIPE, text=True, env=environment, check=False
+        )
+    assert finished.returncode == 0 and "Traceback" not in finished.stderr
 
 
 @pytest.mark.parametrize("arguments", [("--routing-rate", "1"), ()])

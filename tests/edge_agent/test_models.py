@@ -282,6 +282,7 @@ def test_a_running_daemon_takes_up_the_chosen_model_and_keeps_it_from_being_remo
     refused = run("remove", "miniature")
     assert refused.code == 2 and "a running daemon serves miniature" in refused.err
     assert "the running daemon serves it" in run("use", "starter").out
+    assert "comes with the project" in run("remove", "starter").err
     assert run("remove", "miniature").code == 0
     assert daemon.stop() == 0
 
