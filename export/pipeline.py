@@ -268,6 +268,14 @@ def _refuse_unsupported(pipeline: Any) -> None:
     for what, found in checks.items():
         if found():
             raise ExportError(f"{what} is not supported")
+    for part in (part for part in kind(pipeline).parts if part.startswith("tokenizer")):
+        added = getattr(pipeline, part).added_tokens_encoder
+        # diffusers writes such a token out as all of its vectors' before it reads a prompt; the edge does not.
+        if several := [token for token in added if f"{token}_1" in added]:
+            raise ExportError(
+                f"the {part}'s {several[0]!r} is an embedding of several vectors, which is not supported: load one of "
+                "a single vector, or export the model without it"
+            )
     if not hasattr(vae, "scaling_factor"):
         raise ExportError(f"{type(pipeline.vae).__name__} names no scaling_factor")
     positions = min(encoder.config.max_position_embeddings for encoder in encoders)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, normalizers
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers
 from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import CLIPConverter
 
@@ -43,13 +43,16 @@ def convert(tokenizer: Any) -> Tokenizer:
     """A tokenizers.Tokenizer that pads and truncates every prompt to the model's length.
 
     Raises:
-        ExportError: the tokenizer is no CLIP tokenizer, or the result differs from it on one of `PROBES`.
+        ExportError: the tokenizer is no CLIP tokenizer, or the result differs from it on one of `PROBES` or on a
+            token that was added to it.
     """
     if isinstance(tokenizer, PreTrainedTokenizerFast):
         converted = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     elif isinstance(tokenizer, CLIPTokenizer):
         converted = CLIPConverter(tokenizer).converted()
-        converted.add_special_tokens(list(tokenizer.added_tokens_decoder.values()))
+        converted.add_special_tokens(
+            [_as_written(token) for token in tokenizer.added_tokens_decoder.values()]
+        )
         if tokenizer.fix_text is None:
             converted.normalizer = normalizers.Sequence(
                 [
@@ -79,9 +82,26 @@ def write(tokenizer: Any, folder: Path) -> None:
     convert(tokenizer).save(str(folder / tokens.FILE))
 
 
+def _as_written(token: AddedToken) -> AddedToken:
+    """CLIPTokenizer looks for what was added to it, such as a learnt concept's token, before it lowers the text."""
+    if token.special:  # its own, which it was made with
+        return token
+    blanks = {"single_word": token.single_word, "lstrip": token.lstrip, "rstrip": token.rstrip}
+    return AddedToken(token.content, normalized=False, **blanks)
+
+
+def _probes(tokenizer: Any) -> list[str]:
+    """PROBES, and a text with each token that was added: among words, in capitals, against a word, twice."""
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if not token.special]
+    return [
+        *PROBES,
+        *(f"a {token} on {token.upper()} {token.lower()}, two{token}{token}s" for token in added),
+    ]
+
+
 def _compare(tokenizer: Any, converted: tokens.Tokenizer) -> None:
     fix_text = getattr(tokenizer, "fix_text", None)
-    for text in PROBES:
+    for text in _probes(tokenizer):
         if fix_text is not None and fix_text(text) != text:
             continue
         expected = tokenizer(

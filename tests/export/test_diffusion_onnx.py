@@ -34,7 +34,7 @@ from export.diffusion_onnx import export_bundle, main
 from export.errors import ExportError
 from export.pipeline import load, name_of
 from export.reference import Reference, difference, largest_difference, reference_image, reference_images
-from tests.miniature import miniature_pipeline, miniature_tiny_autoencoder, save_miniature
+from tests.miniature import miniature_pipeline, miniature_tiny_autoencoder, miniature_xl, save_miniature
 
 
 def silent(_line: str) -> None:
@@ -426,6 +426,19 @@ def test_a_network_that_takes_or_gives_something_else_is_refused(
     getattr(pipeline, part).register_to_config(**change)
     with pytest.raises(ExportError, match=why):
         export_bundle(pipeline, tmp_path / "bundle", report=silent)
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "tokenizer_2"])
+def test_an_embedding_of_several_vectors_is_refused(tmp_path: Path, part: str) -> None:
+    """For it diffusers rewrites the prompt, so that the bundle would draw another picture of it and nothing else."""
+    pipeline = miniature_xl()
+    number = part.removeprefix("tokenizer")
+    tokenizer, encoder = (getattr(pipeline, name + number) for name in ("tokenizer", "text_encoder"))
+    learnt = {"<catty>": torch.randn(2, encoder.config.hidden_size)}
+    pipeline.load_textual_inversion(learnt, tokenizer=tokenizer, text_encoder=encoder)
+    with pytest.raises(ExportError, match=f"the {part}'s '<catty>' is an embedding of several vectors"):
+        export_bundle(pipeline, tmp_path / "bundle", report=silent)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_tokenizer_without_a_length_says_where_to_write_it(

@@ -69,6 +69,34 @@ def test_a_conversion_that_differs_is_refused_naming_the_text(tmp_path: Path) ->
         tokenizer_json.convert(other)
 
 
+@pytest.mark.parametrize("fast", [False, True])
+def test_tokens_that_were_added_are_found_where_the_tokenizer_finds_them(tmp_path: Path, fast: bool) -> None:
+    """As textual inversion adds them; the slow tokenizer knows them in their own case alone."""
+    tokenizer = miniature_tokenizer(tmp_path)
+    if fast:
+        tokenizer.save_pretrained(tmp_path)
+        tokenizer = CLIPTokenizerFast.from_pretrained(tmp_path)
+    tokenizer.add_tokens(["<Catty>", "sks"])
+    converted = Tokenizer(tokenizer_json.convert(tokenizer), 77)
+    for text in ("a <Catty> of sks on the beach", "a SKS Sks, two<catty>s<Catty>", "sks"):
+        encoded = converted.encode(text)
+        assert encoded.ids[0].tolist() == ids(tokenizer, text)
+    assert (encoded.texts[1], encoded.own) == ("sks", [1])
+
+
+def test_a_conversion_that_loses_an_added_token_is_refused(tmp_path: Path) -> None:
+    class Forgetting(CLIPTokenizer):
+        def tokenize(self, text: str, **options: object) -> list[str]:
+            return super().tokenize(text.replace("<catty>", "cat"), **options)
+
+    miniature_tokenizer(tmp_path)
+    other = Forgetting(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"), model_max_length=77)
+    tokenizer_json.convert(other)
+    other.add_tokens("<catty>")
+    with pytest.raises(ExportError, match="differs from Forgetting on the text 'a <catty>"):
+        tokenizer_json.convert(other)
+
+
 def test_another_kind_of_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "vocab.txt").write_text("[UNK]\n[PAD]\n[CLS]\n[SEP]\n[MASK]\n")
     with pytest.raises(ExportError, match="BertTokenizer is not supported"):
