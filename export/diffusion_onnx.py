@@ -109,8 +109,10 @@ def export_bundle(
     size = pipelines.size_of(pipeline, size)
     counts = list(dict.fromkeys(steps or (kind.steps,)))
     scale = kind.guidance if guidance is None else float(guidance)
+    # The most steps first: where they are too many, nothing is compiled.
     schedules = [
-        compile_schedule(pipeline.scheduler, count, begin_at_first=kind.begins_at_first) for count in counts
+        compile_schedule(pipeline.scheduler, count, begin_at_first=kind.begins_at_first)
+        for count in sorted(counts, reverse=True)
     ]
     report(f"running {type(pipeline).__name__} in torch, to compare with")
     references = reference_images(pipeline, min(counts), scale, size)

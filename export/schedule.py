@@ -41,14 +41,19 @@ def compile_schedule(scheduler: Any, steps: int, *, begin_at_first: bool = False
 
     Raises:
         NotLinear: it clips, thresholds, draws noise that cannot be repeated, or is otherwise not linear.
-        ExportError: it has no such number of steps.
+        ExportError: it has no such number of steps, or cannot be run.
     """
     name = type(scheduler).__name__
+    trained = scheduler.config.get("num_train_timesteps")
+    if trained is not None and steps > trained:  # some repeat timesteps instead, and take minutes to compile
+        raise ExportError(
+            f"{name} has no schedule of {steps} steps: its model was trained on {trained}; name that many at most"
+        )
     timesteps = _fresh(scheduler, steps).timesteps
     calls = len(timesteps)
     # One coordinate for the initial noise and each model output, and enough of them to solve for fresh noise.
     width = 4 * calls + 16
-    units = [np.eye(width)[index] for index in range(calls + 1)]
+    units = list(np.eye(calls + 1, width))
     nothing = [np.zeros(width)] * (calls + 1)
 
     silent, draws = _drive(scheduler, steps, nothing, 0, begin_at_first)
@@ -86,9 +91,22 @@ def _drive(
     """Run the pipeline's loop on initial noise inputs[0] and model outputs inputs[1:].
 
     Returns the T denoiser inputs and the final latents, and each fresh noise with the call after which it
-    was drawn.
+    was drawn. Raises ExportError when the scheduler fails.
     """
-    scheduler = _fresh(scheduler, steps)
+    fresh = _fresh(scheduler, steps)
+    try:
+        return _loop(fresh, inputs, seed, begin_at_first)
+    except ExportError:
+        raise
+    except Exception as error:  # each scheduler fails in its own way
+        raise ExportError(
+            f"{type(scheduler).__name__} cannot be run: {error}; change its config, or choose another scheduler"
+        ) from error
+
+
+def _loop(
+    scheduler: Any, inputs: Sequence[Doubles], seed: int, begin_at_first: bool
+) -> tuple[list[Doubles], list[tuple[int, Doubles]]]:
     if begin_at_first and hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
     generator = torch.Generator().manual_seed(seed)

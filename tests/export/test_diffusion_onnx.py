@@ -26,6 +26,7 @@ from transformers import CLIPImageProcessor
 
 from edge_agent.bundle import MANIFEST, Bundle
 from edge_agent.diffusion.generator import Generator
+from edge_agent.diffusion.schedule import Schedule
 from edge_agent.diffusion.sessions import Runtime
 from export import diffusion_onnx
 from export.__main__ import INTERRUPTED
@@ -34,6 +35,7 @@ from export.diffusion_onnx import export_bundle, main
 from export.errors import ExportError
 from export.pipeline import load, name_of
 from export.reference import Reference, difference, largest_difference, reference_image, reference_images
+from export.schedule import compile_schedule
 from tests.miniature import miniature_pipeline, miniature_tiny_autoencoder, miniature_xl, save_miniature
 
 
@@ -315,6 +317,22 @@ def test_what_no_bundle_can_be_is_refused_before_anything_is_run(
     with pytest.raises(ExportError, match=why):
         export_bundle(pipeline, tmp_path / "bundle", report=silent, **options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_too_many_steps_are_refused_before_any_schedule_is_compiled(
+    pipeline: StableDiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[int] = []
+
+    def counted(scheduler: Any, steps: int, **options: Any) -> Schedule:
+        schedule = compile_schedule(scheduler, steps, **options)
+        compiled.append(steps)
+        return schedule
+
+    monkeypatch.setattr(diffusion_onnx, "compile_schedule", counted)
+    with pytest.raises(ExportError, match="PNDMScheduler has no schedule of 2000 steps"):
+        export_bundle(pipeline, tmp_path / "bundle", steps=(2, 2000), report=silent)
+    assert not compiled and list(tmp_path.iterdir()) == []
 
 
 def test_the_folder_one_is_in_does_not_become_the_bundle(

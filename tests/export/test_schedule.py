@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,33 @@ def test_compiling_leaves_the_scheduler_as_it_was() -> None:
     assert torch.equal(made.timesteps, before)
 
 
-def test_a_step_count_that_the_scheduler_does_not_have_is_refused() -> None:
-    with pytest.raises(ExportError, match="DDIMScheduler has no schedule of 1001 steps"):
-        compile_schedule(scheduler("DDIMScheduler", {"clip_sample": False}), 1001)
+@pytest.mark.parametrize("name", ["DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler"])
+def test_more_steps_than_the_model_was_trained_on_are_refused(name: str) -> None:
+    """Most schedulers would repeat timesteps without a word."""
+    with pytest.raises(ExportError, match=rf"{name} has no schedule of 1001 steps: .* trained on 1000"):
+        compile_schedule(scheduler(name, {}), 1001)
+
+
+def test_many_steps_are_compiled_in_little_memory() -> None:
+    made = scheduler("PNDMScheduler", {"skip_prk_steps": True, "steps_offset": 1})
+    tracemalloc.start()
+    try:
+        compile_schedule(made, 100)
+        assert tracemalloc.get_traced_memory()[1] < 20e6  # the matrix itself has 101 x 102 numbers
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "why"),
+    [
+        ("EulerDiscreteScheduler", {"prediction_type": "v"}, "prediction_type given as v"),
+        ("RePaintScheduler", {}, "missing 2 required positional arguments"),
+    ],
+)
+def test_a_scheduler_that_fails_is_refused_in_its_own_words(
+    name: str, config: dict[str, Any], why: str
+) -> None:
+    made = getattr(diffusers, name)(**config)
+    with pytest.raises(ExportError, match=f"{name} cannot be run: .*{why}.* or choose another scheduler"):
+        compile_schedule(made, 4)
