@@ -9,6 +9,7 @@ from typing import Any
 
 import diffusers
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import DummyObject
 
 from export.errors import ExportError
 
@@ -27,24 +28,42 @@ def choose_scheduler(own: Any, wanted: str) -> Any:
     name, _, changes = wanted.partition(":")
     full = name if name.endswith("Scheduler") else f"{name}Scheduler"
     made = getattr(diffusers, full, None)
-    if not (inspect.isclass(made) and issubclass(made, SchedulerMixin)):
-        known = [found for found in dir(diffusers) if found.endswith("Scheduler")]
+    if isinstance(made, DummyObject):
+        _refuse_missing_package(made)
+    if not _is_scheduler(made):
+        names = (found for found in dir(diffusers) if found.endswith("Scheduler"))
+        known = [found for found in names if _is_scheduler(getattr(diffusers, found))]
         near = difflib.get_close_matches(full, known, n=3, cutoff=0.4)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ExportError(f"diffusers has no scheduler {full}{hint}")
     config = {}
-    known_keys = list(inspect.signature(made.__init__).parameters)[1:]
+    parameters = dict(list(inspect.signature(made.__init__).parameters.items())[1:])
     for change in filter(None, changes.split(",")):
         key, equals, value = change.partition("=")
         if not equals:
             raise ExportError(f"{change!r} changes nothing: write {name}:KEY=VALUE,KEY=VALUE")
-        if key not in known_keys:
-            raise ExportError(f"{full} takes no {key}; it takes {', '.join(known_keys)}")
+        if key not in parameters:
+            raise ExportError(f"{full} takes no {key}; it takes {', '.join(parameters)}")
         config[key] = _value(value)
+        # Any text is true, so that `no` would turn the option on.
+        if isinstance(parameters[key].default, bool) and not isinstance(config[key], bool):
+            raise ExportError(f"{key} takes true or false, not {value!r}")
     try:
         return made.from_config(own.config, **config)
     except Exception as error:  # each scheduler checks its config in its own way
         raise ExportError(f"{full} cannot be made from the model's config: {error}") from error
+
+
+def _is_scheduler(made: Any) -> bool:
+    return inspect.isclass(made) and issubclass(made, SchedulerMixin)
+
+
+def _refuse_missing_package(stand_in: type) -> None:
+    """ExportError in the words of what diffusers puts in the place of a class whose packages are not all there."""
+    try:
+        stand_in()
+    except ImportError as error:
+        raise ExportError(" ".join(str(error).split())) from error
 
 
 def _value(text: str) -> Any:

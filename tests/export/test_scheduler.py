@@ -31,6 +31,11 @@ def test_the_models_own_config_is_kept_and_the_changes_are_made(name: str) -> No
         ("EulerDiscrete:karras=true", "takes no karras; it takes .*use_karras_sigmas"),
         ("EulerDiscrete:use_karras_sigmas", "write EulerDiscrete:KEY=VALUE"),
         ("EulerDiscrete:beta_schedule=steep", "cannot be made"),
+        ("DDIM:rescale_betas_zero_snr=no", "rescale_betas_zero_snr takes true or false, not 'no'"),
+        ("DDIM:set_alpha_to_one=FALSE", "takes true or false, not 'FALSE'"),
+        ("DDIM:clip_sample=0", "takes true or false, not '0'"),
+        ("FlaxDDIM", "^FlaxDDIMScheduler requires the FLAX library"),
+        ("FlaxDDI", r"did you mean (?!.*Flax)"),
     ],
 )
 def test_what_is_no_scheduler_or_no_change_of_one_is_refused(wanted: str, why: str) -> None:
