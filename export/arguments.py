@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from export.errors import ExportError
@@ -20,14 +23,48 @@ def at_least(least: int) -> Callable[[str], int]:
     return number
 
 
-def check_output(file: Path) -> None:
-    """Make the folder that ``file`` of --out will lie in, before the work whose result it is.
+def check_output(file: Path, *inputs: Path, option: str = "--out") -> None:
+    """Make the folder that ``file`` of ``option`` will lie in, before the work whose result it is.
 
-    ExportError when that cannot be, or a folder lies in the file's place.
+    ExportError when that cannot be, when something else than a file lies in its place, or one of ``inputs``.
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=file.resolve().parent).close()  # where `replacing` writes
     except OSError as error:
-        raise ExportError(f"--out {file}: {file.parent} cannot be made: {error.strerror}") from error
+        raise ExportError(
+            f"{option} {file}: {file.parent} cannot be made or written to: {error.strerror}"
+        ) from error
     if file.is_dir():
-        raise ExportError(f"--out {file} is a folder; name a file")
+        raise ExportError(f"{option} {file} is a folder; name a file")
+    if file.exists() and not file.is_file():  # a pipe or a device, which the result would replace
+        raise ExportError(f"{option} {file} is no regular file; name one")
+    if file.exists() and any(other.exists() and file.samefile(other) for other in inputs):
+        raise ExportError(f"{option} {file} is what is read; name another file, or it would be lost")
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """Where to write what then takes the place of ``file``, in one step: whoever reads it finds all of it.
+
+    Until then, and after an error, such as that of a full disk, ``file`` is as it was.
+    """
+    target = file.resolve()  # a link stays one
+    partial = target.with_name(f".{os.getpid()}-{target.name}")  # its ending tells some writers the format
+    try:
+        yield partial
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_output(file: Path, text: str) -> None:
+    """Write ``text``, `replacing` what the file holds."""
+    with replacing(file) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def shown(path: Path) -> str:
+    """How a document names ``path``: from the folder one works in, where it lies below that."""
+    here = Path.cwd()
+    return (path.relative_to(here) if path.is_relative_to(here) else path).as_posix()

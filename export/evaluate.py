@@ -32,7 +32,7 @@ from scipy.stats import rankdata
 
 from edge_agent.bundle import Bundle
 from edge_agent.superiority import relative_superiority
-from export.arguments import check_output
+from export.arguments import check_output, write_output
 from export.calibrate import predicted
 from export.errors import ExportError
 from export.outcomes import Outcomes
@@ -199,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not 0 < options.rate < 1:
         parser.error("--rate must lie between 0 and 1")
 
-    check_output(options.out)
+    check_output(options.out, options.labels)
     bundle = Bundle.open(options.bundle)
     calibration = bundle.calibration
     if calibration is None:
@@ -236,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "bootstrap_resamples": RESAMPLES,
         "routers": [asdict(row) for row in rows],
     }
-    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_output(options.out, json.dumps(record, indent=1) + "\n")
     Console(width=None if sys.stdout.isatty() else TABLE_WIDTH).print(table(rows, options.rate))
     console.print(f"{len(test)} test prompts, {paired.gaps.shape[1]} seeds; written to {options.out}")
     return 0

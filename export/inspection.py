@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
+from export.arguments import check_output, replacing, shown, write_output
 from export.errors import ExportError
 from export.label import MODELS
 from export.outcomes import INSPECTION, INSPECTOR, Outcomes, read_table
@@ -285,15 +286,18 @@ def prompts_of(outcomes: Outcomes) -> dict[int, Prompt]:
 
 
 def report(
-    inspector: Inspector, found: Mapping[tuple[str, int, int], Verdict], prompts: Mapping[int, Prompt]
+    inspector: Inspector,
+    found: Mapping[tuple[str, int, int], Verdict],
+    prompts: Mapping[int, Prompt],
+    command: str,
 ) -> str:
-    """The whole report as Markdown."""
+    """The whole report as Markdown; ``command`` is what it was made by."""
     rendered = on_rendered(inspector, RENDERED)
     by_eye = against_eye(found)
     lines = [
         "# What the inspector sees",
         "",
-        "Made by `edge-export inspect export/starter/weights/labels.parquet runs/starter/labels/images`. The inspector",
+        f"Made by `{command}`. The inspector",
         "(`export/starter/inspector.py`) is a detector trained apart from the judge, on scenes of its own; what it",
         "finds is compared with the prompt by rule (`export/inspection.py`): every kind of object as often as asked,",
         "the first to the second as asked, the background asked for. Nothing that routes learns from it.",
@@ -341,18 +345,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--inspector", type=Path, default=STARTER_INSPECTOR, help="default: the starter's")
     parser.add_argument("--report", type=Path, help="write what it found as Markdown")
     options = parser.parse_args(argv)
+    if options.report is not None:
+        check_output(options.report, options.labels, option="--report")
     outcomes = Outcomes.read(options.labels)
     known = prompts_of(outcomes)
     scenes = {prompt_id: prompt.scene for prompt_id, prompt in known.items() if prompt.scene is not None}
     inspector = Inspector(options.inspector)
     table, found = inspect(read_table(options.labels), options.images, inspector, scenes)
-    partial = options.labels.with_suffix(".partial")
-    pq.write_table(table, partial, compression="zstd")
-    partial.replace(options.labels)
+    with replacing(options.labels) as partial:
+        pq.write_table(table, partial, compression="zstd")
     console.print(f"{len(found)} of {len(table)} images inspected -> {options.labels}")
     if options.report is not None:
-        options.report.parent.mkdir(parents=True, exist_ok=True)
-        options.report.write_text(report(inspector, found, known), encoding="utf-8")
+        command = f"edge-export inspect {shown(options.labels)} {shown(options.images)}"
+        if options.inspector.resolve() != STARTER_INSPECTOR:
+            command += f" --inspector {shown(options.inspector)}"
+        write_output(options.report, report(inspector, found, known, command))
         console.print(f"written to {options.report}")
     return 0
 

@@ -34,7 +34,7 @@ from edge_agent.diffusion.generator import Image as EdgeImage
 from edge_agent.diffusion.sessions import Runtime
 from edge_agent.superiority import METRICS
 from export.__main__ import run
-from export.arguments import at_least, check_output
+from export.arguments import at_least, check_output, replacing, write_output
 from export.errors import ExportError
 from export.negatives import hard_negatives
 from export.outcomes import COLUMNS, INSPECTION, INSPECTOR, Outcomes, read_table
@@ -332,7 +332,7 @@ def _only_of(folder: Path, facts: Mapping[str, str], name: str) -> Path:
     made_with = folder / "made_with.json"
     if made_with.exists() and json.loads(made_with.read_text()) != facts:
         raise ExportError(f"{folder} holds {name}: remove it, or name another --parts")
-    _write_whole(made_with, json.dumps(facts))
+    write_output(made_with, json.dumps(facts))
     return folder
 
 
@@ -352,7 +352,7 @@ def _only_for(root: Path, own: Sequence[Prompt]) -> None:
         )
     if len(texts) > len(kept):
         root.mkdir(parents=True, exist_ok=True)
-        _write_whole(file, "\n".join(texts) + "\n")
+        write_output(file, "\n".join(texts) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -441,7 +441,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not any(counts.values()):
         parser.error("there is no prompt to label: ask for some of one split at least, such as --test 100")
     own = [] if options.prompts is None else own_prompts(options.prompts)
-    check_output(options.out)
+    root = options.parts or options.out.with_suffix(".parts")
+    if root.resolve() == options.out.resolve():
+        raise ExportError(
+            f"--out {options.out} is the folder of the finished pieces: name another file, or another --parts"
+        )
+    check_output(options.out, *([options.prompts] if own else []))
     bundle, cloud = Bundle.open(options.bundle), cloud_model(options.cloud)
     prompts = own or router_prompts(counts)
     judge = Judge(options.judge)
@@ -453,7 +458,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         "metrics": json.dumps([[metric.name, metric.positive, metric.negative] for metric in judge.metrics]),
         "judge_digest": judge.digest,
     }
-    root = options.parts or options.out.with_suffix(".parts")
     _only_for(root, own)
     images = _only_of(root / IMAGES, models, "images of other models")
     name = f"{judge.digest[:16]}-{ADHERENCE}" if options.adherence else judge.digest[:16]
@@ -495,16 +499,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _write_table(table: pa.Table, file: Path) -> None:
-    partial = file.with_suffix(f".{os.getpid()}")
-    pq.write_table(table, partial, compression="zstd")
-    partial.replace(file)
-
-
-def _write_whole(file: Path, text: str) -> None:
-    """Another process sharing the run reads all of it or nothing."""
-    partial = file.with_suffix(f".{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
+    with replacing(file) as partial:
+        pq.write_table(table, partial, compression="zstd")
 
 
 def _share(text: str) -> tuple[int, int]:

@@ -28,6 +28,7 @@ from edge_agent.bundle import PREDICTOR, Bundle
 from edge_agent.diffusion.generator import Generator, Image
 from edge_agent.reader import Reader
 from edge_agent.superiority import METRICS, relative_superiority
+from export.arguments import at_least, check_output, write_output
 from export.errors import ExportError
 from export.label import STARTER_BUNDLE
 from export.precision import CALIBRATION_PROMPTS, DTYPES, Loss, shrink
@@ -341,13 +342,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("edge-export precision", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("bundle", type=Path, nargs="?", default=STARTER_BUNDLE, help="default: the starter's")
     parser.add_argument(
-        "--prompts", type=int, default=PROMPTS, help="prompts of the split test (default: %(default)s)"
+        "--prompts",
+        type=at_least(1),
+        default=PROMPTS,
+        help="prompts of the split test (default: %(default)s)",
     )
     parser.add_argument(
         "--judge", default=STARTER_JUDGE, help="a CLIP: folder or hub id (default: the starter's)"
     )
     parser.add_argument("--out", type=Path, default=Path("precision.md"), help="default: %(default)s")
     options = parser.parse_args(argv)
+    check_output(options.out)
     world = router_prompts({"test": options.prompts, "train": CALIBRATION})
     texts = {split: [one.text for one in world if one.split == split] for split in ("test", "train")}
     starter = options.bundle.resolve() == STARTER_BUNDLE.resolve()
@@ -356,7 +361,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.bundle, forms(Bundle.open(options.bundle)), texts["test"], calibration, Judge(options.judge)
     )
     command = " ".join(("edge-export precision", *(sys.argv[1:] if argv is None else argv)))
-    options.out.write_text(report(options.bundle, found, command), encoding="utf-8")
+    write_output(options.out, report(options.bundle, found, command))
     console.print(f"written to {options.out}")
     return 0
 

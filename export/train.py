@@ -23,6 +23,7 @@ from torch import Tensor
 
 from edge_agent.bundle import Bundle
 from edge_agent.tokens import Tokenizer
+from export.arguments import replacing
 from export.mixture import SENTENCE, WORDS, Ensemble, Mixture, Shape, Together
 from export.outcomes import Outcomes
 from export.states import TokenStates, of_prompts, of_shorter_prompts
@@ -370,7 +371,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "threads": options.threads,
         "seconds": round(time.monotonic() - started, 1),
     }
-    ensemble.save(options.out / WEIGHTS, record)
+    with replacing(options.out / WEIGHTS) as partial:
+        ensemble.save(partial, record)
     count = sum(weights.numel() for weights in ensemble.parameters())
     alone = ", ".join(f"{run.validation_loss:.3f}" for run in runs)
     console.print(

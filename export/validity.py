@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from edge_agent.superiority import METRICS
+from export.arguments import check_output, shown, write_output
 from export.evaluate import spearman
 from export.label import ADHERENCE
 from export.negatives import FAULTS, hard_negatives
@@ -115,8 +116,11 @@ def tells_apart(judge: Judge, scenes: Sequence[Scene], samples: Sequence[Sample]
     return {fault: np.array(found, np.float64) for fault, found in told.items()}
 
 
-def report(judge: Judge, labels: Path) -> str:
-    """The whole report as Markdown."""
+def report(judge: Judge, labels: Path, name: Path | str = STARTER_JUDGE) -> str:
+    """The whole report as Markdown; ``name`` is where the judge was loaded from."""
+    starter = Path(name).resolve() == STARTER_JUDGE.resolve()
+    named = "the starter judge" if starter else f"the judge `{name}`"
+    trained = "the judge" if starter else "the starter judge"
     outcomes = Outcomes.read(labels)
     rng = np.random.default_rng(SEED)
     scenes = sample_scenes("inspector", PICTURES, SEED)
@@ -132,7 +136,7 @@ def report(judge: Judge, labels: Path) -> str:
     lines = [
         "# What the metrics measure",
         "",
-        "Made by `edge-export validity export/starter/weights/labels.parquet` with the starter judge.",
+        f"Made by `edge-export validity {shown(labels)}` with {named}.",
         "",
         "## Validity",
         "",
@@ -140,7 +144,7 @@ def report(judge: Judge, labels: Path) -> str:
         "the pairs each metric (column) is lower on the spoiled picture than on the original. Rows are the damages;",
         "each metric's own is in bold. 50 is what a metric that does not care would show.",
         "",
-        "Damages that the judge was trained on, at other scenes:",
+        f"Damages that {trained} was trained on, at other scenes:",
         "",
         *_table("damage", known),
         "",
@@ -214,11 +218,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--judge", default=STARTER_JUDGE, help="a CLIP: folder or hub id (default: the starter's)"
     )
-    parser.add_argument("--out", type=Path, default=Path("docs/metrics.md"), help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("metrics.md"), help="default: %(default)s")
     options = parser.parse_args(argv)
-    text = report(Judge(options.judge), options.labels)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(text, encoding="utf-8")
+    check_output(options.out, options.labels)
+    write_output(options.out, report(Judge(options.judge), options.labels, options.judge))
     console.print(f"written to {options.out}")
     return 0
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from export.arguments import check_output, replacing
 from export.label import STARTER_CLOUD, STARTER_EDGE, Painter
 from export.prompts import router_prompts
 
@@ -49,14 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cloud", default=str(STARTER_CLOUD))
     parser.add_argument("--out", type=Path, default=Path("docs/images/contact-sheet.png"))
     options = parser.parse_args(argv)
+    check_output(options.out)
     prompts = graded_prompts()
     seeds = [SEED] * len(prompts)
     pictures = [
         [Image.fromarray(picture.pixels) for picture in Painter(model).paint(prompts, seeds)]
         for model in (options.edge, options.cloud)
     ]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    sheet(prompts, *pictures).save(options.out, optimize=True)
+    with replacing(options.out) as partial:
+        sheet(prompts, *pictures).save(partial, optimize=True)
     print(f"{len(prompts)} prompts, edge left, cloud right -> {options.out}")
     return 0
 

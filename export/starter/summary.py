@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from edge_agent.superiority import METRICS
+from export.arguments import check_output, write_output
 from export.evaluate import RESAMPLES, Estimate, estimate, resampled
 from export.label import STARTER_CLOUD, STARTER_EDGE, Painter
 from export.outcomes import Outcomes
@@ -159,12 +160,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--labels", type=Path, default=OUTCOMES, help="default: the starter's")
     parser.add_argument("--out", type=Path, default=Path("docs/starter.md"), help="default: %(default)s")
     options = parser.parse_args(argv)
+    check_output(options.out, options.labels)
     outcomes = Outcomes.read(options.labels)
     scenes = scenes_of(outcomes.prompts, scenes_by_text(outcomes.splits.tolist()))
     quality = qualities(outcomes.split("test"), scenes[outcomes.splits == "test"])
     edge, cloud = costs([Painter(str(STARTER_EDGE)), Painter(str(STARTER_CLOUD))])
     text = report(edge, cloud, quality, len(outcomes.split("test")))
-    options.out.write_text(text, encoding="utf-8")
+    write_output(options.out, text)
     print(f"written to {options.out}")
     return 0
 

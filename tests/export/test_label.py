@@ -472,6 +472,10 @@ def test_a_line_ends_where_editors_end_it(tmp_path):
 
 def test_the_folder_of_the_matrix_is_made_before_the_work(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    for out, words in (("file/labels.parquet", "cannot be made"), (".", "is a folder")):
+    for out, words in (
+        ("file/labels.parquet", "cannot be made"),
+        (".", "is a folder"),
+        ("labels.parts", "the folder of the finished pieces: name another file"),
+    ):
         assert edge_export(["label", "--out", str(tmp_path / out)]) == 2
         assert words in capsys.readouterr().err

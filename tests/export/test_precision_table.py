@@ -9,6 +9,8 @@ import pytest
 
 from edge_agent.bundle import Bundle
 from edge_agent.superiority import METRICS
+from export import precision_table
+from export.errors import ExportError
 from export.precision_table import Form, Measured, forms, interval, measure, report
 from export.quality import Judge
 
@@ -60,6 +62,17 @@ def test_forms_are_all_parts_and_each_alone(routed_bundle: Path) -> None:
         "fp32", "fp16", "int8", "int8 text_encoder", "int8 unet", "int8 vae_decoder",
     ]  # fmt: skip
     assert found[4].keep == ("text_encoder", "vae_decoder")
+
+
+@pytest.mark.parametrize("arguments", [["--prompts", "0"], ["--out", "FILE/p.md"]])
+def test_what_cannot_be_measured_or_written_is_refused_before_the_work(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "FILE").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(precision_table, "measure", None)
+    with pytest.raises((ExportError, SystemExit), match=r"2|cannot be made"):
+        precision_table.main(arguments)
 
 
 def test_an_interval_leaves_zero_out_only_where_the_difference_is_there() -> None:

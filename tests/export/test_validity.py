@@ -1,9 +1,11 @@
+import shutil
+
 import numpy as np
 import pytest
 
 from edge_agent.superiority import METRICS
 from export import validity
-from export.quality import Judge
+from export.quality import STARTER_JUDGE, Judge
 from export.starter.damage import damage, render_samples
 from export.starter.world import sample_scenes
 from tests.export.routing_world import write_labels
@@ -36,3 +38,18 @@ def test_the_report_says_it_all(tmp_path, monkeypatch):
     text = out.read_text()
     assert all(text.count(f"| {name} |") >= 3 for name in METRICS)
     assert "inspector finds" not in text
+    assert f"Made by `edge-export validity {labels}` with the starter judge.\n" in text
+
+
+def test_the_report_names_the_judge_that_was_asked_for_and_the_labels_from_where_one_works(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(validity, "PICTURES", 4)
+    monkeypatch.setattr(validity, "RESAMPLES", 20)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(STARTER_JUDGE, tmp_path / "mine")
+    labels = write_labels(tmp_path / "labels.parquet", 24)
+    assert validity.main([str(labels), "--judge", "mine"]) == 0
+    text = (tmp_path / "metrics.md").read_text()
+    assert "Made by `edge-export validity labels.parquet` with the judge `mine`.\n" in text
+    assert "Damages that the starter judge was trained on" in text

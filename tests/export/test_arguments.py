@@ -1,0 +1,92 @@
+"""What a command writes replaces what was there whole, or not at all; and never what it reads."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from export.__main__ import main
+from export.arguments import check_output, replacing, shown, write_output
+from export.errors import ExportError
+
+
+def test_what_is_written_takes_the_place_of_what_was_there(tmp_path: Path) -> None:
+    file = tmp_path / "report.md"
+    for text in ("one", "twö"):
+        write_output(file, text)
+        assert file.read_text(encoding="utf-8") == text
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_an_error_leaves_what_was_there_and_nothing_beside_it(tmp_path: Path) -> None:
+    def fill_the_disk() -> None:
+        with replacing(file) as partial:
+            partial.write_text("half of tw")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    file = tmp_path / "report.md"
+    file.write_text("one")
+    with pytest.raises(OSError, match="No space"):
+        fill_the_disk()
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["one"]
+
+
+def test_a_link_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    link, file = tmp_path / "report.md", tmp_path / "elsewhere" / "report.md"
+    link.symlink_to(file)
+    write_output(link, "one")
+    assert link.is_symlink() and file.read_text() == "one"
+
+
+def test_what_cannot_become_the_result_is_refused(tmp_path: Path) -> None:
+    """By the name of the option, and before the work."""
+    file, pipe = tmp_path / "file", tmp_path / "pipe"
+    file.write_text("")
+    os.mkfifo(pipe)
+    for out, words in (
+        (file / "a.md", "cannot be made"),
+        (Path("/proc/a.md"), "cannot be made or written to"),
+        (tmp_path, "is a folder; name a file"),
+        (pipe, "is no regular file"),
+    ):
+        with pytest.raises(ExportError, match=f"^--report {out}.*{words}"):
+            check_output(out, option="--report")
+    check_output(tmp_path / "new" / "a.md", tmp_path / "nothing")
+    assert (tmp_path / "new").is_dir()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["evaluate", "INPUT", "bundle", "--out"],
+        ["validity", "INPUT", "--out"],
+        ["inspect", "INPUT", "images", "--report"],
+        ["label", "--prompts", "INPUT", "--out"],
+        ["starter", "summary", "--labels", "INPUT", "--out"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_no_command_writes_over_what_it_reads(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = tmp_path / "given"
+    given.write_text("\n".join(f"a photo of thing {number}" for number in range(60)))
+    (tmp_path / "linked").symlink_to(given)
+    before = given.read_bytes()
+    for out in ("given", "linked"):
+        arguments = [str(given) if one == "INPUT" else one for one in command]
+        assert main([*arguments, str(tmp_path / out)]) == 2
+        assert f"{command[-1]} {tmp_path / out} is what is read; name another" in capsys.readouterr().err
+    assert given.read_bytes() == before
+
+
+def test_a_document_names_a_path_from_where_one_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert shown(tmp_path / "runs" / "labels") == shown(Path("runs/labels")) == "runs/labels"
+    assert shown(tmp_path.parent / "labels") == str(tmp_path.parent / "labels")
