@@ -54,6 +54,7 @@ IMAGES = "images"  # folder of finished pictures, beside one folder of measureme
 CEILING_PROMPTS = 300
 WITHHELD = "withheld"  # array beside a piece's pictures
 OWN_PROMPTS = "prompts.txt"  # beside that folder: those of --prompts, whose places in it give their ids
+PREPROCESSING = "judge_preprocessing"  # fact of a matrix, of which earlier ones say nothing
 ADHERENCE = "adherence"  # optional column: no router is trained on it, and the paper's ten stay comparable
 
 
@@ -304,13 +305,14 @@ def take_over(
 ) -> None:
     """Put the pieces that an earlier matrix has whole into the folder ``parts``, as if they had been measured.
 
-    ExportError unless the matrix is sound and was made with the same ``facts``: models, judge and metrics.
+    ExportError unless the matrix is sound and was made with the same ``facts``: models, judge and metrics. What it does
+    not say of the judge's preprocessing is taken to be the same.
     """
     Outcomes.read(matrix)
     table = read_table(matrix)
     stated = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
     for name, fact in facts.items():
-        if stated.get(name) != fact:
+        if stated.get(name, fact if name == PREPROCESSING else None) != fact:
             raise ExportError(f"{matrix} does not have this {name}: leave --extend out, and label everything")
     columns = [*COLUMNS, *([ADHERENCE] if adherence else [])]
     if missing := set(columns) - set(table.column_names):
@@ -327,10 +329,13 @@ def take_over(
 
 
 def _only_of(folder: Path, facts: Mapping[str, str], name: str) -> Path:
-    """The folder, made where it is not there yet; ExportError when what it holds was made with something else."""
+    """The folder, made where it is not there yet; ExportError when what it holds was made with something else.
+
+    A fact that was not recorded yet when it was made is taken to be the same.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     made_with = folder / "made_with.json"
-    if made_with.exists() and json.loads(made_with.read_text()) != facts:
+    if made_with.exists() and facts | json.loads(made_with.read_text()) != facts:
         raise ExportError(f"{folder} holds {name}: remove it, or name another --parts")
     write_output(made_with, json.dumps(facts))
     return folder
@@ -457,11 +462,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     measured = {
         "metrics": json.dumps([[metric.name, metric.positive, metric.negative] for metric in judge.metrics]),
         "judge_digest": judge.digest,
+        PREPROCESSING: judge.preprocessing,
     }
     _only_for(root, own)
     images = _only_of(root / IMAGES, models, "images of other models")
     name = f"{judge.digest[:16]}-{ADHERENCE}" if options.adherence else judge.digest[:16]
-    parts = _only_of(root / name, models | measured, "measurements of other metrics")
+    parts = _only_of(root / name, models | measured, "measurements of other metrics or preprocessing")
     draws = Draws(options.draws, options.edge_draws, options.measured_draws, options.ceiling_draws)
     every = list(pieces(prompts, draws))
     mine = [piece for piece in every if piece.number % options.share[1] == options.share[0] - 1]

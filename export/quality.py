@@ -74,6 +74,7 @@ class Judge:
             raise ExportError(
                 f"{model}: its image processor makes pictures that its vision model does not take ({error})"
             ) from error
+        self.preprocessing = _preprocessing(self.processor, texts)
 
     def quality(self, images: Sequence[Image.Image]) -> np.ndarray:
         """float32 [N, M] in (0, 1), a row an image, a column a metric."""
@@ -156,6 +157,18 @@ def _open(model: Path | str) -> tuple[CLIPModel, CLIPProcessor]:
             f"the text model has {text.vocab_size} and {text.eos_token_id}"
         )
     return clip, processor
+
+
+def _preprocessing(processor: CLIPProcessor, texts: Sequence[str]) -> str:
+    """SHA-256 of what becomes of a made-up picture and of the texts before the model sees them, and of the vocabulary.
+
+    Of what is done, not of the files that say so: these differ from release to release, and mean the same.
+    """
+    colours = np.arange(97 * 131 * 3).astype(np.uint8).reshape(97, 131, 3)  # to be resized, and cropped
+    pixels = processor(images=[Image.fromarray(colours)], return_tensors="np")["pixel_values"]
+    ids = [processor.tokenizer(text)["input_ids"] for text in texts]
+    vocabulary = sorted(processor.tokenizer.get_vocab().items())
+    return hashlib.sha256(pixels.tobytes() + repr((pixels.shape, ids, vocabulary)).encode()).hexdigest()
 
 
 def _digest(model: CLIPModel) -> str:

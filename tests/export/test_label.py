@@ -3,6 +3,7 @@ import re
 import shutil
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -205,6 +206,46 @@ def test_labels_of_other_models_are_not_mixed_in(models, miniature_bundle, tmp_p
     (other / "routet2i.json").write_text(json.dumps(CARD | {"steps": 3}))
     with pytest.raises(ExportError, match="other models"):
         label.main(arguments(models, miniature_bundle, out, "--cloud", str(other)))
+
+
+@pytest.fixture
+def relabelled(few, models, miniature_bundle, tmp_path):
+    """Labels and their pieces, the same command, and the options that name a judge of other preprocessing."""
+    out, judge = Path(shutil.copy(few, tmp_path)), tmp_path / "judge"
+    shutil.copytree(few.with_suffix(".parts"), out.with_suffix(".parts"))
+    shutil.copytree(models / "judge", judge)
+    config = json.loads((judge / "preprocessor_config.json").read_text())
+    (judge / "preprocessor_config.json").write_text(json.dumps(config | {"image_mean": [0.9] * 3}))
+    return out, arguments(models, miniature_bundle, out), ("--judge", str(judge))
+
+
+def test_pieces_that_were_preprocessed_otherwise_are_not_mixed_in(relabelled, tmp_path, monkeypatch):
+    out, command, other = relabelled
+    with pytest.raises(ExportError, match="measurements of other metrics or preprocessing: remove it"):
+        label.main([*command, *other])
+    shutil.rmtree(next(out.with_suffix(".parts").glob("*[!s]/")))
+    before = pq.read_table(out)
+    with pytest.raises(ExportError, match="does not have this judge_preprocessing"):
+        label.main([*command, *other, "--extend", str(out)])
+    monkeypatch.setattr(label, "generate", nothing_missing)
+    assert label.main([*command, *other]) == 0
+    assert not pq.read_table(out)["detail"].equals(before["detail"])
+
+
+def test_pieces_and_a_matrix_that_say_nothing_of_preprocessing_are_gone_on_with(relabelled, monkeypatch):
+    """As they were made before it was recorded."""
+    out, command, _ = relabelled
+    (made_with,) = out.with_suffix(".parts").glob("*[!s]/made_with.json")
+    facts = json.loads(made_with.read_text())
+    made_with.write_text(json.dumps({name: facts[name] for name in facts if name != label.PREPROCESSING}))
+    table = pq.read_table(out)
+    stated = {name: fact for name, fact in table.schema.metadata.items() if name != b"judge_preprocessing"}
+    earlier = out.with_name("earlier.parquet")
+    pq.write_table(table.replace_schema_metadata(stated), earlier)
+    monkeypatch.setattr(label, "measure", None)
+    assert label.main([*command, "--extend", str(earlier)]) == 0
+    assert pq.read_table(out).equals(table)
+    assert json.loads(made_with.read_text()) == facts
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@ import json
 import shutil
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -10,6 +11,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 from edge_agent.superiority import METRICS
 from export.errors import ExportError
 from export.quality import STARTER_JUDGE, VIEWS, Judge
+from export.routerbench.__main__ import LABELS
 from export.starter.tokenizer import train_tokenizer
 
 SIDE = 96  # pixels; the starter's judge takes 64
@@ -75,6 +77,28 @@ def test_other_views_are_another_judge(monkeypatch):
 
 def test_judges_that_differ_have_digests_that_differ(tmp_path):
     assert Judge(save_clip(tmp_path)).digest != Judge().digest
+
+
+def test_the_starters_judge_is_the_one_that_measured_the_shipped_labels():
+    assert Judge().digest.encode() == pq.read_schema(LABELS).metadata[b"judge_digest"]
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("preprocessor_config.json", {"image_mean": [0.9] * 3}),
+        ("preprocessor_config.json", {"resample": 0}),
+        ("tokenizer_config.json", {"bos_token": "a</w>"}),
+    ],
+)
+def test_the_same_weights_with_other_preprocessing_are_told_apart(file, change, tmp_path):
+    folder = save_clip(tmp_path / "one")
+    before, same = Judge(folder), Judge(shutil.copytree(folder, tmp_path / "two"))
+    assert (same.digest, same.preprocessing) == (before.digest, before.preprocessing)
+    config = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(config | change))
+    after = Judge(folder)
+    assert after.digest == before.digest and after.preprocessing != before.preprocessing
 
 
 def test_an_image_processor_of_another_size_is_refused(tmp_path):
