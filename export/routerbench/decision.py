@@ -145,13 +145,18 @@ class Decider:
 def decisions(
     bundle: Bundle, outcomes: Outcomes, scenes: Mapping[str, NDArray[np.int64]], cache: Path, seed: int = 0
 ) -> Decisions | None:
-    """Measure them; None where the bundle has no predictor or no calibration for these labels' models.
+    """Measure them; None where the bundle has no predictor or no calibration for these labels' models, or they hold no
+    calibration prompts.
 
     ``scenes`` numbers what each prompt says, split by split; its keys are the splits that are looked at. The training
     prompts' token states are read from the folder ``cache``, or made and kept there.
     """
     calibration = bundle.calibration
-    if bundle.predictor is None or calibration is None:
+    if bundle.predictor is None or calibration is None or "calibration" not in scenes:
+        return None
+    edge = outcomes.facts.get("edge_digest", bundle.model_digest)
+    cloud = outcomes.facts.get("cloud_digest", calibration.cloud_digest)
+    if (edge, cloud) != (calibration.edge_digest, calibration.cloud_digest):
         return None
     decider = Decider(bundle, calibration)
     parts = {split: outcomes.split(split) for split in scenes}

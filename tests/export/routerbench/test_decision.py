@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,17 @@ def test_an_unknown_word_is_told(routed: Routed, made: Decisions) -> None:
 def test_a_bundle_without_calibration_has_no_decisions_to_measure(routed: Routed, tmp_path: Path) -> None:
     bare = write_bundle(tmp_path / "bare")
     assert decisions(bare, routed.outcomes, routed.scenes, tmp_path) is None
+
+
+@pytest.mark.parametrize("name", ["edge_digest", "cloud_digest"])
+def test_a_calibration_for_other_models_is_not_judged_by_these_labels(routed: Routed, name: str) -> None:
+    others = replace(routed.outcomes, facts=routed.outcomes.facts | {name: "00ff"})
+    assert decisions(routed.bundle, others, routed.scenes, routed.cache) is None
+
+
+def test_labels_without_calibration_prompts_have_no_decisions_to_measure(routed: Routed) -> None:
+    scenes = {split: routed.scenes[split] for split in ("train", "test")}
+    assert decisions(routed.bundle, routed.outcomes, scenes, routed.cache) is None
 
 
 def test_sentences_of_one_scene_share_its_number_and_strangers_have_their_own() -> None:
