@@ -115,7 +115,8 @@ def install(weights: Path, bundle: Bundle) -> float:
         raise ExportError(
             f"{weights} was trained on another edge model's token states; train it on {bundle.folder}"
         )
-    with tempfile.TemporaryDirectory(dir=bundle.folder.parent) as scratch:
+    # Inside, as only that is sure to be on the bundle's disk and writable: it may be a link, or its folder another's.
+    with tempfile.TemporaryDirectory(dir=bundle.folder, prefix=".predictor-") as scratch:
         graph = Path(scratch) / "model.onnx"
         difference = export(ensemble, graph, bundle.manifest.text_tokens)
         put_file(bundle.folder, PREDICTOR, graph, without=CALIBRATION)
