@@ -40,6 +40,7 @@ from export.prompts import scenes_by_text, scenes_of
 from export.terminal import console
 
 RESAMPLES = 1000
+FEWEST = 10  # scenes; with fewer many a resample draws but one of them, and no interval says anything
 TABLE_WIDTH = 110  # characters, where no terminal says how many there are
 Floats = NDArray[np.float64]
 
@@ -141,7 +142,7 @@ def evaluate(
     """Rows of the table, one a router (router -> scores [N], low goes to the cloud) and those of random and oracle.
 
     `realised` is the PRS of the measured mean qualities, [N], `scenes` [N] numbers what each prompt says. `seed` draws
-    the bootstrap.
+    the bootstrap. Raises ExportError when there is nothing to choose between, and so no headroom.
     """
     resamples = [np.arange(len(realised)), *resampled(scenes, RESAMPLES, seed)]
     parts = [paired.rows(chosen) for chosen in resamples]
@@ -149,6 +150,10 @@ def evaluate(
     oracle = np.array([part.oracle_gain(rate) for part in parts])
     # What is won over edge only, as a share of what lies between the models on every metric.
     full = np.array([np.abs(part.gaps.mean((0, 1))).mean() for part in parts])
+    if not ((oracle != random).all() and full.all()):
+        raise ExportError(
+            "on these test prompts, or on a sample of them, the oracle wins what random wins: label more prompts"
+        )
 
     def row(router: str, gains: Floats, correlations: Floats | None) -> Row:
         headroom = (gains - random) / (oracle - random)
@@ -213,6 +218,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{calibration.cloud_digest[:16]}: run `edge-export calibrate` with these labels first"
         )
     paired = Paired.of(test)
+    scenes = scenes_of(test.prompts, scenes_by_text(test.splits.tolist()))
+    said = len(np.unique(scenes))
+    if said < FEWEST:
+        raise ExportError(
+            f"the labels' test prompts say {said} different things, too few to measure on: label more prompts, "
+            f"so that {FEWEST} are of the split test at least; narrow intervals take hundreds"
+        )
 
     def prs(edge: NDArray[np.float32], cloud: NDArray[np.float32]) -> Floats:
         return np.asarray(
@@ -223,12 +235,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "number of objects": -test.objects.astype(np.float64),
         "predictor": prs(*predicted(bundle, test.prompts)),
     }
-    scenes = scenes_of(test.prompts, scenes_by_text(test.splits.tolist()))
     rows = evaluate(scores, prs(test.edge, test.cloud), paired, options.rate, scenes)
     record = {
         "rate": options.rate,
         "prompts": len(test),
-        "scenes": len(np.unique(scenes)),
+        "scenes": said,
         "seeds": paired.gaps.shape[1],
         "calibration_id": calibration.calibration_id,
         "edge_digest": calibration.edge_digest,
@@ -236,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "bootstrap_resamples": RESAMPLES,
         "routers": [asdict(row) for row in rows],
     }
-    write_output(options.out, json.dumps(record, indent=1) + "\n")
+    write_output(options.out, json.dumps(record, indent=1, allow_nan=False) + "\n")
     Console(width=None if sys.stdout.isatty() else TABLE_WIDTH).print(table(rows, options.rate))
     console.print(f"{len(test)} test prompts, {paired.gaps.shape[1]} seeds; written to {options.out}")
     return 0

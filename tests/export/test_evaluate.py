@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from export import evaluate as evaluation
+from export.errors import ExportError
 from export.evaluate import Paired, evaluate, resampled, routed, spearman
 
 RATE = 0.5
@@ -62,6 +63,12 @@ def test_pooled_dp_of_cloud_only_and_of_half_at_random() -> None:
     (random, *_) = evaluate({}, everything, paired, RATE, np.arange(len(everything)))
     assert random.pooled_dp.value == pytest.approx(50)  # every metric's mean gap is positive here
     assert paired.gain(everything) == pytest.approx(paired.gaps.mean())
+
+
+@pytest.mark.parametrize("gaps", [np.zeros((20, 2, 3)), np.full((20, 2, 3), 0.25)])
+def test_where_there_is_nothing_to_choose_between_there_is_no_headroom(gaps: np.ndarray) -> None:
+    with pytest.raises(ExportError, match="the oracle wins what random wins"):
+        evaluate({}, np.ones(len(gaps)), Paired(gaps), RATE, np.arange(len(gaps)))
 
 
 def test_the_oracle_is_not_paid_for_luck() -> None:

@@ -416,7 +416,9 @@ def test_pictures_of_one_file_of_prompts_are_not_taken_for_anothers(
 def test_labels_of_own_prompts_go_through_every_later_stage(models, bundle_copy, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "RESAMPLES", 20)
     file, labels, weights = (tmp_path / name for name in ("prompts.txt", "labels.parquet", "run"))
-    file.write_text("\n".join(OWN))
+    file.write_text("\n".join(f"a photo of thing {number}" for number in range(150)))
+    of = {split: [prompt.text for prompt in own_prompts(file) if prompt.split == split] for split in SHARES}
+    file.write_text("\n".join(text for split in SHARES for text in of[split][: evaluation.FEWEST]))
     whole = named(models, bundle_copy, labels)
     stages = [
         ["label", *whole, "--prompts", file, "--measured-draws", "2", "--ceiling-draws", "2"],

@@ -164,6 +164,16 @@ def test_a_bundle_that_is_calibrated_for_another_cloud_model_is_not_evaluated(
     assert "labels are of cloud model 00ff" in line and "calibrated for c0ffee" in line
 
 
+def test_too_few_test_prompts_are_refused_before_anything_is_written(
+    tmp_path: Path, chain: Chain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two of them, and where a sample of one alone is drawn, headroom is nothing over nothing."""
+    labels, out = write_labels(tmp_path / "labels.parquet", 54), tmp_path / "evaluation.json"
+    line = refused(capsys, "evaluate", labels, chain.bundle, "--out", out)
+    assert "test prompts say 9 different things, too few to measure on: label more prompts" in line
+    assert not out.exists()
+
+
 def test_labels_that_do_not_say_their_cloud_model_ask_for_it(
     tmp_path: Path, chain: Chain, capsys: pytest.CaptureFixture[str]
 ) -> None:
