@@ -18,7 +18,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from export.arguments import check_output, replacing, shown, write_output
-from export.errors import ExportError
+from export.errors import DAMAGED_NPZ, ExportError
 from export.label import MODELS
 from export.outcomes import INSPECTION, INSPECTOR, Outcomes, read_table
 from export.prompts import PROMPTS, Prompt, router_prompts
@@ -115,7 +114,7 @@ def pictures(folder: Path) -> Iterator[tuple[str, int, int, NDArray[np.uint8]]]:
             ids = range(int(first), int(last) + 1)
             if model not in MODELS or not len(images) == len(ids) == int(number):
                 raise ValueError("its name and its pictures do not agree")
-        except (ValueError, KeyError, OSError, EOFError, BadZipFile) as error:
+        except DAMAGED_NPZ as error:
             raise ExportError(
                 f"{file} is not a piece of `edge-export label` ({error}): remove it, and label again"
             ) from error
@@ -127,6 +126,11 @@ def inspect(
     table: pa.Table, folder: Path, inspector: Inspector, scenes: Mapping[int, Scene]
 ) -> tuple[pa.Table, dict[tuple[str, int, int], Verdict]]:
     """The labels with the verdicts, and these by (model, prompt id, seed)."""
+    if not scenes:
+        raise ExportError(
+            "the inspector knows the starter's scenes only, and these labels are of other prompts: there is nothing "
+            "that it could look for"
+        )
     _made_by_the_same_models(table, folder)
     keys = zip(*(table[name].to_pylist() for name in ("model", "prompt_id", "seed")), strict=True)
     rows = {key: row for row, key in enumerate(keys)}

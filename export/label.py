@@ -35,7 +35,7 @@ from edge_agent.diffusion.sessions import Runtime
 from edge_agent.superiority import METRICS
 from export.__main__ import run
 from export.arguments import at_least, check_output, replacing, write_output
-from export.errors import ExportError
+from export.errors import DAMAGED_NPZ, ExportError
 from export.negatives import hard_negatives
 from export.outcomes import COLUMNS, INSPECTION, INSPECTOR, Outcomes, read_table
 from export.prompts import PROMPTS, SHARES, Prompt, own_prompts, router_prompts
@@ -250,11 +250,15 @@ def images_file(images: Path, piece: Piece) -> Path:
 def measure(piece: Piece, images: Path, judge: Judge, adherence: bool = False) -> pa.Table:
     """Judge one generated piece: a row an image; ``adherence`` adds the column ADHERENCE.
 
-    A picture that was withheld measures nothing: its metrics are null.
+    A picture that was withheld measures nothing: its metrics are null. Raises ExportError when the piece is damaged.
     """
-    with np.load(images_file(images, piece)) as kept:
-        pictures = [Image.fromarray(picture) for picture in kept["images"]]
-        withheld = kept[WITHHELD] if WITHHELD in kept else np.zeros(len(pictures), bool)
+    file = images_file(images, piece)
+    try:
+        with np.load(file) as kept:
+            pictures = [Image.fromarray(picture) for picture in kept["images"]]
+            withheld = kept[WITHHELD] if WITHHELD in kept else np.zeros(len(pictures), bool)
+    except DAMAGED_NPZ as error:
+        raise ExportError(f"{file} is damaged ({error}): remove it, and label again") from error
     seen = judge.look(pictures)
     scores = judge.quality_of(seen)
     columns: dict[str, object] = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from edge_agent.bundle import Bundle
 from edge_agent.diffusion.sessions import Runtime
 from edge_agent.diffusion.text_encoder import TextEncoder
 from edge_agent.tokens import Tokenizer, Tokens
+from export.errors import DAMAGED_NPZ
 from export.terminal import progress
 
 
@@ -126,5 +126,5 @@ def _read(file: Path) -> Arrays:
     try:
         with np.load(file) as kept:
             return dict(kept)
-    except (OSError, ValueError, zipfile.BadZipFile):
+    except DAMAGED_NPZ:
         return {}  # A cache that cannot be read is made again.

@@ -19,6 +19,7 @@ from export.outcomes import Outcomes
 from export.prompts import router_prompts
 from export.starter.inspector import WEIGHTS, Inspector, Seen, Sight
 from export.starter.world import Group, Scene, render, sample_scenes
+from tests.export.routing_world import write_labels
 from tests.miniature import save_miniature
 
 COUNTS = {
@@ -203,6 +204,12 @@ def test_an_image_that_is_gone_keeps_the_verdict_it_had(labelled, tmp_path):
     assert inspection.main([str(labels), str(images)]) == 0
     test = Outcomes.read(labels).split("test")
     assert np.isnan(test.cloud_inspected[:, 1]).all() and not np.isnan(test.cloud_inspected[:, 0]).any()
+
+
+def test_labels_of_other_prompts_than_the_starters_have_nothing_to_look_for(tmp_path):
+    labels = write_labels(tmp_path / "labels.parquet", 12)
+    with pytest.raises(ExportError, match="knows the starter's scenes only, and these labels are of other"):
+        inspection.main([str(labels), str(tmp_path)])
 
 
 def test_images_of_other_models_half_a_piece_and_no_images_are_refused(labelled, tmp_path):

@@ -507,6 +507,22 @@ def test_adherence_is_one_column_more_of_the_same_images_and_off_by_default(
     assert ((measured > 0) & (measured < 1)).all()
 
 
+@pytest.mark.parametrize("spoil", [lambda _: b"", lambda whole: whole[:-40], lambda whole: b"PK" + whole])
+def test_a_damaged_piece_of_pictures_is_named_and_made_again_once_it_is_removed(relabelled, spoil):
+    """The first is what a power loss may leave."""
+    out, command, _ = relabelled
+    images = out.with_suffix(".parts") / "images"
+    shutil.rmtree(next(out.with_suffix(".parts").glob("*[!s]/")))
+    piece = next(images.glob("edge-0-*.npz"))
+    piece.write_bytes(spoil(piece.read_bytes()))
+    with pytest.raises(ExportError, match=f"{piece.name} is damaged .*: remove it, and label again"):
+        label.main(command)
+    piece.unlink()
+    before = pq.read_table(out)
+    assert label.main(command) == 0
+    assert pq.read_table(out).equals(before)
+
+
 def test_a_line_ends_where_editors_end_it(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("a cat\u2028on a mat\r\n\na dog\x0con a log\n", encoding="utf-8", newline="")
