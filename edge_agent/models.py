@@ -350,11 +350,19 @@ def _is_served(store: Store, name: str, served: str | None) -> bool:
 
 
 def _find(store: Store, wanted: str) -> str:
-    """The name of the model that is called so, or whose digest begins so; where there is none, what was wanted."""
+    """The name of the model that is called so, or whose digest begins so; where there is none, what was wanted.
+
+    Raises StoreError when several digests begin so.
+    """
     names = store.names()
     if wanted in names or not wanted:
         return wanted
-    return next((name for name in names if _digest(store, name).startswith(wanted)), wanted)
+    found = [name for name in names if _digest(store, name).startswith(wanted)]
+    if len(found) > 1:
+        raise StoreError(
+            f"several digests begin with {wanted}, those of {', '.join(found)}: name one of these"
+        )
+    return found[0] if found else wanted
 
 
 def _digest(store: Store, name: str) -> str:

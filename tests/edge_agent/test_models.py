@@ -153,9 +153,13 @@ def test_show_finds_a_model_by_name_and_by_the_beginning_of_its_digest(run: Run,
     assert (shown["made_as"], shown["steps"], shown["files"]) == ("hollow", [4], len(SIZES) + 1)
     assert run("show", shown["digest"][:12], "--json").objects == [shown]
     assert "model.onnx" not in run("show", "hollow").out
+    run("pull", home / "tiny", "--name", "again")
+    several = run("show", shown["digest"][:12])
+    assert several.code == 2 and "several digests begin with" in several.err
+    assert "those of again, hollow: name one" in several.err
     for name in ("none", ""):
         wrong = run("show", name)
-        assert wrong.code == 2 and "there are starter, hollow" in wrong.err
+        assert wrong.code == 2 and "there are starter, again, hollow" in wrong.err
     for side in ("edge", "cloud"):
         assert run("show", side).code == 3  # no daemon is there to ask
 
