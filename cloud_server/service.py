@@ -50,6 +50,7 @@ CHUNK_BYTES = 65_536  # of image data in one message; far below gRPC's 4 MiB, so
 STALLED_READER_S = (
     30.0  # a caller that takes no message for so long is dropped, so that it cannot hold the model
 )
+ABORT_S = 1.0  # what a status gets to leave: behind a message that nobody reads it never would
 LOADING_RETRY_S = 2.0  # what RetryInfo says while the model is loading
 
 STATES = {
@@ -342,10 +343,15 @@ async def _write(context: Any, response: cloud_pb2.GenerateResponse) -> None:
 async def _abort(
     context: Any, code: grpc.StatusCode, message: str, trailing: tuple[tuple[str, bytes], ...] = ()
 ) -> None:
+    loop, call = asyncio.get_running_loop(), asyncio.current_task()
+    assert call is not None  # noqa: S101  # a coroutine runs in a task
+    patience = loop.call_later(ABORT_S, call.cancel)
     try:
         await context.abort(code, message, trailing)
     except grpc.aio.InternalError:
         raise asyncio.CancelledError from None  # nobody is left to be told
+    finally:
+        patience.cancel()
 
 
 def _who(image: image_pb2.ImageRequest) -> Line:

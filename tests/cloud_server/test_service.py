@@ -6,6 +6,8 @@ import asyncio
 import hashlib
 import io
 import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -196,19 +198,29 @@ async def test_a_caller_that_vanishes_frees_the_model(running: Running) -> None:
     assert await running.client.state("vanished") == "CANCELLED"
 
 
+@asynccontextmanager
+async def narrow(running: Running) -> AsyncIterator[Client]:
+    """A caller whose window a few previews fill: what it does not read soon stands in the server."""
+    window = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65_536)]
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{running.server.port}", options=window) as channel:
+        yield Client(channel)
+
+
 async def test_a_caller_that_stops_reading_does_not_hold_the_model(
     running: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(service, "STALLED_READER_S", 0.5)
-    window = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65_536)]
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{running.server.port}", options=window) as channel:
-        # Previews fill the window of a caller that reads the first message and then no more.
-        call = Client(channel).call(request_id="stalled", steps=149, width=128, height=128, preview=True)
+    caplog.set_level("INFO", logger="cloud_server")
+    async with narrow(running) as client:
+        call = client.call(request_id="stalled", steps=149, width=128, height=128, preview=True)
         await anext(aiter(call))
         assert (await running.client.generate(request_id="next", steps=1)).result is not None
         assert await running.client.state("stalled") == "CANCELLED"
         assert running.passes[0] < 149
-    await running.idle()
+        await running.idle()  # though the status stands behind a message that nobody reads
+        assert not call.done()
+    lines = [record.__dict__["fields"] for record in caplog.records if record.message == "call"]
+    assert [line["outcome"] for line in lines if line["rpc"] == "Generate"] == ["OK", "CANCELLED"]
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
