@@ -8,8 +8,8 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager, closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,7 @@ log = logging.getLogger("cloud_server")
 
 CHUNK_BYTES = 65_536  # of image data in one message; far below gRPC's 4 MiB, so that no image size matters
 STALLED_READER_S = (
-    30.0  # a caller that takes no message for so long is dropped, so that it cannot hold the model
+    30.0  # a caller that takes no message for so long is dropped, and its image not made to the end
 )
 ABORT_S = 1.0  # what a status gets to leave: behind a message that nobody reads it never would
 LOADING_RETRY_S = 2.0  # what RetryInfo says while the model is loading
@@ -96,6 +96,58 @@ class HandOverMalformed(grpc.aio.ServerInterceptor):
         return handler._replace(request_deserializer=deserialize)
 
 
+class Stream:
+    """The way to one caller, who takes a message at a time. Both methods raise CallerGone."""
+
+    def __init__(self, context: Any) -> None:
+        self._context = context
+        self._telling: asyncio.Future[None] | None = None
+        self._newest: cloud_pb2.GenerateResponse | None = None
+
+    def tell(self, response: cloud_pb2.GenerateResponse) -> None:
+        """Sends without waiting for the caller. While it takes one message only the newest of those after it waits."""
+        if self._telling is not None:
+            if not self._telling.done():
+                self._newest = response
+                return
+            self._telling.result()
+        self._telling = asyncio.ensure_future(self._tell(response))
+        self._telling.add_done_callback(_see)
+
+    async def send(self, response: cloud_pb2.GenerateResponse) -> None:
+        """Sends after what was told, and returns once the caller has taken it."""
+        if self._telling is not None:
+            await self._telling
+        await self._write(response)
+
+    def close(self) -> None:
+        """Gives up what the caller has not taken."""
+        if self._telling is not None:
+            self._telling.cancel()
+
+    async def _tell(self, response: cloud_pb2.GenerateResponse) -> None:
+        await self._write(response)
+        while self._newest is not None:
+            response, self._newest = self._newest, None
+            await self._write(response)
+
+    async def _write(self, response: cloud_pb2.GenerateResponse) -> None:
+        # Not wait_for: before Python 3.12 it swallows a cancellation that meets the end of what it waits for.
+        writing = asyncio.ensure_future(self._context.write(response))
+        writing.add_done_callback(_see)
+        try:
+            await asyncio.wait([writing], timeout=STALLED_READER_S)
+            if not writing.done():
+                raise CallerGone(
+                    f"the caller read nothing for {STALLED_READER_S:.0f} s; read the stream as it comes"
+                )
+            writing.result()
+        except grpc.aio.InternalError as error:  # the write and the caller's leaving crossed
+            raise CallerGone("the caller went away") from error
+        finally:
+            writing.cancel()
+
+
 class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
     """The service. The server sets `serving` once the model is loaded, and `draining` when it shuts down."""
 
@@ -113,8 +165,8 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
         self._tenants = tenants
 
     async def _generate(
-        self, tenant: str, wish: Wish, preview: bool, remaining_s: float | None, line: Line
-    ) -> AsyncGenerator[cloud_pb2.GenerateResponse, None]:
+        self, tenant: str, wish: Wish, preview: bool, remaining_s: float | None, line: Line, stream: Stream
+    ) -> None:
         """The whole request: one image, made or sent again."""
         arrived = time.perf_counter()
         serving = self._serving()
@@ -125,7 +177,7 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
         timings: dict[str, float] = {}
         if finished is not None:
             line["replayed"] = True
-            yield _accepted(0, finished.charged_micro_usd, finished.model_digest)
+            await stream.send(_accepted(0, finished.charged_micro_usd, finished.model_digest))
         else:
             price = self.price_micro_usd
             if wish.max_price_micro_usd is not None and price > wish.max_price_micro_usd:
@@ -134,18 +186,19 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
                     "raise max_price_micro_usd or stay on the edge",
                     facts={"price_micro_usd": str(price)},
                 )
+            # Nothing in here waits for the caller, or one that reads slowly would keep the model from all others.
             async with (
                 self.admission.enter(spec.shape, spec.steps, remaining_s) as ticket,
                 self._running(tenant, wish),
             ):
-                yield _accepted(ticket.position, price, digest)
+                stream.tell(_accepted(ticket.position, price, digest))
                 await ticket.turn.wait()
                 timings["queue"] = time.perf_counter() - arrived
                 async with aclosing(serving.generator.generate(spec, preview)) as events:
                     async for event in events:
                         if isinstance(event, Step):
                             ticket.steps_left = event.steps - event.step
-                            yield _progress(event)
+                            stream.tell(_progress(event))
                         else:
                             image = event
                 if image.step_s is not None:
@@ -157,12 +210,12 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
 
         png = finished.image or b""
         for offset in range(wish.resume_offset, len(png), CHUNK_BYTES):
-            yield _chunk(offset, png[offset : offset + CHUNK_BYTES])
+            await stream.send(_chunk(offset, png[offset : offset + CHUNK_BYTES]))
         timings["total"] = time.perf_counter() - arrived
         line |= {"sha256": finished.sha256} | {
             f"{stage}_ms": round(s * 1e3, 1) for stage, s in timings.items()
         }
-        yield _result(wish.request_id, finished, timings)
+        await stream.send(_result(wish.request_id, finished, timings))
 
     async def Generate(  # type: ignore[override]  # writes to the context, so that a cancellation reaches it
         self, request: cloud_pb2.GenerateRequest, context: Any
@@ -172,10 +225,8 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
         async with self._counted(), self._call(request, context, line) as tenant:
             line |= _who(request.image)  # not before: the log is not for strangers to fill
             wish = _wish(request.image)
-            responses = self._generate(tenant, wish, request.preview, _remaining_s(context), line)
-            async with aclosing(responses):
-                async for response in responses:
-                    await _write(context, response)
+            with closing(Stream(context)) as stream:
+                await self._generate(tenant, wish, request.preview, _remaining_s(context), line, stream)
 
     async def GetModel(
         self,
@@ -282,7 +333,8 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
             await asyncio.shield(beginning)
             yield
         except BaseException as error:
-            state = State.FAILED if isinstance(error, Exception) else State.CANCELLED
+            failed = isinstance(error, Exception) and not isinstance(error, CallerGone)
+            state = State.FAILED if failed else State.CANCELLED
             await asyncio.wait([beginning])
             if beginning.exception() is None:
                 await asyncio.shield(asyncio.to_thread(journal.end, tenant, request_id, state))
@@ -321,23 +373,10 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
             log.info("call", extra={"fields": line})
 
 
-async def _write(context: Any, response: cloud_pb2.GenerateResponse) -> None:
-    # Not wait_for: before Python 3.12 it swallows a cancellation that meets the end of what it waits for.
-    writing = asyncio.ensure_future(context.write(response))
-    writing.add_done_callback(
-        lambda done: done.cancelled() or done.exception()
-    )  # seen, even when nobody waits
-    try:
-        await asyncio.wait([writing], timeout=STALLED_READER_S)
-        if not writing.done():
-            raise CallerGone(
-                f"the caller read nothing for {STALLED_READER_S:.0f} s; read the stream as it comes"
-            )
-        writing.result()
-    except grpc.aio.InternalError as error:  # the write and the caller's leaving crossed
-        raise CallerGone("the caller went away") from error
-    finally:
-        writing.cancel()
+def _see(done: asyncio.Future[Any]) -> None:
+    """Takes note of an error that nobody may be left to await: asyncio would log it."""
+    if not done.cancelled():
+        done.exception()
 
 
 async def _abort(
