@@ -2,6 +2,10 @@
 
 One SQLite file. An image and its charge are written in one transaction, so an image that was charged can be
 sent again (while it is kept), and one that was not written was not charged.
+
+How old a generation is, the journal tells by a clock of its own: the seconds for which servers have run with the file,
+those after the last generation of each left out. It only goes forward, and never faster than time. So no wall clock
+that is wrong, or put right, makes it forget a charge.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from cloud_server.errors import AlreadyExists, JournalError, StartRefused
 from cloud_server.request import Spec
 
 APPLICATION_ID = 0x52543243  # "RT2C"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 KEEP_ROWS_S = 400 * 86_400.0  # a year and a bit: longer than any budget window an edge still asks about
 
 _TABLE = """
@@ -29,16 +33,30 @@ CREATE TABLE generations (
     request_id TEXT NOT NULL,
     fingerprint TEXT NOT NULL,            -- of what was asked for; see service._fingerprint
     state TEXT NOT NULL,                  -- a value of State
-    began REAL NOT NULL,                  -- seconds since the epoch
+    began REAL NOT NULL,                  -- seconds since the epoch; for people, who may ask when
     charged_micro_usd INTEGER NOT NULL DEFAULT 0,
     sha256 TEXT NOT NULL DEFAULT '',
     model_digest TEXT NOT NULL DEFAULT '',
     spec TEXT NOT NULL DEFAULT '',        -- JSON of request.Spec
     image BLOB,                           -- PNG; NULL before it is finished and once it is no longer kept
+    ran REAL NOT NULL DEFAULT 0,          -- Journal._ran when it began
     PRIMARY KEY (tenant, request_id)
 ) WITHOUT ROWID
 """
-_INDEX = "CREATE INDEX generations_began ON generations (began)"
+_INDEX = "CREATE INDEX generations_ran ON generations (ran)"
+_MARKS = (f"PRAGMA user_version = {SCHEMA_VERSION}", f"PRAGMA application_id = {APPLICATION_ID}")
+_UPGRADES: dict[int, tuple[str, ...]] = {
+    0: (_TABLE, _INDEX, *_MARKS),
+    1: (
+        # How long servers had run is not known: what is there counts as new.
+        "ALTER TABLE generations ADD COLUMN ran REAL NOT NULL DEFAULT 0",
+        "DROP INDEX generations_began",
+        _INDEX,
+        *_MARKS,
+    ),
+    SCHEMA_VERSION: (),
+}
+"""What makes a file of each schema version one of this; 0 is an empty file."""
 
 
 class State(enum.Enum):
@@ -77,19 +95,33 @@ class Journal:
     """
 
     def __init__(
-        self, connection: sqlite3.Connection, keep_images_s: float, clock: Callable[[], float]
+        self,
+        connection: sqlite3.Connection,
+        keep_images_s: float,
+        clock: Callable[[], float],
+        monotonic: Callable[[], float],
     ) -> None:
         self._connection = connection
         self._keep_images_s = keep_images_s
         self._clock = clock
+        self._monotonic = monotonic
+        (ran,) = connection.execute("SELECT COALESCE(MAX(ran), 0.0) FROM generations").fetchone()
+        self._ran_from: float = monotonic() - ran
         self._lock = threading.Lock()
         # Only this process can be making an image: a row that says "running" and is not here was cut off by a
         # crash.
         self._live: set[tuple[str, str]] = set()
 
     @classmethod
-    def open(cls, path: Path, *, keep_images_s: float, clock: Callable[[], float] = time.time) -> Journal:
-        """Opens the file, making it and its folder (mode 0700) when absent.
+    def open(
+        cls,
+        path: Path,
+        *,
+        keep_images_s: float,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> Journal:
+        """Opens the file, making it and its folder (mode 0700) when absent. Both clocks give seconds.
 
         Raises StartRefused when it cannot be used: not writable, not a journal, or held by another server.
         """
@@ -103,17 +135,15 @@ class Journal:
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("BEGIN IMMEDIATE")
             (version,) = connection.execute("PRAGMA user_version").fetchone()
-            if version == 0:
-                connection.execute(_TABLE)
-                connection.execute(_INDEX)
-                connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-                connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-            elif version != SCHEMA_VERSION:
+            if version not in _UPGRADES:
                 raise StartRefused(
                     f"{path} was written by another version of cloud-server (schema {version}, this is "
                     f"{SCHEMA_VERSION}); choose another --state folder"
                 )
+            for statement in _UPGRADES[version]:
+                connection.execute(statement)
             connection.execute("COMMIT")
+            return cls(connection, keep_images_s, clock, monotonic)
         except (OSError, sqlite3.Error) as error:
             locked = "locked" in str(error)
             advice = (
@@ -122,7 +152,6 @@ class Journal:
                 else "choose a writable --state folder, or move the file away if it is not a journal"
             )
             raise StartRefused(f"cannot use the journal {path}: {error}; {advice}") from error
-        return cls(connection, keep_images_s, clock)
 
     def find(self, tenant: str, request_id: str) -> Entry | None:
         """What is known of a request id; None when it was never accepted."""
@@ -192,27 +221,28 @@ class Journal:
                 f"request_id {request_id} is {entry.state.value}; ask LookupGeneration for its outcome",
                 facts={"state": entry.state.value},
             )
-        now = self._clock()
+        ran = self._ran()
         self._connection.execute(
-            "INSERT OR REPLACE INTO generations (tenant, request_id, fingerprint, state, began) VALUES (?, ?, ?, ?, ?)",
-            (tenant, request_id, fingerprint, State.RUNNING.value, now),
+            "INSERT OR REPLACE INTO generations (tenant, request_id, fingerprint, state, began, ran) "
+            "VALUES (?, ?, ?, ?, ?, ?)",
+            (tenant, request_id, fingerprint, State.RUNNING.value, self._clock(), ran),
         )
-        self._prune(now)
+        self._prune(ran)
 
     def _find(self, tenant: str, request_id: str) -> Entry | None:
         row = self._connection.execute(
-            "SELECT state, fingerprint, charged_micro_usd, sha256, model_digest, spec, image, began "
+            "SELECT state, fingerprint, charged_micro_usd, sha256, model_digest, spec, image, ran "
             "FROM generations WHERE tenant = ? AND request_id = ?",
             (tenant, request_id),
         ).fetchone()
         if row is None:
             return None
-        state, fingerprint, charged, sha256, model_digest, spec, image, began = row
+        state, fingerprint, charged, sha256, model_digest, spec, image, ran = row
         if state == State.RUNNING.value and (tenant, request_id) not in self._live:
             return Entry(State.FAILED, fingerprint)
         if state != State.FINISHED.value:
             return Entry(State(state), fingerprint)
-        if self._clock() - began > self._keep_images_s:
+        if self._ran() - ran > self._keep_images_s:
             image = None
         return Entry(
             State.FINISHED,
@@ -220,12 +250,16 @@ class Journal:
             Finished(charged, sha256, model_digest, Spec(**json.loads(spec)), image),
         )
 
-    def _prune(self, now: float) -> None:
+    def _prune(self, ran: float) -> None:
         self._connection.execute(
-            "UPDATE generations SET image = NULL WHERE began < ? AND image IS NOT NULL",
-            (now - self._keep_images_s,),
+            "UPDATE generations SET image = NULL WHERE ran < ? AND image IS NOT NULL",
+            (ran - self._keep_images_s,),
         )
-        self._connection.execute("DELETE FROM generations WHERE began < ?", (now - KEEP_ROWS_S,))
+        self._connection.execute("DELETE FROM generations WHERE ran < ?", (ran - KEEP_ROWS_S,))
+
+    def _ran(self) -> float:
+        """The journal's clock: seconds for which servers have run with the file."""
+        return self._monotonic() - self._ran_from
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from cloud_server.errors import AlreadyExists, JournalError, StartRefused
-from cloud_server.journal import Finished, Journal, State
+from cloud_server.journal import APPLICATION_ID, KEEP_ROWS_S, Finished, Journal, State
 from cloud_server.request import Spec
 
 SPEC = Spec(prompt="🐱", negative_prompt="", seed=1, width=64, height=64, steps=4, guidance_scale=3.0)
@@ -29,7 +31,13 @@ def clock() -> Clock:
 
 @pytest.fixture
 def journal(tmp_path: Path, clock: Clock) -> Journal:
-    return Journal.open(tmp_path / "state" / "j.sqlite", keep_images_s=60.0, clock=clock)
+    return opened(tmp_path, clock)
+
+
+def opened(tmp_path: Path, clock: Clock, wall: Clock | None = None) -> Journal:
+    return Journal.open(
+        tmp_path / "state" / "j.sqlite", keep_images_s=60.0, monotonic=clock, clock=wall or Clock()
+    )
 
 
 def state(journal: Journal, request_id: str) -> State | None:
@@ -73,7 +81,7 @@ def test_an_id_that_came_to_nothing_cannot_be_charged_but_may_begin_again(journa
 def test_what_ran_when_the_process_died_has_failed(journal: Journal, tmp_path: Path, clock: Clock) -> None:
     journal.begin("t", "r", "f")
     journal.close()
-    reopened = Journal.open(tmp_path / "state" / "j.sqlite", keep_images_s=60.0, clock=clock)
+    reopened = opened(tmp_path, clock)
     assert state(reopened, "r") is State.FAILED
     reopened.begin("t", "r", "f")
     assert state(reopened, "r") is State.RUNNING
@@ -84,7 +92,7 @@ def test_what_could_not_begin_after_a_crash_is_not_said_to_run(
 ) -> None:
     journal.begin("t", "r", "f")
     journal.close()
-    reopened = Journal.open(tmp_path / "state" / "j.sqlite", keep_images_s=60.0, clock=clock)
+    reopened = opened(tmp_path, clock)
     for statement in (  # makes the commit itself fail, as a disk does
         "PRAGMA foreign_keys = ON",
         "CREATE TABLE none (id INTEGER PRIMARY KEY)",
@@ -117,6 +125,51 @@ def test_an_image_is_dropped_after_its_time_and_its_charge_is_not(
     assert oct((tmp_path / "state").stat().st_mode)[-3:] == "700"
 
 
+@pytest.mark.parametrize(("before", "after"), [(1e3, 1.8e9), (1.8e9, 1e3), (1.8e9, 4e9)])
+def test_a_wall_clock_that_jumps_forgets_no_charge_and_stops_no_call(
+    tmp_path: Path, clock: Clock, before: float, after: float
+) -> None:
+    wall = Clock()
+    wall.now = before
+    journal = opened(tmp_path, clock, wall)
+    journal.begin("t", "paid", "f")
+    journal.finish("t", "paid", FINISHED)
+    journal.begin("t", "running", "f")
+    wall.now = after
+    for request_id in ("next", "after a restart"):
+        journal.begin("t", request_id, "f")
+        if request_id == "next":
+            journal.finish("t", "running", FINISHED)
+        for charged in ("paid", "running"):
+            entry = journal.find("t", charged)
+            assert entry is not None
+            assert entry.finished == FINISHED, "its image is kept for as long as it should, too"
+            with pytest.raises(AlreadyExists):
+                journal.begin("t", charged, "f")
+        journal.close()
+        journal = opened(tmp_path, clock, wall)
+
+
+def test_a_charge_is_forgotten_when_servers_have_run_long_enough_since(
+    journal: Journal, tmp_path: Path, clock: Clock
+) -> None:
+    journal.begin("t", "old", "f")
+    journal.finish("t", "old", FINISHED)
+    clock.now += KEEP_ROWS_S - 100.0
+    journal.begin("t", "younger", "f")
+    assert state(journal, "old") is State.FINISHED
+    journal.close()
+    since_boot = Clock()
+    since_boot.now = 5.0
+    reopened = opened(tmp_path, since_boot)
+    reopened.begin("t", "first", "f")
+    assert state(reopened, "old") is State.FINISHED
+    since_boot.now += 101.0
+    reopened.begin("t", "second", "f")
+    assert state(reopened, "old") is None
+    assert state(reopened, "younger") is State.FAILED
+
+
 def test_a_file_that_is_no_journal_is_refused_and_left_alone(tmp_path: Path) -> None:
     file = tmp_path / "j.sqlite"
     file.write_text("not a database, but something of mine" * 100)
@@ -140,11 +193,36 @@ def test_another_programs_database_is_refused_and_stays_as_it_is(tmp_path: Path)
     assert file.read_bytes() == before
 
 
-def test_a_journal_from_before_they_were_marked_is_opened(journal: Journal, tmp_path: Path) -> None:
-    journal.begin("t", "r", "f")
-    journal._connection.execute("PRAGMA application_id = 0")
-    journal.close()
-    assert Journal.open(tmp_path / "state" / "j.sqlite", keep_images_s=1.0).find("t", "r") is not None
+@pytest.mark.parametrize("application_id", [APPLICATION_ID, 0], ids=["marked", "before they were marked"])
+def test_a_journal_of_the_first_schema_goes_on(tmp_path: Path, clock: Clock, application_id: int) -> None:
+    (tmp_path / "state").mkdir()
+    first = sqlite3.connect(tmp_path / "state" / "j.sqlite", isolation_level=None)
+    first.executescript(
+        f"""
+        CREATE TABLE generations (
+            tenant TEXT NOT NULL, request_id TEXT NOT NULL, fingerprint TEXT NOT NULL, state TEXT NOT NULL,
+            began REAL NOT NULL, charged_micro_usd INTEGER NOT NULL DEFAULT 0, sha256 TEXT NOT NULL DEFAULT '',
+            model_digest TEXT NOT NULL DEFAULT '', spec TEXT NOT NULL DEFAULT '', image BLOB,
+            PRIMARY KEY (tenant, request_id)
+        ) WITHOUT ROWID;
+        CREATE INDEX generations_began ON generations (began);
+        PRAGMA user_version = 1;
+        PRAGMA application_id = {application_id};
+        """
+    )
+    paid = ("t", "paid", "f", "finished", 0.0, 5, "ab", "cd", json.dumps(asdict(SPEC)), b"png")
+    cut_off = ("t", "cut off", "f", "running", 9.0, 0, "", "", "", None)
+    first.executemany("INSERT INTO generations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (paid, cut_off))
+    first.close()
+    for _ in range(2):
+        journal = opened(tmp_path, clock)
+        entry = journal.find("t", "paid")
+        assert entry is not None
+        assert entry.finished == FINISHED
+        assert state(journal, "cut off") is State.FAILED
+        journal.begin("t", "next", "f")
+        journal.end("t", "next", State.CANCELLED)
+        journal.close()
 
 
 def test_another_version_s_journal_is_refused(journal: Journal, tmp_path: Path) -> None:
