@@ -6,6 +6,8 @@ sent again (while it is kept), and one that was not written was not charged.
 How old a generation is, the journal tells by a clock of its own: the seconds for which servers have run with the file,
 those after the last generation of each left out. It only goes forward, and never faster than time. So no wall clock
 that is wrong, or put right, makes it forget a charge.
+
+No prompt is written: a fingerprint is enough to tell whether a request id comes back with the same wish.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ APPLICATION_ID = 0x52543243  # "RT2C"
 SCHEMA_VERSION = 2
 KEEP_ROWS_S = 400 * 86_400.0  # a year and a bit: longer than any budget window an edge still asks about
 
+_NO_PROMPTS = {"prompt": "", "negative_prompt": ""}
+
 _TABLE = """
 CREATE TABLE generations (
     tenant TEXT NOT NULL,
@@ -37,7 +41,7 @@ CREATE TABLE generations (
     charged_micro_usd INTEGER NOT NULL DEFAULT 0,
     sha256 TEXT NOT NULL DEFAULT '',
     model_digest TEXT NOT NULL DEFAULT '',
-    spec TEXT NOT NULL DEFAULT '',        -- JSON of request.Spec
+    spec TEXT NOT NULL DEFAULT '',        -- JSON of request.Spec, its prompts empty
     image BLOB,                           -- PNG; NULL before it is finished and once it is no longer kept
     ran REAL NOT NULL DEFAULT 0,          -- Journal._ran when it began
     PRIMARY KEY (tenant, request_id)
@@ -52,6 +56,9 @@ _UPGRADES: dict[int, tuple[str, ...]] = {
         "ALTER TABLE generations ADD COLUMN ran REAL NOT NULL DEFAULT 0",
         "DROP INDEX generations_began",
         _INDEX,
+        # The first schema held prompts: overwrites them in the file, too.
+        "PRAGMA secure_delete = ON",
+        "UPDATE generations SET spec = json_set(spec, '$.prompt', '', '$.negative_prompt', '') WHERE spec != ''",
         *_MARKS,
     ),
     SCHEMA_VERSION: (),
@@ -70,7 +77,7 @@ class State(enum.Enum):
 
 @dataclass(frozen=True)
 class Finished:
-    """A completed image: `charged_micro_usd` was taken for it, once."""
+    """A completed image: `charged_micro_usd` was taken for it, once. What the journal tells has no prompts."""
 
     charged_micro_usd: int
     sha256: str
@@ -187,7 +194,7 @@ class Journal:
                     finished.charged_micro_usd,
                     finished.sha256,
                     finished.model_digest,
-                    json.dumps(asdict(finished.spec)),
+                    json.dumps(asdict(finished.spec) | _NO_PROMPTS),
                     finished.image,
                     tenant,
                     request_id,

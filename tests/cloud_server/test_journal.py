@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +13,12 @@ from cloud_server.errors import AlreadyExists, JournalError, StartRefused
 from cloud_server.journal import APPLICATION_ID, KEEP_ROWS_S, Finished, Journal, State
 from cloud_server.request import Spec
 
-SPEC = Spec(prompt="🐱", negative_prompt="", seed=1, width=64, height=64, steps=4, guidance_scale=3.0)
+SPEC = Spec(prompt="", negative_prompt="", seed=1, width=64, height=64, steps=4, guidance_scale=3.0)
 FINISHED = Finished(charged_micro_usd=5, sha256="ab", model_digest="cd", spec=SPEC, image=b"png")
+PROMPTS = {
+    "prompt": "a secret cat",
+    "negative_prompt": "a secret dog " * 150,
+}  # what lies on pages of its own, too
 
 
 class Clock:
@@ -170,6 +174,17 @@ def test_a_charge_is_forgotten_when_servers_have_run_long_enough_since(
     assert state(reopened, "younger") is State.FAILED
 
 
+def test_no_prompt_is_written(journal: Journal, tmp_path: Path) -> None:
+    journal.begin("t", "r", "f")
+    journal.finish("t", "r", replace(FINISHED, spec=replace(SPEC, **PROMPTS)))
+    entry = journal.find("t", "r")
+    assert entry is not None
+    assert entry.finished == FINISHED
+    files = list((tmp_path / "state").iterdir())
+    assert files
+    assert not [file for file in files if b"secret" in file.read_bytes()]
+
+
 def test_a_file_that_is_no_journal_is_refused_and_left_alone(tmp_path: Path) -> None:
     file = tmp_path / "j.sqlite"
     file.write_text("not a database, but something of mine" * 100)
@@ -210,7 +225,8 @@ def test_a_journal_of_the_first_schema_goes_on(tmp_path: Path, clock: Clock, app
         PRAGMA application_id = {application_id};
         """
     )
-    paid = ("t", "paid", "f", "finished", 0.0, 5, "ab", "cd", json.dumps(asdict(SPEC)), b"png")
+    spec = json.dumps(asdict(SPEC) | PROMPTS)
+    paid = ("t", "paid", "f", "finished", 0.0, 5, "ab", "cd", spec, b"png")
     cut_off = ("t", "cut off", "f", "running", 9.0, 0, "", "", "", None)
     first.executemany("INSERT INTO generations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (paid, cut_off))
     first.close()
@@ -223,6 +239,7 @@ def test_a_journal_of_the_first_schema_goes_on(tmp_path: Path, clock: Clock, app
         journal.begin("t", "next", "f")
         journal.end("t", "next", State.CANCELLED)
         journal.close()
+        assert b"secret" not in (tmp_path / "state" / "j.sqlite").read_bytes()
 
 
 def test_another_version_s_journal_is_refused(journal: Journal, tmp_path: Path) -> None:

@@ -435,7 +435,12 @@ async def test_a_token_names_the_tenant_and_tenants_do_not_see_each_other(
         assert (await acme.lookup("mine")).sha256 == first.result.image.sha256
 
 
-async def test_one_log_line_a_request_and_no_prompt_in_it(
+def on_disk(running: Running) -> bytes:
+    """What all files of the state folder hold."""
+    return b"".join(file.read_bytes() for file in Path(running.server.settings.state).iterdir())
+
+
+async def test_one_log_line_a_request_and_no_prompt_in_it_or_in_a_file(
     running: Running, caplog: pytest.LogCaptureFixture
 ) -> None:
     trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -449,6 +454,7 @@ async def test_one_log_line_a_request_and_no_prompt_in_it(
     assert fields[0] | {"request_id": name, "tenant": "default", "traceparent": trace} == fields[0]
     assert fields[0]["charged_micro_usd"] == PRICE
     assert "secret" not in str(fields)
+    assert b"secret" not in on_disk(running)
 
 
 async def test_no_caller_fills_the_log(
