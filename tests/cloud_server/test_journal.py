@@ -129,6 +129,32 @@ def test_an_image_is_dropped_after_its_time_and_its_charge_is_not(
     assert oct((tmp_path / "state").stat().st_mode)[-3:] == "700"
 
 
+def work(journal: Journal, request_id: str) -> int:
+    """SQLite's instructions for a generation that begins."""
+    count = 0
+
+    def one() -> None:
+        nonlocal count
+        count += 1
+
+    journal._connection.set_progress_handler(one, 1)
+    journal.begin("t", request_id, "f")
+    journal._connection.set_progress_handler(None, 1)
+    return count
+
+
+def test_beginning_costs_as_much_after_many_images_as_after_few(journal: Journal, clock: Clock) -> None:
+    costs = []
+    for images in (10, 300):
+        for number in range(images):
+            journal.begin("t", f"{number} of {images}", "f")
+            journal.finish("t", f"{number} of {images}", FINISHED)
+        clock.now += 61.0
+        work(journal, f"clears {images}")
+        costs.append(work(journal, f"after {images}"))
+    assert costs[0] == costs[1]
+
+
 @pytest.mark.parametrize(("before", "after"), [(1e3, 1.8e9), (1.8e9, 1e3), (1.8e9, 4e9)])
 def test_a_wall_clock_that_jumps_forgets_no_charge_and_stops_no_call(
     tmp_path: Path, clock: Clock, before: float, after: float
@@ -208,6 +234,10 @@ def test_another_programs_database_is_refused_and_stays_as_it_is(tmp_path: Path)
     assert file.read_bytes() == before
 
 
+def indexes(journal: Journal) -> set[tuple[str, str]]:
+    return set(journal._connection.execute("SELECT name, sql FROM sqlite_master WHERE type = 'index'"))
+
+
 @pytest.mark.parametrize("application_id", [APPLICATION_ID, 0], ids=["marked", "before they were marked"])
 def test_a_journal_of_the_first_schema_goes_on(tmp_path: Path, clock: Clock, application_id: int) -> None:
     (tmp_path / "state").mkdir()
@@ -230,6 +260,7 @@ def test_a_journal_of_the_first_schema_goes_on(tmp_path: Path, clock: Clock, app
     cut_off = ("t", "cut off", "f", "running", 9.0, 0, "", "", "", None)
     first.executemany("INSERT INTO generations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (paid, cut_off))
     first.close()
+    new = opened(tmp_path / "new", clock)
     for _ in range(2):
         journal = opened(tmp_path, clock)
         entry = journal.find("t", "paid")
@@ -238,6 +269,7 @@ def test_a_journal_of_the_first_schema_goes_on(tmp_path: Path, clock: Clock, app
         assert state(journal, "cut off") is State.FAILED
         journal.begin("t", "next", "f")
         journal.end("t", "next", State.CANCELLED)
+        assert indexes(journal) == indexes(new)
         journal.close()
         assert b"secret" not in (tmp_path / "state" / "j.sqlite").read_bytes()
 
