@@ -148,7 +148,7 @@ def timed(series_ms: list[float]) -> Iterator[None]:
 
 
 def bare_calls(bundle: Bundle) -> dict[str, Callable[[], None]]:
-    """For each prompt the runs of text encoder and predictor, by sessions as onnxruntime opens them, on ready inputs."""
+    """For each prompt the runs of text encoder and predictor, by onnxruntime as it comes, on inputs that are ready."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     generator_inputs = Reader.open(bundle, ROUTING_RATE, Runtime(threads=1))
