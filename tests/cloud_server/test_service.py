@@ -184,7 +184,7 @@ async def test_a_cancelled_call_stops_at_the_next_step_and_is_not_charged(runnin
 
 
 async def test_a_call_past_its_deadline_stops_at_the_next_step_and_is_not_charged(running: Running) -> None:
-    answer = await running.client.generate(request_id="late", timeout=1.0, steps=LONG, width=768, height=768)
+    answer = await running.client.generate(request_id="late", timeout=1.0, steps=LONG, width=512, height=512)
     assert answer.error is not None
     assert answer.error.code == "DEADLINE_EXCEEDED"
     await running.idle()
