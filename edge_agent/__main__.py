@@ -499,11 +499,13 @@ def _target(output: str | None) -> Path | None:
         folder, target = Path(), None
     else:
         target = Path(output)
-        device = target.absolute().is_relative_to("/dev") or target.absolute().is_relative_to("/proc")
         try:
             if target.is_symlink():  # what it leads to is written, and the link stays
                 target = target.resolve()
-            mode = target.stat().st_mode
+            found = target.stat()
+            if _is_output(found):  # /dev/stdout, or the file it was sent to
+                raise InvalidRequest(f"{output} is standard output; write to it with -o -")
+            mode = found.st_mode
         except FileNotFoundError:
             mode = stat.S_IFREG
         except OSError as error:  # a name too long, a folder that one may not enter
@@ -511,7 +513,7 @@ def _target(output: str | None) -> Path | None:
         folder = target.parent
         if stat.S_ISDIR(mode) or output.endswith("/"):
             raise InvalidRequest(f"{target} is a folder; name a file in it with -o")
-        if device or not stat.S_ISREG(mode):  # a pipe or a device, which the image would replace
+        if not stat.S_ISREG(mode):  # a pipe or a device, which the image would replace
             raise InvalidRequest(
                 f"{target} is no regular file; name one with -o, or write to a pipe with -o -"
             )
@@ -520,6 +522,13 @@ def _target(output: str | None) -> Path | None:
             f"nothing can be written into the folder {folder.absolute()}; choose another with -o"
         )
     return Path("-") if output == "-" else target
+
+
+def _is_output(found: os.stat_result) -> bool:
+    """Whether this is the file that standard output goes to, which the image would replace."""
+    with suppress(OSError, AttributeError):  # closed, or none of the system's
+        return stat.S_ISREG(found.st_mode) and os.path.samestat(found, os.fstat(sys.stdout.fileno()))
+    return False
 
 
 def _write(received: Received, target: Path | None) -> str:

@@ -53,9 +53,8 @@ class Drawing:
     """An image that waits or is in the making. Whoever has begun it iterates over `events`, or calls `stop`."""
 
     def __init__(self, job: Job, position: int) -> None:
-        self.job: Job | None = (
-            job  # None once it is stopped: an image that waited is forgotten by the queue later
-        )
+        # None once it is stopped: the executor keeps what waited until its turn comes.
+        self.job: Job | None = job
         self.position = position  # in the queue; 0 is drawn at once
         self.stopped = Stop()
         self._loop = asyncio.get_running_loop()

@@ -145,10 +145,23 @@ def test_a_pipe_is_not_replaced_by_the_image(tmp_path: Path) -> None:
         _target(str(tmp_path / "pipe"))
 
 
-@pytest.mark.parametrize("name", ["/dev/stdout", "/proc/self/fd/1"])
-def test_what_only_looks_like_a_file_is_not_replaced_by_the_image(name: str) -> None:
-    with pytest.raises(InvalidRequest, match=r"no regular file.*-o -"):
-        _target(name)
+@pytest.mark.parametrize("name", ["/dev/stdout", "/proc/self/fd/1", "out.png"])
+def test_the_file_that_standard_output_goes_to_is_not_replaced_by_the_image(
+    folder: Path, tmp_path: Path, name: str
+) -> None:
+    before = Path("/dev/stdout").readlink()
+    with (tmp_path / "out.png").open("wb") as file:
+        finished = subprocess.run(
+            [sys.executable, "-m", "edge_agent", "generate", EDGE_PROMPT, "-o", name],
+            stdout=file,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            env=process_environment(folder),
+            check=False,
+        )
+    assert finished.returncode == 2 and "is standard output; write to it with -o -" in finished.stderr
+    assert Path("/dev/stdout").readlink() == before
 
 
 def test_a_folder_that_is_not_there_is_not_taken_for_a_file(tmp_path: Path) -> None:
@@ -279,6 +292,7 @@ def test_a_table_folds_no_name_in_a_pipe_and_ends_well_where_the_pipe_is_closed(
     long = " ".join(["a red apple"] * 20)
     command = [sys.executable, "-m", "edge_agent", "route", long, "--bundle", str(routed_bundle)]
     environment = process_environment(folder)
+    environment.pop("COLUMNS", None)  # somebody may have said how wide it is
     assert long in subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
     reading, writing = os.pipe()
     os.close(reading)
