@@ -122,7 +122,7 @@ class Agent:
         request = validate(request, self.models.limits)
         purchase = None
         async with AsyncExitStack() as closing:
-            closing.enter_context(self.models.used())
+            closing.enter_context(self.models)
             reading, decision = await self._read(request, reserving=True)
             if decision.reason is Reason.UNCALIBRATED:
                 self._ask_for_model()
@@ -149,7 +149,7 @@ class Agent:
         With `explain` its tokens say what PRS would be without them, which reads the prompt once more for each.
         """
         request = validate(request, self.models.limits)
-        with self.models.used():
+        with self.models:
             reading, decision = await self._read(request, reserving=False)
             if explain and self.calibrated:
                 # One by one, so that other decisions come between.
@@ -221,7 +221,7 @@ class Agent:
     async def _read(self, request: ImageRequest, *, reserving: bool) -> tuple[Reading, Decision]:
         """The prompt considered: at once where that takes no longer than turning to another thread and back."""
         quick = self._reading_ms < SHORT_READING_MS and len(request.prompt) <= SHORT_PROMPT
-        if quick and self.models.loaded and self.purchases.ledger.at_hand:
+        if quick and self.reader.loaded and self.purchases.ledger.at_hand:
             reading, decision = self._consider(request, reserving=reserving)
         else:
             reading, decision = await self._beside(self._consider, request, reserving=reserving)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,10 +28,11 @@ class Prediction:
     edge: NDArray[np.float32]  # [M], qualities in [0, 1]
     cloud: NDArray[np.float32]  # [M], qualities in [0, 1]
     pull: NDArray[np.float32]
-    """[L, M], what each token adds to the predicted gap, logit(cloud) - logit(edge); above zero it pulls to the cloud.
+    """[T, M], what each of the prompt's own T tokens adds to the predicted gap, logit(cloud) - logit(edge); above zero
+    it pulls to the cloud.
 
     Summed over the tokens it is the gap less the model's own bias; without a token's term the gap is smaller by just
-    that. Zero for padding.
+    that.
     """
 
 
@@ -72,18 +73,15 @@ class Predictor:
         """Its graph."""
         return (self._session,)
 
-    def predict(
-        self, states: NDArray[np.float32], mask: NDArray[np.bool_], ids: NDArray[np.int64]
-    ) -> Prediction:
-        """Predict from the `states` [1, L, d] and `ids` [1, L] of a prompt; `mask` [L] is True on its own tokens.
+    def predict(self, states: NDArray[np.float32], own: Sequence[int], ids: NDArray[np.int64]) -> Prediction:
+        """Predict from the `states` [1, L, d] and `ids` [1, L] of a prompt, whose `own` tokens have these T positions.
 
         Raises:
             GenerationFailed: the states have another size than the graph reads, or an id is none of its vocabulary.
         """
         # As in training: only the prompt's own tokens, the first in the first place. Of none, one that does not count.
-        own = np.flatnonzero(mask) if mask.any() else np.zeros(1, np.int64)
-        inputs = {"states": states[:, own], "mask": mask[None, own], "ids": ids[:, own]}
+        read = np.array(own or (0,))
+        mask = np.array([[bool(own)] * len(read)])
+        inputs = {"states": states.take(read, 1), "mask": mask, "ids": ids.take(read, 1)}
         edge, cloud, pull = self._session.run(inputs)
-        pulls = np.zeros((len(mask), pull.shape[-1]), np.float32)
-        pulls[own] = pull[0]
-        return Prediction(edge[0], cloud[0], pulls)
+        return Prediction(edge[0], cloud[0], pull[0, : len(own)])

@@ -15,7 +15,6 @@ import math
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any, cast
 
@@ -95,7 +94,7 @@ class Purchases:
             raise
         self._unsent.discard(key)  # that was an earlier call of this id, released since; this one may be sent
         self._arrived_by[key] = deadline
-        return Purchase(self, self.cloud, replace(request, request_id=key), ceiling_micro_usd, deadline)
+        return Purchase(self, self.cloud, request._replace(request_id=key), ceiling_micro_usd, deadline)
 
     async def advice(self, ceiling_micro_usd: int) -> list[str]:
         """One sentence for each thing that keeps calls of this ceiling, or what was set aside, from their end.

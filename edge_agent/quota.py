@@ -27,7 +27,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 from edge_agent.errors import DuplicateRequest, LedgerError, QuotaExhausted, RouteT2IError
 
@@ -119,8 +119,7 @@ class Rate:
             raise ValueError(f"rate {self.name!r}: needs a number of calls, not negative, and a time above 0")
 
 
-@dataclass(frozen=True)
-class BudgetState:
+class BudgetState(NamedTuple):  # made in every decision, in half of a dataclass's time
     """A budget in its current window; remaining = cap - spent - reserved, and never below 0."""
 
     name: str

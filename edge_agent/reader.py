@@ -32,8 +32,8 @@ class Reading:
         """The prompt's own tokens in order, and what each contributes to the predicted gap."""
         if self.prediction is None:
             return ()
-        texts, pulls = self.tokens.texts, self.prediction.pull.tolist()
-        return tuple([TokenPull(texts[position], tuple(pulls[position])) for position in self.tokens.own])
+        pulls = zip(self.tokens.texts, self.prediction.pull.tolist(), strict=True)
+        return tuple([TokenPull(text, tuple(pull)) for text, pull in pulls])
 
 
 class Reader:
@@ -55,6 +55,10 @@ class Reader:
             if bundle.predictor
             else None
         )
+        self.sessions: tuple[Session, ...] = (  # every graph
+            *text_encoder.sessions,
+            *(self._predictor.sessions if self._predictor else ()),
+        )
         self.calibration = bundle.calibration
         self.advice = bundle.advice
         fitting = self.calibration if not self.advice else None
@@ -70,9 +74,9 @@ class Reader:
         return cls(bundle, tokenizer, text_encoder, routing_rate)
 
     @property
-    def sessions(self) -> tuple[Session, ...]:
-        """Every graph."""
-        return self._text_encoder.sessions + (self._predictor.sessions if self._predictor else ())
+    def loaded(self) -> bool:
+        """Whether every graph is in memory, so that reading need not load one."""
+        return all(session.loaded_at is not None for session in self.sessions)
 
     def read(self, prompt: str) -> Reading:
         """Some milliseconds of work; safe to call from several threads. Raises GenerationFailed or BundleError."""
@@ -98,10 +102,10 @@ class Reader:
     def _predict(self, states: TextStates, tokens: Tokens) -> tuple[Prediction | None, float | None]:
         if self._predictor is None:
             return None, None
-        prediction = self._predictor.predict(states.tokens, tokens.mask, tokens.ids)
+        prediction = self._predictor.predict(states.tokens, tokens.own, tokens.ids)
         if self._superiority is None:
             return prediction, None
-        return prediction, float(self._superiority.of(prediction.edge, prediction.cloud))
+        return prediction, self._superiority.of(prediction.edge.tolist(), prediction.cloud.tolist())
 
     def negative_states(self, prompt: str) -> TextStates:
         """The states of a negative prompt, which may be empty."""

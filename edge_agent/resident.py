@@ -1,8 +1,8 @@
 """The models of one bundle, resident for as long as somebody needs them.
 
-Whoever uses them says so with `used`. When nobody has for a while they are put down, which gives their memory back;
-the next use loads each graph again when it comes to it. Models that others have succeeded are put down after their
-last use.
+Whoever uses them does so in a `with` block. When nobody has for a while they are put down, which gives their memory
+back; the next use loads each graph again when it comes to it. Models that others have succeeded are put down after
+their last use.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 
 from edge_agent import memory
@@ -90,17 +89,16 @@ class Resident:
             return self._put_down_at
         return max(session.loaded_at or 0.0 for session in self._sessions)
 
-    @contextmanager
-    def used(self) -> Iterator[None]:
-        """For the time of one request."""
+    def __enter__(self) -> None:
+        """They are used until the block is left, for the time of one request."""
         self._uses += 1
         self._stop_waiting()
-        try:
-            yield
-        finally:
-            self._uses -= 1
-            if not self._uses:
-                self.rest()
+
+    def __exit__(self, *raised: object) -> None:
+        """This use is over."""
+        self._uses -= 1
+        if not self._uses:
+            self.rest()
 
     def rest(self) -> None:
         """Nobody uses them now: from here the keep-alive time counts."""

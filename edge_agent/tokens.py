@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -21,30 +20,28 @@ FILE = "tokenizer.json"
 
 @dataclass(frozen=True)
 class Tokens:
-    """One prompt in L positions, padding included."""
+    """One prompt in L positions, padding included, of which T are its own."""
 
     ids: NDArray[np.int64]  # [1, L]
-    mask: NDArray[np.bool_]  # [L], True on the prompt's own tokens: not start, not end, not padding
-    texts: tuple[str, ...]  # L; the prompt's own characters, nothing for the start, the end and padding
+    own: list[
+        int
+    ]  # T; positions of the prompt's own tokens, in order: not of start, end and padding. To be read only
+    texts: list[str]  # T; the prompt's characters that its own tokens stand for. To be read only
     truncated: bool  # the prompt had more tokens than fit
     # [1, L], the same prompt as the second tokenizer reads it, where the model has two (Stable Diffusion XL).
     ids_2: NDArray[np.int64] | None = None
 
-    @cached_property
-    def own(self) -> list[int]:
-        """Positions of the prompt's own tokens, in order. To be read only."""
-        return np.flatnonzero(self.mask).tolist()
-
     def without(self, position: int) -> Tokens:
-        """The prompt less one token; what follows moves up, as if it had never been written."""
+        """The prompt less its own token at `position` of L; what follows moves up, as if it had never been written."""
 
         def cut(ids: NDArray[np.int64]) -> NDArray[np.int64]:
             return np.append(np.delete(ids, position, axis=1), ids[:, -1:], axis=1)
 
+        place = self.own.index(position)
         return Tokens(
             cut(self.ids),
-            np.append(np.delete(self.mask, position), False),
-            (*self.texts[:position], *self.texts[position + 1 :], self.texts[-1]),
+            self.own[:place] + [later - 1 for later in self.own[place + 1 :]],
+            self.texts[:place] + self.texts[place + 1 :],
             self.truncated,
             None if self.ids_2 is None else cut(self.ids_2),
         )
@@ -116,10 +113,12 @@ class Tokenizer:
         A character made of several tokens, such as an emoji, is the text of each of them.
         """
         encoding = self._tokenizer.encode(prompt)
+        own = [position for position, special in enumerate(encoding.special_tokens_mask) if not special]
+        offsets = encoding.offsets
         return Tokens(
             np.array([encoding.ids], np.int64),
-            np.array(encoding.special_tokens_mask) == 0,
-            tuple([prompt[start:end] for start, end in encoding.offsets]),
+            own,
+            [prompt[slice(*offsets[position])] for position in own],
             bool(encoding.overflowing),
             self._second.encode(prompt).ids if self._second else None,
         )

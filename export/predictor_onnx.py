@@ -98,10 +98,11 @@ def _difference(ensemble: Ensemble, predictor: Predictor, tokens: int, own: int)
     ids = torch.randint(max(ensemble.shape.vocabulary, 1), (1, tokens), generator=draw)
     with torch.inference_mode():
         expected = ensemble(states, mask[None], ids)
-    made = predictor.predict(states.numpy(), mask.numpy(), ids.numpy())
+    edge, cloud, pull = (part[0].numpy() for part in expected)
+    made = predictor.predict(states.numpy(), range(1, own + 1), ids.numpy())
     return max(
-        float(np.abs(ours - theirs[0].numpy()).max())
-        for ours, theirs in zip((made.edge, made.cloud, made.pull), expected, strict=True)
+        float(np.abs(ours - theirs).max(initial=0.0))  # a prompt may have no token of its own
+        for ours, theirs in ((made.edge, edge), (made.cloud, cloud), (made.pull, pull[mask.numpy()]))
     )
 
 

@@ -52,8 +52,8 @@ class TokenStates:
 
 
 Arrays = Mapping[str, NDArray[Any]]
-Encoded = Iterator[tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.int64]]]
-"""States [1, L, d], mask [L] and ids [1, L] of one prompt after the other."""
+Encoded = Iterator[tuple[NDArray[np.float32], list[int], NDArray[np.int64]]]
+"""States [1, L, d], positions of the own tokens and ids [1, L] of one prompt after the other."""
 
 
 def encode(bundle: Bundle, prompts: Sequence[str]) -> Encoded:
@@ -97,7 +97,7 @@ def _encoded(bundle: Bundle, prompts: Sequence[Tokens], description: str) -> Enc
     encoder = TextEncoder(bundle, Runtime(threads=1))
     with progress() as bars:
         for tokens in bars.track(prompts, description=description):
-            yield encoder.encode(tokens).tokens, tokens.mask, tokens.ids
+            yield encoder.encode(tokens).tokens, tokens.own, tokens.ids
 
 
 def _file(cache: Path, kind: str, bundle: Bundle, prompts: Sequence[str]) -> Path:
@@ -106,7 +106,7 @@ def _file(cache: Path, kind: str, bundle: Bundle, prompts: Sequence[str]) -> Pat
 
 
 def _joined(made: Encoded) -> Arrays:
-    states = TokenStates.join([(states[0][mask], ids[0][mask]) for states, mask, ids in made])
+    states = TokenStates.join([(states[0][own], ids[0][own]) for states, own, ids in made])
     return {"tokens": states.tokens, "ids": states.ids, "starts": states.starts}
 
 

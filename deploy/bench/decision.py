@@ -162,7 +162,7 @@ def bare_calls(bundle: Bundle) -> dict[str, Callable[[], None]]:
         tokens = generator_inputs.read(prompt).tokens
         output, ids = [bundle.manifest.text_output], {"input_ids": tokens.ids.astype(ids_type)}
         (states,), own = encoder.run(output, ids), tokens.own
-        read = {"states": states[:, own], "mask": tokens.mask[None, own], "ids": tokens.ids[:, own]}
+        read = {"states": states[:, own], "mask": np.ones((1, len(own)), bool), "ids": tokens.ids[:, own]}
 
         def run() -> None:
             encoder.run(output, ids)

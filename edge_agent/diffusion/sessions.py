@@ -34,6 +34,8 @@ _DTYPES: dict[str, type[np.generic]] = {
     "tensor(bool)": np.bool_,
 }
 
+_OTHER_FLOATS = ("tensor(float16)", "tensor(double)")
+
 
 @dataclass(frozen=True)
 class Runtime:
@@ -115,8 +117,8 @@ class Session:
         self.large = sum(size for _, size, _ in self._states.values()) >= LARGE_BYTES
         session = self._session = self._load(Stop())
         found = {node.name: node for node in session.get_inputs()}
-        given = {node.name for node in session.get_outputs()}
-        if set(found) != set(inputs) or not set(outputs) <= given:
+        given = {node.name: node for node in session.get_outputs()}
+        if set(found) != set(inputs) or not set(outputs) <= set(given):
             raise BundleError(
                 f"{path} takes {sorted(found)} and gives {sorted(given)}; "
                 f"expected to take {sorted(inputs)} and give {sorted(outputs)}"
@@ -130,6 +132,7 @@ class Session:
         self.shapes = {n.name: tuple(n.shape) for n in (*session.get_inputs(), *session.get_outputs())}
         self.sizes: dict[str, int] = {}  # what `expect` has told of the names in them
         self._outputs = list(outputs)
+        self._casting = any(given[name].type in _OTHER_FLOATS for name in outputs)
         self._devices = _devices(session.get_providers())
 
     def unload(self) -> None:
@@ -227,8 +230,9 @@ class Session:
             GenerationFailed: onnxruntime failed.
             BundleError: the graph had been unloaded and cannot be loaded again.
         """
-        options = ort.RunOptions()
-        if shrink:
+        # Most of a decision's runs need none.
+        options = ort.RunOptions() if stop is not None or shrink else None
+        if options is not None and shrink:
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", self._devices)
         feeds = {name: np.asarray(value, self._dtypes[name]) for name, value in inputs.items()}
         session = self._loaded(stop)
@@ -244,6 +248,8 @@ class Session:
         finally:
             if stop is not None:
                 stop.leave(end)
+        if not self._casting:
+            return list(outputs)
         return [
             value.astype(np.float32, copy=False) if value.dtype.kind == "f" else value for value in outputs
         ]

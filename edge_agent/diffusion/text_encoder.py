@@ -110,7 +110,7 @@ class TextEncoder:
     def encode_negative(self, tokens: Tokens) -> TextStates:
         """The states of a negative prompt, see `encode`; all zeros for an empty one where the model wants that."""
         states = self.encode(tokens)
-        if self._added is None or not self._added.zero_negative or tokens.mask.any():
+        if self._added is None or not self._added.zero_negative or tokens.own:
             return states
         pooled = None if states.pooled is None else np.zeros_like(states.pooled)
         return TextStates(np.zeros_like(states.tokens), pooled)

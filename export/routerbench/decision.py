@@ -117,8 +117,8 @@ class Decider:
     def decide(self, tokens: Tokens) -> tuple[float, Prediction, NDArray[np.float32]]:
         """PRS, the prediction it comes from, and the mean state [d] of the prompt's own tokens."""
         states = self._encoder.encode(tokens).tokens
-        prediction = self._predictor.predict(states, tokens.mask, tokens.ids)
-        own = states[0][tokens.mask]
+        prediction = self._predictor.predict(states, tokens.own, tokens.ids)
+        own = states[0][tokens.own]
         return self.prs(prediction.edge, prediction.cloud), prediction, own.mean(axis=0)
 
     def prs(self, edge: NDArray[np.float32], cloud: NDArray[np.float32]) -> float:
@@ -126,7 +126,7 @@ class Decider:
         return float(relative_superiority(edge, cloud, self.calibration.scale, self.calibration.weights))
 
     def pull_on_prs(self, prediction: Prediction) -> Floats:
-        """[L]: what PRS would be more without each token's pull, all else equal: what a decision names tokens by."""
+        """[T]: what PRS would be more without each token's pull, all else equal: what a decision names tokens by."""
         gap = np.log(prediction.cloud / (1 - prediction.cloud)) - np.log(
             prediction.edge / (1 - prediction.edge)
         )
@@ -134,7 +134,7 @@ class Decider:
             np.log(prediction.cloud / (1 - prediction.cloud))
             + np.log(prediction.edge / (1 - prediction.edge))
         ) / 2
-        without = gap - prediction.pull  # [L, M]
+        without = gap - prediction.pull  # [T, M]
         edge, cloud = (1 / (1 + np.exp(-(level + sign * without / 2))) for sign in (-1, 1))
         moved: Floats = relative_superiority(
             edge, cloud, self.calibration.scale, self.calibration.weights
@@ -257,7 +257,7 @@ def _explanations(
             continue  # nothing to name among
         prs, prediction, _ = decider.decide(tokens)
         moved = np.array([abs(decider.decide(tokens.without(position))[0] - prs) for position in own])
-        first = int(np.argmax(np.abs(decider.pull_on_prs(prediction)[own])))
+        first = int(np.argmax(np.abs(decider.pull_on_prs(prediction))))
         named.append(moved[first])
         others.append(np.delete(moved, first).mean())
         most.append((moved.max(), np.delete(moved, moved.argmax()).mean()))
@@ -276,10 +276,10 @@ def _explanations(
 
 def _with_unknown(train: Sequence[Tokens], prompts: Sequence[Tokens]) -> float:
     counts = np.bincount(
-        np.concatenate([np.unique(one.ids[0][one.mask]) for one in train]),
+        np.concatenate([np.unique(one.ids[0][one.own]) for one in train]),
         minlength=1 + max(int(one.ids.max()) for one in (*train, *prompts)),
     )
-    return float(np.mean([(counts[one.ids[0][one.mask]] < FAMILIAR).any() for one in prompts]))
+    return float(np.mean([(counts[one.ids[0][one.own]] < FAMILIAR).any() for one in prompts]))
 
 
 def _far(middles: Mapping[str, NDArray[np.float32]], split: str) -> float:

@@ -7,7 +7,6 @@ import json
 import math
 import uuid
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +75,7 @@ def test_a_prompt_is_refused_by_its_name_or_read_scored_and_kept_as_it_is(
     readers: tuple[Reader, ...], prompt: str
 ) -> None:
     try:
-        validate(replace(REQUEST, prompt=prompt), LIMITS)
+        validate(REQUEST._replace(prompt=prompt), LIMITS)
     except InvalidRequest as refused:
         assert refused.field == "prompt"
         refused.message.encode()
@@ -97,7 +96,7 @@ def test_a_prompt_is_refused_by_its_name_or_read_scored_and_kept_as_it_is(
 @given(texts | st.text(st.characters(min_codepoint=32, max_codepoint=126), min_size=1, max_size=130))
 def test_an_app_is_refused_by_its_name_or_has_an_account(ledger: Ledger, app: str) -> None:
     try:
-        validate(replace(REQUEST, app=app), LIMITS)
+        validate(REQUEST._replace(app=app), LIMITS)
     except InvalidRequest as refused:
         assert refused.field == "app"
         refused.message.encode()

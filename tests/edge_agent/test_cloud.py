@@ -15,7 +15,7 @@ import subprocess
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +233,7 @@ async def test_an_image_arrives_with_its_progress_and_its_facts(cloud: Cloud) ->
         *chunks(data),
         result(data, side=200),
     ]
-    events = await collect(CloudClient(cloud.address), replace(REQUEST, width=200, height=200, preview=True))
+    events = await collect(CloudClient(cloud.address), REQUEST._replace(width=200, height=200, preview=True))
     assert events[:3] == [
         CloudAccepted(2, PRICE, "ab" * 32),
         CloudProgress(1, 3, None),
@@ -256,7 +256,7 @@ async def test_an_image_arrives_with_its_progress_and_its_facts(cloud: Cloud) ->
 async def test_the_cloud_receives_what_it_needs_and_not_the_app(cloud: Cloud) -> None:
     cloud.script = honest(png())
     trace = "00-" + "a" * 32 + "-" + "b" * 16 + "-01"
-    asked = replace(REQUEST, negative_prompt="blurry", guidance_scale=2.5, preview=True, traceparent=trace)
+    asked = REQUEST._replace(negative_prompt="blurry", guidance_scale=2.5, preview=True, traceparent=trace)
     await collect(CloudClient(cloud.address, token="sesame"), asked)
     (received,) = cloud.received
     assert received.preview
@@ -280,7 +280,7 @@ async def test_the_cloud_receives_what_it_needs_and_not_the_app(cloud: Cloud) ->
 @pytest.mark.parametrize("private", [{"privacy": Privacy.LOCAL_ONLY}, {"routing": Routing.LOCAL_ONLY}])
 async def test_a_private_prompt_is_not_sent_even_when_asked(cloud: Cloud, private: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="may not leave the device"):
-        await collect(CloudClient(cloud.address), replace(REQUEST, **private))
+        await collect(CloudClient(cloud.address), REQUEST._replace(**private))
     assert cloud.received == []
 
 
@@ -332,7 +332,7 @@ async def test_a_lie_is_found_and_named_and_the_call_ended(
     cloud: Cloud, script: list[Response], says: str
 ) -> None:
     cloud.script = [*script, stall]
-    error = await failure(CloudClient(cloud.address), replace(REQUEST, steps=3, guidance_scale=2.5))
+    error = await failure(CloudClient(cloud.address), REQUEST._replace(steps=3, guidance_scale=2.5))
     assert isinstance(error, CloudLied), error
     assert says in error.message
     assert "BytesIO" not in error.message
@@ -363,7 +363,7 @@ async def test_previews_that_nobody_asked_for_are_not_passed_on_nor_is_what_is_n
     ]
     cloud.script = [accepted(), *steps, *chunks(png()), result(png())]
     for preview, first in ((False, None), (True, png())):
-        _, *told, image = await collect(CloudClient(cloud.address), replace(REQUEST, preview=preview))
+        _, *told, image = await collect(CloudClient(cloud.address), REQUEST._replace(preview=preview))
         assert told == [CloudProgress(1, 3, first), CloudProgress(1, 3, None), CloudProgress(2, 3, None)]
         assert isinstance(image, CloudImage)
 

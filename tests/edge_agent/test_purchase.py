@@ -7,7 +7,6 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +109,7 @@ async def test_a_call_that_was_sent_is_asked_about_also_where_an_earlier_one_of_
 
 async def test_an_id_that_is_used_again_is_refused_by_the_name_that_its_app_gave(begin: Begin) -> None:
     purchases = begin("127.0.0.1:1")
-    wish = replace(request("again"), app="kiosk")
+    wish = request("again")._replace(app="kiosk")
     first = await purchases.reserve(wish, CEILING, 60.0)
     purchases.concluded(purchases.key(wish))
     with pytest.raises(DuplicateRequest, match="the request id 'again' was used before"):

@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_agent.superiority import METRICS, largest_alpha, paper_scale, realised_rate, relative_superiority
+from edge_agent.superiority import (
+    METRICS,
+    Superiority,
+    largest_alpha,
+    paper_scale,
+    realised_rate,
+    relative_superiority,
+)
 
 SCALE = np.full(len(METRICS), 0.1)
 WEIGHTS = np.full(len(METRICS), 1 / len(METRICS))
@@ -45,6 +52,15 @@ def test_gaps_many_scales_wide_saturate_without_a_warning() -> None:
         assert relative_superiority(zeros, ones, tiny, [0.5, 0.5]) == 0.0
 
 
+def test_prompt_by_prompt_it_is_what_it_is_for_all_of_them() -> None:
+    edge, cloud = np.random.default_rng(2).random((2, 50, len(METRICS)))
+    weights = np.arange(1, len(METRICS) + 1) / 55
+    one_by_one = [Superiority(SCALE, weights).of(*map(list, pair)) for pair in zip(edge, cloud, strict=True)]
+    np.testing.assert_allclose(
+        one_by_one, relative_superiority(edge, cloud, SCALE, weights), rtol=0, atol=1e-15
+    )
+
+
 @pytest.mark.parametrize(
     ("edge", "scale", "weights", "says"),
     [
@@ -59,6 +75,8 @@ def test_a_scale_weights_or_quality_that_cannot_be_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=says):
         relative_superiority(edge, [0.5], scale, weights)
+    with pytest.raises(ValueError, match=says):
+        Superiority(scale, weights).of(edge, [0.5])
 
 
 def test_the_scale_follows_the_mean_gap_until_the_noise_floor_is_larger() -> None:
