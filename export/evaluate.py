@@ -36,7 +36,7 @@ from export.arguments import check_output, write_output
 from export.calibrate import predicted
 from export.errors import ExportError
 from export.outcomes import Outcomes
-from export.prompts import scenes_by_text, scenes_of
+from export.prompts import never_learnt, scenes_by_text, scenes_of
 from export.terminal import console
 
 RESAMPLES = 1000
@@ -209,8 +209,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     calibration = bundle.calibration
     if calibration is None:
         raise ExportError(f"{bundle.folder} has no calibration; make it with `edge-export calibrate`")
-    test = Outcomes.read(options.labels).split("test")
-    test.must_be_of(bundle)
+    outcomes = Outcomes.read(options.labels)
+    outcomes.must_be_of(bundle)
+    scenes = scenes_of(outcomes.prompts, scenes_by_text(outcomes.splits.tolist()))
+    measured = (outcomes.splits == "test") & never_learnt(outcomes.splits, scenes)
+    test, scenes = outcomes.where(measured).split("test"), scenes[measured]
     cloud = test.facts.get("cloud_digest", calibration.cloud_digest)
     if cloud != calibration.cloud_digest:
         raise ExportError(
@@ -218,7 +221,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{calibration.cloud_digest[:16]}: run `edge-export calibrate` with these labels first"
         )
     paired = Paired.of(test)
-    scenes = scenes_of(test.prompts, scenes_by_text(test.splits.tolist()))
     said = len(np.unique(scenes))
     if said < FEWEST:
         raise ExportError(

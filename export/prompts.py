@@ -1,9 +1,10 @@
 """The prompts a router learns from and is measured on, split by what they are for.
 
-Scenes of `train`, `validation`, `calibration` and `test` are disjoint, and no generator, judge or inspector was trained
-on them. Three more splits ask how far a router carries: `combinations` pairs objects that no router split pairs,
-`wording` says scenes in sentences of its own, and `free-form` was written by hand, outside the grammar
-(``free_form.json``). All of these are of the starter's world; `own_prompts` are whatever people write.
+Scenes of `train`, `validation`, `calibration` and `test` are disjoint as they are said, and no generator, judge or
+inspector was trained on them; "A left of B" and "B right of A" may lie in two splits (`never_learnt`). Three more
+splits ask how far a router carries: `combinations` pairs objects that no router split pairs, `wording` says scenes in
+sentences of its own, and `free-form` was written by hand, outside the grammar (``free_form.json``). All of these are of
+the starter's world; `own_prompts` are whatever people write.
 """
 
 from __future__ import annotations
@@ -127,11 +128,21 @@ def scenes_by_text(splits: Sequence[str]) -> dict[str, Scene | None]:
 def scenes_of(texts: Sequence[str], known: Mapping[str, Scene | None]) -> NDArray[np.int64]:
     """[N]: prompts that say the same scene get the same number, counted from 0; prompts of other worlds one each.
 
-    ``known`` is what `scenes_by_text` gives.
+    ``known`` is what `scenes_by_text` gives. "A left of B" and "B right of A" are the same scene.
     """
-    said = [repr(known.get(text) or text) for text in texts]
+    said = [repr(scene.seen) if (scene := known.get(text)) else text for text in texts]
     _, numbers = np.unique(said, return_inverse=True)
     return numbers.astype(np.int64)
+
+
+def never_learnt(splits: NDArray[np.str_], scenes: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """[N]: False for a prompt of another split than train that says a scene of train.
+
+    Scenes are split by a hash of how they are said, so a few lie on both sides, once each way round. ``scenes`` are
+    numbered by `scenes_of`.
+    """
+    learning = splits == "train"
+    return np.asarray(learning | ~np.isin(scenes, scenes[learning]))
 
 
 def holds_held_out_pair(scene: Scene) -> bool:

@@ -16,9 +16,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -28,16 +29,25 @@ from edge_agent.bundle import Bundle
 from export.arguments import at_least
 from export.calibrate import scale_of
 from export.errors import ExportError
-from export.evaluate import Paired, routed, spearman
+from export.evaluate import FEWEST, Estimate, Paired, estimate, resampled, routed, spearman
 from export.label import STARTER_BUNDLE
 from export.outcomes import SPLITS, Outcomes
-from export.prompts import scenes_by_text, scenes_of
+from export.prompts import never_learnt, scenes_by_text, scenes_of
 from export.routerbench import plots, report
 from export.routerbench.ceiling import Ceiling, ceiling, oracle_by_images, sentences_share
 from export.routerbench.decision import decisions
-from export.routerbench.measure import RATES, Bench, Point, counted_metrics
+from export.routerbench.measure import RATES, RESAMPLES, Bench, Point, counted_metrics
 from export.routerbench.router import Floats, Prompts, Router, Scorer
-from export.routerbench.routers import ABLATIONS, BASELINES, ROUTERS
+from export.routerbench.routers import (
+    ABLATIONS,
+    BASELINES,
+    ROUTERS,
+    ByGain,
+    NumberOfObjects,
+    Ours,
+    Ranked,
+    RouteT2I,
+)
 from export.starter.world import Scene
 from export.states import of_prompts, of_shorter_prompts
 from export.terminal import console, progress
@@ -77,11 +87,17 @@ def _splits_read(outcomes: Outcomes) -> list[str]:
     return ["train", "validation", "test", *there]
 
 
-def keep_states(outcomes: Outcomes, bundle: Bundle, cache: Path) -> None:
-    """Put into the folder ``cache`` the token states that `Data.of` reads."""
-    for split in _splits_read(outcomes):
-        of_prompts(cache, bundle, outcomes.split(split).prompts)
-    of_shorter_prompts(cache, bundle, outcomes.split("train").prompts)
+def keep_states(train: Outcomes, bundle: Bundle, cache: Path) -> None:
+    """Put into the folder ``cache`` the token states that `Data.of` takes longest to make."""
+    of_prompts(cache, bundle, train.prompts)
+    of_shorter_prompts(cache, bundle, train.prompts)
+
+
+def _check(outcomes: Outcomes) -> None:
+    """Before minutes are spent: ExportError when the matrix lacks a split or images that routers are measured by."""
+    for split in ("train", "validation", "test"):
+        outcomes.split(split)
+    Paired.of(outcomes.split("test"))
 
 
 @dataclass(frozen=True)
@@ -104,21 +120,32 @@ def worth(scores: Floats, gain: Floats) -> float:
     return float(np.mean([routed(scores, rate) @ gain / len(gain) - rate * gain.mean() for rate in rates]))
 
 
-def fit(router: Router, data: Data) -> Fitted:
-    """Tune on validation, fit with every seed, score the rest."""
+def fit(router: Router, data: Data, again: ByGain | None = None) -> list[Fitted]:
+    """Tune on validation, fit with every seed, score the rest, which has no outcomes there. With ``again`` the same
+    networks a second time, as that router ranks what they predict.
+    """
     torch.set_num_threads(1)
+    unseen = {split: prompts.unseen for split, prompts in data.others.items()}
+    validation = data.validation.unseen
 
     def learnt(seed: int, setting: Mapping[str, float]) -> Scorer:
-        return _checked(router.name, router.fit(data.train, data.validation, seed, **setting))
+        return router.fit(data.train, data.validation, seed, **setting)
+
+    def measured(name: str, setting: Mapping[str, float], raw: Sequence[Scorer]) -> Fitted:
+        scorers = [_checked(name, score) for score in raw]
+        worths = worth(scorers[0](validation), data.validation.gain)
+        scores = {split: [score(prompts) for score in scorers] for split, prompts in unseen.items()}
+        return Fitted(name, dict(setting), worths, scores, _time(scorers[0], unseen["test"]))
 
     tried = [learnt(0, setting) for setting in router.settings]
-    worths = [worth(score(data.validation), data.validation.gain) for score in tried]
+    worths = [worth(_checked(router.name, score)(validation), data.validation.gain) for score in tried]
     best = int(np.argmax(worths))
     setting = router.settings[best]
-    more = [learnt(seed, setting) for seed in range(1, SEEDS)]
-    scorers = [tried[best], *more]
-    scores = {split: [score(prompts) for score in scorers] for split, prompts in data.others.items()}
-    return Fitted(router.name, dict(setting), max(worths), scores, _time(scorers[0], data.others["test"]))
+    scorers = [tried[best], *(learnt(seed, setting) for seed in range(1, SEEDS))]
+    made = [measured(router.name, setting, scorers)]
+    if again is not None:
+        made.append(measured(again.name, setting, [again.again(cast("Ranked", score)) for score in scorers]))
+    return made
 
 
 def _checked(name: str, score: Scorer) -> Scorer:
@@ -134,8 +161,7 @@ def _checked(name: str, score: Scorer) -> Scorer:
     return checked
 
 
-def _time(score: object, prompts: Prompts) -> Floats:
-    assert callable(score)
+def _time(score: Scorer, prompts: Prompts) -> Floats:
     times = []
     for index in range(TIMED):
         row = index % len(prompts)
@@ -171,9 +197,11 @@ def _named(text: str) -> type[Router]:
 
 
 def _instances(kinds: Sequence[type[Router]]) -> list[Router]:
-    names = Counter(kind.name for kind in kinds)
+    names = Counter([*(kind.name for kind in kinds), *report.RESERVED])
     if twice := [name for name, count in names.items() if count > 1]:
-        raise ExportError(f"two routers are called {twice[0]!r}: give yours another name")
+        raise ExportError(
+            f"a row of the report is called {twice[0]!r} already: give your router another name"
+        )
     return [_made(kind) for kind in kinds]
 
 
@@ -208,13 +236,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     outcomes, bundle = Outcomes.read(options.labels), Bundle.open(options.bundle)
     outcomes.must_be_of(bundle)
-    test = outcomes.split("test")
+    _check(outcomes)
     options.out.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(1) as pool:
         naming = pool.submit(scenes_by_text, outcomes.splits.tolist())
-        keep_states(outcomes, bundle, options.out)  # meanwhile
+        keep_states(outcomes.split("train"), bundle, options.out)  # meanwhile
         known = naming.result()
     scenes = scenes_of(outcomes.prompts, known)
+    new = never_learnt(outcomes.splits, scenes)
+    outcomes, scenes = outcomes.where(new), scenes[new]
+    test = outcomes.split("test")
     said = {
         split: scenes[outcomes.splits == split] for split in SPLITS if (outcomes.splits == split).sum() > 1
     }
@@ -224,37 +255,54 @@ def main(argv: Sequence[str] | None = None) -> int:
     count = Paired.of(test).gaps.shape[1]
     both = (torch.from_numpy(seeds[:, :count]) for seeds in (test.edge_seeds, test.cloud_seeds))
     each = prompts.superiority(*both)
-    counted = counted_metrics(outcomes.split("train"), said["train"])
+    counted = counted_metrics(outcomes.split("train"))
     bench = Bench(test, each, counted, said["test"])
+    if bench.scenes < FEWEST:
+        raise ExportError(
+            f"the labels' test prompts say {bench.scenes} things that no training prompt says, too few to measure on: "
+            f"label more prompts, so that {FEWEST} are of the split test at least; narrow intervals take hundreds"
+        )
+    once = np.sort(np.unique(said["test"], return_index=True)[1])  # the first prompt of each scene
+    first = test.where(np.isin(np.arange(len(test)), once))
+    one_a_scene = Bench(first, each[once], counted, said["test"][once])
 
     fitted: dict[str, Fitted] = {}
     measured: dict[str, list[Point]] = {}
     there = {split: numbers for split, numbers in said.items() if split != "validation"}
     with ProcessPoolExecutor(options.processes) as pool, progress() as bar:
         # The slowest first; what is measured beside routers fills the gap that the last one leaves.
-        fitting = [pool.submit(fit, router, data) for router in reversed(routers)]
+        again = next((router for router in routers if type(router) is ByGain), None)
+        fitting: list[Future[Any]] = [
+            pool.submit(fit, router, data, again if router.name == RouteT2I.name else None)
+            for router in reversed(routers)
+            if router is not again
+        ]
         limiting = pool.submit(_ceiling, outcomes.split("train"), test, known)
         deciding = pool.submit(decisions, bundle, outcomes, there, options.out)
-        parts = {limiting: "what can be foreseen", deciding: "the bundle's decisions"}
+        parts: dict[Future[Any], str] = {limiting: "what can be foreseen", deciding: "the bundle's decisions"}
         task = bar.add_task("routers", total=len(fitting) + len(parts))
         for done in as_completed([*fitting, *parts]):
             if done in fitting:
                 try:
-                    one = done.result()
+                    made = done.result()
                 except ExportError:  # of a router of one's own: nobody waits for the others' results
                     pool.shutdown(cancel_futures=True)
                     raise
-                fitted[one.name], measured[one.name] = one, bench.points(one.scores["test"])
-            bar.update(task, advance=1, note=parts.get(done) or done.result().name)
-        limit, made = limiting.result(), deciding.result()
+                for one in made:
+                    fitted[one.name], measured[one.name] = one, bench.points(one.scores["test"])
+            bar.update(task, advance=1, note=parts.get(done) or done.result()[0].name)
+        limit, decided = limiting.result(), deciding.result()
     order = [fitted[router.name] for router in routers]
     points = {one.name: measured[one.name] for one in order}
     if limit is not None:
         points[report.REFERENCE] = bench.points([limit.scores])
     every = (test.cloud_seeds.astype(np.float64) - test.edge_seeds).mean(axis=2)
-    many = every[~np.isnan(every).any(axis=1)]  # of the prompts with the most images
+    with_most = ~np.isnan(every).any(axis=1)
+    many = every[with_most]  # of the prompts with the most images
+    scored = {one.name: one.scores["test"] for one in order}
+    measurable = {**scored, **({} if limit is None else {report.REFERENCE: [limit.scores]})}
     best = max((fitted[kind.name] for kind in BASELINES), key=lambda one: one.validation)
-    names = [name for name in ("routet2i", "ours") if name in fitted]
+    names = [kind.name for kind in (RouteT2I, ByGain, Ours) if kind.name in scored]
     facts = report.Facts(
         prompts=len(test),
         scenes=bench.scenes,
@@ -263,21 +311,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         training_scenes=len(np.unique(data.train.scenes)),
         counted=bench.counted,
         best_baseline=best.name,
+        once=len(once),
+        headroom_once={
+            name: one_a_scene.headroom(_of(scores, once), 0.5) for name, scores in measurable.items()
+        },
         differences={
-            name: tuple(
-                bench.difference(fitted[name].scores["test"], best.scores["test"], rates)
-                for rates in ((0.5,), RATES)
+            name: (
+                *(bench.difference(scored[name], scored[best.name], rates) for rates in ((0.5,), RATES)),
+                one_a_scene.difference(_of(scored[name], once), _of(scored[best.name], once), RATES),
             )
             for name in names
         },
         ablations={
-            kind.name: bench.difference(
-                fitted["routet2i"].scores["test"], fitted[kind.name].scores["test"], RATES
-            )
-            for kind in ABLATIONS
-            if kind.name in fitted
+            (kind.name, whole.name): bench.difference(scored[whole.name], scored[kind.name], RATES)
+            for kind, whole in ABLATIONS.items()
+            if {kind.name, whole.name} <= scored.keys()
         },
-        inspected={name: bench.found_above_random(fitted[name].scores["test"], 0.5) for name in names},
+        inspected={
+            name: {
+                "random": bench.found_difference(scored[name], None, (0.5,)),
+                **{
+                    other: bench.found_difference(scored[name], scored[other], (0.5,))
+                    for other in (NumberOfObjects.name, best.name)
+                    if other in scored
+                },
+            }
+            for name in names
+        },
         correlations={
             one.name: float(np.mean([spearman(score, superiority) for score in one.scores["test"]]))
             for one in order
@@ -291,13 +351,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         sentences=sentences_share(bench.paired.gaps.mean(axis=2), said["test"]),
         oracle=oracle_by_images(many, 0.5),
         oracle_prompts=len(many),
+        foreseen={name: _won(scored[name], every.mean(axis=1), np.flatnonzero(with_most)) for name in names},
         edge=float(test.edge.mean()),
         cloud=float(test.cloud.mean()),
         seconds=time.monotonic() - started,
     )
-    curves = report.Curves(points, bench.oracle_points(), bench.cloud_only())
-    report.write(options.out, curves, {one.name: one.decision_ms for one in order}, facts, made)
-    plots.write(options.out, curves, facts, made)
+    curves = report.Curves(points, bench.oracle_points(), bench.cloud_only(), estimate(bench.edge))
+    report.write(options.out, curves, {one.name: one.decision_ms for one in order}, facts, decided)
+    plots.write(options.out, curves, facts, decided)
     console.print(
         f"{len(routers)} routers on {len(test)} test prompts in {facts.seconds:.0f} s -> {options.out}"
     )
@@ -316,11 +377,23 @@ def _ceiling(train: Outcomes, test: Outcomes, known: Mapping[str, Scene | None])
     return ceiling(learnt, gain, single, asked)
 
 
-def _elsewhere(one: Fitted, split: str, data: Data) -> float:
+def _of(scores: Sequence[Floats], rows: NDArray[np.int64]) -> list[Floats]:
+    return [score[rows] for score in scores]
+
+
+def _elsewhere(one: Fitted, split: str, data: Data) -> Estimate:
     """Mean gain over random at half the prompts, in percent of what cloud-only wins, on another split."""
-    gain = data.others[split].gain
-    won = np.mean([routed(score, 0.5) @ gain / len(gain) for score in one.scores[split]])
-    return float(100 * (won - 0.5 * gain.mean()) / gain.mean())
+    gain, scenes = data.others[split].gain, data.others[split].scenes
+    samples = [np.arange(len(gain)), *resampled(scenes, RESAMPLES)]
+    return estimate(
+        np.array([100 * _won(one.scores[split], gain, rows) / gain[rows].mean() for rows in samples])
+    )
+
+
+def _won(scores: Sequence[Floats], gain: Floats, rows: NDArray[np.int64]) -> float:
+    """Mean gain over random at half of these prompts, a mean over seeds."""
+    routes = np.mean([routed(score[rows], 0.5) for score in scores], axis=0)
+    return float((routes - 0.5) @ gain[rows]) / len(rows)
 
 
 if __name__ == "__main__":

@@ -73,6 +73,9 @@ class Explanations:
     others: Estimate
     """Any other token, in expectation."""
     ratio: Estimate
+    """``named`` over ``others``."""
+    over_any: Estimate
+    """``named`` over any token in expectation, the named one among them."""
     measured: Estimate
     """The same ratio for the token whose deletion moves PRS most, which is the one `RouteRequest.explain` names.
     A maximum: no name can exceed it."""
@@ -100,6 +103,12 @@ class Decisions:
     bins: Sequence[Bin]
     slope: Estimate
     """Of realised over predicted PRS, least squares; 1 would be reliable."""
+    offset: Estimate
+    """Mean realised less mean predicted PRS; 0 would be reliable."""
+    edge_wins: float
+    """Share of the test prompts with a realised PRS above 1/2: the edge's images are the better ones."""
+    kept_back: float
+    """Share of the test prompts with a predicted one above 1/2, which no routing rate sends to the cloud."""
     explanations: Explanations
     domains: Mapping[str, Domain]
 
@@ -175,7 +184,7 @@ def decisions(
     }
     middles = {split: np.stack([middle for _, _, middle in rows]) for split, rows in made.items()}
     middles["train"] = of_prompts(cache, bundle, parts["train"].prompts).means()
-    bins, slope = _reliability(predicted["test"], realised["test"], scenes["test"], seed)
+    bins, slope, offset = _reliability(predicted["test"], realised["test"], scenes["test"], seed)
     return Decisions(
         rates={
             split: _rates(calibration, predicted, scenes, split, seed)
@@ -185,6 +194,9 @@ def decisions(
         reachable={split: realised_rate(predicted[split], ALPHA_BOUND) for split in measured},
         bins=bins,
         slope=slope,
+        offset=offset,
+        edge_wins=float((realised["test"] > ALPHA_BOUND).mean()),
+        kept_back=float((predicted["test"] >= ALPHA_BOUND).mean()),
         explanations=explanations,
         domains={
             split: Domain(
@@ -230,7 +242,7 @@ def _rates(
 
 def _reliability(
     predicted: Floats, realised: Floats, scenes: NDArray[np.int64], seed: int
-) -> tuple[list[Bin], Estimate]:
+) -> tuple[list[Bin], Estimate, Estimate]:
     samples = _samples(scenes, seed)
     edges = np.quantile(predicted, np.linspace(0, 1, BINS + 1)[1:-1])
     number = np.searchsorted(edges, predicted, side="right")
@@ -244,7 +256,8 @@ def _reliability(
         float(np.cov(predicted[rows], realised[rows])[0, 1] / max(float(predicted[rows].var(ddof=1)), 1e-12))
         for rows in samples
     ]
-    return bins, estimate(np.array(slopes))
+    offsets = [float((realised[rows] - predicted[rows]).mean()) for rows in samples]
+    return bins, estimate(np.array(slopes)), estimate(np.array(offsets))
 
 
 def _explanations(
@@ -259,18 +272,19 @@ def _explanations(
         moved = np.array([abs(decider.decide(tokens.without(position))[0] - prs) for position in own])
         first = int(np.argmax(np.abs(decider.pull_on_prs(prediction))))
         named.append(moved[first])
-        others.append(np.delete(moved, first).mean())
+        others.append((np.delete(moved, first).mean(), moved.mean()))
         most.append((moved.max(), np.delete(moved, moved.argmax()).mean()))
         kept.append(row)
     samples = _samples(scenes[kept], seed)
-    columns = np.column_stack([named, others, most])  # [prompts, 4]
+    columns = np.column_stack([named, others, most])  # [prompts, 5]
     means = np.array([columns[rows].mean(axis=0) for rows in samples])
     return Explanations(
         prompts=len(kept),
         named=estimate(means[:, 0]),
         others=estimate(means[:, 1]),
         ratio=estimate(means[:, 0] / means[:, 1]),
-        measured=estimate(means[:, 2] / means[:, 3]),
+        over_any=estimate(means[:, 0] / means[:, 2]),
+        measured=estimate(means[:, 3] / means[:, 4]),
     )
 
 

@@ -2,8 +2,8 @@
 
 Gains are qualities won over edge only. Headroom = (gain - random) / (oracle - random), the oracle cross-fitted over
 seeds; dP in the paper's form, a mean over metrics of gain / |gap of the means| in percent, over the metrics whose mean
-gap on the training prompts has a 95 % interval without 0 (a rule that does not look at test prompts), also as a share
-of what cloud-only makes of it; PGR = gain / gain of cloud only; win gain = how much more often than at random the
+gap on the training prompts is no smaller than SMALL (a rule that does not look at test prompts), also as a share of
+what cloud-only makes of it; PGR = gain / gain of cloud only; win gain = how much more often than at random the
 better image of the two, by PRS, is the one that is served, in percent points.
 
 Prompts that say the same scene in other words share its outcome, so they are no independent draws: intervals are 95 %
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from export.errors import ExportError
 from export.evaluate import Estimate, Paired, estimate, resampled, routed
 from export.outcomes import Outcomes
 from export.routerbench.router import Floats
@@ -27,25 +28,25 @@ RESAMPLES = 400
 DELTA_P = (40, 50, 60)
 """Percent of dP at which the paper counts the cloud calls that are saved."""
 
+SMALL = 0.2
+"""Standard deviations: Cohen's small effect. A gain divided by the mean gap of a metric on which the models differ by
+less is a number about that division: a few hundred test scenes cannot tell such a gap from zero."""
 
-def counted_metrics(train: Outcomes, scenes: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """[M]: the metrics whose mean gap is not zero for all that the training prompts can say; they make dP.
 
-    ``scenes`` [N] numbers what each prompt says; the error of the mean counts scenes, not prompts.
-    """
+def counted_metrics(train: Outcomes) -> NDArray[np.bool_]:
+    """[M]: the metrics that make dP, on which the two models differ by more than SMALL between training prompts."""
     gap = train.cloud.astype(np.float64) - train.edge
-    mean = gap.mean(axis=0)
-    residuals = np.zeros((int(scenes.max()) + 1, gap.shape[1]))
-    np.add.at(residuals, scenes, gap - mean)
-    error = np.sqrt((residuals**2).sum(axis=0)) / len(gap)
-    return np.asarray(np.abs(mean) > 1.96 * error)
+    return np.asarray(np.abs(gap.mean(axis=0)) >= SMALL * gap.std(axis=0))
 
 
 @dataclass(frozen=True)
 class Point:
-    """A router at one routing rate. ``over_cloud_only`` is dP as a share of what cloud-only makes of it."""
+    """A router at one routing rate. ``quality`` is the mean of the images that are served, ``over_cloud_only`` dP as a
+    share of what cloud-only makes of it, ``delta_ps`` dP in each resample.
+    """
 
     rate: float
+    quality: Estimate
     headroom: Estimate
     delta_p: Estimate
     over_cloud_only: Estimate
@@ -53,6 +54,7 @@ class Point:
     pgr: Estimate
     win_gain: Estimate
     inspector_accuracy: Estimate | None
+    delta_ps: Floats
 
 
 class Bench:
@@ -67,7 +69,7 @@ class Bench:
         seed: int = 0,
     ) -> None:
         """``superiority`` [N, S] is the PRS of every pair of images, ``counted`` [M] see `counted_metrics`, ``scenes``
-        [N] numbers what each prompt says.
+        [N] numbers what each prompt says. Raises ExportError where there is nothing to choose between.
         """
         self.paired = Paired.of(test)
         count = self.paired.gaps.shape[1]
@@ -85,8 +87,14 @@ class Bench:
             )
         self.resamples = [np.arange(len(self.gaps)), *resampled(scenes, RESAMPLES, seed)]
         self.full = np.array([self.gaps[rows].mean(axis=0) for rows in self.resamples])  # [R, M]
+        edge = test.edge.astype(np.float64).mean(axis=1)
+        self.edge = np.array([edge[rows].mean() for rows in self.resamples])  # [R]
         self.oracle = {rate: self._oracle_shares(rate) for rate in RATES}
         self.oracle_gains = {rate: self._gains(shares) for rate, shares in self.oracle.items()}
+        if any((gains.mean(axis=1) == self._random(rate)).any() for rate, gains in self.oracle_gains.items()):
+            raise ExportError(
+                "on these test prompts, or on a sample of them, the oracle wins what random wins: label more prompts"
+            )
 
     def points(self, scores: Sequence[Floats]) -> list[Point]:
         """One a rate, of the scores [N] that a router's seeds gave."""
@@ -100,6 +108,10 @@ class Bench:
         """Every prompt to the cloud, at a rate of 1; there is no headroom to capture."""
         return self._point(1.0, [np.ones((len(rows), 1)) for rows in self.resamples])
 
+    def headroom(self, scores: Sequence[Floats], rate: float) -> Estimate:
+        """What these scores [N], one array a seed, capture of it."""
+        return estimate(self._headroom(rate, self._gains(self._shares(scores, rate))))
+
     def difference(
         self, ours: Sequence[Floats], theirs: Sequence[Floats], rates: Sequence[float]
     ) -> Estimate:
@@ -111,12 +123,20 @@ class Bench:
         ]
         return estimate(np.mean(apart, axis=0))
 
-    def found_above_random(self, scores: Sequence[Floats], rate: float) -> Estimate | None:
-        """How much more often than at random the inspector finds in the served image what was asked for."""
+    def found_difference(
+        self, ours: Sequence[Floats], theirs: Sequence[Floats] | None, rates: Sequence[float]
+    ) -> Estimate | None:
+        """Paired: how much more often the inspector finds in the served image what was asked for, a mean over
+        ``rates``. Random routing, as it is expected to be, where nothing is said of ``theirs``.
+        """
         if self.verdicts is None:
             return None
-        random = [np.full((len(rows), 1), rate) for rows in self.resamples]
-        return estimate(self._found(self._shares(scores, rate)) - self._found(random))
+        apart = []
+        for rate in rates:
+            by_chance = [np.full((len(rows), 1), rate) for rows in self.resamples]
+            other = by_chance if theirs is None else self._shares(theirs, rate)
+            apart.append(self._found(self._shares(ours, rate)) - self._found(other))
+        return estimate(np.mean(apart, axis=0))
 
     def _shares(self, scores: Sequence[Floats], rate: float) -> list[Floats]:
         """For each resample the share of each of its prompts that goes to the cloud, a mean over seeds: [n, 1]."""
@@ -142,8 +162,12 @@ class Bench:
         return np.array(made)
 
     def _headroom(self, rate: float, gains: Floats) -> Floats:
-        random = rate * self.full.mean(axis=1)
+        random = self._random(rate)
         return np.asarray((gains.mean(axis=1) - random) / (self.oracle_gains[rate].mean(axis=1) - random))
+
+    def _random(self, rate: float) -> Floats:
+        """[R]: what random routing is expected to win."""
+        return np.asarray(rate * self.full.mean(axis=1))
 
     def _found(self, shares: Sequence[Floats]) -> Floats:
         """[R]: how often the inspector finds in the served image what was asked for."""
@@ -156,19 +180,23 @@ class Bench:
         gains, full, counted = self._gains(shares), self.full, self.counted
         pairs = zip(shares, self.resamples, strict=True)
         wins = np.array([((rate - share) * self.better[rows]).mean() for share, rows in pairs])
-        delta_p = (gains[:, counted] / np.abs(full[:, counted])).mean(axis=1)
-        no_choice = np.full(len(gains), np.nan)
-        with np.errstate(divide="ignore", invalid="ignore"):  # as many metrics may be worse as are better
-            over_cloud_only = delta_p / np.sign(full[:, counted]).mean(axis=1)
+        nothing = np.full(len(gains), np.nan)
+        delta_p = over_cloud_only = nothing
+        if counted.any():
+            delta_p = (gains[:, counted] / np.abs(full[:, counted])).mean(axis=1)
+            with np.errstate(divide="ignore", invalid="ignore"):  # as many metrics may be worse as are better
+                over_cloud_only = delta_p / np.sign(full[:, counted]).mean(axis=1)
         return Point(
             rate,
-            estimate(self._headroom(rate, gains) if rate < 1 else no_choice),
+            estimate(self.edge + gains.mean(axis=1)),
+            estimate(self._headroom(rate, gains) if rate < 1 else nothing),
             estimate(100 * delta_p),
             estimate(over_cloud_only),
             estimate(100 * gains.sum(axis=1) / np.abs(full).sum(axis=1)),
             estimate(gains.mean(axis=1) / full.mean(axis=1)),
             estimate(100 * wins),
             None if self.verdicts is None else estimate(self._found(shares)),
+            100 * delta_p,
         )
 
 
@@ -197,17 +225,26 @@ def aiq(points: Sequence[Point], edge: float, cloud: float) -> float:
 
 def share_at_dp(points: Sequence[Point], wanted: float) -> float:
     """The smallest share of cloud calls at which dP reaches ``wanted`` percent; NaN where it never does below 0.9."""
-    rates = np.array([0.0, *(point.rate for point in points)])
-    return _reaches(rates, np.array([0.0, *(point.delta_p.value for point in points)]), wanted)
+    return float(_shares_at_dp(points, wanted)[0])
 
 
-def saved_at_dp(points: Sequence[Point], cloud_only: Point, wanted: float) -> float:
+def saved_at_dp(points: Sequence[Point], cloud_only: Point, wanted: float) -> Estimate:
     """Share of cloud calls that random routing needs to reach a dP of ``wanted`` percent and the router does not.
 
-    NaN where either of them never reaches it.
+    NaN where either of them never reaches it; the interval is of the resamples in which both do.
     """
-    random = wanted / cloud_only.delta_p.value
-    return 1 - share_at_dp(points, wanted) / random if 0 < random <= 1 else float("nan")
+    random = wanted / cloud_only.delta_ps
+    saved = np.where((random > 0) & (random <= 1), 1 - _shares_at_dp(points, wanted) / random, np.nan)
+    if np.isnan(saved[0]):
+        return Estimate(np.nan, np.nan, np.nan)
+    return estimate(saved[~np.isnan(saved)])
+
+
+def _shares_at_dp(points: Sequence[Point], wanted: float) -> Floats:
+    """[R], see `share_at_dp`."""
+    rates = np.array([0.0, *(point.rate for point in points)])
+    curves = np.stack([np.zeros_like(points[0].delta_ps), *(point.delta_ps for point in points)], axis=1)
+    return np.array([_reaches(rates, curve, wanted) for curve in curves])
 
 
 def _curve(points: Sequence[Point]) -> tuple[Floats, Floats]:

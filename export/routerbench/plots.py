@@ -18,39 +18,36 @@ mpl.use("Agg")  # files, no window
 
 from matplotlib import pyplot as plt
 
-BAND = ("routet2i", "ours")  # routers drawn with their interval
+BAND = ("routet2i", "ours")  # routers drawn with their interval, as the best baseline is
 
 
 def write(folder: Path, curves: Curves, facts: Facts, decisions: Decisions | None) -> None:
     """Write deferral.png and cost.png, and where the bundle decides, calibration.png and reliability.png."""
-    shown = [
-        name
-        for name in curves.routers
-        if name in (*BAND, facts.best_baseline, "number of objects", REFERENCE)
-    ]
+    banded = (*BAND, facts.best_baseline)
+    shown = [name for name in curves.routers if name in (*banded, "number of objects", REFERENCE)]
+    shares = (0.0, *(point.rate for point in curves.oracle), 1.0)
+
+    def won(points: Sequence[Point]) -> list[Estimate]:
+        return [Estimate(0.0, 0.0, 0.0), *(point.pgr for point in points), Estimate(1.0, 1.0, 1.0)]
+
+    def served(points: Sequence[Point]) -> list[Estimate]:
+        return [curves.edge_only, *(point.quality for point in points), curves.cloud_only.quality]
+
     with _figure(folder / "deferral.png", "quality won, as a share of what cloud-only wins") as axes:
         axes.set_xlabel("share of prompts sent to the cloud")
         axes.plot([0, 1], [0, 1], color="0.6", linestyle=":", label="random, expected")
         for name in shown:
-            _curve(axes, name, curves.routers[name], 0.0, 1.0, band=name in BAND)
-        _curve(axes, "oracle, cross-fitted", curves.oracle, 0.0, 1.0, color="0.2", linestyle="--")
+            _line(axes, name, shares, won(curves.routers[name]), band=name in banded)
+        _line(axes, "oracle, cross-fitted", shares, won(curves.oracle), color="0.2", linestyle="--")
         axes.set_xlim(0, 1)
     with _figure(folder / "cost.png", "mean quality of the served images") as axes:
         axes.set_xlabel("cost of 1,000 prompts, in prices of a cloud image")
-        won = facts.cloud - facts.edge
-        axes.plot([0, 1000], [facts.edge, facts.cloud], color="0.6", linestyle=":", label="random, expected")
+        ends = (curves.edge_only.value, curves.cloud_only.quality.value)
+        axes.plot([0, 1000], ends, color="0.6", linestyle=":", label="random, expected")
+        costs = [1000 * share for share in shares]
         for name in shown:
-            _curve(axes, name, curves.routers[name], facts.edge, won, cost=1000.0, band=name in BAND)
-        _curve(
-            axes,
-            "oracle, cross-fitted",
-            curves.oracle,
-            facts.edge,
-            won,
-            cost=1000.0,
-            color="0.2",
-            linestyle="--",
-        )
+            _line(axes, name, costs, served(curves.routers[name]), band=name in BAND[-1:])
+        _line(axes, "oracle, cross-fitted", costs, served(curves.oracle), color="0.2", linestyle="--")
         axes.set_xlim(0, 1000)
     if decisions is None:
         return
@@ -91,29 +88,8 @@ def _figure(file: Path, label: str) -> Iterator[Axes]:
     plt.close(figure)
 
 
-def _curve(
-    axes: Axes,
-    name: str,
-    points: Sequence[Point],
-    start: float,
-    span: float,
-    *,
-    cost: float = 1.0,
-    band: bool = False,
-    **style: str,
-) -> None:
-    """PGR from edge-only to cloud-only, in units of ``span`` above ``start``."""
-    ends = (Estimate(0.0, 0.0, 0.0), Estimate(1.0, 1.0, 1.0))
-    values = [
-        Estimate(start + span * one.value, start + span * one.low, start + span * one.high)
-        for one in (ends[0], *(point.pgr for point in points), ends[1])
-    ]
-    rates = [cost * rate for rate in (0.0, *(point.rate for point in points), 1.0)]
-    _line(axes, name, rates, values, band=band, **style)
-
-
 def _line(
-    axes: Axes, name: str, x: Sequence[float], values: Sequence[Estimate], *, band: bool, **style: str
+    axes: Axes, name: str, x: Sequence[float], values: Sequence[Estimate], *, band: bool = False, **style: str
 ) -> None:
     (line,) = axes.plot(x, [one.value for one in values], marker=".", label=name, **style)
     if band:

@@ -8,7 +8,7 @@ the validation prompts is fitted with more seeds, and only then are test prompts
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -67,6 +67,12 @@ class Prompts:
         return len(self.texts)
 
     @property
+    def unseen(self) -> Prompts:
+        """The same before anything came of them: their qualities are NaN."""
+        unknown = torch.full_like(self.examples.edge, torch.nan)
+        return replace(self, examples=replace(self.examples, edge=unknown, cloud=unknown))
+
+    @property
     def gain(self) -> Floats:
         """[N], measured quality of the cloud's image less that of the edge's, a mean over metrics."""
         gap = self.examples.cloud - self.examples.edge
@@ -91,7 +97,7 @@ class Prompts:
 
 
 Scorer = Callable[[Prompts], Floats]
-"""Scores [N] of prompts; the lowest go to the cloud first. Must not read ``examples.edge`` and ``examples.cloud``."""
+"""Scores [N] of prompts; the lowest go to the cloud first. ``examples.edge`` and ``examples.cloud`` are NaN there."""
 
 
 class Router(Protocol):

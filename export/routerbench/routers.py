@@ -1,14 +1,14 @@
 """The routers of the benchmark: simple ones, those of the literature on language models, the paper's, and ours.
 
 None could be had with weights for images, so all of them are trained here, from scratch, on the same labels. They read
-the token states of the edge's text encoder, networks of the literature and ours also the words themselves. The
-differences are what each of them learns, and from which label.
+the token states of the edge's text encoder; the classifiers of the literature, ZOOTER and ours also the words
+themselves. The differences are what each of them learns, and from which label.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -125,7 +125,7 @@ class HybridDeterministic(Classifier):
 
 
 class HybridProbabilistic(Classifier):
-    """Hybrid LLM with soft labels: how probably is it? From one image a model, its noise taken as that of all gains."""
+    """Hybrid LLM with soft labels: how probably is it? Of few images a model, the noise taken as that of all gains."""
 
     name = "Hybrid LLM, probabilistic"
 
@@ -198,23 +198,46 @@ class RouteT2I:
         )
         events = train_mixtures(known, held_out, shape, recipe, first=seed * self.mixtures)
         ensemble = Ensemble([event.mixture for event in events if isinstance(event, Trained)]).eval()
-
-        def score(prompts: Prompts) -> Floats:
-            with torch.inference_mode():
-                edge, cloud, _ = ensemble(
-                    prompts.examples.states, prompts.examples.mask, prompts.examples.ids
-                )
-            return self.ranked(prompts, edge, cloud)
-
-        return score
+        return Ranked(ensemble, self.ranked)
 
     def ranked(self, prompts: Prompts, edge: Tensor, cloud: Tensor) -> Floats:
         """Scores [N] of predicted qualities [N, M]."""
         return prompts.superiority(edge, cloud)
 
 
+@dataclass(frozen=True)
+class Ranked:
+    """A scorer: predicted qualities, ranked by ``rank``."""
+
+    ensemble: Ensemble
+    rank: Callable[[Prompts, Tensor, Tensor], Floats]
+
+    def __call__(self, prompts: Prompts) -> Floats:
+        """Scores [N]."""
+        read = prompts.examples
+        with torch.inference_mode():
+            edge, cloud, _ = self.ensemble(read.states, read.mask, read.ids)
+        return self.rank(prompts, edge, cloud)
+
+
+class ByGain(RouteT2I):
+    """The paper's networks, ranked by the expected gain in quality in place of PRS: what headroom is made of."""
+
+    name = "routet2i, by expected gain"
+
+    def ranked(self, prompts: Prompts, edge: Tensor, cloud: Tensor) -> Floats:
+        """Expected quality lost by staying on the edge, all metrics weighing the same in their own units."""
+        return (edge - cloud).mean(1).double().numpy()
+
+    def again(self, scorer: Ranked) -> Ranked:
+        """What `fit` would give, of the networks that `RouteT2I` has trained already."""
+        return replace(scorer, rank=self.ranked)
+
+
 class SingleMetric(RouteT2I):
-    """Ablation: predicts and compares one metric, the mean of all."""
+    """Ablation: predicts and compares one metric, the mean of all. Its gap is the gain, so `ByGain` is what it is
+    compared with.
+    """
 
     name = "routet2i, single metric"
 
@@ -247,7 +270,7 @@ class SingleGate(RouteT2I):
         return replace(super().shape(prompts), dual_gate=False)
 
 
-class Ours(RouteT2I):
+class Ours(ByGain):
     """The predictor that ships: mixtures averaged that also read words, and all of them together, and whose pulls are
     learnt of deleted tokens. Ranked by the expected gain in quality in place of PRS.
     """
@@ -260,10 +283,6 @@ class Ours(RouteT2I):
         """Of each mixture."""
         shape = replace(super().shape(prompts), words=WORDS, sentence=SENTENCE)
         return knowing(shape, prompts.examples, prompts.vocabulary)
-
-    def ranked(self, prompts: Prompts, edge: Tensor, cloud: Tensor) -> Floats:
-        """Expected quality lost by staying on the edge, all metrics weighing the same in their own units."""
-        return (edge - cloud).mean(1).double().numpy()
 
 
 ROUTERS: tuple[type[Router], ...] = (
@@ -278,6 +297,7 @@ ROUTERS: tuple[type[Router], ...] = (
     HybridTransformed,
     Zooter,
     RouteT2I,
+    ByGain,
     SingleMetric,
     NoSelection,
     SingleGate,
@@ -286,7 +306,13 @@ ROUTERS: tuple[type[Router], ...] = (
 BASELINES = ROUTERS[1:10]
 """What the paper's method and ours are compared with; the best of them is chosen on validation."""
 
-ABLATIONS: tuple[type[Router], ...] = (SingleMetric, NoSelection, SingleGate)
+ABLATIONS: Mapping[type[Router], type[Router]] = {
+    ByGain: RouteT2I,
+    SingleMetric: ByGain,
+    NoSelection: RouteT2I,
+    SingleGate: RouteT2I,
+}
+"""Each with what it is compared with: they differ in one thing."""
 
 # --- networks of the baselines ----------------------------------------------------------------------------------
 

@@ -71,6 +71,12 @@ class Scene:
         return sum(group.count for group in self.groups)
 
     @property
+    def seen(self) -> Scene:
+        """The scene, or its mirror in words: a cat right of a dog looks like a dog left of a cat."""
+        mirrored = {"right of": "left of", "below": "above"}.get(self.relation or "")
+        return self if mirrored is None else Scene(self.groups[::-1], self.background, mirrored)
+
+    @property
     def split(self) -> str:
         """The one purpose this scene may be used for: a hash decides, so it holds in every run and process."""
         bucket = int.from_bytes(hashlib.sha256(repr(self).encode()).digest()[:4], "big") % 100

@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -16,10 +18,10 @@ from export.outcomes import Outcomes
 from export.prompts import scenes_by_text, scenes_of
 from export.routerbench import routers
 from export.routerbench.__main__ import Data, fit, worth
-from export.routerbench.measure import RATES, Bench, apgr, counted_metrics, cpt
+from export.routerbench.measure import RATES, Bench, apgr, counted_metrics, cpt, saved_at_dp
 from export.routerbench.report import RESULTS, SUMMARY
 from export.routerbench.router import Prompts, Scorer
-from export.routerbench.routers import ROUTERS
+from export.routerbench.routers import ROUTERS, ByGain, RouteT2I
 from tests.export.routing_world import write_bundle, write_labels
 
 
@@ -66,7 +68,7 @@ class Longest:
 def bench(world: World) -> Bench:
     prompts, test = world.data.others["test"], world.test
     each = prompts.superiority(torch.from_numpy(test.edge_seeds), torch.from_numpy(test.cloud_seeds))
-    counted = counted_metrics(world.outcomes.split("train"), world.said("train"))
+    counted = counted_metrics(world.outcomes.split("train"))
     return Bench(test, each, counted, world.said("test"))
 
 
@@ -102,7 +104,7 @@ def test_every_router_can_be_fitted_again_and_scores_without_outcomes(kind: type
 
 def test_a_router_that_learns_wins_more_than_chance(world: World) -> None:
     (ours,) = [kind for kind in ROUTERS if kind.name == "ours"]
-    fitted, test = fit(ours(), world.data), world.data.others["test"]
+    (fitted,), test = fit(ours(), world.data), world.data.others["test"]
     assert len(fitted.scores["test"]) == 3
     assert worth(fitted.scores["test"][0], test.gain) > 0.1 * test.gain.std()
 
@@ -161,6 +163,17 @@ class Copied(Longest):
     name = "random"
 
 
+class Oracle(Longest):
+    name = "oracle"
+
+
+class Peeking(Longest):
+    name = "peeking"
+
+    def fit(self, train: Prompts, validation: Prompts, seed: int, **setting: float) -> Scorer:
+        return lambda prompts: -prompts.gain
+
+
 class Undecided(Longest):
     name = "undecided"
 
@@ -171,7 +184,8 @@ class Undecided(Longest):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--router", f"{__name__}:Copied"], "two routers are called 'random'"),
+        (["--router", f"{__name__}:Copied"], "called 'random' already: give your router another name"),
+        (["--router", f"{__name__}:Oracle"], "called 'oracle' already: give your router another name"),
         (["--router", "export.prompts:Prompt"], "not a class with a name"),
         (["--router", "os:getcwd"], "not a class with a name"),
     ],
@@ -194,7 +208,63 @@ def test_a_router_without_a_number_for_every_prompt_is_named(world: World) -> No
         fit(Undecided(), world.data)
 
 
-def test_only_metrics_whose_gap_is_sure_make_dp(world: World) -> None:
-    counted = counted_metrics(world.outcomes.split("train"), world.said("train"))
+def test_a_router_is_asked_before_anything_came_of_a_prompt(world: World) -> None:
+    with pytest.raises(ExportError, match=r"'peeking' scored .* 0 of it finite"):
+        fit(Peeking(), world.data)
+
+
+def test_what_ranks_the_same_networks_otherwise_need_not_train_them_again(world: World) -> None:
+    by_prs, by_gain = fit(RouteT2I(), world.data, ByGain())
+    (trained_again,) = fit(ByGain(), world.data)
+    assert (by_prs.name, by_gain.name) == (RouteT2I.name, ByGain.name)
+    for ours, theirs in zip(by_gain.scores["test"], trained_again.scores["test"], strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert any(
+        (one != other).any() for one, other in zip(by_prs.scores["test"], by_gain.scores["test"], strict=True)
+    )
+
+
+def test_only_metrics_on_which_the_models_differ_make_dp(world: World) -> None:
+    train = world.outcomes.split("train")
+    counted = counted_metrics(train)
     assert counted.shape == (len(METRICS),)
     assert counted.any()
+    blurred = train.cloud_seeds.copy()
+    alike = int(np.argmax(counted))
+    blurred[..., alike] = train.edge_seeds[..., alike]
+    blurred[::2, :, alike] += 0.01  # within noise
+    blurred[1::2, :, alike] -= 0.01
+    assert not counted_metrics(replace(train, cloud_seeds=blurred))[alike]
+
+
+def test_the_inspector_finds_no_more_with_a_router_than_with_itself(bench: Bench) -> None:
+    draw, seeds = np.random.default_rng(0), bench.paired.gaps.shape[:2]
+    scores = [draw.random(len(bench.gaps))]
+    bench.verdicts = (draw.integers(0, 2, seeds).astype(float), np.ones(seeds))
+    same = bench.found_difference(scores, scores, RATES)
+    assert same is not None and (same.value, same.low, same.high) == (0, 0, 0)
+    by_wish = bench.found_difference([bench.verdicts[0].mean(axis=1)], None, (0.5,))
+    assert by_wish is not None and by_wish.low > 0
+
+
+def test_models_that_are_alike_leave_nothing_to_route(world: World, bench: Bench) -> None:
+    alike = replace(world.test, cloud_seeds=world.test.edge_seeds)
+    with pytest.raises(ExportError, match="the oracle wins what random wins"):
+        Bench(alike, bench.better, bench.counted, world.said("test"))
+
+
+def test_calls_saved_have_an_interval_and_none_where_it_is_never_reached(bench: Bench) -> None:
+    hindsight, all_of_it = bench.points([-bench.gaps.mean(1)]), bench.cloud_only()
+    saved = saved_at_dp(hindsight, all_of_it, 0.5 * all_of_it.delta_p.value)
+    assert 0 < saved.low <= saved.value <= saved.high < 1
+    assert np.isnan(saved_at_dp(hindsight, all_of_it, 1000.0).value)
+
+
+def test_a_matrix_that_lacks_what_routers_are_measured_by_is_refused_before_minutes_are_spent(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = pq.read_table(world.labels)
+    lacking = tmp_path / "lacking.parquet"
+    pq.write_table(table.filter(pc.not_equal(table["split"], "validation")), lacking)
+    assert main(["routerbench", "--labels", str(lacking), "--bundle", str(world.bundle.folder)]) == 2
+    assert "'validation'" in capsys.readouterr().err

@@ -3,7 +3,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from export import prompts as prompts_of_routers
-from export.prompts import PROMPTS, holds_held_out_pair, router_prompts
+from export.prompts import PROMPTS, holds_held_out_pair, never_learnt, router_prompts, scenes_of
 from export.routerbench.__main__ import LABELS
 from export.starter.sprites import CELL, COLUMNS, OBJECTS, PACK, sprite
 from export.starter.world import (
@@ -91,6 +91,19 @@ def test_the_relation_survives_the_paraphrase_that_swaps_its_sides():
             assert "left of" in text
         else:
             assert "right of" in text
+
+
+@pytest.mark.parametrize(("relation", "mirrored"), [("right of", "left of"), ("below", "above")])
+def test_a_scene_said_the_other_way_round_is_the_same_scene(relation, mirrored):
+    cat, dogs = Group("cat"), Group("dog", 2)
+    said, other = Scene((cat, dogs), "beach", relation), Scene((dogs, cat), "beach", mirrored)
+    assert said.seen == other.seen == other
+    one, same, stranger = scenes_of(
+        ["a", "b", "c"], {"a": said, "b": other, "c": Scene((dogs, cat), "beach", relation)}
+    )
+    assert one == same != stranger
+    splits, scenes = np.array(["train", "test", "test"]), np.array([one, same, stranger])
+    assert never_learnt(splits, scenes).tolist() == [True, False, True]
 
 
 def test_splits_are_disjoint_and_the_same_in_every_process():
