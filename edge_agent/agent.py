@@ -126,8 +126,9 @@ class Agent:
             reading, decision = await self._read(request, reserving=True)
             if decision.reason is Reason.UNCALIBRATED:
                 self._ask_for_model()
+            self._remember(request, decision)
             if decision.route == "cloud":
-                decision, purchase = await self._reserve(request, reading, decision)
+                decision, purchase = await self._reserve(request, decision)
             drawing = None
             if purchase is not None:
                 await closing.enter_async_context(aclosing(purchase))
@@ -165,7 +166,8 @@ class Agent:
     def advice(self) -> tuple[str, ...]:
         """One sentence for each thing that keeps prompts from the cloud: what it is, and what to do."""
         calibration = self.reader.calibration
-        found = [self.reader.advice] if self.reader.advice else []
+        recent = self.reader.recent
+        found = [advice for advice in (self.reader.advice, recent.advice if recent else "") if advice]
         if calibration is not None and not self._cloud_fits:
             found.append(
                 f"the cloud server runs model {self.tally.cloud_digest[:16]} and the calibration was made for "
@@ -235,17 +237,15 @@ class Agent:
         """
         reading = self.reader.read(request.prompt)
         began = time.perf_counter()
-        route, reason = self._verdict(request, reading, quota_allows=True)
+        alpha = self.reader.alpha if self.calibrated else None  # once: it may move
+        route, reason = self._verdict(request, reading.prs, alpha, quota_allows=True)
         if reason is Reason.PARETO_CLOUD and not reserving and not self._quota_allows(request):
-            route, reason = self._verdict(request, reading, quota_allows=False)
+            route, reason = self._verdict(request, reading.prs, alpha, quota_allows=False)
         quota = self._quota(request.app)
         stages_ms = {"decide": _ms_since(began)}
-        alpha = self.reader.alpha if self.calibrated else None
         return reading, explain(reading, route, reason, alpha, quota, stages_ms)
 
-    async def _reserve(
-        self, request: ImageRequest, reading: Reading, decision: Decision
-    ) -> tuple[Decision, Purchase | None]:
+    async def _reserve(self, request: ImageRequest, decision: Decision) -> tuple[Decision, Purchase | None]:
         """Whether the quota allows the cloud is found by reserving: the decision that stands, and what it bought."""
         began = time.perf_counter()
         purchase = None
@@ -260,7 +260,7 @@ class Agent:
                 self._unusable(error)
             if request.routing is Routing.CLOUD_ONLY:
                 raise
-            route, reason = self._verdict(request, reading, quota_allows=False)
+            route, reason = self._verdict(request, decision.prs, decision.alpha, quota_allows=False)
         try:
             quota = await self._beside(self._quota, request.app)
         except BaseException:
@@ -272,15 +272,15 @@ class Agent:
         return replace(decision, route=route, reason=reason, quota=quota, timings_ms=timings_ms), purchase
 
     def _verdict(
-        self, request: ImageRequest, reading: Reading, *, quota_allows: bool
+        self, request: ImageRequest, prs: float | None, alpha: float | None, *, quota_allows: bool
     ) -> tuple[Route, Reason]:
         cloud = self.purchases.cloud
         return decide(
-            reading.prs,
-            self.reader.alpha,
+            prs,
+            alpha,
             routing=request.routing,
             privacy=request.privacy,
-            calibrated=self.calibrated,
+            calibrated=alpha is not None,
             cloud_configured=cloud is not None,
             cloud_healthy=cloud is not None and cloud.healthy,
             quota_allows=quota_allows,
@@ -304,6 +304,12 @@ class Agent:
         """A ledger that cannot be read or written allows nothing, and the status says why."""
         log.error("ledger", extra={"fields": {"error": error.message}})
         self.tally.ledger_failure = error.message
+
+    def _remember(self, request: ImageRequest, decision: Decision) -> None:
+        """What the routing rate is a share of: prompts that may go to the cloud, and need not."""
+        free = request.routing is Routing.AUTO and not request.local_only
+        if free and decision.prs is not None and self.reader.recent is not None:
+            self.reader.recent.add(decision.prs)
 
     def _ask_for_model(self) -> None:
         """Where another model in the cloud is all that keeps prompts from it, ask whether it is still there.

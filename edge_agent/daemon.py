@@ -266,7 +266,8 @@ def _load_models(settings: Settings) -> Resident:
     choice = providers.find(settings.providers)
     serving = tuple(map(providers.full_name, choice.serving))
     generator = Generator(bundle, Runtime(threads=settings.threads or None, providers=serving))
-    reader = Reader(bundle, generator.tokenizer, generator.text_encoder, settings.routing_rate)
+    followed = settings.recent_file if settings.follow_prompts else None
+    reader = Reader(bundle, generator.tokenizer, generator.text_encoder, settings.routing_rate, followed)
     manifest = bundle.manifest
     limits = Limits(
         sizes=((manifest.width, manifest.height),),

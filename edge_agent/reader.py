@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from edge_agent.bundle import PREDICTOR, Bundle
 from edge_agent.diffusion.sessions import Runtime, Session
 from edge_agent.diffusion.text_encoder import TextEncoder, TextStates
 from edge_agent.policy import TokenPull
 from edge_agent.predictor import Prediction, Predictor
+from edge_agent.recent import Recent
 from edge_agent.superiority import Superiority
 from edge_agent.tokens import Tokenizer, Tokens
 
@@ -43,9 +45,16 @@ class Reader:
     """
 
     def __init__(
-        self, bundle: Bundle, tokenizer: Tokenizer, text_encoder: TextEncoder, routing_rate: float
+        self,
+        bundle: Bundle,
+        tokenizer: Tokenizer,
+        text_encoder: TextEncoder,
+        routing_rate: float,
+        followed: Path | None = None,
     ) -> None:
-        """Raises BundleError, naming the file that does not fit."""
+        """Alpha follows the scores in the file `followed`, where one is named. Raises BundleError, naming the file that
+        does not fit.
+        """
         self.bundle = bundle
         self.routing_rate = routing_rate
         self._tokenizer = tokenizer
@@ -63,7 +72,9 @@ class Reader:
         self.advice = bundle.advice
         fitting = self.calibration if not self.advice else None
         self._superiority = Superiority(fitting.scale, fitting.weights) if fitting else None
-        self.alpha = fitting.alpha(routing_rate) if fitting else None
+        self.recent = (
+            Recent(fitting, routing_rate, follow=followed is not None, file=followed) if fitting else None
+        )
 
     @classmethod
     def open(cls, bundle: Bundle, routing_rate: float, runtime: Runtime | None = None) -> Reader:
@@ -72,6 +83,16 @@ class Reader:
         text_encoder = TextEncoder(bundle, runtime or Runtime())
         text_encoder.check(tokenizer)
         return cls(bundle, tokenizer, text_encoder, routing_rate)
+
+    @property
+    def alpha(self) -> float | None:
+        """Prompts with PRS below it are worth the cloud; None where no calibration fits."""
+        return self.recent.alpha if self.recent else None
+
+    def save(self) -> None:
+        """Keep what is to outlive the process."""
+        if self.recent is not None:
+            self.recent.save()
 
     @property
     def loaded(self) -> bool:

@@ -113,6 +113,7 @@ class Resident:
 
     def succeed(self) -> None:
         """Others are used from now on: go after the last use."""
+        self.reader.save()
         self._succeeded = True
         if not self._uses:
             self.rest()
@@ -128,6 +129,7 @@ class Resident:
 
     def close(self) -> None:
         """No timer is left behind."""
+        self.reader.save()
         self._stop_waiting()
 
     def _stop_waiting(self) -> None:

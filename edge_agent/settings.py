@@ -339,6 +339,13 @@ class Settings:
     routing_rate: float = _setting(
         "0.5", _share, "RHO", "wanted share of prompts in the cloud, 0 to 1; the true share can stay below it"
     )
+    follow_prompts: bool = _setting(
+        "false",
+        _switch,
+        "BOOL",
+        "whether alpha follows the prompts of this device, so that the wanted share of them goes to the cloud and not "
+        "of those that the bundle was calibrated with; keeps their PRS, and no prompts, under --state",
+    )
     budget: tuple[Budget, ...] = _setting(
         DEFAULT_BUDGET,
         _budgets,
@@ -440,8 +447,16 @@ class Settings:
     @property
     def ledger_file(self) -> Path:
         """The quota ledger."""
-        folder = expanded(self.state) if self.state else default_state_folder()
-        return folder / "quota.sqlite3"
+        return self._state_folder / "quota.sqlite3"
+
+    @property
+    def recent_file(self) -> Path:
+        """Scores of the last prompts, where alpha follows them."""
+        return self._state_folder / "recent.json"
+
+    @property
+    def _state_folder(self) -> Path:
+        return expanded(self.state) if self.state else default_state_folder()
 
 
 def add_flags(parser: argparse.ArgumentParser, names: tuple[str, ...] | None = None) -> None:

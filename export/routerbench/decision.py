@@ -24,6 +24,7 @@ from edge_agent.calibration import Calibration
 from edge_agent.diffusion.sessions import Runtime
 from edge_agent.diffusion.text_encoder import TextEncoder
 from edge_agent.predictor import Prediction, Predictor
+from edge_agent.recent import Recent
 from edge_agent.superiority import ALPHA_BOUND, largest_alpha, realised_rate, relative_superiority
 from edge_agent.tokens import Tokenizer, Tokens
 from export.evaluate import Estimate, estimate, resampled, spearman
@@ -34,6 +35,7 @@ from export.states import of_prompts
 
 EXPLAINED = 800  # test prompts whose tokens are deleted, one after the other
 BINS = 8  # of predicted PRS, with equally many prompts
+STREAM, EARLY = 1000, 100
 FAMILIAR = 3  # training prompts that a token must have been in to count as known
 
 
@@ -94,10 +96,23 @@ class Domain:
 
 
 @dataclass(frozen=True)
+class Followed:
+    """Share of prompts in the cloud when half of them should go there, over STREAM prompts drawn of one split."""
+
+    fixed: float
+    """By the calibration's alpha."""
+    early: float
+    """By one that follows them, of the first EARLY."""
+    later: float
+    """Of those after them."""
+
+
+@dataclass(frozen=True)
 class Decisions:
     """All of it; splits by name."""
 
     rates: Mapping[str, Sequence[Rate]]
+    followed: Mapping[str, Followed]
     reachable: Mapping[str, float]
     """Largest share that can go to the cloud, at alpha = 1/2; of `calibration` as the bundle promises it."""
     bins: Sequence[Bin]
@@ -191,6 +206,7 @@ def decisions(
             for split in measured
             if split != "calibration"
         },
+        followed={split: _followed(calibration, predicted[split], seed) for split in measured},
         reachable={split: realised_rate(predicted[split], ALPHA_BOUND) for split in measured},
         bins=bins,
         slope=slope,
@@ -238,6 +254,16 @@ def _rates(
         realised = [realised_rate(scores, alpha) for scores, alpha in zip(here, alphas, strict=True)]
         rates.append(Rate(wanted, alphas[0], estimate(np.array(realised))))
     return rates
+
+
+def _followed(calibration: Calibration, predicted: Floats, seed: int) -> Followed:
+    stream = np.random.default_rng(seed).choice(predicted, STREAM)
+    recent, routed = Recent(calibration, 0.5, follow=True), []
+    for prs in stream.tolist():
+        routed.append(prs < recent.alpha)
+        recent.add(prs)
+    fixed = realised_rate(stream, calibration.alpha(0.5))
+    return Followed(fixed, float(np.mean(routed[:EARLY])), float(np.mean(routed[EARLY:])))
 
 
 def _reliability(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from edge_agent.superiority import METRICS
 from export.evaluate import Estimate
 from export.routerbench.ceiling import Ceiling
-from export.routerbench.decision import FAMILIAR, Decisions
+from export.routerbench.decision import EARLY, FAMILIAR, STREAM, Decisions
 from export.routerbench.measure import DELTA_P, RATES, SMALL, Point, aiq, apgr, cpt, saved_at_dp, share_at_dp
 from export.routerbench.router import Floats
 
@@ -362,6 +362,15 @@ def _decisions(made: Decisions | None) -> list[str]:
     lines += [
         "",
         f"The calibration prompts' largest rate, which the bundle promises, is {made.reachable['calibration']:.2f}.",
+        "",
+        f"Where alpha follows the prompts (`--follow-prompts true`), over {STREAM} of a split's, when half should go",
+        "to the cloud:",
+        "",
+        *_table("split", "calibrated alpha", f"following, the first {EARLY}", "after them"),
+        *(
+            _row(split, f"{one.fixed:.2f}", f"{one.early:.2f}", f"{one.later:.2f}")
+            for split, one in made.followed.items()
+        ),
         "",
         "![calibration](calibration.png)",
         "",

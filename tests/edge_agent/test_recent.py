@@ -1,0 +1,126 @@
+"""Alpha follows the prompts of the device, if it is told to, and says where their share is not the wanted one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge_agent.calibration import Calibration
+from edge_agent.recent import ENOUGH, KEPT, SAVED_EVERY, Recent
+from routet2i.edge.v1 import edge_pb2
+from routet2i.image.v1 import image_pb2
+from tests.edge_agent.test_calibration import CALIBRATION
+from tests.running import daemon_here
+
+SCORES = tuple(np.linspace(0.1, 0.6, 400).tolist())
+WANTED = 0.5
+
+
+@pytest.fixture
+def calibration(tmp_path: Path) -> Calibration:
+    return replace(CALIBRATION, scores=SCORES).save(tmp_path / "calibration.json")
+
+
+def harder(count: int) -> list[float]:
+    """Four in five of these lie below the calibration's alpha for half of its prompts."""
+    return (np.random.default_rng(0).permutation(count) / count * 0.3 + 0.11).tolist()
+
+
+def test_the_wanted_share_of_other_prompts_goes_to_the_cloud_once_alpha_follows_them(
+    calibration: Calibration,
+) -> None:
+    still, following = Recent(calibration, WANTED), Recent(calibration, WANTED, follow=True)
+    assert still.alpha == following.alpha == calibration.alpha(WANTED)
+    routed: dict[Recent, list[bool]] = {still: [], following: []}
+    for prs in harder(600):
+        for recent, below in routed.items():
+            below.append(prs < recent.alpha)
+            recent.add(prs)
+    assert np.mean(routed[still][300:]) == pytest.approx(0.8, abs=0.05)
+    assert np.mean(routed[following][300:]) == pytest.approx(WANTED, abs=0.07)
+    assert following.alpha <= 0.5
+
+
+def test_only_the_last_scores_count(calibration: Calibration) -> None:
+    one, other = (Recent(calibration, WANTED, follow=True) for _ in range(2))
+    for prs in (*harder(500), *SCORES[:KEPT] * 3):
+        one.add(prs)
+    for prs in SCORES[:KEPT] * 3:
+        other.add(prs)
+    assert one.alpha == other.alpha
+
+
+def test_scores_outlive_the_process_and_are_forgotten_with_their_calibration(
+    calibration: Calibration, tmp_path: Path
+) -> None:
+    file = tmp_path / "recent.json"
+    before = Recent(calibration, WANTED, follow=True, file=file)
+    for prs in harder(SAVED_EVERY + 7):
+        before.add(prs)
+    assert len(json.loads(file.read_text())["prs"]) == SAVED_EVERY  # what a crash would leave
+    before.save()
+    assert (
+        Recent(calibration, WANTED, follow=True, file=file).alpha == before.alpha != calibration.alpha(WANTED)
+    )
+    other = replace(calibration, created="another day").save(tmp_path / "other.json")
+    assert Recent(other, WANTED, follow=True, file=file).alpha == other.alpha(WANTED)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"calibration_id": "ID", "prs": 3}', "[" * 100_000])
+def test_a_damaged_file_costs_no_more_than_what_it_held(
+    calibration: Calibration, tmp_path: Path, content: str
+) -> None:
+    file = tmp_path / "recent.json"
+    file.write_text(content.replace("ID", calibration.calibration_id))
+    assert Recent(calibration, WANTED, follow=True, file=file).alpha == calibration.alpha(WANTED)
+
+
+def test_a_file_that_cannot_be_written_keeps_no_prompt_from_its_answer(
+    calibration: Calibration, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recent = Recent(calibration, WANTED, follow=True, file=tmp_path / "gone" / "recent.json")
+    for prs in harder(SAVED_EVERY):
+        recent.add(prs)
+    assert recent.alpha < calibration.alpha(WANTED)
+    assert "recent.json cannot be written" in str(caplog.records[-1].__dict__["fields"])
+
+
+def test_a_share_that_is_not_the_wanted_one_is_spoken_of_beyond_chance(calibration: Calibration) -> None:
+    unlike, alike = Recent(calibration, WANTED), Recent(calibration, WANTED)
+    for prs in harder(ENOUGH - 1):
+        unlike.add(prs)
+    assert not unlike.advice
+    unlike.add(0.2)
+    assert f"of the last {ENOUGH} prompts 8" in unlike.advice
+    assert "50% are wanted" in unlike.advice
+    assert "--follow-prompts true" in unlike.advice
+    for prs in np.random.default_rng(1).choice(SCORES, 200):
+        alike.add(float(prs))
+    assert not alike.advice
+
+
+def test_what_the_bound_keeps_from_the_cloud_is_no_drift(tmp_path: Path) -> None:
+    good = replace(CALIBRATION, scores=tuple(np.linspace(0.3, 0.9, 400).tolist())).save(
+        tmp_path / "good.json"
+    )
+    recent = Recent(good, 0.9)
+    for prs in np.random.default_rng(1).choice(good.scores, 200):
+        recent.add(float(prs))
+    assert recent.alpha == 0.5
+    assert not recent.advice
+
+
+async def test_the_daemon_counts_prompts_that_may_go_anywhere_and_keeps_their_scores(
+    routed_bundle: Path, tmp_path: Path
+) -> None:
+    async with daemon_here(routed_bundle, tmp_path, follow_prompts="true") as here:
+        free = await here.app.generate("a red moon")
+        assert free.decision is not None
+        await here.app.generate("a red moon", routing=edge_pb2.ROUTING_LOCAL_ONLY)
+        await here.app.generate("a red moon", privacy=image_pb2.PRIVACY_LOCAL_ONLY)
+        await here.app.route("a red moon")
+    assert json.loads((tmp_path / "recent.json").read_text())["prs"] == pytest.approx([free.decision.prs])
