@@ -323,7 +323,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name in names
         },
         ablations={
-            (kind.name, whole.name): bench.difference(scored[whole.name], scored[kind.name], RATES)
+            (kind.name, whole.name): (
+                bench.difference(scored[whole.name], scored[kind.name], RATES),
+                one_a_scene.difference(_of(scored[whole.name], once), _of(scored[kind.name], once), RATES),
+            )
             for kind, whole in ABLATIONS.items()
             if {kind.name, whole.name} <= scored.keys()
         },
