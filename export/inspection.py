@@ -27,7 +27,7 @@ from PIL import Image
 
 from export.arguments import check_output, replacing, shown, write_output
 from export.errors import DAMAGED_NPZ, ExportError
-from export.label import MODELS
+from export.label import MODELS, made_with
 from export.outcomes import INSPECTION, INSPECTOR, Outcomes, read_table
 from export.prompts import PROMPTS, Prompt, router_prompts
 from export.starter.inspector import STARTER_INSPECTOR, Inspector, Sight
@@ -175,13 +175,13 @@ def _column(table: pa.Table, name: str) -> NDArray[np.float32]:
 
 
 def _made_by_the_same_models(table: pa.Table, folder: Path) -> None:
-    made_with = folder / "made_with.json"
-    if not made_with.exists():
+    made = made_with(folder)
+    if made is None:
         raise ExportError(
             f"{folder} holds no images of `edge-export label`: name the folder `images` under --parts"
         )
     facts = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
-    for name, digest in json.loads(made_with.read_text()).items():
+    for name, digest in made.items():
         if facts.get(name) != digest:
             raise ExportError(
                 f"{folder} holds images of other models than the labels measure ({name}): label again"

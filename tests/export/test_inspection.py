@@ -227,4 +227,7 @@ def test_images_of_other_models_half_a_piece_and_no_images_are_refused(labelled,
     (images / "made_with.json").write_text(json.dumps({"edge_digest": "another", "cloud_digest": "another"}))
     with pytest.raises(ExportError, match="images of other models"):
         inspection.main([str(labels), str(images)])
+    (images / "made_with.json").write_bytes(b"")
+    with pytest.raises(ExportError, match=r"made_with\.json is damaged .*: remove .* label again"):
+        inspection.main([str(labels), str(images)])
     assert labels.read_bytes() == before
