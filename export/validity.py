@@ -27,10 +27,11 @@ from PIL import Image
 
 from edge_agent.superiority import METRICS
 from export.arguments import check_output, shown, write_output
-from export.evaluate import spearman
+from export.evaluate import resampled, spearman
 from export.label import ADHERENCE
 from export.negatives import FAULTS, hard_negatives
 from export.outcomes import Outcomes
+from export.prompts import scenes_by_text, scenes_of
 from export.quality import STARTER_JUDGE, Judge
 from export.starter.damage import Sample, damage, render_samples
 from export.starter.foreign_damage import foreign_damage
@@ -71,18 +72,16 @@ def reliability(values: Floats) -> Floats:
     return np.asarray((between - within) / (between + (seeds - 1) * within))
 
 
-def with_interval(statistic: Callable[[NDArray[np.int64]], Floats], count: int) -> list[str]:
-    """The statistic of all rows, and its 95 % bootstrap interval over ``count`` prompts, as text, an entry a column."""
-    rng = np.random.default_rng(SEED)
-    value = statistic(np.arange(count))
-    drawn = np.stack([statistic(rng.integers(0, count, count)) for _ in range(RESAMPLES)])
+def with_interval(statistic: Callable[[NDArray[np.int64]], Floats], scenes: NDArray[np.int64]) -> list[str]:
+    """The statistic of all rows, and its 95 % bootstrap interval over their ``scenes``, as text, an entry a column."""
+    value = statistic(np.arange(len(scenes)))
+    drawn = np.stack([statistic(rows) for rows in resampled(scenes, RESAMPLES, SEED)])
     low, high = np.quantile(drawn, (0.025, 0.975), axis=0)
     return [f"{v:.2f} [{a:.2f}, {b:.2f}]" for v, a, b in zip(value, low, high, strict=True)]
 
 
-def complete(outcomes: Outcomes) -> tuple[Floats, Floats]:
-    """Edge and cloud qualities [N, S, M] of the test prompts, S being the seeds that every one of them has."""
-    test = outcomes.split("test")
+def complete(test: Outcomes) -> tuple[Floats, Floats]:
+    """Edge and cloud qualities [N, S, M] of the prompts, S being the seeds that every one of them has."""
     seeds = min(int((~np.isnan(x[..., 0])).sum(1).min()) for x in (test.edge_seeds, test.cloud_seeds))
     return test.edge_seeds[:, :seeds].astype(np.float64), test.cloud_seeds[:, :seeds].astype(np.float64)
 
@@ -103,17 +102,29 @@ def agreement(labels: Path) -> dict[str, list[float]]:
     return found
 
 
-def tells_apart(judge: Judge, scenes: Sequence[Scene], samples: Sequence[Sample]) -> dict[str, Floats]:
-    """Fault -> for each hard negative of it whether the picture is less like it than like the scene's caption."""
+def tells_apart(
+    judge: Judge, scenes: Sequence[Scene], samples: Sequence[Sample]
+) -> dict[str, tuple[Floats, NDArray[np.int64]]]:
+    """Fault -> for each hard negative of it whether the picture is less like it than like the scene's caption.
+
+    And which scene that is, numbered from 0.
+    """
     rng = np.random.default_rng(SEED)
-    told: dict[str, list[bool]] = {fault: [] for fault in FAULTS}
+    number = {scene: place for place, scene in enumerate(dict.fromkeys(scenes))}
+    told: dict[str, list[tuple[bool, int]]] = {fault: [] for fault in FAULTS}
     for scene, sample in zip(scenes, samples, strict=True):
         text = caption(scene, rng)
         seen = judge.look([Image.fromarray(sample.picture)])
         for negative in hard_negatives(text, scene):
             score = judge.adherence_of(seen, [text], [[negative.text]])[0]
-            told[negative.fault].append(bool(score > 0.5))
-    return {fault: np.array(found, np.float64) for fault, found in told.items()}
+            told[negative.fault].append((bool(score > 0.5), number[scene]))
+    return {
+        fault: (
+            np.array([said for said, _ in found], np.float64),
+            np.array([of for _, of in found], np.int64),
+        )
+        for fault, found in told.items()
+    }
 
 
 def report(judge: Judge, labels: Path, name: Path | str = STARTER_JUDGE) -> str:
@@ -121,17 +132,18 @@ def report(judge: Judge, labels: Path, name: Path | str = STARTER_JUDGE) -> str:
     starter = Path(name).resolve() == STARTER_JUDGE.resolve()
     named = "the starter judge" if starter else f"the judge `{name}`"
     trained = "the judge" if starter else "the starter judge"
-    outcomes = Outcomes.read(labels)
+    test = Outcomes.read(labels).split("test")
     rng = np.random.default_rng(SEED)
     scenes = sample_scenes("inspector", PICTURES, SEED)
     samples = render_samples(scenes, rng)
     known, foreign = falls(judge, damage, samples), falls(judge, foreign_damage, samples)
-    edge, cloud = complete(outcomes)
+    edge, cloud = complete(test)
     count, seeds, _ = edge.shape
+    said = scenes_of(test.prompts, scenes_by_text(test.splits.tolist()))
     components = {
-        "edge image": with_interval(lambda rows: reliability(edge[rows]), count),
-        "cloud image": with_interval(lambda rows: reliability(cloud[rows]), count),
-        "gap": with_interval(lambda rows: reliability((cloud - edge)[rows]), count),
+        "edge image": with_interval(lambda rows: reliability(edge[rows]), said),
+        "cloud image": with_interval(lambda rows: reliability(cloud[rows]), said),
+        "gap": with_interval(lambda rows: reliability((cloud - edge)[rows]), said),
     }
     lines = [
         "# What the metrics measure",
@@ -158,7 +170,8 @@ def report(judge: Judge, labels: Path, name: Path | str = STARTER_JUDGE) -> str:
         "## Reliability",
         "",
         f"Intraclass correlation ICC(1) over {count} test prompts of {seeds} images a model: the share of the variance",
-        "that is the prompt's. What is left to the seed no router can foresee. 95 % bootstrap intervals over prompts.",
+        "that is the prompt's. What is left to the seed no router can foresee. 95 % bootstrap intervals over the",
+        f"{len(set(said))} scenes that these prompts say: sentences of one scene share its outcomes.",
         "",
         "| metric | " + " | ".join(components) + " |",
         "|---|" + "---|" * len(components),
@@ -170,16 +183,15 @@ def report(judge: Judge, labels: Path, name: Path | str = STARTER_JUDGE) -> str:
         "## Adherence",
         "",
         "The optional metric (`edge-export label --adherence`), on the same rendered scenes: how often the judge",
-        "finds a picture more like its own prompt than like the same sentence with one thing wrong. 0.5 is chance.",
+        "finds a picture more like its own prompt than like the same sentence with one thing wrong. 0.5 is chance;",
+        "intervals are over scenes.",
         "",
         "| wrong | sentences | told apart |",
         "|---|---|---|",
     ]
-    for fault, told in tells_apart(judge, scenes, samples).items():
+    for fault, (told, of) in tells_apart(judge, scenes, samples).items():
         cell = (
-            with_interval(lambda rows, told=told: told[rows].mean(keepdims=True), len(told))[0]
-            if len(told)
-            else ""
+            with_interval(lambda rows, told=told: told[rows].mean(keepdims=True), of)[0] if len(told) else ""
         )
         lines.append(f"| {fault} | {len(told)} | {cell} |")
     if found := agreement(labels):

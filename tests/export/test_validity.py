@@ -1,3 +1,4 @@
+import re
 import shutil
 
 import numpy as np
@@ -5,6 +6,7 @@ import pytest
 
 from edge_agent.superiority import METRICS
 from export import validity
+from export.outcomes import Outcomes
 from export.quality import STARTER_JUDGE, Judge
 from export.starter.damage import damage, render_samples
 from export.starter.world import sample_scenes
@@ -28,6 +30,41 @@ def test_reliability_is_the_share_of_the_variance_that_lies_between_prompts(shar
     between = np.sqrt(share) * rng.normal(size=(prompts, 1, 1))
     within = np.sqrt(1 - share) * rng.normal(size=(prompts, seeds, 1))
     assert validity.reliability(between + within)[0] == pytest.approx(share, abs=0.04)
+
+
+def test_an_interval_draws_scenes_so_saying_one_in_more_sentences_tells_no_more():
+    values = np.random.default_rng(0).normal(size=(40, 2))
+    once, often = values, values.repeat(8, axis=0)
+    scenes = np.arange(40)
+    expected = validity.with_interval(lambda rows: once[rows].mean(0), scenes)
+    assert validity.with_interval(lambda rows: often[rows].mean(0), scenes.repeat(8)) == expected
+    assert validity.with_interval(lambda rows: often[rows].mean(0), np.arange(320)) != expected
+
+
+def test_the_report_s_intervals_are_over_the_scenes_that_prompts_say(tmp_path, monkeypatch):
+    monkeypatch.setattr(validity, "PICTURES", 4)
+    monkeypatch.setattr(validity, "RESAMPLES", 20)
+    labels = write_labels(tmp_path / "labels.parquet", 24)
+    (scene,) = sample_scenes("test", 1, seed=0)
+    monkeypatch.setattr(
+        validity, "scenes_by_text", lambda _: dict.fromkeys(Outcomes.read(labels).prompts, scene)
+    )
+    text = validity.report(Judge(), labels)
+    rows = text.split("## Reliability")[1].split("## Adherence")[0].splitlines()[-len(METRICS) - 1 :]
+    cells = [cell.strip() for row in rows for cell in row.split("|")[2:-1]]
+    # One scene: every sample of it is all of it.
+    assert cells and all(re.fullmatch(r"(\S+) \[\1, \1\]", cell) for cell in cells)
+
+
+def test_sentences_with_something_wrong_are_counted_by_the_scene_that_they_are_of():
+    scenes = sample_scenes("inspector", 3, seed=0)
+    samples = render_samples([*scenes, scenes[0]], np.random.default_rng(0))
+    told = validity.tells_apart(Judge(), [*scenes, scenes[0]], samples)
+    for right, of in told.values():
+        assert len(right) == len(of)
+        assert set(of.tolist()) <= {0, 1, 2}
+    objects = told["object"][1].tolist()
+    assert objects.count(0) == 2 * len(scenes[0].groups)
 
 
 def test_the_report_says_it_all(tmp_path, monkeypatch):
