@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,9 +27,10 @@ from PIL import Image
 
 from export.arguments import check_output, replacing, shown, write_output
 from export.errors import DAMAGED_NPZ, ExportError
-from export.label import MODELS
+from export.evaluate import resampled
+from export.label import MODELS, made_with
 from export.outcomes import INSPECTION, INSPECTOR, Outcomes, read_table
-from export.prompts import PROMPTS, Prompt, router_prompts
+from export.prompts import PROMPTS, Prompt, router_prompts, scenes_of
 from export.starter.inspector import STARTER_INSPECTOR, Inspector, Sight
 from export.starter.world import Scene, render, sample_scenes
 from export.terminal import console, progress
@@ -175,13 +176,13 @@ def _column(table: pa.Table, name: str) -> NDArray[np.float32]:
 
 
 def _made_by_the_same_models(table: pa.Table, folder: Path) -> None:
-    made_with = folder / "made_with.json"
-    if not made_with.exists():
+    made = made_with(folder)
+    if made is None:
         raise ExportError(
             f"{folder} holds no images of `edge-export label`: name the folder `images` under --parts"
         )
     facts = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
-    for name, digest in json.loads(made_with.read_text()).items():
+    for name, digest in made.items():
         if facts.get(name) != digest:
             raise ExportError(
                 f"{folder} holds images of other models than the labels measure ({name}): label again"
@@ -210,22 +211,34 @@ def kappa(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
 
 
 def bootstrap(
-    values: Sequence[float] | NDArray[np.float64], statistic: Callable[..., float] = np.mean
+    values: Sequence[float] | NDArray[np.float64],
+    statistic: Callable[..., float] = np.mean,
+    scenes: NDArray[np.int64] | None = None,
 ) -> str:
-    """The statistic of the rows, and its 95 % interval over rows, as text."""
+    """The statistic of the rows, and its 95 % interval over their ``scenes``, as text.
+
+    Without these every row is of a scene of its own.
+    """
     rows = np.asarray(values)
     if not len(rows):
         return "-"
-    rng = np.random.default_rng(SEED)
-    drawn = [statistic(rows[rng.integers(0, len(rows), len(rows))]) for _ in range(RESAMPLES)]
+    of = np.arange(len(rows)) if scenes is None else scenes
+    drawn = [statistic(rows[chosen]) for chosen in resampled(of, RESAMPLES, SEED)]
     low, high = np.quantile(drawn, (0.025, 0.975))
     return f"{statistic(rows):.2f} [{low:.2f}, {high:.2f}]"
 
 
-def against_eye(found: Mapping[tuple[str, int, int], Verdict], audit: Path = AUDIT) -> list[str]:
+def scenes_of_prompts(ids: Iterable[int], prompts: Mapping[int, Prompt]) -> NDArray[np.int64]:
+    """[N]: prompts that ask for the same scene get the same number."""
+    return scenes_of([prompts[one].text for one in ids], {p.text: p.scene for p in prompts.values()})
+
+
+def against_eye(
+    found: Mapping[tuple[str, int, int], Verdict], prompts: Mapping[int, Prompt], audit: Path = AUDIT
+) -> list[str]:
     """Table rows: agreement and kappa with the verdicts in ``audit``; [] when none of its images is there.
 
-    Images on which the inspector's threshold was chosen do not count.
+    Images on which the inspector's threshold was chosen do not count. Intervals over scenes.
     """
     entries = [
         entry for entry in json.loads(audit.read_text(encoding="utf-8"))["images"] if not entry["chose"]
@@ -233,6 +246,7 @@ def against_eye(found: Mapping[tuple[str, int, int], Verdict], audit: Path = AUD
     pairs = [(entry, found[key]) for entry in entries if (key := _identity(entry)) in found]
     if not pairs:
         return []
+    scenes = scenes_of_prompts([entry["prompt_id"] for entry, _ in pairs], prompts)
     asked: dict[str, Callable[[Verdict], bool]] = {
         "objects": lambda v: all(v.present),
         "counts": lambda v: all(v.counted),
@@ -243,8 +257,8 @@ def against_eye(found: Mapping[tuple[str, int, int], Verdict], audit: Path = AUD
         both = np.array([(bool(entry[name]), of(v)) for entry, v in pairs])
         cells = (
             *(f"{both[:, column].mean():.2f}" for column in (0, 1)),
-            bootstrap(both, lambda rows: float((rows[:, 0] == rows[:, 1]).mean())),
-            bootstrap(both, lambda rows: kappa(rows[:, 0], rows[:, 1])),
+            bootstrap(both, lambda rows: float((rows[:, 0] == rows[:, 1]).mean()), scenes),
+            bootstrap(both, lambda rows: kappa(rows[:, 0], rows[:, 1]), scenes),
             f"{int((both[:, 1] & ~both[:, 0]).sum())}",
             f"{int((both[:, 0] & ~both[:, 1]).sum())}",
         )
@@ -259,7 +273,7 @@ def _identity(entry: Mapping[str, object]) -> tuple[str, int, int]:
 def of_models(
     found: Mapping[tuple[str, int, int], Verdict], prompts: Mapping[int, Prompt], split: str = "test"
 ) -> list[str]:
-    """Table rows: accuracy of both models on the split's prompts by kind; intervals over prompts."""
+    """Table rows: accuracy of both models on the split's prompts by kind; intervals over scenes."""
     by_kind: dict[tuple[str, str], dict[int, list[Verdict]]] = {}
     for (model, prompt_id, _), seen in found.items():
         scene = prompts[prompt_id].scene
@@ -273,11 +287,13 @@ def of_models(
                 by_kind.setdefault((name, model), {}).setdefault(prompt_id, []).append(seen)
     lines = []
     for name in ("one object", *(f"{count} of a kind" for count in (2, 3, 4)), *KINDS[2:], "all"):
-        cells = [str(len(by_kind.get((name, "edge"), {})))]
+        asked = by_kind.get((name, "edge"), {})
+        cells = [str(len(asked)), str(len(set(scenes_of_prompts(asked, prompts).tolist())))]
         for of in (lambda v: v.strict, lambda v: all(v.counted), lambda v: v.share):
             for model in MODELS:
-                groups = by_kind.get((name, model), {}).values()
-                cells.append(bootstrap([float(np.mean([of(v) for v in seen])) for seen in groups]))
+                groups = by_kind.get((name, model), {})
+                means = [float(np.mean([of(v) for v in seen])) for seen in groups.values()]
+                cells.append(bootstrap(means, scenes=scenes_of_prompts(groups, prompts)))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 
@@ -297,7 +313,7 @@ def report(
 ) -> str:
     """The whole report as Markdown; ``command`` is what it was made by."""
     rendered = on_rendered(inspector, RENDERED)
-    by_eye = against_eye(found)
+    by_eye = against_eye(found, prompts)
     lines = [
         "# What the inspector sees",
         "",
@@ -310,10 +326,11 @@ def report(
         "",
         "Share of images of the test prompts, edge and cloud. *Everything*: strict. *Objects and counts*: relation and",
         "background left out. *Share*: the mean share of what was asked for that is there. 95 % bootstrap intervals",
-        "over prompts.",
+        "over scenes: sentences of one scene share its outcomes.",
         "",
-        "| prompts | number | everything, edge | cloud | objects and counts, edge | cloud | share, edge | cloud |",
-        "|---|---|---|---|---|---|---|---|",
+        "| prompts | number | scenes | everything, edge | cloud | objects and counts, edge | cloud | share, edge "
+        "| cloud |",
+        "|---|---|---|---|---|---|---|---|---|",
         *of_models(found, prompts),
         "",
         "## How far it can be trusted",
@@ -332,7 +349,7 @@ def report(
             "prompts before the inspector had seen any (`export/starter/inspector_audit.json`). A picture got a yes",
             "for an object where one who knows the sprites would name it. There were two raters, and a third look",
             "where they differed; on the other half of the images, not counted here, the certainty was chosen from",
-            "which on an object is there.",
+            "which on an object is there. Intervals are over scenes.",
             "",
             "| question | images | yes by eye | by inspector | agreement | Cohen's kappa | only inspector | only eye |",
             "|---|---|---|---|---|---|---|---|",

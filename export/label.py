@@ -53,6 +53,7 @@ MODELS = ("edge", "cloud")
 IMAGES = "images"  # folder of finished pictures, beside one folder of measurements a judge
 CEILING_PROMPTS = 300
 WITHHELD = "withheld"  # array beside a piece's pictures
+MADE_WITH = "made_with.json"  # in each of these folders: digests of what made its pieces
 OWN_PROMPTS = "prompts.txt"  # beside that folder: those of --prompts, whose places in it give their ids
 PREPROCESSING = "judge_preprocessing"  # fact of a matrix, of which earlier ones say nothing
 ADHERENCE = "adherence"  # optional column: no router is trained on it, and the paper's ten stay comparable
@@ -292,10 +293,23 @@ def without_withheld(table: pa.Table) -> tuple[pa.Table, int]:
 
 def judged(images: Path, parts: Path, wanted: Sequence[Piece], judge: Judge, adherence: bool = False) -> None:
     """Measure what is not in the folder ``parts`` yet."""
-    missing = [piece for piece in wanted if not (parts / f"{piece.file}.parquet").exists()]
+    missing = [piece for piece in wanted if measurements(parts, piece) is None]
     with progress() as bar:
         for piece in bar.track(missing, description="judge"):
-            _write_table(measure(piece, images, judge, adherence), parts / f"{piece.file}.parquet")
+            _write_table(measure(piece, images, judge, adherence), measured_file(parts, piece))
+
+
+def measured_file(parts: Path, piece: Piece) -> Path:
+    """Where the piece's measurements are: the rows of `measure`."""
+    return parts / f"{piece.file}.parquet"
+
+
+def measurements(parts: Path, piece: Piece) -> pa.Table | None:
+    """The piece's measurements; None where there are none yet, or none that can be read, as after a power loss."""
+    try:
+        return pq.read_table(measured_file(parts, piece))
+    except (OSError, pa.ArrowException):
+        return None
 
 
 def inspector_of(matrix: Path | None) -> dict[str, str]:
@@ -325,11 +339,10 @@ def take_over(
     keys = zip(*(table[name].to_pylist() for name in ("model", "prompt_id", "seed", "prompt")), strict=True)
     row_of = {key: row for row, key in enumerate(keys)}
     for piece in wanted:
-        file = parts / f"{piece.file}.parquet"
         cells = zip(piece.prompts, piece.seeds, strict=True)
         rows = [row_of.get((piece.model, prompt.prompt_id, seed, prompt.text)) for prompt, seed in cells]
-        if None not in rows and not file.exists():
-            _write_table(table.take(rows).replace_schema_metadata(None), file)
+        if None not in rows and measurements(parts, piece) is None:
+            _write_table(table.take(rows).replace_schema_metadata(None), measured_file(parts, piece))
 
 
 def _only_of(folder: Path, facts: Mapping[str, str], name: str) -> Path:
@@ -338,11 +351,27 @@ def _only_of(folder: Path, facts: Mapping[str, str], name: str) -> Path:
     A fact that was not recorded yet when it was made is taken to be the same.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    made_with = folder / "made_with.json"
-    if made_with.exists() and facts | json.loads(made_with.read_text()) != facts:
+    if facts | (made_with(folder) or {}) != facts:
         raise ExportError(f"{folder} holds {name}: remove it, or name another --parts")
-    write_output(made_with, json.dumps(facts))
+    write_output(folder / MADE_WITH, json.dumps(facts))
     return folder
+
+
+def made_with(folder: Path) -> dict[str, object] | None:
+    """What a folder of pieces was made with; None where nothing says. Raises ExportError when that is damaged."""
+    file = folder / MADE_WITH
+    try:
+        facts = json.loads(file.read_bytes())
+        if not isinstance(facts, dict):
+            raise ValueError("no object of JSON")
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ExportError(
+            f"{file} is damaged ({error}): remove {folder}, or this file alone where the same models and judge made "
+            "all that lies beside it, and label again"
+        ) from error
+    return facts
 
 
 def _only_for(root: Path, own: Sequence[Prompt]) -> None:
@@ -477,7 +506,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     mine = [piece for piece in every if piece.number % options.share[1] == options.share[0] - 1]
     if options.extend is not None:
         take_over(options.extend, models | measured, parts, every, options.adherence)
-    unmeasured = [piece for piece in mine if not (parts / f"{piece.file}.parquet").exists()]
+    unmeasured = [piece for piece in mine if measurements(parts, piece) is None]
+    if damaged := [file for piece in unmeasured if (file := measured_file(parts, piece)).exists()]:
+        print(f"pieces that cannot be read, such as {damaged[0]}: {len(damaged)}; they are measured again")
     threads = None
     if (processes := options.share[1]) > 1:  # each to its share of the cores, or they wait for each other
         threads = max(1, (os.cpu_count() or 1) // processes)
@@ -488,13 +519,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     generate(painters, images, unmeasured)
     judged(images, parts, unmeasured, judge, options.adherence)
-    files = [parts / f"{piece.file}.parquet" for piece in every]
-    if left := [file for file in files if not file.exists()]:
+    tables = [table for piece in every if (table := measurements(parts, piece)) is not None]
+    if len(tables) < len(every):
         print(
-            f"{len(every) - len(left)} of {len(every)} pieces are made; the same command without --share makes the rest"
+            f"{len(tables)} of {len(every)} pieces are made; the same command without --share makes the rest"
         )
         return 1
-    table = pa.concat_tables([pq.read_table(file) for file in files], promote_options="default")
+    table = pa.concat_tables(tables, promote_options="default")
     table, withheld = without_withheld(table)
     if withheld:
         print(

@@ -15,12 +15,15 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional as F
-from transformers import CLIPModel, CLIPProcessor
+from transformers import CLIPModel, CLIPProcessor, CLIPTextConfig, PreTrainedTokenizerBase
 
 from export.errors import ExportError
 
 METRICS_FILE = Path(__file__).parent / "metrics.json"
 STARTER_JUDGE = Path(__file__).parent / "starter" / "weights" / "judge"
+LEGACY_END = 2
+"""The end's id in the configuration of CLIP's first releases, whatever it is: with it transformers takes the largest id
+of a sentence for the end."""
 
 VIEWS = (-0.25, -0.125, 0, 0.125, 0.25)
 """Where a CLIP's patches begin, in patches down and right: it is asked of each picture so moved, and the mean counts.
@@ -150,13 +153,29 @@ def _open(model: Path | str) -> tuple[CLIPModel, CLIPProcessor]:
     if missing := sorted(found["missing_keys"]):  # transformers would draw them at random
         raise ExportError(f"{model} is no CLIP: it has no weights {missing[0]} and {len(missing) - 1} more")
     text, tokenizer = clip.config.text_config, processor.tokenizer
-    # With the id 2 transformers takes the largest id of a sentence for its end, as CLIP's first release did.
-    if len(tokenizer) > text.vocab_size or text.eos_token_id not in (2, tokenizer.eos_token_id):
+    if not _belong_together(text, tokenizer):
+        end = (
+            f"the largest id (its configuration's {LEGACY_END})"
+            if _is_legacy(text, tokenizer)
+            else text.eos_token_id
+        )
         raise ExportError(
             f"{model}: its tokenizer is another model's: {len(tokenizer)} tokens, end {tokenizer.eos_token_id}, where "
-            f"the text model has {text.vocab_size} and {text.eos_token_id}"
+            f"the text model has {text.vocab_size} and {end}"
         )
     return clip, processor
+
+
+def _belong_together(text: CLIPTextConfig, tokenizer: PreTrainedTokenizerBase) -> bool:
+    if not _is_legacy(text, tokenizer):
+        return len(tokenizer) <= text.vocab_size and text.eos_token_id == tokenizer.eos_token_id
+    # Such a model has no place for tokens that were added, and what it takes for the end has to be it.
+    ids = tokenizer("a picture")["input_ids"]
+    return len(tokenizer) == text.vocab_size and max(ids) == ids[-1] == tokenizer.eos_token_id
+
+
+def _is_legacy(text: CLIPTextConfig, tokenizer: PreTrainedTokenizerBase) -> bool:
+    return text.eos_token_id == LEGACY_END != tokenizer.eos_token_id
 
 
 def _preprocessing(processor: CLIPProcessor, texts: Sequence[str]) -> str:

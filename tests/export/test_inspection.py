@@ -16,7 +16,7 @@ from export.errors import ExportError
 from export.inspection import Verdict, kappa, kind_of, verdict
 from export.label import main as label
 from export.outcomes import Outcomes
-from export.prompts import router_prompts
+from export.prompts import Prompt, router_prompts
 from export.starter.inspector import WEIGHTS, Inspector, Seen, Sight
 from export.starter.world import Group, Scene, render, sample_scenes
 from tests.export.routing_world import write_labels
@@ -121,6 +121,45 @@ def test_kappa_is_agreement_beyond_chance():
     assert kappa(one, ~one) == -1
 
 
+def test_sentences_of_one_scene_are_drawn_together(tmp_path):
+    """Else saying a scene in more sentences would narrow the interval."""
+    scenes = [Scene((Group(name),), "snow") for name in ("cat", "dog", "owl", "car")]
+    right = Verdict((True,), (True,), None, True)
+    wrong = Verdict((True,), (False,), None, True)
+
+    def lines(sentences):
+        prompts = {
+            place: Prompt(place, f"{place}", "test", 1, scenes[place % len(scenes)])
+            for place in range(sentences * len(scenes))
+        }
+        seen = {
+            (model, place, 0): right if place % len(scenes) < 2 else wrong
+            for place in prompts
+            for model in ("edge", "cloud")
+        }
+        return prompts, seen, inspection.of_models(seen, prompts)
+
+    prompts, seen, many = lines(sentences=9)
+    few = lines(sentences=1)[-1]
+    assert "| all | 36 | 4 | 0.50 [0.00, 1.00] |" in many[-1]
+    assert [row.split("|")[3:] for row in many] == [row.split("|")[3:] for row in few]
+    entries = [
+        {
+            "model": "edge",
+            "prompt_id": place,
+            "seed": 0,
+            "objects": 1,
+            "counts": 1,
+            "everything": 1,
+            "chose": 0,
+        }
+        for place in prompts
+    ]
+    audit = tmp_path / "audit.json"
+    audit.write_text(json.dumps({"images": entries}))
+    assert all("0.50 [0.00, 1.00]" in line for line in inspection.against_eye(seen, prompts, audit)[1:])
+
+
 def test_a_picture_of_another_size_and_weights_that_are_none_are_refused(inspector, tmp_path):
     with pytest.raises(ExportError, match="64x64 pixels, not 32x64"):
         inspector.look([Image.new("RGB", (32, 64))])
@@ -173,7 +212,7 @@ def test_the_labels_get_the_verdicts_of_every_image_and_lose_nothing(labelled, t
     unknown = [prompt.prompt_id for prompt in router_prompts(COUNTS) if prompt.scene is None]
     said = ~np.isnan(outcomes.cloud_inspected).all(axis=1)
     assert (said == ~np.isin(outcomes.ids, unknown)).all() and not said.all()
-    assert "| all | 3 | 0.00 [0.00, 0.00] | 1.00 [1.00, 1.00] |" in report.read_text()
+    assert "| all | 3 | 3 | 0.00 [0.00, 0.00] | 1.00 [1.00, 1.00] |" in report.read_text()
     assert f"Made by `edge-export inspect {labels} {images}`. The inspector\n" in report.read_text()
     again = inspection.main([str(labels), str(images)])
     assert again == 0 and pq.read_table(labels).equals(after)
@@ -226,5 +265,8 @@ def test_images_of_other_models_half_a_piece_and_no_images_are_refused(labelled,
     piece.write_bytes(whole)
     (images / "made_with.json").write_text(json.dumps({"edge_digest": "another", "cloud_digest": "another"}))
     with pytest.raises(ExportError, match="images of other models"):
+        inspection.main([str(labels), str(images)])
+    (images / "made_with.json").write_bytes(b"")
+    with pytest.raises(ExportError, match=r"made_with\.json is damaged .*: remove .* label again"):
         inspection.main([str(labels), str(images)])
     assert labels.read_bytes() == before

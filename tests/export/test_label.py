@@ -523,6 +523,46 @@ def test_a_damaged_piece_of_pictures_is_named_and_made_again_once_it_is_removed(
     assert pq.read_table(out).equals(before)
 
 
+@pytest.mark.parametrize(
+    "spoil", [lambda _: b"", lambda whole: whole[:-40], lambda whole: b"PAR1" + whole[:99]]
+)
+def test_a_damaged_piece_of_measurements_is_measured_again(relabelled, spoil, monkeypatch, capsys):
+    out, command, _ = relabelled
+    before = pq.read_table(out)
+    (piece,) = out.with_suffix(".parts").glob("*[!s]/edge-0-100000-*.parquet")
+    piece.write_bytes(spoil(piece.read_bytes()))
+    assert label.main([*command, "--share", "2/2"]) == 1  # the piece is of the other share: still to be made
+    capsys.readouterr()
+    monkeypatch.setattr(label, "generate", nothing_missing)
+    assert label.main(command) == 0
+    said = f"pieces that cannot be read, such as {piece}: 1; they are measured again"
+    assert capsys.readouterr().out.splitlines()[0] == said
+    assert pq.read_table(out).equals(before)
+
+
+def test_a_damaged_piece_of_measurements_is_taken_over_from_an_earlier_matrix(relabelled, monkeypatch):
+    out, command, _ = relabelled
+    earlier = Path(shutil.copy(out, out.with_name("earlier.parquet")))
+    next(out.with_suffix(".parts").glob("*[!s]/edge-0-*.parquet")).write_bytes(b"")
+    monkeypatch.setattr(label, "measure", None)
+    assert label.main([*command, "--extend", str(earlier)]) == 0
+    assert pq.read_table(out).equals(pq.read_table(earlier))
+
+
+@pytest.mark.parametrize("content", [b"", b'{"edge_digest": "1', b"\xff\x00", b"[]"])
+@pytest.mark.parametrize("folder", ["images", "*[!s]"])
+def test_a_damaged_note_of_what_pieces_were_made_with_is_named(relabelled, folder, content):
+    out, command, _ = relabelled
+    (note,) = out.with_suffix(".parts").glob(f"{folder}/made_with.json")
+    note.write_bytes(content)
+    with pytest.raises(
+        ExportError, match=re.escape(f"{note} is damaged") + ".*this file alone .* label again"
+    ):
+        label.main(command)
+    note.unlink()
+    assert label.main(command) == 0
+
+
 def test_a_line_ends_where_editors_end_it(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("a cat\u2028on a mat\r\n\na dog\x0con a log\n", encoding="utf-8", newline="")

@@ -114,6 +114,37 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
         Judge(tmp_path)
 
 
+def as_first_released(folder):
+    """The configuration says that a sentence ends with the id 2, whatever its end is."""
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["eos_token_id"] = 2
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_clip_as_first_released_is_taken_and_reads_as_one_that_names_its_end(tmp_path):
+    folder = save_clip(tmp_path)
+    now = Judge(folder)
+    before = Judge(as_first_released(folder))
+    assert before.clip.config.text_config.eos_token_id == 2
+    assert torch.equal(before.directions, now.directions)
+
+
+@pytest.mark.parametrize("change", ["fewer tokens", "another end"])
+def test_a_tokenizer_of_another_model_is_refused_by_a_clip_as_first_released(change, tmp_path):
+    folder = as_first_released(save_clip(tmp_path / "clip"))
+    words = ["a photo of the sea", "sharp", "blurry"]
+    if change == "fewer tokens":
+        other = train_tokenizer(tmp_path / "other", words[2:] * 4)
+        assert len(other) < len(CLIPProcessor.from_pretrained(folder, use_fast=False).tokenizer)
+        other.save_pretrained(folder)
+    else:
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "a</w>"}))
+    with pytest.raises(ExportError, match=r"another model's: .* has \d+ and the largest id"):
+        Judge(folder)
+
+
 def test_weights_that_are_missing_are_not_drawn_at_random(tmp_path):
     save_clip(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

@@ -1,3 +1,4 @@
+import re
 import shutil
 
 import numpy as np
@@ -5,8 +6,10 @@ import pytest
 
 from edge_agent.superiority import METRICS
 from export import validity
+from export.outcomes import Outcomes
 from export.quality import STARTER_JUDGE, Judge
 from export.starter.damage import damage, render_samples
+from export.starter.foreign_damage import foreign_damage
 from export.starter.world import sample_scenes
 from tests.export.routing_world import write_labels
 
@@ -21,6 +24,46 @@ def test_a_metric_falls_under_its_own_damage_and_not_under_none():
     assert not validity.falls(judge, lambda sample, *_: sample.picture, samples).any()
 
 
+def test_a_metric_falls_less_often_under_less_of_its_damage(monkeypatch):
+    monkeypatch.setattr(validity, "SEVERITIES", (0.05, 1.0))
+    samples = render_samples(sample_scenes("test", 12, seed=0), np.random.default_rng(0))
+    judge = Judge()
+    shares = validity.own_falls(judge, foreign_damage, samples)
+    assert shares.shape == (2, len(METRICS))
+    assert (shares[1] == validity.falls(judge, foreign_damage, samples, 1.0).diagonal()).all()
+    assert shares[0].mean() < shares[1].mean()
+
+
+def test_the_report_says_at_which_severities_and_under_which_damages_a_metric_falls_too_seldom(
+    tmp_path, monkeypatch
+):
+    seen = []
+
+    def falls(_, spoil, samples, severity=validity.SEVERITY):
+        seen.append((spoil, severity, [sample.picture.tobytes() for sample in samples]))
+        shares = np.full((len(METRICS), len(METRICS)), 0.99)
+        if spoil is damage:
+            shares[METRICS.index("realism"), METRICS.index("realism")] = 0.84
+        if severity < 0.5:
+            shares[METRICS.index("layout"), METRICS.index("layout")] = 0.947 - severity
+        return shares
+
+    monkeypatch.setattr(validity, "PICTURES", 4)
+    monkeypatch.setattr(validity, "FRESH", 5)
+    monkeypatch.setattr(validity, "RESAMPLES", 20)
+    monkeypatch.setattr(validity, "falls", falls)
+    text = validity.report(Judge(), write_labels(tmp_path / "labels.parquet", 24))
+    said = " ".join(text.split())
+    assert "one damage a metric and of severity 0.6 alone" in said
+    assert "in fewer than 95 % of its pictures: none." in said
+    assert "at 0.2 layout (74.7); at 0.4 layout (54.7); at 0.6 none; at 0.8 none; at 1.0 none." in said
+    assert "trained on, in the first table: realism (84.0)." in said
+    assert "| layout | 75 | 55 | 99 | 99 | 99 |" in text
+    assert [len(pictures) for _, _, pictures in seen] == [4, 4, 5, 5, 5, 5, 5]
+    assert all(spoil is foreign_damage for spoil, _, _ in seen[2:])
+    assert not set(seen[2][2]) & set(seen[0][2])
+
+
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
 def test_reliability_is_the_share_of_the_variance_that_lies_between_prompts(share):
     rng = np.random.default_rng(0)
@@ -30,8 +73,45 @@ def test_reliability_is_the_share_of_the_variance_that_lies_between_prompts(shar
     assert validity.reliability(between + within)[0] == pytest.approx(share, abs=0.04)
 
 
+def test_an_interval_draws_scenes_so_saying_one_in_more_sentences_tells_no_more():
+    values = np.random.default_rng(0).normal(size=(40, 2))
+    once, often = values, values.repeat(8, axis=0)
+    scenes = np.arange(40)
+    expected = validity.with_interval(lambda rows: once[rows].mean(0), scenes)
+    assert validity.with_interval(lambda rows: often[rows].mean(0), scenes.repeat(8)) == expected
+    assert validity.with_interval(lambda rows: often[rows].mean(0), np.arange(320)) != expected
+
+
+def test_the_report_s_intervals_are_over_the_scenes_that_prompts_say(tmp_path, monkeypatch):
+    monkeypatch.setattr(validity, "PICTURES", 4)
+    monkeypatch.setattr(validity, "FRESH", 4)
+    monkeypatch.setattr(validity, "RESAMPLES", 20)
+    labels = write_labels(tmp_path / "labels.parquet", 24)
+    (scene,) = sample_scenes("test", 1, seed=0)
+    monkeypatch.setattr(
+        validity, "scenes_by_text", lambda _: dict.fromkeys(Outcomes.read(labels).prompts, scene)
+    )
+    text = validity.report(Judge(), labels)
+    rows = text.split("## Reliability")[1].split("## Adherence")[0].splitlines()[-len(METRICS) - 1 :]
+    cells = [cell.strip() for row in rows for cell in row.split("|")[2:-1]]
+    # One scene: every sample of it is all of it.
+    assert cells and all(re.fullmatch(r"(\S+) \[\1, \1\]", cell) for cell in cells)
+
+
+def test_sentences_with_something_wrong_are_counted_by_the_scene_that_they_are_of():
+    scenes = sample_scenes("inspector", 3, seed=0)
+    samples = render_samples([*scenes, scenes[0]], np.random.default_rng(0))
+    told = validity.tells_apart(Judge(), [*scenes, scenes[0]], samples)
+    for right, of in told.values():
+        assert len(right) == len(of)
+        assert set(of.tolist()) <= {0, 1, 2}
+    objects = told["object"][1].tolist()
+    assert objects.count(0) == 2 * len(scenes[0].groups)
+
+
 def test_the_report_says_it_all(tmp_path, monkeypatch):
     monkeypatch.setattr(validity, "PICTURES", 4)
+    monkeypatch.setattr(validity, "FRESH", 4)
     monkeypatch.setattr(validity, "RESAMPLES", 20)
     labels, out = write_labels(tmp_path / "labels.parquet", 24), tmp_path / "metrics.md"
     assert validity.main([str(labels), "--out", str(out)]) == 0
@@ -45,6 +125,7 @@ def test_the_report_names_the_judge_that_was_asked_for_and_the_labels_from_where
     tmp_path, monkeypatch
 ):
     monkeypatch.setattr(validity, "PICTURES", 4)
+    monkeypatch.setattr(validity, "FRESH", 4)
     monkeypatch.setattr(validity, "RESAMPLES", 20)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(STARTER_JUDGE, tmp_path / "mine")
