@@ -15,7 +15,7 @@ class Decoder:
     def __init__(self, bundle: Bundle, runtime: Runtime) -> None:
         """Raises BundleError when the graph cannot be loaded or has another signature."""
         self._session = Session(
-            bundle.path(DECODER), ["latent_sample"], ["sample"], runtime, bundle.beside(DECODER)
+            bundle.path(DECODER), ["latent_sample"], ["sample"], runtime, bundle.files_of(DECODER)
         )
         facts = bundle.manifest
         self._session.expect(

@@ -12,6 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from edge_agent.bundle import file_states
 from edge_agent.diffusion import sessions
 from edge_agent.diffusion.sessions import Runtime, Session, Stop
 from edge_agent.errors import BundleError, Cancelled, GenerationFailed
@@ -105,7 +106,7 @@ def test_only_a_large_graph_runs_without_the_memory_pattern(
     kept = []
     for limit in (1_000_000, 1_000):
         monkeypatch.setattr(sessions, "LARGE_BYTES", limit)
-        session = Session(path, ["x"], ["out"], ONE_THREAD, [tmp_path / "a.onnx_data"])
+        session = Session(path, ["x"], ["out"], ONE_THREAD, file_states([path, tmp_path / "a.onnx_data"]))
         assert session._session is not None
         kept.append(session._session.get_session_options().enable_mem_pattern)
         np.testing.assert_array_equal(session.run({"x": x})[0], -x)
