@@ -63,6 +63,9 @@ MAX_FILES = 1000
 MAX_PATH_BYTES = 200  # in UTF-8: file systems count bytes, and take 255 or fewer for a name
 MAX_INT = 2**31 - 1  # of a size or a count
 MAX_FILE_BYTES = 2**63 - 1
+# CLIP reads 77, T5 in the largest models 512. A tokenizer pads to as many as it is told, and ends the process where
+# memory does not do.
+MAX_TEXT_TOKENS = 1 << 14
 
 READ_BYTES = 1 << 20
 """How much of a file is read at a time."""
@@ -366,8 +369,9 @@ def _parse(text: bytes, path: Path | str) -> Manifest:
         files=_parse_files(document, path),
     )
     for name, kind in get_type_hints(Facts).items():
-        if kind is int and not 0 < getattr(manifest, name) <= MAX_INT:
-            raise BundleError(f"{path}: {name} must be from 1 to {MAX_INT}")
+        largest = MAX_TEXT_TOKENS if name == "text_tokens" else MAX_INT
+        if kind is int and not 0 < getattr(manifest, name) <= largest:
+            raise BundleError(f"{path}: {name} must be from 1 to {largest}")
         if kind is float and not math.isfinite(getattr(manifest, name)):
             raise BundleError(f"{path}: {name} must be a finite number")
         if kind is str and not getattr(manifest, name).isprintable():  # it is shown on terminals

@@ -172,6 +172,7 @@ def test_a_newer_schema_says_what_to_do(bundle_copy: Path) -> None:
         ({"default_guidance": float("nan")}, "default_guidance must be a finite number"),
         ({"latent_scaling": 10**400}, "latent_scaling must be a finite number"),
         ({"width": 10**400}, "width must be from 1 to"),
+        ({"text_tokens": 10**8}, "text_tokens must be from 1 to 16384"),
         ({"steps": [4, 8, 10**400]}, "steps"),
         ({"latent_to_rgb": [[10**400, 0, 0]] * 5}, "latent_to_rgb must list numbers"),
         ({"files": {"a": {"bytes": 10**400, "sha256": "0" * 64}}}, "bytes, from 0 to"),
