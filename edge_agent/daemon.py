@@ -262,7 +262,9 @@ async def run(settings: Settings) -> Daemon:
 
 def _load_models(settings: Settings) -> Resident:
     # The folder itself and no link to it: what the link leads to may change, and these graphs be loaded again.
-    bundle = Bundle.open(settings.bundle_folder.resolve())
+    bundle = Bundle.open(
+        os.path.realpath(settings.bundle_folder)
+    )  # which takes a loop of links for no folder
     choice = providers.find(settings.providers)
     serving = tuple(map(providers.full_name, choice.serving))
     generator = Generator(bundle, Runtime(threads=settings.threads or None, providers=serving))

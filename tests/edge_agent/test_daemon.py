@@ -222,6 +222,11 @@ def test_a_damaged_bundle_is_refused_by_the_files_name(
     assert str(file) in refused("--bundle", bundle_copy)
 
 
+def test_links_that_lead_to_themselves_are_no_bundle(folder: Path, refused: Refused) -> None:
+    (folder / "loop").symlink_to("loop")
+    assert "no bundle at" in refused("--bundle", folder / "loop")
+
+
 def test_a_ledger_that_cannot_be_used_is_refused(folder: Path, routed_bundle: Path, refused: Refused) -> None:
     state = folder / "ledger"
     state.mkdir()
