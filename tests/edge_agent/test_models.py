@@ -210,6 +210,7 @@ def test_an_unfinished_pull_is_listed_and_can_be_removed(run: Run, home: Path) -
     ("arguments", "code", "words"),
     [
         (("pull", "nothing"), 2, "hf:OWNER/NAME"),
+        (("pull", ""), 2, "the source is empty"),
         (("pull", "~nosuchuser/b"), 2, "no home folder"),
         (("list", "--models", "~nosuchuser/m"), 2, "no home folder"),
         (("pull", "hf:nobody"), 2, "hf:OWNER/NAME"),
