@@ -149,7 +149,8 @@ class Daemon:
         await asyncio.wait((idle, hurry), timeout=self.settings.grace_s, return_when=asyncio.FIRST_COMPLETED)
         idle.cancel()
         hurry.cancel()
-        await self._server.stop(CLOSE_S)  # cancels what is not done by now
+        self._service.cut_off()
+        await self._server.stop(CLOSE_S)
         await self._service.idle()  # a cancelled image leaves the device at once
         for task in (*self._reloads, *self._warm_ups):
             task.cancel()
