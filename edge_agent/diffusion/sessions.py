@@ -162,8 +162,6 @@ class Session:
         options.intra_op_num_threads = runtime.threads or 0  # 0: onnxruntime counts physical cores
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if runtime.spinning else "0")
         options.enable_mem_pattern = not self.large
-        # Its other format is known by the first bytes, and names files that nobody looked for.
-        options.add_session_config_entry("session.load_model_format", "ONNX")
         options.log_severity_level = 3  # errors; the rest is about graphs nobody here can change
         for name, size in runtime.sizes.items():
             options.add_free_dimension_override_by_name(name, size)
