@@ -501,7 +501,7 @@ def _target(output: str | None) -> Path | None:
         target = Path(output)
         try:
             if target.is_symlink():  # what it leads to is written, and the link stays
-                target = target.resolve()
+                target = Path(os.path.realpath(target))  # which leaves a loop of links to `stat`
             found = target.stat()
             if _is_output(found):  # /dev/stdout, or the file it was sent to
                 raise InvalidRequest(f"{output} is standard output; write to it with -o -")

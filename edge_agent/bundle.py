@@ -9,7 +9,7 @@ and sha256.
     predictor/                          quality predictor and its calibration, once they are made
 
 Nothing in a bundle is imported or unpickled. A file that is missing, truncated, altered, a symbolic link or
-outside the folder is refused by name when the bundle is opened.
+outside the folder is refused by name when the bundle is opened, and so is a graph whose weights lie in such a file.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import mmap
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, get_type_hints
@@ -28,6 +28,7 @@ from typing import Any, get_type_hints
 from edge_agent.calibration import Calibration
 from edge_agent.errors import BundleError
 from edge_agent.superiority import METRICS
+from edge_agent.weights import locations
 
 # 2 adds what schema 1 cannot run: added conditioning and embedded guidance. A bundle without them is written as 1,
 # so that older programs read it.
@@ -62,6 +63,9 @@ MAX_FILES = 1000
 MAX_PATH_BYTES = 200  # in UTF-8: file systems count bytes, and take 255 or fewer for a name
 MAX_INT = 2**31 - 1  # of a size or a count
 MAX_FILE_BYTES = 2**63 - 1
+# CLIP reads 77, T5 in the largest models 512. A tokenizer pads to as many as it is told, and ends the process where
+# memory does not do.
+MAX_TEXT_TOKENS = 1 << 14
 
 READ_BYTES = 1 << 20
 """How much of a file is read at a time."""
@@ -80,6 +84,10 @@ class FileEntry:
 
     bytes: int
     sha256: str
+
+
+FileState = tuple[int, int, int]
+"""What tells whether a file was replaced: inode, bytes, time of change."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +155,8 @@ class Bundle:
     # sha256 over the facts that decide what an image looks like and the sorted sha256 of the files in
     # MODEL_FOLDERS, hex; edge_model_digest on the wire.
     model_digest: str
+    # Of each graph: itself and its weights, as they were when they were checked.
+    graphs: Mapping[str, Mapping[Path, FileState]]
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], verify: bool = True) -> Bundle:
@@ -177,14 +187,17 @@ class Bundle:
             ) from error
         manifest = parse_manifest(text, root / MANIFEST)
         try:
-            for name, entry in manifest.files.items():
-                _check(root, name, entry, verify)
-            for name in manifest.files:
-                if name.endswith(".onnx"):
-                    _refuse_unlisted_weights(root, name, manifest)
+            states = {
+                root / name: _check(root, name, entry, verify) for name, entry in manifest.files.items()
+            }
+            graphs = {
+                name: {file: states[file] for file in _graph_files(root, name, manifest)}
+                for name in manifest.files
+                if name.endswith(".onnx")
+            }
         except OSError as error:
             raise BundleError(f"{error.filename or root} cannot be read: {error.strerror}") from error
-        return cls(root, manifest, hashlib.sha256(text).hexdigest(), _model_digest(manifest))
+        return cls(root, manifest, hashlib.sha256(text).hexdigest(), _model_digest(manifest), graphs)
 
     def path(self, name: str) -> Path:
         """The path of a file that the manifest lists. Raises BundleError for any other."""
@@ -192,12 +205,10 @@ class Bundle:
             raise BundleError(f"{self.folder / MANIFEST} does not list {name}")
         return self.folder / name
 
-    def beside(self, name: str) -> list[Path]:
-        """The other files that the manifest lists in the folder of `name`; a graph's weights are among them."""
-        folder = name.rpartition("/")[0] + "/"
-        return [
-            self.folder / other for other in self.manifest.files if other.startswith(folder) and other != name
-        ]
+    def files_of(self, graph: str) -> Mapping[Path, FileState]:
+        """The graph and its weights, as they were when they were checked. Raises BundleError for any other file."""
+        self.path(graph)
+        return self.graphs[graph]
 
     def size_of(self, name: str) -> int:
         """Bytes of the graph `name` and of what the manifest lists beside it."""
@@ -358,8 +369,9 @@ def _parse(text: bytes, path: Path | str) -> Manifest:
         files=_parse_files(document, path),
     )
     for name, kind in get_type_hints(Facts).items():
-        if kind is int and not 0 < getattr(manifest, name) <= MAX_INT:
-            raise BundleError(f"{path}: {name} must be from 1 to {MAX_INT}")
+        largest = MAX_TEXT_TOKENS if name == "text_tokens" else MAX_INT
+        if kind is int and not 0 < getattr(manifest, name) <= largest:
+            raise BundleError(f"{path}: {name} must be from 1 to {largest}")
         if kind is float and not math.isfinite(getattr(manifest, name)):
             raise BundleError(f"{path}: {name} must be a finite number")
         if kind is str and not getattr(manifest, name).isprintable():  # it is shown on terminals
@@ -454,20 +466,22 @@ def _typed(document: dict[str, Any], name: str, kind: Any, path: Path | str) -> 
     return value
 
 
-def _check(root: Path, name: str, entry: FileEntry, verify: bool) -> None:
+def _check(root: Path, name: str, entry: FileEntry, verify: bool) -> FileState:
+    """The file's state from before its bytes are read, so that whatever changes later shows."""
     path = root / name
     _refuse_links(root, name)
     if not path.exists():
         raise BundleError(f"{path} is missing; fetch or export the bundle again")
     if not path.is_file():
         raise BundleError(f"{path} is not a plain file")
-    size = path.stat().st_size
-    if size != entry.bytes:
+    state = _state(path)
+    if state[1] != entry.bytes:
         raise BundleError(
-            f"{path} has {size} bytes where {MANIFEST} says {entry.bytes}; fetch or export it again"
+            f"{path} has {state[1]} bytes where {MANIFEST} says {entry.bytes}; fetch or export it again"
         )
     if verify and _sha256(path) != entry.sha256:
         raise BundleError(f"{path} does not match its sha256 in {MANIFEST}; fetch or export the bundle again")
+    return state
 
 
 def _refuse_links(root: Path, name: str) -> None:
@@ -479,20 +493,33 @@ def _refuse_links(root: Path, name: str) -> None:
             raise BundleError(f"{path} is a symbolic link; a bundle holds plain files only")
 
 
-def _refuse_unlisted_weights(root: Path, graph: str, manifest: Manifest) -> None:
-    """A graph's weights may lie in any file below its folder that it names: no sha256 covers one that is not listed."""
-    path = root / graph
-    found = [other for other in path.parent.rglob("*") if other.is_symlink() or not other.is_dir()]
-    unlisted = [other for other in found if other.relative_to(root).as_posix() not in manifest.files]
-    if not unlisted or manifest.files[graph].bytes == 0:  # what is empty cannot be mapped
-        return
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        for other in unlisted:
-            if content.find(os.fsencode(other.name)) >= 0:
-                raise BundleError(
-                    f"{other} is named in {path} and not listed in {MANIFEST}, so nothing tells whether it is whole; "
-                    "export the bundle again, or delete the file if it is none of its weights"
-                )
+def _graph_files(root: Path, graph: str, manifest: Manifest) -> list[Path]:
+    """The graph and the files with its weights. No sha256 covers one that is not listed, wherever it lies."""
+    names = [graph]
+    for location in sorted(locations(root / graph)):
+        # Not brought into a plain form: onnxruntime takes it as it is written, and manifests list plain paths only.
+        name = f"{graph.rpartition('/')[0]}/{location}".removeprefix("/")
+        if location.startswith("/") or name not in manifest.files:
+            raise BundleError(
+                f"{root / graph} has weights in {location[:MAX_PATH_BYTES]!r}, which is no file below its folder that "
+                f"{MANIFEST} lists, so nothing tells whether they are whole; export the bundle again"
+            )
+        names.append(name)
+    return [root / name for name in names]
+
+
+def file_states(files: Iterable[Path]) -> dict[Path, FileState]:
+    """What tells later whether they are still the same. A file that is not there has none."""
+    found = {}
+    for file in files:
+        with suppress(OSError):
+            found[file] = _state(file)
+    return found
+
+
+def _state(file: Path) -> FileState:
+    state = file.stat()
+    return state.st_ino, state.st_size, state.st_mtime_ns
 
 
 def _sha256(path: Path) -> str:

@@ -73,7 +73,8 @@ class Daemon:
         self._hurry = asyncio.Event()
         self._health = health.aio.HealthServicer()
         self._working: list[asyncio.Future[Any]] = []  # of threads that nothing can interrupt
-        self._warming: asyncio.Task[None] | None = None
+        self._warm_ups: set[asyncio.Task[None]] = set()
+        self._warming = asyncio.Lock()  # two at a time would share a cache, which one may throw away
         self._reloading = asyncio.Lock()
         self._reloads: set[asyncio.Task[Agent]] = set()  # which end whether or not their callers stay
         self.agent: Agent | None = None  # once the models are loaded
@@ -120,7 +121,7 @@ class Daemon:
             self.agent.models.rest()
             await self._set_health(health_pb2.HealthCheckResponse.SERVING)
             _log_serving(self.agent)
-            self._warming = asyncio.create_task(self._warm_up(self.agent.models))
+            self._begin_warm_up(self.agent.models)
             await stopped
         finally:
             stopped.cancel()
@@ -148,11 +149,12 @@ class Daemon:
         await asyncio.wait((idle, hurry), timeout=self.settings.grace_s, return_when=asyncio.FIRST_COMPLETED)
         idle.cancel()
         hurry.cancel()
-        await self._server.stop(CLOSE_S)  # cancels what is not done by now
+        self._service.cut_off()
+        await self._server.stop(CLOSE_S)
         await self._service.idle()  # a cancelled image leaves the device at once
-        for reload in self._reloads:
-            reload.cancel()
-        await asyncio.gather(*self._reloads, return_exceptions=True)
+        for task in (*self._reloads, *self._warm_ups):
+            task.cancel()
+        await asyncio.gather(*self._reloads, *self._warm_ups, return_exceptions=True)
         if self.agent is not None:
             self.agent.close()
             await self.agent.device.close()
@@ -196,24 +198,39 @@ class Daemon:
             self._service.agent = self.agent = self.agent.succeeded_by(models)
             models.rest()
             _log_serving(self.agent)
-            self._warming = asyncio.create_task(self._warm_up(models))
+            self._begin_warm_up(models)
             return self.agent
 
     def _load(self) -> asyncio.Future[Resident]:
         return self._in_thread("loader", lambda: _load_models(self.settings))
 
+    def _begin_warm_up(self, models: Resident) -> None:
+        warm_up = asyncio.create_task(self._warm_up(models))
+        self._warm_ups.add(warm_up)
+        warm_up.add_done_callback(self._warm_ups.discard)
+
     async def _warm_up(self, models: Resident) -> None:
-        """Opens the models on better providers while they serve, and has them serve there once they can."""
-        if models.open_better is None:
-            return
+        """Opens the models on better providers while they serve, and has them serve there once they can.
+
+        One after another: what has begun cannot be interrupted. Of those that wait, the last models' alone is left.
+        """
+        async with self._warming:
+            if models.open_better is not None and not models.succeeded:
+                await self._open_better(models, models.open_better)
+
+    async def _open_better(self, models: Resident, open_better: Callable[[], Generator]) -> None:
         began = time.monotonic()
         fields: dict[str, Any] = {"bundle": models.reader.bundle.folder}
         log.info("warming up", extra={"fields": fields | {"provider": models.warming}})
         try:
-            better = await asyncio.shield(self._in_thread("warm-up", models.open_better))
-        except (RouteT2IError, OSError) as error:
-            models.stay(f"it could not be opened: {error}")
-            log.warning("warm-up failed", extra={"fields": fields | {"error": str(error)}})
+            better = await asyncio.shield(self._in_thread("warm-up", open_better))
+        except Exception as error:  # whatever it is, the models that serve go on
+            foreseen = isinstance(error, (RouteT2IError, OSError))
+            failure = str(error) if foreseen else f"{type(error).__name__}: {error}"
+            models.stay(f"it could not be opened: {failure}")
+            log.warning(
+                "warm-up failed", exc_info=not foreseen, extra={"fields": fields | {"error": failure}}
+            )
         else:
             models.take_up(better)
             seconds = round(time.monotonic() - began, 1)
@@ -262,7 +279,9 @@ async def run(settings: Settings) -> Daemon:
 
 def _load_models(settings: Settings) -> Resident:
     # The folder itself and no link to it: what the link leads to may change, and these graphs be loaded again.
-    bundle = Bundle.open(settings.bundle_folder.resolve())
+    bundle = Bundle.open(
+        os.path.realpath(settings.bundle_folder)
+    )  # which takes a loop of links for no folder
     choice = providers.find(settings.providers)
     serving = tuple(map(providers.full_name, choice.serving))
     generator = Generator(bundle, Runtime(threads=settings.threads or None, providers=serving))

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_agent import settings
@@ -184,6 +185,8 @@ def _show_served(options: argparse.Namespace) -> int:
 
 def _pull(options: argparse.Namespace) -> int:
     store = _store(options)
+    if options.use:
+        client(options).reachable()  # a wrong address is refused before anything is fetched
     pulled = _pulled(store, options)
     served, said = _take_up(store, pulled.name, options) if options.use else (None, "")
     advice = pulled.bundle.advice
@@ -264,43 +267,68 @@ def _use(options: argparse.Namespace) -> int:
 def _take_up(store: Store, name: str, options: argparse.Namespace) -> tuple[bool | None, str]:
     """Chooses the model and has a running daemon serve it: whether it does, None without one, and what to say of it.
 
-    Raises StoreError, and leaves the choice as it was, when the daemon refuses the model.
+    Leaves the choice as it was when it does not come to its end. Raises StoreError when the daemon refuses the model,
+    CallFailed when it is gone.
     """
+    daemon = client(options)
+    running = daemon.reachable()  # a wrong address is refused before anything changes
     before = _choice(store)
-    store.choose(name)
-    served, remark = _reloaded(store, name, before, options)
+    try:
+        store.choose(name)
+        served, remark = _reloaded(daemon, store, name) if running else (None, "")
+    except BaseException as error:  # Ctrl-C among them: the daemon may yet refuse what it loads
+        now = _choice(store)
+        if now == name != before:
+            store.restore(before)
+        if isinstance(error, KeyboardInterrupt):
+            _remark(
+                f"{before if now == name else now} stays the chosen model; a daemon may serve {name} until it restarts"
+            )
+        if not isinstance(error, CallFailed):
+            raise
+        if now != name:  # whoever chose it sees to it
+            raise StoreError(
+                f"meanwhile {now} was chosen in place of {name}, and the running daemon cannot serve one of them: "
+                f"{error.message}"
+            ) from error
+        refusal = f"so {before} stays the chosen model: {error.message}"
+        if error.exit_code == UNREACHABLE:
+            raise CallFailed(
+                f"the daemon went away while it loaded {name}, {refusal}", UNREACHABLE
+            ) from error
+        raise StoreError(f"the running daemon cannot serve {name}, {refusal}") from error
     now = _choice(store)  # another process may have chosen, and the daemon have loaded that
     if now != name:
         return served, f"meanwhile {now} was chosen in place of {name}"
     return served, f"{name} is the chosen model{remark}"
 
 
-def _reloaded(store: Store, name: str, before: str, options: argparse.Namespace) -> tuple[bool | None, str]:
-    """Has a running daemon load the chosen model. Where it refuses, the one `before` is chosen again."""
-    daemon = client(options)
-    if not daemon.reachable():
-        return None, ""
-    try:
-        with _spinner(f"the daemon loads {name}"):
-            daemon.status()  # loading may take long, so one that never answers is found out before
-            served = str(daemon.reload()["bundle"])
-    except CallFailed as error:
-        if error.exit_code == UNREACHABLE:  # still loading, shutting down, or stopped
+def _reloaded(daemon: AgentClient, store: Store, name: str) -> tuple[bool, str]:
+    """Has the running daemon load the chosen model. Raises CallFailed where it refuses."""
+    with _spinner(f"the daemon loads {name}"):
+        try:
+            served = str(daemon.status()["bundle"])
+        except CallFailed as error:
+            if error.exit_code != UNREACHABLE:
+                raise
+            # It is still loading, shutting down, or stopped.
             return False, f"; the running daemon serves it when it is started again: {error.message}"
-        if (now := _choice(store)) != name:  # whoever chose it sees to it
-            raise StoreError(
-                f"meanwhile {now} was chosen in place of {name}, and the running daemon cannot serve one of them: "
-                f"{error.message}"
-            ) from error
-        store.restore(before)
-        raise StoreError(
-            f"the running daemon cannot serve {name}, so {before} stays the chosen model: {error.message}"
-        ) from error
+        if _may_follow(store, served):  # any other would load its own anew, whose faults are not this model's
+            served = str(daemon.reload()["bundle"])
     if _is_served(store, name, served):
         return True, ", and the running daemon serves it"
     return (
         False,
         f"; the running daemon was started with a --bundle or --models of its own and serves {served}",
+    )
+
+
+def _may_follow(store: Store, served: str) -> bool:
+    """Whether a daemon that serves this folder may be one that runs the chosen model: it need not be the one chosen
+    before, as that may have been chosen without it.
+    """
+    return os.path.realpath(store.folder) == str(Path(served).parent) or any(
+        _is_served(store, name, served) for name in store.names()
     )
 
 

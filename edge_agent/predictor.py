@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_agent.bundle import FileState
 from edge_agent.diffusion.sessions import Runtime, Session
 from edge_agent.errors import BundleError
 from edge_agent.superiority import METRICS
@@ -44,16 +45,19 @@ class Predictor:
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], width: int | None = None, beside: Iterable[Path] = ()
+        cls,
+        path: str | os.PathLike[str],
+        width: int | None = None,
+        files: Mapping[Path, FileState] | None = None,
     ) -> Predictor:
-        """Open the graph at `path`. `width` is the size of the token states it will get, where that is known. Its
-        weights may lie in the files `beside` it.
+        """Open the graph at `path`. `width` is the size of the token states it will get, where that is known. For
+        `files` see `Session`.
 
         Raises:
             BundleError: naming the file, when it is not a predictor of these metrics for states of that size.
         """
         try:
-            session = Session(Path(path), INPUTS, OUTPUTS, _ONE_THREAD, beside)
+            session = Session(Path(path), INPUTS, OUTPUTS, _ONE_THREAD, files)
         except BundleError as error:
             raise BundleError(
                 f"{error.message}; a predictor of an earlier version is made anew with `edge-export train`, "

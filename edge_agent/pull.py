@@ -113,6 +113,8 @@ def source_of(text: str, environment: Mapping[str, str]) -> Source:
 
     HF_ENDPOINT and HF_TOKEN of the environment say where the hub is and who asks. Raises InvalidRequest.
     """
+    if not text:
+        raise InvalidRequest("the source is empty; name a folder, https://... or hf:OWNER/NAME")
     if text.startswith("hf:"):
         found = _HUB.fullmatch(text)
         if found is None:
@@ -163,8 +165,11 @@ def pull(
             yield Pulled(name, installed, 0, was_installed=True)
             return
         with store.explained("written"):
-            _check_room(store, _missing_bytes(partial, text, manifest), manifest)
-            _prepare(partial, text)
+            kept = _kept(partial, manifest)
+            there = sum(min(_size(partial / path), manifest.files[path].bytes) for path in kept)
+            thrown_away = store.unfinished().get(name, 0) - there
+            _check_room(store, manifest.total_bytes - there, manifest, store.free_bytes + thrown_away)
+            _prepare(partial, text, kept)
         fetched = done = 0
         try:
             with store.explained("written"):
@@ -205,27 +210,40 @@ def _goes_on(partial: Path, text: bytes) -> bool:
     return _size(partial / MANIFEST) == len(text) and (partial / MANIFEST).read_bytes() == text
 
 
-def _missing_bytes(partial: Path, text: bytes, manifest: Manifest) -> int:
-    there = 0
-    if _goes_on(partial, text):
-        there = sum(min(_size(partial / name), entry.bytes) for name, entry in manifest.files.items())
-    return manifest.total_bytes - there
+def _kept(partial: Path, manifest: Manifest) -> set[str]:
+    """The manifest's files that what lies there was to hold too, be it another version of the bundle."""
+    path = partial / MANIFEST
+    if partial.is_symlink() or not 0 < _size(path) <= MAX_MANIFEST_BYTES:
+        return set()
+    try:
+        before = parse_manifest(path.read_bytes(), path).files
+    except BundleError:
+        return set()
+    return {name for name, entry in manifest.files.items() if before.get(name) == entry}
 
 
-def _prepare(partial: Path, text: bytes) -> None:
-    """Makes the folder for the files of this manifest; files of another are thrown away."""
+def _prepare(partial: Path, text: bytes, kept: set[str]) -> None:
+    """Makes the folder for the files of this manifest. Of those of another all but the `kept` ones are thrown away."""
     if _goes_on(partial, text):
         return
-    if partial.exists():
+    if not kept and partial.exists():
         shutil.rmtree(partial)
-    partial.mkdir()
-    with (partial / MANIFEST).open("wb") as file:
+    for folder, folders, files in os.walk(partial, topdown=False):
+        for path in (Path(folder) / name for name in (*folders, *files)):
+            if path.is_symlink() or not path.is_dir():
+                if path.relative_to(partial).as_posix() not in {*kept, MANIFEST}:
+                    path.unlink()
+            elif not any(path.iterdir()):  # a file may take its place
+                path.rmdir()
+    partial.mkdir(exist_ok=True)
+    new = partial / f"{MANIFEST}.new"  # one that is half written would throw away what is kept
+    with new.open("wb") as file:
         file.write(text)
         _settle(file)
+    os.replace(new, partial / MANIFEST)
 
 
-def _check_room(store: Store, needed: int, manifest: Manifest) -> None:
-    free = store.free_bytes
+def _check_room(store: Store, needed: int, manifest: Manifest, free: int) -> None:
     if needed + SPARE_BYTES > free:
         raise StoreError(
             f"{megabytes(needed)} of {megabytes(manifest.total_bytes)} are still to come and {store.folder} has room "
@@ -498,7 +516,8 @@ class WebSource:
         if isinstance(reason, (ValueError, http.client.InvalidURL)):
             # Its own text is not repeated: it quotes headers and signed addresses.
             return SourceRefused(
-                f"{host} cannot be asked: the address, or one that it redirects to, is not well-formed"
+                f"{host} cannot be asked: the address, one that it redirects to, or that of the proxy in HTTP_PROXY or "
+                "HTTPS_PROXY is not well-formed"
             )
         return SourceUnreachable(f"{host} cannot be reached: {_reason(reason)}")
 
@@ -563,7 +582,9 @@ class _LessSafe(urllib.error.HTTPError):
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to other web addresses, never out of TLS, and with credentials only on the same server."""
+    """Follows redirects to other web addresses, never out of TLS, with credentials only on the same server, and without
+    reading what comes along with them.
+    """
 
     http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302  # Python 3.10 does not know it
 
@@ -577,12 +598,15 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         newurl: str,
     ) -> urllib.request.Request:
         """The request that follows; raises _LessSafe where none may."""
+        fp.close()  # urllib would read its body, which may have no end, into memory
         old, new = urllib.parse.urlsplit(req.full_url), urllib.parse.urlsplit(newurl)
         if new.scheme not in ("http", "https") or (old.scheme == "https" and new.scheme == "http"):
             host = new.netloc.rpartition("@")[2]
             reason = printable(f"redirects to {new.scheme}://{host}, which is less safe")
             raise _LessSafe(req.full_url, code, reason, headers, fp)
-        request = urllib.request.Request(newurl, headers=req.headers)  # noqa: S310  # http or https
+        # What opens the proxy is added anew where the next request goes through it, too.
+        headers = {name: value for name, value in req.headers.items() if name != "Proxy-authorization"}
+        request = urllib.request.Request(newurl, headers=headers)  # noqa: S310  # http or https
         if (old.scheme, old.netloc) == (new.scheme, new.netloc):
             for header, value in req.unredirected_hdrs.items():
                 if header == "Authorization":

@@ -60,7 +60,7 @@ class Reader:
         self._tokenizer = tokenizer
         self._text_encoder = text_encoder
         self._predictor = (
-            Predictor.load(bundle.predictor, bundle.manifest.text_hidden, bundle.beside(PREDICTOR))
+            Predictor.load(bundle.predictor, bundle.manifest.text_hidden, bundle.files_of(PREDICTOR))
             if bundle.predictor
             else None
         )

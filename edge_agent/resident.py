@@ -76,6 +76,13 @@ class Resident:
     def stay(self, failure: str) -> None:
         """Go on as it is: the better providers cannot be had, for the reason given."""
         self._warm_up = WarmUp(failure=failure)
+        if not self._uses:  # trying them loaded what may have been put down meanwhile
+            self.rest()
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether others are used in their place."""
+        return self._succeeded
 
     @property
     def loaded(self) -> bool:

@@ -108,6 +108,8 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
         self.agent: Agent | None = None
         self.draining = False
         self.in_flight = 0  # Generate and Route calls that have not ended
+        self._handlers: set[asyncio.Task[Any]] = set()  # theirs
+        self._cut_off = False
         self._idle = asyncio.Event()
         self._idle.set()
         self._started = time.monotonic()
@@ -260,6 +262,12 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
         """Returns once no Generate or Route call is in flight."""
         await self._idle.wait()
 
+    def cut_off(self) -> None:
+        """Ends the Generate and Route calls in flight; their callers are told that the daemon was stopped."""
+        self._cut_off = True
+        for handler in self._handlers:
+            handler.cancel()
+
     async def _write_image(self, context: Any, result: Result, agent: Agent) -> None:
         for start in range(0, len(result.png), CHUNK_BYTES):
             chunk = image_pb2.ImageChunk(offset=start, data=result.png[start : start + CHUNK_BYTES])
@@ -268,11 +276,15 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
 
     @asynccontextmanager
     async def _counted(self) -> AsyncIterator[None]:
+        handler = asyncio.current_task()
+        assert handler is not None  # noqa: S101  # a coroutine runs in a task
         self.in_flight += 1
+        self._handlers.add(handler)
         self._idle.clear()
         try:
             yield
         finally:
+            self._handlers.discard(handler)
             self.in_flight -= 1
             if not self.in_flight:
                 self._idle.set()
@@ -298,9 +310,14 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
             # As the caller is told it: cut where it repeats a long field.
             line |= {"outcome": grpc_code(error).name, "error": status_details(error).message}
             await _abort(context, error)
-        except (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit):
+        except (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit) as error:
             line["outcome"] = "CANCELLED"
-            raise
+            if not self._cut_off or not isinstance(error, asyncio.CancelledError):
+                raise
+            # gRPC's own words for a server that stops tell nobody what to do.
+            stopped = Draining("the daemon was stopped before it was done; call again once it is started")
+            line |= {"outcome": grpc_code(stopped).name, "error": stopped.message}
+            await _abort(context, stopped)
         # A panic in a native library is no Exception, and the caller must be told of it.
         except BaseException as error:
             line["outcome"] = "INTERNAL"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import secrets
 import shutil
 import stat
 import sys
@@ -58,7 +59,9 @@ class Store:
         if name == STARTER_NAME:
             return self._starter
         path = self.folder / name
-        if not _is_name(name) or not (path.is_dir() or path.is_symlink()):
+        with self.explained("read"):
+            there = _is_name(name) and (path.is_dir() or path.is_symlink())
+        if not there:
             raise StoreError(
                 f"there is no model {name!r} in {self.folder}; there are {', '.join(self.names())}. "
                 "Get others with `edge-agent models pull`"
@@ -83,7 +86,9 @@ class Store:
     def current_folder(self) -> Path:
         """The bundle folder of the chosen model."""
         name = self.current
-        if name != STARTER_NAME and not (self.folder / name).is_dir():
+        with self.explained("read"):
+            there = name == STARTER_NAME or (self.folder / name).is_dir()
+        if not there:
             raise StoreError(
                 f"the chosen model {name!r} is not in {self.folder} any more; choose another with `edge-agent models "
                 f"use NAME` ({STARTER_NAME} is always there)"
@@ -119,7 +124,10 @@ class Store:
                 raise StoreError(
                     f"{name} is the chosen model; choose another before: edge-agent models use {STARTER_NAME}"
                 )
-            if _is_name(name) and not (self.folder / name).is_dir() and self.partial(name).is_dir():
+            with self.explained("read"):
+                installed = _is_name(name) and (self.folder / name).is_dir()
+                unfinished = _is_name(name) and not installed and self.partial(name).is_dir()
+            if unfinished:
                 with self.pulling(name):
                     return self._delete(self.partial(name))
             return self._delete(self.path(name))
@@ -232,7 +240,7 @@ class Store:
                 if error.errno in _DISK_FULL
                 else "choose another folder with --models, or mend this one"
             )
-            raise StoreError(f"{place} cannot be {done}: {error.strerror}; {cure}") from error
+            raise StoreError(f"{place} cannot be {done}: {error.strerror or error}; {cure}") from error
 
 
 def check_name(name: str) -> None:
@@ -280,15 +288,17 @@ def _make_writable(folder: Path) -> None:
 
 def _write_durably(path: Path, text: str) -> None:
     """Writes the file at once or not at all, also when the power goes."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f"{path.name}-", delete=False) as part:
-        try:
-            part.write(text)
-            part.flush()
-            os.fsync(part.fileno())
-            os.replace(part.name, path)
-        except BaseException:
-            Path(part.name).unlink(missing_ok=True)
-            raise
+    part = path.with_name(f"{path.name}-{secrets.token_hex(8)}")
+    try:
+        # Not tempfile's, which its owner alone may read: the daemon may be another user's.
+        with part.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
     _sync(path.parent)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as TokenizersTokenizer
 
-from edge_agent.bundle import TOKENIZER, TOKENIZER_2, Bundle
+from edge_agent.bundle import MAX_TEXT_TOKENS, TOKENIZER, TOKENIZER_2, Bundle
 from edge_agent.errors import BundleError
 
 FILE = "tokenizer.json"
@@ -62,22 +62,20 @@ class Tokenizer:
         Raises:
             BundleError: a file cannot be read, or it does not make the tokens that the manifest asks for.
         """
-        second = cls.load(bundle.path(TOKENIZER_2).parent) if bundle.manifest.added else None
-        first = cls.load(bundle.path(TOKENIZER).parent, second)
-        for name, tokenizer in ((TOKENIZER, first), (TOKENIZER_2, second)):
-            if tokenizer is not None and tokenizer.length != bundle.manifest.text_tokens:
-                raise BundleError(
-                    f"{bundle.path(name)} makes {tokenizer.length} tokens, "
-                    f"the manifest asks for {bundle.manifest.text_tokens}"
-                )
-        return first
+        wanted = bundle.manifest.text_tokens
+        second = cls.load(bundle.path(TOKENIZER_2).parent, wanted=wanted) if bundle.manifest.added else None
+        return cls.load(bundle.path(TOKENIZER).parent, second, wanted)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str], second: Tokenizer | None = None) -> Tokenizer:
-        """Read `tokenizer.json` in `folder`; `second` reads the same prompts, see `Tokens.ids_2`.
+    def load(
+        cls, folder: str | os.PathLike[str], second: Tokenizer | None = None, wanted: int | None = None
+    ) -> Tokenizer:
+        """Read `tokenizer.json` in `folder`; `second` reads the same prompts, see `Tokens.ids_2`. `wanted` is how many
+        tokens it has to make, where that is known.
 
         Raises:
-            BundleError: the file cannot be read, or it does not pad and truncate every prompt to one length.
+            BundleError: the file cannot be read, or it does not pad and truncate every prompt to that length, or to
+                one of at most MAX_TEXT_TOKENS.
         """
         path = Path(folder) / FILE
         try:
@@ -87,8 +85,14 @@ class Tokenizer:
         with _refused(path):
             tokenizer = TokenizersTokenizer.from_buffer(text)
         length = (tokenizer.truncation or {}).get("max_length")
-        if not length or length != (tokenizer.padding or {}).get("length"):
+        padding = tokenizer.padding or {}
+        if not length or length != padding.get("length") or length % (padding["pad_to_multiple_of"] or 1):
             raise BundleError(f"{path} must pad and truncate to one length; export the bundle again")
+        # Before it reads anything: for a length beyond memory the library ends the process.
+        if wanted is not None and length != wanted:
+            raise BundleError(f"{path} makes {length} tokens, the manifest asks for {wanted}")
+        if length > MAX_TEXT_TOKENS:
+            raise BundleError(f"{path} makes {length} tokens; a prompt has at most {MAX_TEXT_TOKENS}")
         with _refused(path):
             # With start and end too long: some settings only fail on such a text.
             tokenizer.encode("a " * length)

@@ -152,6 +152,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"alpha {calibration.alpha(0.5):.4f} at a routing rate of 50 %; "
         f"at most {calibration.recipe['largest_rate']:.0%} can go to the cloud"
     )
+    console.print(
+        "a daemon that serves this bundle keeps the one it has until `edge-agent models use` or a restart"
+    )
     return 0
 
 

@@ -32,7 +32,7 @@ class Web:
     honest, no_range, stop (half of what is asked for, then the connection ends), hang (the same, then nothing), anew
     (two or three quarters in turns, from the beginning each time), wrong (one bit), longer and shorter (whole answers
     of another size), endless (no size, and no end), cut (a chunk that ends early), other_part (of the file than was
-    asked for), compressed, redirect (to `to`), status (`code`).
+    asked for), compressed, redirect (to `to`), chatty_redirect (the same, with a body of 64 MB), status (`code`).
     """
 
     folder: Path
@@ -82,6 +82,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             manner, web.times = web.manner, web.times - 1
         if manner == "redirect":
             return self._head(302, {"Location": web.to or self.path, "Content-Length": "0"})
+        if manner == "chatty_redirect":
+            self._head(302, {"Location": web.to})
+            with suppress(OSError):
+                self._write(asked, bytes(64_000_000))
+            return None
         if manner == "status":
             return self._head(web.code, {"Content-Length": "0", **web.headers})
         file = web.folder / path.lstrip("/")

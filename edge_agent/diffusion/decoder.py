@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from edge_agent.bundle import DECODER, Bundle
 from edge_agent.diffusion.sessions import Runtime, Session, Stop
+from edge_agent.errors import GenerationFailed
 
 
 class Decoder:
@@ -15,7 +16,7 @@ class Decoder:
     def __init__(self, bundle: Bundle, runtime: Runtime) -> None:
         """Raises BundleError when the graph cannot be loaded or has another signature."""
         self._session = Session(
-            bundle.path(DECODER), ["latent_sample"], ["sample"], runtime, bundle.beside(DECODER)
+            bundle.path(DECODER), ["latent_sample"], ["sample"], runtime, bundle.files_of(DECODER)
         )
         facts = bundle.manifest
         self._session.expect(
@@ -34,8 +35,14 @@ class Decoder:
 
         Raises:
             Cancelled, GenerationFailed: see `Session.run`.
+            GenerationFailed: what the graph gives is not finite.
         """
         scaled = latents / self._scaling + self._shift
         (sample,) = self._session.run({"latent_sample": scaled}, stop=stop, shrink=True)
+        if not np.isfinite(sample).all():  # which would be black or white
+            raise GenerationFailed(
+                f"{self._session.path} gave numbers that are not finite; if it computes in half precision, export the "
+                "bundle in float32"
+            )
         colours: NDArray[np.float32] = np.clip(sample[0].transpose(1, 2, 0) / 2 + np.float32(0.5), 0, 1)
         return colours

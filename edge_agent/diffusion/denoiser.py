@@ -47,7 +47,7 @@ class Denoiser:
         if bundle.size_of(DENOISER) * facts.latent_height * facts.latent_width < SMALL_WORK:
             runtime = replace(runtime, threads=1)
         self._session = Session(
-            bundle.path(DENOISER), inputs, ["out_sample"], runtime, bundle.beside(DENOISER)
+            bundle.path(DENOISER), inputs, ["out_sample"], runtime, bundle.files_of(DENOISER)
         )
         latents = (None, facts.latent_channels, facts.latent_height, facts.latent_width)
         states = (None, facts.text_tokens, facts.text_hidden)

@@ -156,7 +156,7 @@ def choose(
                 "--providers out to take the best that works"
             )
     order = wish or [name for name in PREFERENCE if name in available and name not in failures]
-    order = (*order[: order.index(CPU)], CPU) if CPU in order else (*order, CPU)
+    order = (*(name for name in order if name != CPU), CPU)
     quick = tuple(name for name in order if name not in SLOW_TO_OPEN)
     serving = quick if wish else _with_spare(quick[0])
     better = (order[0], *serving) if order[0] in SLOW_TO_OPEN else ()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from edge_agent.bundle import FileState, file_states
 from edge_agent.errors import BundleError, Cancelled, GenerationFailed
 
 Array = NDArray[Any]
@@ -99,22 +99,21 @@ class Session:
         inputs: Sequence[str],
         outputs: Sequence[str],
         runtime: Runtime,
-        beside: Iterable[Path] = (),
+        files: Mapping[Path, FileState] | None = None,
     ) -> None:
-        """Open the graph at `path`, which must take exactly `inputs` and give at least `outputs`. Its weights may lie
-        in the files `beside` it.
+        """Open the graph at `path`, which must take exactly `inputs` and give at least `outputs`. `files` are the graph
+        and its weights, as they were when they were checked (`Bundle.files_of`); left out, the graph as it is now.
 
         Raises:
-            BundleError: naming the file, when onnxruntime cannot load it or its signature differs, or when
-                it left a provider out, which it does in silence.
+            BundleError: naming the file, when onnxruntime cannot load it, when it has changed since it was checked,
+                when its signature differs, or when onnxruntime left a provider out, which it does in silence.
         """
         self.path = path
         self.loaded_at: float | None = None
         self._runtime = runtime
         self._loading = threading.Lock()
-        self._files = (path, *beside)
-        self._states = _states(self._files)
-        self.large = sum(size for _, size, _ in self._states.values()) >= LARGE_BYTES
+        self._files = file_states([path]) if files is None else files
+        self.large = sum(size for _, size, _ in self._files.values()) >= LARGE_BYTES
         session = self._session = self._load(Stop())
         found = {node.name: node for node in session.get_inputs()}
         given = {node.name: node for node in session.get_outputs()}
@@ -141,21 +140,22 @@ class Session:
             self._session = self.loaded_at = None
 
     def _loaded(self, stop: Stop | None) -> ort.InferenceSession:
-        """The session, loaded if it is not. Raises BundleError when its files are not those that were checked."""
+        """The session, loaded if it is not. Raises what `_load` does."""
         session = self._session
         if session is None:
             with self._loading:
                 session = self._session
                 if session is None:
-                    if _states(self._files) != self._states:
-                        raise BundleError(
-                            f"{self.path} has changed since the bundle was checked: take the bundle up anew with "
-                            "`edge-agent models use`, or restart edge-agent"
-                        )
                     session = self._session = self._load(stop or Stop())
         return session
 
     def _load(self, stop: Stop) -> ort.InferenceSession:
+        """A new session. Raises Cancelled, and BundleError also when the files are not those that were checked."""
+        if file_states(self._files) != self._files:
+            raise BundleError(
+                f"{self.path} has changed since the bundle was checked: take the bundle up anew with "
+                "`edge-agent models use`, or restart edge-agent"
+            )
         runtime = self._runtime
         options = ort.SessionOptions()
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
@@ -253,18 +253,6 @@ class Session:
         return [
             value.astype(np.float32, copy=False) if value.dtype.kind == "f" else value for value in outputs
         ]
-
-
-def _states(files: Iterable[Path]) -> Mapping[Path, tuple[int, int, int]]:
-    """What tells whether one of them was replaced: inode, bytes, time of change. What else lies in their folder, such
-    as what a desktop leaves there, is none of onnxruntime's.
-    """
-    found = {}
-    for file in files:
-        with suppress(OSError):  # onnxruntime will say what is missing
-            state = file.stat()
-            found[file] = (state.st_ino, state.st_size, state.st_mtime_ns)
-    return found
 
 
 def _devices(providers: Sequence[str]) -> str:

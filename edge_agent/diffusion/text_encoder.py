@@ -53,7 +53,7 @@ class TextEncoder:
             ["input_ids"],
             [facts.text_output],
             runtime_of(TEXT_ENCODER),
-            bundle.beside(TEXT_ENCODER),
+            bundle.files_of(TEXT_ENCODER),
         )
         # Where there is a second encoder, only the sum of both sizes is known.
         hidden = facts.text_hidden if facts.added is None else None
@@ -68,7 +68,7 @@ class TextEncoder:
                 ["input_ids"],
                 outputs,
                 runtime_of(TEXT_ENCODER_2),
-                bundle.beside(TEXT_ENCODER_2),
+                bundle.files_of(TEXT_ENCODER_2),
             )
             self._second.expect(
                 input_ids=(None, facts.text_tokens), **{outputs[0]: (None, facts.text_tokens, None)}

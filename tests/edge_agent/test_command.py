@@ -169,6 +169,12 @@ def test_a_folder_that_is_not_there_is_not_taken_for_a_file(tmp_path: Path) -> N
         _target(f"{tmp_path / 'new'}/")
 
 
+def test_a_link_that_leads_to_itself_is_refused_before_the_image_is_made(tmp_path: Path) -> None:
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    with pytest.raises(InvalidRequest, match="cannot be written: Too many levels of symbolic links"):
+        _target(str(tmp_path / "loop.png"))
+
+
 def test_a_file_is_written_where_a_link_leads_and_stays_as_private_as_it_was(
     run: Run, daemon: Process, tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,7 @@ def test_it_drains_and_leaves_with_zero(start: Start, folder: Path) -> None:
     assert process.wait_for_nothing_bad()
 
 
-def test_a_second_signal_does_not_wait(start: Start) -> None:
+def test_a_second_signal_does_not_wait_and_callers_are_told_what_became_of_their_images(start: Start) -> None:
     process = start("--listen", "127.0.0.1:0")
     address = process.wait_for("listening")["address"]
     process.wait_for("serving")
@@ -137,15 +137,22 @@ def test_a_second_signal_does_not_wait(start: Start) -> None:
         process.popen.send_signal(signal.SIGTERM)
         process.wait_for("draining")
         assert process.stop() == 0
-        assert any(_broken_off(call) for call in calls), "images that were waiting were made all the same"
+        endings = [ending for call in calls if (ending := _ending(call))]
+        assert endings, "images that were waiting were made all the same"
+        told = "the daemon was stopped before it was done; call again once it is started"
+        assert set(endings) == {(grpc.StatusCode.UNAVAILABLE, told)}
+        assert {(call["outcome"], call["error"]) for call in process.calls if call["outcome"] != "OK"} == {
+            ("UNAVAILABLE", told)
+        }
 
 
-def _broken_off(call: Iterable[object]) -> bool:
+def _ending(call: Any) -> tuple[grpc.StatusCode, str] | None:
+    """How the call was broken off; None where it came to its end."""
     try:
         list(call)
     except grpc.RpcError:
-        return True
-    return False
+        return call.code(), call.details()
+    return None
 
 
 def test_the_socket_of_a_killed_daemon_is_taken_over_and_a_live_one_is_not(
@@ -220,6 +227,11 @@ def test_a_damaged_bundle_is_refused_by_the_files_name(
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
     assert str(file) in refused("--bundle", bundle_copy)
+
+
+def test_links_that_lead_to_themselves_are_no_bundle(folder: Path, refused: Refused) -> None:
+    (folder / "loop").symlink_to("loop")
+    assert "no bundle at" in refused("--bundle", folder / "loop")
 
 
 def test_a_ledger_that_cannot_be_used_is_refused(folder: Path, routed_bundle: Path, refused: Refused) -> None:

@@ -210,6 +210,7 @@ def test_an_unfinished_pull_is_listed_and_can_be_removed(run: Run, home: Path) -
     ("arguments", "code", "words"),
     [
         (("pull", "nothing"), 2, "hf:OWNER/NAME"),
+        (("pull", ""), 2, "the source is empty"),
         (("pull", "~nosuchuser/b"), 2, "no home folder"),
         (("list", "--models", "~nosuchuser/m"), 2, "no home folder"),
         (("pull", "hf:nobody"), 2, "hf:OWNER/NAME"),
@@ -316,6 +317,55 @@ def test_a_model_that_the_daemon_refuses_leaves_even_a_damaged_one_chosen(
     assert names(run("list", "--json"))["former"]["current"] is True
 
 
+def test_a_daemon_that_dies_of_a_model_leaves_the_former_one_chosen(
+    run: Run, start: Callable[..., Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("pull", STARTER, "--name", "mine")
+    daemon = start()
+    reload = AgentClient.reload
+
+    def die(agent: AgentClient) -> dict[str, Any]:
+        daemon.kill()
+        return reload(agent)
+
+    monkeypatch.setattr(AgentClient, "reload", die)
+    used = run("use", "mine")
+    assert (used.code, used.out) == (3, "") and "so starter stays the chosen model" in used.err
+    assert names(run("list", "--json"))["starter"]["current"] is True
+
+
+def test_an_interrupted_choice_is_taken_back_unless_another_was_made_meanwhile(
+    run: Run, models: Path, start: Callable[..., Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("pull", STARTER, "--name", "mine")
+    run("pull", STARTER, "--name", "other")
+    start()
+
+    def interrupt(agent: AgentClient) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(AgentClient, "reload", interrupt)
+    assert run("use", "mine").code == 130
+    assert names(run("list", "--json"))["starter"]["current"] is True
+
+    def choose_and_interrupt(agent: AgentClient) -> dict[str, Any]:
+        Store(models, STARTER).choose("other")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(AgentClient, "reload", choose_and_interrupt)
+    assert run("use", "mine").code == 130
+    assert names(run("list", "--json"))["other"]["current"] is True
+
+
+@pytest.mark.parametrize("address", ["unix:", "x:99999"])
+def test_a_wrong_address_is_refused_before_anything_changes(run: Run, models: Path, address: str) -> None:
+    assert run("pull", STARTER, "--use", "--agent", address).code == 2
+    assert not models.exists()
+    run("pull", STARTER, "--name", "mine")
+    assert run("use", "mine", "--agent", address).code == 2
+    assert names(run("list", "--json"))["starter"]["current"] is True
+
+
 def test_a_choice_that_another_process_replaces_meanwhile_is_told_as_it_is(
     run: Run, home: Path, models: Path, start: Callable[..., Process], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -358,6 +408,18 @@ def test_a_daemon_with_a_bundle_of_its_own_keeps_it_and_that_is_said(
     assert used.code == 0 and "was started with a --bundle or --models of its own" in used.out
     assert run("pull", home / "tiny", "--use", "--json").objects[0]["served"] is False
     assert names(run("list", "--json"))["hollow"]["current"] is True
+
+
+def test_the_faults_of_a_bundle_that_a_daemon_was_started_with_refuse_no_other_model(
+    run: Run, home: Path, start: Callable[..., Process]
+) -> None:
+    run("pull", STARTER, "--name", "mine")
+    own = Path(shutil.copytree(STARTER, home / "own"))
+    start("--bundle", own)
+    (own / DENOISER).write_bytes(b"damaged since")
+    used = run("use", "mine")
+    assert used.code == 0 and f"of its own and serves {own.resolve()}" in used.out
+    assert names(run("list", "--json"))["mine"]["current"] is True
 
 
 def test_a_daemon_that_does_not_say_what_it_serves_keeps_every_model_from_being_removed(

@@ -21,7 +21,15 @@ from typing import Any
 
 import pytest
 
-from edge_agent.bundle import DECODER, DENOISER, MANIFEST, SCHEMA_VERSION, TEXT_ENCODER, Bundle
+from edge_agent.bundle import (
+    DECODER,
+    DENOISER,
+    MANIFEST,
+    SCHEMA_VERSION,
+    TEXT_ENCODER,
+    Bundle,
+    write_manifest,
+)
 from edge_agent.errors import (
     BundleError,
     Busy,
@@ -32,7 +40,7 @@ from edge_agent.errors import (
     SourceUnreachable,
     StoreError,
 )
-from edge_agent.pull import Fetched, FolderSource, HubSource, Pulled, WebSource, pull, source_of
+from edge_agent.pull import SPARE_BYTES, Fetched, FolderSource, HubSource, Pulled, WebSource, pull, source_of
 from edge_agent.settings import STARTER
 from edge_agent.store import Store
 from tests.hollow import EMPTY, SIZES, hollow_bundle
@@ -304,6 +312,29 @@ def test_bytes_that_the_power_took_are_fetched_again(web: Web, store: Store, hol
     assert same(store.folder / "hollow", hollow)
 
 
+def test_the_files_that_another_version_has_too_are_kept(web: Web, store: Store) -> None:
+    """A new calibration, or a branch that moved, is no reason to fetch gigabytes again."""
+    web.misbehave("stop", at=DENOISER)
+    with pytest.raises(SourceUnreachable):
+        fetch(source(web), store)
+    kept = (store.partial("hollow") / DENOISER).stat().st_size
+    newer = web.folder / "b"
+    (newer / DECODER).write_bytes(bytes(1_000))
+    (newer / EMPTY).unlink()
+    added = newer / "text_encoder" / "more"
+    added.mkdir()
+    (added / "new.txt").write_text("new")
+    write_manifest(newer)
+    stray = store.partial("hollow") / "text_encoder" / "more"  # a file where the new one has a folder
+    stray.write_text("")
+    web.misbehave("honest")
+    web.asked.clear()
+    fetch(source(web), store)
+    assert web.offsets(DENOISER) == [kept]
+    assert web.sent(TEXT_ENCODER) == 0
+    assert same(store.folder / "hollow", newer)
+
+
 def test_what_is_left_of_another_version_is_thrown_away(web: Web, store: Store, tmp_path: Path) -> None:
     web.misbehave("stop", at=DENOISER)
     with pytest.raises(SourceUnreachable):
@@ -384,6 +415,38 @@ def test_a_redirect_is_followed_with_the_range_and_a_circle_is_not(
         fetch(source(web), store)
     assert other.offsets(DENOISER) == [kept]
     assert same(store.folder / "hollow", hollow)
+
+
+def test_what_a_redirect_says_beside_is_not_read(web: Web, store: Store, hollow: Path) -> None:
+    """It may have no end, and urllib would read it into memory."""
+    with web_server(hollow) as other:
+        web.misbehave("chatty_redirect", at=DENOISER, to=f"{other.address}/{DENOISER}")
+        fetch(source(web), store)
+    assert web.sent(DENOISER) < 32_000_000  # what sockets hold
+    assert same(store.folder / "hollow", hollow)
+
+
+def test_what_opens_the_proxy_goes_no_further_than_the_proxy(
+    web: Web, hollow: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", web.address.replace("://", "://user:secret@"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with web_server(hollow) as elsewhere:
+        web.misbehave("redirect", to=f"{elsewhere.address}/{MANIFEST}")
+        WebSource("http://models.example.com/b").manifest()
+    assert web.asked[0].headers["Proxy-Authorization"].startswith("Basic ")
+    assert [
+        name for asked in elsewhere.asked for name in asked.headers if name.lower().startswith("proxy")
+    ] == []
+
+
+def test_a_proxy_whose_address_is_none_is_named_as_a_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:s3cret")
+    with pytest.raises(
+        SourceRefused, match="the proxy in HTTP_PROXY or HTTPS_PROXY is not well-formed"
+    ) as raised:
+        WebSource("http://models.example.com/b").manifest()
+    assert "s3cret" not in raised.value.message
 
 
 def test_a_redirect_leads_to_no_file_of_this_machine(web: Web, store: Store, tmp_path: Path) -> None:
@@ -543,7 +606,7 @@ def test_a_folder_with_a_link_in_it_is_refused(hollow: Path, store: Store, tmp_p
 
 
 def test_a_calibration_that_cannot_be_read_keeps_a_bundle_out(store: Store, tmp_path: Path) -> None:
-    from edge_agent.bundle import CALIBRATION, PREDICTOR, write_manifest
+    from edge_agent.bundle import CALIBRATION, PREDICTOR
 
     folder = hollow_bundle(tmp_path / "calibrated")
     (folder / PREDICTOR).parent.mkdir()
@@ -563,6 +626,26 @@ def test_a_bundle_that_does_not_fit_is_refused_before_it_is_fetched(web: Web, st
         fetch(source(web), store)
     assert len(web.asked) == 1
     assert store.unfinished() == {}
+
+
+def test_what_another_version_leaves_counts_as_room_and_stays_until_there_is_enough(
+    web: Web, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    web.misbehave("stop", at=DECODER)
+    with pytest.raises(SourceUnreachable):
+        fetch(source(web), store)
+    web.misbehave("honest")
+    shutil.rmtree(web.folder / "b")
+    hollow_bundle(web.folder / "b", seed=2)  # of the same size, and nothing alike
+    left = store.unfinished()["hollow"]
+    for short, room in ((1, TOTAL - left - 1), (0, TOTAL - left)):
+        monkeypatch.setattr(Store, "free_bytes", SPARE_BYTES + room)
+        if short:
+            with pytest.raises(StoreError, match="make room"):
+                fetch(source(web), store)
+            assert store.unfinished() == {"hollow": left}
+    fetch(source(web), store)
+    assert same(store.folder / "hollow", web.folder / "b")
 
 
 def test_a_disk_that_fills_up_is_named_and_what_came_is_kept(web: Web, store: Store, hollow: Path) -> None:

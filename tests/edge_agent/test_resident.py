@@ -17,11 +17,15 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
-from edge_agent.bundle import DECODER, DENOISER, Bundle, write_manifest
+from edge_agent.bundle import CALIBRATION, DECODER, DENOISER, Bundle, put_file, write_manifest
 from edge_agent.diffusion.decoder import Decoder
+from edge_agent.diffusion.generator import Generator
 from edge_agent.diffusion.sessions import Runtime, Session
 from edge_agent.errors import BundleError
+from edge_agent.reader import Reader
+from edge_agent.settings import STARTER
 from routet2i.edge.v1 import edge_pb2
+from tests.external import move_weights
 from tests.routed import SLOW_STEPS
 from tests.running import LOCAL, Answer, Here, daemon_here, process_environment, short_folder, until
 
@@ -197,19 +201,42 @@ def test_files_that_changed_meanwhile_are_not_loaded(bundle_copy: Path) -> None:
 def test_only_the_graph_and_its_weights_have_to_stay_as_they_were(bundle_copy: Path) -> None:
     """A desktop's leavings, and what else comes to lie beside them, are not onnxruntime's to read."""
     weights = bundle_copy / "vae_decoder" / "weights.bin"
-    weights.write_bytes(b"x")
+    move_weights(bundle_copy / DECODER, weights, weights.name)
     write_manifest(bundle_copy)
     decoder = Decoder(Bundle.open(bundle_copy), Runtime(threads=1))
     (session,) = decoder.sessions
     latents = np.zeros((1, 4, 8, 8), np.float32)
-    for name in (".DS_Store", "model.onnx~"):
+    for name in (".DS_Store", "model.onnx~", "config.json"):
         session.unload()
         (bundle_copy / "vae_decoder" / name).write_bytes(b"x")
         decoder.decode(latents)
     session.unload()
-    weights.write_bytes(b"y")
+    weights.write_bytes(weights.read_bytes())
     with pytest.raises(BundleError, match=r"vae_decoder/model\.onnx has changed since"):
         decoder.decode(latents)
+
+
+def test_a_new_calibration_does_not_keep_the_predictor_from_being_loaded_again(tmp_path: Path) -> None:
+    """`edge-export calibrate` puts one into the bundle that is served."""
+    folder = Path(shutil.copytree(STARTER, tmp_path / "bundle"))
+    reader = Reader.open(Bundle.open(folder), 0.5, Runtime(threads=1))
+    before = reader.read("a red apple").prs
+    made = folder / "made"
+    made.write_bytes((folder / CALIBRATION).read_bytes())
+    put_file(folder, CALIBRATION, made)
+    for session in reader.sessions:
+        session.unload()
+    assert reader.read("a red apple").prs == before
+
+
+def test_files_that_changed_before_the_first_load_or_the_warm_up_are_not_loaded(bundle_copy: Path) -> None:
+    """What counts is what they were when the bundle was checked."""
+    bundle = Bundle.open(bundle_copy)
+    generator = Generator(bundle, Runtime(threads=1))
+    (bundle_copy / DECODER).write_bytes((bundle_copy / DECODER).read_bytes())
+    for load in (lambda: Decoder(bundle, Runtime()), lambda: generator.on(Runtime(threads=1))):
+        with pytest.raises(BundleError, match=r"vae_decoder/model\.onnx has changed since"):
+            load()
 
 
 async def test_an_image_of_a_file_that_changed_meanwhile_is_no_refusal_by_policy(

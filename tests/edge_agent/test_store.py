@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -118,6 +119,43 @@ def test_a_choice_that_is_not_there_any_more_says_what_to_do(store: Store) -> No
         _ = store.current
     store.choose("starter")
     assert store.current_folder == STARTER
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no such permissions")
+def test_others_may_read_the_choice_as_far_as_the_umask_lets_them(store: Store) -> None:
+    """The daemon may be another user's than whoever chooses."""
+    install(store, "mine")
+    before = os.umask(0)
+    try:
+        for umask, mode in ((0o022, 0o644), (0o077, 0o600)):
+            os.umask(umask)
+            store.choose("mine")
+            assert stat.S_IMODE((store.folder / ".current").stat().st_mode) == mode
+    finally:
+        os.umask(before)
+
+
+def test_a_folder_that_may_not_be_entered_is_explained(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(store, "mine")
+    store.choose("mine")
+
+    def forbidden(path: Path) -> bool:
+        if path.name in ("mine", "other"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return os.path.isdir(path)  # noqa: PTH112  # the other one is this
+
+    monkeypatch.setattr(Path, "is_dir", forbidden)
+    for ask in (lambda: store.path("mine"), lambda: store.current_folder, lambda: store.remove("other")):
+        with pytest.raises(StoreError, match=r"cannot be read: Permission denied; choose another folder"):
+            ask()
+
+
+def test_an_error_that_has_no_words_of_the_system_is_told_in_its_own(store: Store) -> None:
+    with (
+        pytest.raises(StoreError, match="cannot be written: the tape has run out; choose"),
+        store.explained("written"),
+    ):
+        raise OSError("the tape has run out")
 
 
 @pytest.mark.parametrize("name", ["../mine", "", ".", "..", ".partial", "a/b", "/etc", "mine\n", "none"])

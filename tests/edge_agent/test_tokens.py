@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edge_agent.bundle import Bundle, write_manifest
 from edge_agent.errors import BundleError
 from edge_agent.tokens import Tokenizer
 
@@ -81,6 +82,28 @@ def edit(folder: Path, part: str, **changes: Any) -> None:
     path = folder / "tokenizer.json"
     document = json.loads(path.read_text())
     path.write_text(json.dumps(document | {part: document[part] | changes}))
+
+
+@pytest.mark.parametrize(
+    ("padding", "truncation"),
+    [
+        ({"strategy": {"Fixed": 10**8}}, {"max_length": 10**8}),
+        ({"pad_to_multiple_of": 10**9}, {}),
+    ],
+)
+def test_a_tokenizer_that_pads_beyond_memory_is_refused_before_it_reads_anything(
+    bundle_copy: Path, padding: dict[str, Any], truncation: dict[str, Any]
+) -> None:
+    """The library would end the process, which no handler catches."""
+    edit(bundle_copy / "tokenizer", "padding", **padding)
+    edit(bundle_copy / "tokenizer", "truncation", **truncation)
+    write_manifest(bundle_copy)
+    for load in (
+        lambda: Tokenizer.load(bundle_copy / "tokenizer"),
+        lambda: Tokenizer.open(Bundle.open(bundle_copy)),
+    ):
+        with pytest.raises(BundleError, match=r"tokenizer\.json (makes 100000000 tokens|must pad)"):
+            load()
 
 
 def test_a_tokenizer_that_fails_on_long_prompts_is_refused_when_it_is_loaded(bundle_copy: Path) -> None:

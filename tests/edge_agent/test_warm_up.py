@@ -43,6 +43,7 @@ class Gate:
     def __init__(self) -> None:
         self.open = threading.Event()
         self.failure: Exception | None = None
+        self.begun = self.running = self.most = 0  # warm-ups, in all, now and at once
 
 
 @pytest.fixture
@@ -51,10 +52,17 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
     on = Generator.on
 
     def held(generator: Generator, runtime: Runtime) -> Generator:
-        assert made.open.wait(60)
-        if made.failure is not None:
-            raise made.failure
-        return on(generator, runtime)
+        made.begun += 1
+        made.running += 1
+        made.most = max(made.most, made.running)
+        try:
+            assert made.open.wait(60)
+            if made.failure is not None:
+                generator.encode("")  # to compare with, it runs what serves
+                raise made.failure
+            return on(generator, runtime)
+        finally:
+            made.running -= 1
 
     monkeypatch.setattr(Generator, "on", held)
     monkeypatch.setattr(providers, "SLOW_TO_OPEN", frozenset({SECOND}))
@@ -105,16 +113,63 @@ async def test_it_serves_while_it_warms_up_and_changes_over_between_images(here:
     assert [each.name for each in (await here.app.status()).providers][:2] == [SECOND, "cpu"]
 
 
-async def test_what_cannot_be_opened_is_passed_over_with_the_reason(here: Here, gate: Gate) -> None:
-    gate.failure = BundleError("unet/model.onnx: out of memory")
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        (BundleError("unet/model.onnx: out of memory"), "unet/model.onnx: out of memory"),
+        (
+            MemoryError("no room"),
+            "MemoryError: no room",
+        ),  # what nobody foresaw must not look like a warm-up for ever
+    ],
+)
+async def test_what_cannot_be_opened_is_passed_over_with_the_reason(
+    here: Here, gate: Gate, failure: Exception, reason: str
+) -> None:
+    gate.failure = failure
     gate.open.set()
 
     async def gave_up() -> bool:
         return bool((await standings(here))[SECOND].state == PASSED_OVER)
 
     await until(gave_up)
-    assert (await standings(here))[SECOND].reason == "it could not be opened: unet/model.onnx: out of memory"
+    assert (await standings(here))[SECOND].reason == f"it could not be opened: {reason}"
     assert (await here.app.generate(routing=LOCAL)).result is not None
+
+
+async def test_what_a_warm_up_that_failed_has_loaded_is_put_down_again(
+    gate: Gate, routed_bundle: Path, tmp_path: Path
+) -> None:
+    """It runs what serves, to compare with, and that may have been put down since."""
+    gate.failure = BundleError("unet/model.onnx: out of memory")
+    settings = {"providers": f"{SECOND},cpu", "cache": tmp_path / "cache", "keep_alive_s": 0.2}
+    async with daemon_here(routed_bundle, tmp_path / "state", **settings) as here:
+        assert here.daemon.agent is not None
+        models = here.daemon.agent.models
+
+        def down() -> bool:
+            return not any(session.loaded_at for session in models._sessions)
+
+        await until(down)
+        gate.open.set()
+        await until(lambda: models._warm_up.failure)
+        await until(down)
+
+
+async def test_warm_ups_come_one_after_another_and_those_that_were_overtaken_not_at_all(
+    here: Here, gate: Gate
+) -> None:
+    """Two of one model share what they compile, and one may throw it away."""
+    await until(lambda: gate.running)
+    for _ in range(2):
+        await here.daemon.reload()
+    gate.open.set()
+
+    async def changed() -> bool:
+        return bool((await standings(here))[SECOND].state == IN_USE)
+
+    await until(changed)
+    assert (gate.begun, gate.most) == (2, 1)
 
 
 async def test_a_daemon_that_is_stopped_does_not_wait_for_its_warm_up(here: Here, gate: Gate) -> None:

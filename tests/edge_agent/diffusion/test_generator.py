@@ -29,7 +29,7 @@ from edge_agent.diffusion.denoiser import Denoiser
 from edge_agent.diffusion.generator import Generator, Image, Step
 from edge_agent.diffusion.sessions import Runtime, Stop
 from edge_agent.diffusion.text_encoder import TextEncoder
-from edge_agent.errors import BundleError, Cancelled, InvalidRequest
+from edge_agent.errors import BundleError, Cancelled, GenerationFailed, InvalidRequest
 from edge_agent.reader import Reader
 from export.diffusion_onnx import export_bundle
 from tests.miniature import miniature_pipeline, miniature_xl
@@ -228,6 +228,18 @@ def test_a_stop_from_another_thread_ends_a_series_of_images(generator: Generator
         with pytest.raises(Cancelled):
             draw_on(stop)
         timer.join()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_decoder_whose_numbers_are_not_finite_makes_no_image(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    """It would be a black or a white one."""
+    (session,) = generator.decoder.sessions
+    run = session.run
+    monkeypatch.setattr(session, "run", lambda *a, **k: [np.full_like(run(*a, **k)[0], value)])
+    with pytest.raises(GenerationFailed, match=r"vae_decoder/model\.onnx gave numbers that are not finite"):
+        events(generator)
 
 
 def test_steps_that_are_not_compiled_are_refused_naming_those_there_are(generator: Generator) -> None:

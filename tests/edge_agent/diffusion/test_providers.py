@@ -73,7 +73,8 @@ def test_every_provider_is_either_used_or_passed_over_with_a_reason() -> None:
         (("tensorrt", "cuda"), ("cuda", "cpu"), ("tensorrt", "cuda", "cpu")),
         (("cuda", "tensorrt"), ("cuda", "cpu"), ()),
         (("azure", "cpu"), ("azure", "cpu"), ()),
-        (("cpu", "cuda"), ("cpu",), ()),
+        (("cpu", "cuda"), ("cuda", "cpu"), ()),
+        (("cpu", "tensorrt", "cuda"), ("cuda", "cpu"), ("tensorrt", "cuda", "cpu")),
     ],
 )
 def test_a_wish_is_followed_in_its_order_and_the_cpu_comes_last(

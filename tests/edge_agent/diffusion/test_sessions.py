@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
+from edge_agent.bundle import file_states
 from edge_agent.diffusion import sessions
 from edge_agent.diffusion.sessions import Runtime, Session, Stop
 from edge_agent.errors import BundleError, Cancelled, GenerationFailed
@@ -105,11 +107,25 @@ def test_only_a_large_graph_runs_without_the_memory_pattern(
     kept = []
     for limit in (1_000_000, 1_000):
         monkeypatch.setattr(sessions, "LARGE_BYTES", limit)
-        session = Session(path, ["x"], ["out"], ONE_THREAD, [tmp_path / "a.onnx_data"])
+        session = Session(path, ["x"], ["out"], ONE_THREAD, file_states([path, tmp_path / "a.onnx_data"]))
         assert session._session is not None
         kept.append(session._session.get_session_options().enable_mem_pattern)
         np.testing.assert_array_equal(session.run({"x": x})[0], -x)
     assert kept == [True, False]
+
+
+def test_onnxruntimes_own_format_is_not_taken_for_a_graph(tmp_path: Path) -> None:
+    """Where it has its weights nobody has looked: onnxruntime must go on to know it by its name alone."""
+    path = save(
+        tmp_path / "a.onnx", [helper.make_node("Neg", ["x"], ["out"])], {"x": (TensorProto.FLOAT, [3])}
+    )
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "b.onnx")
+    options.add_session_config_entry("session.save_model_format", "ORT")
+    ort.InferenceSession(path, options)  # writes it
+    assert (tmp_path / "b.onnx").read_bytes()[4:8] == b"ORTM"
+    with pytest.raises(BundleError, match=r"b\.onnx cannot be loaded by onnxruntime"):
+        Session(tmp_path / "b.onnx", ["x"], ["out"], ONE_THREAD)
 
 
 def test_inputs_take_the_types_of_the_graph(tmp_path: Path) -> None:
