@@ -81,7 +81,7 @@ def test_tokens_that_were_added_are_found_where_the_tokenizer_finds_them(tmp_pat
     for text in ("a <Catty> of sks on the beach", "a SKS Sks, two<catty>s<Catty>", "sks"):
         encoded = converted.encode(text)
         assert encoded.ids[0].tolist() == ids(tokenizer, text)
-    assert (encoded.texts[1], encoded.own) == ("sks", [1])
+    assert (encoded.texts, encoded.own) == (["sks"], [1])
 
 
 def test_a_conversion_that_loses_an_added_token_is_refused(tmp_path: Path) -> None:
