@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from edge_agent.client import Received
 from edge_agent.policy import Decision
@@ -63,7 +63,7 @@ class Answer:
             "file": self.file,
             "sha256": self.received.sha256,
             "cost_micro_usd": self.received.cost_micro_usd,
-            "quota": [asdict(budget) for budget in self.decision.quota],
+            "quota": [budget._asdict() for budget in self.decision.quota],
             "timings_ms": self.received.timings_ms,
         }
         return json.dumps(facts, ensure_ascii=False)
