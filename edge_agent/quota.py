@@ -155,10 +155,11 @@ class Reservation:
 
 @dataclass(frozen=True)
 class _Account:
-    """What counts, as the ledger stood after its last write, `as_of` seconds since 1970."""
+    """What counts, as the ledger stood after its last write: from `as_of`, seconds since 1970, until a window ends."""
 
     as_of: float
-    sums: tuple[tuple[float, int, int], ...]  # for each budget: start of its window, spent, reserved
+    until: float
+    sums: tuple[tuple[int, int], ...]  # for each budget: spent, reserved
     recent: tuple[tuple[float, ...], ...]  # for each rate: when its calls were reserved, ascending
 
 
@@ -409,20 +410,15 @@ class Ledger:
 
     def _remembered(self, now: float) -> _Account | None:
         account = self._account
-        if (
-            account is None
-            or now < account.as_of
-            or [start for start, _, _ in account.sums] != self._starts(now)
-        ):
-            return None
-        return account
+        return account if account is not None and account.as_of <= now < account.until else None
 
     def _counted(self, connection: sqlite3.Connection, now: float) -> _Account:
         """What counts at `now`, from the file."""
+        windows = [window_bounds(budget.window, now) for budget in self.budgets]
         sums = [
-            (start, *_sums(connection, budget, start))
-            for budget, start in zip(self.budgets, self._starts(now), strict=True)
+            _sums(connection, budget, start) for budget, (start, _) in zip(self.budgets, windows, strict=True)
         ]
+        until = min((end for _, end in windows if end is not None), default=math.inf)
         recent = [
             tuple(
                 reserved_at
@@ -433,13 +429,10 @@ class Ledger:
             )
             for rate in self._rates
         ]
-        return _Account(now, tuple(sums), tuple(recent))
-
-    def _starts(self, now: float) -> list[float]:
-        return [window_bounds(budget.window, now)[0] for budget in self.budgets]
+        return _Account(now, until, tuple(sums), tuple(recent))
 
     def _states(self, account: _Account) -> Iterator[BudgetState]:
-        for budget, (_, spent, reserved) in zip(self.budgets, account.sums, strict=True):
+        for budget, (spent, reserved) in zip(self.budgets, account.sums, strict=True):
             cap = budget.cap_micro_usd
             remaining = max(
                 0, cap - spent - reserved
