@@ -166,8 +166,7 @@ class Agent:
     def advice(self) -> tuple[str, ...]:
         """One sentence for each thing that keeps prompts from the cloud: what it is, and what to do."""
         calibration = self.reader.calibration
-        recent = self.reader.recent
-        found = [advice for advice in (self.reader.advice, recent.advice if recent else "") if advice]
+        found = [self.reader.advice] if self.reader.advice else []
         if calibration is not None and not self._cloud_fits:
             found.append(
                 f"the cloud server runs model {self.tally.cloud_digest[:16]} and the calibration was made for "
@@ -179,6 +178,8 @@ class Agent:
             found.append(
                 "no cloud server is configured, so every prompt stays on the edge: start with --cloud HOST:PORT"
             )
+        elif self.calibrated and self.reader.recent is not None and self.reader.recent.advice:
+            found.append(self.reader.recent.advice)
         failure = self.tally.cloud_failure
         if failure is not None:
             check = "--cloud, --cloud-ca and whether the cloud server runs"
@@ -204,6 +205,7 @@ class Agent:
 
     def succeeded_by(self, models: Resident) -> Agent:
         """An agent with other models and the same device, purchases and tally. This one ends what it has begun."""
+        models.reader.succeed(self.reader)
         self.models.succeed()
         return Agent(models, self.device, self.purchases, self._terms, self.tally)
 
@@ -308,8 +310,9 @@ class Agent:
     def _remember(self, request: ImageRequest, decision: Decision) -> None:
         """What the routing rate is a share of: prompts that may go to the cloud, and need not."""
         free = request.routing is Routing.AUTO and not request.local_only
-        if free and decision.prs is not None and self.reader.recent is not None:
-            self.reader.recent.add(decision.prs)
+        recent = self.reader.recent
+        if free and decision.prs is not None and recent is not None and recent.add(decision.prs):
+            asyncio.get_running_loop().run_in_executor(self._reading, recent.save)
 
     def _ask_for_model(self) -> None:
         """Where another model in the cloud is all that keeps prompts from it, ask whether it is still there.

@@ -279,13 +279,12 @@ async def run(settings: Settings) -> Daemon:
 
 def _load_models(settings: Settings) -> Resident:
     # The folder itself and no link to it: what the link leads to may change, and these graphs be loaded again.
-    bundle = Bundle.open(
-        os.path.realpath(settings.bundle_folder)
-    )  # which takes a loop of links for no folder
+    # Path.resolve would raise something of its own for a loop of links.
+    bundle = Bundle.open(os.path.realpath(settings.bundle_folder))
     choice = providers.find(settings.providers)
     serving = tuple(map(providers.full_name, choice.serving))
     generator = Generator(bundle, Runtime(threads=settings.threads or None, providers=serving))
-    followed = settings.recent_file if settings.follow_prompts else None
+    followed = settings.state_folder if settings.follow_prompts else None
     reader = Reader(bundle, generator.tokenizer, generator.text_encoder, settings.routing_rate, followed)
     manifest = bundle.manifest
     limits = Limits(

@@ -52,8 +52,8 @@ class Reader:
         routing_rate: float,
         followed: Path | None = None,
     ) -> None:
-        """Alpha follows the scores in the file `followed`, where one is named. Raises BundleError, naming the file that
-        does not fit.
+        """Alpha follows the scores in the folder `followed`, where one is named. Raises BundleError, naming the file
+        that does not fit.
         """
         self.bundle = bundle
         self.routing_rate = routing_rate
@@ -73,7 +73,7 @@ class Reader:
         fitting = self.calibration if not self.advice else None
         self._superiority = Superiority(fitting.scale, fitting.weights) if fitting else None
         self.recent = (
-            Recent(fitting, routing_rate, follow=followed is not None, file=followed) if fitting else None
+            Recent(fitting, routing_rate, follow=followed is not None, folder=followed) if fitting else None
         )
 
     @classmethod
@@ -88,6 +88,11 @@ class Reader:
     def alpha(self) -> float | None:
         """Prompts with PRS below it are worth the cloud; None where no calibration fits."""
         return self.recent.alpha if self.recent else None
+
+    def succeed(self, former: Reader) -> None:
+        """Go on with what `former` knows of recent prompts, where their scores mean the same."""
+        if self.recent and former.recent and self.recent.calibration_id == former.recent.calibration_id:
+            self.recent = former.recent
 
     def save(self) -> None:
         """Keep what is to outlive the process."""

@@ -1,8 +1,9 @@
 """The prompts this device was lately asked for, as their PRS: what share of them alpha sends to the cloud.
 
 A calibration's prompts are somebody else's. Where a device's own are harder or worded otherwise, more of them lie below
-alpha than the wanted routing rate says. Alpha may follow them: it is then the largest that sends the wanted share away
-of the calibration's scores and the recent ones together. Only scores are kept, no prompts.
+alpha than the wanted routing rate says. Alpha may follow them: it is then the largest that sends at most the wanted
+share away of the calibration's scores and the recent ones together. Of prompts that come again and again it may be much
+less: a score goes as a whole or not at all. Only scores are kept, no prompts.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import json
 import logging
 import math
 import os
+import threading
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +35,9 @@ alpha for half of the prompts. With 50, 62 % of the first hundred go to the clou
 ENOUGH = 100
 """Scores from which on a share that is not the wanted one is spoken of."""
 
+APART = 0.05
+"""How far that share is from the wanted one at least."""
+
 SAVED_EVERY = 20
 """Scores. What a crash loses is soon there again."""
 
@@ -45,58 +51,71 @@ class Recent:
         routing_rate: float,
         *,
         follow: bool = False,
-        file: Path | None = None,
+        folder: Path | None = None,
     ) -> None:
-        """Scores that the file holds of another calibration are not comparable, and forgotten."""
+        """With a `folder` the scores outlive the process, in a file for each calibration: two do not compare."""
         self.routing_rate = routing_rate
-        self._follow = follow
         self._calibration = calibration
-        self._file = file
-        self._scores: deque[float] = deque(_read(file, calibration.calibration_id) if file else (), KEPT)
+        self._follow = follow
+        self._file = folder / f"recent-{calibration.calibration_id}.json" if folder else None
+        self._scores: deque[float] = deque(_read(self._file) if self._file else (), KEPT)
         places = (np.arange(WEIGHT) + 0.5) / WEIGHT
         self._prior = np.quantile(calibration.scores, places, method="inverted_cdf").tolist()
         self.alpha = self._alpha()
         self._unsaved = 0
+        self._writing = threading.Lock()
 
-    def add(self, prs: float) -> None:
-        """One more prompt that the policy was free to send anywhere."""
+    @property
+    def calibration_id(self) -> str:
+        """Of the calibration that gives the scores their meaning."""
+        return self._calibration.calibration_id
+
+    def add(self, prs: float) -> bool:
+        """One more prompt that the policy was free to send anywhere. Returns whether it is time to `save`."""
         self._scores.append(prs)
         if self._follow:
             self.alpha = self._alpha()
         self._unsaved += 1
-        if self._unsaved >= SAVED_EVERY:
-            self.save()
+        return self._file is not None and self._unsaved % SAVED_EVERY == 0
 
     def save(self) -> None:
-        """To the file, where there is one. A disk that takes nothing is told of in the log alone: only time is lost."""
-        if self._file is None or not self._unsaved:
-            return
-        self._unsaved = 0
-        document = {"calibration_id": self._calibration.calibration_id, "prs": list(self._scores)}
-        part = self._file.with_name(self._file.name + ".part")
-        try:
-            part.write_text(json.dumps(document) + "\n")
-            os.replace(part, self._file)
-        except OSError as error:
-            log.warning(
-                "recent", extra={"fields": {"error": f"{self._file} cannot be written: {error.strerror}"}}
-            )
+        """To the file, where there is one; waits for the disk, in any thread. A disk that takes nothing is told of in
+        the log alone: only time is lost.
+        """
+        with self._writing:
+            if self._file is None or not self._unsaved:
+                return
+            unsaved, scores = self._unsaved, list(self._scores)
+            part = self._file.with_name(self._file.name + ".part")
+            try:
+                part.write_text(json.dumps(scores) + "\n")
+                os.replace(part, self._file)
+                self._unsaved -= unsaved
+            except OSError as error:
+                with suppress(OSError):
+                    part.unlink(missing_ok=True)
+                failure = f"{self._file} cannot be written: {error.strerror or error}"
+                log.warning("recent", extra={"fields": {"error": failure}})
 
     @property
     def advice(self) -> str:
-        """What to do where the share below alpha is not the wanted one, beyond chance; empty where it is."""
+        """What to do where the share below alpha is not the wanted one, beyond chance; empty where it is.
+
+        The calibration's prompts are a sample too, and often the smaller one.
+        """
         count = len(self._scores)
         if count < ENOUGH or self._follow:  # then alpha is on its way
             return ""
         share = realised_rate(list(self._scores), self.alpha)
         apart = share - self.routing_rate
-        expected = 2 * math.sqrt(self.routing_rate * (1 - self.routing_rate) / count)
-        if abs(apart) <= expected or (apart < 0 and self.alpha >= ALPHA_BOUND):
+        spread = self.routing_rate * (1 - self.routing_rate)
+        chance = 3 * math.sqrt(spread * (1 / count + 1 / len(self._calibration.scores)))
+        if abs(apart) <= max(chance, APART) or (apart < 0 and self.alpha >= ALPHA_BOUND):
             return ""
         return (
             f"of the last {count} prompts {share:.0%} were worth the cloud and {self.routing_rate:.0%} are wanted: "
-            "they are unlike those that the bundle was calibrated with. Start with --follow-prompts true, which moves "
-            "alpha, or calibrate with prompts of your own"
+            "they are unlike those that the bundle was calibrated with. Start with --follow-prompts true, which "
+            "moves alpha, or calibrate with prompts of your own"
         )
 
     def _alpha(self) -> float:
@@ -105,13 +124,11 @@ class Recent:
         return float(largest_alpha([*self._prior, *self._scores], self.routing_rate))
 
 
-def _read(file: Path, calibration_id: str) -> list[float]:
+def _read(file: Path) -> list[float]:
     """The scores in the file; none where it cannot be read, which costs no more than some time."""
     try:
-        document = json.loads(file.read_text())
-        if document["calibration_id"] != calibration_id:
-            return []
-        scores = [float(score) for score in document["prs"]]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        scores = [float(score) for score in json.loads(file.read_text())]
+    # OverflowError: an integer that no float can hold.
+    except (OSError, ValueError, TypeError, OverflowError, RecursionError):
         return []
     return [score for score in scores if math.isfinite(score)]

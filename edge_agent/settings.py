@@ -343,8 +343,8 @@ class Settings:
         "false",
         _switch,
         "BOOL",
-        "whether alpha follows the prompts of this device, so that the wanted share of them goes to the cloud and not "
-        "of those that the bundle was calibrated with; keeps their PRS, and no prompts, under --state",
+        "whether alpha follows the prompts of this device, so that RHO is a share of them and not of those that the "
+        "bundle was calibrated with; keeps their PRS, and no prompts, under --state",
     )
     budget: tuple[Budget, ...] = _setting(
         DEFAULT_BUDGET,
@@ -447,15 +447,11 @@ class Settings:
     @property
     def ledger_file(self) -> Path:
         """The quota ledger."""
-        return self._state_folder / "quota.sqlite3"
+        return self.state_folder / "quota.sqlite3"
 
     @property
-    def recent_file(self) -> Path:
-        """Scores of the last prompts, where alpha follows them."""
-        return self._state_folder / "recent.json"
-
-    @property
-    def _state_folder(self) -> Path:
+    def state_folder(self) -> Path:
+        """Of what outlives the process."""
         return expanded(self.state) if self.state else default_state_folder()
 
 

@@ -23,10 +23,10 @@ class Tokens:
     """One prompt in L positions, padding included, of which T are its own."""
 
     ids: NDArray[np.int64]  # [1, L]
-    own: list[
-        int
-    ]  # T; positions of the prompt's own tokens, in order: not of start, end and padding. To be read only
-    texts: list[str]  # T; the prompt's characters that its own tokens stand for. To be read only
+    # T; positions of the prompt's own tokens, in order: not of start, end and padding. To be read only.
+    own: list[int]
+    # T; the prompt's characters that its own tokens stand for. To be read only.
+    texts: list[str]
     truncated: bool  # the prompt had more tokens than fit
     # [1, L], the same prompt as the second tokenizer reads it, where the model has two (Stable Diffusion XL).
     ids_2: NDArray[np.int64] | None = None

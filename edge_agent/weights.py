@@ -55,7 +55,8 @@ def locations(graph: Path) -> set[str]:
             except ValueError:
                 return found
             if entry.get(_KEY) == _LOCATION:
-                found.add(entry.get(_VALUE, b"").decode(errors="replace"))
+                # As file systems' names are decoded: replaced, what is no UTF-8 would look like another file's name.
+                found.add(entry.get(_VALUE, b"").decode(errors="surrogateescape"))
     return found
 
 

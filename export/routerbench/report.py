@@ -317,13 +317,13 @@ def _ablations(facts: Facts) -> list[str]:
         *_table("without", "beside", "costs", "each scene once", "does the part earn its place here?"),
     ]
     for (name, whole), costs in facts.ablations.items():
-        verdict = (
-            "yes"
-            if any(cost.low > 0 for cost in costs)
-            else "no: it does better without"
-            if any(cost.high < 0 for cost in costs)
-            else "not that could be told"
-        )
+        pays, harms = any(cost.low > 0 for cost in costs), any(cost.high < 0 for cost in costs)
+        verdict = {
+            (True, False): "yes",
+            (False, True): "no: it does better without",
+            (True, True): "by one measure yes, by the other no",
+            (False, False): "not that could be told",
+        }[pays, harms]
         lines.append(_row(name, whole, *map(_text, costs), verdict))
     return [
         *lines,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 
 from edge_agent.calibration import Calibration
-from edge_agent.recent import ENOUGH, KEPT, SAVED_EVERY, Recent
+from edge_agent.recent import ENOUGH, KEPT, SAVED_EVERY, Recent, _read
 from routet2i.edge.v1 import edge_pb2
 from routet2i.image.v1 import image_pb2
 from tests.edge_agent.test_calibration import CALIBRATION
@@ -54,39 +53,43 @@ def test_only_the_last_scores_count(calibration: Calibration) -> None:
     assert one.alpha == other.alpha
 
 
-def test_scores_outlive_the_process_and_are_forgotten_with_their_calibration(
-    calibration: Calibration, tmp_path: Path
-) -> None:
-    file = tmp_path / "recent.json"
-    before = Recent(calibration, WANTED, follow=True, file=file)
-    for prs in harder(SAVED_EVERY + 7):
-        before.add(prs)
-    assert len(json.loads(file.read_text())["prs"]) == SAVED_EVERY  # what a crash would leave
+def test_scores_outlive_the_process_each_calibrations_apart(calibration: Calibration, tmp_path: Path) -> None:
+    before = Recent(calibration, WANTED, follow=True, folder=tmp_path)
+    due = [before.add(prs) for prs in harder(SAVED_EVERY + 7)]
+    assert [number for number, now in enumerate(due, 1) if now] == [SAVED_EVERY]
     before.save()
-    assert (
-        Recent(calibration, WANTED, follow=True, file=file).alpha == before.alpha != calibration.alpha(WANTED)
-    )
+    assert Recent(calibration, WANTED, follow=True, folder=tmp_path).alpha == before.alpha
+    assert before.alpha != calibration.alpha(WANTED)
     other = replace(calibration, created="another day").save(tmp_path / "other.json")
-    assert Recent(other, WANTED, follow=True, file=file).alpha == other.alpha(WANTED)
+    aside = Recent(other, WANTED, follow=True, folder=tmp_path)
+    assert aside.alpha == other.alpha(WANTED)
+    aside.add(0.2)
+    aside.save()
+    assert Recent(calibration, WANTED, follow=True, folder=tmp_path).alpha == before.alpha
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"calibration_id": "ID", "prs": 3}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "content", ["", "{", "3", '{"prs": []}', "[" * 100_000, "[1" + "0" * 400 + "]", "[NaN]"]
+)
 def test_a_damaged_file_costs_no_more_than_what_it_held(
     calibration: Calibration, tmp_path: Path, content: str
 ) -> None:
-    file = tmp_path / "recent.json"
-    file.write_text(content.replace("ID", calibration.calibration_id))
-    assert Recent(calibration, WANTED, follow=True, file=file).alpha == calibration.alpha(WANTED)
+    (tmp_path / f"recent-{calibration.calibration_id}.json").write_text(content)
+    assert Recent(calibration, WANTED, follow=True, folder=tmp_path).alpha == calibration.alpha(WANTED)
 
 
-def test_a_file_that_cannot_be_written_keeps_no_prompt_from_its_answer(
+def test_a_disk_that_takes_nothing_for_a_while_costs_nothing(
     calibration: Calibration, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    recent = Recent(calibration, WANTED, follow=True, file=tmp_path / "gone" / "recent.json")
+    folder = tmp_path / "gone"
+    recent = Recent(calibration, WANTED, follow=True, folder=folder)
     for prs in harder(SAVED_EVERY):
         recent.add(prs)
-    assert recent.alpha < calibration.alpha(WANTED)
-    assert "recent.json cannot be written" in str(caplog.records[-1].__dict__["fields"])
+    recent.save()
+    assert "cannot be written" in str(caplog.records[-1].__dict__["fields"])
+    folder.mkdir()
+    recent.save()
+    assert Recent(calibration, WANTED, follow=True, folder=folder).alpha == recent.alpha
 
 
 def test_a_share_that_is_not_the_wanted_one_is_spoken_of_beyond_chance(calibration: Calibration) -> None:
@@ -101,6 +104,27 @@ def test_a_share_that_is_not_the_wanted_one_is_spoken_of_beyond_chance(calibrati
     for prs in np.random.default_rng(1).choice(SCORES, 200):
         alike.add(float(prs))
     assert not alike.advice
+
+
+def test_two_samples_of_the_same_prompts_are_not_called_unlike(tmp_path: Path) -> None:
+    """The calibration is one of them: its own chance counts."""
+    draw, spoken = np.random.default_rng(3), 0
+    for number in range(60):
+        scores = tuple(np.sort(draw.beta(4, 8, 400)).tolist())
+        drawn = replace(CALIBRATION, scores=scores).save(tmp_path / f"{number}.json")
+        recent = Recent(drawn, 0.3)
+        for prs in draw.beta(4, 8, 1000).tolist():
+            recent.add(prs)
+        spoken += bool(recent.advice)
+    assert spoken <= 1
+
+
+@pytest.mark.parametrize("wanted", [0.0, 1.0])
+def test_nothing_is_said_where_all_or_none_are_wanted_and_go(calibration: Calibration, wanted: float) -> None:
+    recent = Recent(replace(calibration, scores=tuple(0.4 * prs for prs in SCORES)), wanted)
+    for prs in harder(200):
+        recent.add(prs)
+    assert not recent.advice
 
 
 def test_what_the_bound_keeps_from_the_cloud_is_no_drift(tmp_path: Path) -> None:
@@ -123,4 +147,19 @@ async def test_the_daemon_counts_prompts_that_may_go_anywhere_and_keeps_their_sc
         await here.app.generate("a red moon", routing=edge_pb2.ROUTING_LOCAL_ONLY)
         await here.app.generate("a red moon", privacy=image_pb2.PRIVACY_LOCAL_ONLY)
         await here.app.route("a red moon")
-    assert json.loads((tmp_path / "recent.json").read_text())["prs"] == pytest.approx([free.decision.prs])
+        assert here.daemon.agent is not None
+        calibration = here.daemon.agent.reader.calibration
+    assert calibration is not None
+    kept = _read(tmp_path / f"recent-{calibration.calibration_id}.json")
+    assert kept == pytest.approx([free.decision.prs])
+
+
+async def test_a_reload_of_the_same_models_forgets_nothing(routed_bundle: Path, tmp_path: Path) -> None:
+    async with daemon_here(routed_bundle, tmp_path) as here:
+        await here.app.generate("a red moon")
+        await here.daemon.reload()
+        await here.app.generate("a red moon")
+        assert here.daemon.agent is not None
+        recent = here.daemon.agent.reader.recent
+    assert recent is not None
+    assert len(recent._scores) == 2

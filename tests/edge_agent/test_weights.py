@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import tracemalloc
 from contextlib import suppress
@@ -118,6 +119,16 @@ def test_what_protobuf_skips_is_skipped(everywhere: ModelProto, tmp_path: Path) 
     doubled = b"\x0a\x05other\x12\x01x" + b"\x0a\x08location\x12\x04last"  # of two the last counts
     entry = b"\x6a" + varint(len(doubled)) + doubled
     assert read(tmp_path, b"\x3a" + varint(len(entry) + 2) + b"\x2a" + varint(len(entry)) + entry) == {"last"}
+
+
+def test_a_place_that_is_no_text_is_told_from_every_name(tmp_path: Path) -> None:
+    """Onnxruntime opens the file with these bytes; a manifest can list one with a replacement character in its name."""
+    model = ModelProto()
+    entry = model.graph.initializer.add().external_data.add(key="location", value="w?.bin")
+    assert entry.value
+    (place,) = read(tmp_path, model.SerializeToString().replace(b"w?.bin", b"w\xff.bin"))
+    assert place != "w\ufffd.bin"
+    assert os.fsencode(place) == b"w\xff.bin"
 
 
 def test_what_is_no_protobuf_is_read_as_far_as_it_goes(everywhere: ModelProto, tmp_path: Path) -> None:
