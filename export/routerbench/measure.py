@@ -91,7 +91,7 @@ class Bench:
         self.edge = np.array([edge[rows].mean() for rows in self.resamples])  # [R]
         self.oracle = {rate: self._oracle_shares(rate) for rate in RATES}
         self.oracle_gains = {rate: self._gains(shares) for rate, shares in self.oracle.items()}
-        least = 1e-9 * np.abs(self.full).max()  # what rounding makes of nothing
+        least = 1e-4 * np.abs(self.full).max()  # more than rounding makes of nothing
         if any(
             (np.abs(gains.mean(axis=1) - self._random(rate)) <= least).any()
             for rate, gains in self.oracle_gains.items()

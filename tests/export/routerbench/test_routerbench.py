@@ -247,10 +247,15 @@ def test_the_inspector_finds_no_more_with_a_router_than_with_itself(bench: Bench
     assert by_wish is not None and by_wish.low > 0
 
 
-def test_models_that_are_alike_leave_nothing_to_route(world: World, bench: Bench) -> None:
-    alike = replace(world.test, cloud_seeds=world.test.edge_seeds)
+@pytest.mark.parametrize("better", [0.0, 0.03])
+def test_models_whose_gap_is_the_same_everywhere_leave_nothing_to_route(
+    world: World, bench: Bench, better: float
+) -> None:
+    edge = 0.9 * world.test.edge_seeds
+    even = replace(world.test, edge_seeds=edge, cloud_seeds=edge + np.float32(better))
+    assert counted_metrics(even).any() == (better > 0)
     with pytest.raises(ExportError, match="the oracle wins what random wins"):
-        Bench(alike, bench.better, bench.counted, world.said("test"))
+        Bench(even, bench.better, bench.counted, world.said("test"))
 
 
 def test_calls_saved_have_an_interval_and_none_where_it_is_never_reached(bench: Bench) -> None:
