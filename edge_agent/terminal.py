@@ -77,7 +77,8 @@ def print_facts(facts: dict[str, Any], options: argparse.Namespace) -> int:
     for name, value in facts.items():
         lines = value if isinstance(value, list) and name in ("advice", "providers") else [value]
         for line in lines:
-            print(f"{name.replace('_', ' '):{width}}  {'' if line is None else line}")
+            shown = round(line, 3) if isinstance(line, float) else line
+            print(f"{name.replace('_', ' '):{width}}  {'' if shown is None else shown}")
     return DONE
 
 
