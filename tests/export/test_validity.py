@@ -2,6 +2,8 @@ import re
 import shutil
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from edge_agent.superiority import METRICS
@@ -32,6 +34,21 @@ def test_a_metric_falls_less_often_under_less_of_its_damage(monkeypatch):
     assert shares.shape == (2, len(METRICS))
     assert (shares[1] == validity.falls(judge, foreign_damage, samples, 1.0).diagonal()).all()
     assert shares[0].mean() < shares[1].mean()
+
+
+def test_what_the_inspector_passes_is_compared_within_each_prompt(tmp_path, monkeypatch):
+    monkeypatch.setattr(validity, "RESAMPLES", 20)
+    labels = write_labels(tmp_path / "labels.parquet", 24)
+    table = pq.read_table(labels)
+    ids, layout = table["prompt_id"].to_numpy(), table["layout"].to_numpy()
+    passes = [float(layout[row] > layout[ids == ids[row]].mean()) for row in range(len(ids))]
+    if "inspected" in table.column_names:
+        table = table.drop_columns("inspected")
+    pq.write_table(table.append_column("inspected", pa.array(passes)), labels)
+    cells, prompts = validity.preferred(labels)
+    assert prompts == len(set(ids.tolist()))
+    assert cells["any two"][METRICS.index("layout")] == "1.00 [1.00, 1.00]"
+    assert not cells["any two"][METRICS.index("color")].startswith("1.00")
 
 
 def test_the_report_says_at_which_severities_and_under_which_damages_a_metric_falls_too_seldom(
