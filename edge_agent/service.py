@@ -9,6 +9,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc
@@ -325,7 +326,8 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
             await _abort(context, error)
         finally:
             line["elapsed_ms"] = round((time.perf_counter() - began) * 1e3, 1)
-            log.info("call", extra={"fields": line})
+            # Once the status is on its way: nobody waits for a line in a log.
+            asyncio.get_running_loop().call_soon(partial(log.info, "call", extra={"fields": line}))
 
 
 async def _abort(context: Any, error: BaseException) -> None:
