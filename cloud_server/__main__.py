@@ -22,7 +22,7 @@ try:
     import asyncio
     import logging
 
-    from cloud_server import log, settings
+    from cloud_server import log, settings, version
     from cloud_server.errors import StartRefused
 finally:
     signal.signal(signal.SIGINT, _before)
@@ -49,6 +49,7 @@ Exit codes: 0 stopped when told to, 2 could not start (the message says why).
 def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
     top = argparse.ArgumentParser(prog="cloud-server", description=DESCRIPTION)
+    top.add_argument("--version", action="version", version=f"%(prog)s {version()}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     serve = commands.add_parser(
         "serve",

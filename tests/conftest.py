@@ -14,6 +14,11 @@ import pytest
 # torch is imported, and inherited by the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# A proxy of the person's own must not stand between two processes of this machine.
+for variable in ("no_proxy", "no_grpc_proxy"):
+    others = [host for host in (os.environ.get(variable), "127.0.0.1", "localhost", "::1") if host]
+    os.environ[variable] = ",".join(others)
+
 
 @pytest.fixture(scope="session")
 def miniature_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:

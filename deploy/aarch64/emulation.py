@@ -98,13 +98,21 @@ def _python_root(folder: Path) -> Path:
     return root
 
 
+def _works(uv: str) -> bool:
+    try:
+        return subprocess.run([uv, "--version"], check=False, capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
 def _packages(folder: Path, python: str) -> Path:
     packages, done = folder / f"packages-{python}", folder / f"packages-{python}.done"
     stamp = (ROOT / "pyproject.toml").read_text() + (ROOT / "constraints.txt").read_text() + ONNXRUNTIME
     if done.exists() and done.read_text() == stamp:
         return packages
-    uv = shutil.which("uv") or str(ROOT / ".venv/bin/uv")
-    if not Path(uv).exists():
+    # One that is found need not work: some machines have a stand-in that refuses.
+    uv = next((each for each in ("uv", str(ROOT / ".venv/bin/uv")) if _works(each)), None)
+    if uv is None:
         raise CannotPrepare("uv is needed: https://docs.astral.sh/uv/")
     _say(f"fetching aarch64 wheels for Python {python}")
     lines = (ROOT / "constraints.txt").read_text().splitlines()

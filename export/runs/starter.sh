@@ -13,7 +13,8 @@ both() {
     stage $1 & one=$!
     stage $2 & other=$!
     trap 'kill $one $other 2>/dev/null' EXIT
-    wait $one && wait $other
+    wait $one # not with && in between: then set -e would let the first one's failure pass
+    wait $other
     trap - EXIT
 }
 

@@ -37,5 +37,11 @@ def test_the_install_command_names_the_wheel_with_its_extra(tmp_path: Path) -> N
             assert told.stdout == b"install|routet2i-0.1-py3-none-any.whl[cpu]|"
 
 
+def test_no_line_shuts_the_gpu_out() -> None:
+    """What allows one device denies all others."""
+    unit = UNIT.read_text(encoding="utf-8")
+    assert not re.findall(r"^(PrivateDevices|ProtectClock|DevicePolicy|DeviceAllow)=", unit, re.MULTILINE)
+
+
 def test_a_daemon_that_refused_to_start_is_not_started_again() -> None:
     assert f"\nRestartPreventExitStatus={BAD_INPUT}\n" in UNIT.read_text(encoding="utf-8")
