@@ -10,11 +10,11 @@ from edge_agent.settings import default_address
 from routet2i.edge.v1 import edge_pb2, edge_pb2_grpc
 from routet2i.image.v1 import image_pb2
 
-prompt, file = sys.argv[1:]
-request, png = edge_pb2.GenerateRequest(image=image_pb2.ImageRequest(prompt=prompt, app="example")), b""
+request, png = edge_pb2.GenerateRequest(image=image_pb2.ImageRequest(prompt=sys.argv[1], app="example")), b""
 address = os.environ.get("EDGE_AGENT_ADDRESS") or default_address()
 with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
     for event in edge_pb2_grpc.EdgeAgentServiceStub(channel).Generate(request, timeout=120):
         png += event.image_chunk.data  # empty in every event that is not a chunk
-Path(file).write_bytes(png)
-print(f"made by: {edge_pb2.Route.Name(event.result.served_by)} for {event.result.cost_micro_usd} micro-dollars")
+Path(sys.argv[2]).write_bytes(png)
+made = event.result
+print(f"made by: {edge_pb2.Route.Name(made.served_by)} for {made.cost_micro_usd} micro-dollars")
