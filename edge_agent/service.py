@@ -293,7 +293,7 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
     @asynccontextmanager
     async def _call(self, request: Any, context: Any, line: Line) -> AsyncIterator[Agent]:
         """Hands out the agent, turns errors into statuses, and writes the call's one log line."""
-        began = time.perf_counter()
+        began, loop = time.perf_counter(), asyncio.get_running_loop()
         line["outcome"] = "OK"
         try:
             if isinstance(request, Malformed):
@@ -326,8 +326,11 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
             await _abort(context, error)
         finally:
             line["elapsed_ms"] = round((time.perf_counter() - began) * 1e3, 1)
-            # Once the status is on its way: nobody waits for a line in a log.
-            asyncio.get_running_loop().call_soon(partial(log.info, "call", extra={"fields": line}))
+            write = partial(log.info, "call", extra={"fields": line})
+            if loop.is_closed():  # and the call is ended with it
+                write()
+            else:  # once the status is on its way: nobody waits for a line in a log
+                loop.call_soon(write)
 
 
 async def _abort(context: Any, error: BaseException) -> None:

@@ -249,6 +249,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     said = {
         split: scenes[outcomes.splits == split] for split in SPLITS if (outcomes.splits == split).sum() > 1
     }
+    if (different := len(np.unique(said["test"]))) < FEWEST:
+        raise ExportError(
+            f"the labels' test prompts say {different} things that no training prompt says, too few to measure on: "
+            f"label more prompts, so that {FEWEST} are of the split test at least; narrow intervals take hundreds"
+        )
     data = Data.of(outcomes, bundle, scenes, options.out)
     prompts = data.others["test"]
     superiority = prompts.superiority(prompts.examples.edge, prompts.examples.cloud)
@@ -257,11 +262,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     each = prompts.superiority(*both)
     counted = counted_metrics(outcomes.split("train"))
     bench = Bench(test, each, counted, said["test"])
-    if bench.scenes < FEWEST:
-        raise ExportError(
-            f"the labels' test prompts say {bench.scenes} things that no training prompt says, too few to measure on: "
-            f"label more prompts, so that {FEWEST} are of the split test at least; narrow intervals take hundreds"
-        )
     once = np.sort(np.unique(said["test"], return_index=True)[1])  # the first prompt of each scene
     first = test.where(np.isin(np.arange(len(test)), once))
     one_a_scene = Bench(first, each[once], counted, said["test"][once])
@@ -311,7 +311,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         training_scenes=len(np.unique(data.train.scenes)),
         counted=bench.counted,
         best_baseline=best.name,
-        once=len(once),
         headroom_once={
             name: one_a_scene.headroom(_of(scores, once), 0.5) for name, scores in measurable.items()
         },

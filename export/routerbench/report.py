@@ -46,10 +46,8 @@ class Facts:
     training_scenes: int
     counted: NDArray[np.bool_]
     best_baseline: str
-    once: int
-    """Test prompts when each scene is said once."""
     headroom_once: Mapping[str, Estimate]
-    """At 50 %, on those."""
+    """At 50 %, on one prompt a scene."""
     differences: Mapping[str, tuple[Estimate, ...]]
     """Headroom above the best baseline's: at 50 %, as a mean over all rates, and that mean on one prompt a scene."""
     ablations: Mapping[tuple[str, str], tuple[Estimate, Estimate]]
@@ -156,7 +154,7 @@ def _report(
         "baselines had two settings to choose from on validation; the recipes of routet2i and ours were chosen there",
         f"beforehand. dP counts {', '.join(counted) or 'no metric'}:",
         f"on the others the models' mean gap is less than {SMALL:g} standard deviations on the training prompts.",
-        f"Frequent scenes come in many test prompts; the second column has one prompt a scene, {facts.once} in all.",
+        f"Frequent scenes come in many test prompts; the second column has one prompt a scene, {facts.scenes} in all.",
         f"Mean quality: edge {facts.edge:.4f}, cloud {facts.cloud:.4f}.",
         "",
         "## At a routing rate of 50 %",
