@@ -26,8 +26,8 @@ from export.starter.world import Group, Scene, caption, sample_scene
 
 PROMPTS = {
     "train": 11200,
-    "validation": 200,
-    "calibration": 400,
+    "validation": 400,
+    "calibration": 800,
     "test": 2400,
     "combinations": 100,
     "wording": 100,

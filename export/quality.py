@@ -28,8 +28,8 @@ of a sentence for the end."""
 VIEWS = (-0.25, -0.125, 0, 0.125, 0.25)
 """Where a CLIP's patches begin, in patches down and right: it is asked of each picture so moved, and the mean counts.
 
-A fault that a border between patches cuts looks other than one within a patch. The starter judge tells spoiled pictures
-from whole ones better so, by damages it knows (severity 0.3): d' 1.88, of one view 1.78, of three 1.87. Damages it had
+A fault that a border between patches cuts looks other than one within a patch. The judge before told spoiled pictures
+from whole ones better so, by damages it knew (severity 0.3): d' 1.88, of one view 1.78, of three 1.87. Damages it had
 not met were looked at too before five were chosen: of 600 pictures realism fell in 95.3 %, with one view in 93.0, with
 three in 94.5 or, moved twice as far, 95.0.
 """

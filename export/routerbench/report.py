@@ -152,8 +152,7 @@ def _report(
         "three seeds a router, 95 % bootstrap intervals over scenes. All routers were trained from scratch on the same",
         "labels. They read token states, the classifiers of the literature, ZOOTER and ours also the words. The",
         "baselines had two settings to choose from on validation; the recipes of routet2i and ours were chosen there",
-        f"beforehand. dP counts {', '.join(counted) or 'no metric'}:",
-        f"on the others the models' mean gap is less than {SMALL:g} standard deviations on the training prompts.",
+        f"beforehand. dP counts {_counted(counted)}",
         f"Frequent scenes come in many test prompts; the second column has one prompt a scene, {facts.scenes} in all.",
         f"Mean quality: edge {facts.edge:.4f}, cloud {facts.cloud:.4f}.",
         "",
@@ -255,6 +254,16 @@ def _report(
             lines.append(_row(router, ", ".join(f"{k} {v:g}" for k, v in setting.items())))
     lines += ["", "![deferral curves](deferral.png)", "", "![quality over cost](cost.png)", ""]
     return "\n".join(lines + _decisions(decisions))
+
+
+def _counted(names: Sequence[str]) -> str:
+    """Of which metrics dP is made, and why not of the others."""
+    if len(names) == len(METRICS):
+        return "all metrics."
+    return (
+        f"{', '.join(names) or 'no metric'}:\n"
+        f"on the others the models' mean gap is less than {SMALL:g} standard deviations on the training prompts."
+    )
 
 
 def _ceiling(facts: Facts) -> list[str]:

@@ -8,7 +8,7 @@ cloud model: `--steps` makes a stage shorter. Stages, in order:
   autoencoder    train the autoencoder both models share
   decoder        train its decoder on, alone
   edge-text, cloud-text    teach the text encoders of both models to read
-  sketch         train a model hardly at all: the judge learns from its mistakes
+  sketch         train three models hardly at all: the judge learns from their mistakes
   judge          train the judge
   inspector      train the inspector, which looks whether what was asked for is in the picture
   edge, cloud    train the two text-to-image models
@@ -29,6 +29,7 @@ import argparse
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from export import calibrate, diffusion_onnx, evaluate, inspection, label, predictor_onnx
@@ -49,7 +50,7 @@ from export.starter import (
 )
 from export.starter.card import read_records, write_card
 from export.starter.inspector import STARTER_INSPECTOR
-from export.starter.size import EDGE
+from export.starter.size import EDGE, SKETCHES
 from export.starter.training import UNFINISHED
 
 EDGE_STEPS = f"{EDGE.inference_steps},8,16"  # step counts compiled into the bundle, the default first
@@ -57,6 +58,7 @@ OUTCOMES = STARTER_EDGE.parent / "labels.parquet"
 LABELLING = ("--adherence", "--edge-draws=4")  # the edge's images cost a tenth of the cloud's
 EVALUATION = STARTER_EDGE.parent / "evaluation.json"
 INSPECTION = Path("docs/inspector.md")
+SKETCHED = tuple(size.name for size in SKETCHES)
 
 
 def install(work: Path) -> int:
@@ -74,7 +76,7 @@ def install(work: Path) -> int:
             )
     shared = ("autoencoder", "decoder")
     cloud = read_records(work, (*shared, "cloud-text", "cloud"))
-    others = read_records(work, (*shared, "edge-text", "edge", "sketch", "judge", "inspector"))
+    others = read_records(work, (*shared, "edge-text", "edge", *SKETCHED, "judge", "inspector"))
     for name, place in places.items():
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(work / name / "model", place)
@@ -130,7 +132,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "decoder": lambda: autoencoder.main(["decoder", *training, *rest]),
         "edge-text": lambda: text_encoder.main(["edge", *training, *rest]),
         "cloud-text": lambda: text_encoder.main(["cloud", *training, *rest]),
-        "sketch": lambda: denoiser.main(["sketch", *training, *rest]),
+        "sketch": lambda: _first_failure(
+            [partial(denoiser.main, [size.name, *training, *rest]) for size in SKETCHES]
+        ),
         "judge": lambda: judge.main([*training, *rest]),
         "inspector": lambda: inspector.main([*training, *rest]),
         "edge": lambda: denoiser.main(["edge", *training, *rest]),

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter
 
 from export.starter.sprites import OBJECTS
-from export.starter.world import Scene, as_picture, backdrop, render
+from export.starter.world import Scene, as_picture, backdrop, outlines, render
 
 # A damage is mostly seen by its own metric, and in part by those that look at much the same thing.
 SIDE_EFFECTS: dict[str, dict[str, float]] = {
@@ -43,6 +43,8 @@ class Sample:
     """The same places, filled with other objects."""
     other: np.ndarray
     """A picture of something else."""
+    sprites: np.ndarray
+    """uint8 [H, W]: 0 for the background, k for the k-th object."""
 
 
 Damage = Callable[[Sample, float, np.random.Generator], np.ndarray]
@@ -61,7 +63,8 @@ def render_samples(scenes: list[Scene], rng: np.random.Generator) -> list[Sample
         empty = as_picture(backdrop(scene.background, np.random.default_rng(seed)))
         twin = render(replace(scene, groups=groups), np.random.default_rng(seed))
         there = np.abs(pictures[index].astype(np.int16) - empty).max(axis=-1) > 12
-        samples.append(Sample(pictures[index], empty, there, twin, pictures[index - 1]))
+        sprites = outlines(scene, np.random.default_rng(seed))
+        samples.append(Sample(pictures[index], empty, there, twin, pictures[index - 1], sprites))
     return samples
 
 

@@ -1,4 +1,4 @@
-"""Two StableDiffusionPipelines that differ in size and steps, the edge and the cloud model, and the judge's sketch.
+"""Two StableDiffusionPipelines that differ in size and steps, the edge and the cloud model, and the judge's sketches.
 
 Both see the same scenes, the same captions and the same recipe. A tenth of the captions is dropped, so that
 classifier-free guidance has its other half.

@@ -5,8 +5,9 @@ cross-entropy of sigmoid(CLIP(I, m+) - CLIP(I, m-)) with how undamaged the pictu
 CLIP(I, m+) - CLIP(I, m-) lies below its original's: what scenes differ in beside the damage cancels there. To know the
 world by, CLIP's own between pictures and their captions (with words for the damage where there is one), and whether an
 undamaged picture is more like its caption than like the same sentence with one thing wrong.
-Half of the scenes are taken through the autoencoder, both pictures alike, as what the models paint comes out of it; of
-some the spoiled picture is a sketch, a generator's own failure (`sketch.py`).
+Of most scenes the spoiled picture is a sketch, a generator's own failure (`sketch.py`): those are what the metrics have
+to tell apart later. Half of the others, which are damaged by rule, are taken through the autoencoder, both pictures
+alike, as what the models paint comes out of it.
 Scenes come from a split that no generator and no router sees.
 """
 
@@ -40,15 +41,16 @@ from export.starter.tokenizer import token_ids, train_tokenizer
 from export.starter.training import UNFINISHED, Run, write_record
 from export.starter.world import caption, sample_scenes
 
-STEPS, BATCH, LEARNING_RATE, SEED = 1700, 192, 1.5e-3, 21
+STEPS, LEARNING_RATE, SEED = 6000, 1.5e-3, 21
+RULED, SKETCHED = 64, 96  # scenes of a step whose spoiled picture was damaged by rule, and is a sketch
+BATCH = 2 * (RULED + SKETCHED)
+BLAMED, FAULTS = 0.25, 2  # of a sketch, its worst faults are named, from how bad on and how many at most
 WIDTH = 128
 CONTRAST_WEIGHT = ADHERENCE_WEIGHT = (
     0.1  # captions are there to know the world by; the metrics are its purpose
 )
 PAIR_WEIGHT = 0.3
-SKETCHED = 0.2  # share of scenes whose spoiled picture is a sketch
-SKETCHES_LACK = "realism"  # shapes as they are
-RESTORED = 0.5  # share of scenes taken through the autoencoder
+RESTORED = 0.5  # share of the scenes damaged by rule that are taken through the autoencoder
 LATENT_NOISE = 0.2  # largest standard deviation put on their latents, of their own
 UNDAMAGED, RUINED = 0.9, 0.1  # targets; short of 1 and 0, so that scores stay where the sigmoid still moves
 
@@ -92,44 +94,53 @@ class Batch:
 
 
 def make_batch(
-    number: int,
+    ruled: int,
     seed: int,
     metrics: tuple[Metric, ...],
-    sketched: Sketches | None = None,
+    sketched: int = 0,
+    sketches: Sketches | None = None,
     split: str = "judge",
 ) -> Batch:
-    """``number`` scenes, each undamaged and spoiled in one or two ways; some of them as they were ``sketched``."""
+    """``ruled`` scenes, each undamaged and spoiled in one or two ways, and then ``sketched`` of ``sketches``."""
     rng = np.random.default_rng(seed)
-    scenes = sample_scenes(split, number, seed)
-    sketch_of: dict[int, int] = {}
-    if sketched is not None:
-        places = np.flatnonzero(rng.random(number) < SKETCHED).tolist()
-        sketch_of = {place: int(rng.integers(len(sketched.scenes))) for place in places}
-        for place, sketch in sketch_of.items():
-            scenes[place] = sketched.scenes[sketch]
+    scenes = sample_scenes(split, ruled, seed)
     samples = render_samples(scenes, rng)
-    captions = [caption(scene, rng) for scene in scenes]
-    harm = np.zeros((2 * number, len(METRICS)), np.float32)
-    undamaged, spoiled, blamed, wrong = [], [], [], []
-    for index, (scene, sample, text) in enumerate(zip(scenes, samples, captions, strict=True)):
-        if sketched is not None and index in sketch_of:
-            sketch = sketch_of[index]
-            before, after = sketched.pictures[sketch], sketched.sketched[sketch]
-            faults = {SKETCHES_LACK: float(sketched.harm[sketch])} if sketched.harm[sketch] else {}
-        else:
-            before = sample.picture
-            after, faults = _spoiled(sample, rng)
-        undamaged.append(before)
+    undamaged = [sample.picture for sample in samples]
+    spoiled, harm, blamed = [], [], []
+    for sample in samples:
+        after, faults = _spoiled(sample, rng)
         spoiled.append(after)
-        row = harm[number + index]
-        for name, severity in faults.items():
-            for beside, share in {name: 1.0, **SIDE_EFFECTS[name]}.items():
-                row[METRICS.index(beside)] = max(row[METRICS.index(beside)], share * severity)
-        blamed.append(", ".join([text, *(metrics[METRICS.index(name)].negative.lower() for name in faults)]))
+        harm.append(_harm_of(faults))
+        blamed.append(list(faults))
+    if sketches is not None:
+        for place in rng.integers(len(sketches.scenes), size=sketched).tolist():
+            scenes.append(sketches.scenes[place])
+            undamaged.append(sketches.pictures[place])
+            spoiled.append(sketches.sketched[place])
+            harm.append(sketches.harm[place])
+            worst = np.argsort(-harm[-1], kind="stable")[:FAULTS]
+            blamed.append([METRICS[column] for column in worst if harm[-1][column] >= BLAMED])
+    captions = [caption(scene, rng) for scene in scenes]
+    wrong = []
+    for scene, text in zip(scenes, captions, strict=True):
         negatives = hard_negatives(text, scene)
         wrong.append(negatives[int(rng.integers(len(negatives)))].text)
-    pictures = np.stack(undamaged + spoiled)
-    return Batch(pictures, captions + blamed, wrong, UNDAMAGED + (RUINED - UNDAMAGED) * harm)
+    said = {name: metrics[METRICS.index(name)].negative.lower() for name in METRICS}
+    texts = [", ".join([text, *map(said.get, names)]) for text, names in zip(captions, blamed, strict=True)]
+    targets = np.concatenate([np.zeros((len(scenes), len(METRICS)), np.float32), np.stack(harm)])
+    return Batch(
+        np.stack(undamaged + spoiled), captions + texts, wrong, UNDAMAGED + (RUINED - UNDAMAGED) * targets
+    )
+
+
+def _harm_of(faults: dict[str, float]) -> np.ndarray:
+    """float32 [M]: what damages of these severities do to each metric."""
+    harm = np.zeros(len(METRICS), np.float32)
+    for name, severity in faults.items():
+        for beside, share in {name: 1.0, **SIDE_EFFECTS[name]}.items():
+            column = METRICS.index(beside)
+            harm[column] = max(harm[column], share * severity)
+    return harm
 
 
 def _spoiled(sample: Sample, rng: np.random.Generator) -> tuple[np.ndarray, dict[str, float]]:
@@ -143,13 +154,15 @@ def _spoiled(sample: Sample, rng: np.random.Generator) -> tuple[np.ndarray, dict
     return sample.picture, faults
 
 
-def restored(pixels: torch.Tensor, autoencoder: AutoencoderKL, rng: np.random.Generator) -> torch.Tensor:
-    """Pixels [2 N, 3, H, W] in [-1, 1], some of the N scenes taken through the autoencoder with noise on the latents.
+def restored(
+    pixels: torch.Tensor, ruled: int, autoencoder: AutoencoderKL, rng: np.random.Generator
+) -> torch.Tensor:
+    """Pixels [2 N, 3, H, W] in [-1, 1], some of the first ``ruled`` of the N scenes taken through the autoencoder.
 
-    The undamaged and the spoiled picture of a scene get the same noise, so that what differs is the damage.
+    With noise on the latents, the same for the undamaged and the spoiled picture, so that what differs is the damage.
     """
     number = len(pixels) // 2
-    scenes = np.flatnonzero(rng.random(number) < RESTORED)
+    scenes = np.flatnonzero(rng.random(ruled) < RESTORED)
     if not scenes.size:
         return pixels
     rows = torch.from_numpy(np.concatenate([scenes, scenes + number])).to(pixels.device)
@@ -192,12 +205,12 @@ def train(
     restorer = AutoencoderKL.from_pretrained(source, torch_dtype=torch.float32).eval().requires_grad_(False)
     restorer.to(run.device)
     pairs = [text for metric in metrics for text in (metric.positive, metric.negative)]
-    sketched = sketches(work)
+    painted = sketches(work)
     fast = CLIPTokenizerFast.from_pretrained(folder / "tokenizer")
 
     def batch_of(step: int) -> tuple[np.ndarray, ...]:
         """Pictures [B, 64, 64, 3], targets [B, M], token ids [B + B / 2 + 2 M, L] of all texts."""
-        batch = make_batch(BATCH // 2, SEED * 1_000_000 + step, metrics, sketched)
+        batch = make_batch(RULED, SEED * 1_000_000 + step, metrics, SKETCHED, painted)
         ids = token_ids(fast, [*batch.texts, *batch.wrong, *pairs])
         length = int((ids != tokenizer.eos_token_id).sum(axis=1).max()) + 1  # the rest is padding
         return batch.pictures, batch.targets, ids[:, :length]
@@ -205,7 +218,7 @@ def train(
     def loss_of_batch(step: int, batch: tuple[np.ndarray, ...]) -> torch.Tensor:
         pictures, goal, ids = (torch.from_numpy(part).to(run.device) for part in batch)
         pixels = pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
-        pixels = restored(pixels, restorer, np.random.default_rng((SEED, step)))
+        pixels = restored(pixels, RULED, restorer, np.random.default_rng((SEED, step)))
         seen = F.normalize(run.model.get_image_features(pixel_values=pixels), dim=-1)
         read = F.normalize(run.model.get_text_features(ids), dim=-1)
         own, wrong, praised_or_blamed = read.split([BATCH, BATCH // 2, len(pairs)])

@@ -51,7 +51,7 @@ def made_ahead(make: Callable[[int], Made], numbers: Sequence[int]) -> Iterable[
         _ByNumber(make),
         batch_size=None,
         sampler=numbers,
-        num_workers=max(1, (os.cpu_count() or 1) // 2),
+        num_workers=max(1, (os.cpu_count() or 1) - 2),
         prefetch_factor=AHEAD,
         collate_fn=_as_it_is,
         multiprocessing_context="fork",

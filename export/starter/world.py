@@ -187,6 +187,18 @@ def place(scene: Scene, rng: np.random.Generator) -> Iterator[tuple[str, int, in
             yield group.name, corner[0], corner[1], size
 
 
+def outlines(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+    """Which sprite each pixel shows, uint8 [SIZE, SIZE]: 0 is the background, k the k-th of `place`.
+
+    With ``rng`` as `render` gets it, of the picture that `render` paints.
+    """
+    backdrop(scene.background, rng)
+    shown = np.zeros((SIZE, SIZE), np.uint8)
+    for number, (name, left, top, size) in enumerate(place(scene, rng), 1):
+        shown[top : top + size, left : left + size][sprite(name, size)[..., 3] > 0.5] = number
+    return shown
+
+
 def _cells(scene: Scene) -> list[tuple[float, float, float, float]]:
     """(left, top, width, height) in pixels of the part of the picture that each group fills."""
     half = SIZE / 2

@@ -14,6 +14,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,12 +111,15 @@ def run(
 
 
 def test_generate_writes_the_image_and_says_so(run: Run, daemon: Process, tmp_path: Path) -> None:
+    known = len(daemon.calls)
     finished = run("generate", EDGE_PROMPT, "-o", "cat.png", "--seed", 7)
     assert (finished.code, finished.err) == (0, "")
     assert "cat.png: 64x64, seed 7, by the edge (pareto_edge)" in finished.out
     with PIL.Image.open(tmp_path / "cat.png") as image:
         assert image.text["prompt"] == EDGE_PROMPT
     assert list(tmp_path.iterdir()) == [tmp_path / "cat.png"]
+    while len(daemon.calls) == known:  # its line is written once the caller has been answered
+        time.sleep(0.01)
     assert daemon.calls[-1]["outcome"] == "OK"  # the command has not left before the end
 
 

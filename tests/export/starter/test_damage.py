@@ -49,6 +49,7 @@ def test_what_goes_with_a_picture_shows_the_same_place(samples):
         assert (sample.picture == sample.empty)[~sample.objects].mean() > 0.9
         assert 0.02 < sample.objects.mean() < 0.8
         assert (sample.twin != sample.picture)[sample.objects].any()
+        assert ((sample.sprites > 0) == sample.objects).mean() > 0.9
 
 
 def test_there_are_damages_and_one_pair_of_texts_for_every_metric():

@@ -8,12 +8,13 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+from edge_agent.superiority import METRICS
 from export.errors import ExportError
 from export.quality import Judge
 from export.starter import __main__ as chain
 from export.starter import autoencoder, denoiser, inspector, judge, sketch, text_encoder
 from export.starter.card import read_records, write_card
-from export.starter.size import EDGE, SKETCH
+from export.starter.size import EDGE, SKETCHES
 from export.starter.training import UNFINISHED
 
 
@@ -26,8 +27,10 @@ def work(tmp_path_factory):
     patch.setattr(autoencoder, "BATCH", 2)
     patch.setattr(autoencoder, "MEASURED", 4)
     patch.setattr(sketch, "NUMBER", 8)
-    patch.setattr(sketch, "BATCH", 4)
-    patch.setattr(judge, "BATCH", 4)
+    patch.setattr(sketch, "BATCH", 2)
+    patch.setattr(judge, "RULED", 1)
+    patch.setattr(judge, "SKETCHED", 2)
+    patch.setattr(judge, "BATCH", 6)
     patch.setattr(text_encoder, "BATCH", 4)
     patch.setattr(inspector, "BATCH", 4)
     patch.setattr(inspector, "SCENES", 8)
@@ -36,7 +39,8 @@ def work(tmp_path_factory):
         assert autoencoder.train_decoder(folder, steps=2)
         assert text_encoder.train(folder, EDGE, steps=2)
         assert denoiser.train(folder, replace(EDGE, batch=4), steps=2)
-        assert denoiser.train(folder, replace(SKETCH, batch=4), steps=2)
+        for size in SKETCHES:
+            assert denoiser.train(folder, replace(size, batch=4), steps=2)
         assert judge.train(folder, steps=2)
         assert inspector.train(folder, steps=2)
     finally:
@@ -74,16 +78,36 @@ def test_the_judge_is_a_clip_that_measures(work):
     assert ((scores > 0) & (scores < 1)).all()
 
 
-def test_the_judge_learns_from_pictures_that_the_sketch_painted_anew(work):
-    with np.load(work / "sketch" / "sketches.npz") as arrays:  # the judge's stage left them
+def test_the_judge_learns_from_pictures_that_the_sketches_painted_anew(work, monkeypatch):
+    monkeypatch.setattr(sketch, "NUMBER", 8)
+    with np.load(work / "sketch" / "sketches-8.npz") as arrays:  # the judge's stage left them
         assert set(arrays) == {"pictures", "sketched", "harm"}
     kept = sketch.sketches(work)
-    assert kept.pictures.shape == kept.sketched.shape == (len(kept.scenes), 64, 64, 3)
+    assert kept.pictures.shape == kept.sketched.shape == (8, 64, 64, 3)
+    assert len(kept.scenes) == 8
     assert (kept.pictures != kept.sketched).any(axis=(1, 2, 3)).all()
+    assert kept.harm.shape == (8, len(METRICS))
+    assert kept.harm.dtype == np.float32
     assert ((kept.harm >= 0) & (kept.harm <= 1)).all()
+    assert kept.harm[:, METRICS.index("realism")].max() > 0  # after two steps
 
 
-def test_the_judge_needs_a_sketch_and_says_how_to_make_it(work, tmp_path):
+def test_the_sketches_take_turns_in_painting(work, tmp_path, monkeypatch):
+    monkeypatch.setattr(sketch, "NUMBER", 8)
+    monkeypatch.setattr(sketch, "BATCH", 2)
+    first, second, third = (size.name for size in SKETCHES)
+    (tmp_path / first).mkdir()
+    for name in ("record.json", "model"):
+        (tmp_path / first / name).symlink_to(work / first / name)
+    (tmp_path / second).symlink_to(work / first)  # another model than last time
+    (tmp_path / third).symlink_to(work / third)
+    before, after = sketch.sketches(work), sketch.sketches(tmp_path)
+    assert (before.pictures == after.pictures).all()
+    changed = (before.sketched != after.sketched).any(axis=(1, 2, 3))
+    assert changed.tolist() == 2 * [False] + 2 * [True] + 4 * [False]
+
+
+def test_the_judge_needs_sketches_and_says_how_to_make_them(work, tmp_path):
     (tmp_path / "decoder").symlink_to(work / "decoder")
     with pytest.raises(ExportError, match="edge-export starter sketch"):
         judge.train(tmp_path, steps=1)
@@ -103,7 +127,9 @@ def test_the_inspector_needs_an_autoencoder_and_says_whose(tmp_path):
 
 def test_the_model_card_tells_the_recipe(work, tmp_path):
     write_card(
-        read_records(work, ("autoencoder", "decoder", "edge-text", "edge", "sketch", "judge", "inspector")),
+        read_records(
+            work, ("autoencoder", "decoder", "edge-text", "edge", *chain.SKETCHED, "judge", "inspector")
+        ),
         tmp_path / "README.md",
     )
     card = (tmp_path / "README.md").read_text()
@@ -118,6 +144,21 @@ def test_a_stage_that_runs_out_of_time_says_so_and_goes_on(tmp_path, monkeypatch
     assert chain.main(arguments) == UNFINISHED
     assert chain.main(arguments) == 0
     assert (tmp_path / "autoencoder" / "model" / "config.json").exists()
+
+
+def test_the_stage_of_the_sketches_trains_one_after_the_other_and_goes_on(work, tmp_path, monkeypatch):
+    monkeypatch.setattr(denoiser, "SCENES", 64)
+    for size in SKETCHES:
+        monkeypatch.setitem(denoiser.SIZES, size.name, replace(size, batch=4))
+    for stage in ("decoder", "edge-text"):
+        (tmp_path / stage).symlink_to(work / stage)
+    arguments = ["sketch", "--work", str(tmp_path), "--steps", "2", "--seconds"]
+    assert chain.main([*arguments, "0"]) == UNFINISHED
+    assert [(tmp_path / size.name).exists() for size in SKETCHES] == [True, False, False]
+    assert chain.main([*arguments, "60"]) == 0
+    records = read_records(tmp_path, chain.SKETCHED)
+    assert [record["seed"] for record in records.values()] == [size.seed for size in SKETCHES]
+    assert [record["steps"] for record in records.values()] == [2, 2, 2]
 
 
 def test_an_unknown_stage_is_refused_with_the_ones_there_are(capsys):

@@ -16,7 +16,10 @@ from export.starter.world import (
     Scene,
     _draw,
     _names,
+    backdrop,
     caption,
+    outlines,
+    place,
     plural,
     render,
     sample_scene,
@@ -68,6 +71,27 @@ def test_the_relation_decides_which_half_an_object_is_in(relation):
 def test_more_objects_cover_more_of_the_picture_than_the_empty_scene(count):
     picture = render(Scene((Group("apple", count),), "plain"), rng())
     assert (picture.astype(int)[..., 0] - picture.astype(int)[..., 2] > 100).sum() > 60 * count
+
+
+def test_outlines_say_which_sprite_each_pixel_of_the_picture_shows():
+    overlapping = (338, Scene((Group("car", 2, "big"),), "snow"))
+    for seed, scene in [*enumerate(sample_scenes("judge", 20, seed=3)), overlapping]:
+        picture, shown, generator = render(scene, rng(seed)), outlines(scene, rng(seed)), rng(seed)
+        empty = backdrop(scene.background, generator)
+        sprites = list(place(scene, generator))
+        assert shown.dtype == np.uint8
+        assert set(np.unique(shown)) == set(range(len(sprites) + 1))
+        for number, (name, left, top, size) in enumerate(sprites, 1):
+            window, stamp = np.s_[top : top + size, left : left + size], sprite(name, size)
+            own = shown[window] == number
+            assert own.sum() == (shown == number).sum()
+            assert own.sum() > 0.8 * (stamp[..., 3] > 0.5).sum()
+            assert stamp[own][:, 3].min() > 0.5  # more sprite than background
+            opaque = own & (stamp[..., 3] > 0.99)
+            far = np.abs(picture[window][opaque] / 255 - stamp[opaque][:, :3].clip(0, 1)).max(axis=1) > 0.02
+            assert far.mean() < 0.04  # but for another's rim
+        bare = np.abs(picture / 255 - empty).max(axis=2)[shown == 0] < 0.02
+        assert bare.mean() > 0.9  # and the rest the sprites' own rims
 
 
 def test_a_caption_names_every_object_its_count_and_its_size():
