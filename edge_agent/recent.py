@@ -28,9 +28,9 @@ KEPT = 1000
 """Scores: enough to keep the share within three percent of the wanted one, few enough to follow a change."""
 
 WEIGHT = 50
-"""As many recent scores all the calibration's weigh together. Of the starter's held-out wordings 70 % lie below the
-alpha for half of the prompts. With 50, 62 % of the first hundred go to the cloud and 53 % of the next two hundred; with
-200, 67 and 61 %."""
+"""As many recent scores all the calibration's weigh together. Of an earlier predictor's scores of held-out wordings
+70 % lay below the alpha for half of the prompts. With 50, 62 % of the first hundred went to the cloud and 53 % of the
+next two hundred; with 200, 67 and 61 %."""
 
 ENOUGH = 100
 """Scores from which on a share that is not the wanted one is spoken of."""

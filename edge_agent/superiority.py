@@ -32,8 +32,9 @@ ALPHA_BOUND = 0.5
 
 SD_FLOOR = 1.0
 """A metric's scale is at least this share of the paired differences' standard deviation. Ours: with a mean
-gap near zero the paper's scale would turn the metric into a vote on noise. On the starter's validation and calibration
-prompts 1.0 followed realised PRS better than 0.25 (rank correlation 0.22 against 0.18)."""
+gap near zero the paper's scale would turn the metric into a vote on noise. With the labels of the starter's first judge
+1.0 followed realised PRS of validation and calibration prompts better than 0.25 (rank correlation 0.22 against
+0.18)."""
 
 Floats = NDArray[np.floating[Any]]
 

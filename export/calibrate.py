@@ -78,8 +78,9 @@ def scale_of(train: Outcomes, gamma: float) -> NDArray[np.floating]:
 def weights_of(scale: NDArray[np.floating], kind: str) -> NDArray[np.floating]:
     """Each metric's weight [M] in PRS: `equal`, the paper's, or in proportion to its `spread`, ``scale`` [M].
 
-    Predicted PRS of the starter's validation prompts followed the realised one better with `spread` (rank correlation
-    0.33 against 0.17) and captured more headroom at every rate tried (0.49 against 0.38 at 50 %).
+    With the labels of the starter's first judge predicted PRS of validation prompts followed the realised one better
+    with `spread` (rank correlation 0.33 against 0.17) and captured more headroom at every rate tried (0.49 against
+    0.38 at 50 %).
     """
     weights = scale if kind == "spread" else np.ones(len(scale))
     return np.asarray(weights / weights.sum())

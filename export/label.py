@@ -176,8 +176,8 @@ class Draws:
     train: int = 1
     train_edge: int = 1
     """The edge's of a training prompt, `train` at least. Most of the luck in what a prompt gains is theirs. With four,
-    which cost less than half of one of the cloud's, the starter's mixtures predict gains that correlate 0.54 with
-    measured ones, on validation and calibration prompts, with one 0.52."""
+    which cost less than half of one of the cloud's, mixtures predicted gains that correlated 0.54 with measured ones,
+    on validation and calibration prompts, with one 0.52 (labels of an earlier judge)."""
     measured: int = 4
     """On every other split: what is measured on them is an expectation, not one image's luck."""
     ceiling: int = 16

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Make the starter anew. On a data-centre GPU the training stages take a quarter of an hour, on two CPU cores by
-# estimate a day, most of it the cloud model. Two stages run at once, a process a core.
+# Make the starter anew. On a data-centre GPU the training stages take less than twenty minutes, on two CPU cores by
+# estimate more than a day, most of it the cloud model. Two stages run at once, a process a core.
 # Interrupt it whenever you like; the same command goes on.
 set -euo pipefail
 cd "$(dirname "$0")/../.."

@@ -1,14 +1,16 @@
 """`edge-export starter`: the whole chain from sprites to a calibrated bundle, or one stage of it.
 
-Every stage can be interrupted and goes on where it was; a finished stage is not made again. On a data-centre GPU with
-16 cores beside it the training stages take a quarter of an hour, on two CPU cores by estimate a day, most of it the
-cloud model: `--steps` makes a stage shorter. Stages, in order:
+Every stage but the sketches' painting, minutes on a GPU, can be interrupted and goes on where it was; a finished stage
+is not made again. On a data-centre GPU with 16 cores beside it the training stages take less than twenty minutes, on
+two CPU cores by estimate more than a day, most of it the cloud model: `--steps` makes a stage shorter.
+
+Stages, in order:
 
   sprites        cut the sprites out of the font (they are committed; needed only to change them)
   autoencoder    train the autoencoder both models share
   decoder        train its decoder on, alone
   edge-text, cloud-text    teach the text encoders of both models to read
-  sketch         train three models hardly at all: the judge learns from their mistakes
+  sketch         train three models a little and let them paint: the judge learns from their mistakes
   judge          train the judge
   inspector      train the inspector, which looks whether what was asked for is in the picture
   edge, cloud    train the two text-to-image models
@@ -44,6 +46,7 @@ from export.starter import (
     denoiser,
     inspector,
     judge,
+    sketch,
     sprites,
     summary,
     text_encoder,
@@ -69,12 +72,13 @@ def install(work: Path) -> int:
         "judge": STARTER_JUDGE,
         "inspector": STARTER_INSPECTOR,
     }
-    for name in places:
-        if not (work / name / "record.json").exists():
-            raise ExportError(
-                f"the model {name!r} is not finished: run `edge-export starter {name} --work {work}`"
-            )
     shared = ("autoencoder", "decoder")
+    for name in (*shared, "edge-text", "cloud-text", *SKETCHED, *places):
+        if not (work / name / "record.json").exists():
+            stage = "sketch" if name in SKETCHED else name
+            raise ExportError(
+                f"the model {name!r} is not finished: run `edge-export starter {stage} --work {work}`"
+            )
     cloud = read_records(work, (*shared, "cloud-text", "cloud"))
     others = read_records(work, (*shared, "edge-text", "edge", *SKETCHED, "judge", "inspector"))
     for name, place in places.items():
@@ -117,7 +121,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("stage", nargs="?", default="all", metavar="STAGE")
     parser.add_argument("--work", type=Path, default=Path("runs/starter"), help="folder of checkpoints")
     parser.add_argument(
-        "--seconds", type=float, help="a training stage stops after this long; the next call goes on"
+        "--seconds",
+        type=float,
+        help="the training of a model stops after this long; the next call goes on",
     )
     options, rest = parser.parse_known_args(argv)
     work = options.work
@@ -133,7 +139,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "edge-text": lambda: text_encoder.main(["edge", *training, *rest]),
         "cloud-text": lambda: text_encoder.main(["cloud", *training, *rest]),
         "sketch": lambda: _first_failure(
-            [partial(denoiser.main, [size.name, *training, *rest]) for size in SKETCHES]
+            [
+                *(partial(denoiser.main, [size.name, *training, *rest]) for size in SKETCHES),
+                partial(sketch.paint, work),
+            ]
         ),
         "judge": lambda: judge.main([*training, *rest]),
         "inspector": lambda: inspector.main([*training, *rest]),

@@ -15,10 +15,10 @@ PURPOSE = {
     "cloud": "The large text-to-image model, a StableDiffusionPipeline for the cloud server.",
     "sketch": "A model at a fraction of its training. What it gets wrong taught the judge; it is not shipped.",
     "sketch-small": "Another, of the edge's size.",
-    "sketch-large": "And a third, trained least.",
+    "sketch-large": "A third, larger, of the fewest steps.",
     "judge": "A small CLIP that knows the starter world; measures the quality metrics. Never sees a router's prompt.",
     "inspector": "A detector of objects and backgrounds; says whether what was asked for is in a picture, to keep the "
-    "judge honest. Shares nothing with it, and no router learns from it.",
+    "judge honest. Shares no weights, loss or scenes with it, and no router learns from it.",
 }
 
 

@@ -2,7 +2,8 @@
 
 A generator's failure is no damage of one kind. A cat that came out as a blob is distorted, and also lacks detail,
 edges, perhaps parts of it and the colours of a cat. Each object is looked for a few pixels around where it should be:
-one that was only moved is none the worse.
+one that was only moved is none the worse. Realism is measured object by object, seven metrics over the pixels of all
+objects; consistency and layout, of which nothing is measured, are taken as a share of it.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from edge_agent.superiority import METRICS
 REACH = 4  # pixels that an object is looked for around its place
 # Share of the way to another object or to none, whichever is further, at the object's best place. Up to the first an
 # eye sees no difference, from the second on it names no object.
-HARMLESS, RUINED = 0.1, 0.4
-# Share that is lost of what a fault is measured by, at which it counts in full.
+HARMLESS, UNRECOGNISED = 0.1, 0.4
+# Share of what a metric looks at whose loss counts in full: fine structure, contrast, saturation, pixels.
 LOST = {"definition": 0.6, "detail": 0.6, "clarity": 0.4, "sharpness": 0.6, "color": 0.4, "integrity": 0.4}
-UNSEEN = 0.05  # of what may be lost, what nobody would notice
-GONE = 0.12  # difference of brightness, 0 to 1, below which an object's pixel looks like the background
+UNSEEN = 0.05  # share whose loss nobody notices
+GONE = (
+    0.12  # largest difference of a channel, 0 to 1, below which an object's pixel looks like the background
+)
 # What malformed objects do at least to metrics that see it in part.
 BESIDE_REALISM = {"integrity": 0.4, "consistency": 0.4, "layout": 0.2}
 
@@ -66,7 +69,7 @@ def faults(shown: Shown, painted: torch.Tensor) -> torch.Tensor:
 
     pictures, empty = shown.pictures, shown.empty
     own = distance(found) / torch.maximum(distance(shown.twins), distance(empty)).clamp(min=0.02)
-    malformed = ((own - HARMLESS) / (RUINED - HARMLESS)).clamp(0, 1) * (area > 0)
+    malformed = ((own - HARMLESS) / (UNRECOGNISED - HARMLESS)).clamp(0, 1) * (area > 0)
     realism = malformed.sum(dim=1) / (area > 0).sum(dim=1).clamp(min=1)
     own_tint, twin_tint, no_tint = (
         over((tint(of) - tint(pictures)).abs().mean(dim=1)) for of in (found, shown.twins, empty)
@@ -87,7 +90,7 @@ def faults(shown: Shown, painted: torch.Tensor) -> torch.Tensor:
         name: ((value - UNSEEN) / (LOST[name] - UNSEEN)).clamp(0, 1) for name, value in measured.items()
     }
     shares["realism"] = realism
-    shares["harmony"] = ((tinted - HARMLESS) / (RUINED - HARMLESS)).clamp(0, 1)
+    shares["harmony"] = ((tinted - HARMLESS) / (UNRECOGNISED - HARMLESS)).clamp(0, 1)
     for name, share in BESIDE_REALISM.items():
         shares[name] = torch.maximum(shares.get(name, torch.zeros_like(realism)), share * realism)
     return torch.stack([shares[name] for name in METRICS], dim=1)

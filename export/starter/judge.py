@@ -5,10 +5,10 @@ cross-entropy of sigmoid(CLIP(I, m+) - CLIP(I, m-)) with how undamaged the pictu
 CLIP(I, m+) - CLIP(I, m-) lies below its original's: what scenes differ in beside the damage cancels there. To know the
 world by, CLIP's own between pictures and their captions (with words for the damage where there is one), and whether an
 undamaged picture is more like its caption than like the same sentence with one thing wrong.
-Of most scenes the spoiled picture is a sketch, a generator's own failure (`sketch.py`): those are what the metrics have
-to tell apart later. Half of the others, which are damaged by rule, are taken through the autoencoder, both pictures
-alike, as what the models paint comes out of it.
-Scenes come from a split that no generator and no router sees.
+Of most scenes the spoiled picture is a sketch, a generator's own failure (`sketch.py`), since generated pictures are
+what is measured later. Half of the others, which are damaged by rule, are taken through the autoencoder, both
+pictures alike, as what the models paint comes out of it. Scenes come from a split that no generator and no router
+sees.
 """
 
 from __future__ import annotations
@@ -98,10 +98,10 @@ def make_batch(
     seed: int,
     metrics: tuple[Metric, ...],
     sketched: int = 0,
-    sketches: Sketches | None = None,
+    painted: Sketches | None = None,
     split: str = "judge",
 ) -> Batch:
-    """``ruled`` scenes, each undamaged and spoiled in one or two ways, and then ``sketched`` of ``sketches``."""
+    """``ruled`` scenes, each undamaged and spoiled in one or two ways, and then ``sketched`` of those ``painted``."""
     rng = np.random.default_rng(seed)
     scenes = sample_scenes(split, ruled, seed)
     samples = render_samples(scenes, rng)
@@ -112,12 +112,12 @@ def make_batch(
         spoiled.append(after)
         harm.append(_harm_of(faults))
         blamed.append(list(faults))
-    if sketches is not None:
-        for place in rng.integers(len(sketches.scenes), size=sketched).tolist():
-            scenes.append(sketches.scenes[place])
-            undamaged.append(sketches.pictures[place])
-            spoiled.append(sketches.sketched[place])
-            harm.append(sketches.harm[place])
+    if painted is not None:
+        for place in rng.integers(len(painted.scenes), size=sketched).tolist():
+            scenes.append(painted.scenes[place])
+            undamaged.append(painted.pictures[place])
+            spoiled.append(painted.sketched[place])
+            harm.append(painted.harm[place])
             worst = np.argsort(-harm[-1], kind="stable")[:FAULTS]
             blamed.append([METRICS[column] for column in worst if harm[-1][column] >= BLAMED])
     captions = [caption(scene, rng) for scene in scenes]

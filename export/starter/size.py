@@ -1,6 +1,6 @@
 """What sets the edge and the cloud model apart: capacity and steps, nothing else.
 
-Three more, the sketches, are of several sizes and trained hardly at all. What they get wrong teaches the judge
+Three more, the sketches, are of several sizes and trained only a little. What they get wrong teaches the judge
 (`sketch.py`); nobody is served their pictures.
 """
 

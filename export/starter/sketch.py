@@ -39,7 +39,7 @@ class Sketches:
     sketched: np.ndarray
     """uint8 [N, 64, 64, 3]"""
     harm: np.ndarray
-    """float32 [N, M], 0 to 1: how far each metric's fault goes."""
+    """float32 [N, M], 0 to 1: how far each metric's fault goes (`faults.py`)."""
 
 
 def sketches(work: Path) -> Sketches:
@@ -60,6 +60,12 @@ def sketches(work: Path) -> Sketches:
     with np.load(file) as kept:
         scenes = sample_scenes("judge", len(kept["harm"]), SEED)
         return Sketches(scenes, kept["pictures"], kept["sketched"], kept["harm"])
+
+
+def paint(work: Path) -> int:
+    """What the stage does once its models are trained: the command's exit code, 0."""
+    sketches(work)
+    return 0
 
 
 def _painted(work: Path, scenes: list[Scene]) -> dict[str, np.ndarray]:

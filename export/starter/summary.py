@@ -139,7 +139,7 @@ def report(
         "",
         f"Means over the images of {prompts} test prompts by the starter's judge, with 95 % bootstrap intervals over",
         "scenes. How far each metric can be trusted stands in [metrics.md](metrics.md), what an inspector that shares",
-        "nothing with the judge finds in the same images in [inspector.md](inspector.md).",
+        "no weights, loss or scenes with the judge finds in the same images in [inspector.md](inspector.md).",
         "",
         "| metric | edge | cloud | cloud - edge |",
         "|---|---|---|---|",

@@ -19,6 +19,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from export.errors import ExportError
+
 Made = TypeVar("Made")
 
 UNFINISHED = 75  # exit code of a stage that ran out of its --seconds; calling it again goes on (EX_TEMPFAIL)
@@ -65,6 +67,8 @@ def _as_it_is(made: Made) -> Made:
 class Run:
     """Optimises ``model`` for ``steps`` steps; checkpoints to ``folder`` and resumes from there.
 
+    Raises ExportError where ``folder`` holds a run of another batch, learning rate or seed.
+
     ``seconds`` bounds one call, so that a long run can be made in pieces; the schedule is by steps and stays the
     same however the run is cut.
     """
@@ -108,6 +112,11 @@ class Run:
     def checkpoint(self) -> Path:
         """Where the run is kept."""
         return self.folder / "checkpoint.pt"
+
+    @property
+    def _recipe(self) -> dict[str, float]:
+        """What a run that goes on must have in common with the one that was interrupted."""
+        return {"batch": self.batch, "learning_rate": self.learning_rate, "seed": self.seed}
 
     @property
     def done(self) -> bool:
@@ -216,6 +225,7 @@ class Run:
             "model": self.model.state_dict(),
             "average": self.average,
             "optimiser": self.optimiser.state_dict(),
+            "recipe": self._recipe,
         }
         partial = self.checkpoint.with_suffix(".partial")
         torch.save(state, partial)
@@ -225,6 +235,10 @@ class Run:
 
     def _resume(self) -> None:
         state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        if state.get("recipe") != self._recipe:  # of one from before recipes were kept nothing is known
+            raise ExportError(
+                f"{self.checkpoint} was made by another recipe: remove {self.folder}, or name another --work"
+            )
         self.step = state["step"]
         self.trained_seconds = state["seconds"]
         self.losses = [tuple(entry) for entry in state["losses"]]

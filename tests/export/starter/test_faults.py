@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from edge_agent.superiority import METRICS
 from export.starter.damage import render_samples
-from export.starter.faults import BESIDE_REALISM, HARMLESS, LOST, REACH, RUINED, UNSEEN, Shown, faults
+from export.starter.faults import BESIDE_REALISM, HARMLESS, LOST, REACH, UNRECOGNISED, UNSEEN, Shown, faults
 from export.starter.world import Group, Scene, sample_scenes
 
 SCENES = (  # of one to four objects, and room to move them
@@ -78,7 +78,7 @@ def test_another_object_in_its_place_is_malformed():
 
 
 @pytest.mark.parametrize(
-    ("way", "harm"), [(0, 0), (HARMLESS, 0), ((HARMLESS + RUINED) / 2, 0.5), (RUINED, 1), (1, 1)]
+    ("way", "harm"), [(0, 0), (HARMLESS, 0), ((HARMLESS + UNRECOGNISED) / 2, 0.5), (UNRECOGNISED, 1), (1, 1)]
 )
 @pytest.mark.parametrize("end", ["twins", "empty"])
 def test_objects_are_as_malformed_as_they_are_on_their_way_to_what_they_are_not(shown, end, way, harm):
@@ -97,7 +97,7 @@ def test_objects_are_measured_by_the_further_of_another_and_none(shown, further,
     """As far as 0.2 of the way to none is, it is but 0.1 of that to another twice as far."""
     twins = shown.pictures + further * (shown.empty - shown.pictures)
     measured = _by_metric(replace(shown, twins=twins), shown.pictures + 0.2 * (shown.empty - shown.pictures))
-    expected = np.full(len(SCENES), (way - HARMLESS) / (RUINED - HARMLESS))
+    expected = np.full(len(SCENES), (way - HARMLESS) / (UNRECOGNISED - HARMLESS))
     assert measured["realism"] == pytest.approx(expected, abs=1e-3)
     assert measured["harmony"] == pytest.approx(expected, abs=1e-3)
 

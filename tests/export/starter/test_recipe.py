@@ -148,6 +148,7 @@ def test_a_stage_that_runs_out_of_time_says_so_and_goes_on(tmp_path, monkeypatch
 
 def test_the_stage_of_the_sketches_trains_one_after_the_other_and_goes_on(work, tmp_path, monkeypatch):
     monkeypatch.setattr(denoiser, "SCENES", 64)
+    monkeypatch.setattr(sketch, "NUMBER", 8)
     for size in SKETCHES:
         monkeypatch.setitem(denoiser.SIZES, size.name, replace(size, batch=4))
     for stage in ("decoder", "edge-text"):
@@ -159,6 +160,7 @@ def test_the_stage_of_the_sketches_trains_one_after_the_other_and_goes_on(work, 
     records = read_records(tmp_path, chain.SKETCHED)
     assert [record["seed"] for record in records.values()] == [size.seed for size in SKETCHES]
     assert [record["steps"] for record in records.values()] == [2, 2, 2]
+    assert (tmp_path / "sketch" / "sketches-8.npz").exists()  # painted already when the judge asks for them
 
 
 def test_an_unknown_stage_is_refused_with_the_ones_there_are(capsys):

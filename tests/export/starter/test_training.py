@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from export.errors import ExportError
 from export.starter.training import Run, made_ahead
 
 
@@ -53,6 +54,21 @@ def test_a_run_cut_into_pieces_ends_with_the_weights_of_an_unbroken_one(tmp_path
     assert calls == 60
     for name, value in whole.averaged_model().state_dict().items():
         torch.testing.assert_close(piece.averaged_model().state_dict()[name], value)
+
+
+@pytest.mark.parametrize("changed", ["batch", "learning_rate", "seed", None])
+def test_a_run_of_another_recipe_is_not_gone_on_with(tmp_path, changed):
+    run = run_in(tmp_path, steps=60, seconds=0)
+    run.train(batch_of, loss_of(run))
+    recipe = {"steps": 60, "batch": run.batch, "learning_rate": run.learning_rate, "seed": run.seed}
+    if changed is None:  # as runs were kept before they said their recipe
+        kept = torch.load(run.checkpoint, weights_only=True)
+        del kept["recipe"]
+        torch.save(kept, run.checkpoint)
+    else:
+        recipe[changed] += 1
+    with pytest.raises(ExportError, match="made by another recipe: remove"):
+        Run(tmp_path, nn.Linear(4, 1), **recipe)
 
 
 def test_a_run_learns(tmp_path):
