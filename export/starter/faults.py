@@ -2,8 +2,9 @@
 
 A generator's failure is no damage of one kind. A cat that came out as a blob is distorted, and also lacks detail,
 edges, perhaps parts of it and the colours of a cat. Each object is looked for a few pixels around where it should be:
-one that was only moved is none the worse. Realism is measured object by object, seven metrics over the pixels of all
-objects; consistency and layout, of which nothing is measured, are taken as a share of it.
+one that was only moved is none the worse, but for a little detail, since what lies beyond its outline stays where it is
+(of 600 scenes with moved objects 0.05 in the mean, 0.34 at most). Realism is measured object by object, seven metrics
+over the pixels of all objects; consistency and layout, of which nothing is measured, are taken as a share of it.
 """
 
 from __future__ import annotations
