@@ -77,9 +77,10 @@ class Generator:
         os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
         try:
             import torch
-            from diffusers import DiffusionPipeline
             from diffusers.utils import logging as diffusers_logging
             from transformers.utils import logging as transformers_logging
+
+            from cloud_server import complete
         except ImportError as error:
             raise StartRefused(
                 f"{error}; install what a server needs: pip install 'routet2i[cloud]'"
@@ -95,9 +96,9 @@ class Generator:
         if dtype == "auto":
             dtype = "float16" if device.startswith("cuda") else "float32"
         try:
-            pipeline = DiffusionPipeline.from_pretrained(
-                str(model.folder), torch_dtype=getattr(torch, dtype), local_files_only=True
-            ).to(device)
+            pipeline = complete.pipeline(model.folder, getattr(torch, dtype), local_files_only=True).to(
+                device
+            )
         except Exception as error:  # loaders of many formats, each with its own exceptions
             raise StartRefused(
                 f"cannot load the model in {model.folder}: {type(error).__name__}: {error}. "

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -122,13 +123,23 @@ def calibrate(
     return replace(made, alpha_over_rho=tuple((rho, made.alpha(rho)) for rho in RATES))
 
 
+def _digest(text: str) -> str:
+    if not re.fullmatch("[0-9a-f]{64}", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no digest: 64 hexadecimal digits, from `cloud-server digest`"
+        )
+    return text
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of the stage; returns the exit code."""
     parser = argparse.ArgumentParser("edge-export calibrate", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("labels", type=Path, help="labels.parquet of `edge-export label`")
     parser.add_argument("bundle", type=Path, help="bundle with its predictor")
     parser.add_argument(
-        "--cloud-digest", help="of the cloud model, from `cloud-server digest`; default: the labels'"
+        "--cloud-digest",
+        type=_digest,
+        help="of the cloud model, from `cloud-server digest`, where labels do not say it; default: the labels'",
     )
     parser.add_argument("--gamma", type=float, default=1.0, help="Gamma of the paper (default: %(default)s)")
     parser.add_argument(
@@ -139,7 +150,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--gamma must be a number of at least 0")
 
     outcomes, bundle = Outcomes.read(options.labels), Bundle.open(options.bundle)
-    cloud_digest = options.cloud_digest or outcomes.facts.get("cloud_digest")
+    labelled = outcomes.facts.get("cloud_digest")
+    cloud_digest = options.cloud_digest or labelled
+    if labelled and cloud_digest != labelled:
+        raise ExportError(
+            f"the labels were measured on the cloud model {labelled}, not on {cloud_digest}: label with that one, or "
+            "leave --cloud-digest out"
+        )
     if not cloud_digest:
         raise ExportError(
             "the labels do not say which cloud model they were measured on; pass --cloud-digest"

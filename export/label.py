@@ -21,10 +21,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from diffusers import DiffusionPipeline
 from numpy.typing import NDArray
 from PIL import Image
 
+from cloud_server import complete
 from cloud_server.errors import StartRefused
 from cloud_server.model import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, Model, open_model
 from edge_agent.bundle import Bundle
@@ -104,13 +104,19 @@ class Painter:
     """
 
     def __init__(self, model: str, batch: int = BATCH) -> None:
-        opened = cloud_model(model)
+        self.model, opened = model, cloud_model(model)
         card = opened.card
         self.steps = DEFAULT_STEPS if card.steps is None else card.steps
         self.guidance_scale = DEFAULT_GUIDANCE_SCALE if card.guidance_scale is None else card.guidance_scale
         self.size = {} if None in (card.width, card.height) else {"width": card.width, "height": card.height}
         self.batch = batch
-        self.pipeline = DiffusionPipeline.from_pretrained(opened.folder, torch_dtype=torch.float32)
+        try:
+            self.pipeline = complete.pipeline(opened.folder, torch.float32)
+        except Exception as error:  # each part's library fails in its own way
+            raise ExportError(
+                f"--cloud {model} cannot be loaded: {_line(error)}; save it again with save_pretrained(), "
+                "or name another"
+            ) from error
         self.pipeline.set_progress_bar_config(disable=True)
         if torch.cuda.is_available():
             self.pipeline.to("cuda")
@@ -120,19 +126,30 @@ class Painter:
         made: list[Picture] = []
         for start in range(0, len(prompts), self.batch):
             chosen = slice(start, start + self.batch)
-            output = self.pipeline(
-                list(prompts[chosen]),
-                num_inference_steps=self.steps,
-                guidance_scale=self.guidance_scale,
-                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[chosen]],
-                **self.size,
-            )
+            noise = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[chosen]]
+            try:
+                output = self.pipeline(
+                    list(prompts[chosen]),
+                    num_inference_steps=self.steps,
+                    guidance_scale=self.guidance_scale,
+                    generator=noise,
+                    **self.size,
+                )
+            except (TypeError, ValueError) as error:  # of a class that wants more than a prompt, or less
+                raise ExportError(
+                    f"--cloud {self.model}: a {type(self.pipeline).__name__} makes no image of a prompt: "
+                    f"{_line(error)}"
+                ) from error
             withheld = getattr(output, "nsfw_content_detected", None) or [False] * len(output.images)
             made += [
                 Picture(np.asarray(image), bool(blank))
                 for image, blank in zip(output.images, withheld, strict=True)
             ]
         return made
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class BundlePainter:
@@ -217,9 +234,10 @@ def pieces(prompts: Sequence[Prompt], draws: Draws) -> Iterator[Piece]:
 def generate(painters: Mapping[str, Callable[[], Paints]], images: Path, wanted: Sequence[Piece]) -> None:
     """Generate the pictures that the folder ``images`` lacks: those of one model, then those of the other.
 
-    ``painters`` opens each model when it is needed; only one is in memory at a time.
+    ``painters`` opens each model when it is needed; only one is in memory at a time. The cloud's first: the bundle has
+    been checked, and a cloud model that fails is better known before hours of the edge's images.
     """
-    for model in MODELS:
+    for model in reversed(MODELS):
         missing = [
             piece for piece in wanted if piece.model == model and not images_file(images, piece).exists()
         ]

@@ -26,6 +26,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import CLIPTextModelWithProjection
 
+from cloud_server import complete
 from edge_agent.bundle import AddedConditioning
 from export.errors import ExportError
 
@@ -70,9 +71,7 @@ def load(model: str | os.PathLike[str]) -> Any:
     _refuse_class(name)
     try:
         with quiet():
-            pipeline = DiffusionPipeline.from_pretrained(
-                model, torch_dtype=torch.float32, **_without_safety_checker(name)
-            )
+            pipeline = complete.pipeline(model, torch.float32, **_without_safety_checker(name))
     except Exception as error:  # each part's library fails in its own way
         raise ExportError(f"{model} cannot be loaded as a diffusers pipeline: {_reason(error)}") from error
     return pipeline
@@ -193,6 +192,8 @@ def _class_name(model: str | os.PathLike[str]) -> str:
         with quiet():
             index = DiffusionPipeline.load_config(os.fspath(model))
     except Exception as error:  # the hub's library fails in its own ways
+        if folder.is_dir():
+            raise ExportError(f"{folder / 'model_index.json'} cannot be read: {_reason(error)}") from error
         raise ExportError(
             f"{model} cannot be loaded as a diffusers pipeline: it is no folder here, and {_from_hub(error)}"
         ) from error
@@ -211,7 +212,7 @@ def _load_autoencoder(model: str | os.PathLike[str]) -> Any:
             name = AutoencoderKL.load_config(os.fspath(model)).get("_class_name")
             classes = {made.__name__: made for made in (AutoencoderKL, AutoencoderTiny)}
             if name in classes:
-                return classes[name].from_pretrained(model, torch_dtype=torch.float32)
+                return complete.part(classes[name], model, torch_dtype=torch.float32)
     except Exception as error:  # the hub's library fails in its own ways
         raise ExportError(f"{model} cannot be loaded as an autoencoder: {_reason(error)}") from error
     raise ExportError(f"{model} holds a {name}; {' and '.join(classes)} are supported as autoencoders")

@@ -22,6 +22,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.models.clip.tokenization_clip import bytes_to_unicode
 
@@ -145,6 +146,15 @@ def save_miniature(folder: str | Path, seed: int = 0, size: int = 64) -> Path:
     """Write `miniature_pipeline(seed, size)` as a diffusers folder and return it."""
     miniature_pipeline(seed, size).save_pretrained(folder)
     return Path(folder)
+
+
+def forget(part: Path, beginning: str) -> None:
+    """Take the weights whose names begin so out of the file in the folder `part` of a saved pipeline."""
+    file = next(part.glob("*.safetensors"))
+    weights = load_file(file)
+    kept = {name: weight for name, weight in weights.items() if not name.startswith(beginning)}
+    assert len(kept) < len(weights)
+    save_file(kept, file, {"format": "pt"})
 
 
 def _text_config(tokenizer: CLIPTokenizer, hidden: int, tokens: int, **options: Any) -> CLIPTextConfig:

@@ -14,9 +14,11 @@ import importlib
 import inspect
 import sys
 import time
+import traceback
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -129,7 +131,8 @@ def fit(router: Router, data: Data, again: ByGain | None = None) -> list[Fitted]
     validation = data.validation.unseen
 
     def learnt(seed: int, setting: Mapping[str, float]) -> Scorer:
-        return router.fit(data.train, data.validation, seed, **setting)
+        with _blamed_on(router.name):
+            return router.fit(data.train, data.validation, seed, **setting)
 
     def measured(name: str, setting: Mapping[str, float], raw: Sequence[Scorer]) -> Fitted:
         scorers = [_checked(name, score) for score in raw]
@@ -148,9 +151,23 @@ def fit(router: Router, data: Data, again: ByGain | None = None) -> list[Fitted]
     return made
 
 
+@contextmanager
+def _blamed_on(router: str) -> Iterator[None]:
+    """A router of one's own fails in its own way: whichever, it becomes an ExportError that says where."""
+    try:
+        yield
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        at = next((frame for frame in reversed(frames) if "site-packages" not in frame.filename), frames[-1])
+        raise ExportError(
+            f"router {router!r} failed: {type(error).__name__}: {error} ({at.filename}, line {at.lineno})"
+        ) from error
+
+
 def _checked(name: str, score: Scorer) -> Scorer:
     def checked(prompts: Prompts) -> Floats:
-        scores = np.asarray(score(prompts), np.float64)
+        with _blamed_on(name):
+            scores = np.asarray(score(prompts), np.float64)
         if scores.shape != (len(prompts),) or not np.isfinite(scores).all():
             raise ExportError(
                 f"router {name!r} scored {len(prompts)} prompts with an array {list(scores.shape)}, "
@@ -187,7 +204,13 @@ def _named(text: str) -> type[Router]:
         found: type[Router] = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ExportError(f"--router {text}: no such class ({error}); say package.module:Class") from error
-    described = isinstance(getattr(found, "name", None), str) and bool(getattr(found, "settings", None))
+    settings = getattr(found, "settings", None)
+    described = (
+        isinstance(getattr(found, "name", None), str)
+        and isinstance(settings, Sequence)
+        and bool(settings)
+        and all(isinstance(setting, Mapping) for setting in settings)
+    )
     if not inspect.isclass(found) or not callable(getattr(found, "fit", None)) or not described:
         raise ExportError(
             f"--router {text}: not a class with a name, settings (at least one, which may be {{}}) and fit(); "
@@ -270,24 +293,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     measured: dict[str, list[Point]] = {}
     there = {split: numbers for split, numbers in said.items() if split != "validation"}
     with ProcessPoolExecutor(options.processes) as pool, progress() as bar:
-        # The slowest first; what is measured beside routers fills the gap that the last one leaves.
         again = next((router for router in routers if type(router) is ByGain), None)
-        fitting: list[Future[Any]] = [
-            pool.submit(fit, router, data, again if router.name == RouteT2I.name else None)
-            for router in reversed(routers)
-            if router is not again
-        ]
+
+        def submitted(some: Sequence[Router]) -> list[Future[Any]]:
+            return [
+                pool.submit(fit, router, data, again if router.name == RouteT2I.name else None)
+                for router in reversed(some)
+                if router is not again
+            ]
+
+        task = bar.add_task("routers", total=sum(router is not again for router in routers) + 2)
+        fitting = submitted(routers[len(ROUTERS) :])
+        # Those of one's own: nobody waits for all the others to hear of a mistake.
+        for done in as_completed(fitting):
+            if done.exception() is not None:
+                pool.shutdown(cancel_futures=True)
+            done.result()
+        # The slowest first; what is measured beside routers fills the gap that the last one leaves.
+        fitting += submitted(routers[: len(ROUTERS)])
         limiting = pool.submit(_ceiling, outcomes.split("train"), test, known)
         deciding = pool.submit(decisions, bundle, outcomes, there, options.out)
         parts: dict[Future[Any], str] = {limiting: "what can be foreseen", deciding: "the bundle's decisions"}
-        task = bar.add_task("routers", total=len(fitting) + len(parts))
         for done in as_completed([*fitting, *parts]):
             if done in fitting:
-                try:
-                    made = done.result()
-                except ExportError:  # of a router of one's own: nobody waits for the others' results
-                    pool.shutdown(cancel_futures=True)
-                    raise
+                made = done.result()
                 for one in made:
                     fitted[one.name], measured[one.name] = one, bench.points(one.scores["test"])
             bar.update(task, advance=1, note=parts.get(done) or done.result()[0].name)

@@ -22,6 +22,7 @@ from cloud_server.errors import StartRefused
 from cloud_server.server import Server
 from cloud_server.settings import STARTER, Settings
 from tests.cloud_server.conftest import PRICE, Client, Process, Running, serve
+from tests.miniature import forget
 
 Start = Callable[..., Process]
 
@@ -182,6 +183,16 @@ def test_a_model_that_cannot_be_loaded_is_refused_by_its_folder(
     error = capsys.readouterr().err
     assert f"cannot load the model in {broken}" in error
     assert "Traceback" not in error
+
+
+def test_a_model_that_lacks_weights_is_refused_by_their_name(
+    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    incomplete = shutil.copytree(model_folder, tmp_path / "incomplete")
+    forget(incomplete / "text_encoder", "text_model.final_layer_norm.bias")
+    flags = ["--listen", "127.0.0.1:0", "--state", str(tmp_path / "state"), "--model", str(incomplete)]
+    assert main(["serve", *flags]) == 2
+    assert "text_encoder has no weights text_model.final_layer_norm.bias" in capsys.readouterr().err
 
 
 def test_without_settings_the_model_is_the_starter() -> None:

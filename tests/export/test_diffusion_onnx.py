@@ -36,7 +36,13 @@ from export.errors import ExportError
 from export.pipeline import load, name_of
 from export.reference import Reference, difference, largest_difference, reference_image, reference_images
 from export.schedule import compile_schedule
-from tests.miniature import miniature_pipeline, miniature_tiny_autoencoder, miniature_xl, save_miniature
+from tests.miniature import (
+    forget,
+    miniature_pipeline,
+    miniature_tiny_autoencoder,
+    miniature_xl,
+    save_miniature,
+)
 
 
 def silent(_line: str) -> None:
@@ -415,6 +421,50 @@ def test_a_model_folder_needs_no_safety_checker_whatever_its_index_names(
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     pipeline = load(tmp_path)
     assert (pipeline.safety_checker, pipeline.feature_extractor) == (None, None)
+
+
+INCOMPLETE = [
+    ("text_encoder", "text_model.encoder.layers.0.mlp.fc1", " and 1 more"),
+    ("unet", "conv_in.bias", ""),
+    ("vae", "decoder.conv_in.bias", ""),
+]
+
+
+@pytest.mark.parametrize(("part", "beginning", "more"), INCOMPLETE)
+def test_weights_that_a_model_lacks_are_not_drawn_at_random(
+    tmp_path: Path, part: str, beginning: str, more: str
+) -> None:
+    save_miniature(tmp_path / "model")
+    forget(tmp_path / "model" / part, beginning)
+    with pytest.raises(ExportError, match=rf": {part} has no weights {beginning}\S*{more}$"):
+        export_bundle(tmp_path / "model", tmp_path / "bundle", steps=(2,), report=silent)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_weights_that_an_autoencoder_lacks_are_not_drawn_at_random(
+    tmp_path: Path, pipeline: StableDiffusionPipeline
+) -> None:
+    miniature_tiny_autoencoder().save_pretrained(tmp_path / "tiny")
+    forget(tmp_path / "tiny", "decoder.layers.0.bias")
+    with pytest.raises(ExportError, match="tiny has no weights decoder"):
+        export_bundle(pipeline, tmp_path / "bundle", steps=(2,), autoencoder=tmp_path / "tiny", report=silent)
+
+
+def test_a_folder_with_half_precision_files_alone_is_loaded(tmp_path: Path) -> None:
+    pipeline = miniature_pipeline().to(torch.float16)
+    pipeline.save_pretrained(tmp_path, variant="fp16")
+    assert not [file for file in tmp_path.glob("*/*.safetensors") if ".fp16." not in file.name]
+    loaded = load(tmp_path)
+    for part in ("text_encoder", "unet", "vae"):
+        wanted, found = getattr(pipeline, part).state_dict(), getattr(loaded, part).state_dict()
+        assert all(torch.equal(found[name], wanted[name].float()) for name in wanted)
+
+
+def test_an_index_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    save_miniature(tmp_path)
+    (tmp_path / "model_index.json").write_text('{"_class_name"')
+    with pytest.raises(ExportError, match=r"model_index\.json cannot be read: .*not a valid JSON"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("part", ["scheduler", "tokenizer", "unet"])

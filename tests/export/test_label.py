@@ -27,7 +27,7 @@ from export.prompts import SHARES, numbered_lines, own_prompts, router_prompts
 from export.quality import Judge, load_metrics
 from export.starter.judge import new_judge
 from export.starter.tokenizer import train_tokenizer
-from tests.miniature import miniature_pipeline, miniature_xl, save_miniature
+from tests.miniature import forget, miniature_pipeline, miniature_xl, save_miniature
 
 CARD = {"steps": 2, "guidance_scale": 2.0, "width": 96, "height": 64}  # not the size that the weights name
 
@@ -336,19 +336,27 @@ def test_what_a_safety_checker_blanks_is_told_from_a_black_picture(models):
 def test_only_one_model_is_in_memory_and_makes_few_images_at_once(
     models, miniature_bundle, tmp_path, monkeypatch
 ):
-    edge, sizes = [], []
-    opened, called = label.BundlePainter.__init__, StableDiffusionPipeline.__call__
+    cloud, sizes = [], []
+    opened, loaded, called = (
+        label.BundlePainter.__init__,
+        label.Painter.__init__,
+        StableDiffusionPipeline.__call__,
+    )
 
     def noted(self, *given):
-        edge.append(weakref.ref(self))
+        cloud.append(weakref.ref(self))
+        loaded(self, *given)
+
+    def alone(self, *given):
+        assert cloud[0]() is None
         opened(self, *given)
 
     def counted(self, prompts, **options):
-        assert edge[0]() is None
         sizes.append(len(prompts))
         return called(self, prompts, **options)
 
-    monkeypatch.setattr(label.BundlePainter, "__init__", noted)
+    monkeypatch.setattr(label.Painter, "__init__", noted)
+    monkeypatch.setattr(label.BundlePainter, "__init__", alone)
     monkeypatch.setattr(StableDiffusionPipeline, "__call__", counted)
     assert label.main(arguments(models, miniature_bundle, tmp_path / "labels.parquet", "--batch", "2")) == 0
     assert max(sizes) == 2
@@ -431,6 +439,28 @@ def test_labels_of_own_prompts_go_through_every_later_stage(models, bundle_copy,
     assert Bundle.open(bundle_copy).advice == ""
     report = json.loads((tmp_path / "evaluation.json").read_text())
     assert report["prompts"] == report["scenes"] == sum(p.split == "test" for p in own_prompts(file))
+
+
+def test_a_cloud_model_that_fails_is_named_before_the_edge_makes_anything(
+    models, miniature_bundle, tmp_path, capsys
+):
+    shutil.copytree(models / "judge", tmp_path / "judge")
+    shutil.copytree(models / "cloud", tmp_path / "cloud")
+    forget(tmp_path / "cloud" / "text_encoder", "text_model.final_layer_norm.bias")
+    out = tmp_path / "labels.parquet"
+    assert edge_export(["label", *arguments(tmp_path, miniature_bundle, out)]) == 2
+    error = capsys.readouterr().err
+    assert "cannot be loaded: text_encoder has no weights text_model.final_layer_norm.bias;" in error
+    assert not list(tmp_path.rglob("*.npz"))
+
+
+def test_a_cloud_model_that_wants_more_than_a_prompt_is_named(models, tmp_path):
+    folder = shutil.copytree(models / "cloud", tmp_path / "cloud")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["_class_name"] = "StableDiffusionImg2ImgPipeline"
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ExportError, match="a StableDiffusionImg2ImgPipeline makes no image of a prompt: "):
+        label.Painter(str(folder)).paint(["a cat"], [1])
 
 
 def test_a_cloud_model_that_is_not_there_is_refused_in_one_line(tmp_path, capsys):

@@ -180,6 +180,18 @@ def test_labels_that_do_not_say_their_cloud_model_ask_for_it(
     assert "--cloud-digest" in refused(capsys, "calibrate", labels, chain.bundle)
 
 
+def test_alpha_is_not_made_for_a_cloud_model_that_was_not_measured(
+    chain: Chain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = (chain.bundle / CALIBRATION).read_bytes()
+    flags = ["calibrate", chain.labels, chain.bundle, "--cloud-digest"]
+    assert "measured on the cloud model c0ffee, not on 000" in refused(capsys, *flags, "0" * 64)
+    with pytest.raises(SystemExit):
+        main([*map(str, flags), "nonsense"])
+    assert "'nonsense' is no digest: 64 hexadecimal digits" in capsys.readouterr().err
+    assert (chain.bundle / CALIBRATION).read_bytes() == kept
+
+
 def test_a_bundle_without_predictor_or_calibration_says_what_to_run(
     tmp_path: Path, chain: Chain, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -181,9 +181,21 @@ class Undecided(Longest):
         return lambda prompts: np.full(len(prompts), np.nan)
 
 
+class Mistaken(Longest):
+    name = "mistaken"
+
+    def fit(self, train: Prompts, validation: Prompts, seed: int, **setting: float) -> Scorer:
+        return lambda prompts: prompts.lengths  # type: ignore[attr-defined]
+
+
+class Commaless(Longest):
+    name, settings = "commaless", ({"power": 1.0})  # type: ignore[assignment]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        (["--router", f"{__name__}:Commaless"], "not a class with a name, settings (at least one"),
         (["--router", f"{__name__}:Copied"], "called 'random' already: give your router another name"),
         (["--router", f"{__name__}:Oracle"], "called 'oracle' already: give your router another name"),
         (["--router", "export.prompts:Prompt"], "not a class with a name"),
@@ -206,6 +218,13 @@ def test_no_processes_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_router_without_a_number_for_every_prompt_is_named(world: World) -> None:
     with pytest.raises(ExportError, match=r"'undecided' scored .* 0 of it finite"):
         fit(Undecided(), world.data)
+
+
+def test_a_router_that_fails_is_named_with_the_line(world: World) -> None:
+    with pytest.raises(
+        ExportError, match=r"'mistaken' failed: AttributeError: .*test_routerbench\.py, line \d+"
+    ):
+        fit(Mistaken(), world.data)
 
 
 def test_a_router_is_asked_before_anything_came_of_a_prompt(world: World) -> None:
