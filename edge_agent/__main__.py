@@ -51,7 +51,7 @@ try:
     from edge_agent.quota import BudgetState, dollars
     from edge_agent.request import MAX_SEED, ImageRequest, Limits, Privacy, Routing, validate
     from edge_agent.superiority import METRICS
-    from edge_agent.terminal import add_command, client, print_facts, print_json, print_table
+    from edge_agent.terminal import add_command, client, on_terminal, print_facts, print_json, print_table
     from routet2i.edge.v1 import edge_pb2
 finally:
     signal.signal(signal.SIGINT, _before)
@@ -569,7 +569,7 @@ def _cannot_be_written(target: Path, error: OSError) -> InvalidRequest:
 
 def _shown(events: Iterable[Decision | Progress | Received]) -> Iterator[Decision | Progress | Received]:
     """The events, with a bar on the terminal; nothing is shown in a pipe."""
-    if not sys.stderr.isatty():
+    if not on_terminal(sys.stderr):
         yield from events
         return
     from rich.console import Console

@@ -39,6 +39,7 @@ _EXIT_CODES = {
     grpc.StatusCode.PERMISSION_DENIED: BAD_INPUT,
     grpc.StatusCode.ALREADY_EXISTS: BAD_INPUT,
     grpc.StatusCode.NOT_FOUND: BAD_INPUT,
+    grpc.StatusCode.UNIMPLEMENTED: BAD_INPUT,
     grpc.StatusCode.DATA_LOSS: BAD_INPUT,  # the model's files are to be mended, and the program is not
     grpc.StatusCode.UNAVAILABLE: UNREACHABLE,
     grpc.StatusCode.DEADLINE_EXCEEDED: UNREACHABLE,
@@ -199,6 +200,10 @@ def _explained(address: str, late: str = _LATE) -> Iterator[None]:
         message = call.details() or code.name
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
             message = f"the daemon at {address} {late}"
+        elif code is grpc.StatusCode.UNIMPLEMENTED:  # gRPC's own words are "Method not found!"
+            message = (
+                f"what answers at {address} is no edge-agent, or an older one; name the daemon with --agent"
+            )
         exit_code = _EXIT_CODES.get(code, BROKEN)
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
             exit_code = _exhausted(sent_status(error))

@@ -17,12 +17,13 @@ import math
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import grpc
+from google.protobuf.message import DecodeError
 from google.rpc.error_details_pb2 import RetryInfo
 from google.rpc.status_pb2 import Status
 from PIL import Image, UnidentifiedImageError
@@ -543,9 +544,10 @@ def _wire_request(request: ImageRequest, ceiling_micro_usd: int) -> cloud_pb2.Ge
 def _retry_after_s(status: Status | None) -> float | None:
     retry = RetryInfo()
     for detail in status.details if status is not None else ():
-        if detail.Unpack(retry):
-            milliseconds: int = retry.retry_delay.ToMilliseconds()
-            return max(0.0, milliseconds / 1000)
+        with suppress(DecodeError):  # a cloud's bad advice is none
+            if detail.Unpack(retry):
+                milliseconds: int = retry.retry_delay.ToMilliseconds()
+                return max(0.0, milliseconds / 1000)
     return None
 
 

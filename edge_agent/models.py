@@ -16,7 +16,7 @@ from edge_agent.bundle import Bundle
 from edge_agent.client import BAD_INPUT, CONNECT_S, DONE, UNREACHABLE, AgentClient, CallFailed
 from edge_agent.errors import BundleError, InvalidRequest, StoreError
 from edge_agent.store import RESERVED, STARTER_NAME, Store
-from edge_agent.terminal import add_command, client, print_facts, print_json, print_table
+from edge_agent.terminal import add_command, client, on_terminal, print_facts, print_json, print_table
 
 if TYPE_CHECKING:
     from edge_agent.pull import Pulled
@@ -472,7 +472,7 @@ def _say_uncalibrated(advice: str) -> None:
 
 def _spinner(what: str) -> AbstractContextManager[Any]:
     """Shows on a terminal that something is done, and nothing in a pipe."""
-    if not sys.stderr.isatty():
+    if not on_terminal(sys.stderr):
         return nullcontext()
     from rich.console import Console
 
@@ -482,7 +482,7 @@ def _spinner(what: str) -> AbstractContextManager[Any]:
 @contextmanager
 def _bar(what: str) -> Iterator[Any]:
     """A function that shows (what is done now, bytes done, bytes in all) on a terminal, and nothing in a pipe."""
-    if not sys.stderr.isatty():
+    if not on_terminal(sys.stderr):
         yield lambda *_: None
         return
     from rich.console import Console

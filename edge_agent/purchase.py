@@ -208,6 +208,9 @@ class Purchases:
         except RouteT2IError as error:  # the cloud is out of reach, or the ledger is
             log.warning("unresolved", extra={"fields": {"error": error.message}})
             return False
+        except Exception:  # whatever it is, the money of all other calls waits for this task
+            log.exception("a bug in the daemon held up the open reservations")
+            return False
         return later == 0
 
     async def _resolved(self, reservation: Reservation) -> bool:

@@ -119,6 +119,8 @@ class Recent:
         )
 
     def _alpha(self) -> float:
+        if not self.routing_rate:  # below the lowest score known, others can come
+            return 0.0
         if not self._follow or not self._scores:
             return self._calibration.alpha(self.routing_rate)
         return float(largest_alpha([*self._prior, *self._scores], self.routing_rate))

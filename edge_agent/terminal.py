@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from edge_agent import settings
 from edge_agent.client import DONE, AgentClient
@@ -88,6 +88,11 @@ def print_json(facts: dict[str, Any]) -> None:
     print(json.dumps(facts, ensure_ascii=codecs.lookup(encoding).name != "utf-8"), flush=True)
 
 
+def on_terminal(stream: TextIO | None) -> bool:
+    """Whether somebody watches it: Python has None in place of a stream that was closed before it began (`2>&-`)."""
+    return stream is not None and stream.isatty()
+
+
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Columns as wide as the terminal allows. Where a row cannot be had, those before it are printed."""
     from rich.console import Console
@@ -95,7 +100,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     from rich.text import Text
 
     # In a pipe, where programs look for names, no name is folded.
-    console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_COLUMNS)
+    console = Console(width=None if on_terminal(sys.stdout) or "COLUMNS" in os.environ else PIPE_COLUMNS)
     table = Table(box=None, pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold")  # nothing is cut off

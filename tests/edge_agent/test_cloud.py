@@ -198,7 +198,7 @@ async def failure(
 
 
 def abort(
-    code: grpc.StatusCode, text: str, *, details: bool = True, retry_after_s: int = 0
+    code: grpc.StatusCode, text: str, *, details: bool = True, retry_after_s: int = 0, garbled: bool = False
 ) -> Callable[..., Any]:
     """Ends the call with this code; with `details`, as cloud servers do, and otherwise as gRPC itself does."""
 
@@ -210,6 +210,8 @@ def abort(
             retry = RetryInfo()
             retry.retry_delay.seconds = retry_after_s
             status.details.add().Pack(retry)
+        if garbled:
+            status.details.add(type_url="type.googleapis.com/google.rpc.RetryInfo", value=b"\xff\xff\xff")
         packed = to_status(status)
         await context.abort(packed.code, packed.details, packed.trailing_metadata)
 
@@ -469,6 +471,12 @@ async def test_a_code_that_grpc_itself_may_have_made_leaves_the_outcome_open(
 ) -> None:
     cloud.script = [abort(code, "who said this?", details=False)]
     assert not (await failure(CloudClient(cloud.address))).never_ran
+
+
+async def test_a_time_to_wait_that_cannot_be_read_is_none(cloud: Cloud) -> None:
+    cloud.script = [abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "64 are waiting", garbled=True)]
+    error = await failure(CloudClient(cloud.address))
+    assert (error.retry_after_s, error.never_ran) == (None, True)
 
 
 async def test_a_full_cloud_is_left_alone_for_as_long_as_it_asks(cloud: Cloud) -> None:

@@ -499,6 +499,12 @@ def test_streams_that_cannot_be_used_are_said_without_a_traceback(
     assert words in said
 
 
+def test_streams_that_were_closed_before_are_not_needed(daemon: Process, folder: Path) -> None:
+    finished = shell(folder, f"generate '{EDGE_PROMPT}' -o {shlex.quote(str(folder / 'a.png'))} 2>&-")
+    assert (finished.returncode, (folder / "a.png").exists()) == (0, True)
+    assert (shell(folder, "quota >&-").returncode, shell(folder, "quota >&-").stderr) == (0, "")
+
+
 def test_a_prompt_that_the_terminals_encoding_lacks_is_shown_all_the_same(
     daemon: Process, folder: Path
 ) -> None:

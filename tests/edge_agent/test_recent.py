@@ -119,6 +119,14 @@ def test_two_samples_of_the_same_prompts_are_not_called_unlike(tmp_path: Path) -
     assert spoken <= 1
 
 
+@pytest.mark.parametrize("follow", [False, True])
+def test_none_go_where_none_are_wanted_however_low_they_score(calibration: Calibration, follow: bool) -> None:
+    recent = Recent(calibration, 0.0, follow=follow)
+    for prs in (0.05, 0.01, 0.0):
+        assert prs >= recent.alpha
+        recent.add(prs)
+
+
 @pytest.mark.parametrize("wanted", [0.0, 1.0])
 def test_nothing_is_said_where_all_or_none_are_wanted_and_go(calibration: Calibration, wanted: float) -> None:
     recent = Recent(replace(calibration, scores=tuple(0.4 * prs for prs in SCORES)), wanted)
