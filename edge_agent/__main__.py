@@ -49,7 +49,15 @@ try:
     from edge_agent.image import Progress
     from edge_agent.policy import Decision, decide
     from edge_agent.quota import BudgetState, dollars
-    from edge_agent.request import MAX_SEED, ImageRequest, Limits, Privacy, Routing, validate
+    from edge_agent.request import (
+        MAX_SEED,
+        ImageRequest,
+        Limits,
+        Privacy,
+        Routing,
+        check_request_id,
+        validate,
+    )
     from edge_agent.superiority import METRICS
     from edge_agent.terminal import add_command, client, on_terminal, print_facts, print_json, print_table
     from routet2i.edge.v1 import edge_pb2
@@ -277,7 +285,7 @@ def _generate(options: argparse.Namespace) -> int:
         raise InvalidRequest(
             "--json and -o - would both write to standard output; name a file with -o, or leave out --json"
         )
-    target = _target(options.output)
+    target = _target(_file(options))
     fields = {
         "prompt": options.prompt,
         "negative_prompt": options.negative_prompt,
@@ -489,6 +497,14 @@ def _prompts(arguments: Sequence[str]) -> Iterator[str]:
             yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
         else:
             yield argument
+
+
+def _file(options: argparse.Namespace) -> str | None:
+    """The file that is asked for; None where only the daemon can name it."""
+    if options.output is not None or not options.request_id:
+        return options.output
+    check_request_id(options.request_id)
+    return f"{options.request_id}.png"
 
 
 def _target(output: str | None) -> Path | None:

@@ -108,7 +108,7 @@ def validate(
 
     Raises InvalidRequest (naming the field), UnknownApp or DeadlinePassed.
     """
-    _check_name(request.request_id, "request_id", _REQUEST_ID, "letters, digits and . _ : - only")
+    check_request_id(request.request_id)
     check_app(request.app)
     if limits.apps is not None and request.app not in limits.apps:
         raise UnknownApp(f"the app {request.app!r} is not among those the settings allow; add it to `apps`")
@@ -145,6 +145,11 @@ def validate(
         )
     seed = draw_seed() if request.seed is None else request.seed
     return request._replace(seed=seed, width=width, height=height)
+
+
+def check_request_id(name: str) -> None:
+    """Raises InvalidRequest for what can name no request."""
+    _check_name(name, "request_id", _REQUEST_ID, "letters, digits and . _ : - only")
 
 
 def check_app(name: str) -> None:

@@ -204,6 +204,22 @@ def test_a_folder_that_one_may_not_enter_is_refused_before_the_image_is_made() -
             _target(str(closed / "cat.png"))
 
 
+def test_a_file_that_is_named_after_the_request_is_looked_at_before_the_image_is_made(
+    run: Run, daemon: Process, tmp_path: Path
+) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "link.png").symlink_to(tmp_path / "kept" / "cat.png")
+    (tmp_path / "taken.png").mkdir()
+    for request_id, words in (("taken", "taken.png is a folder"), ("kept/cat", "letters, digits")):
+        finished = run("generate", EDGE_PROMPT, "--request-id", request_id)
+        assert finished.code == 2 and words in finished.err
+    assert run("generate", EDGE_PROMPT, "--request-id", "link").code == 0
+    assert (tmp_path / "link.png").is_symlink() and (tmp_path / "kept" / "cat.png").is_file()
+    while not any(call["request_id"] == "link" for call in daemon.calls):
+        time.sleep(0.01)
+    assert not {"taken", "kept/cat"} & {call["request_id"] for call in daemon.calls}
+
+
 def test_generate_prints_exactly_these_fields(run: Run, daemon: Process, tmp_path: Path) -> None:
     finished = run("generate", CLOUD_PROMPT, "--json", "--steps", 8, "--negative-prompt", "a dog")
     (facts,) = finished.objects
