@@ -26,7 +26,7 @@ try:
     import tempfile
     from collections import Counter
     from collections.abc import Callable, Iterable, Iterator, Sequence
-    from contextlib import suppress
+    from contextlib import contextmanager, suppress
     from datetime import datetime
     from pathlib import Path
     from typing import Any
@@ -253,6 +253,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Where libraries are imported while nothing is open: see `_interrupted`."""
+    before = signal.signal(signal.SIGINT, _interrupted)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _drop_output() -> None:
     """Nothing more is written, also not what is still in a buffer when the program ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -398,10 +408,11 @@ def _distinct(texts: Sequence[str]) -> Iterator[str]:
 
 def _routed_here(options: argparse.Namespace, prompts: Iterable[str]) -> Iterator[tuple[str, Decision]]:
     """Decisions of a bundle loaded in this process."""
-    from edge_agent.agent import explain
-    from edge_agent.bundle import Bundle
-    from edge_agent.diffusion.sessions import Runtime
-    from edge_agent.reader import Reader
+    with _interruptible():
+        from edge_agent.agent import explain
+        from edge_agent.bundle import Bundle
+        from edge_agent.diffusion.sessions import Runtime
+        from edge_agent.reader import Reader
 
     chosen = settings.resolve(vars(options), os.environ)
     bundle = Bundle.open(chosen.bundle_folder)

@@ -540,9 +540,12 @@ def shell(folder: Path, command: str, **environment: str) -> subprocess.Complete
     )
 
 
-@pytest.mark.parametrize("library", ["grpc", "onnxruntime"])
+@pytest.mark.parametrize(
+    ("library", "command"),
+    [("grpc", ["serve"]), ("onnxruntime", ["serve"]), ("onnxruntime", ["route", "a cat"])],
+)
 def test_ctrl_c_while_a_library_is_being_imported_ends_the_program_quietly(
-    library: str, tmp_path: Path
+    library: str, command: list[str], tmp_path: Path
 ) -> None:
     """Some of them lose the exception that Python makes of it."""
     interrupted = f"""
@@ -553,7 +556,7 @@ class Interrupt:
             with contextlib.suppress(KeyboardInterrupt):
                 os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Interrupt())
-sys.argv = ["edge-agent", "serve"]
+sys.argv = ["edge-agent", *{command}]
 runpy.run_module("edge_agent", run_name="__main__")
 """
     finished = subprocess.run(
