@@ -505,7 +505,12 @@ def _prompts(arguments: Sequence[str]) -> Iterator[str]:
                 raise InvalidRequest("standard input is closed, so no prompt can be read from it")
             # A byte order mark is no part of the first prompt.
             sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")  # type: ignore[union-attr]
-            yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
+            try:
+                yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
+            except OSError as error:
+                raise InvalidRequest(
+                    f"standard input cannot be read: {error.strerror}; send the prompts with < FILE, or name them"
+                ) from error
         else:
             yield argument
 

@@ -504,6 +504,7 @@ def test_the_address_comes_from_flag_then_environment(
         (f"generate '{EDGE_PROMPT}' -o - >/dev/full", "output cannot be written: No space left"),
         (f"generate '{EDGE_PROMPT}' -o - >&-", "standard output is closed"),
         ("route - <&-", "standard input is closed"),
+        ("route - 0>unread", "standard input cannot be read: Bad file descriptor"),
     ],
 )
 def test_streams_that_cannot_be_used_are_said_without_a_traceback(
@@ -536,6 +537,7 @@ def shell(folder: Path, command: str, **environment: str) -> subprocess.Complete
         capture_output=True,
         text=True,
         timeout=60,
+        cwd=folder,
         env=process_environment(folder, **environment),
     )
 
