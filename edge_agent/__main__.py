@@ -59,7 +59,15 @@ try:
         validate,
     )
     from edge_agent.superiority import METRICS
-    from edge_agent.terminal import add_command, client, on_terminal, print_facts, print_json, print_table
+    from edge_agent.terminal import (
+        add_command,
+        client,
+        on_terminal,
+        print_facts,
+        print_json,
+        print_table,
+        remark,
+    )
     from routet2i.edge.v1 import edge_pb2
 finally:
     signal.signal(signal.SIGINT, _before)
@@ -265,7 +273,8 @@ def _interruptible() -> Iterator[None]:
 
 def _drop_output() -> None:
     """Nothing more is written, also not what is still in a buffer when the program ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _exit_code(error: RouteT2IError) -> int:
@@ -324,7 +333,7 @@ def _generate(options: argparse.Namespace) -> int:
         raise CallFailed("the daemon sent an image without its decision", BROKEN)
     file = _write(received, target)
     if received.fallback_error:
-        print(f"edge-agent: made on this device, because {received.fallback_error}", file=sys.stderr)
+        remark(f"made on this device, because {received.fallback_error}")
     if options.json:
         print_json(_image_facts(decision, received, file))
     elif file != "-":
@@ -416,10 +425,10 @@ def _routed_here(options: argparse.Namespace, prompts: Iterable[str]) -> Iterato
 
     chosen = settings.resolve(vars(options), os.environ)
     bundle = Bundle.open(chosen.bundle_folder)
-    print(f"edge-agent: without a daemon, so by prediction alone, with {bundle.folder}", file=sys.stderr)
+    remark(f"without a daemon, so by prediction alone, with {bundle.folder}")
     reader = Reader.open(bundle, chosen.routing_rate, Runtime(threads=chosen.threads or None))
     if reader.advice:
-        print(f"edge-agent: {reader.advice}", file=sys.stderr)
+        remark(reader.advice)
     size = (bundle.manifest.width, bundle.manifest.height)
     limits = Limits((size,), bundle.manifest.steps, max_prompt_chars=chosen.max_prompt_characters)
     for prompt in prompts:
@@ -517,10 +526,11 @@ def _prompts(arguments: Sequence[str]) -> Iterator[str]:
 
 def _file(options: argparse.Namespace) -> str | None:
     """The file that is asked for; None where only the daemon can name it."""
-    if options.output is not None or not options.request_id:
-        return options.output
-    check_request_id(options.request_id)
-    return f"{options.request_id}.png"
+    output: str | None = options.output
+    if output is None and options.request_id:
+        check_request_id(options.request_id)
+        output = f"{options.request_id}.png"
+    return output
 
 
 def _target(output: str | None) -> Path | None:
@@ -689,7 +699,7 @@ def _money(text: str) -> int:
 
 
 def _complain(message: str, code: int) -> int:
-    print(f"edge-agent: {message}", file=sys.stderr)
+    remark(message)
     return code
 
 

@@ -16,7 +16,7 @@ from edge_agent.bundle import Bundle
 from edge_agent.client import BAD_INPUT, CONNECT_S, DONE, UNREACHABLE, AgentClient, CallFailed
 from edge_agent.errors import BundleError, InvalidRequest, StoreError
 from edge_agent.store import RESERVED, STARTER_NAME, Store
-from edge_agent.terminal import add_command, client, on_terminal, print_facts, print_json, print_table
+from edge_agent.terminal import add_command, client, on_terminal, print_facts, print_json, print_table, remark
 
 if TYPE_CHECKING:
     from edge_agent.pull import Pulled
@@ -160,7 +160,7 @@ def _list(options: argparse.Namespace) -> int:
             ),
         )
     if served is not None and not any(model["served"] for model in models):
-        _remark(f"the daemon serves {served}, which is none of these")
+        remark(f"the daemon serves {served}, which is none of these")
     return DONE
 
 
@@ -275,13 +275,13 @@ def _take_up(store: Store, name: str, options: argparse.Namespace) -> tuple[bool
     before = _choice(store)
     try:
         store.choose(name)
-        served, remark = _reloaded(daemon, store, name) if running else (None, "")
+        served, more = _reloaded(daemon, store, name) if running else (None, "")
     except BaseException as error:  # Ctrl-C among them: the daemon may yet refuse what it loads
         now = _choice(store)
         if now == name != before:
             store.restore(before)
         if isinstance(error, KeyboardInterrupt):
-            _remark(
+            remark(
                 f"{before if now == name else now} stays the chosen model; a daemon may serve {name} until it restarts"
             )
         if not isinstance(error, CallFailed):
@@ -300,7 +300,7 @@ def _take_up(store: Store, name: str, options: argparse.Namespace) -> tuple[bool
     now = _choice(store)  # another process may have chosen, and the daemon have loaded that
     if now != name:
         return served, f"meanwhile {now} was chosen in place of {name}"
-    return served, f"{name} is the chosen model{remark}"
+    return served, f"{name} is the chosen model{more}"
 
 
 def _reloaded(daemon: AgentClient, store: Store, name: str) -> tuple[bool, str]:
@@ -509,7 +509,3 @@ def _bar(what: str) -> Iterator[Any]:
             bars.update(bar, description=now, completed=done_bytes, total=total_bytes)
 
         yield show
-
-
-def _remark(message: str) -> None:
-    print(f"edge-agent: {message}", file=sys.stderr)

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
 from edge_agent import settings
@@ -91,6 +92,13 @@ def print_json(facts: dict[str, Any]) -> None:
 def on_terminal(stream: TextIO | None) -> bool:
     """Whether somebody watches it: Python has None in place of a stream that was closed before it began (`2>&-`)."""
     return stream is not None and stream.isatty()
+
+
+def remark(message: str) -> None:
+    """A line on standard error, where it takes one; `print` would take a closed one's None for standard output."""
+    if sys.stderr is not None:
+        with suppress(OSError):  # the exit code says it, too
+            print(f"edge-agent: {message}", file=sys.stderr)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 import PIL.Image
 import pytest
 
-from edge_agent.__main__ import _print_explained, _target, main
+from edge_agent.__main__ import _drop_output, _print_explained, _target, main
 from edge_agent.bundle import DECODER
 from edge_agent.client import _exhausted
 from edge_agent.errors import Busy, InvalidRequest, QuotaExhausted, status_details
@@ -520,6 +520,22 @@ def test_streams_that_were_closed_before_are_not_needed(daemon: Process, folder:
     finished = shell(folder, f"generate '{EDGE_PROMPT}' -o {shlex.quote(str(folder / 'a.png'))} 2>&-")
     assert (finished.returncode, (folder / "a.png").exists()) == (0, True)
     assert (shell(folder, "quota >&-").returncode, shell(folder, "quota >&-").stderr) == (0, "")
+
+
+def test_remarks_that_nobody_takes_change_neither_output_nor_exit_code(
+    folder: Path, routed_bundle: Path
+) -> None:
+    route = f"route '{EDGE_PROMPT}' --json --bundle {shlex.quote(str(routed_bundle))}"
+    for command in (f"{route} 2>&-", f"{route} 2>/dev/full"):
+        finished = shell(folder, command)
+        assert (finished.returncode, len(finished.stdout.splitlines())) == (0, 1)
+    assert shell(folder, f"{route} >&- 2>/dev/full").returncode == 0
+    assert shell(folder, "route a --config none 2>/dev/full").returncode == 2
+
+
+def test_output_that_was_closed_before_need_not_be_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", None)
+    _drop_output()
 
 
 def test_a_prompt_that_the_terminals_encoding_lacks_is_shown_all_the_same(
