@@ -14,6 +14,11 @@ MAX_GUIDANCE_SCALE = 100.0  # far beyond what any model uses; keeps float16 deno
 MAX_NAME_CHARACTERS = 128  # of request_id and app
 MEDIA_TYPE = "image/png"
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]+")
+# What shows: no white space, no Default_Ignorable_Code_Point (https://www.unicode.org/reports/tr44/), no empty braille.
+VISIBLE = re.compile(
+    "[^\\s\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u2800\u3164"
+    "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
 
 
 @dataclass(frozen=True)
@@ -85,8 +90,10 @@ def validate(wish: Wish, limits: Limits, drawn_seed: int) -> Spec:
             f"app has {len(wish.app)} characters; at most {MAX_NAME_CHARACTERS}", field="app"
         )
     _check_text("app", wish.app)
-    if not wish.prompt.strip():
-        raise InvalidRequest("the prompt is empty; say what the picture shows", field="prompt")
+    if not VISIBLE.search(wish.prompt):
+        raise InvalidRequest(
+            "the prompt is empty, or nothing of it can be seen; say what the picture shows", field="prompt"
+        )
     for field, text in (("prompt", wish.prompt), ("negative_prompt", wish.negative_prompt)):
         if len(text) > limits.max_prompt_characters:
             raise InvalidRequest(

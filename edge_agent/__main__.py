@@ -394,6 +394,9 @@ def _print_explained(prompt: str, decision: Decision) -> None:
         )
         if token.prs_without is not None
     ]
+    if not decision.tokens:
+        print("  nothing to delete: the model on this device reads nothing in it")
+        return
     if not moved:
         print("  nothing was measured: the daemon is older than this command; restart it")
         return

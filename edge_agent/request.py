@@ -44,6 +44,13 @@ MAX_MONEY = 2**63 - 1
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]+")
 _APP = re.compile(r"[ -~]+")
 
+_VISIBLE = re.compile(
+    "[^\\s\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u2800\u3164"
+    "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+"""What shows: no white space, no Default_Ignorable_Code_Point of https://www.unicode.org/reports/tr44/ and no empty
+braille. Joiners, selectors and tags are of these, and a part of many emoji, which have something else that shows."""
+
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 """https://www.w3.org/TR/trace-context/#traceparent-header"""
 
@@ -114,8 +121,11 @@ def validate(
         raise UnknownApp(f"the app {request.app!r} is not among those the settings allow; add it to `apps`")
     if request.deadline is not None and request.deadline <= monotonic():
         raise DeadlinePassed("the deadline had passed before the request was looked at; allow more time")
-    if not request.prompt.strip():
-        raise InvalidRequest("the prompt is empty; say what the image should show", field="prompt")
+    if not _VISIBLE.search(request.prompt):
+        raise InvalidRequest(
+            "the prompt is empty, or nothing of it can be seen; say what the image should show",
+            field="prompt",
+        )
     _check_text(request.prompt, "prompt", limits.max_prompt_chars)
     _check_text(request.negative_prompt, "negative_prompt", limits.max_prompt_chars)
     if request.routing is Routing.CLOUD_ONLY and request.local_only:

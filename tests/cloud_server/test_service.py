@@ -88,6 +88,7 @@ BAD_INPUT: list[tuple[dict[str, Any], str, str]] = [
     ({"request_id": "a b"}, "request_id", "only"),
     ({"prompt": ""}, "prompt", "empty"),
     ({"prompt": " \t\n"}, "prompt", "empty"),
+    ({"prompt": "\u200d\u00ad\ufe0f"}, "prompt", "nothing of it can be seen"),
     ({"prompt": "x" * 2_001}, "prompt", "at most 2000"),
     ({"prompt": "a\x00cat"}, "prompt", "U+0000 at character 2"),
     ({"prompt": "cat\x1b[2J"}, "prompt", "U+001B at character 4"),

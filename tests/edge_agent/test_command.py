@@ -28,6 +28,7 @@ from edge_agent.bundle import DECODER
 from edge_agent.client import _exhausted
 from edge_agent.errors import Busy, InvalidRequest, QuotaExhausted, status_details
 from edge_agent.policy import Decision, Reason, TokenPull
+from edge_agent.settings import STARTER
 from edge_agent.superiority import METRICS
 from tests.running import CLOUD_PROMPT, EDGE_PROMPT, Process, process_environment, short_folder
 
@@ -289,6 +290,12 @@ def test_route_says_that_an_older_daemon_explains_nothing(capsys: pytest.Capture
     assert "the daemon is older than this command" in capsys.readouterr().out
 
 
+def test_route_has_nothing_to_explain_where_the_model_reads_nothing(run: Run, tmp_path: Path) -> None:
+    finished = run("route", "\ue000", "--explain", "--bundle", STARTER)
+    assert finished.code == 0
+    assert "PRS" in finished.out and "reads nothing in it" in finished.out
+
+
 def test_route_has_nothing_to_explain_without_a_predictor(run: Run, miniature_bundle: Path) -> None:
     finished = run("route", "a cat", "--explain", "--bundle", miniature_bundle)
     assert finished.code == 0
@@ -417,6 +424,7 @@ def test_status_and_models_tell_what_runs(run: Run, daemon: Process, routed_bund
     ("arguments", "code", "words"),
     [
         (("generate", ""), 2, "empty"),
+        (("generate", "\u200d\u00ad\u200b"), 2, "nothing of it can be seen"),
         (("generate", "x" * 10_000), 2, "10,000"),
         (("generate", "x" * 300_000), 2, "larger"),
         (("generate", "a\x1b[31m"), 2, "U+001B"),

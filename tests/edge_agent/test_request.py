@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import unicodedata
 from dataclasses import replace
 from typing import Any
 
@@ -9,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cloud_server.request import VISIBLE
 from edge_agent.errors import DeadlinePassed, InvalidRequest, UnknownApp
-from edge_agent.request import MAX_SEED, ImageRequest, Limits, Privacy, Routing, validate
+from edge_agent.request import _VISIBLE, MAX_SEED, ImageRequest, Limits, Privacy, Routing, validate
 
 LIMITS = Limits(sizes=((64, 64), (128, 64)), steps=(4, 8, 25))
 REQUEST = ImageRequest(request_id="r-1", prompt="two cats on a beach")
@@ -45,6 +48,10 @@ def test_one_side_of_the_size_selects_a_size_that_has_it() -> None:
         ({"prompt": ""}, "prompt", "empty"),
         ({"prompt": " \n\t "}, "prompt", "empty"),
         ({"prompt": "\u00a0\u3000"}, "prompt", "empty"),
+        ({"prompt": "\u200b"}, "prompt", "nothing of it can be seen"),
+        ({"prompt": "\u200d\u00ad \u2060\ufeff\u202e\n"}, "prompt", "nothing of it can be seen"),
+        ({"prompt": "\ufe0f\u034f\u3164\u2800\U000e0061\U000e0100"}, "prompt", "nothing of it can be seen"),
+        ({"prompt": "\u200b\x00"}, "prompt", "character 2 of the prompt, U+0000"),
         ({"prompt": "x" * 10_000}, "prompt", "10,000 characters; at most 2,000"),
         ({"prompt": "cat\x00dog"}, "prompt", "character 4 of the prompt, U+0000"),
         ({"prompt": "cat\rdog"}, "prompt", "U+000D"),
@@ -98,10 +105,28 @@ def test_a_wrong_field_is_named_and_the_message_says_what_there_is(
         "a\u200dcat",
         "e\u0301",
         "مرحبا",
+        "\u200b7\ufe0f\u20e3",
+        "🏴\U000e0067\U000e0062\U000e007f",
+        "?!",
+        "\u0301",
+        "\u06dd",
+        "\ue000",
+        "\U0001faea\u200d\U0001fbfe",
     ],
 )
 def test_any_text_is_a_prompt(prompt: str) -> None:
     assert validate(REQUEST._replace(prompt=prompt), LIMITS).prompt == prompt
+
+
+def test_white_space_does_not_show_and_numbers_punctuation_and_marks_of_currency_do() -> None:
+    for character in map(chr, range(sys.maxunicode + 1)):
+        category = unicodedata.category(character)
+        if category[0] in "ZNP" or category == "Sc":
+            assert bool(_VISIBLE.search(character)) is (category[0] != "Z"), f"U+{ord(character):04X}"
+
+
+def test_edge_and_cloud_agree_on_what_shows() -> None:
+    assert _VISIBLE.pattern == VISIBLE.pattern
 
 
 @given(st.text(st.characters() | st.characters(categories=["Cs", "Cc"]), max_size=30))
