@@ -159,7 +159,7 @@ def split_address(listen: str) -> tuple[str, int]:
     """("::1", 50052) for "[::1]:50052". Raises StartRefused when it is not HOST:PORT."""
     host, colon, port = listen.rpartition(":")
     host = host.strip("[]")
-    if not (colon and host and port.isdecimal() and int(port) <= 65_535):
+    if not (colon and host and port.isdecimal() and len(port) <= 5 and int(port) <= 65_535):
         raise StartRefused(f"--listen must be HOST:PORT, such as 127.0.0.1:50052, not {listen!r}")
     return host, int(port)
 
@@ -174,9 +174,13 @@ def is_loopback(host: str) -> bool:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # without an editor's byte order mark
+        repr(content)  # Python reads longer numbers than it writes, and no message could name them
     except (OSError, ValueError) as error:
         raise StartRefused(f"cannot read the settings file {path}: {error}") from error
+    except RecursionError as error:
+        raise StartRefused(f"cannot read the settings file {path}: it is nested too deep") from error
+    return content
 
 
 def _parse(setting: Field[Any], value: Any, where: str) -> Any:
@@ -185,6 +189,8 @@ def _parse(setting: Field[Any], value: Any, where: str) -> Any:
     if kind is str:
         if not isinstance(value, str):
             raise wrong
+        if "\0" in value:
+            raise StartRefused(f"{where} is {value!r}; no setting can hold the character NUL")
         if choices and value not in choices:
             raise StartRefused(f"{where} must be one of {', '.join(choices)}, not {value!r}")
         return value
@@ -196,7 +202,7 @@ def _parse(setting: Field[Any], value: Any, where: str) -> Any:
         raise wrong
     try:
         number = kind(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise wrong from None
     if not 0 <= number < 2**53:  # 2**53: also refuses infinity and what a float cannot count
         raise wrong

@@ -107,7 +107,7 @@ def parse_dollars(text: str) -> int:
 def split_address(address: str) -> tuple[str, int]:
     """("::1", 50051) for "[::1]:50051". Raises ValueError when it is not HOST:PORT."""
     host, colon, port = address.rpartition(":")
-    if not (colon and host and port.isdecimal() and int(port) <= 65_535):
+    if not (colon and host and port.isdecimal() and len(port) <= 5 and int(port) <= 65_535):
         raise ValueError(f"{address!r} is neither unix:PATH nor HOST:PORT")
     bracketed = host.startswith("[") and host.endswith("]")
     bare = host[1:-1] if bracketed else host
@@ -123,8 +123,6 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def _path(value: str) -> str:
-    if "\0" in value:
-        raise ValueError("a path cannot hold the character NUL")
     try:
         expanded(value)
     except StartRefused as error:
@@ -174,9 +172,15 @@ def _share(value: str) -> float:
 
 
 def _count(value: str) -> int:
-    if not value.isdecimal() or int(value) > 2**31 - 1:
+    if not value.isdecimal() or len(value) > 10 or int(value) > 2**31 - 1:
         raise ValueError("a whole number, 0 or more, is expected")
     return int(value)
+
+
+def _count_from_1(value: str) -> int:
+    if (count := _count(value)) == 0:
+        raise ValueError("a whole number, 1 or more, is expected")
+    return count
 
 
 def _seconds(value: str) -> float:
@@ -219,7 +223,7 @@ def _log_format(value: str) -> str:
 
 
 def _providers(value: str) -> tuple[str, ...]:
-    names = tuple(name.lower() for name in _apps(value))
+    names = tuple(name.lower() for name in _parts(value))
     if len(set(names)) < len(names):
         raise ValueError("the same provider is given twice")
     if wrong := [name for name in names if not name.isidentifier() or name.endswith("executionprovider")]:
@@ -230,6 +234,13 @@ def _providers(value: str) -> tuple[str, ...]:
 
 
 def _apps(value: str) -> tuple[str, ...]:
+    names = _parts(value)
+    for name in names:
+        _check_app(name)
+    return names
+
+
+def _parts(value: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
@@ -239,7 +250,7 @@ def _budgets(value: str) -> tuple[Budget, ...]:
     Where each is one app's alone, the default one stays: a limit for one app must not lift that of all others.
     """
     budgets: list[Budget] = []
-    for part in _apps(value):
+    for part in _parts(value):
         rest, at, app = part.partition("@")
         if at and not app.strip():
             raise ValueError("a budget that ends in @ needs an app's name behind it")
@@ -267,16 +278,21 @@ def _check_budgets_app(app: str) -> None:
         raise ValueError(
             f"the window stands before the app, USD/WINDOW@APP, such as 0.2/{window}@{name or 'kiosk'}"
         )
+    _check_app(app)
+
+
+def _check_app(name: str) -> None:
+    """Raises ValueError for what no request can give as its app."""
     try:
-        check_app(app)
+        check_app(name)
     except InvalidRequest as error:
-        raise ValueError(f"{app!r} is no app's name: {error.message}") from error
+        raise ValueError(f"{name!r} is no app's name: {error.message}") from error
 
 
 def _rates(value: str) -> tuple[Rate, ...]:
     """Rates of `10/60`: at most 10 cloud calls in any 60 seconds."""
     rates = []
-    for part in _apps(value):
+    for part in _parts(value):
         calls, slash, seconds = part.partition("/")
         if not slash:
             raise ValueError("CALLS/SECONDS is expected, such as 10/60")
@@ -379,7 +395,7 @@ class Settings:
         "64", _count, "N", "images that may wait for this device; more are refused at once"
     )
     max_prompt_characters: int = _setting(
-        "2000", _count, "N", "longest prompt and negative prompt, in characters"
+        "2000", _count_from_1, "N", "longest prompt and negative prompt, in characters"
     )
     threads: int = _setting(
         "0",
@@ -522,6 +538,8 @@ def _parse(setting: Field[Any], value: Any, where: str) -> Any:
     try:
         if not isinstance(value, str):
             raise ValueError("text, a number, true or false, or a list of these is expected")
+        if "\0" in value:
+            raise ValueError("no setting can hold the character NUL")
         return setting.metadata["parse"](value)
     except ValueError as error:
         raise StartRefused(f"{where} is {value!r}: {error}") from error
@@ -529,6 +547,10 @@ def _parse(setting: Field[Any], value: Any, where: str) -> Any:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # without an editor's byte order mark
+        repr(content)  # Python reads longer numbers than it writes, and no message could name them
     except (OSError, ValueError) as error:
         raise StartRefused(f"cannot read the settings file {path}: {error}") from error
+    except RecursionError as error:
+        raise StartRefused(f"cannot read the settings file {path}: it is nested too deep") from error
+    return content

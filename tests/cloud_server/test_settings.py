@@ -45,6 +45,11 @@ def test_flags_beat_the_environment_and_the_environment_beats_the_file(tmp_path:
         ('dtype = "int3"', "one of auto, float32"),
         ("max_steps = 0", "at least 1"),
         ("price_micro_usd = ", "cannot read the settings file"),
+        (f"grace_s = {'9' * 400}", "grace_s in .* must be a number of seconds"),
+        (f"grace_s = 0x{'f' * 5_000}", "cannot read the settings file"),
+        ('state = "a\\u0000b"', "state in .* the character NUL"),
+        ('tokens = "a\\u0000b"', "tokens in .* the character NUL"),
+        ("state = " + "[" * 5_000, "nested too deep"),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_file(tmp_path: Path, content: str, words: str) -> None:
@@ -52,6 +57,11 @@ def test_a_wrong_setting_is_named_with_its_file(tmp_path: Path, content: str, wo
     file.write_text(content)
     with pytest.raises(StartRefused, match=words):
         resolve({"config": str(file)}, {})
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "cloud-server.toml").write_text("max_queue = 3\n", encoding="utf-8-sig")
+    assert resolve({"config": str(tmp_path / "cloud-server.toml")}, {}).max_queue == 3
 
 
 def test_a_wrong_variable_is_named() -> None:
@@ -149,3 +159,5 @@ def test_loopback_is_what_only_this_machine_reaches(host: str, loopback: bool) -
 def test_an_address_is_host_and_port() -> None:
     assert split_address("[::1]:80") == ("::1", 80)
     assert split_address("127.0.0.1:0") == ("127.0.0.1", 0)
+    with pytest.raises(StartRefused, match="must be HOST:PORT"):
+        split_address("127.0.0.1:" + "9" * 5_000)

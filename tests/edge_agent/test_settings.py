@@ -74,6 +74,10 @@ def test_a_budget_for_one_app_leaves_the_default_one_for_all_in_force() -> None:
         ("cloud", "::1:50052", "such as [::1]:50051"),
         ("cloud", "example.com:0", "HOST:PORT"),
         ("cloud", "unix:", "path"),
+        ("listen", "127.0.0.1:" + "9" * 5_000, "neither unix:PATH nor HOST:PORT"),
+        ("listen", "unix:/tmp/a\0b", "NUL"),
+        ("cloud", "a\0b:443", "NUL"),
+        ("cloud", "127.0.0.1:" + "9" * 5_000, "neither unix:PATH nor HOST:PORT"),
         ("state", "a\0b", "NUL"),
         ("models", "~nosuchuser/models", "~nosuchuser"),
         ("bundle", "~nosuchuser/b", "write the path out"),
@@ -99,7 +103,12 @@ def test_a_budget_for_one_app_leaves_the_default_one_for_all_in_force() -> None:
         ("providers", "cuda cpu", "commas between"),
         ("max_queue", "-1", "whole number"),
         ("max_queue", "1.5", "whole number"),
+        ("max_queue", "9" * 5_000, "whole number"),
+        ("max_prompt_characters", "0", "1 or more"),
+        ("apps", "desk,kïosk", "'kïosk' is no app's name: app may hold printable ASCII"),
+        ("apps", "x" * 129, "at most 128"),
         ("grace_s", "inf", "seconds"),
+        ("grace_s", "9" * 400, "seconds"),
         ("keep_alive_s", "-1", "seconds"),
         ("keep_alive_s", "nan", "seconds"),
         ("png_facts", "perhaps", "true or false"),
@@ -126,6 +135,9 @@ def test_a_wrong_value_is_refused_with_its_place_and_what_it_may_be(
         ("routing_rate = ", "cannot read"),
         ("routing_rate = {a = 1}", "routing_rate in"),
         ("max_queue = [[1]]", "max_queue in"),
+        (f"grace_s = {'9' * 400}", "number of seconds"),
+        (f"grace_s = 0x{'f' * 5_000}", "cannot read"),
+        ("state = " + "[" * 5_000, "nested too deep"),
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path: Path, content: str, words: str) -> None:
@@ -133,6 +145,11 @@ def test_a_wrong_file_is_refused(tmp_path: Path, content: str, words: str) -> No
     file.write_text(content)
     with pytest.raises(StartRefused, match=words):
         resolve({"config": str(file)}, {})
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "edge.toml").write_text("max_queue = 3\n", encoding="utf-8-sig")
+    assert resolve({"config": str(tmp_path / "edge.toml")}, {}).max_queue == 3
 
 
 def test_a_budget_of_an_app_that_may_not_call_is_refused() -> None:
