@@ -70,14 +70,18 @@ def locate(model: str) -> Path:
     Raises StartRefused when there is neither.
     """
     folder = expanded(model)
-    if (folder / INDEX_FILE).is_file():
+    try:
+        found, there = (folder / INDEX_FILE).is_file(), folder.exists()
+    except OSError as error:  # a name too long, a folder that one may not enter
+        raise StartRefused(f"the model {folder} cannot be read: {error.strerror}. {_WHAT_TO_DO}") from error
+    if found:
         return folder.resolve()
-    if folder == STARTER and not folder.exists():
+    if folder == STARTER and not there:
         raise StartRefused(
             "the starter model is not installed: it is a distribution of its own, routet2i-cloud-starter, which "
             f"`pip install ./deploy/cloud-starter` takes from a checkout. Or choose a model of yours. {_WHAT_TO_DO}"
         )
-    if folder.exists():
+    if there:
         raise StartRefused(f"{folder} has no {INDEX_FILE}, so it is not a diffusers pipeline. {_WHAT_TO_DO}")
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise StartRefused(f"there is no model folder {folder}. {_WHAT_TO_DO}")
@@ -140,7 +144,7 @@ def _sha256(path: Path) -> str:
 def _read_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StartRefused(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise StartRefused(f"{path} must hold one JSON object")

@@ -51,6 +51,7 @@ def test_a_card_says_what_diffusers_leaves_open(folder: Path) -> None:
     ("content", "words"),
     [
         ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
         ("[]", "one JSON object"),
         ('{"stepz": 3}', "unknown key 'stepz'"),
         ('{"steps": 0}', "steps cannot be 0"),
@@ -70,3 +71,8 @@ def test_a_wrong_card_is_refused(folder: Path, content: str, words: str) -> None
 def test_a_folder_without_a_pipeline_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StartRefused, match=r"no model_index\.json"):
         open_model(str(tmp_path))
+
+
+def test_a_model_whose_place_cannot_be_looked_at_is_refused() -> None:
+    with pytest.raises(StartRefused, match="cannot be read: File name too long"):
+        open_model("x" * 5_000)

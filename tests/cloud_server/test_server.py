@@ -195,6 +195,18 @@ def test_a_model_that_lacks_weights_is_refused_by_their_name(
     assert "text_encoder has no weights text_model.final_layer_norm.bias" in capsys.readouterr().err
 
 
+def test_a_model_whose_index_names_no_scheduler_is_refused_by_what_it_lacks(
+    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    incomplete = shutil.copytree(model_folder, tmp_path / "incomplete")
+    index = json.loads((incomplete / "model_index.json").read_text())
+    del index["scheduler"]
+    (incomplete / "model_index.json").write_text(json.dumps(index))
+    flags = ["--listen", "127.0.0.1:0", "--state", str(tmp_path / "state"), "--model", str(incomplete)]
+    assert main(["serve", *flags]) == 2
+    assert "model_index.json names no scheduler" in capsys.readouterr().err
+
+
 def test_without_settings_the_model_is_the_starter() -> None:
     assert Path(Settings().model) == STARTER
     assert STARTER.parent.name == "cloud_server"

@@ -467,6 +467,18 @@ def test_an_index_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+@pytest.mark.parametrize("named", [{}, {"scheduler": [None, None]}])
+def test_an_index_that_names_no_scheduler_is_refused_by_what_it_lacks(
+    tmp_path: Path, named: dict[str, Any]
+) -> None:
+    miniature_xl().save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    del index["scheduler"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index | named))
+    with pytest.raises(ExportError, match=r"pipeline: model_index\.json names no scheduler$"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("part", ["scheduler", "tokenizer", "unet"])
 def test_a_model_folder_without_a_part_is_refused(tmp_path: Path, part: str) -> None:
     save_miniature(tmp_path / "model")
