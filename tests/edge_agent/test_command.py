@@ -16,10 +16,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import PIL.Image
 import pytest
 
@@ -383,6 +385,20 @@ def test_a_daemon_that_does_not_answer_is_said_to_be_so(
         assert "serves it when it is started again" in used.out and "does not answer" in used.out
     finally:
         daemon.popen.send_signal(signal.SIGCONT)
+
+
+def test_a_server_of_another_kind_is_said_to_be_no_edge_agent(run: Run, tmp_path: Path) -> None:
+    server = grpc.server(ThreadPoolExecutor(1))
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    try:
+        for command in (("status",), ("quota",), ("route", EDGE_PROMPT), ("generate", EDGE_PROMPT)):
+            finished = run(*command, "--agent", address)
+            assert (finished.code, finished.out) == (2, "")
+            assert f"what answers at {address} is no edge-agent" in finished.err
+    finally:
+        server.stop(None)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_route_heeds_a_settings_file_also_where_a_daemon_answers(

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from edge_agent.cloud import CloudClient
+from edge_agent.cloud import CloudClient, Outcome
 from edge_agent.errors import CloudError, DuplicateRequest
 from edge_agent.purchase import Purchase, Purchases
 from edge_agent.quota import Budget, Ledger, Reservation
@@ -147,6 +147,26 @@ async def test_a_reservation_that_the_cloud_cannot_answer_for_does_not_hold_up_t
         await purchases.start()
         await until(lambda: unresolved(purchases) == ["left"])
         assert cloud.lookups[0] == "left"
+
+
+async def test_a_bug_in_asking_after_one_call_does_not_end_the_search(
+    begin: Begin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bugs = [KeyError("a bug")]
+    async with scripted_cloud("d" * 64) as cloud:
+        purchases = begin(cloud.address)
+        assert purchases.cloud is not None
+        lookup = purchases.cloud.lookup
+
+        async def faulty(key: str) -> Outcome:
+            if bugs:
+                raise bugs.pop()
+            return await lookup(key)
+
+        monkeypatch.setattr(purchases.cloud, "lookup", faulty)
+        await purchases.start()
+        await until(lambda: unresolved(purchases) == [], timeout_s=20.0)
+        assert (bugs, cloud.lookups) == ([], ["left"])
 
 
 async def test_a_retry_under_the_same_id_does_not_make_the_resolver_forget_the_first_call(
