@@ -21,15 +21,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
-from export.arguments import check_output, replacing, shown, write_output
+from export.arguments import check_output, shown, write_output
 from export.errors import DAMAGED_NPZ, ExportError
 from export.evaluate import resampled
 from export.label import MODELS, made_with
-from export.outcomes import INSPECTION, INSPECTOR, Outcomes, read_table
+from export.outcomes import INSPECTION, INSPECTOR, Outcomes, read_table, write_table
 from export.prompts import PROMPTS, SHARES, Prompt, router_prompts, scenes_of
 from export.starter.inspector import STARTER_INSPECTOR, Inspector, Sight
 from export.starter.world import Scene, render, sample_scenes
@@ -382,8 +381,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     scenes = {prompt_id: prompt.scene for prompt_id, prompt in known.items() if prompt.scene is not None}
     inspector = Inspector(options.inspector)
     table, found = inspect(read_table(options.labels), options.images, inspector, scenes)
-    with replacing(options.labels) as partial:
-        pq.write_table(table, partial, compression="zstd")
+    write_table(table, options.labels)
     console.print(f"{len(found)} of {len(table)} images inspected -> {options.labels}")
     if options.report is not None:
         command = f"edge-export inspect {shown(options.labels)} {shown(options.images)}"

@@ -34,10 +34,10 @@ from edge_agent.diffusion.generator import Image as EdgeImage
 from edge_agent.diffusion.sessions import Runtime
 from edge_agent.superiority import METRICS
 from export.__main__ import run
-from export.arguments import at_least, check_output, replacing, write_output
+from export.arguments import at_least, check_output, write_output
 from export.errors import DAMAGED_NPZ, ExportError
 from export.negatives import hard_negatives
-from export.outcomes import COLUMNS, INSPECTION, INSPECTOR, Outcomes, read_table
+from export.outcomes import COLUMNS, INSPECTION, INSPECTOR, Outcomes, read_table, write_table
 from export.prompts import PROMPTS, SHARES, Prompt, own_prompts, router_prompts
 from export.quality import STARTER_JUDGE, Judge
 from export.terminal import progress
@@ -314,7 +314,7 @@ def judged(images: Path, parts: Path, wanted: Sequence[Piece], judge: Judge, adh
     missing = [piece for piece in wanted if measurements(parts, piece) is None]
     with progress() as bar:
         for piece in bar.track(missing, description="judge"):
-            _write_table(measure(piece, images, judge, adherence), measured_file(parts, piece))
+            write_table(measure(piece, images, judge, adherence), measured_file(parts, piece))
 
 
 def measured_file(parts: Path, piece: Piece) -> Path:
@@ -330,6 +330,11 @@ def measurements(parts: Path, piece: Piece) -> pa.Table | None:
         return None
 
 
+def digest_of(model: str) -> str:
+    """The fact of a matrix that says which model of this side made its images."""
+    return f"{model}_digest"
+
+
 def inspector_of(matrix: Path | None) -> dict[str, str]:
     """What an earlier matrix says of whose verdicts it has."""
     stated = {} if matrix is None else read_table(matrix).schema.metadata or {}
@@ -341,15 +346,25 @@ def take_over(
 ) -> None:
     """Put the pieces that an earlier matrix has whole into the folder ``parts``, as if they had been measured.
 
-    ExportError unless the matrix is sound and was made with the same ``facts``: models, judge and metrics. What it does
-    not say of the judge's preprocessing is taken to be the same.
+    Where one of the models is another, those of the other one. ExportError unless the matrix is sound and was made with
+    the same ``facts`` otherwise: judge and metrics. What it does not say of the judge's preprocessing is taken to be
+    the same.
     """
     Outcomes.read(matrix)
     table = read_table(matrix)
     stated = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
-    for name, fact in facts.items():
-        if stated.get(name, fact if name == PREPROCESSING else None) != fact:
-            raise ExportError(f"{matrix} does not have this {name}: leave --extend out, and label everything")
+    other = {
+        name
+        for name, fact in facts.items()
+        if stated.get(name, fact if name == PREPROCESSING else None) != fact
+    }
+    same = [model for model in MODELS if digest_of(model) not in other]
+    if other - set(map(digest_of, MODELS)) or not same:
+        raise ExportError(
+            f"{matrix} does not have this {' or '.join(sorted(other))}: leave --extend out, and label everything"
+        )
+    if other:
+        print(f"{matrix} is of another {min(other)}: the images of the {same[0]} alone are taken over")
     columns = [*COLUMNS, *([ADHERENCE] if adherence else [])]
     if missing := set(columns) - set(table.column_names):
         raise ExportError(f"{matrix} has no {missing.pop()}: leave --extend out, and label everything")
@@ -359,8 +374,8 @@ def take_over(
     for piece in wanted:
         cells = zip(piece.prompts, piece.seeds, strict=True)
         rows = [row_of.get((piece.model, prompt.prompt_id, seed, prompt.text)) for prompt, seed in cells]
-        if None not in rows and measurements(parts, piece) is None:
-            _write_table(table.take(rows).replace_schema_metadata(None), measured_file(parts, piece))
+        if piece.model in same and None not in rows and measurements(parts, piece) is None:
+            write_table(table.take(rows).replace_schema_metadata(None), measured_file(parts, piece))
 
 
 def _only_of(folder: Path, facts: Mapping[str, str], name: str) -> Path:
@@ -460,8 +475,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--extend",
         type=Path,
         metavar="MATRIX",
-        help=f"an earlier matrix of the same models and judge: what it has of whole pieces of {PIECE} prompts is not "
-        "made again",
+        help=f"an earlier matrix of the same judge and of one of the models at least: what it has of whole pieces of "
+        f"{PIECE} prompts is not made again",
     )
     parser.add_argument(
         "--batch",
@@ -506,10 +521,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     bundle, cloud = Bundle.open(options.bundle), cloud_model(options.cloud)
     prompts = own or router_prompts(counts)
     judge = Judge(options.judge)
-    models = {
-        "edge_digest": bundle.model_digest,
-        "cloud_digest": cloud.digest,
-    }
+    models = {digest_of("edge"): bundle.model_digest, digest_of("cloud"): cloud.digest}
     measured = {
         "metrics": json.dumps([[metric.name, metric.positive, metric.negative] for metric in judge.metrics]),
         "judge_digest": judge.digest,
@@ -552,14 +564,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if withheld == len(prompts):
         raise ExportError("no prompt is left to route: label others, or a model without a safety checker")
     facts = models | measured | inspector_of(options.extend)
-    _write_table(table.replace_schema_metadata(facts), options.out)
+    write_table(table.replace_schema_metadata(facts), options.out)
     print(f"{table.num_rows} images of {len(prompts) - withheld} prompts -> {options.out}")
     return 0
-
-
-def _write_table(table: pa.Table, file: Path) -> None:
-    with replacing(file) as partial:
-        pq.write_table(table, partial, compression="zstd")
 
 
 def _share(text: str) -> tuple[int, int]:

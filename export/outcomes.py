@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from edge_agent.bundle import Bundle
 from edge_agent.superiority import METRICS
+from export.arguments import replacing
 from export.errors import ExportError
 
 SPLITS = ("train", "validation", "calibration", "test", "combinations", "wording", "free-form")
@@ -167,6 +168,18 @@ def read_table(path: Path) -> pa.Table:
     if unknown := set(table["model"].unique().to_pylist()) - {"edge", "cloud"}:
         raise ExportError(f"{path}: unknown model {sorted(map(str, unknown))[0]!r}; there are edge and cloud")
     return table
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    """Write a matrix, or a piece of one. Bytes of measured numbers lie together by their place in the number, as the
+    first ones are alike: the file is a third smaller.
+    """
+    measured = [field.name for field in table.schema if pa.types.is_floating(field.type)]
+    other = [name for name in table.column_names if name not in measured]
+    with replacing(path) as partial:
+        pq.write_table(
+            table, partial, compression="zstd", use_dictionary=other, use_byte_stream_split=measured
+        )
 
 
 def _sound_columns(path: Path, table: pa.Table) -> None:

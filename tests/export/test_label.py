@@ -187,6 +187,27 @@ def test_a_matrix_of_another_judge_or_without_a_column_is_not_extended(models, m
         label.main(extending)
 
 
+def test_of_a_matrix_with_another_model_the_other_ones_images_are_taken_over(
+    few, models, miniature_bundle, tmp_path, monkeypatch, capsys
+):
+    other, out = shutil.copytree(models / "cloud", tmp_path / "other"), tmp_path / "out.parquet"
+    (other / "routet2i.json").write_text(json.dumps(CARD | {"steps": 3}))
+    extending = arguments(models, miniature_bundle, out, "--cloud", str(other), "--extend")
+    with monkeypatch.context() as patch:
+        patch.setattr(label, "BundlePainter", None)  # whoever opens it fails
+        assert label.main([*extending, str(few)]) == 0
+    assert "another cloud_digest: the images of the edge alone are taken over" in capsys.readouterr().out
+    before, after = Outcomes.read(few), Outcomes.read(out)
+    np.testing.assert_array_equal(after.edge_seeds, before.edge_seeds)
+    assert np.nanmax(np.abs(after.cloud_seeds - before.cloud_seeds)) > 0
+    assert after.facts["cloud_digest"] != before.facts["cloud_digest"]
+    table = pq.read_table(few)
+    neither = table.schema.metadata | {b"edge_digest": b"0", b"cloud_digest": b"0"}
+    pq.write_table(table.replace_schema_metadata(neither), tmp_path / "neither.parquet")
+    with pytest.raises(ExportError, match="does not have this cloud_digest or edge_digest"):
+        label.main([*extending, str(tmp_path / "neither.parquet")])
+
+
 def test_two_processes_share_a_run_and_the_last_one_writes_the_matrix(
     models, miniature_bundle, tmp_path, monkeypatch
 ):

@@ -12,7 +12,7 @@ import pytest
 
 from edge_agent.superiority import METRICS
 from export.errors import ExportError
-from export.outcomes import Outcomes
+from export.outcomes import Outcomes, read_table, write_table
 from tests.export.routing_world import write_labels
 
 
@@ -34,6 +34,15 @@ def test_the_matrix_holds_every_quality_in_its_place(labels: Path) -> None:
     np.testing.assert_array_equal(outcomes.cloud_seeds[7, 2], [row[name][0].as_py() for name in METRICS])
     np.testing.assert_allclose(outcomes.edge, outcomes.edge_seeds.mean(1), rtol=1e-6)
     assert outcomes.facts == {"cloud_digest": "c0ffee"}
+
+
+def test_a_matrix_is_written_as_it_was_read_and_smaller(labels: Path, tmp_path: Path) -> None:
+    table, again = read_table(labels), tmp_path / "again.parquet"
+    write_table(table, again)
+    assert read_table(again).equals(table, check_metadata=True)
+    columns = pq.ParquetFile(again).metadata.row_group(0).to_dict()["columns"]
+    split = {column["path_in_schema"] for column in columns if "BYTE_STREAM_SPLIT" in column["encodings"]}
+    assert split == set(METRICS)
 
 
 def test_the_order_of_the_rows_does_not_matter(labels: Path) -> None:
