@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from export.routerbench import ceiling as module
 from export.routerbench.ceiling import KINDS, ceiling, oracle_by_images, pairs, sentences_share, words
 from export.starter.world import Group, Scene, sample_scenes
 
@@ -42,6 +43,26 @@ def test_components_are_shares_of_single_images_gains_and_not_of_their_means() -
     found = ceiling(scenes, each.mean(axis=1), each[:, 0], scenes[:9])
     assert sum(found.components.values()) == pytest.approx(1)
     assert found.components["the image's seed"] == pytest.approx(0.5, abs=0.15)
+
+
+def test_the_reference_is_the_gaussian_process_of_words_pairs_and_scenes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (for_words, for_pairs, for_scenes), noise = weights = [0.5, 0.3, 0.2], 0.1
+    monkeypatch.setattr(module, "_fitted", lambda *_: weights)
+    scenes, draw = sample_scenes("train", 80, seed=1), np.random.default_rng(0)
+    scenes += scenes[:30]  # some are said twice
+    gains = draw.normal(0.1, 1, len(scenes))
+    asked = [*sample_scenes("test", 20, seed=2), *scenes[20:40]]
+    found = ceiling(scenes, gains, gains, asked)
+    every = [*scenes, *asked]
+    of_words, of_pairs = (module._table(every, features) for features in (words, pairs))
+    said = np.array([repr(scene) for scene in every])
+    kernel = for_words * of_words @ of_words.T + for_pairs * of_pairs @ of_pairs.T
+    kernel += for_scenes * (said[:, None] == said)
+    known, target = len(scenes), (gains - gains.mean()) / gains.std()
+    noisy = kernel[:known, :known] + noise * np.eye(known)
+    np.testing.assert_allclose(-found.scores, kernel[known:, :known] @ np.linalg.solve(noisy, target))
 
 
 def test_words_and_pairs_of_a_scene() -> None:
