@@ -12,6 +12,8 @@ from typing import Any
 
 import diffusers
 import numpy as np
+import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from diffusers import (
@@ -22,6 +24,7 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from huggingface_hub import constants, file_download
+from onnx import numpy_helper
 from transformers import CLIPImageProcessor
 
 from edge_agent.bundle import MANIFEST, Bundle
@@ -33,6 +36,7 @@ from export.__main__ import INTERRUPTED
 from export.__main__ import main as edge_export
 from export.diffusion_onnx import export_bundle, main
 from export.errors import ExportError
+from export.graphs import MASKED
 from export.pipeline import load, name_of
 from export.reference import Reference, difference, largest_difference, reference_image, reference_images
 from export.schedule import compile_schedule
@@ -87,6 +91,30 @@ def test_the_bundle_equals_the_pipeline_it_was_made_from(
     for steps in (3, 6):
         assert largest_difference(Bundle.open(bundle), reference_images(loaded, steps, 2.0)) <= 1e-3
     assert any("largest difference" in line for line in lines)
+
+
+def test_what_comes_after_a_token_is_masked_without_denormal_numbers(
+    starter_shaped: tuple[Path, Path, list[str]], tmp_path: Path
+) -> None:
+    """And to the same states, bit by bit, as with the lowest number there is."""
+    path, lowest = starter_shaped[1] / "text_encoder" / "model.onnx", np.finfo(np.float32).min
+    graph = onnx.load(path)
+    masks = [
+        attribute.t
+        for node in graph.graph.node
+        for attribute in node.attribute
+        if attribute.HasField("t") and (numpy_helper.to_array(attribute.t) < -1).any()
+    ]
+    for mask in masks:
+        values = numpy_helper.to_array(mask)
+        assert values.min() == MASKED
+        mask.CopyFrom(numpy_helper.from_array(np.where(values == MASKED, lowest, values), mask.name))
+    assert masks
+    onnx.save(graph, tmp_path / "model.onnx")
+    ids = {"input_ids": np.arange(48)[None]}
+    mild, hard = (ort.InferenceSession(file).run(None, ids) for file in (path, tmp_path / "model.onnx"))
+    np.testing.assert_array_equal(mild[0], hard[0])
+    assert np.exp(np.float32(MASKED - 20)) > np.finfo(np.float32).tiny  # of scores 20 below the largest
 
 
 def test_nothing_tells_where_the_weights_lay(starter_shaped: tuple[Path, Path, list[str]]) -> None:
