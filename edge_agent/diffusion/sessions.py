@@ -49,6 +49,7 @@ class Runtime:
     sizes: Mapping[str, int] = field(
         default_factory=dict
     )  # of those that graphs leave open, by their names there
+    unfused: tuple[str, ...] = ()  # onnxruntime's graph optimizers that are left out, by its names for them
 
 
 class Stop(threading.Event):
@@ -172,7 +173,13 @@ class Session:
         stop.enter(end)
         try:
             # Without its fallback, which would run everything on the CPU and print that to standard output.
-            session = ort.InferenceSession(str(self.path), options, providers=providers, enable_fallback=0)
+            session = ort.InferenceSession(
+                str(self.path),
+                options,
+                providers=providers,
+                disabled_optimizers=runtime.unfused,
+                enable_fallback=0,
+            )
         except Exception as error:  # onnxruntime's own exceptions share no base class
             stop.check()
             raise BundleError(f"{self.path} cannot be loaded by onnxruntime: {error}") from error

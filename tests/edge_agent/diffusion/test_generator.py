@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -74,6 +75,26 @@ def reference(pipeline: StableDiffusionPipeline, prompt: str, negative: str, **o
         generator=torch.Generator("cpu").manual_seed(int(options["seed"])),
         output_type="np",
     ).images[0]
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_a_small_text_encoder_adds_and_normalises_in_two_steps(
+    small: bool, miniature_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Onnxruntime takes any name of what it shall not fuse, also one that it does not know."""
+    optimised, real = tmp_path / "optimised.onnx", sessions.ort.InferenceSession
+
+    def noted(path: str, options: Any, **named: Any) -> Any:
+        options.optimized_model_filepath = str(optimised)
+        return real(path, options, **named)
+
+    monkeypatch.setattr(sessions.ort, "InferenceSession", noted)
+    if not small:
+        monkeypatch.setattr(text_encoder, "SMALL_BYTES", 0)
+    sizes = {"batch_size": 1, "sequence_length": 77}
+    TextEncoder(Bundle.open(miniature_bundle), Runtime(threads=1, sizes=sizes))
+    fused = {node.op_type for node in onnx.load(optimised).graph.node}
+    assert ("SkipLayerNormalization" in fused) is not small
 
 
 @pytest.mark.parametrize(
