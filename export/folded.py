@@ -2,12 +2,13 @@
 
 A decision's time is that of the operations, not of their sizes. So all members are computed at once; what is linear in
 a token's state and its word becomes one matrix product and one row of a table; scales, biases and the mean over members
-go into the weights next to them. One prompt at a time, and of it only the tokens that are its own.
+go into the weights next to them. One prompt at a time, and of it only the tokens that are its own. Large weights are an
+exception: onnxruntime lays a matrix out for its product when it loads a graph, but a stack of them in every run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,7 @@ class Folded(nn.Module):
             read += [(weights, torch.cat([one.words for one in together], dim=1))]
         self.widths = [states.shape[1] for states, _ in read]
         states, words = (torch.cat(part, dim=1) for part in zip(*read, strict=True))
+        # The mean is not folded into the words: where it is large, both are, and cancel out to few digits.
         self.mean, self.row = first.mean, first.row
         self.states, self.words = states / first.deviation[:, None], words
 
@@ -72,14 +74,14 @@ class Folded(nn.Module):
         gates = gates.reshape(-1, self.count * m)
         if self.shape.selection:
             least = torch.cat([gates, self.nothing]).topk(self.shape.kept, dim=0).values[-1:]
-            gates = gates * (gates >= least)
+            gates = torch.where(gates >= least, gates, 0.0)
         narrow = narrow.reshape(-1, self.count * m, self.shape.rank).transpose(0, 1)
         votes = torch.tanh(narrow @ self.shared) @ self.head  # [members M, L, 2]
         votes = (votes * gates.T[..., None]).reshape(self.count, m, -1, 2).sum(dim=0)
         terms = votes.permute(1, 2, 0).reshape(-1, 2 * m)  # the edge's logits, then the cloud's
         if self.together is not None:
             terms = terms + self.together(*rest)
-        terms = terms * mask[0][:, None]
+        terms = terms * mask.reshape(-1, 1)
         edge, cloud = torch.sigmoid(terms.sum(dim=0, keepdim=True) + self.bias).split(m, dim=-1)
         low, high = terms.split(m, dim=-1)
         return edge, cloud, (high - low)[None]
@@ -93,6 +95,9 @@ class _Together(nn.Module):
         self.count, width = len(parts), shape.sentence
         self.width, self.heads, self.metrics = width, Together.HEADS, shape.metrics
 
+        def apart(of: Callable[[Together], Tensor]) -> nn.ParameterList:
+            return nn.ParameterList([of(one) for one in parts])
+
         def stacked(of: Callable[[Together], Tensor]) -> Tensor:
             return torch.stack([of(one) for one in parts])
 
@@ -100,29 +105,34 @@ class _Together(nn.Module):
             weights: Tensor = layer.weight.T
             return weights if scale is None else weights * scale[:, None]
 
-        self.positions = stacked(
-            lambda one: one.positions[torch.arange(tokens).clamp_max(Together.POSITIONS - 1)]
-        )
+        places = torch.arange(tokens).clamp_max(Together.POSITIONS - 1)
+        self.positions = torch.cat([one.positions[places] for one in parts], dim=1)
         quiet = torch.ones(3 * width)
         quiet[:width] = (width // self.heads) ** -0.5  # of the queries
-        self.qkv = stacked(lambda one: linear(one.qkv, one.norm1.weight) * quiet)
-        self.proj = stacked(lambda one: linear(one.proj))
-        self.fc1 = stacked(lambda one: linear(one.fc1, one.norm2.weight))
+        self.qkv = apart(lambda one: linear(one.qkv, one.norm1.weight) * quiet)
+        self.proj = apart(lambda one: linear(one.proj))
+        self.fc1 = apart(lambda one: linear(one.fc1, one.norm2.weight))
         self.fc1_bias = stacked(lambda one: one.fc1.bias[None])
-        self.fc2 = stacked(lambda one: linear(one.fc2))
+        self.fc2 = apart(lambda one: linear(one.fc2))
         say = stacked(lambda one: linear(one.out)).unflatten(-1, (self.metrics, 2)) @ _TO_LOGITS / self.count
         self.out = torch.cat([stacked(lambda one: linear(one.pool)), say.transpose(2, 3).flatten(2)], dim=-1)
 
     def forward(self, inside: Tensor) -> Tensor:
+        inside = inside + self.positions[: inside.shape[0]]
         inside = inside.reshape(-1, self.count, self.width).transpose(0, 1)
-        inside = inside + self.positions[:, : inside.shape[1]]
-        read = nn.functional.layer_norm(inside, (self.width,)) @ self.qkv
-        query, key, value = read.reshape(self.count, -1, 3, self.heads, self.width // self.heads).permute(
-            2, 0, 3, 1, 4
-        )
+        read = _times(nn.functional.layer_norm(inside, (self.width,)), self.qkv)
+        read = read.reshape(self.count, -1, 3 * self.heads, self.width // self.heads).transpose(1, 2)
+        query, key, value = read.split(self.heads, dim=1)
         heard = torch.softmax(query @ key.transpose(2, 3), dim=-1) @ value
-        inside = inside + heard.transpose(1, 2).reshape(self.count, -1, self.width) @ self.proj
-        wide = torch.relu(nn.functional.layer_norm(inside, (self.width,)) @ self.fc1 + self.fc1_bias)
-        inside = inside + wide @ self.fc2
+        inside = inside + _times(heard.transpose(1, 2).reshape(self.count, -1, self.width), self.proj)
+        wide = _times(nn.functional.layer_norm(inside, (self.width,)), self.fc1) + self.fc1_bias
+        inside = inside + _times(torch.relu(wide), self.fc2)
         weights, said = (inside @ self.out).split([1, 2 * self.metrics], dim=-1)
         return (torch.softmax(weights, dim=1) * said).sum(dim=0)
+
+
+def _times(stack: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+    """``[members, L, n]``, each member's times its own of ``matrices [n, m]``."""
+    if len(matrices) == 1:
+        return stack @ matrices[0]
+    return torch.cat([one @ matrix for one, matrix in zip(stack.split(1), matrices, strict=True)])

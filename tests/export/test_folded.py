@@ -54,6 +54,19 @@ def test_folded_the_ensemble_says_the_same_of_every_prompt(shape: Shape, members
                 torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
+def test_states_far_from_zero_and_states_that_never_vary_cost_no_digits() -> None:
+    ensemble = ensemble_of(FULL, 1)
+    for mean, deviation in ((10_000.0, 1.0), (0.5, 1e-6)):
+        inputs = ensemble.members[0].inputs
+        inputs.mean[0], inputs.deviation[0] = mean, deviation
+        states = torch.randn(1, TOKENS, SHAPE.width)
+        states[..., 0] = mean + deviation * states[..., 0]
+        prompt = (states, torch.ones(1, TOKENS, dtype=torch.bool), torch.randint(20, (1, TOKENS)))
+        with torch.no_grad():
+            for ours, theirs in zip(Folded(ensemble, TOKENS)(*prompt), ensemble(*prompt), strict=True):
+                torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
 def test_beyond_the_last_place_tokens_share_it() -> None:
     ensemble, count = ensemble_of(FULL, 2), Together.POSITIONS + 2
     prompt = (
