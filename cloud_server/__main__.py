@@ -21,6 +21,7 @@ try:
     import argparse
     import asyncio
     import logging
+    from contextlib import suppress
 
     from cloud_server import log, settings, version
     from cloud_server.errors import StartRefused
@@ -80,8 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
             return _print(open_model(parsed.model).digest)
         return _serve(settings.resolve(vars(parsed), os.environ))
     except StartRefused as refusal:
-        print(f"cloud-server: {refusal.message}", file=sys.stderr)
-        return 2
+        return _complain(refusal.message)
     except KeyboardInterrupt:
         return INTERRUPTED
 
@@ -93,9 +93,16 @@ def _print(line: str) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in its buffer
         if isinstance(error, BrokenPipeError):  # whoever read it has enough
             return 0
-        print(f"cloud-server: the output cannot be written: {error.strerror}", file=sys.stderr)
-        return 2
+        return _complain(f"the output cannot be written: {error.strerror}")
     return 0
+
+
+def _complain(message: str) -> int:
+    """On standard error, where it takes a line; `print` would take a closed one's None for standard output."""
+    if sys.stderr is not None:
+        with suppress(OSError):  # the exit code says it, too
+            print(f"cloud-server: {message}", file=sys.stderr)
+    return 2
 
 
 def _serve(chosen: settings.Settings) -> int:

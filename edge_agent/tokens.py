@@ -119,10 +119,11 @@ class Tokenizer:
         encoding = self._tokenizer.encode(prompt)
         own = [position for position, special in enumerate(encoding.special_tokens_mask) if not special]
         offsets = encoding.offsets
+        places = [offsets[position] for position in own]
         return Tokens(
             np.array([encoding.ids], np.int64),
             own,
-            [prompt[slice(*offsets[position])] for position in own],
+            [prompt[start:end] for start, end in places],
             bool(encoding.overflowing),
             self._second.encode(prompt).ids if self._second else None,
         )

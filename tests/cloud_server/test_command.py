@@ -36,3 +36,16 @@ def test_a_digest_whose_reader_is_gone_or_whose_disk_is_full_ends_without_a_trac
     with (tmp_path / "digest").open("w") as file:
         assert digest(model_folder, tmp_path, file.fileno())[0] == 0
     assert (tmp_path / "digest").read_text() == f"{open_model(str(model_folder)).digest}\n"
+
+
+def test_a_refusal_that_nobody_takes_keeps_its_exit_code_and_stays_out_of_the_digest(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m cloud_server digest --model /nowhere"
+    for closed in ("2>&-", "2>/dev/full"):
+        finished = subprocess.run(
+            ["/bin/sh", "-c", f"{command} {closed}"],
+            capture_output=True,
+            text=True,
+            env=process_environment(tmp_path),
+            check=False,
+        )
+        assert (finished.returncode, finished.stdout) == (2, "")

@@ -292,7 +292,7 @@ def test_route_says_that_an_older_daemon_explains_nothing(capsys: pytest.Capture
     assert "the daemon is older than this command" in capsys.readouterr().out
 
 
-def test_route_has_nothing_to_explain_where_the_model_reads_nothing(run: Run, tmp_path: Path) -> None:
+def test_route_has_nothing_to_explain_where_the_model_reads_nothing(run: Run) -> None:
     finished = run("route", "\ue000", "--explain", "--bundle", STARTER)
     assert finished.code == 0
     assert "PRS" in finished.out and "reads nothing in it" in finished.out
