@@ -102,8 +102,9 @@ def ceiling(
     weighed = np.hstack([weight**0.5 * table for weight, table in zip(of_words, tables, strict=True)])
 
     def predicted(learnt: np.ndarray, where: np.ndarray) -> Floats:
-        """What the Gaussian process expects, as a linear model of features that all prompts of a scene share: their
-        mean says what they say, and the scene's own is noise in it, which prompts of that scene get again.
+        """What the Gaussian process expects, computed by its features. Prompts of a scene share them, so their mean
+        gain says all that they say; what is the scene's own counts as noise for the slopes, and is added back for
+        prompts of scenes that were learnt from.
         """
         mean = float(target[learnt].mean())
         scenes, first, which, times = np.unique(

@@ -36,7 +36,9 @@ def test_the_matrix_holds_every_quality_in_its_place(labels: Path) -> None:
     assert outcomes.facts == {"cloud_digest": "c0ffee"}
 
 
-def test_a_matrix_is_written_as_it_was_read_and_smaller(labels: Path, tmp_path: Path) -> None:
+def test_a_matrix_is_written_as_it_was_read_and_its_numbers_byte_by_byte(
+    labels: Path, tmp_path: Path
+) -> None:
     table, again = read_table(labels), tmp_path / "again.parquet"
     write_table(table, again)
     assert read_table(again).equals(table, check_metadata=True)
