@@ -25,7 +25,7 @@ from export.errors import ExportError
 from export.starter.world import Group, Scene, caption, sample_scene
 
 PROMPTS = {
-    "train": 11200,
+    "train": 22400,
     "validation": 400,
     "calibration": 800,
     "test": 2400,

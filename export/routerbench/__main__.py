@@ -298,7 +298,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         def submitted(some: Sequence[Router]) -> list[Future[Any]]:
             return [
                 pool.submit(fit, router, data, again if router.name == RouteT2I.name else None)
-                for router in reversed(some)
+                for router in sorted(
+                    some, key=lambda one: (len(one.settings), routers.index(one)), reverse=True
+                )
                 if router is not again
             ]
 
@@ -309,10 +311,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             if done.exception() is not None:
                 pool.shutdown(cancel_futures=True)
             done.result()
-        # The slowest first; what is measured beside routers fills the gap that the last one leaves.
-        fitting += submitted(routers[: len(ROUTERS)])
+        # What is measured beside routers, then the routers with the most fits, and what takes seconds last: so that no
+        # process waits long for the other at the end.
         limiting = pool.submit(_ceiling, outcomes.split("train"), test, known)
         deciding = pool.submit(decisions, bundle, outcomes, there, options.out)
+        fitting += submitted(routers[: len(ROUTERS)])
         parts: dict[Future[Any], str] = {limiting: "what can be foreseen", deciding: "the bundle's decisions"}
         for done in as_completed([*fitting, *parts]):
             if done in fitting:

@@ -271,8 +271,8 @@ class SingleGate(RouteT2I):
 
 
 class Ours(ByGain):
-    """The predictor that ships: mixtures averaged that also read words, and all of them together, and whose pulls are
-    learnt of deleted tokens. Ranked by the expected gain in quality in place of PRS.
+    """The predictor that ships: a mixture that also reads words, and all of them together, and whose pulls are learnt
+    of deleted tokens. Ranked by the expected gain in quality in place of PRS.
     """
 
     name = "ours"
