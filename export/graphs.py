@@ -78,9 +78,14 @@ def trace(pipeline: Any, folder: Path, report: Report) -> None:
 
 def _mask_mildly(path: Path) -> None:
     """Have the text encoder at `path` mask with MASKED what it masks with its type's lowest number."""
-    model = onnx.load(path, load_external_data=False)  # masks are made of constants, which lie in the graph
+    model = onnx.load(
+        path, load_external_data=False
+    )  # masks are made of small constants, which lie in the graph
     constants = [
-        attribute.t for node in model.graph.node for attribute in node.attribute if attribute.HasField("t")
+        attribute.t
+        for node in model.graph.node
+        for attribute in node.attribute
+        if attribute.HasField("t") and attribute.t.data_location != onnx.TensorProto.EXTERNAL
     ]
     for constant in constants:
         values = numpy_helper.to_array(constant)
