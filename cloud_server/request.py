@@ -14,7 +14,8 @@ MAX_GUIDANCE_SCALE = 100.0  # far beyond what any model uses; keeps float16 deno
 MAX_NAME_CHARACTERS = 128  # of request_id and app
 MEDIA_TYPE = "image/png"
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]+")
-# What shows: no white space, no Default_Ignorable_Code_Point (https://www.unicode.org/reports/tr44/), no empty braille.
+# What shows: no white space, no Default_Ignorable_Code_Point (https://www.unicode.org/reports/tr44/), no mark of an
+# annotation, no empty braille.
 VISIBLE = re.compile(
     "[^\\s\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u2800\u3164"
     "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
