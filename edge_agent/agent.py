@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -271,7 +271,7 @@ class Agent:
             raise
         timings_ms = {**decision.timings_ms, "reserve": _ms_since(began)}
         timings_ms["total"] += timings_ms["reserve"]
-        return replace(decision, route=route, reason=reason, quota=quota, timings_ms=timings_ms), purchase
+        return decision._replace(route=route, reason=reason, quota=quota, timings_ms=timings_ms), purchase
 
     def _verdict(
         self, request: ImageRequest, prs: float | None, alpha: float | None, *, quota_allows: bool
@@ -461,8 +461,8 @@ def explain(
         reason=reason,
         prs=reading.prs if alpha is not None else None,
         alpha=alpha,
-        edge_quality=tuple(prediction.edge.tolist()) if prediction else (),
-        cloud_quality=tuple(prediction.cloud.tolist()) if prediction else (),
+        edge_quality=tuple(prediction.edge) if prediction else (),
+        cloud_quality=tuple(prediction.cloud) if prediction else (),
         tokens=reading.token_pulls(),
         quota=quota,
         timings_ms={**timings_ms, "total": sum(timings_ms.values())},

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from enum import Enum
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from edge_agent.errors import PolicyConflict
@@ -44,8 +44,7 @@ class TokenPull(NamedTuple):  # made a dozen times a decision, in half of a data
     prs_without: float | None = None
 
 
-@dataclass(frozen=True)
-class Decision:
+class Decision(NamedTuple):
     """A route that explains itself.
 
     `prs` and `alpha` are None where no calibration gives them a meaning. The qualities are in [0, 1], in
@@ -61,7 +60,7 @@ class Decision:
     cloud_quality: tuple[float, ...] = ()
     tokens: tuple[TokenPull, ...] = ()
     quota: tuple[BudgetState, ...] = ()
-    timings_ms: Mapping[str, float] = field(default_factory=dict)
+    timings_ms: Mapping[str, float] = MappingProxyType({})
     prompt_truncated: bool = False
 
     def explained(self, prs_without: Sequence[float | None]) -> Decision:
@@ -69,7 +68,7 @@ class Decision:
         tokens = [
             token._replace(prs_without=prs) for token, prs in zip(self.tokens, prs_without, strict=True)
         ]
-        return replace(self, tokens=tuple(tokens))
+        return self._replace(tokens=tuple(tokens))
 
 
 def decide(

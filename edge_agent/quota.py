@@ -119,7 +119,7 @@ class Rate:
             raise ValueError(f"rate {self.name!r}: needs a number of calls, not negative, and a time above 0")
 
 
-class BudgetState(NamedTuple):  # made in every decision, in half of a dataclass's time
+class BudgetState(NamedTuple):
     """A budget in its current window; remaining = cap - spent - reserved, and never below 0."""
 
     name: str
@@ -159,7 +159,7 @@ class _Account:
 
     as_of: float
     until: float
-    sums: tuple[tuple[int, int], ...]  # for each budget: spent, reserved
+    states: tuple[BudgetState, ...]
     recent: tuple[tuple[float, ...], ...]  # for each rate: when its calls were reserved, ascending
 
 
@@ -346,11 +346,8 @@ class Ledger:
 
     def states(self, app: str | None = None) -> tuple[BudgetState, ...]:
         """The budgets in their current windows: those that apply to `app`, or all of them when it is None."""
-        return tuple(
-            state
-            for state in self._states(self._account_at(self.clock()))
-            if app is None or state.app in (None, app)
-        )
+        states = self._account_at(self.clock()).states
+        return tuple([state for state in states if app is None or state.app in (None, app)])
 
     def rates(self) -> tuple[RateState, ...]:
         """The rates, and what they count now."""
@@ -415,9 +412,10 @@ class Ledger:
     def _counted(self, connection: sqlite3.Connection, now: float) -> _Account:
         """What counts at `now`, from the file."""
         windows = [window_bounds(budget.window, now) for budget in self.budgets]
-        sums = [
-            _sums(connection, budget, start) for budget, (start, _) in zip(self.budgets, windows, strict=True)
-        ]
+        states = tuple(
+            _state(connection, budget, start)
+            for budget, (start, _) in zip(self.budgets, windows, strict=True)
+        )
         until = min((end for _, end in windows if end is not None), default=math.inf)
         recent = [
             tuple(
@@ -429,21 +427,13 @@ class Ledger:
             )
             for rate in self._rates
         ]
-        return _Account(now, until, tuple(sums), tuple(recent))
-
-    def _states(self, account: _Account) -> Iterator[BudgetState]:
-        for budget, (spent, reserved) in zip(self.budgets, account.sums, strict=True):
-            cap = budget.cap_micro_usd
-            remaining = max(
-                0, cap - spent - reserved
-            )  # below zero when the cap was lowered within the window
-            yield BudgetState(budget.name, budget.window, cap, spent, reserved, remaining, budget.app)
+        return _Account(now, until, states, tuple(recent))
 
     def _refusal(
         self, account: _Account, app: str, ceiling_micro_usd: int, now: float
     ) -> QuotaExhausted | None:
         """Why there is no room for one more call of `app` at this ceiling; None when there is."""
-        for state in self._states(account):
+        for state in account.states:
             if state.app not in (None, app):
                 continue
             overdrawn = state.spent_micro_usd + state.reserved_micro_usd > state.cap_micro_usd
@@ -472,15 +462,17 @@ class Ledger:
         return None
 
 
-def _sums(connection: sqlite3.Connection, budget: Budget, start: float) -> tuple[int, int]:
-    """Micro-dollars spent and reserved of `budget` since `start`."""
-    row = connection.execute(
+def _state(connection: sqlite3.Connection, budget: Budget, start: float) -> BudgetState:
+    """What has come of `budget` since `start`."""
+    spent, reserved = connection.execute(
         "SELECT COALESCE(SUM(cost_micro_usd) FILTER (WHERE state = 'settled'), 0), "
         "COALESCE(SUM(cost_micro_usd) FILTER (WHERE state = 'reserved'), 0) "
         "FROM calls WHERE reserved_at >= ? AND (? IS NULL OR app = ?)",
         (start, budget.app, budget.app),
     ).fetchone()
-    return cast("tuple[int, int]", row)
+    cap = budget.cap_micro_usd
+    remaining = max(0, cap - spent - reserved)  # below zero when the cap was lowered within the window
+    return BudgetState(budget.name, budget.window, cap, spent, reserved, remaining, budget.app)
 
 
 def _recent(rate: Rate, reserved_at: tuple[float, ...], now: float) -> tuple[float, ...]:

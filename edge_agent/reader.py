@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from edge_agent.bundle import PREDICTOR, Bundle
 from edge_agent.diffusion.sessions import Runtime, Session
@@ -17,8 +17,7 @@ from edge_agent.superiority import Superiority
 from edge_agent.tokens import Tokenizer, Tokens
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(NamedTuple):
     """What is known of a prompt before anything is generated.
 
     `prediction` is None where the bundle has no predictor, `prs` also where its calibration is not for this model.
@@ -34,8 +33,7 @@ class Reading:
         """The prompt's own tokens in order, and what each contributes to the predicted gap."""
         if self.prediction is None:
             return ()
-        pulls = zip(self.tokens.texts, self.prediction.pull.tolist(), strict=True)
-        return tuple([TokenPull(text, tuple(pull)) for text, pull in pulls])
+        return tuple(map(TokenPull, self.tokens.texts, map(tuple, self.prediction.pull)))
 
 
 class Reader:
@@ -131,7 +129,7 @@ class Reader:
         prediction = self._predictor.predict(states.tokens, tokens.own, tokens.ids)
         if self._superiority is None:
             return prediction, None
-        return prediction, self._superiority.of(prediction.edge.tolist(), prediction.cloud.tolist())
+        return prediction, self._superiority.of(prediction.edge, prediction.cloud)
 
     def negative_states(self, prompt: str) -> TextStates:
         """The states of a negative prompt, which may be empty."""

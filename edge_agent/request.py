@@ -32,8 +32,10 @@ class Privacy(Enum):
 MEDIA_TYPE = "image/png"
 """The one format images are made in."""
 
-MAX_SEED = 2**32 - 1
-"""Seeds are unsigned 32-bit numbers, as the noise's MT19937 takes them."""
+SEED_BITS = 32
+"""Seeds are unsigned numbers of this size, as the noise's MT19937 takes them."""
+
+MAX_SEED = 2**SEED_BITS - 1
 
 MAX_ID_CHARS = 128
 """Longest request id and app name, in characters: they are keys in the ledger and in two services' logs."""
@@ -108,7 +110,7 @@ def validate(
     request: ImageRequest,
     limits: Limits,
     *,
-    draw_seed: Callable[[], int] = lambda: random.randrange(MAX_SEED + 1),  # a seed is no secret
+    draw_seed: Callable[[], int] = lambda: random.getrandbits(SEED_BITS),  # a seed is no secret
     monotonic: Callable[[], float] = time.monotonic,
 ) -> ImageRequest:
     """`request` with its seed drawn and its size filled in, both where they were None; nothing else is

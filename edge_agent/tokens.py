@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +18,7 @@ from edge_agent.errors import BundleError
 FILE = "tokenizer.json"
 
 
-@dataclass(frozen=True)
-class Tokens:
+class Tokens(NamedTuple):
     """One prompt in L positions, padding included, of which T are its own."""
 
     ids: NDArray[np.int64]  # [1, L]
@@ -51,6 +50,12 @@ class Tokenizer:
     """A tokenizer.json that carries its own padding and truncation, as the export writes it."""
 
     def __init__(self, tokenizer: TokenizersTokenizer, length: int, second: Tokenizer | None = None) -> None:
+        """`tokenizer` pads and truncates every prompt to `length`. It is taken over, and pads no longer."""
+        # Padding is done here: the library makes an object of every token, and most of a short prompt's are padding.
+        padding = tokenizer.padding or {}
+        tokenizer.no_padding()
+        self._nothing = np.full((1, length), padding["pad_id"], np.int64)
+        self._at_the_end = padding["direction"] == "left"
         self._tokenizer = tokenizer
         self._second = second
         self.length = length
@@ -108,7 +113,7 @@ class Tokenizer:
     def largest(self) -> tuple[int, ...]:
         """The largest id that a prompt can have, here and in the second tokenizer where there is one."""
         # Start, end and padding have ids of their own in the file, which need not be the vocabulary's.
-        own = max(self.vocabulary - 1, *self._tokenizer.encode("").ids)
+        own = max(self.vocabulary - 1, *self.encode("").ids[0].tolist())
         return (own, *self._second.largest) if self._second else (own,)
 
     def encode(self, prompt: str) -> Tokens:
@@ -117,16 +122,18 @@ class Tokenizer:
         A character made of several tokens, such as an emoji, is the text of each of them.
         """
         encoding = self._tokenizer.encode(prompt)
-        own = [position for position, special in enumerate(encoding.special_tokens_mask) if not special]
-        offsets = encoding.offsets
-        places = [offsets[position] for position in own]
-        return Tokens(
-            np.array([encoding.ids], np.int64),
-            own,
-            [prompt[start:end] for start, end in places],
-            bool(encoding.overflowing),
-            self._second.encode(prompt).ids if self._second else None,
-        )
+        found, ids = encoding.ids, self._nothing.copy()
+        first = self.length - len(found) if self._at_the_end else 0
+        ids[0, first : first + len(found)] = found
+        own: list[int] = []
+        texts: list[str] = []
+        marked = zip(encoding.special_tokens_mask, encoding.offsets, strict=True)
+        for position, (special, (start, end)) in enumerate(marked, first):
+            if not special:
+                own.append(position)
+                texts.append(prompt[start:end])
+        ids_2 = self._second.encode(prompt).ids if self._second else None
+        return Tokens(ids, own, texts, bool(encoding.overflowing), ids_2)
 
 
 @contextmanager

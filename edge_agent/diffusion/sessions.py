@@ -237,29 +237,38 @@ class Session:
             GenerationFailed: onnxruntime failed.
             BundleError: the graph had been unloaded and cannot be loaded again.
         """
-        # Most of a decision's runs need none.
-        options = ort.RunOptions() if stop is not None or shrink else None
-        if options is not None and shrink:
-            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", self._devices)
         feeds = {name: np.asarray(value, self._dtypes[name]) for name, value in inputs.items()}
         session = self._loaded(stop)
-        end = partial(setattr, options, "terminate", True)
-        if stop is not None:
-            stop.enter(end)
         try:
-            outputs = session.run(self._outputs, feeds, options)
+            if stop is None and not shrink:  # as a decision's runs are
+                outputs = session.run(self._outputs, feeds)
+            else:
+                outputs = self._run_with_options(session, feeds, stop or Stop(), shrink=shrink)
+        except Cancelled:
+            raise
         except Exception as error:  # onnxruntime's own exceptions share no base class
             if stop is not None:
                 stop.check()
             raise GenerationFailed(f"onnxruntime failed in {self.path}: {error}") from error
-        finally:
-            if stop is not None:
-                stop.leave(end)
         if not self._casting:
             return list(outputs)
         return [
             value.astype(np.float32, copy=False) if value.dtype.kind == "f" else value for value in outputs
         ]
+
+    def _run_with_options(
+        self, session: ort.InferenceSession, feeds: Mapping[str, Array], stop: Stop, *, shrink: bool
+    ) -> Sequence[Array]:
+        options = ort.RunOptions()
+        if shrink:
+            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", self._devices)
+        end = partial(setattr, options, "terminate", True)
+        stop.enter(end)
+        try:
+            outputs: Sequence[Array] = session.run(self._outputs, feeds, options)
+            return outputs
+        finally:
+            stop.leave(end)
 
 
 def _devices(providers: Sequence[str]) -> str:

@@ -145,20 +145,16 @@ class Decider:
         own = states[0][tokens.own]
         return self.prs(prediction.edge, prediction.cloud), prediction, own.mean(axis=0)
 
-    def prs(self, edge: NDArray[np.float32], cloud: NDArray[np.float32]) -> float:
+    def prs(self, edge: Sequence[float], cloud: Sequence[float]) -> float:
         """Of qualities [M]."""
         return float(relative_superiority(edge, cloud, self.calibration.scale, self.calibration.weights))
 
     def pull_on_prs(self, prediction: Prediction) -> Floats:
         """[T]: what PRS would be more without each token's pull, all else equal: what a decision names tokens by."""
-        gap = np.log(prediction.cloud / (1 - prediction.cloud)) - np.log(
-            prediction.edge / (1 - prediction.edge)
-        )
-        level = (
-            np.log(prediction.cloud / (1 - prediction.cloud))
-            + np.log(prediction.edge / (1 - prediction.edge))
-        ) / 2
-        without = gap - prediction.pull  # [T, M]
+        qualities = np.array((prediction.edge, prediction.cloud))
+        ours, theirs = np.log(qualities / (1 - qualities))
+        level = (ours + theirs) / 2
+        without = theirs - ours - np.array(prediction.pull)  # [T, M]
         edge, cloud = (1 / (1 + np.exp(-(level + sign * without / 2))) for sign in (-1, 1))
         moved: Floats = relative_superiority(
             edge, cloud, self.calibration.scale, self.calibration.weights

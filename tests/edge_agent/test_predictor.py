@@ -61,10 +61,10 @@ def test_the_graph_says_what_torch_says(tmp_path: Path, parts: dict[str, Any]) -
 def test_a_prediction_has_a_quality_a_metric_and_a_pull_a_token(graph: Path) -> None:
     states = np.random.default_rng(0).standard_normal((1, TOKENS, WIDTH), np.float32)
     made = Predictor.load(graph).predict(states, range(1, 9), IDS)
-    assert made.edge.shape == made.cloud.shape == (len(METRICS),)
-    assert ((made.edge > 0) & (made.edge < 1) & (made.cloud > 0) & (made.cloud < 1)).all()
-    assert made.pull.shape == (8, len(METRICS))
-    read = (made.pull != 0).sum(0)  # each mixture keeps five tokens of its own choice
+    assert len(made.edge) == len(made.cloud) == len(METRICS)
+    assert all(0 < quality < 1 for quality in made.edge + made.cloud)
+    assert np.shape(made.pull) == (8, len(METRICS))
+    read = np.count_nonzero(made.pull, axis=0)  # each mixture keeps five tokens of its own choice
     assert ((read >= 5) & (read < 2 * 5)).all()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as TokenizersTokenizer
 
 from edge_agent.bundle import Bundle, write_manifest
 from edge_agent.errors import BundleError
@@ -69,6 +70,20 @@ def test_a_prompt_that_fits_exactly_is_not_truncated_and_one_more_word_is(tokeni
     assert more.truncated
     np.testing.assert_array_equal(more.ids, fits.ids)
     assert more.ids[0, -1] == tokenizer.encode("").ids[0, -1]  # the end token is kept
+
+
+@pytest.mark.parametrize("direction", ["Right", "Left"])
+def test_padding_is_what_the_file_says(bundle_copy: Path, direction: str) -> None:
+    folder = bundle_copy / "tokenizer"
+    edit(folder, "padding", direction=direction, pad_id=7)
+    library = TokenizersTokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer.load(folder)
+    for prompt in ("", "the Red moon", "cat " * 80):
+        tokens, expected = tokenizer.encode(prompt), library.encode(prompt)
+        assert tokens.ids.tolist() == [expected.ids]
+        assert tokens.own == [
+            place for place, special in enumerate(expected.special_tokens_mask) if not special
+        ]
 
 
 def test_a_tokenizer_without_a_length_is_refused(bundle_copy: Path) -> None:
