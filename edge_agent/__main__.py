@@ -347,7 +347,16 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _route(options: argparse.Namespace) -> int:
-    prompts = _prompts(options.prompts)
+    prompts = _Prompts(options.prompts)
+    try:
+        return _routed(options, prompts)
+    except RouteT2IError as error:
+        if prompts.line:  # of a long file, where to look and from where to go on
+            error.message = f"line {prompts.line} of standard input: {error.message}"
+        raise
+
+
+def _routed(options: argparse.Namespace, prompts: Iterable[str]) -> int:
     agent = client(options)
     own_terms = any(name in options for name in ("bundle", "routing_rate", "config"))
     named = bool(options.agent or os.environ.get(settings.ADDRESS_VARIABLE))
@@ -510,21 +519,35 @@ def _timeout(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _prompts(arguments: Sequence[str]) -> Iterator[str]:
-    for argument in arguments:
-        if argument == "-":
-            if sys.stdin is None:
-                raise InvalidRequest("standard input is closed, so no prompt can be read from it")
-            # A byte order mark is no part of the first prompt.
-            sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")  # type: ignore[union-attr]
-            try:
-                yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
-            except OSError as error:
-                raise InvalidRequest(
-                    f"standard input cannot be read: {error.strerror}; send the prompts with < FILE, or name them"
-                ) from error
-        else:
-            yield argument
+class _Prompts:
+    """The prompts that a command is given, those of standard input in place of "-": one a line that is not empty."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self._arguments = arguments
+        self.line = 0  # of standard input, that of the prompt in hand; 0 for one that was an argument
+
+    def __iter__(self) -> Iterator[str]:
+        for argument in self._arguments:
+            if argument == "-":
+                yield from self._lines()
+                self.line = 0
+            else:
+                yield argument
+
+    def _lines(self) -> Iterator[str]:
+        if sys.stdin is None:
+            raise InvalidRequest("standard input is closed, so no prompt can be read from it")
+        # A byte order mark is no part of the first prompt.
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")  # type: ignore[union-attr]
+        try:
+            for number, line in enumerate(sys.stdin, 1):
+                if line.strip():
+                    self.line = number
+                    yield line.rstrip("\r\n")
+        except OSError as error:
+            raise InvalidRequest(
+                f"standard input cannot be read: {error.strerror}; send the prompts with < FILE, or name them"
+            ) from error
 
 
 def _file(options: argparse.Namespace) -> str | None:

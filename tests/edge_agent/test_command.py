@@ -321,6 +321,27 @@ def test_route_reads_prompts_from_a_pipe(
     assert [facts["prompt"] for facts in finished.objects] == ["first", EDGE_PROMPT, "猫 🐈"]
 
 
+@pytest.mark.parametrize("bundle", [False, True])
+def test_a_line_that_is_no_prompt_is_told_by_its_number(
+    run: Run,
+    daemon: Process,
+    routed_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    bundle: bool,
+) -> None:
+    (tmp_path / "prompts.txt").write_text(f"{EDGE_PROMPT}\n\n\u200b\na cat\n", encoding="utf-8")
+    own = ["--bundle", routed_bundle] if bundle else []
+    with (tmp_path / "prompts.txt").open(encoding="utf-8") as prompts:
+        monkeypatch.setattr("sys.stdin", prompts)
+        finished = run("route", "-", *own)
+    assert finished.code == 2
+    assert EDGE_PROMPT in finished.out
+    assert "line 3 of standard input: the prompt is empty" in finished.err
+    refused = run("route", EDGE_PROMPT, "\u200b", *own)  # no line of any file
+    assert refused.code == 2 and "line" not in refused.err
+
+
 def test_a_table_folds_no_name_in_a_pipe_and_ends_well_where_the_pipe_is_closed(
     folder: Path, routed_bundle: Path
 ) -> None:
