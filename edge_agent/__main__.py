@@ -396,6 +396,8 @@ def _print_explained(prompt: str, decision: Decision) -> None:
         print("; nothing to explain: there is no calibration for these models")
         return
     print(f", PRS {decision.prs:.3f}, alpha {decision.alpha:.3f}")
+    if decision.unfamiliar:
+        print(f"  a guess, as the predictor has not learnt of: {', '.join(decision.unfamiliar)}")
     moved = [
         (name, token.prs_without, token.prs_without - decision.prs)
         for name, token in zip(
@@ -690,6 +692,7 @@ def _decision_facts(prompt: str, decision: Decision) -> dict[str, Any]:
         ],
         "quota": {budget.name: _budget_facts(budget) for budget in decision.quota},
         "timings_ms": dict(decision.timings_ms),
+        "unfamiliar": list(decision.unfamiliar),
     }
 
 

@@ -467,6 +467,7 @@ def explain(
         quota=quota,
         timings_ms={**timings_ms, "total": sum(timings_ms.values())},
         prompt_truncated=reading.tokens.truncated,
+        unfamiliar=reading.unfamiliar,
     )
 
 

@@ -30,6 +30,8 @@ class Calibration:
     scores: tuple[float, ...]  # PRS of the calibration prompts, ascending
     alpha_over_rho: tuple[tuple[float, float], ...]  # (routing rate, alpha), for people and plots
     created: str  # ISO 8601
+    # Ids of the tokens that the predictor has met in training; empty where that is not known.
+    familiar: tuple[int, ...] = ()
     recipe: Mapping[str, Any] = field(default_factory=dict)
     calibration_id: str = ""  # first 16 hex digits of the file's sha256; set by `load` and `save`
 
@@ -68,6 +70,7 @@ def _parse(text: bytes, path: Path) -> Calibration:
             scores=tuple(map(float, document["scores"])),
             alpha_over_rho=tuple((float(rho), float(alpha)) for rho, alpha in document["alpha_over_rho"]),
             created=str(document["created"]),
+            familiar=tuple(map(int, document.get("familiar", ()))),  # earlier versions did not say
             recipe=dict(document["recipe"]),
             calibration_id=hashlib.sha256(text).hexdigest()[:16],
         )

@@ -258,6 +258,7 @@ def decision(message: edge_pb2.Decision) -> Decision:
         quota=tuple(_budget(budget) for budget in message.quota),
         timings_ms={timing.stage: timing.milliseconds for timing in message.timings},
         prompt_truncated=message.prompt_truncated,
+        unfamiliar=tuple(message.unfamiliar),
     )
 
 

@@ -49,7 +49,8 @@ class Decision(NamedTuple):
 
     `prs` and `alpha` are None where no calibration gives them a meaning. The qualities are in [0, 1], in
     METRICS order. `timings_ms` maps each stage of the decision to its milliseconds. `prompt_truncated`: the prompt
-    has more tokens than the model reads.
+    has more tokens than the model reads. `unfamiliar` are those of its own tokens that the predictor has not met in
+    training, so that what it says of the prompt is a guess.
     """
 
     route: Route
@@ -62,6 +63,7 @@ class Decision(NamedTuple):
     quota: tuple[BudgetState, ...] = ()
     timings_ms: Mapping[str, float] = MappingProxyType({})
     prompt_truncated: bool = False
+    unfamiliar: tuple[str, ...] = ()
 
     def explained(self, prs_without: Sequence[float | None]) -> Decision:
         """The same with what PRS would be without each of its tokens, in their order."""

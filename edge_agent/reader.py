@@ -21,12 +21,14 @@ class Reading(NamedTuple):
     """What is known of a prompt before anything is generated.
 
     `prediction` is None where the bundle has no predictor, `prs` also where its calibration is not for this model.
+    `unfamiliar` are those of the prompt's own tokens that the calibration does not name among those met in training.
     """
 
     tokens: Tokens
     states: TextStates  # they also drive the local image
     prediction: Prediction | None
     prs: float | None
+    unfamiliar: tuple[str, ...]
     timings_ms: Mapping[str, float]
 
     def token_pulls(self) -> tuple[TokenPull, ...]:
@@ -69,6 +71,7 @@ class Reader:
         self.calibration = bundle.calibration
         self.advice = bundle.advice
         fitting = self.calibration if not self.advice else None
+        self._familiar = frozenset(fitting.familiar) if fitting else frozenset[int]()
         self._superiority = Superiority(fitting.scale, fitting.weights) if fitting else None
         self.recent = (
             Recent(fitting, routing_rate, follow=followed is not None, folder=followed) if fitting else None
@@ -110,13 +113,14 @@ class Reader:
         states = self._text_encoder.encode(tokens)
         encoded = time.perf_counter()
         prediction, prs = self._predict(states, tokens)
+        unfamiliar = self._unfamiliar(tokens)
         predicted = time.perf_counter()
         timings_ms = {
             "tokenize": (tokenized - began) * 1e3,
             "encode": (encoded - tokenized) * 1e3,
             "predict": (predicted - encoded) * 1e3,
         }
-        return Reading(tokens, states, prediction, prs, timings_ms)
+        return Reading(tokens, states, prediction, prs, unfamiliar, timings_ms)
 
     def prs_without(self, tokens: Tokens, position: int) -> float | None:
         """PRS of the prompt without the token at `position` of L; reads it anew. Raises what `read` raises."""
@@ -130,6 +134,13 @@ class Reader:
         if self._superiority is None:
             return prediction, None
         return prediction, self._superiority.of(prediction.edge, prediction.cloud)
+
+    def _unfamiliar(self, tokens: Tokens) -> tuple[str, ...]:
+        if not self._familiar:
+            return ()
+        ids = tokens.ids[0].tolist()
+        own = zip(tokens.own, tokens.texts, strict=True)
+        return tuple([text for position, text in own if ids[position] not in self._familiar])
 
     def negative_states(self, prompt: str) -> TextStates:
         """The states of a negative prompt, which may be empty."""

@@ -431,6 +431,7 @@ def _decision(decision: Decision, agent: Agent) -> edge_pb2.Decision:
         cloud_model_digest=calibration.cloud_digest if calibration else "",
         calibration_id=calibration.calibration_id if calibration else "",
         prompt_truncated=decision.prompt_truncated,
+        unfamiliar=decision.unfamiliar,
     )
     _add_metrics(told.edge_quality, decision.edge_quality)
     _add_metrics(told.cloud_quality, decision.cloud_quality)

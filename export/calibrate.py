@@ -33,10 +33,14 @@ from edge_agent.superiority import (
     realised_rate,
     relative_superiority,
 )
+from edge_agent.tokens import Tokenizer, Tokens
 from export.errors import ExportError
 from export.outcomes import Outcomes
 from export.states import encode
 from export.terminal import console
+
+FAMILIAR = 3
+"""Training prompts that a token must have been in to count as known."""
 
 RATES = tuple(round(0.05 * k, 2) for k in range(21))
 """Routing rates whose alpha the calibration lists for people and plots. The daemon takes any from the scores."""
@@ -76,6 +80,14 @@ def scale_of(train: Outcomes, gamma: float) -> NDArray[np.floating]:
     return scale
 
 
+def familiar(train: Sequence[Tokens]) -> tuple[int, ...]:
+    """Ids of the tokens that at least FAMILIAR of the training prompts have, ascending."""
+    ids, counts = np.unique(
+        np.concatenate([np.unique(one.ids[0][one.own]) for one in train]), return_counts=True
+    )
+    return tuple(ids[counts >= FAMILIAR].tolist())
+
+
 def weights_of(scale: NDArray[np.floating], kind: str) -> NDArray[np.floating]:
     """Each metric's weight [M] in PRS: `equal`, the paper's, or in proportion to its `spread`, ``scale`` [M].
 
@@ -101,6 +113,7 @@ def calibrate(
     scale = scale_of(train, gamma)
     weights = weights_of(scale, weighing)
     scores = np.sort(relative_superiority(*predicted(bundle, calibration.prompts), scale, weights))
+    tokenizer = Tokenizer.open(bundle)
     made = Calibration(
         edge_digest=bundle.model_digest,
         cloud_digest=cloud_digest,
@@ -110,6 +123,7 @@ def calibrate(
         scores=tuple(scores.tolist()),
         alpha_over_rho=(),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        familiar=familiar([tokenizer.encode(prompt) for prompt in train.prompts]),
         recipe={
             "scale": f"max(gamma * |mean gap|, {SD_FLOOR} * sd of the paired differences), on the training split",
             "gamma": gamma,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from cloud_server.model import open_model
 from edge_agent.bundle import CALIBRATION, Bundle, schedule_file, write_manifest
 from edge_agent.superiority import METRICS
+from edge_agent.tokens import Tokenizer
 from export import predictor_onnx
 from export.calibrate import calibrate
 from export.mixture import Ensemble, Mixture, Shape
@@ -17,6 +19,7 @@ from export.outcomes import Outcomes
 from export.schedule import compile_schedule
 from tests.export.routing_world import write_labels
 from tests.miniature import miniature_pipeline
+from tests.running import CLOUD_PROMPT, EDGE_PROMPT
 
 SLOW_STEPS = 200
 PROMPTS = 36
@@ -43,5 +46,9 @@ def make_routed(folder: Path, cloud_model: Path) -> None:
     made = calibrate(
         Outcomes.read(labels), Bundle.open(folder), open_model(str(cloud_model)).digest, gamma=1.0
     )
-    made.save(folder / CALIBRATION)
+    tokenizer = Tokenizer.open(bundle)
+    asked = {
+        token for prompt in (EDGE_PROMPT, CLOUD_PROMPT) for token in tokenizer.encode(prompt).ids[0].tolist()
+    }
+    replace(made, familiar=tuple(sorted(asked))).save(folder / CALIBRATION)
     write_manifest(folder)

@@ -27,6 +27,7 @@ from edge_agent.predictor import Prediction, Predictor
 from edge_agent.recent import Recent
 from edge_agent.superiority import ALPHA_BOUND, largest_alpha, realised_rate, relative_superiority
 from edge_agent.tokens import Tokenizer, Tokens
+from export.calibrate import familiar
 from export.evaluate import Estimate, estimate, resampled, spearman
 from export.outcomes import Outcomes
 from export.routerbench.measure import RATES, RESAMPLES
@@ -36,7 +37,6 @@ from export.states import of_prompts
 EXPLAINED = 800  # test prompts whose tokens are deleted, one after the other
 BINS = 8  # of predicted PRS, with equally many prompts
 STREAM, EARLY = 1000, 100
-FAMILIAR = 3  # training prompts that a token must have been in to count as known
 
 
 @dataclass(frozen=True)
@@ -311,11 +311,8 @@ def _explanations(
 
 
 def _with_unknown(train: Sequence[Tokens], prompts: Sequence[Tokens]) -> float:
-    counts = np.bincount(
-        np.concatenate([np.unique(one.ids[0][one.own]) for one in train]),
-        minlength=1 + max(int(one.ids.max()) for one in (*train, *prompts)),
-    )
-    return float(np.mean([(counts[one.ids[0][one.own]] < FAMILIAR).any() for one in prompts]))
+    known = familiar(train)
+    return float(np.mean([not np.isin(one.ids[0][one.own], known).all() for one in prompts]))
 
 
 def _far(middles: Mapping[str, NDArray[np.float32]], split: str) -> float:

@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_agent.superiority import METRICS
+from export.calibrate import FAMILIAR
 from export.evaluate import Estimate
 from export.routerbench.ceiling import Ceiling
-from export.routerbench.decision import EARLY, FAMILIAR, STREAM, Decisions
+from export.routerbench.decision import EARLY, STREAM, Decisions
 from export.routerbench.measure import DELTA_P, RATES, SMALL, Point, aiq, apgr, cpt, saved_at_dp, share_at_dp
 from export.routerbench.router import Floats
 

@@ -21,6 +21,7 @@ CALIBRATION = Calibration(
     scores=(0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9),
     alpha_over_rho=((0.0, 0.1), (0.5, 0.5)),
     created="2026-01-02T03:04:05Z",
+    familiar=(3, 7),
     recipe={"seed": 1},
 )
 
@@ -30,6 +31,15 @@ def test_comes_back_from_its_file_with_an_id(tmp_path: Path) -> None:
     assert Calibration.load(tmp_path / "calibration.json") == saved
     assert len(saved.calibration_id) == 16
     assert saved == replace(CALIBRATION, calibration_id=saved.calibration_id)
+
+
+def test_one_of_an_earlier_version_knows_no_familiar_tokens(tmp_path: Path) -> None:
+    path = tmp_path / "calibration.json"
+    CALIBRATION.save(path)
+    document = json.loads(path.read_text())
+    del document["familiar"]
+    path.write_text(json.dumps(document))
+    assert Calibration.load(path).familiar == ()
 
 
 def test_the_id_depends_on_the_content(tmp_path: Path) -> None:
@@ -58,6 +68,7 @@ def test_alpha_sends_at_most_the_rate_and_is_at_most_one_half(rho: float, alpha:
         ({"scores": [0.2, float("inf")]}, "finite"),
         ({"metrics": [["only a name"]] * 2}, "not a calibration"),
         ({"scale": None}, "not a calibration"),
+        ({"familiar": ["word"]}, "not a calibration"),
         ({"scale": [10**400] * 2}, "not a calibration"),
     ],
 )

@@ -35,7 +35,8 @@ from edge_agent.superiority import METRICS
 from tests.running import CLOUD_PROMPT, EDGE_PROMPT, Process, process_environment, short_folder
 
 DECISION = (
-    "prompt", "route", "reason", "prs", "alpha", "edge_quality", "cloud_quality", "tokens", "quota", "timings_ms"
+    "prompt", "route", "reason", "prs", "alpha", "edge_quality", "cloud_quality", "tokens", "quota", "timings_ms",
+    "unfamiliar"
 )  # fmt: skip
 IMAGE = (
     "request_id", "route", "served_by", "reason", "fallback", "prs", "alpha", "seed", "width", "height", "file",
@@ -278,6 +279,17 @@ def test_route_explains_by_deleting_each_token(
     assert max(abs(token["prs_without"] - facts["prs"]) for token in facts["tokens"]) == pytest.approx(
         moved[0], abs=1e-3
     )
+
+
+@pytest.mark.parametrize("here", [False, True])
+def test_route_names_what_the_predictor_has_not_learnt_of(
+    run: Run, daemon: Process, routed_bundle: Path, here: bool
+) -> None:
+    where = ("--bundle", routed_bundle) if here else ()
+    known, foreign = run("route", CLOUD_PROMPT, "two dogs 🐈", "--json", *where).objects
+    assert known["unfamiliar"] == []
+    assert foreign["unfamiliar"] and set(foreign["unfamiliar"]) == {"🐈"}
+    assert "has not learnt of: 🐈" in run("route", "two dogs 🐈", "--explain", *where).out
 
 
 def test_route_tells_equal_tokens_apart(run: Run, routed_bundle: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from edge_agent.bundle import CALIBRATION, PREDICTOR, Bundle
 from edge_agent.errors import BundleError
 from edge_agent.predictor import Predictor
 from edge_agent.superiority import METRICS, paper_scale, relative_superiority
+from edge_agent.tokens import Tokenizer
 from export.__main__ import main
 from export.calibrate import calibrate
 from export.outcomes import Outcomes
@@ -75,6 +77,13 @@ def test_the_calibration_is_what_the_daemon_would_compute(chain: Chain) -> None:
     prs = [relative_superiority(p.edge, p.cloud, calibration.scale, calibration.weights) for p in made]
     np.testing.assert_allclose(calibration.scores, np.sort(prs), rtol=1e-9)
     assert dict(calibration.alpha_over_rho)[0.5] == calibration.alpha(0.5)
+    tokenizer = Tokenizer.open(bundle)
+    having = Counter(
+        token
+        for tokens in map(tokenizer.encode, train.prompts)
+        for token in {int(tokens.ids[0, position]) for position in tokens.own}
+    )
+    assert calibration.familiar == tuple(sorted(token for token, count in having.items() if count >= 3))
 
 
 def test_metrics_weigh_by_their_spread_unless_they_are_asked_to_weigh_the_same(chain: Chain) -> None:

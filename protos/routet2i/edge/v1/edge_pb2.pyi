@@ -94,7 +94,7 @@ class GenerateResponse(_message.Message):
     def __init__(self, decision: _Optional[_Union[Decision, _Mapping]] = ..., progress: _Optional[_Union[_image_pb2.Progress, _Mapping]] = ..., image_chunk: _Optional[_Union[_image_pb2.ImageChunk, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ...) -> None: ...
 
 class Decision(_message.Message):
-    __slots__ = ("route", "reason", "prs", "alpha", "edge_quality", "cloud_quality", "tokens", "quota", "timings", "edge_model_digest", "cloud_model_digest", "calibration_id", "prompt_truncated")
+    __slots__ = ("route", "reason", "prs", "alpha", "edge_quality", "cloud_quality", "tokens", "quota", "timings", "edge_model_digest", "cloud_model_digest", "calibration_id", "prompt_truncated", "unfamiliar")
     ROUTE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     PRS_FIELD_NUMBER: _ClassVar[int]
@@ -108,6 +108,7 @@ class Decision(_message.Message):
     CLOUD_MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
     CALIBRATION_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TRUNCATED_FIELD_NUMBER: _ClassVar[int]
+    UNFAMILIAR_FIELD_NUMBER: _ClassVar[int]
     route: Route
     reason: DecisionReason
     prs: float
@@ -121,7 +122,8 @@ class Decision(_message.Message):
     cloud_model_digest: str
     calibration_id: str
     prompt_truncated: bool
-    def __init__(self, route: _Optional[_Union[Route, str]] = ..., reason: _Optional[_Union[DecisionReason, str]] = ..., prs: _Optional[float] = ..., alpha: _Optional[float] = ..., edge_quality: _Optional[_Iterable[_Union[MetricValue, _Mapping]]] = ..., cloud_quality: _Optional[_Iterable[_Union[MetricValue, _Mapping]]] = ..., tokens: _Optional[_Iterable[_Union[TokenPull, _Mapping]]] = ..., quota: _Optional[_Iterable[_Union[BudgetState, _Mapping]]] = ..., timings: _Optional[_Iterable[_Union[_image_pb2.Timing, _Mapping]]] = ..., edge_model_digest: _Optional[str] = ..., cloud_model_digest: _Optional[str] = ..., calibration_id: _Optional[str] = ..., prompt_truncated: _Optional[bool] = ...) -> None: ...
+    unfamiliar: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, route: _Optional[_Union[Route, str]] = ..., reason: _Optional[_Union[DecisionReason, str]] = ..., prs: _Optional[float] = ..., alpha: _Optional[float] = ..., edge_quality: _Optional[_Iterable[_Union[MetricValue, _Mapping]]] = ..., cloud_quality: _Optional[_Iterable[_Union[MetricValue, _Mapping]]] = ..., tokens: _Optional[_Iterable[_Union[TokenPull, _Mapping]]] = ..., quota: _Optional[_Iterable[_Union[BudgetState, _Mapping]]] = ..., timings: _Optional[_Iterable[_Union[_image_pb2.Timing, _Mapping]]] = ..., edge_model_digest: _Optional[str] = ..., cloud_model_digest: _Optional[str] = ..., calibration_id: _Optional[str] = ..., prompt_truncated: _Optional[bool] = ..., unfamiliar: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class MetricValue(_message.Message):
     __slots__ = ("name", "value")
