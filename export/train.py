@@ -1,6 +1,6 @@
 """Train the predictor on measured qualities: labels and a bundle in, `predictor.safetensors` out.
 
-    edge-export train LABELS BUNDLE OUT [--seeds 3] [--ablate single-metric|no-selection|single-gate]
+    edge-export train LABELS BUNDLE OUT [--steps N] [--ablate single-metric|no-selection|single-gate]
 
 The bundle's tokenizer and text encoder make the token states, as they do in serving; the states are cached beside
 the weights. Takes a minute or two on one core, whatever the number of prompts.
@@ -309,9 +309,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="WEIGHT",
         help="how strictly a pull has to be what is lost without the token, 0 not at all (default: %(default)s)",
     )
+    parser.add_argument(
+        "--gain-weight",
+        type=float,
+        default=recipe.gain_weight,
+        metavar="WEIGHT",
+        help="how much the mean of the gap over metrics counts beside each metric's (default: %(default)s)",
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     options = parser.parse_args(argv)
-    for name in ("words", "sentence", "deletion_weight"):
+    for name in ("words", "sentence", "deletion_weight", "gain_weight"):
         if not 0 <= getattr(options, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must not be negative")
     if options.sentence % Together.HEADS:
@@ -322,7 +329,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     torch.set_num_threads(options.threads)
     recipe = replace(
-        recipe, seeds=options.seeds, steps=options.steps, deletion_weight=options.deletion_weight
+        recipe,
+        seeds=options.seeds,
+        steps=options.steps,
+        deletion_weight=options.deletion_weight,
+        gain_weight=options.gain_weight,
     )
     outcomes, bundle = Outcomes.read(options.labels), Bundle.open(options.bundle)
     outcomes.must_be_of(bundle)
