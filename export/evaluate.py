@@ -94,10 +94,7 @@ class Paired:
     @classmethod
     def of(cls, outcomes: Outcomes) -> Paired:
         """The seeds that every prompt has on both models; at least two, or there is no oracle."""
-        seeds = [
-            int((~np.isnan(one[..., 0])).sum(1).min()) for one in (outcomes.edge_seeds, outcomes.cloud_seeds)
-        ]
-        count = min(seeds)
+        count = outcomes.common_seeds()
         if count < 2:
             raise ExportError(
                 "the oracle needs two seeds of every test prompt on both models; label more seeds"

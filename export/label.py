@@ -37,8 +37,8 @@ from export.__main__ import run
 from export.arguments import at_least, check_output, write_output
 from export.errors import DAMAGED_NPZ, ExportError
 from export.negatives import hard_negatives
-from export.outcomes import COLUMNS, INSPECTION, INSPECTOR, Outcomes, read_table, write_table
-from export.prompts import PROMPTS, SHARES, Prompt, own_prompts, router_prompts
+from export.outcomes import ADHERENCE, COLUMNS, INSPECTION, INSPECTOR, Outcomes, read_table, write_table
+from export.prompts import CEILING_PROMPTS, PROMPTS, SHARES, Prompt, own_prompts, router_prompts
 from export.quality import STARTER_JUDGE, Judge
 from export.terminal import progress
 
@@ -51,12 +51,10 @@ PIECE = 25  # prompts; what an interruption loses at most
 BATCH = 5  # images a pipeline makes at once; a whole piece of large ones would not fit a GPU
 MODELS = ("edge", "cloud")
 IMAGES = "images"  # folder of finished pictures, beside one folder of measurements a judge
-CEILING_PROMPTS = 300
 WITHHELD = "withheld"  # array beside a piece's pictures
 MADE_WITH = "made_with.json"  # in each of these folders: digests of what made its pieces
 OWN_PROMPTS = "prompts.txt"  # beside that folder: those of --prompts, whose places in it give their ids
 PREPROCESSING = "judge_preprocessing"  # fact of a matrix, of which earlier ones say nothing
-ADHERENCE = "adherence"  # optional column: no router is trained on it, and the paper's ten stay comparable
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +16,15 @@ from edge_agent.bundle import Bundle
 from edge_agent.superiority import METRICS
 from export.arguments import replacing
 from export.errors import ExportError
+from export.prompts import as_read, of_ceiling
+from export.terminal import console
 
 SPLITS = ("train", "validation", "calibration", "test", "combinations", "wording", "free-form")
 COLUMNS = ("prompt_id", "prompt", "split", "objects", "model", "seed", *METRICS)
 INSPECTED, INSPECTED_SHARE = INSPECTION = ("inspected", "inspected_share")
 """Optional columns of `edge-export inspect`."""
+ADHERENCE = "adherence"
+"""Optional column of `edge-export label`: no router is trained on it, and the paper's ten stay comparable."""
 INSPECTOR = "inspector_digest"  # metadata: whose verdicts they are
 FACTS = ("edge_digest", "cloud_digest", "metrics")
 """Metadata of the Parquet schema: `Bundle.model_digest` of the edge model, the cloud model's digest (`cloud-server
@@ -87,6 +91,41 @@ class Outcomes:
             )
         return part
 
+    def common_seeds(self) -> int:
+        """How many images every prompt has of both models. ExportError when a few have fewer than most: all prompts
+        would be measured by as many as these have.
+
+        More images than of others are made of the prompts of `of_ceiling`, so most is said of the rest.
+        """
+        counts = np.minimum(*((~np.isnan(one[..., 0])).sum(1) for one in (self.edge_seeds, self.cloud_seeds)))
+        ordinary = counts[~of_ceiling(self.ids)]
+        most = int(np.bincount(ordinary if len(ordinary) else counts).argmax())
+        least = int(counts.argmin())
+        if (fewest := int(counts[least])) < most:
+            raise ExportError(
+                f"prompt {self.ids[least]} has {fewest} of the {most} images of each model that most prompts have, "
+                f"and all would be measured by {fewest}: run `edge-export label` again, or remove the prompts that "
+                f"have fewer, {(counts < most).sum()} of {len(self)}"
+            )
+        return fewest
+
+    def must_be_inspected_whole(self) -> None:
+        """ExportError for a prompt of which some images have a verdict and some have none.
+
+        `edge-export inspect` leaves such where it was shown a part of the images, and a mean over them is no accuracy.
+        """
+        if self.edge_inspected is None or self.cloud_inspected is None:
+            return
+        made = ~np.isnan(np.concatenate([self.edge_seeds[..., 0], self.cloud_seeds[..., 0]], axis=1))
+        said = ~np.isnan(np.concatenate([self.edge_inspected, self.cloud_inspected], axis=1))
+        part = np.flatnonzero(said.any(axis=1) & (said != made).any(axis=1))
+        if part.size:
+            row = part[0]
+            raise ExportError(
+                f"prompt {self.ids[row]} has a verdict on {said[row].sum()} of its {made[row].sum()} images: run "
+                f"`edge-export inspect` on all of them, or remove the column {INSPECTED!r}"
+            )
+
     def must_be_of(self, bundle: Bundle) -> None:
         """ExportError when the labels say that they are of another edge model than ``bundle``."""
         stated = self.facts.get("edge_digest", bundle.model_digest)
@@ -106,14 +145,8 @@ class Outcomes:
             unlike = np.flatnonzero(column[name] != column[name][first][row_of])
             if unlike.size:
                 raise ExportError(f"{path}: prompt {ids[row_of[unlike[0]]]} has more than one {name}")
-        texts, times = np.unique(column["prompt"][first], return_counts=True)
-        if (times > 1).any():
-            text = texts[np.argmax(times > 1)]
-            same = ids[column["prompt"][first] == text]
-            raise ExportError(
-                f"{path}: prompts {same[0]} and {same[1]} are both {text!r}; remove one, or a router is measured on "
-                "what it learnt"
-            )
+        prompts = tuple(column["prompt"][first].tolist())
+        _distinct(path, ids, prompts)
         splits = column["split"][first].astype(str)
         if unknown := sorted(set(splits) - set(SPLITS)):
             raise ExportError(f"{path}: unknown split {unknown[0]!r}; there are {', '.join(SPLITS)}")
@@ -121,14 +154,23 @@ class Outcomes:
         values = np.stack([column[name] for name in METRICS], axis=1).astype(np.float32)
         wrong = np.flatnonzero(~((values >= 0) & (values <= 1)).all(axis=1))
         if wrong.size:
-            where = ", ".join(f"{name} {column[name][wrong[0]]}" for name in ("prompt_id", "model", "seed"))
-            raise ExportError(f"{path}: a quality outside [0, 1] or not a number at {where}; label it again")
+            raise ExportError(
+                f"{path}: a quality outside [0, 1] or not a number at {_image(column, wrong[0])}; label it again"
+            )
         seeds = {
             model: _seeds(path, model, ids, row_of, column["seed"], values, column["model"] == model)
             for model in ("edge", "cloud")
         }
         _same_seeds(path, ids, row_of, column["seed"], column["model"] == "edge", splits == "train")
         inspected: dict[str, NDArray[np.float32]] = {}
+        for name in (name for name in INSPECTION if name in table.column_names):
+            verdict = table[name].to_numpy()
+            wrong = np.flatnonzero((verdict < 0) | (verdict > 1))  # where it is NaN nothing is said
+            if wrong.size:
+                raise ExportError(
+                    f"{path}: {name} is {verdict[wrong[0]]}, outside [0, 1], at {_image(column, wrong[0])}; remove "
+                    f"the columns {' and '.join(INSPECTION)}, and run `edge-export inspect` again"
+                )
         if INSPECTED in table.column_names:
             verdict = table[INSPECTED].to_numpy().astype(np.float32)[:, None]
             inspected = {
@@ -138,10 +180,11 @@ class Outcomes:
                 for model in ("edge", "cloud")
             }
         facts = table.schema.metadata or {}
-        _known_metrics(path, facts.get(b"metrics"))
+        declared = _known_metrics(path, facts.get(b"metrics"))
+        _remark_unread(path, table.schema, declared)
         return cls(
             ids.astype(np.int64),
-            tuple(column["prompt"][first].tolist()),
+            prompts,
             splits,
             column["objects"][first].astype(np.int64),
             seeds["edge"],
@@ -224,10 +267,45 @@ def _is_number(kind: pa.DataType) -> bool:
     return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind))
 
 
-def _known_metrics(path: Path, stated: bytes | None) -> None:
-    """ExportError unless the metadata's metrics, where there are any, begin with METRICS; optional ones may follow."""
+def _image(column: Mapping[str, NDArray[np.generic]], row: int) -> str:
+    return ", ".join(f"{name} {column[name][row]}" for name in ("prompt_id", "model", "seed"))
+
+
+def _distinct(path: Path, ids: NDArray[np.int64], prompts: Sequence[str]) -> None:
+    """ExportError for a prompt that says nothing, or that is read as another one."""
+    first: dict[str, int] = {}
+    for number, text in enumerate(prompts):
+        read = as_read(text)
+        if not read:
+            raise ExportError(f"{path}: prompt {ids[number]} is empty; remove it")
+        if (same := first.setdefault(read, number)) != number:
+            again = "" if text == prompts[same] else f", or as good as: {prompts[same]!r}"
+            raise ExportError(
+                f"{path}: prompts {ids[same]} and {ids[number]} are both {text!r}{again}; remove one, or a router is "
+                "measured on what it learnt"
+            )
+
+
+def _remark_unread(path: Path, schema: pa.Schema, declared: Sequence[str]) -> None:
+    """Say of measurements that nobody knows that they count for nothing.
+
+    They are no fault: metadata does not declare all that is measured, see ADHERENCE, and nothing here reads them.
+    """
+    known = {*COLUMNS, *INSPECTION, ADHERENCE, *declared}
+    for field in schema:
+        if pa.types.is_floating(field.type) and field.name not in known:
+            console.print(
+                f"{path}: column {field.name!r} is not read: it is no metric of this version or of the file's metadata"
+            )
+
+
+def _known_metrics(path: Path, stated: bytes | None) -> tuple[str, ...]:
+    """The metrics that the metadata names, () where it does not say; ExportError unless they begin with METRICS.
+
+    Optional ones may follow.
+    """
     if stated is None:
-        return
+        return ()
     try:
         names = tuple(str(name) for name, _, _ in json.loads(stated))
     except (TypeError, ValueError) as error:
@@ -239,6 +317,7 @@ def _known_metrics(path: Path, stated: bytes | None) -> None:
         unlike = next((name for name in names if name not in METRICS), None)
         what = f"unknown metric {unlike!r}" if unlike else f"metrics {', '.join(names)}"
         raise ExportError(f"{path}: {what}; this version compares {', '.join(METRICS)}, in this order")
+    return names
 
 
 def _same_seeds(

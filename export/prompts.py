@@ -41,6 +41,8 @@ SEED = 32
 REPEATING = 2800
 """Training prompts that are drawn as they come. Each after them says a scene that none before it says: sentences of one
 scene share what it gains, so a router learns from scenes."""
+CEILING_PROMPTS = 300
+"""The first of the split test, of which `edge-export label` makes more images than of the others."""
 HELD_OUT_PAIRS = 10  # one in so many pairs of objects appears in `combinations` alone
 
 
@@ -78,7 +80,7 @@ def own_prompts(file: Path) -> list[Prompt]:
     counts = Counter(dict.fromkeys(SHARES, 0))
     prompts = []
     for number, text in numbered_lines(file):
-        read = " ".join(unicodedata.normalize("NFC", text).lower().split())  # by most text encoders
+        read = as_read(text)
         if read in first:
             raise ExportError(
                 f"{file}: line {number} is line {first[read]} again, {text!r}: remove one, or a router is measured on "
@@ -97,6 +99,18 @@ def own_prompts(file: Path) -> list[Prompt]:
                 f"least: write more prompts, {SHARES[split]} in a hundred go there"
             )
     return prompts
+
+
+def as_read(text: str) -> str:
+    """The prompt as most text encoders read it, to whom capitals and blanks are nothing: equal for equal prompts."""
+    return " ".join(unicodedata.normalize("NFC", text).lower().split())
+
+
+def of_ceiling(ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """[N]: whether test prompts are of the first CEILING_PROMPTS: ids, of whatever prompts, count a split from a round
+    number.
+    """
+    return np.asarray(ids % 100_000 < CEILING_PROMPTS)
 
 
 def numbered_lines(file: Path) -> list[tuple[int, str]]:

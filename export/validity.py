@@ -29,9 +29,8 @@ from PIL import Image
 from edge_agent.superiority import METRICS
 from export.arguments import check_output, shown, write_output
 from export.evaluate import resampled, spearman
-from export.label import ADHERENCE
 from export.negatives import FAULTS, hard_negatives
-from export.outcomes import Outcomes
+from export.outcomes import ADHERENCE, Outcomes
 from export.prompts import scenes_by_text, scenes_of
 from export.quality import STARTER_JUDGE, Judge
 from export.starter.damage import Sample, damage, render_samples
@@ -100,7 +99,7 @@ def with_interval(statistic: Callable[[NDArray[np.int64]], Floats], scenes: NDAr
 
 def complete(test: Outcomes) -> tuple[Floats, Floats]:
     """Edge and cloud qualities [N, S, M] of the prompts, S being the seeds that every one of them has."""
-    seeds = min(int((~np.isnan(x[..., 0])).sum(1).min()) for x in (test.edge_seeds, test.cloud_seeds))
+    seeds = test.common_seeds()
     return test.edge_seeds[:, :seeds].astype(np.float64), test.cloud_seeds[:, :seeds].astype(np.float64)
 
 

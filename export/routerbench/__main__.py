@@ -96,10 +96,12 @@ def keep_states(train: Outcomes, bundle: Bundle, cache: Path) -> None:
 
 
 def _check(outcomes: Outcomes) -> None:
-    """Before minutes are spent: ExportError when the matrix lacks a split or images that routers are measured by."""
+    """Before minutes are spent: ExportError when the matrix lacks what routers are measured by."""
     for split in ("train", "validation", "test"):
         outcomes.split(split)
-    Paired.of(outcomes.split("test"))
+    test = outcomes.split("test")
+    Paired.of(test)
+    test.must_be_inspected_whole()
 
 
 @dataclass(frozen=True)

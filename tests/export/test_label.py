@@ -22,7 +22,7 @@ from export import label
 from export.__main__ import main as edge_export
 from export.diffusion_onnx import export_bundle
 from export.errors import ExportError
-from export.outcomes import INSPECTION, INSPECTOR, SPLITS, Outcomes
+from export.outcomes import ADHERENCE, INSPECTION, INSPECTOR, SPLITS, Outcomes
 from export.prompts import SHARES, numbered_lines, own_prompts, router_prompts
 from export.quality import Judge, load_metrics
 from export.starter.judge import new_judge
@@ -549,12 +549,12 @@ def test_adherence_is_one_column_more_of_the_same_images_and_off_by_default(
     out = tmp_path / "labels.parquet"
     assert label.main(arguments(models, miniature_bundle, out)) == 0
     before = pq.read_table(out)
-    assert label.ADHERENCE not in before.column_names
+    assert ADHERENCE not in before.column_names
     monkeypatch.setattr(label, "generate", nothing_missing)
     assert label.main(arguments(models, miniature_bundle, out, "--adherence")) == 0
     after = pq.read_table(out)
-    assert after.drop_columns(label.ADHERENCE).equals(before)
-    measured = after[label.ADHERENCE].to_numpy()
+    assert after.drop_columns(ADHERENCE).equals(before)
+    measured = after[ADHERENCE].to_numpy()
     assert ((measured > 0) & (measured < 1)).all()
 
 

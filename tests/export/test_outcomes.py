@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,9 @@ import pytest
 
 from edge_agent.superiority import METRICS
 from export.errors import ExportError
+from export.evaluate import Paired
 from export.outcomes import Outcomes, read_table, write_table
+from export.validity import complete
 from tests.export.routing_world import write_labels
 
 
@@ -77,6 +79,75 @@ def test_of_a_training_prompt_the_edge_may_have_more_images_than_the_cloud(label
         Outcomes.read(labels)
 
 
+def with_images(table: pa.Table, count: Mapping[int, int]) -> pa.Table:
+    """Of these prompts (id -> images) only the first images of both models."""
+    rows = zip(table["prompt_id"].to_pylist(), table["seed"].to_pylist(), strict=True)
+    return table.filter(pa.array([seed < count.get(prompt, seed + 1) for prompt, seed in rows]))
+
+
+@pytest.mark.parametrize("compared", [Paired.of, complete])
+def test_a_few_test_prompts_with_fewer_images_are_named_and_lower_nobody(
+    tmp_path: Path, compared: Callable[[Outcomes], object]
+) -> None:
+    labels = write_labels(tmp_path / "labels.parquet", 24, seeds=4)
+    table = pq.read_table(labels)
+    pq.write_table(with_images(table, {11: 2}), labels)
+    with pytest.raises(ExportError, match=r"prompt 11 has 2 of the 4 images .*remove .*, 1 of 4"):
+        compared(Outcomes.read(labels).split("test"))
+
+
+@pytest.mark.parametrize("shift", [280, 290])
+def test_the_first_test_prompts_may_have_more_images_than_the_others_be_these_few_or_many(
+    tmp_path: Path, shift: int
+) -> None:
+    labels = write_labels(tmp_path / "labels.parquet", 24, seeds=4)
+    table = pq.read_table(labels)
+    moved = pa.array([number + shift for number in table["prompt_id"].to_pylist()], pa.int32())
+    table = table.set_column(table.column_names.index("prompt_id"), "prompt_id", moved)
+    tests = [shift + 5, shift + 11, shift + 17, shift + 23]  # of 300 and above have two
+    pq.write_table(with_images(table, {number: 2 for number in tests if number >= 300}), labels)
+    assert Outcomes.read(labels).split("test").common_seeds() == 2
+    pq.write_table(with_images(table, {tests[0]: 1, **{n: 2 for n in tests if n >= 300}}), labels)
+    with pytest.raises(ExportError, match=f"prompt {tests[0]} has 1 of the 2 images of each model"):
+        Outcomes.read(labels).split("test").common_seeds()
+
+
+def test_a_prompt_is_inspected_whole_or_not_at_all(labels: Path) -> None:
+    table = inspected(pq.read_table(labels))
+    ids, models, seeds = (table[name].to_pylist() for name in ("prompt_id", "model", "seed"))
+
+    def silent_on(unsaid: Callable[[int, str, int], bool]) -> Outcomes:
+        verdicts = [None if unsaid(*row) else 1.0 for row in zip(ids, models, seeds, strict=True)]
+        column = pa.array(verdicts, pa.float64())
+        pq.write_table(table.set_column(table.column_names.index("inspected"), "inspected", column), labels)
+        return Outcomes.read(labels)
+
+    silent_on(lambda *_: False).must_be_inspected_whole()
+    silent_on(lambda prompt, *_: prompt == 5).must_be_inspected_whole()
+    with pytest.raises(
+        ExportError, match="prompt 5 has a verdict on 5 of its 6 images: run `edge-export insp"
+    ):
+        silent_on(lambda *row: row == (5, "cloud", 2)).must_be_inspected_whole()
+    with pytest.raises(ExportError, match="prompt 0 has a verdict on 3 of its 6 images"):
+        silent_on(lambda *row: row[1] == "edge").must_be_inspected_whole()
+    pq.write_table(with_images(table, {5: 2}), labels)
+    Outcomes.read(labels).must_be_inspected_whole()  # images that nobody made lack no verdict
+
+
+def test_a_measurement_that_nobody_declared_is_said_to_count_for_nothing(
+    labels: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = pq.read_table(labels)
+    beside = ("adherence", "inspected", "inspected_share", "declared", "beauty")
+    for name in beside:
+        table = table.append_column(name, pa.array([0.5] * len(table)))
+    table = table.append_column("note", pa.array(["mine"] * len(table)))
+    pq.write_table(measured_by(table, [*METRICS, "declared"]), labels)
+    Outcomes.read(labels)
+    said = capsys.readouterr().err
+    assert "column 'beauty' is not read" in said and said.count("column") == 1
+
+
 def test_splits_part_the_prompts(labels: Path) -> None:
     outcomes = Outcomes.read(labels)
     train, test = outcomes.split("train"), outcomes.split("test")
@@ -107,6 +178,10 @@ def reworded(table: pa.Table, prompt_id: int, text: str) -> pa.Table:
     )
 
 
+def inspected(table: pa.Table) -> pa.Table:
+    return table.append_column("inspected", pa.array([1.0] * len(table)))
+
+
 def measured_by(table: pa.Table, names: Sequence[str]) -> pa.Table:
     return table.replace_schema_metadata({"metrics": json.dumps([[name, "good", "bad"] for name in names])})
 
@@ -132,12 +207,23 @@ def test_optional_metrics_may_follow_the_ten(labels: Path) -> None:
         ),
         (lambda t: t.filter(pc.field("model") == "edge"), "no image of the cloud"),
         (
+            # A training prompt, which may have fewer images of the cloud but not none.
+            lambda t: t.filter((pc.field("model") == "edge") | (pc.field("prompt_id") != 6)),
+            "prompt 6 has no image of the cloud",
+        ),
+        (
             lambda t: t.filter(
                 (pc.field("model") == "edge") | (pc.field("prompt_id") != 5) | (pc.field("seed") != 1)
             ),
             "prompt 5 has no image of the cloud model with seed 1, of the edge model it has",
         ),
         (lambda t: reworded(t, 7, t["prompt"][0].as_py()), "prompts 0 and 7 are both '.*'; remove one"),
+        (
+            lambda t: reworded(t, 5, f" {t['prompt'][0].as_py().upper()} "),  # a test prompt
+            "prompts 0 and 5 are both ' .* ', or as good as: '.*'; remove one",
+        ),
+        (lambda t: reworded(t, 5, ""), "prompt 5 is empty; remove it"),
+        (lambda t: reworded(t, 5, " \t"), "prompt 5 is empty; remove it"),
         (
             lambda t: measured_by(t, ["glamour", *METRICS[1:]]),
             "unknown metric 'glamour'; this version compares",
@@ -159,6 +245,15 @@ def test_optional_metrics_may_follow_the_ten(labels: Path) -> None:
         (
             lambda t: t.append_column("inspected", pa.nulls(len(t), pa.string())),
             "column 'inspected' holds string, not numbers",
+        ),
+        (
+            lambda t: change("inspected", 7, 7.0)(inspected(t)),
+            "inspected is 7.0, outside .* at prompt_id 1, model edge, seed 1; remove the columns inspected and insp",
+        ),
+        (lambda t: change("inspected", 7, -0.5)(inspected(t)), "inspected is -0.5, outside"),
+        (
+            lambda t: t.append_column("inspected_share", pa.array([1.5] + [1.0] * (len(t) - 1))),
+            "inspected_share is 1.5, outside",
         ),
         (
             lambda t: t.replace_schema_metadata({"edge_digest": b"\xff"}),

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
@@ -292,3 +293,10 @@ def test_a_matrix_that_lacks_what_routers_are_measured_by_is_refused_before_minu
     pq.write_table(table.filter(pc.not_equal(table["split"], "validation")), lacking)
     assert main(["routerbench", "--labels", str(lacking), "--bundle", str(world.bundle.folder)]) == 2
     assert "'validation'" in capsys.readouterr().err
+    ids, seeds, splits = (
+        table[name].to_numpy(zero_copy_only=False) for name in ("prompt_id", "seed", "split")
+    )
+    verdicts = pa.array(np.where((splits == "test") & (seeds == 1), np.nan, 1.0))
+    pq.write_table(table.append_column("inspected", verdicts), lacking)
+    assert main(["routerbench", "--labels", str(lacking), "--bundle", str(world.bundle.folder)]) == 2
+    assert f"prompt {ids[splits == 'test'].min()} has a verdict on 2 of its 4" in capsys.readouterr().err
