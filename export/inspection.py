@@ -269,16 +269,25 @@ def _identity(entry: Mapping[str, object]) -> tuple[str, int, int]:
     return str(entry["model"]), int(str(entry["prompt_id"])), int(str(entry["seed"]))
 
 
+def verdicts(table: pa.Table) -> dict[tuple[str, int, int], tuple[float, float]]:
+    """What the labels say of each image, by (model, prompt id, seed): whether all is there, and how much of it."""
+    keys = zip(*(table[name].to_pylist() for name in ("model", "prompt_id", "seed")), strict=True)
+    values = np.stack([_column(table, name) for name in INSPECTION], axis=1)
+    return {
+        key: tuple(pair) for key, pair in zip(keys, values.tolist(), strict=True) if not np.isnan(pair).any()
+    }
+
+
 def of_models(
-    found: Mapping[tuple[str, int, int], Verdict],
+    said: Mapping[tuple[str, int, int], tuple[float, float]],
     prompts: Mapping[int, Prompt],
     splits: Collection[str] = ("test",),
 ) -> list[str]:
     """Table rows: accuracy of both models on the splits' prompts by kind; intervals over scenes."""
-    by_kind: dict[tuple[str, str], dict[int, list[Verdict]]] = {}
-    for (model, prompt_id, _), seen in found.items():
-        scene = prompts[prompt_id].scene
-        if prompts[prompt_id].split in splits and scene is not None:
+    by_kind: dict[tuple[str, str], dict[int, list[tuple[float, float]]]] = {}
+    for (model, prompt_id, _), seen in said.items():
+        scene = prompts[prompt_id].scene if prompt_id in prompts else None
+        if scene is not None and prompts[prompt_id].split in splits:
             names = (
                 kind_of(scene),
                 *((f"{scene.objects} of a kind",) if len(scene.groups) == 1 else ()),
@@ -290,10 +299,10 @@ def of_models(
     for name in ("one object", *(f"{count} of a kind" for count in (2, 3, 4)), *KINDS[2:], "all"):
         asked = by_kind.get((name, "edge"), {})
         cells = [str(len(asked)), str(len(set(scenes_of_prompts(asked, prompts).tolist())))]
-        for of in (lambda v: v.strict, lambda v: v.share):
+        for column in range(len(INSPECTION)):
             for model in MODELS:
                 groups = by_kind.get((name, model), {})
-                means = [float(np.mean([of(v) for v in seen])) for seen in groups.values()]
+                means = [float(np.mean([pair[column] for pair in seen])) for seen in groups.values()]
                 cells.append(bootstrap(means, scenes=scenes_of_prompts(groups, prompts)))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
@@ -309,10 +318,13 @@ def prompts_of(outcomes: Outcomes) -> dict[int, Prompt]:
 def report(
     inspector: Inspector,
     found: Mapping[tuple[str, int, int], Verdict],
+    said: Mapping[tuple[str, int, int], tuple[float, float]],
     prompts: Mapping[int, Prompt],
     command: str,
 ) -> str:
-    """The whole report as Markdown; ``command`` is what it was made by."""
+    """The whole report as Markdown; ``command`` is what it was made by. ``found`` is of the images at hand, ``said`` of
+    all that this inspector has seen.
+    """
     rendered = on_rendered(inspector, RENDERED)
     by_eye = against_eye(found, prompts)
     lines = [
@@ -331,7 +343,7 @@ def report(
         "",
         "| prompts | number | scenes | everything, edge | cloud | share, edge | cloud |",
         "|---|---|---|---|---|---|---|",
-        *of_models(found, prompts),
+        *of_models(said, prompts),
         "",
         "Of one object there are only as many scenes as kinds, sizes and places, so those of the test prompts are few.",
         "The same of the prompts of all splits of the routers; no generator, judge or inspector was trained on these",
@@ -339,7 +351,7 @@ def report(
         "",
         "| prompts | number | scenes | everything, edge | cloud | share, edge | cloud |",
         "|---|---|---|---|---|---|---|",
-        *of_models(found, prompts, SHARES),
+        *of_models(said, prompts, SHARES),
         "",
         "## How far it can be trusted",
         "",
@@ -387,7 +399,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = f"edge-export inspect {shown(options.labels)} {shown(options.images)}"
         if options.inspector.resolve() != STARTER_INSPECTOR:
             command += f" --inspector {shown(options.inspector)}"
-        write_output(options.report, report(inspector, found, known, command))
+        write_output(options.report, report(inspector, found, verdicts(table), known, command))
         console.print(f"written to {options.report}")
     return 0
 

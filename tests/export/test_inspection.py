@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -137,7 +138,8 @@ def test_sentences_of_one_scene_are_drawn_together(tmp_path):
             for place in prompts
             for model in ("edge", "cloud")
         }
-        return prompts, seen, inspection.of_models(seen, prompts)
+        said = {key: (one.strict, one.share) for key, one in seen.items()}
+        return prompts, seen, inspection.of_models(said, prompts)
 
     prompts, seen, many = lines(sentences=9)
     few = lines(sentences=1)[-1]
@@ -158,6 +160,17 @@ def test_sentences_of_one_scene_are_drawn_together(tmp_path):
     audit = tmp_path / "audit.json"
     audit.write_text(json.dumps({"images": entries}))
     assert all("0.50 [0.00, 1.00]" in line for line in inspection.against_eye(seen, prompts, audit)[1:])
+
+
+def test_the_report_is_of_all_that_the_labels_say_and_not_of_the_images_at_hand_alone():
+    table = pa.table(
+        {"model": ["edge", "edge", "cloud"], "prompt_id": [7, 7, 7], "seed": [0, 1, 0]}
+        | {"inspected": [1.0, float("nan"), 0.0], "inspected_share": [1.0, float("nan"), 0.5]}
+    )
+    said = inspection.verdicts(table)
+    assert said == {("edge", 7, 0): (1.0, 1.0), ("cloud", 7, 0): (0.0, 0.5)}
+    prompts = {7: Prompt(7, "a cat in the snow", "test", 1, Scene((Group("cat"),), "snow"))}
+    assert inspection.of_models(said, prompts)[-1].startswith("| all | 1 | 1 | 1.00")
 
 
 def test_a_picture_of_another_size_and_weights_that_are_none_are_refused(inspector, tmp_path):
