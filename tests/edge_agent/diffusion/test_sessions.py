@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -106,6 +108,55 @@ def test_an_unloaded_graph_is_loaded_by_the_next_run_and_a_stop_ends_that_too(tm
     (out,) = session.run({"x": np.eye(2)})
     assert out.tolist() == np.eye(2).tolist()
     assert session.loaded_at is not None
+
+
+@pytest.mark.skipif(
+    not hasattr(ort.SessionOptions(), "set_load_cancellation_flag"),
+    reason="this onnxruntime loads to the end",
+)
+def test_a_stop_while_a_graph_loads_breaks_off_the_load(tmp_path: Path) -> None:
+    path = save(
+        tmp_path / "a.onnx", [helper.make_node("Neg", ["x"], ["out"])], {"x": (TensorProto.FLOAT, [3])}
+    )
+    session = Session(path, ["x"], ["out"], ONE_THREAD)
+    session.unload()
+
+    class StopsAtOnce(Stop):
+        """It is set once the load has been entered, before onnxruntime begins: a moment that no timer would meet."""
+
+        def enter(self, end: Callable[[], None]) -> None:
+            super().enter(end)
+            self.set()
+
+    with pytest.raises(Cancelled):
+        session.run({"x": np.ones(3)}, stop=StopsAtOnce())
+    assert session.loaded_at is None  # a load that goes on to its end leaves a session behind
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) * 1024
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
+def test_a_run_that_shrinks_gives_the_memory_of_its_large_tensors_back(tmp_path: Path) -> None:
+    """128 MB between an input and an output of some kilobytes: far more than anything else here takes or frees."""
+    nodes = [
+        helper.make_node(
+            "Neg", ["x"], ["first"]
+        ),  # the arena's first block is small, as it is never given back
+        helper.make_node("MatMul", ["first", "y"], ["product"]),
+        helper.make_node("ReduceMax", ["product"], ["out"], keepdims=0),
+    ]
+    inputs: dict[str, tuple[int, list[int | str]]] = {
+        "x": (TensorProto.FLOAT, [4096, 1]),
+        "y": (TensorProto.FLOAT, [1, 8192]),
+    }
+    session = Session(save(tmp_path / "a.onnx", nodes, inputs), ["x", "y"], ["out"], ONE_THREAD)
+    feeds = {"x": np.ones((4096, 1)), "y": np.ones((1, 8192))}
+    session.run(feeds, stop=Stop())
+    held = resident_bytes()
+    session.run(feeds, stop=Stop(), shrink=True)
+    assert held - resident_bytes() > 64_000_000
 
 
 def test_only_a_large_graph_runs_without_the_memory_pattern(
