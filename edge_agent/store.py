@@ -167,9 +167,12 @@ class Store:
                 raise Busy(f"another pull of {name} is under way; wait for it, or stop it") from None
         try:
             yield folder
-            if not folder.exists():  # installed or removed: nothing is left to be locked
-                lock.unlink(missing_ok=True)
         finally:
+            # Still under the lock, and only by who holds it: whoever opened this file before sees in `_lock` that it is
+            # gone, and locks the new one.
+            with suppress(OSError):  # a file that stays harms nobody, and must not hide what went wrong
+                if not folder.exists():  # installed, removed or never begun: nothing is left to be locked
+                    lock.unlink(missing_ok=True)
             os.close(descriptor)
 
     def must_be_free(self, name: str) -> None:
@@ -322,8 +325,9 @@ def _lock(path: Path, *, wait: bool) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             _lock_descriptor(descriptor, wait)
-            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
-                return descriptor
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    return descriptor
         except BaseException:
             os.close(descriptor)
             raise

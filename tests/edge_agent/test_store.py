@@ -10,7 +10,9 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -278,6 +280,20 @@ def test_install_makes_a_complete_folder_a_model_and_leaves_nothing_else(store: 
     assert list((store.folder / ".partial").iterdir()) == []
 
 
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no inodes to compare")
+def test_the_folder_that_was_prepared_is_the_one_that_is_installed(store: Store) -> None:
+    """One that is copied or filled anew is seen half-done under the model's name for as long as that takes."""
+
+    def inodes(folder: Path) -> dict[str, int]:
+        return {str(path.relative_to(folder)): path.stat().st_ino for path in (folder, *folder.rglob("*"))}
+
+    with store.pulling("mine") as partial:
+        shutil.copytree(STARTER, partial)
+        prepared = inodes(partial)
+        store.install("mine")
+    assert inodes(store.folder / "mine") == prepared
+
+
 def test_install_refuses_what_is_incomplete_and_what_would_replace(store: Store) -> None:
     with store.pulling("mine") as partial:
         (Path(shutil.copytree(STARTER, partial)) / DENOISER).unlink()
@@ -319,6 +335,28 @@ def test_two_processes_cannot_pull_the_same_model_and_a_killed_one_lets_go(store
         holder.wait()
     with store.pulling("mine"):
         pass
+
+
+def test_a_lock_that_is_taken_away_lets_no_two_pull_at_once(store: Store) -> None:
+    """Its file goes with each pull that leaves nothing, while others are about to lock it."""
+    inside: list[str] = []
+    most = []
+
+    def pull_often(who: str) -> int:
+        own, pulls = Store(store.folder, STARTER), 0
+        for _ in range(2000):
+            with suppress(Busy), own.pulling("mine"):
+                inside.append(who)
+                time.sleep(0)  # the others' turn
+                most.append(len(inside))
+                inside.remove(who)
+                pulls += 1
+        return pulls
+
+    with ThreadPoolExecutor(3) as pool:  # locks are a descriptor's, so threads meet as processes do
+        pulls = list(pool.map(pull_often, "abc"))
+    assert sum(pulls) > 0 and set(most) == {1}
+    assert list((store.folder / ".partial").iterdir()) == []
 
 
 def test_a_choice_is_seen_whole_while_others_choose(store: Store) -> None:
