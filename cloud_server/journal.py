@@ -148,8 +148,8 @@ class Journal:
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             if version not in _UPGRADES:
                 raise StartRefused(
-                    f"{path} was written by another version of cloud-server (schema {version}, this is "
-                    f"{SCHEMA_VERSION}); choose another --state folder"
+                    f"{path} has schema {version} and this cloud-server knows {SCHEMA_VERSION}: update cloud-server, "
+                    "or choose another --state folder"
                 )
             for statement in _UPGRADES[version]:
                 connection.execute(statement)

@@ -26,7 +26,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, get_type_hints
 
 from edge_agent.calibration import Calibration
-from edge_agent.errors import BundleError
+from edge_agent.errors import BundleError, NewerBundle
 from edge_agent.superiority import METRICS
 from edge_agent.weights import locations
 
@@ -233,8 +233,8 @@ class Bundle:
         """
         if self.predictor is None:
             return (
-                f"the bundle {self.folder} has no quality predictor, so no prompt is routed: "
-                "run `edge-export train`, `edge-export predictor` and `edge-export calibrate` for it"
+                f"the bundle {self.folder} has no quality predictor, so no prompt is routed: run `edge-export label`, "
+                "`edge-export train`, `edge-export predictor` and `edge-export calibrate` for it"
             )
         calibration = self.calibration
         if calibration is None:
@@ -344,8 +344,9 @@ def _parse(text: bytes, path: Path | str) -> Manifest:
         raise BundleError(f"{path} must hold a JSON object")
     version = _typed(document, "schema_version", int, path)
     if version > SCHEMA_VERSION:
-        raise BundleError(
-            f"{path} has schema version {version} and this program reads {SCHEMA_VERSION}: update it"
+        raise NewerBundle(
+            f"{path} has schema version {version} and this edge-agent reads up to {SCHEMA_VERSION}, so the bundle is "
+            "newer than this edge-agent: update edge-agent"
         )
     if version < 1:
         raise BundleError(f"{path} has schema version {version}; versions start at 1")

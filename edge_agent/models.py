@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from edge_agent import settings
 from edge_agent.bundle import Bundle
 from edge_agent.client import BAD_INPUT, CONNECT_S, DONE, UNREACHABLE, AgentClient, CallFailed
-from edge_agent.errors import BundleError, InvalidRequest, StoreError
+from edge_agent.errors import BundleError, InvalidRequest, NewerBundle, StoreError
 from edge_agent.store import RESERVED, STARTER_NAME, Store
 from edge_agent.terminal import add_command, client, on_terminal, print_facts, print_json, print_table, remark
 
@@ -70,7 +70,7 @@ examples:
   edge-agent models verify            all models
   edge-agent models verify sd-turbo
 
-Exit code 2 when one is damaged. --json prints one object a line: name, ok, bytes, error.
+Exit code 2 when one is damaged, or newer than this edge-agent. --json prints one object a line: name, ok, bytes, error.
 """
 
 USE_EPILOG = """\
@@ -232,7 +232,7 @@ def _verify(options: argparse.Namespace) -> int:
     code = DONE
     for name in [options.name] if options.name else store.names():
         folder = store.path(name)
-        error, size = None, None
+        error, size, what = None, None, "damaged"
         try:
             with _spinner(f"verifying {name}"):
                 bundle = Bundle.open(folder)
@@ -240,13 +240,16 @@ def _verify(options: argparse.Namespace) -> int:
             _ = bundle.advice  # reads the calibration
         except BundleError as found:
             error, code = found.message, BAD_INPUT
+            if isinstance(found, NewerBundle):
+                what = "too new"
         if options.json:
             print_json({"name": name, "ok": error is None, "bytes": size, "error": error})
         elif error is None:
             print(f"{name}: whole")
         else:
-            again = "" if name == STARTER_NAME else f"; `edge-agent models remove {name}` and pull it again"
-            print(f"{name}: damaged: {error}{again}")
+            mends = what == "damaged" and name != STARTER_NAME
+            again = f"; `edge-agent models remove {name}` and pull it again" if mends else ""
+            print(f"{name}: {what}: {error}{again}")
     return code
 
 

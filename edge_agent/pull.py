@@ -39,6 +39,7 @@ from edge_agent.bundle import (
 from edge_agent.errors import (
     BundleError,
     InvalidRequest,
+    NewerBundle,
     PullFailed,
     SourceLied,
     SourceRefused,
@@ -193,6 +194,11 @@ def _installed(store: Store, name: str, text: bytes) -> Bundle | None:
         return None
     try:
         bundle = Bundle.open(store.path(name), verify=False)
+    except NewerBundle as error:
+        raise StoreError(
+            f"{name} is installed and cannot be compared: {error.message}, or pull this one under a name of its own "
+            "with --name"
+        ) from error
     except BundleError as error:
         raise StoreError(
             f"{name} is installed and not whole ({error.message}): `edge-agent models remove {name}`, then pull again"

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_agent.diffusion.noise import TorchNoise
-from edge_agent.errors import BundleError
+from edge_agent.errors import BundleError, NewerBundle
 
 FORMAT = 1
 
@@ -93,6 +93,11 @@ class Schedule:
         # OverflowError: an integer that no float can hold.
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise BundleError(f"{path} is not a compiled schedule: {error!r}") from error
+        if type(version) is int and version > FORMAT:
+            raise NewerBundle(
+                f"{path} has schedule format {version} and this edge-agent reads {FORMAT}, so the bundle is newer than "
+                "this edge-agent: update edge-agent"
+            )
         if version != FORMAT:
             raise BundleError(f"{path} has schedule format {version!r}; this version reads {FORMAT}")
         calls, fresh = schedule.calls, [len(row) for row in schedule.noise]

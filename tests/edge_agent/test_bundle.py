@@ -26,7 +26,7 @@ from edge_agent.bundle import (
     schedule_file,
     write_manifest,
 )
-from edge_agent.errors import BundleError
+from edge_agent.errors import BundleError, NewerBundle
 from tests.external import move_weights
 
 EVERY_BUNDLE_HAS = (TOKENIZER, TEXT_ENCODER, DENOISER, DECODER, schedule_file(4), schedule_file(8))
@@ -138,7 +138,7 @@ def test_the_bundle_folder_itself_may_be_a_link(miniature_bundle: Path, tmp_path
 def test_a_newer_schema_says_what_to_do(bundle_copy: Path) -> None:
     edit(bundle_copy, schema_version=SCHEMA_VERSION + 1)
     with pytest.raises(
-        BundleError, match=rf"manifest\.json has schema version {SCHEMA_VERSION + 1} .*update"
+        NewerBundle, match=rf"manifest\.json has schema version {SCHEMA_VERSION + 1} .*update edge-agent"
     ):
         Bundle.open(bundle_copy)
 

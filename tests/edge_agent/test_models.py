@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 
 from edge_agent.__main__ import main
-from edge_agent.bundle import CALIBRATION, DENOISER, Bundle, write_manifest
+from edge_agent.bundle import CALIBRATION, DENOISER, MANIFEST, SCHEMA_VERSION, Bundle, write_manifest
 from edge_agent.client import AgentClient
 from edge_agent.settings import STARTER
 from edge_agent.store import Store
@@ -129,7 +130,9 @@ def test_a_model_is_pulled_chosen_verified_and_removed(run: Run, home: Path, mod
 
 def test_an_uncalibrated_model_says_so_and_how_to_calibrate(run: Run, home: Path) -> None:
     pulled = run("pull", hollow_bundle(home / "tiny"), "--use")
-    assert "uncalibrated: " in pulled.out and "edge-export train" in pulled.out
+    assert "uncalibrated: " in pulled.out
+    stages = ("label", "train", "predictor", "calibrate")  # each makes what the next one reads
+    assert re.search(".*".join(f"`edge-export {stage}`" for stage in stages), pulled.out)
     other = Path(shutil.copytree(STARTER, home / "other"))
     shutil.copy(other / "schedules" / "4.json", other / "schedules" / "5.json")
     write_manifest(
@@ -177,6 +180,20 @@ def test_verify_reads_every_byte_and_list_does_not(run: Run, home: Path, models:
     (found,) = run("verify", "hollow", "--json").objects
     assert (found["name"], found["ok"]) == ("hollow", False) and DENOISER in found["error"]
     assert run("verify", "none").code == 2
+
+
+def test_verify_does_not_take_a_bundle_of_a_newer_schema_for_a_damaged_one(
+    run: Run, home: Path, models: Path
+) -> None:
+    """To pull it again would bring the same."""
+    run("pull", hollow_bundle(home / "tiny"))
+    manifest = models / "hollow" / MANIFEST
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"schema_version": SCHEMA_VERSION + 1}))
+    found = run("verify", "hollow")
+    assert found.code == 2
+    assert found.out.startswith("hollow: too new: ") and "update edge-agent" in found.out
+    assert "damaged" not in found.out and "remove" not in found.out
+    assert run("use", "hollow").code == 2
 
 
 def test_a_damaged_model_is_listed_with_what_is_wrong_and_not_chosen(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import json
 import os
 import pty
@@ -11,6 +12,7 @@ import resource
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -35,6 +37,7 @@ from edge_agent.errors import (
     BundleError,
     Busy,
     InvalidRequest,
+    NewerBundle,
     PullFailed,
     SourceLied,
     SourceRefused,
@@ -126,12 +129,17 @@ def test_what_is_installed_is_not_fetched_again_and_not_replaced(
     before = web.sent()
     again = fetch(source(web), store)
     assert (again.was_installed, again.fetched_bytes) == (True, 0)
+    assert list((store.folder / ".partial").iterdir()) == []  # nor is a lock left
     assert web.sent() - before == web.sent(MANIFEST) / 2  # the manifest alone
     other = FolderSource(hollow_bundle(tmp_path / "other", seed=1))
     with pytest.raises(StoreError, match=r"another bundle than this one.*--name"):
         fetch(other, store)
     (store.folder / "hollow" / DENOISER).unlink()
     with pytest.raises(StoreError, match=r"not whole.*models remove hollow"):
+        fetch(source(web), store)
+    manifest = store.folder / "hollow" / MANIFEST
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"schema_version": SCHEMA_VERSION + 1}))
+    with pytest.raises(StoreError, match=r"newer than this edge-agent: update edge-agent, or .*--name"):
         fetch(source(web), store)
     assert fetch(other, store, "other").name == "other"
 
@@ -311,6 +319,36 @@ def test_bytes_that_the_power_took_are_fetched_again(web: Web, store: Store, hol
     web.misbehave("honest")
     fetch(source(web), store)
     assert same(store.folder / "hollow", hollow)
+
+
+def awaits_its_place(path: Path) -> bool:
+    """Whether bytes of the file are in memory alone: the file system has not even chosen where on the disk they go.
+
+    Raises OSError where the file system does not tell (ioctl_fiemap(2)).
+    """
+    room = 64  # extents
+    answer = bytearray(struct.pack("=QQLLLL", 0, 2**64 - 1, 0, 0, room, 0) + bytes(56 * room))
+    with path.open("rb") as file:
+        fcntl.ioctl(file, 0xC020660B, answer)  # FS_IOC_FIEMAP
+    (found,) = struct.unpack_from("=L", answer, 20)
+    flags = [struct.unpack_from("=L", answer, 32 + 56 * extent + 40)[0] for extent in range(found)]
+    return any(flag & 4 for flag in flags)  # FIEMAP_EXTENT_DELALLOC
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell what is on the disk")
+def test_what_is_installed_is_on_the_disk_before_it_shows(web: Web, store: Store, tmp_path: Path) -> None:
+    """As far as it can be seen without pulling the plug: what nobody has synced has no place on the disk yet."""
+    (tmp_path / "unsynced").write_bytes(bytes(100_000))
+    try:
+        told = awaits_its_place(tmp_path / "unsynced")
+    except OSError:
+        told = False
+    if not told:
+        pytest.skip("this file system does not tell what is on the disk")
+    fetch(source(web), store)
+    installed = [path for path in (store.folder / "hollow").rglob("*") if path.is_file()]
+    assert len(installed) == len(SIZES) + 2
+    assert [path.name for path in installed if awaits_its_place(path)] == []
 
 
 def test_the_files_that_another_version_has_too_are_kept(web: Web, store: Store) -> None:
@@ -583,7 +621,11 @@ def test_a_path_that_leads_outside_is_refused_before_anything_is_written(
 @pytest.mark.parametrize(
     ("changes", "kind", "words"),
     [
-        ({"schema_version": SCHEMA_VERSION + 1}, BundleError, "update"),
+        (
+            {"schema_version": SCHEMA_VERSION + 1},
+            NewerBundle,
+            "newer than this edge-agent: update edge-agent",
+        ),
         ({"name": "///"}, StoreError, "--name"),
         ({"name": "starter"}, StoreError, "--name"),
         ({"files": {}}, BundleError, "does not list"),
@@ -626,7 +668,7 @@ def test_a_bundle_that_does_not_fit_is_refused_before_it_is_fetched(web: Web, st
     with pytest.raises(StoreError, match=r"1,000,000,000\.\d MB of .* are still to come.*--models"):
         fetch(source(web), store)
     assert len(web.asked) == 1
-    assert store.unfinished() == {}
+    assert list((store.folder / ".partial").iterdir()) == []  # not even a lock
 
 
 def test_what_another_version_leaves_counts_as_room_and_stays_until_there_is_enough(

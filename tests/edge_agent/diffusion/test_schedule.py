@@ -61,7 +61,8 @@ def test_comes_back_from_its_file_to_the_last_bit(tmp_path: Path) -> None:
         ({"steps": float("inf")}, "not a compiled schedule"),
         ({"clean": [[1.0]] * 2}, "not a compiled schedule"),
         ({"signal": "none"}, "not a compiled schedule"),
-        ({"format": 2}, "format 2"),
+        ({"format": 2}, "format 2 .*update edge-agent"),
+        ({"format": "1"}, "format '1'; this version reads 1"),
     ],
 )
 def test_refuses_a_file_that_is_not_a_schedule(tmp_path: Path, change: dict[str, Any], why: str) -> None:
