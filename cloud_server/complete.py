@@ -3,47 +3,65 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import transformers
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
+NETWORKS = (diffusers.ModelMixin, transformers.PreTrainedModel)
 LIBRARIES = {
-    "diffusers": (diffusers, diffusers.ModelMixin),
-    "transformers": (transformers, transformers.PreTrainedModel),
+    "diffusers": (diffusers, (diffusers.ModelMixin, diffusers.SchedulerMixin)),
+    "transformers": (
+        transformers,
+        (transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase),
+    ),
 }
+_WEIGHTS = ("safetensors", "bin")
+_LONGEST_REASON = 300  # characters of what a library says
 
 
 def pipeline(model: str | os.PathLike[str], torch_dtype: Any, **options: Any) -> Any:
     """`DiffusionPipeline.from_pretrained` of a folder or hub id. `options` may name parts, to be left out with None.
 
-    Raises ValueError, naming parts or weights that are missing, and whatever the libraries raise.
+    Raises ValueError, naming parts, files or weights that are missing, and whatever the libraries raise.
     """
     found = diffusers.DiffusionPipeline.load_config(os.fspath(model))
     index = found[0] if isinstance(found, tuple) else found
-    if missing := sorted(_needed(index) - options.keys() - _named(index)):
+    check_index(index)
+    if missing := sorted(_parameters(index)[0] - options.keys() - _named(index)):
         raise ValueError(f"{diffusers.DiffusionPipeline.config_name} names no {' and no '.join(missing)}")
     hub = {name: value for name, value in options.items() if name == "local_files_only"}
+    kinds = {name: _kind(made) for name, made in index.items() if name not in options}
+    known = {name: kind for name, kind in kinds.items() if kind is not None}
+    if Path(model).is_dir():
+        for name, kind in known.items():  # of all, before gigabytes of one are read
+            refuse_faulty(kind, Path(model, name))
     parts = {}
-    for name, made in index.items():
-        if name in options or not isinstance(made, (list, tuple)) or made[0] not in LIBRARIES:
-            continue
-        library, base = LIBRARIES[made[0]]
-        kind = getattr(library, made[1], None)
-        if isinstance(kind, type) and issubclass(kind, base):
-            only = _variant(Path(model, name))
-            parts[name] = part(kind, model, torch_dtype=torch_dtype, subfolder=name, **only, **hub)
-    return diffusers.DiffusionPipeline.from_pretrained(model, torch_dtype=torch_dtype, **parts, **options)
+    with _bars_on_terminals_alone():
+        # Networks last: what else is faulty shows in a moment.
+        for name, kind in sorted(known.items(), key=lambda one: issubclass(one[1], NETWORKS)):
+            if issubclass(kind, NETWORKS):
+                only = _variant(Path(model, name))
+                parts[name] = part(kind, model, torch_dtype=torch_dtype, subfolder=name, **only, **hub)
+            else:
+                parts[name] = _loaded(kind, model, subfolder=name, **hub)
+        return diffusers.DiffusionPipeline.from_pretrained(model, torch_dtype=torch_dtype, **parts, **options)
 
 
 def part(kind: Any, model: str | os.PathLike[str], **options: Any) -> Any:
     """`kind.from_pretrained`. What a file lacks, the libraries draw at random, anew in every process, or leave out.
 
-    Raises ValueError, naming weights that are missing, and whatever the libraries raise.
+    Raises ValueError, naming the part and what of it is missing or cannot be read.
     """
-    made, found = kind.from_pretrained(model, output_loading_info=True, **options)
+    made, found = _loaded(kind, model, output_loading_info=True, **options)
     if missing := sorted(found["missing_keys"]):
         where = options.get("subfolder") or Path(model).name
         more = f" and {len(missing) - 1} more" if missing[1:] else ""
@@ -51,23 +69,130 @@ def part(kind: Any, model: str | os.PathLike[str], **options: Any) -> Any:
     return made
 
 
-def _needed(index: dict[str, Any]) -> set[str]:
-    """The parts without which the class that the index names cannot be; none where diffusers does not know it."""
+def check_index(index: Any) -> None:
+    """Raises ValueError where `index`, read from a model_index.json, is of no form that diffusers reads."""
+    file = diffusers.DiffusionPipeline.config_name
+    if not isinstance(index, dict):
+        raise ValueError(f"{file} must hold a JSON object, not {index!r:.60}")
+    needed, others = _parameters(index)
+    for name in sorted((needed | others) & index.keys()):
+        made = index[name]
+        absent = made is None or (name in others and not isinstance(made, (list, tuple)))
+        if not absent and not _is_pair(made):
+            raise ValueError(
+                f'{file}: {name} must be a library and a class, such as ["diffusers", "PNDMScheduler"], not '
+                f"{made!r:.60}"
+            )
+
+
+def refuse_faulty(kind: Any, folder: Path) -> None:
+    """Raises ValueError where `folder` lacks a file without which no network or scheduler of class `kind` is whole.
+
+    transformers would take a config that is not there for the one that its class has by default.
+    """
+    if not folder.is_dir():
+        raise ValueError(
+            f"there is no folder {folder}, which {diffusers.DiffusionPipeline.config_name} names"
+        )
+    if issubclass(kind, transformers.PreTrainedTokenizerBase):
+        return  # which of its files a tokenizer needs, it knows alone
+    config = folder / (getattr(kind, "config_name", None) or transformers.CONFIG_NAME)
+    if not config.is_file():
+        raise ValueError(f"{folder} has no {config.name}")
+    _refuse_no_object(config)
+    if issubclass(kind, NETWORKS) and not any(next(folder.glob(f"*.{end}"), None) for end in _WEIGHTS):
+        raise ValueError(f"{folder} has no weights: no file that ends in .{' or .'.join(_WEIGHTS)}")
+
+
+def _loaded(kind: Any, model: str | os.PathLike[str], **options: Any) -> Any:
+    folder = Path(model, options.get("subfolder", ""))
+    try:
+        return kind.from_pretrained(model, **options)
+    except Exception as error:  # each library fails in its own ways
+        if folder.is_dir() and issubclass(kind, transformers.PreTrainedTokenizerBase):
+            _explain_tokenizer(kind, folder)
+        where = folder if folder.is_dir() else folder.as_posix()
+        reason = " ".join(str(error).split())[:_LONGEST_REASON] or type(error).__name__
+        raise ValueError(f"{where} cannot be loaded: {reason}") from error
+
+
+def _explain_tokenizer(kind: Any, folder: Path) -> None:
+    """Raises ValueError where it is plain why `folder` is no tokenizer of class `kind`."""
+    names = [name for name in kind.vocab_files_names.values() if name != "tokenizer.json"]
+    fast = issubclass(kind, transformers.PreTrainedTokenizerFast) and (folder / "tokenizer.json").is_file()
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing and not fast:
+        raise ValueError(f"{folder} has no {' and no '.join(missing)}")
+    for name in ("tokenizer_config.json", "tokenizer.json", *names):
+        if name.endswith(".json") and (folder / name).is_file():
+            _refuse_no_object(folder / name)
+
+
+def _refuse_no_object(file: Path) -> None:
+    try:
+        held = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from error
+    if not isinstance(held, dict):
+        raise ValueError(f"{file} must hold a JSON object, not {held!r:.60}")
+
+
+def _kind(made: Any) -> Any:
+    """The class that an entry of the index names; None for what is no part, or of another library."""
+    if not _is_pair(made) or made[0] not in LIBRARIES:
+        return None
+    library, bases = LIBRARIES[made[0]]
+    kind = getattr(library, made[1], None)
+    return kind if isinstance(kind, type) and issubclass(kind, bases) else None
+
+
+def _is_pair(made: Any) -> bool:
+    """A library and a class, or the two nulls of a part that was left out when the pipeline was saved."""
+    return (
+        isinstance(made, (list, tuple))
+        and len(made) == 2
+        and (all(isinstance(one, str) for one in made) or made[0] is None)
+    )
+
+
+def _parameters(index: dict[str, Any]) -> tuple[set[str], set[str]]:
+    """Parts without which the class that the index names cannot be, and those that it can be without.
+
+    None where diffusers does not know it.
+    """
     kind = getattr(diffusers, str(index.get("_class_name")), None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
-        return set()
+        return set(), set()
     parameters = inspect.signature(kind).parameters.values()
     ordinary = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     needed = {one.name for one in parameters if one.kind in ordinary and one.default is one.empty}
-    return needed - set(getattr(kind, "_optional_components", ()))
+    optional = set(getattr(kind, "_optional_components", ()))
+    return needed - optional, optional
 
 
 def _named(index: dict[str, Any]) -> set[str]:
     """What the index has a value for; a part that was left out when it was saved has two nulls."""
-    return {name for name, made in index.items() if made not in ([None, None], (None, None))}
+    return {name for name, made in index.items() if made not in (None, [None, None], (None, None))}
 
 
 def _variant(folder: Path) -> dict[str, str]:
     """Half precision where a folder here has nothing else, as a download of the smaller files leaves it."""
-    weights = [file.name for ending in ("safetensors", "bin") for file in folder.glob(f"*.{ending}")]
+    weights = [file.name for ending in _WEIGHTS for file in folder.glob(f"*.{ending}")]
     return {"variant": "fp16"} if weights and all(".fp16." in name for name in weights) else {}
+
+
+@contextmanager
+def _bars_on_terminals_alone() -> Iterator[None]:
+    """The libraries' progress bars fill a log, where stderr is no terminal."""
+    shown = [logs for logs in (diffusers_logging, transformers_logging) if logs.is_progress_bar_enabled()]
+    if sys.stderr.isatty():
+        shown = []
+    for logs in shown:
+        logs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logs in shown:
+            logs.enable_progress_bar()

@@ -37,7 +37,7 @@ _PARTIAL = ".partial"
 _REMOVED = ".removed-"
 _LOCK = ".lock"
 
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Store:
@@ -162,7 +162,7 @@ class Store:
         with self.explained("written"):
             folder.parent.mkdir(parents=True, exist_ok=True)
             try:
-                descriptor = _lock(lock, wait=False)
+                descriptor = lock_file(lock, wait=False)
             except BlockingIOError:
                 raise Busy(f"another pull of {name} is under way; wait for it, or stop it") from None
         try:
@@ -225,7 +225,7 @@ class Store:
         """One process at a time chooses, installs or removes."""
         with self.explained("written"):
             self.folder.mkdir(parents=True, exist_ok=True)
-            descriptor = _lock(self.folder / _LOCK, wait=True)
+            descriptor = lock_file(self.folder / _LOCK, wait=True)
         try:
             yield
         finally:
@@ -240,7 +240,7 @@ class Store:
             place = error.filename or self.folder
             cure = (
                 "make room, or choose another folder with --models"
-                if error.errno in _DISK_FULL
+                if error.errno in DISK_FULL
                 else "choose another folder with --models, or mend this one"
             )
             raise StoreError(f"{place} cannot be {done}: {error.strerror or error}; {cure}") from error
@@ -316,7 +316,7 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _lock(path: Path, *, wait: bool) -> int:
+def lock_file(path: Path, *, wait: bool) -> int:
     """A descriptor of the file, locked; the end of the process, however it comes, unlocks it.
 
     Raises BlockingIOError when another process has the lock and `wait` is false.

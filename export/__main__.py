@@ -54,8 +54,12 @@ def run(stage: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None
     """Run a stage's `main`; what it refuses becomes one line and exit code 2."""
     try:
         return stage(argv)
-    except (ExportError, RouteT2IError, OSError) as error:
+    except (ExportError, RouteT2IError) as error:
         console.print(f"error: {error}", style="red")
+        return BAD_INPUT
+    except OSError as error:
+        said = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        console.print(f"error: {said}", style="red")
         return BAD_INPUT
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -13,16 +13,19 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from edge_agent import tokens
 from edge_agent.bundle import MANIFEST, Bundle, schedule_file, write_manifest
 from edge_agent.errors import BundleError, GenerationFailed, StoreError
-from edge_agent.store import name_from
+from edge_agent.store import DISK_FULL, lock_file, name_from
 from export import graphs, tokenizer_json
 from export import pipeline as pipelines
 from export.errors import ExportError
@@ -77,9 +80,9 @@ def export_bundle(
 
     Raises:
         ExportError: the pipeline is of an unsupported kind, its scheduler is not linear, its tokenizer cannot be
-            converted, the size, guidance, name or a part to keep does not suit it, `out` is taken, or the bundle's
-            pixels differ from the pipeline's, or those of the smaller one too much from the float32 one's. Nothing is
-            left at `out`.
+            converted, the size, guidance, name or a part to keep does not suit it, `out` is taken, cannot be written
+            or is being written by another export, or the bundle's pixels differ from the pipeline's, or those of the
+            smaller one too much from the float32 one's. Nothing is left at `out`.
     """
     target = Path(out).resolve()  # "." has neither a name nor a folder beside it
     _refuse_taken(target, force)
@@ -95,34 +98,34 @@ def export_bundle(
     _refuse_name(name)
     if not licence.strip() or not licence.isprintable():
         raise ExportError(f"a licence of {licence!r} does not work: it must be printable text on one line")
+    if size is not None:
+        pipelines.refuse_large(size)
     prompts = (
         None
         if calibration_prompts is None
         else [line for _, line in numbered_lines(Path(calibration_prompts))]
     )
-    loaded = pipelines.load(model) if isinstance(model, (str, os.PathLike)) else model
-    pipeline = pipelines.prepared(loaded, autoencoder)
-    if scheduler is not None:
-        pipeline.scheduler = choose_scheduler(pipeline.scheduler, scheduler)
-    kind = pipelines.kind(pipeline)
-    _refuse_unknown(keep, pipeline)
-    size = pipelines.size_of(pipeline, size)
-    counts = list(dict.fromkeys(steps or (kind.steps,)))
-    scale = kind.guidance if guidance is None else float(guidance)
-    # The most steps first: where they are too many, nothing is compiled.
-    schedules = [
-        compile_schedule(pipeline.scheduler, count, begin_at_first=kind.begins_at_first)
-        for count in sorted(counts, reverse=True)
-    ]
-    report(f"running {type(pipeline).__name__} in torch, to compare with")
-    references = reference_images(pipeline, min(counts), scale, size)
-    if counts[0] > min(counts):
-        # One image: they take longer, and differ from the first in their number of steps alone.
-        references += reference_images(pipeline, counts[0], scale, size)[:1]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, so that the move at the end is one rename on one disk.
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    try:
+    with _beside(target, report) as partial:
+        loaded = pipelines.load(model) if isinstance(model, (str, os.PathLike)) else model
+        pipeline = pipelines.prepared(loaded, autoencoder)
+        if scheduler is not None:
+            pipeline.scheduler = choose_scheduler(pipeline.scheduler, scheduler)
+        kind = pipelines.kind(pipeline)
+        _refuse_kept(keep, pipeline, dtype)
+        size = pipelines.size_of(pipeline, size)
+        tokenizers = _tokenizers(pipeline, model, report)  # before what takes minutes
+        counts = list(dict.fromkeys(steps or (kind.steps,)))
+        scale = kind.guidance if guidance is None else float(guidance)
+        # The most steps first: where they are too many, nothing is compiled.
+        schedules = [
+            compile_schedule(pipeline.scheduler, count, begin_at_first=kind.begins_at_first)
+            for count in sorted(counts, reverse=True)
+        ]
+        report(f"running {type(pipeline).__name__} in torch, to compare with")
+        references = reference_images(pipeline, min(counts), scale, size)
+        if counts[0] > min(counts):
+            # One image: they take longer, and differ from the first in their number of steps alone.
+            references += reference_images(pipeline, counts[0], scale, size)[:1]
         report("tracing the graphs")
         graphs.trace(pipeline, partial, report)
         if shapes == "fixed":
@@ -132,9 +135,9 @@ def export_bundle(
             path = partial / schedule_file(schedule.steps)
             path.parent.mkdir(exist_ok=True)
             schedule.save(path)
-        for part in ("tokenizer", "tokenizer_2"):
-            if (partial / part).is_dir():
-                tokenizer_json.write(getattr(pipeline, part), partial / part)
+        for part, tokenizer in tokenizers.items():
+            # Not its `save`, which says of a full disk what no OSError says.
+            (partial / part / tokens.FILE).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
         preview = fit_preview(references)
         shown = preview.explained >= WORTH_SHOWING
         report(
@@ -165,10 +168,6 @@ def export_bundle(
             precision.shrink(partial, dtype, keep=keep, prompts=prompts, report=report)
         _open_to_all(partial)
         _move(partial, target)
-    except (BundleError, GenerationFailed) as error:
-        raise ExportError(error.message) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     report(f"wrote {target}")
     return Bundle.open(target)
 
@@ -183,13 +182,92 @@ def _refuse_name(name: str) -> None:
         raise ExportError(error.message) from error
 
 
-def _refuse_unknown(keep: Collection[str], pipeline: Any) -> None:
+@contextmanager
+def _beside(target: Path, report: Report) -> Iterator[Path]:
+    """A new folder beside `target`, so that the move at the end is one rename on one disk; gone when done.
+
+    Only one export of `target` has it at a time. Raises ExportError when another has, or it cannot be written.
+    """
+    lock = target.with_name(f".{target.name}.lock")
+    with ExitStack() as held:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            held.callback(_unlock, lock, lock_file(lock, wait=False))
+            _remove_dead(target, report)
+            partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+            held.callback(shutil.rmtree, partial, ignore_errors=True)
+            yield partial
+        except BlockingIOError:
+            raise ExportError(
+                f"another export of {target} is under way; wait for it, or name another folder"
+            ) from None
+        except OSError as error:
+            raise ExportError(_unwritable(error, target)) from error
+        except (BundleError, GenerationFailed) as error:
+            raise ExportError(error.message) from error
+
+
+def _unlock(lock: Path, descriptor: int) -> None:
+    with suppress(OSError):  # a file that stays is locked by nobody
+        lock.unlink()
+    os.close(descriptor)
+
+
+def _remove_dead(target: Path, report: Report) -> None:
+    """What exports left that were killed: whoever has the lock knows that none of them lives."""
+    # Eight characters, as mkdtemp draws them: "a.partial-x" may be another's name.
+    left = re.compile(re.escape(f".{target.name}.") + r"(partial|old)-[a-z0-9_]{8}")
+    for folder in sorted(target.parent.iterdir()):
+        found = left.fullmatch(folder.name)
+        # Killed between its two renames, one left the bundle that was there before under the second name.
+        if not found or (found[1] == "old" and not target.exists()):
+            continue
+        shutil.rmtree(folder, ignore_errors=True)
+        report(
+            f"{'could not remove' if folder.exists() else 'removed'} {folder}, left by an export that was killed"
+        )
+
+
+def _unwritable(error: OSError, target: Path) -> str:
+    place = next(path for path in target.parents if path.exists())
+    if not place.is_dir():
+        return f"{target} cannot be made, for {place} is a file; name another folder"
+    where = error.filename or target.parent
+    cure = (
+        "make room, or name a folder on another disk" if error.errno in DISK_FULL else "name another folder"
+    )
+    return f"{where} cannot be written: {error.strerror or error}; {cure}"
+
+
+def _tokenizers(pipeline: Any, model: Any, report: Report) -> dict[str, Any]:
+    """The converted tokenizers by their folders. Raises ExportError, naming the folder."""
+    converted = {}
+    for part in pipelines.kind(pipeline).parts:
+        if part.startswith("tokenizer"):
+            where = Path(model, part) if isinstance(model, (str, os.PathLike)) else part
+            try:
+                converted[part] = tokenizer_json.convert(getattr(pipeline, part))
+            except ExportError as error:
+                raise ExportError(f"{where}: {error}") from error
+            if unmade := tokenizer_json.unmade(getattr(pipeline, part)):
+                report(
+                    f"{where}: no line of merges.txt makes {unmade[0]!r} and {len(unmade) - 1} more tokens of "
+                    "vocab.json: it may be cut off, and prompts would be read in pieces"
+                )
+    return converted
+
+
+def _refuse_kept(keep: Collection[str], pipeline: Any, dtype: Dtype) -> None:
     models = [
         part for part in pipelines.kind(pipeline).parts if hasattr(getattr(pipeline, part), "parameters")
     ]
     parts = sorted("vae_decoder" if part == "vae" else part for part in models)
     if unknown := sorted(set(keep) - set(parts)):
         raise ExportError(f"--keep: the bundle has no {', '.join(unknown)}; its parts are {', '.join(parts)}")
+    if set(keep) == set(parts):
+        raise ExportError(
+            f"--keep names every part, so that nothing would be {dtype}: leave --dtype out, or keep fewer parts"
+        )
 
 
 def _refuse_taken(target: Path, force: bool) -> None:
@@ -266,7 +344,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--shapes",
         choices=("dynamic", "fixed"),
         default="dynamic",
-        help="fixed: graphs for this size and one image at a time, as TensorRT wants them",
+        help="a bundle makes images of one size either way. dynamic leaves the batch open, so that guidance takes one "
+        "pass of two; fixed: graphs for this size and one image at a time, as TensorRT wants them, which optimum's "
+        "ORTDiffusionPipeline runs only without guidance. Default: %(default)s",
     )
     parser.add_argument(
         "--dtype",

@@ -27,7 +27,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import CLIPTextModelWithProjection
 
 from cloud_server import complete
-from edge_agent.bundle import AddedConditioning
+from edge_agent.bundle import MANIFEST, AddedConditioning
 from export.errors import ExportError
 
 
@@ -110,10 +110,25 @@ def name_of(model: Any) -> str:
     return Path(os.path.abspath(where or "unnamed")).name  # noqa: PTH100
 
 
+MAX_SIDE = 4096
+"""Of an image, in pixels: four times Stable Diffusion XL's. What a larger one takes of memory and hours, no device that
+runs a bundle has."""
+
+
+def refuse_large(size: tuple[int, int]) -> None:
+    """Raises ExportError where width or height is more than MAX_SIDE."""
+    if max(size) > MAX_SIDE:
+        raise ExportError(
+            f"a size of {size[0]}x{size[1]} does not work: width and height are at most {MAX_SIDE}; name a smaller one "
+            "with --size"
+        )
+
+
 def size_of(pipeline: Any, size: tuple[int, int] | None) -> tuple[int, int]:
     """Width and height in pixels: `size`, or the pipeline's own.
 
-    Raises ExportError when the denoiser cannot halve it as often as it does, or the pipeline does not name its own.
+    Raises ExportError when the denoiser cannot halve it as often as it does, it is above MAX_SIDE, or the pipeline does
+    not name its own.
     """
     factor = pipeline.vae_scale_factor
     if size is None:
@@ -121,7 +136,9 @@ def size_of(pipeline: Any, size: tuple[int, int] | None) -> tuple[int, int]:
         if own is None:
             raise ExportError("the model does not say its image size: name it with --size WIDTHxHEIGHT")
         height, width = (own, own) if isinstance(own, int) else own
+        refuse_large((width * factor, height * factor))
         return width * factor, height * factor
+    refuse_large(size)
     multiple = factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
     if any(side < multiple or side % multiple for side in size):
         raise ExportError(
@@ -179,11 +196,14 @@ def quiet() -> Iterator[None]:
 
 def _class_name(model: str | os.PathLike[str]) -> str:
     folder = Path(model)
+    _refuse_mistyped(model, "a diffusers pipeline")
     if folder.is_file():
         raise ExportError(
             f"{folder} is a file, and a pipeline is a folder: make one with diffusers, such as "
             f"StableDiffusionPipeline.from_single_file({str(folder)!r}).save_pretrained(FOLDER)"
         )
+    if (folder / MANIFEST).is_file():
+        raise ExportError(f"{folder} is a bundle already; name the diffusers folder that it was made from")
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise ExportError(
             f"{folder} has no model_index.json: name a folder that diffusers saved, or a hub id"
@@ -197,18 +217,33 @@ def _class_name(model: str | os.PathLike[str]) -> str:
         raise ExportError(
             f"{model} cannot be loaded as a diffusers pipeline: it is no folder here, and {_from_hub(error)}"
         ) from error
+    try:
+        complete.check_index(index)
+    except ValueError as error:
+        raise ExportError(f"{model} cannot be loaded as a diffusers pipeline: {error}") from error
     made = str(index.get("_class_name"))
     if folder.is_dir():
         for name, part in index.items():
-            named = isinstance(part, (list, tuple)) and part[0] is not None
+            named = isinstance(part, (list, tuple)) and len(part) > 0 and part[0] is not None
             if named and name not in _without_safety_checker(made) and not (folder / name).is_dir():
                 raise ExportError(f"{folder} has no {name}, which its model_index.json names")
     return made
 
 
+def _refuse_mistyped(model: str | os.PathLike[str], what: str) -> None:
+    """A name that the hub cannot have is a path, and the connection is not what it lacks."""
+    text = os.fspath(model)
+    path_like = text.startswith((".", "/", "~")) or text.replace(os.sep, "/").count("/") > 1
+    if path_like and not Path(model).exists():
+        raise ExportError(f"{text} cannot be loaded as {what}: there is no such folder")
+
+
 def _load_autoencoder(model: str | os.PathLike[str]) -> Any:
+    _refuse_mistyped(model, "an autoencoder")
     try:
         with quiet():
+            if Path(model).is_dir():
+                complete.refuse_faulty(AutoencoderKL, Path(model))
             name = AutoencoderKL.load_config(os.fspath(model)).get("_class_name")
             classes = {made.__name__: made for made in (AutoencoderKL, AutoencoderTiny)}
             if name in classes:

@@ -114,11 +114,17 @@ def of_ceiling(ids: NDArray[np.int64]) -> NDArray[np.bool_]:
 
 
 def numbered_lines(file: Path) -> list[tuple[int, str]]:
-    """The lines that are not blank, counted from 1. Raises ExportError when they are not text in UTF-8, or none."""
+    """The lines that are not blank, counted from 1. Raises ExportError when there is no such file, it is not
+    text in UTF-8, or has none.
+    """
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ExportError(f"{file} is not text in UTF-8: {error}") from error
+    except OSError as error:
+        raise ExportError(
+            f"{file} cannot be read: {error.strerror or error}; name a file of prompts"
+        ) from error
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise ExportError(f"{file} has no prompts; write one a line")

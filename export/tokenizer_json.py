@@ -43,13 +43,18 @@ def convert(tokenizer: Any) -> Tokenizer:
     """A tokenizers.Tokenizer that pads and truncates every prompt to the model's length.
 
     Raises:
-        ExportError: the tokenizer is no CLIP tokenizer, or the result differs from it on one of `PROBES` or on a
-            token that was added to it.
+        ExportError: the tokenizer is no CLIP tokenizer, its files do not fit together, or the result differs from it on
+            one of `PROBES` or on a token that was added to it.
     """
     if isinstance(tokenizer, PreTrainedTokenizerFast):
         converted = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     elif isinstance(tokenizer, CLIPTokenizer):
-        converted = CLIPConverter(tokenizer).converted()
+        _refuse_unfit(tokenizer)
+        try:
+            converted = CLIPConverter(tokenizer).converted()
+        except Exception as error:  # tokenizers raises nothing more special
+            reason = " ".join(str(error).split())
+            raise ExportError(f"vocab.json and merges.txt cannot be converted: {reason}") from error
         converted.add_special_tokens(
             [_as_written(token) for token in tokenizer.added_tokens_decoder.values()]
         )
@@ -82,6 +87,32 @@ def convert(tokenizer: Any) -> Tokenizer:
 def write(tokenizer: Any, folder: Path) -> None:
     """Write tokenizer.json into `folder`. Raises ExportError, see `convert`."""
     convert(tokenizer).save(str(folder / tokens.FILE))
+
+
+def unmade(tokenizer: Any) -> list[str]:
+    """The tokens of vocab.json that no merge of merges.txt makes; there are none where both are whole.
+
+    A fast tokenizer was made of one file.
+    """
+    if not isinstance(tokenizer, CLIPTokenizer):
+        return []
+    made = {"".join(merge) for merge in tokenizer.bpe_ranks}
+    special = {*tokenizer.added_tokens_encoder, *tokenizer.all_special_tokens}
+    return [
+        token
+        for token in tokenizer.encoder
+        if len(token.removesuffix("</w>")) > 1 and token not in made and token not in special
+    ]
+
+
+def _refuse_unfit(tokenizer: CLIPTokenizer) -> None:
+    known = tokenizer.encoder
+    for merge, place in tokenizer.bpe_ranks.items():
+        if len(merge) != 2 or not all(token in known for token in (*merge, "".join(merge))):
+            raise ExportError(
+                f"line {place + 2} of merges.txt, {' '.join(merge)!r}, makes no token of vocab.json: one of the two "
+                "files is cut off or of another model; get both again"
+            )
 
 
 def _as_written(token: AddedToken) -> AddedToken:

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from export.__main__ import STAGES, main
+from export.__main__ import STAGES, main, run
 
 
 def test_help_names_every_stage(capsys: pytest.CaptureFixture[str]) -> None:
@@ -24,6 +25,16 @@ def test_an_unknown_stage_is_a_usage_error_that_names_those_there_are(
     printed = capsys.readouterr()
     assert not printed.out
     assert "calibrate" in printed.err
+
+
+def test_what_the_system_refuses_is_said_in_words_with_the_path(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stage(_argv: object) -> int:
+        return len((tmp_path / "none").read_text())
+
+    assert run(stage) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'none'}: No such file or directory\n"
 
 
 def test_naming_the_stages_imports_none_of_them() -> None:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import resource
+import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -27,6 +32,7 @@ from huggingface_hub import constants, file_download
 from onnx import numpy_helper
 from transformers import CLIPImageProcessor
 
+from cloud_server import complete
 from edge_agent.bundle import MANIFEST, Bundle
 from edge_agent.diffusion.generator import Generator
 from edge_agent.diffusion.schedule import Schedule
@@ -332,6 +338,15 @@ def test_sizes_that_are_none_are_refused(size: str, capsys: pytest.CaptureFixtur
         ({"guidance": float("nan")}, "guidance scale of nan .* at least 0"),
         ({"guidance": -1.0}, "guidance scale of -1"),
         ({"dtype": "fp16", "keep": ["vae"]}, "no vae; its parts are text_encoder, unet, vae_decoder"),
+        ({"size": (64, 1_000_000)}, "size of 64x1000000 does not work: width and height are at most 4096"),
+        (
+            {"dtype": "int8", "keep": ["text_encoder", "unet", "vae_decoder"]},
+            "names every part, so that nothing would be int8",
+        ),
+        (
+            {"dtype": "int8", "calibration_prompts": "no/such.txt"},
+            r"^no/such\.txt cannot be read: No such file",
+        ),
         ({"calibration_prompts": "prompts.txt"}, "nothing to calibrate in fp32 without --dtype"),
         ({"name": "edge"}, "can be called 'edge'; choose another with --name"),
         ({"name": "!"}, "cannot be called ''"),
@@ -397,6 +412,14 @@ def test_a_model_that_does_not_say_its_size_asks_for_it(
         export_bundle(pipeline, tmp_path / "bundle", report=silent)
 
 
+def test_a_models_own_size_is_no_larger_than_any_other(
+    pipeline: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    pipeline.unet.register_to_config(sample_size=1024)
+    with pytest.raises(ExportError, match=r"8192x8192 does not work: .* name a smaller one with --size"):
+        export_bundle(pipeline, tmp_path / "bundle", report=silent)
+
+
 def test_a_file_of_weights_says_how_to_make_a_folder_of_it(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"x")
@@ -410,7 +433,8 @@ def test_an_export_that_is_ended_leaves_nothing_behind(
     model, out = save_miniature(tmp_path / "model"), tmp_path / "out" / "bundle"
 
     def ended(*_arguments: object) -> None:
-        assert len(list(out.parent.iterdir())) == 1
+        there = [path.name.split("-")[0] for path in sorted(out.parent.iterdir())]
+        assert there == [".bundle.lock", ".bundle.partial"]
         assert signal.getsignal(signal.SIGTERM) is not before  # else it would end the tests
         signal.raise_signal(signal.SIGTERM)
 
@@ -493,6 +517,240 @@ def test_an_index_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name"')
     with pytest.raises(ExportError, match=r"model_index\.json cannot be read: .*not a valid JSON"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("held", ["[]", "3"])
+def test_an_index_that_is_no_object_is_refused(tmp_path: Path, held: str) -> None:
+    (tmp_path / "model_index.json").write_text(held)
+    with pytest.raises(
+        ExportError, match=rf"model_index\.json must hold a JSON object, not {re.escape(held)}"
+    ):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("entry", [[], ["diffusers"], 3, {"a": 1}])
+def test_an_entry_that_names_no_class_is_refused_by_its_name(tmp_path: Path, entry: Any) -> None:
+    index = {"_class_name": "StableDiffusionPipeline", "scheduler": entry}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        ExportError, match=r"model_index\.json: scheduler must be a library and a class.*, not "
+    ):
+        load(tmp_path)
+
+
+def test_an_optional_part_may_hold_no_nonsense_either(tmp_path: Path) -> None:
+    miniature_xl().save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text()) | {"image_encoder": []}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ExportError, match=r"image_encoder must be a library and a class"):
+        load(tmp_path)
+
+
+FAULTY = [
+    ("tokenizer", ("*", None), r"tokenizer has no vocab\.json and no merges\.txt"),
+    ("tokenizer", ("vocab.json", None), r"tokenizer has no vocab\.json"),
+    ("tokenizer", ("vocab.json", "{"), r"tokenizer/vocab\.json is not JSON"),
+    (
+        "tokenizer",
+        ("tokenizer_config.json", "[]"),
+        r"tokenizer/tokenizer_config\.json must hold a JSON object",
+    ),
+    (
+        "scheduler",
+        ("scheduler_config.json", "[]"),
+        r"scheduler/scheduler_config\.json must hold a JSON object, not \[\]",
+    ),
+    ("scheduler", ("*", None), r"scheduler has no scheduler_config\.json"),
+    ("vae", ("config.json", None), r"vae has no config\.json"),
+    ("vae", ("config.json", "[]"), r"vae/config\.json must hold a JSON object"),
+    ("unet", ("*.safetensors", None), r"unet has no weights: no file that ends in \.safetensors or \.bin"),
+    ("unet", ("*.safetensors", "cut"), r"unet cannot be loaded: Unable to load weights"),
+    ("text_encoder", ("config.json", None), r"text_encoder has no config\.json"),
+    ("text_encoder", ("config.json", "{"), r"text_encoder/config\.json is not JSON"),
+    ("text_encoder", ("*.safetensors", "cut"), r"text_encoder cannot be loaded: Error while deserializing"),
+]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder. Only to be read."""
+    return save_miniature(tmp_path_factory.mktemp("saved") / "model")
+
+
+@pytest.fixture
+def model(saved: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(saved, tmp_path / "model"))
+
+
+@pytest.mark.parametrize(("part", "change", "why"), FAULTY)
+def test_a_faulty_part_is_refused_by_its_folder_and_what_is_wrong(
+    model: Path, part: str, change: tuple[str, str | None], why: str
+) -> None:
+    """By whoever loads it, the cloud server too."""
+    names, text = change
+    for file in list((model / part).glob(names)):
+        if text is None:
+            file.unlink()
+        else:
+            file.write_text(text)
+    with pytest.raises(ExportError, match=re.escape(f"{model}/") + why):
+        load(model)
+    with pytest.raises(ValueError, match="^" + re.escape(f"{model}/") + why):
+        complete.pipeline(model, torch.float32, local_files_only=True)
+
+
+def test_an_autoencoder_without_its_config_is_refused_by_its_folder(
+    pipeline: StableDiffusionPipeline, model: Path, tmp_path: Path
+) -> None:
+    (model / "vae" / "config.json").unlink()
+    with pytest.raises(ExportError, match=r"as an autoencoder: .*vae has no config\.json"):
+        export_bundle(pipeline, tmp_path / "bundle", autoencoder=model / "vae", report=silent)
+
+
+@pytest.mark.parametrize(
+    ("merges", "why"),
+    [
+        ("c a\nth", "line 3 of merges.txt, 'th', makes no token of vocab.json"),
+        ("c a\nca t</", "line 3 of merges.txt, 'ca t</', makes no token of vocab.json"),
+    ],
+)
+def test_merges_that_are_cut_off_are_refused_before_anything_is_run(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, merges: str, why: str
+) -> None:
+    monkeypatch.setattr(diffusion_onnx, "reference_images", None)
+    (model / "tokenizer" / "merges.txt").write_text("#version: 0.2\n" + merges)
+    with pytest.raises(ExportError, match=f"{re.escape(str(model))}/tokenizer: {re.escape(why)}: .* cut off"):
+        export_bundle(model, tmp_path / "bundle", report=silent)
+
+
+def test_a_vocabulary_that_cannot_be_converted_is_refused_by_its_folder(model: Path, tmp_path: Path) -> None:
+    file = model / "tokenizer" / "vocab.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"zz": "x"}))
+    with pytest.raises(ExportError, match=r"tokenizer: vocab\.json and merges\.txt cannot be converted: "):
+        export_bundle(model, tmp_path / "bundle", report=silent)
+
+
+def test_merges_that_end_with_a_line_too_early_are_remarked_on(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They tokenize, and badly: in torch too, so that the pixels agree."""
+    monkeypatch.setattr(diffusion_onnx, "reference_images", None)  # what comes next fails
+    file, lines = model / "tokenizer" / "merges.txt", list[str]()
+    for kept, remarks in ((None, 0), (-2, 1)):
+        file.write_text("\n".join(file.read_text().splitlines()[:kept]))
+        with pytest.raises(TypeError):
+            export_bundle(model, tmp_path / "bundle", report=lines.append)
+        assert len([line for line in lines if "no line of merges.txt makes" in line]) == remarks
+
+
+@pytest.mark.parametrize("there", ["./nosuch", "/nosuch/model", "~/nosuch", "models/of/mine"])
+def test_a_mistyped_path_is_not_looked_for_on_the_hub(
+    pipeline: StableDiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ExportError, match=f"^{there} cannot be loaded as a diffusers pipeline: there is no such folder$"
+    ):
+        export_bundle(there, tmp_path / "bundle", report=silent)
+    with pytest.raises(
+        ExportError, match=f"^{there} cannot be loaded as an autoencoder: there is no such folder$"
+    ):
+        export_bundle(pipeline, tmp_path / "bundle", autoencoder=there, report=silent)
+
+
+def test_a_bundle_is_no_model(starter_shaped: tuple[Path, Path, list[str]], tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="is a bundle already; name the diffusers folder"):
+        export_bundle(starter_shaped[1], tmp_path / "bundle", report=silent)
+
+
+def test_loading_shows_no_bars_in_a_pipe(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    load(saved)
+    assert capfd.readouterr().err == ""
+    assert diffusers.utils.logging.is_progress_bar_enabled()  # of whoever calls this, as it was
+
+
+def test_a_folder_below_a_file_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ExportError, match=r"/file/models/bundle cannot be made, for .*/file is a file"):
+        export_bundle("no/such/model", tmp_path / "file" / "models" / "bundle", report=silent)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(ExportError, match=r"cannot be written: Permission denied; name another folder"):
+            export_bundle("no/such/model", tmp_path / "bundle", report=silent)
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_a_full_disk_is_said_in_words(pipeline: StableDiffusionPipeline, tmp_path: Path) -> None:
+    """A limit on the size of files stands for it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(
+            ExportError, match=r"cannot be written: .*; make room, or name a folder on another"
+        ):
+            export_bundle(pipeline, tmp_path / "bundle", steps=(1,), report=silent)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+# Stands for an export that takes long: it holds what one holds.
+HOLDING = """
+import sys, time
+from pathlib import Path
+from export.diffusion_onnx import _beside
+with _beside(Path(sys.argv[1]), print) as partial:
+    (partial / "weights").write_bytes(b"x")
+    print(partial.name, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_what_a_killed_export_left_is_removed_and_a_living_ones_is_not(
+    pipeline: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    others = [tmp_path / ".bundle.partial-x.partial-abcd1234", tmp_path / ".bundle-2.partial-abcd1234"]
+    for folder in others:
+        folder.mkdir()
+    out, lines = tmp_path / "bundle", list[str]()
+    pipeline.scheduler = diffusers.DDIMScheduler(clip_sample=True)  # refused once it has been looked
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDING, str(out)], stdout=subprocess.PIPE, text=True
+    ) as holding:
+        try:
+            assert holding.stdout is not None
+            left = tmp_path / holding.stdout.readline().strip()
+            with pytest.raises(ExportError, match=r"another export of .*bundle is under way"):
+                export_bundle(pipeline, out, report=lines.append)
+            assert (left / "weights").is_file() and lines == []
+        finally:
+            holding.kill()
+    assert left.is_dir()
+    with pytest.raises(ExportError, match="clip_sample"):
+        export_bundle(pipeline, out, report=lines.append)
+    assert lines == [f"removed {left}, left by an export that was killed"]
+    assert sorted(tmp_path.iterdir()) == sorted(others)
+
+
+def test_the_bundle_that_a_killed_export_set_aside_is_kept_while_there_is_no_other(
+    pipeline: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    """Between two renames it has the only name under which it can be found."""
+    (aside := tmp_path / ".bundle.old-abcd1234").mkdir()
+    pipeline.scheduler = diffusers.DDIMScheduler(clip_sample=True)
+    with pytest.raises(ExportError, match="clip_sample"):
+        export_bundle(pipeline, tmp_path / "bundle", report=silent)
+    assert aside.is_dir()
+    (tmp_path / "bundle").mkdir()
+    with pytest.raises(ExportError, match="clip_sample"):
+        export_bundle(pipeline, tmp_path / "bundle", report=silent)
+    assert not aside.exists()
 
 
 @pytest.mark.parametrize("named", [{}, {"scheduler": [None, None]}])
@@ -583,6 +841,14 @@ def test_the_command_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureF
     assert "cannot be loaded as a diffusers pipeline" in said
     assert "Traceback" not in said
     assert not (tmp_path / "bundle").exists()
+
+
+def test_the_help_says_what_shapes_are_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "images of one size either way. dynamic leaves the batch open" in said
+    assert "ORTDiffusionPipeline runs only without guidance" in said
 
 
 def test_the_manifest_lists_every_file_and_no_other(starter_shaped: tuple[Path, Path, list[str]]) -> None:
