@@ -249,6 +249,14 @@ class Process:
             assert time.monotonic() < end, self.text
             time.sleep(0.02)
 
+    def wait_for_calls(self, number: int, timeout_s: float = 60.0, **having: Any) -> list[dict[str, Any]]:
+        """The log lines of calls with these fields, once there are so many: they are written after the answer."""
+        end = time.monotonic() + timeout_s
+        while len(found := [call for call in self.calls if having.items() <= call.items()]) < number:
+            assert time.monotonic() < end, self.text
+            time.sleep(0.02)
+        return found
+
     def wait_for_nothing_bad(self) -> bool:
         """Whether it has gone without a traceback or an error in its log."""
         return "Traceback" not in self.text and '"level": "error"' not in self.text

@@ -14,7 +14,6 @@ import stat
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -122,9 +121,7 @@ def test_generate_writes_the_image_and_says_so(run: Run, daemon: Process, tmp_pa
     with PIL.Image.open(tmp_path / "cat.png") as image:
         assert image.text["prompt"] == EDGE_PROMPT
     assert list(tmp_path.iterdir()) == [tmp_path / "cat.png"]
-    while len(daemon.calls) == known:  # its line is written once the caller has been answered
-        time.sleep(0.01)
-    assert daemon.calls[-1]["outcome"] == "OK"  # the command has not left before the end
+    assert daemon.wait_for_calls(known + 1)[-1]["outcome"] == "OK"  # the command has not left before the end
 
 
 def test_an_image_that_cannot_be_put_in_place_leaves_nothing_behind(
@@ -219,8 +216,7 @@ def test_a_file_that_is_named_after_the_request_is_looked_at_before_the_image_is
         assert finished.code == 2 and words in finished.err
     assert run("generate", EDGE_PROMPT, "--request-id", "link").code == 0
     assert (tmp_path / "link.png").is_symlink() and (tmp_path / "kept" / "cat.png").is_file()
-    while not any(call["request_id"] == "link" for call in daemon.calls):
-        time.sleep(0.01)
+    daemon.wait_for_calls(1, request_id="link")
     assert not {"taken", "kept/cat"} & {call["request_id"] for call in daemon.calls}
 
 

@@ -90,13 +90,13 @@ async def test_32_prompts_at_once_against_a_budget_for_5_images(
         "--cloud", world.cloud_address, "--budget", f"{5 * PRICE / 1e6}", "--max-price", f"{PRICE / 1e6}",
     )  # fmt: skip
     async with grpc.aio.insecure_channel(edge.address) as channel:
-        app, before = App(channel), len(world.cloud.calls)
+        app, before = App(channel), sum(call["rpc"] == "Generate" for call in world.cloud.calls)
         answers = await asyncio.gather(*(app.generate(prompts[1], timeout=150) for _ in range(32)))
         served = [(answer.served_by, answer.reason) for answer in answers]
         assert served.count(("cloud", "pareto_cloud")) == 5
         assert served.count(("edge", "quota_exhausted")) == 27
         assert await app.budget() == (5 * PRICE, 0)
-    made = [call for call in world.cloud.calls[before:] if call["rpc"] == "Generate"]
+    made = world.cloud.wait_for_calls(before + 5, rpc="Generate")[before:]
     assert [call.get("charged_micro_usd") for call in made] == [PRICE] * 5, "nor has the cloud charged more"
 
 
@@ -127,7 +127,7 @@ async def test_a_daemon_killed_in_the_middle_of_a_cloud_call_learns_what_it_owes
         await until(resolved)
         spent, reserved = await app.budget()
         assert reserved == 0
-        told = [call for call in world.cloud.calls if call.get("request_id") == open_call.request_id]
+        told = world.cloud.wait_for_calls(2, request_id=open_call.request_id)
         assert {call["rpc"] for call in told} == {"Generate", "LookupGeneration"}
         # As the image was finished or not when the connection broke: the cloud's books decide.
         assert spent == sum(call.get("charged_micro_usd", 0) for call in told)
