@@ -665,9 +665,15 @@ def test_a_bundle_is_no_model(starter_shaped: tuple[Path, Path, list[str]], tmp_
 
 
 def test_loading_shows_no_bars_in_a_pipe(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    load(saved)
-    assert capfd.readouterr().err == ""
-    assert diffusers.utils.logging.is_progress_bar_enabled()  # of whoever calls this, as it was
+    shown = diffusers.utils.logging.is_progress_bar_enabled()  # another test may have turned them off
+    diffusers.utils.logging.enable_progress_bar()
+    try:
+        load(saved)
+        assert capfd.readouterr().err == ""
+        assert diffusers.utils.logging.is_progress_bar_enabled()  # of whoever calls this, as it was
+    finally:
+        if not shown:
+            diffusers.utils.logging.disable_progress_bar()
 
 
 def test_a_folder_below_a_file_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
