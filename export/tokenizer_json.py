@@ -8,7 +8,6 @@ knows neither; here the second is rebuilt, and text that ftfy would repair is th
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers
@@ -82,11 +81,6 @@ def convert(tokenizer: Any) -> Tokenizer:
         tokenizer, tokens.Tokenizer(Tokenizer.from_str(converted.to_str()), length)
     )  # as it will be read
     return converted
-
-
-def write(tokenizer: Any, folder: Path) -> None:
-    """Write tokenizer.json into `folder`. Raises ExportError, see `convert`."""
-    convert(tokenizer).save(str(folder / tokens.FILE))
 
 
 def unmade(tokenizer: Any) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import resource
 import shutil
@@ -11,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -682,14 +682,13 @@ def test_a_folder_below_a_file_is_refused_before_the_model_is_loaded(tmp_path: P
         export_bundle("no/such/model", tmp_path / "file" / "models" / "bundle", report=silent)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    try:
+@pytest.mark.usefixtures("ordinary_user")
+def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_loaded() -> None:
+    # Not tmp_path: its parents belong to the user who started the tests.
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o500)
         with pytest.raises(ExportError, match=r"cannot be written: Permission denied; name another folder"):
-            export_bundle("no/such/model", tmp_path / "bundle", report=silent)
-    finally:
-        tmp_path.chmod(0o700)
+            export_bundle("no/such/model", Path(folder) / "bundle", report=silent)
 
 
 def test_a_full_disk_is_said_in_words(pipeline: StableDiffusionPipeline, tmp_path: Path) -> None:
