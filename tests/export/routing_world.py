@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from edge_agent import tokens
 from edge_agent.bundle import Bundle, write_manifest
 from edge_agent.superiority import METRICS
 from export import tokenizer_json
@@ -75,7 +76,7 @@ def write_bundle(folder: Path) -> Bundle:
         (folder / name).write_bytes(b"not opened by the predictor's stages")
     (folder / "tokenizer").mkdir()
     tokenizer = miniature_tokenizer(folder / "tokenizer", TOKENS)
-    tokenizer_json.write(tokenizer, folder / "tokenizer")
+    tokenizer_json.convert(tokenizer).save(str(folder / "tokenizer" / tokens.FILE))
     torch.manual_seed(0)
     encoder = CLIPTextModel(
         CLIPTextConfig(
