@@ -1,10 +1,11 @@
 """The prompts a router learns from and is measured on, split by what they are for.
 
 Scenes of `train`, `validation`, `calibration` and `test` are disjoint as they are said, and no generator, judge or
-inspector was trained on them; "A left of B" and "B right of A" may lie in two splits (`never_learnt`). Three more
-splits ask how far a router carries: `combinations` pairs objects that no router split pairs, `wording` says scenes in
-sentences of its own, and `free-form` was written by hand, outside the grammar (``free_form.json``). All of these are of
-the starter's world; `own_prompts` are whatever people write.
+inspector was trained on them; what is asked for in another order, "A left of B" as "B right of A" or "A, B and C" as
+"C, A and B", may lie in two splits (`never_learnt`). Three more splits ask how far a router carries: `combinations`
+pairs objects that no router split pairs, `wording` says scenes in sentences of its own, and `free-form` was written by
+hand, outside the grammar (``free_form.json``). All of these are of the starter's world; `own_prompts` are whatever
+people write.
 """
 
 from __future__ import annotations
@@ -146,20 +147,21 @@ def scenes_by_text(splits: Sequence[str]) -> dict[str, Scene | None]:
 
 
 def scenes_of(texts: Sequence[str], known: Mapping[str, Scene | None]) -> NDArray[np.int64]:
-    """[N]: prompts that say the same scene get the same number, counted from 0; prompts of other worlds one each.
+    """[N]: prompts that ask for the same get the same number, counted from 0; prompts of other worlds one each.
 
-    ``known`` is what `scenes_by_text` gives. "A left of B" and "B right of A" are the same scene.
+    ``known`` is what `scenes_by_text` gives. "A left of B" and "B right of A" ask for the same, and so do "A, B and C"
+    and "C, A and B".
     """
-    said = [repr(scene.seen) if (scene := known.get(text)) else text for text in texts]
+    said = [repr(scene.asked) if (scene := known.get(text)) else text for text in texts]
     _, numbers = np.unique(said, return_inverse=True)
     return numbers.astype(np.int64)
 
 
 def never_learnt(splits: NDArray[np.str_], scenes: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """[N]: False for a prompt of another split than train that says a scene of train.
+    """[N]: False for a prompt of another split than train that asks for what a prompt of train asks for.
 
-    Scenes are split by a hash of how they are said, so a few lie on both sides, once each way round. ``scenes`` are
-    numbered by `scenes_of`.
+    Scenes are split by a hash of how they are said, so a few lie on both sides, each time in another order. ``scenes``
+    are numbered by `scenes_of`.
     """
     learning = splits == "train"
     return np.asarray(learning | ~np.isin(scenes, scenes[learning]))

@@ -71,9 +71,13 @@ class Scene:
         return sum(group.count for group in self.groups)
 
     @property
-    def seen(self) -> Scene:
-        """The scene, or its mirror in words: a cat right of a dog looks like a dog left of a cat."""
-        mirrored = {"right of": "left of", "below": "above"}.get(self.relation or "")
+    def asked(self) -> Scene:
+        """One of all scenes that ask for the same: a cat right of a dog is a dog left of a cat, and without a relation
+        it does not matter which group is named first.
+        """
+        if self.relation is None:
+            return Scene(tuple(sorted(self.groups, key=repr)), self.background)
+        mirrored = {"right of": "left of", "below": "above"}.get(self.relation)
         return self if mirrored is None else Scene(self.groups[::-1], self.background, mirrored)
 
     @property

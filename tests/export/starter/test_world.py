@@ -121,13 +121,33 @@ def test_the_relation_survives_the_paraphrase_that_swaps_its_sides():
 def test_a_scene_said_the_other_way_round_is_the_same_scene(relation, mirrored):
     cat, dogs = Group("cat"), Group("dog", 2)
     said, other = Scene((cat, dogs), "beach", relation), Scene((dogs, cat), "beach", mirrored)
-    assert said.seen == other.seen == other
+    assert said.asked == other.asked == other
     one, same, stranger = scenes_of(
         ["a", "b", "c"], {"a": said, "b": other, "c": Scene((dogs, cat), "beach", relation)}
     )
     assert one == same != stranger
     splits, scenes = np.array(["train", "test", "test"]), np.array([one, same, stranger])
     assert never_learnt(splits, scenes).tolist() == [True, False, True]
+
+
+def test_what_is_asked_for_in_another_order_is_the_same_scene_and_nothing_else_is():
+    cat, dog, car = Group("cat"), Group("dog"), Group("car")
+    scenes = {
+        "a": Scene((cat, dog, car), "beach"),
+        "b": Scene((car, cat, dog), "beach"),
+        "c": Scene((dog, car, cat), "beach"),
+        "another place": Scene((cat, dog, car), "night"),
+        "another size": Scene((cat, dog, Group("car", 1, "big")), "beach"),
+        "the size of another": Scene((Group("cat", 1, "big"), dog, car), "beach"),
+        "related": Scene((cat, dog), "beach", "left of"),
+        "the other way": Scene((dog, cat), "beach", "left of"),
+        "one above the other": Scene((cat, dog), "beach", "above"),
+        "unrelated": Scene((cat, dog), "beach"),
+    }
+    first, *same = scenes_of(list(scenes), scenes)[:3]
+    others = scenes_of(list(scenes), scenes)[3:].tolist()
+    assert same == [first, first]
+    assert len({first, *others}) == 1 + len(others)
 
 
 def test_splits_are_disjoint_and_the_same_in_every_process():
