@@ -38,7 +38,7 @@ from export.prompts import never_learnt, scenes_by_text, scenes_of
 from export.routerbench import plots, report
 from export.routerbench.ceiling import Ceiling, ceiling, oracle_by_images, sentences_share
 from export.routerbench.decision import decisions
-from export.routerbench.measure import RATES, RESAMPLES, Bench, Point, counted_metrics
+from export.routerbench.measure import RATES, RESAMPLES, Bench, Point, counted_metrics, difference
 from export.routerbench.router import Floats, Prompts, Router, Scorer
 from export.routerbench.routers import (
     ABLATIONS,
@@ -293,6 +293,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     fitted: dict[str, Fitted] = {}
     measured: dict[str, list[Point]] = {}
+    measured_once: dict[str, list[Point]] = {}
+
+    def measure(name: str, scores: Sequence[Floats]) -> None:
+        measured[name] = bench.points(scores)
+        measured_once[name] = one_a_scene.points([score[once] for score in scores])
+
     there = {split: numbers for split, numbers in said.items() if split != "validation"}
     with ProcessPoolExecutor(options.processes) as pool, progress() as bar:
         again = next((router for router in routers if type(router) is ByGain), None)
@@ -323,18 +329,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             if done in fitting:
                 made = done.result()
                 for one in made:
-                    fitted[one.name], measured[one.name] = one, bench.points(one.scores["test"])
+                    fitted[one.name] = one
+                    measure(one.name, one.scores["test"])
             bar.update(task, advance=1, note=parts.get(done) or done.result()[0].name)
         limit, decided = limiting.result(), deciding.result()
     order = [fitted[router.name] for router in routers]
-    points = {one.name: measured[one.name] for one in order}
     if limit is not None:
-        points[report.REFERENCE] = bench.points([limit.scores])
+        measure(report.REFERENCE, [limit.scores])
+    shown = [*(one.name for one in order), *(() if limit is None else (report.REFERENCE,))]
+    points = {name: measured[name] for name in shown}
     every = (test.cloud_seeds.astype(np.float64) - test.edge_seeds).mean(axis=2)
     with_most = ~np.isnan(every).any(axis=1)
     many = every[with_most]  # of the prompts with the most images
     scored = {one.name: one.scores["test"] for one in order}
-    measurable = {**scored, **({} if limit is None else {report.REFERENCE: [limit.scores]})}
+
+    def apart(one: str, other: str) -> report.Apart:
+        drawn, alone = ((by[one], by[other]) for by in (measured, measured_once))
+        return report.Apart(difference(*drawn, (0.5,)), difference(*drawn, RATES), difference(*alone, RATES))
+
     best = max((fitted[kind.name] for kind in BASELINES), key=lambda one: one.validation)
     names = [kind.name for kind in (RouteT2I, ByGain, Ours) if kind.name in scored]
     facts = report.Facts(
@@ -345,21 +357,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         training_scenes=len(np.unique(data.train.scenes)),
         counted=bench.counted,
         best_baseline=best.name,
-        headroom_once={
-            name: one_a_scene.headroom(_of(scores, once), 0.5) for name, scores in measurable.items()
-        },
-        differences={
-            name: (
-                *(bench.difference(scored[name], scored[best.name], rates) for rates in ((0.5,), RATES)),
-                one_a_scene.difference(_of(scored[name], once), _of(scored[best.name], once), RATES),
-            )
-            for name in names
-        },
+        headroom_once={name: report.at(measured_once[name], 0.5).headroom for name in shown},
+        differences={name: {kind.name: apart(name, kind.name) for kind in BASELINES} for name in names},
         ablations={
-            (kind.name, whole.name): (
-                bench.difference(scored[whole.name], scored[kind.name], RATES),
-                one_a_scene.difference(_of(scored[whole.name], once), _of(scored[kind.name], once), RATES),
-            )
+            (kind.name, whole.name): apart(whole.name, kind.name)
             for kind, whole in ABLATIONS.items()
             if {kind.name, whole.name} <= scored.keys()
         },
@@ -388,11 +389,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         oracle=oracle_by_images(many, 0.5),
         oracle_prompts=len(many),
         foreseen={name: _won(scored[name], every.mean(axis=1), np.flatnonzero(with_most)) for name in names},
-        edge=float(test.edge.mean()),
-        cloud=float(test.cloud.mean()),
+        cloud_better=float((bench.better < 0).mean()),
         seconds=time.monotonic() - started,
     )
-    curves = report.Curves(points, bench.oracle_points(), bench.cloud_only(), estimate(bench.edge))
+    curves = report.Curves(points, bench.oracle_points(), bench.cloud_only(), bench.edge, bench.cloud)
     report.write(options.out, curves, {one.name: one.decision_ms for one in order}, facts, decided)
     plots.write(options.out, curves, facts, decided)
     console.print(
@@ -411,10 +411,6 @@ def _ceiling(train: Outcomes, test: Outcomes, known: Mapping[str, Scene | None])
     gain = (train.cloud.astype(np.float64) - train.edge).mean(axis=1)
     single = (train.cloud_seeds[:, 0].astype(np.float64) - train.edge_seeds[:, 0]).mean(axis=1)
     return ceiling(learnt, gain, single, asked)
-
-
-def _of(scores: Sequence[Floats], rows: NDArray[np.int64]) -> list[Floats]:
-    return [score[rows] for score in scores]
 
 
 def _elsewhere(one: Fitted, split: str, data: Data) -> Estimate:

@@ -4,7 +4,8 @@ Gains are qualities won over edge only. Headroom = (gain - random) / (oracle - r
 seeds; dP in the paper's form, a mean over metrics of gain / |gap of the means| in percent, over the metrics whose mean
 gap on the training prompts is no smaller than SMALL (a rule that does not look at test prompts), also as a share of
 what cloud-only makes of it; PGR = gain / gain of cloud only; win gain = how much more often than at random the
-better image of the two, by PRS, is the one that is served, in percent points.
+better image of the two, by PRS, is the one that is served, in percent points. At one rate all routers serve as many
+images of the cloud, so where its image is the better one of nearly every pair, only the few other pairs move win gain.
 
 Prompts that say the same scene in other words share its outcome, so they are no independent draws: intervals are 95 %
 bootstraps over *scenes*. A router's value is the mean over its seeds.
@@ -40,21 +41,34 @@ def counted_metrics(train: Outcomes) -> NDArray[np.bool_]:
 
 
 @dataclass(frozen=True)
+class Sampled(Estimate):
+    """An estimate with what it was made of."""
+
+    samples: Floats
+    """[R], of all test prompts and then of each resample. All routers have the same resamples."""
+
+    @classmethod
+    def of(cls, samples: Floats) -> Sampled:
+        """From all R of them."""
+        found = estimate(samples)
+        return cls(found.value, found.low, found.high, samples)
+
+
+@dataclass(frozen=True)
 class Point:
     """A router at one routing rate. ``quality`` is the mean of the images that are served, ``over_cloud_only`` dP as a
-    share of what cloud-only makes of it, ``delta_ps`` dP in each resample.
+    share of what cloud-only makes of it.
     """
 
     rate: float
     quality: Estimate
-    headroom: Estimate
-    delta_p: Estimate
+    headroom: Sampled
+    delta_p: Sampled
     over_cloud_only: Estimate
     pooled_dp: Estimate
-    pgr: Estimate
+    pgr: Sampled
     win_gain: Estimate
     inspector_accuracy: Estimate | None
-    delta_ps: Floats
 
 
 class Bench:
@@ -87,8 +101,9 @@ class Bench:
             )
         self.resamples = [np.arange(len(self.gaps)), *resampled(scenes, RESAMPLES, seed)]
         self.full = np.array([self.gaps[rows].mean(axis=0) for rows in self.resamples])  # [R, M]
-        edge = test.edge.astype(np.float64).mean(axis=1)
+        edge, cloud = (one.astype(np.float64).mean(axis=1) for one in (test.edge, test.cloud))
         self.edge = np.array([edge[rows].mean() for rows in self.resamples])  # [R]
+        self.cloud = np.array([cloud[rows].mean() for rows in self.resamples])  # [R]
         self.oracle = {rate: self._oracle_shares(rate) for rate in RATES}
         self.oracle_gains = {rate: self._gains(shares) for rate, shares in self.oracle.items()}
         least = 1e-4 * np.abs(self.full).max()  # more than rounding makes of nothing
@@ -111,21 +126,6 @@ class Bench:
     def cloud_only(self) -> Point:
         """Every prompt to the cloud, at a rate of 1; there is no headroom to capture."""
         return self._point(1.0, [np.ones((len(rows), 1)) for rows in self.resamples])
-
-    def headroom(self, scores: Sequence[Floats], rate: float) -> Estimate:
-        """What these scores [N], one array a seed, capture of it."""
-        return estimate(self._headroom(rate, self._gains(self._shares(scores, rate))))
-
-    def difference(
-        self, ours: Sequence[Floats], theirs: Sequence[Floats], rates: Sequence[float]
-    ) -> Estimate:
-        """Paired: how much more of the headroom ``ours`` captures than ``theirs``, a mean over ``rates``."""
-        apart = [
-            self._headroom(rate, self._gains(self._shares(ours, rate)))
-            - self._headroom(rate, self._gains(self._shares(theirs, rate)))
-            for rate in rates
-        ]
-        return estimate(np.mean(apart, axis=0))
 
     def found_difference(
         self, ours: Sequence[Floats], theirs: Sequence[Floats] | None, rates: Sequence[float]
@@ -193,43 +193,54 @@ class Bench:
         return Point(
             rate,
             estimate(self.edge + gains.mean(axis=1)),
-            estimate(self._headroom(rate, gains) if rate < 1 else nothing),
-            estimate(100 * delta_p),
+            Sampled.of(self._headroom(rate, gains) if rate < 1 else nothing),
+            Sampled.of(100 * delta_p),
             estimate(over_cloud_only),
             estimate(100 * gains.sum(axis=1) / np.abs(full).sum(axis=1)),
-            estimate(gains.mean(axis=1) / full.mean(axis=1)),
+            Sampled.of(gains.mean(axis=1) / full.mean(axis=1)),
             estimate(100 * wins),
             None if self.verdicts is None else estimate(self._found(shares)),
-            100 * delta_p,
         )
 
 
-def apgr(points: Sequence[Point]) -> float:
+def difference(ours: Sequence[Point], theirs: Sequence[Point], rates: Sequence[float]) -> Estimate:
+    """Paired: how much more of the headroom ``ours`` captures than ``theirs``, a mean over ``rates``.
+
+    Both are points of one `Bench`, whose resamples they share.
+    """
+    pairs = zip(ours, theirs, strict=True)
+    apart = [one.headroom.samples - other.headroom.samples for one, other in pairs if one.rate in rates]
+    return estimate(np.mean(apart, axis=0))
+
+
+def apgr(points: Sequence[Point]) -> Estimate:
     """Area under PGR over the rate, from (0, 0) to (1, 1), by trapezia."""
-    rates, gains = _curve(points)
-    return float(np.trapezoid(gains, rates))
+    rates, curves = _curves(points)
+    return estimate(np.trapezoid(curves, rates, axis=1))
 
 
-def cpt(points: Sequence[Point], wanted: float) -> float:
+def cpt(points: Sequence[Point], wanted: float) -> Estimate:
     """The smallest share of cloud calls at which PGR reaches ``wanted``, between rates by a straight line."""
-    return _reaches(*_curve(points), wanted)
+    rates, curves = _curves(points)
+    return estimate(np.array([_reaches(rates, curve, wanted) for curve in curves]))
 
 
-def aiq(points: Sequence[Point], edge: float, cloud: float) -> float:
-    """RouterBench's: area under the non-decreasing convex hull of mean quality over cost, by the largest cost."""
-    rates, gains = _curve(points)
-    hull: list[tuple[float, float]] = []
-    for point in zip(rates, np.maximum.accumulate(edge + gains * (cloud - edge)), strict=True):
-        while len(hull) > 1 and _turns_left(hull[-2], hull[-1], point):
-            hull.pop()
-        hull.append(point)
-    x, y = zip(*hull, strict=True)
-    return float(np.trapezoid(y, x))
+def aiq(points: Sequence[Point], edge: Floats, cloud: Floats) -> Estimate:
+    """RouterBench's: area under the non-decreasing convex hull of mean quality over cost, by the largest cost.
+
+    ``edge`` and ``cloud`` [R] are the models' mean qualities, as `Bench` has them.
+    """
+    rates, curves = _curves(points)
+    qualities = edge[:, None] + curves * (cloud - edge)[:, None]
+    return estimate(np.array([_under_hull(rates, curve) for curve in qualities]))
 
 
-def share_at_dp(points: Sequence[Point], wanted: float) -> float:
-    """The smallest share of cloud calls at which dP reaches ``wanted`` percent; NaN where it never does below 0.9."""
-    return float(_shares_at_dp(points, wanted)[0])
+def share_at_dp(points: Sequence[Point], wanted: float) -> Estimate:
+    """The smallest share of cloud calls at which dP reaches ``wanted`` percent; NaN where it never does up to 0.9.
+
+    The interval is of the resamples in which it does.
+    """
+    return _where_reached(_shares_at_dp(points, wanted))
 
 
 def saved_at_dp(points: Sequence[Point], cloud_only: Point, wanted: float) -> Estimate:
@@ -237,23 +248,40 @@ def saved_at_dp(points: Sequence[Point], cloud_only: Point, wanted: float) -> Es
 
     NaN where either of them never reaches it; the interval is of the resamples in which both do.
     """
-    random = wanted / cloud_only.delta_ps
-    saved = np.where((random > 0) & (random <= 1), 1 - _shares_at_dp(points, wanted) / random, np.nan)
-    if np.isnan(saved[0]):
+    random = wanted / cloud_only.delta_p.samples
+    shares = _shares_at_dp(points, wanted)
+    return _where_reached(np.where((random > 0) & (random <= 1), 1 - shares / random, np.nan))
+
+
+def _where_reached(samples: Floats) -> Estimate:
+    if np.isnan(samples[0]):
         return Estimate(np.nan, np.nan, np.nan)
-    return estimate(saved[~np.isnan(saved)])
+    return estimate(samples[~np.isnan(samples)])
 
 
 def _shares_at_dp(points: Sequence[Point], wanted: float) -> Floats:
     """[R], see `share_at_dp`."""
     rates = np.array([0.0, *(point.rate for point in points)])
-    curves = np.stack([np.zeros_like(points[0].delta_ps), *(point.delta_ps for point in points)], axis=1)
+    inner = [point.delta_p.samples for point in points]
+    curves = np.stack([np.zeros_like(inner[0]), *inner], axis=1)
     return np.array([_reaches(rates, curve, wanted) for curve in curves])
 
 
-def _curve(points: Sequence[Point]) -> tuple[Floats, Floats]:
+def _curves(points: Sequence[Point]) -> tuple[Floats, Floats]:
+    """Rates [T] from 0 to 1, and PGR there [R, T]."""
     rates = np.array([0.0, *(point.rate for point in points), 1.0])
-    return rates, np.array([0.0, *(point.pgr.value for point in points), 1.0])
+    inner = [point.pgr.samples for point in points]
+    return rates, np.stack([np.zeros_like(inner[0]), *inner, np.ones_like(inner[0])], axis=1)
+
+
+def _under_hull(rates: Floats, qualities: Floats) -> float:
+    hull: list[tuple[float, float]] = []
+    for point in zip(rates.tolist(), np.maximum.accumulate(qualities).tolist(), strict=True):
+        while len(hull) > 1 and _turns_left(hull[-2], hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    x, y = zip(*hull, strict=True)
+    return float(np.trapezoid(y, x))
 
 
 def _reaches(rates: Floats, values: Floats, wanted: float) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.axes import Axes
 
-from export.evaluate import Estimate
+from export.evaluate import Estimate, estimate
 from export.routerbench.decision import Decisions
 from export.routerbench.measure import Point
 from export.routerbench.report import REFERENCE, Curves, Facts
@@ -31,7 +31,7 @@ def write(folder: Path, curves: Curves, facts: Facts, decisions: Decisions | Non
         return [Estimate(0.0, 0.0, 0.0), *(point.pgr for point in points), Estimate(1.0, 1.0, 1.0)]
 
     def served(points: Sequence[Point]) -> list[Estimate]:
-        return [curves.edge_only, *(point.quality for point in points), curves.cloud_only.quality]
+        return [estimate(curves.edge), *(point.quality for point in points), curves.cloud_only.quality]
 
     with _figure(folder / "deferral.png", "quality won, as a share of what cloud-only wins") as axes:
         axes.set_xlabel("share of prompts sent to the cloud")
@@ -42,7 +42,7 @@ def write(folder: Path, curves: Curves, facts: Facts, decisions: Decisions | Non
         axes.set_xlim(0, 1)
     with _figure(folder / "cost.png", "mean quality of the served images") as axes:
         axes.set_xlabel("cost of 1,000 prompts, in prices of a cloud image")
-        ends = (curves.edge_only.value, curves.cloud_only.quality.value)
+        ends = (float(curves.edge[0]), curves.cloud_only.quality.value)
         axes.plot([0, 1000], ends, color="0.6", linestyle=":", label="random, expected")
         costs = [1000 * share for share in shares]
         for name in shown:

@@ -175,7 +175,8 @@ class Zooter:
 class RouteT2I:
     """The paper's: token-level prediction of all metrics for both models, ranked by PRS. One mixture.
 
-    Its recipe was chosen on the validation prompts beforehand, and ours was too; nothing is left to tune.
+    Its recipe was chosen on the labels of an earlier judge, that of ours on validation and calibration prompts of the
+    labels that ship; nothing is left to tune.
     """
 
     name, settings = "routet2i", NOTHING

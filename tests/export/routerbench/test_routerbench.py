@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +16,25 @@ import torch
 from edge_agent.superiority import METRICS
 from export.__main__ import main
 from export.errors import ExportError
+from export.evaluate import Estimate
 from export.outcomes import Outcomes
 from export.prompts import scenes_by_text, scenes_of
 from export.routerbench import routers
 from export.routerbench.__main__ import Data, fit, worth
-from export.routerbench.measure import RATES, Bench, apgr, counted_metrics, cpt, saved_at_dp
-from export.routerbench.report import RESULTS, SUMMARY
+from export.routerbench.measure import (
+    RATES,
+    RESAMPLES,
+    Bench,
+    Sampled,
+    aiq,
+    apgr,
+    counted_metrics,
+    cpt,
+    difference,
+    saved_at_dp,
+    share_at_dp,
+)
+from export.routerbench.report import RESULTS, SUMMARY, Apart, _verdict
 from export.routerbench.router import Prompts, Scorer
 from export.routerbench.routers import ROUTERS, ByGain, RouteT2I
 from tests.export.routing_world import write_bundle, write_labels
@@ -80,15 +94,67 @@ def test_random_wins_its_share_and_knowing_the_gain_wins_more_than_the_oracle(be
         assert chance.headroom.value == pytest.approx(0, abs=1e-9)
         assert chance.pgr.value == pytest.approx(rate)
         assert best.headroom.value >= 1 - 1e-9
-    assert apgr(ties) == pytest.approx(0.5)
-    assert cpt(ties, 0.5) == pytest.approx(0.5)
-    assert apgr(hindsight) > 0.5
+    for wanted, found in ((0.5, apgr(ties)), (0.5, cpt(ties, 0.5)), (0.8, cpt(ties, 0.8))):
+        assert (found.value, found.low, found.high) == pytest.approx((wanted, wanted, wanted))
+    assert apgr(hindsight).low > 0.5
+    assert cpt(hindsight, 0.5).high < 0.5
+
+
+def test_what_is_told_over_all_rates_is_told_of_each_resample_as_of_the_whole(bench: Bench) -> None:
+    points = bench.points([np.random.default_rng(0).random(len(bench.gaps))])
+    quality = aiq(points, bench.edge, bench.cloud)
+    measures = [
+        (apgr(points), apgr),
+        (cpt(points, 0.8), lambda some: cpt(some, 0.8)),
+        (quality, lambda some: aiq(some, bench.edge[chosen], bench.cloud[chosen])),
+        (share_at_dp(points, 30), lambda some: share_at_dp(some, 30)),
+    ]
+    assert bench.edge[0] < quality.low < quality.value < quality.high < bench.cloud[0]
+    for whole, measure in measures:
+        alone = []
+        for resample in range(1, 1 + RESAMPLES):
+            chosen = np.array([resample, resample])  # as the value, and as the only sample of its interval
+            some = [
+                replace(
+                    point,
+                    pgr=Sampled.of(point.pgr.samples[chosen]),
+                    delta_p=Sampled.of(point.delta_p.samples[chosen]),
+                )
+                for point in points
+            ]
+            alone.append(measure(some).value)
+        assert (whole.low, whole.high) == pytest.approx(tuple(np.nanquantile(alone, (0.025, 0.975))))
 
 
 def test_a_router_never_beats_itself(bench: Bench) -> None:
-    scores = [np.random.default_rng(0).random(len(bench.gaps))]
-    difference = bench.difference(scores, scores, RATES)
-    assert (difference.value, difference.low, difference.high) == (0, 0, 0)
+    points = bench.points([np.random.default_rng(0).random(len(bench.gaps))])
+    apart = difference(points, points, RATES)
+    assert (apart.value, apart.low, apart.high) == (0, 0, 0)
+
+
+def test_a_difference_is_paired_and_of_the_rates_that_are_asked_for(bench: Bench) -> None:
+    gain = bench.gaps.mean(1)
+    hindsight, ties = bench.points([-gain]), bench.points([np.zeros(len(gain))])
+    apart = difference(hindsight, ties, (0.5,))
+    captured = hindsight[4].headroom
+    assert (apart.value, apart.low, apart.high) == pytest.approx(
+        (captured.value, captured.low, captured.high)
+    )
+    mean = np.mean([point.headroom.value for point in hindsight])
+    assert difference(hindsight, ties, RATES).value == pytest.approx(mean)
+
+
+def test_a_verdict_says_which_measure_it_rests_on_and_what_the_others_say() -> None:
+    costs, helps, neither = Estimate(0.1, 0.05, 0.2), Estimate(-0.1, -0.2, -0.05), Estimate(0.0, -0.1, 0.1)
+    drawn, once = "mean over all rates, as drawn", "mean over all rates, each scene once"
+    assert _verdict(Apart(costs, costs, costs)) == "yes, by all three"
+    assert _verdict(Apart(neither, neither, neither)) == "not that could be told, by all three"
+    assert _verdict(Apart(helps, neither, costs)) == (
+        f"yes: {once}; no, better without: at 50 %; not that could be told: {drawn}"
+    )
+    assert _verdict(Apart(neither, neither, costs)) == (
+        f"yes: {once}; not that could be told: at 50 % and {drawn}"
+    )
 
 
 @pytest.mark.parametrize("kind", ROUTERS, ids=lambda kind: kind.name)
@@ -139,7 +205,17 @@ def test_the_command_writes_its_tables_and_takes_a_router_of_one_s_own(
         "oracle",
     ]
     assert (out / "deferral.png").stat().st_size > 10_000
-    assert "most letters" in (out / "report.md").read_text()
+    report = (out / "report.md").read_text()
+    assert "most letters" in report
+    best = re.search(r"The best baseline on validation is (.*?)\. ", report)
+    assert best is not None
+    for baseline in ("random", "kNN"):
+        shown = f"**{baseline}**" if baseline == best[1] else baseline
+        for router in ("ours", "routet2i"):
+            assert len(re.findall(rf"^\| {router} \| {re.escape(shown)} \|.*\[.*\[.*\[", report, re.M)) == 1
+    overall = report.partition("## Over all rates")[2].partition("CPT 50 and CPT 80 are")[0]
+    for row in ("random", "ours", "oracle"):  # five measures, each with its interval
+        assert len(re.findall(rf"^\| {row} \|( [^|]+ \[[^|]+\] \|){{5}}", overall, re.M)) == 1
 
 
 def test_a_router_is_found_in_the_folder_one_works_in(
