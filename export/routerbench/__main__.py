@@ -221,6 +221,17 @@ def _named(text: str) -> type[Router]:
     return found
 
 
+def _longest_first(routers: Sequence[Router]) -> list[Router]:
+    """As they are best started, so that no process waits long for another at the end: ours trains longest, then come
+    those with most settings. Of others the first of ROUTERS, which take seconds, are last.
+    """
+
+    def length(router: Router) -> tuple[bool, int, int]:
+        return router.name == Ours.name, len(router.settings), routers.index(router)
+
+    return sorted(routers, key=length, reverse=True)
+
+
 def _instances(kinds: Sequence[type[Router]]) -> list[Router]:
     names = Counter([*(kind.name for kind in kinds), *report.RESERVED])
     if twice := [name for name, count in names.items() if count > 1]:
@@ -244,7 +255,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--labels", type=Path, default=LABELS, help="the outcome matrix (default: the starter's)"
     )
     parser.add_argument("--bundle", type=Path, default=STARTER_BUNDLE, help="whose text encoder routers read")
-    parser.add_argument("--out", type=Path, default=Path("routerbench-out"), help="default: %(default)s")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("routerbench-out"),
+        help="default: %(default)s; token states are kept in its folder cache, which may be deleted",
+    )
     parser.add_argument(
         "--router",
         action="append",
@@ -262,10 +278,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     outcomes, bundle = Outcomes.read(options.labels), Bundle.open(options.bundle)
     outcomes.must_be_of(bundle)
     _check(outcomes)
-    options.out.mkdir(parents=True, exist_ok=True)
+    cache = options.out / "cache"
+    cache.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(1) as pool:
         naming = pool.submit(scenes_by_text, outcomes.splits.tolist())
-        keep_states(outcomes.split("train"), bundle, options.out)  # meanwhile
+        keep_states(outcomes.split("train"), bundle, cache)  # meanwhile
         known = naming.result()
     scenes = scenes_of(outcomes.prompts, known)
     new = never_learnt(outcomes.splits, scenes)
@@ -279,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"the labels' test prompts say {different} things that no training prompt says, too few to measure on: "
             f"label more prompts, so that {FEWEST} are of the split test at least; narrow intervals take hundreds"
         )
-    data = Data.of(outcomes, bundle, scenes, options.out)
+    data = Data.of(outcomes, bundle, scenes, cache)
     prompts = data.others["test"]
     superiority = prompts.superiority(prompts.examples.edge, prompts.examples.cloud)
     count = Paired.of(test).gaps.shape[1]
@@ -306,9 +323,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         def submitted(some: Sequence[Router]) -> list[Future[Any]]:
             return [
                 pool.submit(fit, router, data, again if router.name == RouteT2I.name else None)
-                for router in sorted(
-                    some, key=lambda one: (len(one.settings), routers.index(one)), reverse=True
-                )
+                for router in _longest_first(some)
                 if router is not again
             ]
 
@@ -319,10 +334,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if done.exception() is not None:
                 pool.shutdown(cancel_futures=True)
             done.result()
-        # What is measured beside routers, then the routers with the most fits, and what takes seconds last: so that no
-        # process waits long for the other at the end.
         limiting = pool.submit(_ceiling, outcomes.split("train"), test, known)
-        deciding = pool.submit(decisions, bundle, outcomes, there, options.out)
+        deciding = pool.submit(decisions, bundle, outcomes, there, cache)
         fitting += submitted(routers[: len(ROUTERS)])
         parts: dict[Future[Any], str] = {limiting: "what can be foreseen", deciding: "the bundle's decisions"}
         for done in as_completed([*fitting, *parts]):
@@ -398,6 +411,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(
         f"{len(routers)} routers on {len(test)} test prompts in {facts.seconds:.0f} s -> {options.out}"
     )
+    size = sum(file.stat().st_size for file in cache.iterdir()) / 1e6
+    console.print(f"{cache} holds token states for a quicker next run, {size:.0f} MB; it may be deleted")
     return 0
 
 

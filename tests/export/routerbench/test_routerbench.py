@@ -20,7 +20,7 @@ from export.evaluate import Estimate
 from export.outcomes import Outcomes
 from export.prompts import scenes_by_text, scenes_of
 from export.routerbench import routers
-from export.routerbench.__main__ import Data, fit, worth
+from export.routerbench.__main__ import Data, _longest_first, fit, worth
 from export.routerbench.measure import (
     RATES,
     RESAMPLES,
@@ -144,6 +144,15 @@ def test_a_difference_is_paired_and_of_the_rates_that_are_asked_for(bench: Bench
     assert difference(hindsight, ties, RATES).value == pytest.approx(mean)
 
 
+def test_ours_is_started_first_and_what_takes_seconds_last() -> None:
+    started = [router.name for router in _longest_first([kind() for kind in ROUTERS])]
+    assert started[0] == "ours"
+    settings = {kind.name: len(kind.settings) for kind in ROUTERS}
+    counts = [settings[name] for name in started[1:]]
+    assert counts == sorted(counts, reverse=True)
+    assert started[-3:] == ["number of objects", "prompt length", "random"]
+
+
 def test_a_verdict_says_which_measure_it_rests_on_and_what_the_others_say() -> None:
     costs, helps, neither = Estimate(0.1, 0.05, 0.2), Estimate(-0.1, -0.2, -0.05), Estimate(0.0, -0.1, 0.1)
     drawn, once = "mean over all rates, as drawn", "mean over all rates, each scene once"
@@ -177,7 +186,7 @@ def test_a_router_that_learns_wins_more_than_chance(world: World) -> None:
 
 
 def test_the_command_writes_its_tables_and_takes_a_router_of_one_s_own(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from export.routerbench import __main__ as command
 
@@ -205,6 +214,8 @@ def test_the_command_writes_its_tables_and_takes_a_router_of_one_s_own(
         "oracle",
     ]
     assert (out / "deferral.png").stat().st_size > 10_000
+    assert list((out / "cache").glob("states-*.npz")) and not list(out.glob("*.npz"))
+    assert f"{out / 'cache'} holds token states" in " ".join(capsys.readouterr().err.split())
     report = (out / "report.md").read_text()
     assert "most letters" in report
     best = re.search(r"The best baseline on validation is (.*?)\. ", report)
