@@ -198,7 +198,7 @@ class Together(nn.Module):
 class Mixture(nn.Module):
     """The mixture that the module's docstring describes."""
 
-    def __init__(self, shape: Shape, *, dropout: float = 0.0) -> None:
+    def __init__(self, shape: Shape, *, dropout: float = 0.0, masked: float = Together.MASKED) -> None:
         super().__init__()
         self.shape = shape
         d, m, rank, hidden = shape.width + shape.words, shape.metrics, shape.rank, shape.hidden
@@ -210,7 +210,7 @@ class Mixture(nn.Module):
         self.shared = nn.Parameter(torch.randn(m, rank, hidden) * rank**-0.5)
         self.head = nn.Parameter(torch.randn(m, hidden, 2) * hidden**-0.5)
         self.bias = nn.Parameter(torch.zeros(m, 2))
-        self.together = Together(shape, 2 * m) if shape.sentence else None
+        self.together = Together(shape, 2 * m, masked) if shape.sentence else None
         self.dropout = Dropout(dropout)
 
     def start_from(self, states: Tensor, ids: Tensor, edge: Tensor, cloud: Tensor) -> None:

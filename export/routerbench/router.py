@@ -105,7 +105,7 @@ class Router(Protocol):
 
     name: str
     settings: Sequence[Mapping[str, float]]
-    """What is tried on validation: two entries, the same budget for all, or one where there is nothing to tune."""
+    """What is tried on validation. Those of `routers` have one each, which `tune` has chosen of 24."""
 
     def fit(self, train: Prompts, validation: Prompts, seed: int, **setting: float) -> Scorer:
         """Learn from ``train``; ``validation`` is for early stopping. The same seed makes the same scorer."""

@@ -8,7 +8,8 @@ themselves. The differences are what each of them learns, and from which label.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,8 +21,52 @@ from export.routerbench.router import Floats, Prompts, Router, Scorer
 from export.train import Examples, Recipe, Trained, knowing
 from export.train import train as train_mixtures
 
-NOTHING: Sequence[Mapping[str, float]] = ({},)
-RATES = ({"learning_rate": 3e-4}, {"learning_rate": 1e-3})
+Settings = Sequence[Mapping[str, float]]
+Space = Mapping[str, Sequence[float]]
+NOTHING: Settings = ({},)
+# What the settings of routers are drawn from. `falling` is whether the learning rate rises and falls as ours does, or
+# stays; `masked` the share of tokens whose state the attentive layer does not see in training.
+NEIGHBOURS: Space = {
+    "k": (1, 2, 3, 4, 5, 7, 10, 14, 20, 25, 30, 35, 40, 50, 60, 70, 80, 100, 120, 150, 200, 300, 500, 1000)
+}  # fmt: skip
+FACTORS: Space = {
+    "learning_rate": (1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3, 4e-3),
+    "falling": (0, 1),
+    "weight_decay": (1e-3, 1e-2, 1e-1),
+    "width": (32, 64, 128, 256),
+}
+ATTENTIVE: Space = {
+    "learning_rate": (1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3, 4e-3),
+    "falling": (0, 1),
+    "masked": (0.0, 0.25, 0.5),
+    "weight_decay": (1e-3, 1e-2, 1e-1),
+}
+MIXTURE: Space = {
+    "learning_rate": (2e-3, 3e-3, 5e-3, 1e-2, 2e-2, 3e-2),
+    "dropout": (0.0, 0.1, 0.2, 0.3, 0.5),
+    "gap_weight": (0.0, 1.0, 3.0, 10.0),
+    "weight_decay": (1e-3, 1e-2, 1e-1),
+}
+OURS: Space = {
+    "learning_rate": (3e-3, 5e-3, 1e-2, 2e-2),
+    "together_rate": (5e-4, 1e-3, 2e-3, 4e-3),
+    "dropout": (0.1, 0.3, 0.5),
+    "masked": (0.1, 0.25, 0.5),
+    "gap_weight": (1.0, 3.0),
+    "gain_weight": (1.0, 3.0, 10.0),
+    "rank_weight": (0.0, 1.0, 3.0, 10.0),
+}
+
+
+class Tuned(Protocol):
+    """A router whose setting is the best of those that `export.routerbench.tune` drew from its space."""
+
+    name: str
+    settings: Settings
+    space: Space
+
+    def fit(self, train: Prompts, validation: Prompts, seed: int, **setting: float) -> Scorer:
+        """See `Router`."""
 
 
 class Random:
@@ -59,7 +104,8 @@ class NearestNeighbours:
     """Mean measured gain of the k training prompts whose mean token state points the same way."""
 
     name = "kNN"
-    settings = ({"k": 30}, {"k": 120})
+    settings: Settings = ({"k": 30},)
+    space = NEIGHBOURS
 
     def fit(self, train: Prompts, validation: Prompts, seed: int, **setting: float) -> Scorer:
         """Keeps the training prompts."""
@@ -78,12 +124,16 @@ class MatrixFactorisation:
     """RouteLLM's: a bilinear score of prompt and model, so that the better model of a pair scores higher."""
 
     name = "matrix factorisation (RouteLLM)"
-    settings = RATES
+    settings = ({"learning_rate": 1e-3, "falling": 0, "weight_decay": 1e-2, "width": 64},)
+    space = FACTORS
 
     def fit(self, train: Prompts, validation: Prompts, seed: int, **setting: float) -> Scorer:
         """Bradley-Terry loss on which model's image won."""
         torch.manual_seed(seed)
-        network = _Pooled(train.pooled, lambda width: nn.Sequential(nn.Linear(width, 64), nn.Linear(64, 1)))
+        inside = int(setting["width"])
+        network = _Pooled(
+            train.pooled, lambda width: nn.Sequential(nn.Linear(width, inside), nn.Linear(inside, 1))
+        )
         wins = torch.from_numpy(train.wins).float()
         _descend(
             network, train, validation, seed, setting, lambda out, rows: _entropy(out[:, 0], wins[rows]),
@@ -96,7 +146,8 @@ class Classifier:
     """A network on the token states that says which model's image wins: RouteLLM's BERT router, from scratch."""
 
     name = "classifier (RouteLLM, from scratch)"
-    settings = RATES
+    settings: Settings = ({"learning_rate": 1e-3, "falling": 0, "masked": 0.0, "weight_decay": 1e-2},)
+    space = ATTENTIVE
 
     def labels(self, prompts: Prompts) -> Floats:
         """[N], in [0, 1]: how surely the edge will do."""
@@ -105,7 +156,7 @@ class Classifier:
     def fit(self, train: Prompts, validation: Prompts, seed: int, **setting: float) -> Scorer:
         """Cross-entropy with ``labels``."""
         torch.manual_seed(seed)
-        network = _Attentive(train, 1)
+        network = _Attentive(train, 1, setting["masked"])
         labels, held_out = (torch.from_numpy(self.labels(part)).float() for part in (train, validation))
         _descend(
             network, train, validation, seed, setting, lambda out, rows: _entropy(out[:, 0], labels[rows]),
@@ -148,12 +199,13 @@ class Zooter:
     """ZOOTER: distils the normalised rewards of both models' images."""
 
     name = "ZOOTER"
-    settings = RATES
+    settings = ({"learning_rate": 1e-3, "falling": 0, "masked": 0.0, "weight_decay": 1e-2},)
+    space = ATTENTIVE
 
     def fit(self, train: Prompts, validation: Prompts, seed: int, **setting: float) -> Scorer:
         """Kullback-Leibler divergence from the softmax of the standardised mean qualities."""
         torch.manual_seed(seed)
-        network = _Attentive(train, 2)
+        network = _Attentive(train, 2, setting["masked"])
         spread = float(train.gain.std())
 
         def rewards(prompts: Prompts) -> Tensor:
@@ -173,15 +225,14 @@ class Zooter:
 
 
 class RouteT2I:
-    """The paper's: token-level prediction of all metrics for both models, ranked by PRS. One mixture.
+    """The paper's: token-level prediction of all metrics for both models, ranked by PRS. One mixture."""
 
-    Its recipe was chosen on the labels of an earlier judge, that of ours on validation and calibration prompts of the
-    labels that ship; nothing is left to tune.
-    """
-
-    name, settings = "routet2i", NOTHING
-    mixtures, steps = 1, Recipe.steps
-    gain_weight = deletion_weight = 0.0  # neither is the paper's
+    name = "routet2i"
+    settings: Settings = ({"learning_rate": 1e-2, "dropout": 0.3, "gap_weight": 3.0, "weight_decay": 1e-2},)
+    space = MIXTURE
+    recipe = Recipe(
+        seeds=1, gain_weight=0.0, rank_weight=0.0, deletion_weight=0.0
+    )  # terms that are not the paper's
 
     def shape(self, prompts: Prompts) -> Shape:
         """Of the mixture."""
@@ -191,13 +242,8 @@ class RouteT2I:
         """As `edge-export train` does, by the recipe of this class."""
         shape = self.shape(train)
         known, held_out = (_targets(part.examples, shape.metrics) for part in (train, validation))
-        recipe = Recipe(
-            seeds=self.mixtures,
-            steps=self.steps,
-            gain_weight=self.gain_weight,
-            deletion_weight=self.deletion_weight,
-        )
-        events = train_mixtures(known, held_out, shape, recipe, first=seed * self.mixtures)
+        recipe = replace(self.recipe, **setting)
+        events = train_mixtures(known, held_out, shape, recipe, first=seed * recipe.seeds)
         ensemble = Ensemble([event.mixture for event in events if isinstance(event, Trained)]).eval()
         return Ranked(ensemble, self.ranked)
 
@@ -272,13 +318,14 @@ class SingleGate(RouteT2I):
 
 
 class Ours(ByGain):
-    """The predictor that ships: a mixture that also reads words, and all of them together, and whose pulls are learnt
-    of deleted tokens. Ranked by the expected gain in quality in place of PRS.
+    """The predictor that ships: a mixture that also reads words, and all of them together, that learns the order of
+    prompts, and whose pulls are learnt of deleted tokens. Ranked by the expected gain in quality in place of PRS.
     """
 
     name = "ours"
-    mixtures = Recipe.seeds
-    gain_weight, deletion_weight = Recipe.gain_weight, Recipe.deletion_weight
+    space = OURS
+    recipe = Recipe()
+    settings = ({name: value for name, value in asdict(recipe).items() if name in OURS},)
 
     def shape(self, prompts: Prompts) -> Shape:
         """Of each mixture."""
@@ -306,6 +353,9 @@ ROUTERS: tuple[type[Router], ...] = (
 )
 BASELINES = ROUTERS[1:10]
 """What the paper's method and ours are compared with; the best of them is chosen on validation."""
+
+TUNED: tuple[type[Tuned], ...] = (*BASELINES[2:], RouteT2I, Ours)
+"""Those that learn, but for the ablations: they have the setting of what they are compared with."""
 
 ABLATIONS: Mapping[type[Router], type[Router]] = {
     ByGain: RouteT2I,
@@ -339,20 +389,18 @@ class _Pooled(nn.Module):
 
 
 class _Attentive(nn.Module):
-    """One transformer layer over token states and words, pooled by attention: what a classifier's own top would be.
-
-    The layer is ours (`export.mixture.Together`), shown all states in training: with half of them masked, as ours
-    learns, ZOOTER won as much on validation prompts of earlier labels.
+    """One transformer layer over token states and words, pooled by attention: what a classifier's own top would be. The
+    layer is ours (`export.mixture.Together`).
     """
 
-    def __init__(self, train: Prompts, outputs: int) -> None:
+    def __init__(self, train: Prompts, outputs: int, masked: float) -> None:
         super().__init__()
         examples = train.examples
         shape = Shape(examples.states.shape[-1], outputs, sentence=SENTENCE)
         shape = knowing(shape, examples, train.vocabulary)
         self.inputs = Inputs(shape)
         self.inputs.start_from(examples.states[examples.mask], examples.ids[examples.mask])
-        self.together = Together(shape, outputs, masked=0.0)
+        self.together = Together(shape, outputs, masked)
         self.bias = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, states: Tensor, mask: Tensor, ids: Tensor) -> Tensor:
@@ -370,13 +418,19 @@ def _descend(
     loss_of: Callable[[Tensor, Tensor], Tensor],
     held_out: Callable[[Tensor], Tensor],
 ) -> None:
-    """AdamW with early stopping; ``loss_of(outputs, rows)`` of a batch, ``held_out(outputs)`` of all of validation."""
+    """AdamW, keeping the epoch with the best validation loss and, where the rate stays, stopping early.
+
+    ``loss_of(outputs, rows)`` is of a batch, ``held_out(outputs)`` of all of validation.
+    """
     draw = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.AdamW(
-        network.parameters(), setting["learning_rate"], weight_decay=1e-2, fused=True
-    )
+    rate, decay = setting["learning_rate"], setting["weight_decay"]
+    optimiser = torch.optim.AdamW(network.parameters(), rate, weight_decay=decay, fused=True)
     best, kept, waited = float("inf"), network.state_dict(), 0
     epochs = Recipe(steps=STEPS).epochs(len(train))
+    falling = None
+    if setting["falling"]:
+        total = epochs * -(-len(train) // BATCH)
+        falling = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=total, pct_start=0.1)
     held = validation.examples
     for _ in range(epochs):
         network.train()
@@ -386,6 +440,8 @@ def _descend(
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
+            if falling is not None:
+                falling.step()
         network.eval()
         with torch.inference_mode():
             now = float(held_out(network(held.states, held.mask, held.ids)))
@@ -394,7 +450,7 @@ def _descend(
             kept = {name: tensor.clone() for name, tensor in network.state_dict().items()}
         else:
             waited += 1
-            if waited * PATIENCE >= epochs:
+            if falling is None and waited * PATIENCE >= epochs:
                 break
     network.load_state_dict(kept)
     network.eval()

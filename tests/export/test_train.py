@@ -109,6 +109,35 @@ def test_what_the_prompts_less_a_token_would_say_is_not_left_out_in_silence() ->
     assert trained(bare, bare, replace(RECIPE, steps=2, deletion_weight=0.0)).validation_loss > 0
 
 
+def test_two_prompts_in_the_wrong_order_cost_more_the_more_their_gains_differ_and_only_in_training() -> None:
+    gains = torch.tensor([0.0, 0.1, 0.3])
+    level = torch.full((3, METRICS), 0.5)
+    states, mask, ids = torch.zeros(3, 1, WIDTH), torch.ones(3, 1, dtype=torch.bool), torch.zeros(3, 1).long()
+    prompts = Examples(states, mask, ids, level, level + gains[:, None])
+
+    class Says(torch.nn.Module):
+        """These gains, whatever it reads, each right or wrong by as much as in any other order."""
+
+        def __init__(self, order: list[int]) -> None:
+            super().__init__()
+            self.cloud = level + gains[order, None]
+
+        def forward(self, *read: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            return level, self.cloud, torch.zeros(3, 1, METRICS)
+
+    def cost(order: list[int], mode: bool = True, **recipe: float) -> float:
+        wanted = replace(Recipe(gap_weight=0, gain_weight=0, deletion_weight=0), **recipe)
+        return float(Loss(prompts, wanted)(Says(order).train(mode), prompts))
+
+    def disorder(order: list[int]) -> float:
+        return cost(order, rank_weight=1) - cost(order, rank_weight=0)
+
+    near, far = [1, 0, 2], [0, 2, 1]
+    assert 0 < disorder([0, 1, 2]) < disorder(near) < disorder(far) < disorder([2, 1, 0])
+    assert cost(far, rank_weight=7) - cost(far, rank_weight=0) == pytest.approx(7 * disorder(far), rel=1e-4)
+    assert cost(far, False, rank_weight=7) == cost(far, False, rank_weight=0)
+
+
 def test_a_seed_gives_the_same_weights_and_another_seed_others() -> None:
     data, short = (world(64, 1), world(32, 2)), Recipe(steps=2, seeds=2)
     shape = knowing(replace(SHAPE, words=4, sentence=8), data[0], WORDS)

@@ -59,8 +59,8 @@ class World:
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fraction of the steps: the prompts are few."""
     monkeypatch.setattr(routers, "STEPS", 90)
-    monkeypatch.setattr(routers.RouteT2I, "steps", 180)
-    monkeypatch.setattr(routers.Ours, "steps", 180)
+    for kind in (routers.RouteT2I, routers.Ours):
+        monkeypatch.setattr(kind, "recipe", replace(kind.recipe, steps=180))
 
 
 @pytest.fixture(scope="module")

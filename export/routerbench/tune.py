@@ -1,0 +1,161 @@
+"""Choose the settings of the benchmark's routers, with the same budget for each.
+
+    python -m export.routerbench.tune OUT.csv [--labels LABELS] [--bundle BUNDLE] [--router NAME]
+
+Every router that learns is fitted with the setting that it has and with 23 others, drawn at random from its ``space``,
+one seed each. They are compared by what they win on validation and calibration prompts; no test prompt is read. Each
+fit appends a line to OUT.csv, and a second run goes on where the first one was stopped. Then the best of each router is
+printed: it is taken by writing it into ``routers.py``, for ours into `export.train.Recipe`. Takes an hour on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from edge_agent.bundle import Bundle
+from export.arguments import at_least
+from export.calibrate import scale_of
+from export.errors import ExportError
+from export.label import STARTER_BUNDLE
+from export.outcomes import Outcomes
+from export.prompts import never_learnt, scenes_by_text, scenes_of
+from export.routerbench.__main__ import LABELS, keep_states, worth
+from export.routerbench.router import Prompts
+from export.routerbench.routers import TUNED, Tuned
+from export.terminal import console, progress
+
+COLUMNS = ("router", "setting", "validation", "calibration", "seconds")
+COMPARED = ("validation", "calibration")
+TRIALS = 24
+
+
+def settings_of(kind: type[Tuned]) -> list[Mapping[str, float]]:
+    """TRIALS of them, that of the router first; the same every time."""
+    draw, (first,) = np.random.default_rng(0), kind.settings
+    settings = [dict(first)]
+    while len(settings) < min(TRIALS, int(np.prod([len(values) for values in kind.space.values()]))):
+        setting = {name: values[draw.integers(len(values))] for name, values in kind.space.items()}
+        if setting not in settings:
+            settings.append(setting)
+    return settings
+
+
+class Trial:
+    """What every process of the pool has read once."""
+
+    train: Prompts
+    compared: Mapping[str, Prompts]
+
+    @classmethod
+    def read(cls, outcomes: Outcomes, bundle: Path, cache: Path) -> None:
+        """Keep the prompts of the splits."""
+        torch.set_num_threads(1)
+        opened, scale = Bundle.open(bundle), np.asarray(scale_of(outcomes.split("train"), 1.0), np.float64)
+
+        def prompts(split: str) -> Prompts:
+            part = outcomes.split(split)
+            scenes = np.arange(len(part.prompts))  # nothing asks for them here
+            return Prompts.of(part, opened, scale, scenes, cache, shorter=split == "train")
+
+        cls.train = prompts("train")
+        cls.compared = {split: prompts(split) for split in COMPARED}
+
+    @classmethod
+    def of(cls, kind: type[Tuned], setting: Mapping[str, float]) -> dict[str, str]:
+        """The line of one fit: what it captures of what the gains themselves would win, over all rates."""
+        started = time.monotonic()
+        score = kind().fit(cls.train, cls.compared["validation"], 0, **setting)
+        row = {
+            "router": kind.name,
+            "setting": json.dumps(setting),
+            "seconds": f"{time.monotonic() - started:.0f}",
+        }
+        for split, prompts in cls.compared.items():
+            won = worth(np.asarray(score(prompts.unseen)), prompts.gain)
+            row[split] = f"{won / worth(-prompts.gain, prompts.gain):.4f}"
+        return row
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of the tuning; returns the exit code."""
+    kinds = {kind.name: kind for kind in TUNED}
+    parser = argparse.ArgumentParser(
+        "python -m export.routerbench.tune", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("out", type=Path, metavar="OUT.csv", help="one line a fit")
+    parser.add_argument(
+        "--labels", type=Path, default=LABELS, help="the outcome matrix (default: the starter's)"
+    )
+    parser.add_argument("--bundle", type=Path, default=STARTER_BUNDLE, help="whose text encoder routers read")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=Path("routerbench-out/cache"),
+        help="for token states (default: %(default)s)",
+    )
+    parser.add_argument("--router", choices=kinds, action="append", help="only this one; may be repeated")
+    parser.add_argument("--processes", type=at_least(1), default=2, help="default: %(default)s")
+    options = parser.parse_args(argv)
+
+    rows = _rows(options.out)
+    outcomes, bundle = Outcomes.read(options.labels), Bundle.open(options.bundle)
+    outcomes.must_be_of(bundle)
+    scenes = scenes_of(outcomes.prompts, scenes_by_text(outcomes.splits.tolist()))
+    outcomes = outcomes.where(never_learnt(outcomes.splits, scenes))
+    options.cache.mkdir(parents=True, exist_ok=True)
+    keep_states(outcomes.split("train"), bundle, options.cache)
+
+    had = {(row["router"], row["setting"]) for row in rows}
+    chosen = [kinds[name] for name in options.router or kinds]
+    wanted = [(kind, setting) for kind in chosen for setting in settings_of(kind)]
+    left = [(kind, setting) for kind, setting in wanted if (kind.name, json.dumps(setting)) not in had]
+    with (
+        progress() as bar,
+        options.out.open("a", newline="", encoding="utf-8") as file,
+        ProcessPoolExecutor(
+            options.processes, initializer=Trial.read, initargs=(outcomes, options.bundle, options.cache)
+        ) as pool,
+    ):
+        table = csv.DictWriter(file, COLUMNS)
+        if not rows:
+            table.writeheader()
+        task = bar.add_task("settings", total=len(wanted), completed=len(wanted) - len(left))
+        for done in as_completed([pool.submit(Trial.of, kind, setting) for kind, setting in left]):
+            row = done.result()
+            rows.append(row)
+            table.writerow(row)
+            file.flush()
+            bar.update(task, advance=1, note=row["router"])
+    for kind in chosen:
+        own = [row for row in rows if row["router"] == kind.name]
+        best = max(own, key=lambda row: sum(float(row[split]) for split in COMPARED))
+        told = ", ".join(f"{split} {float(best[split]):.3f}" for split in COMPARED)
+        console.print(f"{kind.name}: {best['setting']} of {len(own)}; {told}")
+    return 0
+
+
+def _rows(file: Path) -> list[dict[str, str]]:
+    """What an earlier run has measured. ExportError where the file is something else."""
+    if not file.exists():
+        return []
+    with file.open(newline="", encoding="utf-8") as lines:
+        table = csv.DictReader(lines)
+        rows = list(table)
+    if table.fieldnames is not None and tuple(table.fieldnames) != COLUMNS:
+        raise ExportError(f"{file} has not the columns {', '.join(COLUMNS)} of a tuning: name another file")
+    return rows
+
+
+if __name__ == "__main__":
+    from export.__main__ import run
+
+    raise SystemExit(run(main))
