@@ -109,11 +109,26 @@ def _loaded(kind: Any, model: str | os.PathLike[str], **options: Any) -> Any:
     try:
         return kind.from_pretrained(model, **options)
     except Exception as error:  # each library fails in its own ways
+        if folder.is_dir():
+            _refuse_unreadable(folder)
         if folder.is_dir() and issubclass(kind, transformers.PreTrainedTokenizerBase):
             _explain_tokenizer(kind, folder)
         where = folder if folder.is_dir() else folder.as_posix()
         reason = " ".join(str(error).split())[:_LONGEST_REASON] or type(error).__name__
         raise ValueError(f"{where} cannot be loaded: {reason}") from error
+
+
+def _refuse_unreadable(folder: Path) -> None:
+    """Raises ValueError, naming the first file in `folder` that cannot be opened; a link may lead nowhere.
+
+    The libraries say of some that they are not there, and of others nothing.
+    """
+    for file in sorted(folder.iterdir()):
+        if file.is_file() or not file.exists():
+            try:
+                file.open("rb").close()
+            except OSError as error:
+                raise ValueError(f"{file} cannot be read: {error.strerror}") from error
 
 
 def _explain_tokenizer(kind: Any, folder: Path) -> None:

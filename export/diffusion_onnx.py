@@ -186,7 +186,8 @@ def _refuse_name(name: str) -> None:
 def _beside(target: Path, report: Report) -> Iterator[Path]:
     """A new folder beside `target`, so that the move at the end is one rename on one disk; gone when done.
 
-    Only one export of `target` has it at a time. Raises ExportError when another has, or it cannot be written.
+    Only one export of `target` has it at a time. Raises ExportError when another has, it cannot be written, or the
+    block raises an OSError, whose file is named.
     """
     lock = target.with_name(f".{target.name}.lock")
     with ExitStack() as held:
@@ -202,7 +203,7 @@ def _beside(target: Path, report: Report) -> Iterator[Path]:
                 f"another export of {target} is under way; wait for it, or name another folder"
             ) from None
         except OSError as error:
-            raise ExportError(_unwritable(error, target)) from error
+            raise ExportError(_explained(error, target)) from error
         except (BundleError, GenerationFailed) as error:
             raise ExportError(error.message) from error
 
@@ -228,7 +229,11 @@ def _remove_dead(target: Path, report: Report) -> None:
         )
 
 
-def _unwritable(error: OSError, target: Path) -> str:
+def _explained(error: OSError, target: Path) -> str:
+    if error.filename is not None and error.errno not in DISK_FULL:
+        at = Path(str(error.filename))
+        if at not in target.parents and target.parent not in at.parents:
+            return f"{at}: {error.strerror}"  # nothing that an export writes
     place = next(path for path in target.parents if path.exists())
     if not place.is_dir():
         return f"{target} cannot be made, for {place} is a file; name another folder"

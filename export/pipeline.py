@@ -67,14 +67,15 @@ def load(model: str | os.PathLike[str]) -> Any:
     Raises:
         ExportError: it is not there, incomplete, of an unsupported class, or the hub cannot be reached.
     """
-    name = _class_name(model)
-    _refuse_class(name)
     try:
+        name = _class_name(model)
+        _refuse_class(name)
         with quiet():
-            pipeline = complete.pipeline(model, torch.float32, **_without_safety_checker(name))
+            return complete.pipeline(model, torch.float32, **_without_safety_checker(name))
+    except ExportError:
+        raise
     except Exception as error:  # each part's library fails in its own way
         raise ExportError(f"{model} cannot be loaded as a diffusers pipeline: {_reason(error)}") from error
-    return pipeline
 
 
 def prepared(pipeline: Any, autoencoder: str | os.PathLike[str] | None = None) -> Any:
@@ -212,6 +213,8 @@ def _class_name(model: str | os.PathLike[str]) -> str:
         with quiet():
             index = DiffusionPipeline.load_config(os.fspath(model))
     except Exception as error:  # the hub's library fails in its own ways
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # names the file itself
         if folder.is_dir():
             raise ExportError(f"{folder / 'model_index.json'} cannot be read: {_reason(error)}") from error
         raise ExportError(
@@ -239,8 +242,8 @@ def _refuse_mistyped(model: str | os.PathLike[str], what: str) -> None:
 
 
 def _load_autoencoder(model: str | os.PathLike[str]) -> Any:
-    _refuse_mistyped(model, "an autoencoder")
     try:
+        _refuse_mistyped(model, "an autoencoder")
         with quiet():
             if Path(model).is_dir():
                 complete.refuse_faulty(AutoencoderKL, Path(model))
@@ -248,6 +251,8 @@ def _load_autoencoder(model: str | os.PathLike[str]) -> Any:
             classes = {made.__name__: made for made in (AutoencoderKL, AutoencoderTiny)}
             if name in classes:
                 return complete.part(classes[name], model, torch_dtype=torch.float32)
+    except ExportError:
+        raise
     except Exception as error:  # the hub's library fails in its own ways
         raise ExportError(f"{model} cannot be loaded as an autoencoder: {_reason(error)}") from error
     raise ExportError(f"{model} holds a {name}; {' and '.join(classes)} are supported as autoencoders")
@@ -337,6 +342,8 @@ def _from_hub(error: Exception) -> str:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename} cannot be read: {error.strerror}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 

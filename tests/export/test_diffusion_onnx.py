@@ -40,7 +40,7 @@ from edge_agent.diffusion.sessions import Runtime
 from export import diffusion_onnx
 from export.__main__ import INTERRUPTED
 from export.__main__ import main as edge_export
-from export.diffusion_onnx import export_bundle, main
+from export.diffusion_onnx import _beside, export_bundle, main
 from export.errors import ExportError
 from export.graphs import MASKED
 from export.pipeline import load, name_of
@@ -600,6 +600,21 @@ def test_a_faulty_part_is_refused_by_its_folder_and_what_is_wrong(
         complete.pipeline(model, torch.float32, local_files_only=True)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["text_encoder/model.safetensors", "tokenizer/merges.txt", "unet/diffusion_pytorch_model.safetensors"],
+)
+def test_a_file_that_cannot_be_opened_is_refused_by_its_name(model: Path, name: str) -> None:
+    """A link that leads nowhere, as a hub's cache may hold it; by whoever loads it, too."""
+    (model / name).unlink()
+    (model / name).symlink_to("gone")
+    why = re.escape(f"{model / name} cannot be read: No such file or directory")
+    with pytest.raises(ExportError, match=f": {why}$"):
+        load(model)
+    with pytest.raises(ValueError, match=f"^{why}$"):
+        complete.pipeline(model, torch.float32, local_files_only=True)
+
+
 def test_an_autoencoder_without_its_config_is_refused_by_its_folder(
     pipeline: StableDiffusionPipeline, model: Path, tmp_path: Path
 ) -> None:
@@ -689,6 +704,55 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_loaded()
         Path(folder).chmod(0o500)
         with pytest.raises(ExportError, match=r"cannot be written: Permission denied; name another folder"):
             export_bundle("no/such/model", Path(folder) / "bundle", report=silent)
+
+
+@pytest.mark.usefixtures("ordinary_user")
+@pytest.mark.parametrize("closed", ["", "unet"])
+def test_a_model_that_cannot_be_read_is_not_called_a_folder_that_cannot_be_written(closed: str) -> None:
+    """Nor is an autoencoder that takes the place of the model's own."""
+    with tempfile.TemporaryDirectory() as folder:  # not tmp_path, as above
+        model, out = save_miniature(Path(folder) / "model"), Path(folder) / "bundle"
+        pipeline = miniature_pipeline()
+        (model / closed).chmod(0)
+        try:
+            why = rf" cannot be loaded as .*: {re.escape(str(model / closed))}/\S+ cannot be read: Permission denied$"
+            with pytest.raises(ExportError, match=f"^{re.escape(str(model))}{why}"):
+                export_bundle(model, out, report=silent)
+            with pytest.raises(ExportError, match=f"^{re.escape(str(model / 'unet'))}{why}"):
+                export_bundle(pipeline, out, autoencoder=model / "unet", report=silent)
+        finally:
+            (model / closed).chmod(0o700)
+        assert [path.name for path in Path(folder).iterdir()] == ["model"]
+
+
+def test_a_name_that_no_folder_can_have_is_not_blamed_on_the_bundles(
+    pipeline: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    name, out = "x" * 300, tmp_path / "bundle"
+    with pytest.raises(
+        ExportError, match=rf"^{name} cannot be loaded as .*: {name} cannot be read: File name"
+    ):
+        export_bundle(name, out, name="long", report=silent)
+    with pytest.raises(
+        ExportError, match=rf"^{name} cannot be loaded as .*: {name} cannot be read: File name"
+    ):
+        export_bundle(pipeline, out, autoencoder=name, report=silent)
+
+
+def test_only_what_an_export_writes_is_called_unwritable(tmp_path: Path) -> None:
+    other = tmp_path / "other" / "file"
+    with (
+        pytest.raises(ExportError, match=f"^{re.escape(str(other))}: No such file or directory$"),
+        _beside(tmp_path / "here" / "bundle", silent),
+    ):
+        other.read_bytes()
+    with (
+        pytest.raises(
+            ExportError, match=r"here/\.bundle\.partial-\S+/none/file cannot be written: No such file"
+        ),
+        _beside(tmp_path / "here" / "bundle", silent) as partial,
+    ):
+        (partial / "none" / "file").write_bytes(b"x")
 
 
 def test_a_full_disk_is_said_in_words(pipeline: StableDiffusionPipeline, tmp_path: Path) -> None:
