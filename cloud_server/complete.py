@@ -16,6 +16,8 @@ import transformers
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from cloud_server.errors import reason
+
 NETWORKS = (diffusers.ModelMixin, transformers.PreTrainedModel)
 LIBRARIES = {
     "diffusers": (diffusers, (diffusers.ModelMixin, diffusers.SchedulerMixin)),
@@ -114,8 +116,7 @@ def _loaded(kind: Any, model: str | os.PathLike[str], **options: Any) -> Any:
         if folder.is_dir() and issubclass(kind, transformers.PreTrainedTokenizerBase):
             _explain_tokenizer(kind, folder)
         where = folder if folder.is_dir() else folder.as_posix()
-        reason = " ".join(str(error).split())[:_LONGEST_REASON] or type(error).__name__
-        raise ValueError(f"{where} cannot be loaded: {reason}") from error
+        raise ValueError(f"{where} cannot be loaded: {reason(error)[:_LONGEST_REASON]}") from error
 
 
 def _refuse_unreadable(folder: Path) -> None:

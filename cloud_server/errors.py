@@ -147,5 +147,16 @@ def grpc_status(error: CloudServerError) -> status_pb2.Status:
     return status_pb2.Status(code=code, message=message, details=packed)
 
 
+def reason(error: BaseException) -> str:
+    """What an error of somebody else's says, on one line.
+
+    Its class, which is Python's word and no user's, comes before what says nothing without it: a word, or nothing.
+    """
+    said, kind = " ".join(str(error).split()), type(error).__name__
+    if " " in said:
+        return said
+    return f"{kind}: {said}" if said else kind
+
+
 def _upper_snake(name: str) -> str:
     return "".join(f"_{c}" if c.isupper() and i else c for i, c in enumerate(name)).upper()

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from cloud_server.errors import GenerationFailed, ImageWithheld, StartRefused
+from cloud_server.errors import GenerationFailed, ImageWithheld, StartRefused, reason
 from cloud_server.model import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, Model
 from cloud_server.request import Limits, Spec
 
@@ -101,7 +101,7 @@ class Generator:
             )
         except Exception as error:  # loaders of many formats, each with its own exceptions
             raise StartRefused(
-                f"cannot load the model in {model.folder}: {type(error).__name__}: {error}. "
+                f"cannot load the model in {model.folder}: {reason(error).rstrip('.')}. "
                 "Save it again with save_pretrained(), or choose another with --model"
             ) from error
         pipeline.set_progress_bar_config(disable=True)
@@ -202,7 +202,7 @@ class Generator:
             return None
         # Whatever torch, diffusers or a driver raise; a panic in a native library is no Exception.
         except BaseException as error:
-            raise GenerationFailed(f"the pipeline failed: {type(error).__name__}: {error}") from error
+            raise GenerationFailed(f"the pipeline failed: {reason(error)}") from error
         if any(getattr(output, "nsfw_content_detected", None) or ()):
             raise ImageWithheld("the model's safety checker withheld the image; nothing is charged")
         generated = time.perf_counter()

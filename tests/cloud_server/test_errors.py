@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from google.rpc import error_details_pb2
 
 from cloud_server import errors
@@ -29,3 +30,15 @@ def test_details_travel_and_long_messages_are_cut() -> None:
     reason = error_details_pb2.ErrorInfo()
     info.Unpack(reason)
     assert (reason.reason, dict(reason.metadata)) == ("QUEUE_FULL", {"a": "b"})
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("unet has\n no weights"), "unet has no weights"),
+        (KeyError("unet"), "KeyError: 'unet'"),
+        (MemoryError(), "MemoryError"),
+    ],
+)
+def test_python_names_an_error_where_it_says_nothing_itself(error: Exception, said: str) -> None:
+    assert errors.reason(error) == said

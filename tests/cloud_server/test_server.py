@@ -192,7 +192,9 @@ def test_a_model_that_lacks_weights_is_refused_by_their_name(
     forget(incomplete / "text_encoder", "text_model.final_layer_norm.bias")
     flags = ["--listen", "127.0.0.1:0", "--state", str(tmp_path / "state"), "--model", str(incomplete)]
     assert main(["serve", *flags]) == 2
-    assert "text_encoder has no weights text_model.final_layer_norm.bias" in capsys.readouterr().err
+    begins = f"cloud-server: cannot load the model in {incomplete}: "
+    missing = "text_encoder has no weights text_model.final_layer_norm.bias. Save it again with"
+    assert begins + missing in capsys.readouterr().err
 
 
 def test_a_model_whose_index_names_no_scheduler_is_refused_by_what_it_lacks(

@@ -389,7 +389,7 @@ async def test_a_pipeline_that_breaks_charges_nothing_and_the_next_call_is_serve
     hook.remove()
     assert answer.error is not None
     assert answer.error.code == "INTERNAL"
-    assert "out of memory" in answer.error.message
+    assert answer.error.message == "the pipeline failed: CUDA error: out of memory"
     assert await running.client.state(request_id) == "FAILED"
     assert (await running.client.generate(request_id=request_id)).error is None
 
