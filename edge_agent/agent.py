@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from edge_agent import version
+from edge_agent.bundle import CALIBRATE
 from edge_agent.cloud import CloudAccepted, CloudClient, CloudImage
 from edge_agent.device import Device, Drawing, Drawn, Job
 from edge_agent.errors import CloudError, CloudRefused, LedgerError, QuotaExhausted
@@ -170,9 +171,8 @@ class Agent:
         if calibration is not None and not self._cloud_fits:
             found.append(
                 f"the cloud server runs model {self.tally.cloud_digest[:16]} and the calibration was made for "
-                f"{calibration.cloud_digest[:16]}, so no prompt is routed: run `edge-export calibrate` for that model "
-                "and restart edge-agent, or start the cloud server with the other one, which the prompts after that "
-                "notice"
+                f"{calibration.cloud_digest[:16]}, so no prompt is routed: {CALIBRATE} for that model and restart "
+                "edge-agent, or start the cloud server with the other one, which the prompts after that notice"
             )
         if self.purchases.cloud is None:
             found.append(

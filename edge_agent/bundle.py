@@ -43,6 +43,9 @@ DECODER = "vae_decoder/model.onnx"
 PREDICTOR = "predictor/model.onnx"
 CALIBRATION = "predictor/calibration.json"
 
+CALIBRATE = "run `edge-export label`, unless you have its labels of both models, then `edge-export calibrate`"
+"""What makes a calibration where there is a predictor."""
+
 # The folders that decide what an image looks like. Predictor and calibration are made *for* these, so they
 # stay out of the model digest: adding them must not change the digest that the calibration was made for.
 MODEL_FOLDERS = (
@@ -238,20 +241,17 @@ class Bundle:
             )
         calibration = self.calibration
         if calibration is None:
-            return (
-                f"the bundle {self.folder} has no calibration, so no prompt is routed: "
-                "run `edge-export calibrate` for it"
-            )
+            return f"the bundle {self.folder} has no calibration, so no prompt is routed: {CALIBRATE} for it"
         if calibration.edge_digest != self.model_digest:
             return (
                 f"the calibration was made for edge model {calibration.edge_digest[:16]} and the bundle holds "
-                f"{self.model_digest[:16]}, so no prompt is routed: run `edge-export calibrate` for {self.folder}"
+                f"{self.model_digest[:16]}, so no prompt is routed: {CALIBRATE} for {self.folder}"
             )
         predictor = self.manifest.files[PREDICTOR].sha256
         if calibration.recipe.get("predictor_sha256", predictor) != predictor:
             return (
                 "the calibration was made for another predictor than the bundle's, so no prompt is routed: "
-                f"run `edge-export calibrate` for {self.folder}"
+                f"{CALIBRATE} for {self.folder}"
             )
         if tuple(name for name, _, _ in calibration.metrics) != METRICS:
             raise BundleError(

@@ -65,7 +65,7 @@ class Predictor:
         except BundleError as error:
             raise BundleError(
                 f"{error.message}; a predictor of an earlier version is made anew with `edge-export train`, "
-                "`edge-export predictor` and `edge-export calibrate`"
+                "`edge-export predictor` and `edge-export calibrate`, on labels of `edge-export label`"
             ) from error
         own_width, metrics = session.shapes["states"][-1], session.shapes["edge"][-1]
         if metrics != len(METRICS):

@@ -14,10 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
 from edge_agent.__main__ import main
-from edge_agent.bundle import CALIBRATION, DENOISER, MANIFEST, SCHEMA_VERSION, Bundle, write_manifest
+from edge_agent.bundle import (
+    CALIBRATION,
+    DENOISER,
+    MANIFEST,
+    PREDICTOR,
+    SCHEMA_VERSION,
+    Bundle,
+    write_manifest,
+)
 from edge_agent.client import AgentClient
 from edge_agent.settings import STARTER
 from edge_agent.store import Store
@@ -32,6 +41,9 @@ LISTED = (
 PULLED = (
     "name", "folder", "digest", "bytes", "fetched_bytes", "was_installed", "current", "served", "calibrated", "advice"
 )  # fmt: skip
+LABEL_AND_CALIBRATE = (
+    "run `edge-export label`, unless you have its labels of both models, then `edge-export calibrate`"
+)
 
 
 @dataclass
@@ -140,14 +152,29 @@ def test_an_uncalibrated_model_says_so_and_how_to_calibrate(run: Run, home: Path
     )  # another model, with the calibration of the first
     assert "the calibration was made for edge model" in run("pull", other).out
     assert "uncalibrated: " in run("use", "other").out
-    assert "run `edge-export calibrate`" in run("use", "other").out
+    assert LABEL_AND_CALIBRATE in run("use", "other").out
     listed = names(run("list", "--json"))
     assert [listed[name]["calibrated"] for name in ("starter", "hollow", "other")] == [True, False, False]
     (shown,) = run("show", "other", "--json").objects
     assert shown["calibrated"] is False and "edge-export calibrate" in shown["advice"][0]
     assert shown["calibrated_for_edge"] != shown["digest"]
-    assert "edge-export calibrate" in run("show", "other").out
+    assert LABEL_AND_CALIBRATE in run("show", "other").out
     assert "uncalibrated" not in run("use", "starter").out
+
+
+def test_a_model_with_a_predictor_alone_is_told_where_labels_come_from(run: Run, home: Path) -> None:
+    """`edge-export calibrate` reads them."""
+    bare = Path(shutil.copytree(STARTER, home / "bare"))
+    (bare / CALIBRATION).unlink()
+    write_manifest(bare, name="bare")
+    retrained = Path(shutil.copytree(STARTER, home / "retrained"))
+    graph = onnx.load(retrained / PREDICTOR)
+    graph.producer_version = "another"
+    onnx.save(graph, retrained / PREDICTOR)
+    write_manifest(retrained, name="retrained")
+    for folder, why in ((bare, "has no calibration"), (retrained, "was made for another predictor")):
+        said = run("pull", folder).out
+        assert why in said and LABEL_AND_CALIBRATE in said
 
 
 def test_show_finds_a_model_by_name_and_by_the_beginning_of_its_digest(run: Run, home: Path) -> None:
