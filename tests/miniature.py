@@ -1,5 +1,6 @@
-"""Tiny seeded pipelines: of Stable Diffusion 1.5's shape (77 tokens, cross-attention, guidance, an autoencoder),
-of latent consistency models' and of Stable Diffusion XL's, with an ordinary autoencoder or a tiny one.
+"""Tiny seeded pipelines: of Stable Diffusion 1.5's shape (77 tokens, cross-attention, guidance, an autoencoder), of
+Stable Diffusion 2's, of latent consistency models' and of Stable Diffusion XL's, with an ordinary autoencoder or a tiny
+one.
 
 Random weights, made by code in a second. Everything that runs Stable Diffusion runs on them.
 """
@@ -15,6 +16,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
+    DDIMScheduler,
     LatentConsistencyModelPipeline,
     LCMScheduler,
     PNDMScheduler,
@@ -65,6 +67,47 @@ def miniature_pipeline(
         tokenizer=tokenizer,
         unet=unet.eval(),
         scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def miniature_v2(seed: int = 0) -> StableDiffusionPipeline:
+    """Stable Diffusion 2.1 at 768 pixels: OpenCLIP's text encoder, and a denoiser of another make that predicts v."""
+    plain = miniature_pipeline(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 2)
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer = miniature_tokenizer(Path(folder), pad="!")
+        # Its config names other tokens than its tokenizer has, of which 2 for the end is the one that matters: a prompt
+        # as one vector is looked for at the highest id.
+        config = _text_config(tokenizer, HIDDEN, TOKENS, hidden_act="gelu")
+        config.bos_token_id, config.pad_token_id, config.eos_token_id = 0, 1, 2
+        text_encoder = CLIPTextModel(config)
+        unet = _unet(
+            8,
+            block_out_channels=(16, 32, 32),
+            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+            attention_head_dim=[2, 4, 4],  # despite its name how many heads each block has
+            use_linear_projection=True,
+            upcast_attention=True,
+        )
+    pipeline = StableDiffusionPipeline(
+        vae=plain.vae,
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        unet=unet.eval(),
+        scheduler=DDIMScheduler(
+            **BETAS,
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+            prediction_type="v_prediction",
+        ),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -173,16 +216,18 @@ def _text_config(tokenizer: CLIPTokenizer, hidden: int, tokens: int, **options: 
 
 
 def _unet(latents: int, **options: Any) -> UNet2DConditionModel:
-    settings: dict[str, Any] = {"cross_attention_dim": HIDDEN} | options
+    settings: dict[str, Any] = {
+        "cross_attention_dim": HIDDEN,
+        "block_out_channels": (16, 32),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "attention_head_dim": 4,
+    } | options
     return UNet2DConditionModel(
         sample_size=latents,
         in_channels=4,
         out_channels=4,
         layers_per_block=1,
-        block_out_channels=(16, 32),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=4,
         norm_num_groups=8,
         **settings,
     )

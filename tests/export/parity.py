@@ -31,6 +31,7 @@ from tests.miniature import (
     miniature_lcm,
     miniature_pipeline,
     miniature_tiny_autoencoder,
+    miniature_v2,
     miniature_xl,
 )
 
@@ -86,8 +87,8 @@ def tiny() -> diffusers.StableDiffusionPipeline:
 
 COLUMNS = {
     "SD 1.x": Column(miniature_pipeline, 5.0),
-    "SD 2.x": Column(miniature_pipeline, 5.0, {"prediction_type": "v_prediction"}),
-    "SD-Turbo": Column(miniature_pipeline, 0.0, {"timestep_spacing": "trailing"}),
+    "SD 2.x": Column(miniature_v2, 5.0, {"prediction_type": "v_prediction"}),
+    "SD-Turbo": Column(miniature_v2, 0.0, {"timestep_spacing": "trailing"}),
     "SD 1.x, tiny autoencoder": Column(tiny, 5.0),
     "LCM": Column(miniature_lcm, 8.5, schedulers=("LCM",)),
     "SDXL": Column(miniature_xl, 5.0),
@@ -167,12 +168,14 @@ seed and scheduler, {FEWEST_STEPS} to {FEWEST_STEPS + len(SCHEDULERS) - 1} steps
 –: diffusers' own `LatentConsistencyModelPipeline` runs no other scheduler.
 
 Written by `{COMMAND}`, on seeded miniatures of each class with random weights (`tests/miniature.py`). SD 1.x and
-SD 2.x are `StableDiffusionPipeline` with guidance and a negative prompt, the second with v-prediction; SD-Turbo is
-the same without guidance and with trailing timesteps. LCM is `LatentConsistencyModelPipeline`, which takes the
-guidance scale as an input of its network. SDXL is `StableDiffusionXLPipeline` with two text encoders and added
-conditioning, SDXL-Turbo the same without guidance and with trailing timesteps. The tiny autoencoder is
-`AutoencoderTiny`. None of these pipelines takes diffusers' flow-match Euler as it is, for want of an
-initial sigma and a scaling of the input, so that row is measured with both added as "no scaling".
+SD 2.x are `StableDiffusionPipeline` with guidance and a negative prompt. The second has OpenCLIP's text encoder, which
+pads with a token of its own, and a denoiser with linear projections, other numbers of attention heads in each block
+and v-prediction; SD-Turbo has the same networks, which predict noise, without guidance and with trailing timesteps.
+LCM is `LatentConsistencyModelPipeline`, which takes the guidance scale as an input of its network. SDXL is
+`StableDiffusionXLPipeline` with two text encoders and added conditioning, SDXL-Turbo the same without guidance and
+with trailing timesteps. The tiny autoencoder is `AutoencoderTiny`. None of these pipelines takes diffusers'
+flow-match Euler as it is, for want of an initial sigma and a scaling of the input, so that row is measured with both
+added as "no scaling".
 """
 
 

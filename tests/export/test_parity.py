@@ -17,7 +17,7 @@ from edge_agent.diffusion.sessions import Runtime
 from edge_agent.reader import Reader
 from export.reference import difference, reference_image
 from tests.export.parity import COLUMNS, PAGE, TOLERANCE, Parity, expected_shape, shape
-from tests.miniature import miniature_pipeline
+from tests.miniature import miniature_pipeline, miniature_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_pixels_equal_diffusers(parity: Parity, column: str, scheduler: str) -> 
     assert difference <= TOLERANCE
 
 
-@pytest.mark.parametrize("column", ["SD 1.x, tiny autoencoder", "LCM", "SDXL"])
+@pytest.mark.parametrize("column", ["SD 1.x, tiny autoencoder", "SD 2.x", "LCM", "SDXL"])
 def test_optimums_own_pipeline_loads_the_bundle_and_makes_the_same_picture(
     parity: Parity, column: str
 ) -> None:
@@ -90,6 +90,24 @@ def test_a_prompt_for_stable_diffusion_xl_is_read_as_what_drives_its_denoiser(pa
     assert states.tokens.shape == (1, 77, 56)
     np.testing.assert_allclose(states.tokens, tokens.numpy(), atol=1e-4)
     np.testing.assert_allclose(states.pooled, pooled.numpy(), atol=1e-4)
+
+
+def test_a_prompt_for_stable_diffusion_2_is_padded_with_a_token_of_its_own(
+    parity: Parity, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which its denoiser hears: states of other padding are other states."""
+    pipeline, folder = parity.bundle("SD 2.x")
+    reading = Reader.open(Bundle.open(folder), routing_rate=0.5).read("two red cats! 🐈")
+    ids = reading.tokens.ids[0].tolist()
+    end = pipeline.tokenizer.eos_token_id
+    padding = ids[ids.index(end) + 1 :]
+    assert padding and set(padding) == {0} and end != 0
+    for pad, apart in (("!", False), ("<|endoftext|>", True)):
+        monkeypatch.setattr(pipeline, "tokenizer", miniature_tokenizer(tmp_path, pad=pad))
+        with torch.no_grad():
+            expected, _ = pipeline.encode_prompt("two red cats! 🐈", torch.device("cpu"), 1, False)
+        found = np.abs(reading.states.tokens - expected.numpy()).max()
+        assert found > 1e-2 if apart else found <= 1e-4
 
 
 def test_a_latent_consistency_model_hears_its_guidance_scale(parity: Parity) -> None:
