@@ -43,6 +43,24 @@ def check_output(file: Path, *inputs: Path, option: str = "--out") -> None:
         raise ExportError(f"{option} {file} is what is read; name another file, or it would be lost")
 
 
+def default_output(name: str, begins: str) -> Path:
+    """The file ``name`` of the folder one works in, where no --out names one.
+
+    ExportError when what it holds does not begin with ``begins``, as all that the command writes does: it is
+    somebody's own.
+    """
+    file, beginning = Path(name), begins.encode()
+    if file.is_file():
+        with file.open("rb") as held:
+            found = held.read(len(beginning))
+        if found not in (beginning, b""):
+            raise ExportError(
+                f"{file} is there and this command did not write it, and it would be lost: name this file or another "
+                "with --out"
+            )
+    return file
+
+
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
     """Where to write what then takes the place of ``file``, in one step: whoever reads it finds all of it.

@@ -32,13 +32,14 @@ from scipy.stats import rankdata
 
 from edge_agent.bundle import Bundle
 from edge_agent.superiority import relative_superiority
-from export.arguments import check_output, write_output
+from export.arguments import check_output, default_output, write_output
 from export.calibrate import predicted
 from export.errors import ExportError
 from export.outcomes import Outcomes
 from export.prompts import never_learnt, scenes_by_text, scenes_of
 from export.terminal import console
 
+OUT, BEGINS = "evaluation.json", '{\n "rate":'
 RESAMPLES = 1000
 FEWEST = 10  # scenes; with fewer many a resample draws but one of them, and no interval says anything
 TABLE_WIDTH = 110  # characters, where no terminal says how many there are
@@ -196,12 +197,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--rate", type=float, default=0.5, help="share that goes to the cloud (default: %(default)s)"
     )
-    parser.add_argument("--out", type=Path, default=Path("evaluation.json"), help="default: %(default)s")
+    parser.add_argument("--out", type=Path, help=f"default: {OUT}")
     options = parser.parse_args(argv)
     if not 0 < options.rate < 1:
         parser.error("--rate must lie between 0 and 1")
 
-    check_output(options.out, options.labels)
+    out = options.out or default_output(OUT, BEGINS)
+    check_output(out, options.labels)
     bundle = Bundle.open(options.bundle)
     calibration = bundle.calibration
     if calibration is None:
@@ -246,9 +248,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "bootstrap_resamples": RESAMPLES,
         "routers": [asdict(row) for row in rows],
     }
-    write_output(options.out, json.dumps(record, indent=1, allow_nan=False) + "\n")
+    write_output(out, json.dumps(record, indent=1, allow_nan=False) + "\n")
     Console(width=None if sys.stdout.isatty() else TABLE_WIDTH).print(table(rows, options.rate))
-    console.print(f"{len(test)} test prompts, {paired.gaps.shape[1]} seeds; written to {options.out}")
+    console.print(f"{len(test)} test prompts, {paired.gaps.shape[1]} seeds; written to {out}")
     return 0
 
 

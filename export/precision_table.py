@@ -28,7 +28,7 @@ from edge_agent.bundle import PREDICTOR, Bundle
 from edge_agent.diffusion.generator import Generator, Image
 from edge_agent.reader import Reader
 from edge_agent.superiority import METRICS, relative_superiority
-from export.arguments import at_least, check_output, write_output
+from export.arguments import at_least, check_output, default_output, write_output
 from export.errors import ExportError
 from export.label import STARTER_BUNDLE
 from export.precision import CALIBRATION_PROMPTS, DTYPES, Loss, shrink
@@ -36,6 +36,7 @@ from export.prompts import router_prompts
 from export.quality import STARTER_JUDGE, Judge
 from export.terminal import console, progress
 
+OUT, BEGINS = "precision.md", "Made by `edge-export precision"
 PROMPTS = 200
 CALIBRATION = 24  # prompts of the split `train`, where the bundle is the starter's
 ROUTING_RATE = 0.5
@@ -350,9 +351,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--judge", default=STARTER_JUDGE, help="a CLIP: folder or hub id (default: the starter's)"
     )
-    parser.add_argument("--out", type=Path, default=Path("precision.md"), help="default: %(default)s")
+    parser.add_argument("--out", type=Path, help=f"default: {OUT}")
     options = parser.parse_args(argv)
-    check_output(options.out)
+    out = options.out or default_output(OUT, BEGINS)
+    check_output(out)
     world = router_prompts({"test": options.prompts, "train": CALIBRATION})
     texts = {split: [one.text for one in world if one.split == split] for split in ("test", "train")}
     starter = options.bundle.resolve() == STARTER_BUNDLE.resolve()
@@ -361,8 +363,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.bundle, forms(Bundle.open(options.bundle)), texts["test"], calibration, Judge(options.judge)
     )
     command = " ".join(("edge-export precision", *(sys.argv[1:] if argv is None else argv)))
-    write_output(options.out, report(options.bundle, found, command))
-    console.print(f"written to {options.out}")
+    write_output(out, report(options.bundle, found, command))
+    console.print(f"written to {out}")
     return 0
 
 

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from edge_agent.superiority import METRICS
-from export.arguments import check_output, shown, write_output
+from export.arguments import check_output, default_output, shown, write_output
 from export.evaluate import resampled, spearman
 from export.negatives import FAULTS, hard_negatives
 from export.outcomes import ADHERENCE, Outcomes
@@ -38,6 +38,7 @@ from export.starter.foreign_damage import foreign_damage
 from export.starter.world import Scene, caption, sample_scenes
 from export.terminal import console, progress
 
+OUT, BEGINS = "metrics.md", "# What the metrics measure"
 PICTURES = 600
 SEVERITY = 0.6
 FRESH = 300  # pictures at each of the severities below
@@ -206,7 +207,7 @@ def report(judge: Judge, labels: Path, name: Path | str = STARTER_JUDGE) -> str:
         "gap": with_interval(lambda rows: reliability((cloud - edge)[rows]), said),
     }
     lines = [
-        "# What the metrics measure",
+        BEGINS,
         "",
         f"Made by `edge-export validity {shown(labels)}` with {named}.",
         "",
@@ -341,11 +342,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--judge", default=STARTER_JUDGE, help="a CLIP: folder or hub id (default: the starter's)"
     )
-    parser.add_argument("--out", type=Path, default=Path("metrics.md"), help="default: %(default)s")
+    parser.add_argument("--out", type=Path, help=f"default: {OUT}")
     options = parser.parse_args(argv)
-    check_output(options.out, options.labels)
-    write_output(options.out, report(Judge(options.judge), options.labels, options.judge))
-    console.print(f"written to {options.out}")
+    out = options.out or default_output(OUT, BEGINS)
+    check_output(out, options.labels)
+    write_output(out, report(Judge(options.judge), options.labels, options.judge))
+    console.print(f"written to {out}")
     return 0
 
 

@@ -23,13 +23,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from edge_agent.superiority import METRICS
-from export.arguments import check_output, write_output
+from export.arguments import check_output, default_output, write_output
 from export.evaluate import RESAMPLES, Estimate, estimate, resampled
 from export.label import STARTER_CLOUD, STARTER_EDGE, Painter
 from export.outcomes import Outcomes
 from export.prompts import scenes_by_text, scenes_of
 from export.terminal import progress
 
+OUT, BEGINS = "docs/starter.md", "# The starter's models"
 OUTCOMES = STARTER_EDGE.parent / "labels.parquet"
 PARTS = {"text_encoder": "text encoder", "unet": "UNet", "vae": "autoencoder"}
 PROMPT = "three red apples on a beach"
@@ -104,7 +105,7 @@ def report(
         return f"| {what} | {of_edge:,.{digits}f} | {of_cloud:,.{digits}f} | {of_cloud / of_edge:.1f} x |"
 
     lines = [
-        "# The starter's models",
+        BEGINS,
         "",
         "Made by `edge-export starter summary`. Both draw one small world, from the same recipe and data: the cloud's",
         "is larger and makes more steps. The edge's size was chosen so that something is left to route; neither was",
@@ -158,16 +159,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="edge-export starter summary", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--labels", type=Path, default=OUTCOMES, help="default: the starter's")
-    parser.add_argument("--out", type=Path, default=Path("docs/starter.md"), help="default: %(default)s")
+    parser.add_argument("--out", type=Path, help=f"default: {OUT}")
     options = parser.parse_args(argv)
-    check_output(options.out, options.labels)
+    out = options.out or default_output(OUT, BEGINS)
+    check_output(out, options.labels)
     outcomes = Outcomes.read(options.labels)
     scenes = scenes_of(outcomes.prompts, scenes_by_text(outcomes.splits.tolist()))
     quality = qualities(outcomes.split("test"), scenes[outcomes.splits == "test"])
     edge, cloud = costs([Painter(str(STARTER_EDGE)), Painter(str(STARTER_CLOUD))])
     text = report(edge, cloud, quality, len(outcomes.split("test")))
-    write_output(options.out, text)
-    print(f"written to {options.out}")
+    write_output(out, text)
+    print(f"written to {out}")
     return 0
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from export.__main__ import main
-from export.arguments import check_output, replacing, shown, write_output
+from export.arguments import check_output, default_output, replacing, shown, write_output
 from export.errors import ExportError
 
 
@@ -82,6 +82,44 @@ def test_no_command_writes_over_what_it_reads(
         assert main([*arguments, str(tmp_path / out)]) == 2
         assert f"{command[-1]} {tmp_path / out} is what is read; name another" in capsys.readouterr().err
     assert given.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        (["evaluate", "labels", "bundle"], "evaluation.json"),
+        (["validity", "labels"], "metrics.md"),
+        (["precision", "bundle"], "precision.md"),
+        (["starter", "summary", "--labels", "labels"], "docs/starter.md"),
+    ],
+    ids=lambda part: part[0] if isinstance(part, list) else "",
+)
+def test_no_command_writes_over_somebodys_own_file_without_being_told(
+    command: list[str],
+    name: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Told, it looks for what it reads, which is not there."""
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / name
+    own.parent.mkdir(exist_ok=True)
+    own.write_text("# My metrics")
+    for told, refused in (([], True), (["--out", name], False)):
+        assert main([*command, *told]) == 2
+        assert (f"{name} is there and this command did not write it" in capsys.readouterr().err) is refused
+    assert own.read_text() == "# My metrics"
+
+
+def test_a_commands_own_file_and_an_empty_one_are_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for held in (None, "", "# Report", "# Report\n\nof yesterday"):
+        if held is not None:
+            Path("report.md").write_text(held)
+        assert default_output("report.md", "# Report") == Path("report.md")
 
 
 def test_a_document_names_a_path_from_where_one_works(

@@ -51,6 +51,7 @@ def test_the_float32_forms_calibration_judges_every_forms_decisions(
 
 def test_the_report_names_every_form_and_metric(measured: list[Measured], routed_bundle: Path) -> None:
     text = report(routed_bundle, measured, "edge-export precision")
+    assert text.startswith(precision_table.BEGINS)  # or it would not be taken for the command's own
     for name in ("fp32", "fp16", *METRICS):
         assert f"| {name} |" in text
     assert Bundle.open(routed_bundle).model_digest[:16] in text

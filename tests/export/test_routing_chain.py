@@ -18,6 +18,7 @@ from edge_agent.superiority import METRICS, paper_scale, relative_superiority
 from edge_agent.tokens import Tokenizer
 from export.__main__ import main
 from export.calibrate import calibrate
+from export.evaluate import BEGINS
 from export.outcomes import Outcomes
 from export.states import encode, of_prompts
 from tests.export.routing_world import WIDTH, write_bundle, write_labels
@@ -48,6 +49,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
 
 def test_every_stage_succeeds_and_the_bundle_passes_its_checks(chain: Chain) -> None:
     assert chain.codes == [0, 0, 0, 0]
+    assert chain.report.read_text().startswith(BEGINS)  # or it would not be taken for the stage's own
     bundle = Bundle.open(chain.bundle)
     assert {PREDICTOR, CALIBRATION} <= set(bundle.manifest.files)
 
