@@ -109,8 +109,9 @@ class Server:
         await asyncio.wait((idle, hurry), timeout=self.settings.grace_s, return_when=asyncio.FIRST_COMPLETED)
         idle.cancel()
         hurry.cancel()
-        await self._server.stop(CLOSE_S)  # cancels what is not done by now
-        await self._service.idle()  # a cancelled request leaves the model at its next step
+        self._service.cut_off()
+        await self._service.idle()  # a request that is cut off leaves the model at its next step
+        await self._server.stop(CLOSE_S)
         self._journal.close()
         if self._service.serving is not None:
             self._service.serving.generator.close()

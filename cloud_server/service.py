@@ -51,6 +51,10 @@ STALLED_READER_S = (
     30.0  # a caller that takes no message for so long is dropped, and its image not made to the end
 )
 ABORT_S = 1.0  # what a status gets to leave: behind a message that nobody reads it never would
+STOPPED = (
+    "the server was stopped before it was done; call again with the same request_id once it is started: nothing is "
+    "charged twice"
+)
 LOADING_RETRY_S = 2.0  # what RetryInfo says while the model is loading
 
 STATES = {
@@ -161,6 +165,8 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
         self.in_flight = 0  # Generate calls that have not ended
         self._idle = asyncio.Event()
         self._idle.set()
+        self._handlers: set[asyncio.Task[Any]] = set()  # of Generate calls that have not ended
+        self._cut_off = False
         self._journal = journal
         self._tenants = tenants
 
@@ -278,6 +284,12 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
         """Returns once no Generate call is in flight."""
         await self._idle.wait()
 
+    def cut_off(self) -> None:
+        """Ends the Generate calls in flight at their next step; their callers are told that the server was stopped."""
+        self._cut_off = True
+        for handler in self._handlers:
+            handler.cancel()
+
     def _serving(self) -> Serving:
         if self.draining:
             raise Unavailable("the server is shutting down and takes no new requests")
@@ -312,11 +324,15 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
 
     @asynccontextmanager
     async def _counted(self) -> AsyncIterator[None]:
+        handler = asyncio.current_task()
+        assert handler is not None  # noqa: S101  # a coroutine runs in a task
         self.in_flight += 1
+        self._handlers.add(handler)
         self._idle.clear()
         try:
             yield
         finally:
+            self._handlers.discard(handler)
             self.in_flight -= 1
             if not self.in_flight:
                 self._idle.set()
@@ -358,9 +374,13 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
             status = grpc_status(error)
             trailing = (("grpc-status-details-bin", status.SerializeToString()),)
             await _abort(context, GRPC_CODES[type(error)], status.message, trailing)
-        except (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit):
+        except (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit) as error:
             line["outcome"] = "DEADLINE_EXCEEDED" if _remaining_s(context) == 0 else "CANCELLED"
-            raise
+            if not self._cut_off or not isinstance(error, asyncio.CancelledError):
+                raise
+            # Without details, by which an edge would take it that nothing ran: some of them are charged already.
+            line |= {"outcome": grpc.StatusCode.UNAVAILABLE.name, "error": STOPPED}
+            await _abort(context, grpc.StatusCode.UNAVAILABLE, STOPPED)
         # A panic in a native library is no Exception, and the caller must be told of it.
         except BaseException:
             line["outcome"] = "INTERNAL"

@@ -104,20 +104,33 @@ async def test_ctrl_c_while_the_model_loads_ends_it_cleanly(
     assert '"stopped"' in process.text
 
 
-async def test_when_the_grace_period_is_over_what_still_runs_is_cancelled(
+async def test_when_the_grace_period_is_over_what_still_runs_is_told_so_and_stops_at_its_next_step(
     tmp_path: Path, model_folder: Path
 ) -> None:
+    """And what waits behind it. Nothing is charged, and the same request is made by the next server."""
+    names = ("slow", "waiting")
     async with serve(tmp_path, model_folder, grace_s=0.2) as running:
-        call = running.client.call(request_id="slow", steps=150, width=512, height=512)
-        await anext(aiter(call))
+        calls = [running.client.call(request_id=one, steps=150, width=512, height=512) for one in names]
+        for call in calls:
+            await anext(aiter(call))
         running.server.stop()
         stopping = asyncio.create_task(running.server.shutdown())
-        answer = await running.client.read(call)
-        assert answer.error is not None
-        assert answer.result is None
+        for call in calls:
+            answer = await running.client.read(call)
+            assert answer.error is not None
+            assert answer.result is None
+            assert answer.error.code == "UNAVAILABLE"
+            assert answer.error.message.startswith("the server was stopped before it was done; call again")
         await stopping
         assert running.passes[0] < 150
         # A second shutdown, by the fixture, finds nothing left to do.
+    async with serve(tmp_path, model_folder) as restarted:
+        for one in names:
+            lookup = await restarted.client.lookup(one)
+            assert (lookup.charged, lookup.charged_micro_usd) == (False, 0)
+            assert await restarted.client.state(one) == "CANCELLED"
+        again = await restarted.client.generate(request_id="slow", steps=1)
+        assert again.error is None
 
 
 @pytest.mark.asyncio(loop_scope="module")
