@@ -153,13 +153,11 @@ class Together(nn.Module):
 
     HEADS = 4
     DROPOUT = 0.1
-    MASKED = 0.25
-    """Share of the tokens whose state it does not see in training."""
     POSITIONS = 128
     """Tokens beyond so many share the last one's position. CLIP reads 77."""
 
-    def __init__(self, shape: Shape, outputs: int, masked: float = MASKED) -> None:
-        """Says `outputs` numbers; `masked` in place of MASKED."""
+    def __init__(self, shape: Shape, outputs: int, masked: float) -> None:
+        """Says `outputs` numbers; `masked` is the share of the tokens whose state it does not see in training."""
         super().__init__()
         self.masked, width = masked, shape.sentence
         self.words = nn.Parameter(torch.randn(1 + shape.met, width) * 0.5)
@@ -198,7 +196,7 @@ class Together(nn.Module):
 class Mixture(nn.Module):
     """The mixture that the module's docstring describes."""
 
-    def __init__(self, shape: Shape, *, dropout: float = 0.0, masked: float = Together.MASKED) -> None:
+    def __init__(self, shape: Shape, *, dropout: float = 0.0, masked: float = 0.0) -> None:
         super().__init__()
         self.shape = shape
         d, m, rank, hidden = shape.width + shape.words, shape.metrics, shape.rank, shape.hidden

@@ -34,35 +34,34 @@ WEIGHTS = "predictor.safetensors"
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a mixture is trained. The paper's own (Adam, 2e-5, 10 epochs) is for 58 M weights; here are 212,000."""
+    """How a mixture is trained. The paper's own (Adam, 2e-5, 10 epochs) is for 58 M weights; here are 212,000.
+
+    Both rates, dropout, what is masked and the weights of gap, gain and rank are the best of 24 settings on validation
+    and calibration prompts (docs/tuning.csv, made by `export.routerbench.tune`).
+    """
 
     steps: int = 1750
     """About so many, in whole epochs: 5 of 22,400 prompts. The weights of the epoch with the best validation loss are
-    kept. Gains predicted by one mixture correlate with measured ones of validation and calibration prompts 0.76 and
-    0.74, after 2,000 steps 0.78 and 0.74. Every network of the benchmark may train as long, and all of them have ten
-    minutes."""
+    kept. Every network of the benchmark may train as long, and all of them have ten minutes."""
     batch: int = 64
     """Prompts a step."""
     learning_rate: float = 1e-2
-    """Peak, after a warm-up over a tenth of the steps; it then falls to zero along a cosine. A third of it reached the
-    same validation loss in twice the epochs."""
-    together_rate: float = 1e-3
+    """Peak, after a warm-up over a tenth of the steps; it then falls to zero along a cosine."""
+    together_rate: float = 2e-3
     """The same for the layer that reads tokens together."""
     weight_decay: float = 1e-2
-    dropout: float = 0.3
+    dropout: float = 0.5
     """Share of a token's dimensions hidden from the experts: there are more of them than a few per prompt allow."""
     gap_weight: float = 3.0
-    """Weight of the paired gap's error beside that of the two qualities: the gap is what routes. With 3 predicted gains
-    ranked validation and calibration prompts a little better than with 1 and clearly better than with 10."""
-    gain_weight: float = 3.0
-    """Weight of the gap's mean over metrics, which routes in the end. With earlier labels predicted gains correlated
-    0.673 and 0.563 with measured ones on validation and calibration prompts, without it 0.667 and 0.532."""
-    rank_weight: float = 3.0
+    """Weight of the paired gap's error beside that of the two qualities."""
+    gain_weight: float = 10.0
+    """Weight of the gap's mean over metrics, which routes in the end."""
+    rank_weight: float = 10.0
     """Weight of the pairs of prompts that predicted gains put in the wrong order: which of two goes first is all that a
     routing rate asks."""
     sharpness: float = 3.0
     """How soon a pair counts as put in order: by a third of the gain's standard deviation."""
-    masked: float = Together.MASKED
+    masked: float = 0.1
     """Share of the tokens whose state the layer that reads them together does not see in training."""
     deletions: float = 0.125
     """Share of the prompts of a step, above 0, that are also read without one of their tokens."""

@@ -104,7 +104,7 @@ class NearestNeighbours:
     """Mean measured gain of the k training prompts whose mean token state points the same way."""
 
     name = "kNN"
-    settings: Settings = ({"k": 30},)
+    settings: Settings = ({"k": 100},)
     space = NEIGHBOURS
 
     def fit(self, train: Prompts, validation: Prompts, seed: int, **setting: float) -> Scorer:
@@ -124,7 +124,7 @@ class MatrixFactorisation:
     """RouteLLM's: a bilinear score of prompt and model, so that the better model of a pair scores higher."""
 
     name = "matrix factorisation (RouteLLM)"
-    settings = ({"learning_rate": 1e-3, "falling": 0, "weight_decay": 1e-2, "width": 64},)
+    settings = ({"learning_rate": 3e-4, "falling": 0, "weight_decay": 0.1, "width": 256},)
     space = FACTORS
 
     def fit(self, train: Prompts, validation: Prompts, seed: int, **setting: float) -> Scorer:
@@ -146,7 +146,7 @@ class Classifier:
     """A network on the token states that says which model's image wins: RouteLLM's BERT router, from scratch."""
 
     name = "classifier (RouteLLM, from scratch)"
-    settings: Settings = ({"learning_rate": 1e-3, "falling": 0, "masked": 0.0, "weight_decay": 1e-2},)
+    settings: Settings = ({"learning_rate": 1e-4, "falling": 1, "masked": 0.0, "weight_decay": 1e-2},)
     space = ATTENTIVE
 
     def labels(self, prompts: Prompts) -> Floats:
@@ -179,6 +179,7 @@ class HybridProbabilistic(Classifier):
     """Hybrid LLM with soft labels: how probably is it? Of few images a model, the noise taken as that of all gains."""
 
     name = "Hybrid LLM, probabilistic"
+    settings = ({"learning_rate": 2e-3, "falling": 1, "masked": 0.0, "weight_decay": 1e-3},)
 
     def labels(self, prompts: Prompts) -> Floats:
         """[N], in (0, 1)."""
@@ -189,6 +190,7 @@ class HybridTransformed(Classifier):
     """Hybrid LLM, labels moved by the margin that makes them differ most: half of the prompts on each side."""
 
     name = "Hybrid LLM, transformed"
+    settings = ({"learning_rate": 3e-4, "falling": 0, "masked": 0.0, "weight_decay": 1e-3},)
 
     def labels(self, prompts: Prompts) -> Floats:
         """[N], 0 or 1."""
@@ -199,7 +201,7 @@ class Zooter:
     """ZOOTER: distils the normalised rewards of both models' images."""
 
     name = "ZOOTER"
-    settings = ({"learning_rate": 1e-3, "falling": 0, "masked": 0.0, "weight_decay": 1e-2},)
+    settings = ({"learning_rate": 1e-3, "falling": 1, "masked": 0.25, "weight_decay": 0.1},)
     space = ATTENTIVE
 
     def fit(self, train: Prompts, validation: Prompts, seed: int, **setting: float) -> Scorer:
@@ -228,7 +230,7 @@ class RouteT2I:
     """The paper's: token-level prediction of all metrics for both models, ranked by PRS. One mixture."""
 
     name = "routet2i"
-    settings: Settings = ({"learning_rate": 1e-2, "dropout": 0.3, "gap_weight": 3.0, "weight_decay": 1e-2},)
+    settings: Settings = ({"learning_rate": 2e-2, "dropout": 0.2, "gap_weight": 1.0, "weight_decay": 1e-3},)
     space = MIXTURE
     recipe = Recipe(
         seeds=1, gain_weight=0.0, rank_weight=0.0, deletion_weight=0.0

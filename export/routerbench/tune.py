@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -72,13 +71,8 @@ class Trial:
     @classmethod
     def of(cls, kind: type[Tuned], setting: Mapping[str, float]) -> dict[str, str]:
         """The line of one fit: what it captures of what the gains themselves would win, over all rates."""
-        started = time.monotonic()
         score = kind().fit(cls.train, cls.compared["validation"], 0, **setting)
-        row = {
-            "router": kind.name,
-            "setting": json.dumps(setting),
-            "seconds": f"{time.monotonic() - started:.0f}",
-        }
+        row = {"router": kind.name, "setting": json.dumps(setting)}
         for split, prompts in cls.compared.items():
             won = worth(np.asarray(score(prompts.unseen)), prompts.gain)
             row[split] = f"{won / worth(-prompts.gain, prompts.gain):.4f}"

@@ -12,6 +12,8 @@ from export.routerbench import routers, tune
 from export.routerbench.routers import TUNED, NearestNeighbours
 from tests.export.routing_world import write_bundle, write_labels
 
+TABLE = Path(tune.__file__).parents[2] / "docs" / "tuning.csv"
+
 
 @pytest.mark.parametrize("kind", TUNED, ids=lambda kind: kind.name)
 def test_every_router_has_the_same_budget_and_its_own_setting_in_it(kind: type[routers.Tuned]) -> None:
@@ -22,6 +24,14 @@ def test_every_router_has_the_same_budget_and_its_own_setting_in_it(kind: type[r
     for setting in settings:
         assert setting.keys() == kind.space.keys()
         assert all(value in kind.space[name] for name, value in setting.items())
+
+
+@pytest.mark.parametrize("kind", TUNED, ids=lambda kind: kind.name)
+def test_the_setting_that_a_router_has_is_the_best_of_the_table(kind: type[routers.Tuned]) -> None:
+    table = [row for row in rows(TABLE) if row["router"] == kind.name]
+    assert len(table) == tune.TRIALS
+    best = max(table, key=lambda row: float(row["validation"]) + float(row["calibration"]))
+    assert [json.loads(best["setting"])] == list(kind.settings)
 
 
 @pytest.fixture(scope="module")
