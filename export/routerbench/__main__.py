@@ -33,12 +33,13 @@ from export.calibrate import scale_of
 from export.errors import ExportError
 from export.evaluate import FEWEST, Estimate, Paired, estimate, resampled, routed, spearman
 from export.label import STARTER_BUNDLE
+from export.mixture import Shape
 from export.outcomes import SPLITS, Outcomes
 from export.prompts import never_learnt, scenes_by_text, scenes_of
 from export.routerbench import plots, report
 from export.routerbench.ceiling import Ceiling, ceiling, oracle_by_images, sentences_share
 from export.routerbench.decision import decisions
-from export.routerbench.measure import RATES, RESAMPLES, Bench, Point, counted_metrics, difference
+from export.routerbench.measure import RATES, RESAMPLES, Bench, Point, counted_metrics, difference, directions
 from export.routerbench.router import Floats, Prompts, Router, Scorer
 from export.routerbench.routers import (
     ABLATIONS,
@@ -396,6 +397,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             one.name: {split: _elsewhere(one, split, data) for split in data.others if split != "test"}
             for one in order
         },
+        directions=directions(outcomes.split("train").cloud - outcomes.split("train").edge),
+        kept_whole=float((prompts.examples.mask.sum(1) <= Shape.kept).double().mean()),
         settings={one.name: one.setting for one in order},
         ceiling=limit,
         sentences=sentences_share(bench.paired.gaps.mean(axis=2), said["test"]),

@@ -40,6 +40,14 @@ def counted_metrics(train: Outcomes) -> NDArray[np.bool_]:
     return np.asarray(np.abs(gap.mean(axis=0)) > SMALL * gap.std(axis=0))
 
 
+def directions(gaps: NDArray[np.float32], share: float = 0.9) -> int:
+    """How many principal directions of ``gaps`` [N, M], each in units of its own deviation, have so much of their
+    variance.
+    """
+    variances = np.linalg.eigvalsh(np.atleast_2d(np.corrcoef(gaps.T)))[::-1]
+    return 1 + int(np.searchsorted(np.cumsum(variances), share * variances.sum()))
+
+
 @dataclass(frozen=True)
 class Sampled(Estimate):
     """An estimate with what it was made of."""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from edge_agent.superiority import METRICS
 from export.calibrate import FAMILIAR
 from export.evaluate import Estimate
+from export.mixture import Shape
 from export.routerbench.ceiling import Ceiling
 from export.routerbench.decision import EARLY, STREAM, Decisions
 from export.routerbench.measure import DELTA_P, RATES, SMALL, Point, aiq, apgr, cpt, saved_at_dp, share_at_dp
@@ -72,6 +73,10 @@ class Facts:
     """Router -> baseline -> headroom above the baseline's."""
     ablations: Mapping[tuple[str, str], Apart]
     """(without a part, with it): headroom that this loses."""
+    directions: int
+    """That have nine tenths of the variance of the training prompts' gaps."""
+    kept_whole: float
+    """Share of the test prompts of which token selection leaves out none."""
     inspected: Mapping[str, Mapping[str, Estimate | None]]
     """Router -> another -> how much more often at 50 % the inspector finds what was asked for."""
     correlations: Mapping[str, float]
@@ -429,7 +434,10 @@ def _ablations(facts: Facts) -> list[str]:
         "",
         "By expected gain the same networks rank by what headroom is made of; a single metric can rank by nothing",
         "else, and is compared with that. Both gates are linear, so that T+ - T- = T (P+ - P-) S: a single gate can",
-        "say whatever both can, and what this ablation changes is how training goes.",
+        "say whatever both can, and what this ablation changes is how training goes. Of the gaps of a prompt, one a",
+        f"metric, {facts.directions} directions have nine tenths of the variance on the training prompts: their mean",
+        f"says much of what they say. Selection keeps up to {Shape.kept} tokens, which is all of",
+        f"{facts.kept_whole:.0%} of the test prompts.",
         "",
     ]
 

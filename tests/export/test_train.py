@@ -12,7 +12,9 @@ from export.mixture import Shape
 from export.states import TokenStates
 from export.train import Epoch, Examples, Loss, Recipe, Trained, knowing, train
 
-RECIPE = Recipe(steps=325, batch=32, learning_rate=3e-2, dropout=0.05, seeds=1)
+RECIPE = Recipe(
+    steps=325, batch=32, learning_rate=3e-2, dropout=0.05, gain_weight=3.0, rank_weight=3.0, seeds=1
+)
 METRICS, WIDTH, WORDS = 3, 24, 30
 SHAPE = Shape(WIDTH, METRICS, kept=8)
 

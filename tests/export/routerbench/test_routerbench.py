@@ -31,12 +31,13 @@ from export.routerbench.measure import (
     counted_metrics,
     cpt,
     difference,
+    directions,
     saved_at_dp,
     share_at_dp,
 )
 from export.routerbench.report import RESULTS, SUMMARY, Apart, _verdict
 from export.routerbench.router import Prompts, Scorer
-from export.routerbench.routers import ROUTERS, ByGain, RouteT2I
+from export.routerbench.routers import ROUTERS, ByGain, NearestNeighbours, Ours, Random, RouteT2I
 from tests.export.routing_world import write_bundle, write_labels
 
 
@@ -153,6 +154,15 @@ def test_ours_is_started_first_and_what_takes_seconds_last() -> None:
     assert started[-3:] == ["number of objects", "prompt length", "random"]
 
 
+def test_gaps_that_move_together_have_few_directions_whatever_their_units() -> None:
+    draw = np.random.default_rng(0)
+    two = draw.standard_normal((4000, 2)).astype(np.float32)
+    together = np.stack([two[:, 0], 1000 * two[:, 1], two[:, 0] - two[:, 1], two.sum(1)], axis=1)
+    assert directions(together) == 2
+    assert directions(together[:, :1]) == 1
+    assert directions(draw.standard_normal((4000, 4)).astype(np.float32)) == 4
+
+
 def test_a_verdict_says_which_measure_it_rests_on_and_what_the_others_say() -> None:
     costs, helps, neither = Estimate(0.1, 0.05, 0.2), Estimate(-0.1, -0.2, -0.05), Estimate(0.0, -0.1, 0.1)
     drawn, once = "mean over all rates, as drawn", "mean over all rates, each scene once"
@@ -190,7 +200,7 @@ def test_the_command_writes_its_tables_and_takes_a_router_of_one_s_own(
 ) -> None:
     from export.routerbench import __main__ as command
 
-    few = tuple(kind for kind in ROUTERS if kind.name in ("random", "kNN", "routet2i", "ours"))
+    few = tuple(kind for kind in ROUTERS if kind in (Random, NearestNeighbours, RouteT2I, ByGain, Ours))
     monkeypatch.setattr(command, "ROUTERS", few)
     monkeypatch.setattr(command, "BASELINES", few[:2])
     out = tmp_path / "out"
@@ -201,7 +211,7 @@ def test_the_command_writes_its_tables_and_takes_a_router_of_one_s_own(
     with (out / "results.csv").open() as file:
         results = list(csv.DictReader(file))
     assert tuple(results[0]) == RESULTS
-    assert len(results) == 6 * len(RATES) + 1  # the oracle's curve and cloud-only beside the routers'
+    assert len(results) == 7 * len(RATES) + 1  # the oracle's curve and cloud-only beside the routers'
     with (out / "summary.csv").open() as file:
         summary = list(csv.DictReader(file))
     assert tuple(summary[0]) == SUMMARY
@@ -209,6 +219,7 @@ def test_the_command_writes_its_tables_and_takes_a_router_of_one_s_own(
         "random",
         "kNN",
         "routet2i",
+        "routet2i, by expected gain",
         "ours",
         "most letters",
         "oracle",
@@ -218,6 +229,9 @@ def test_the_command_writes_its_tables_and_takes_a_router_of_one_s_own(
     assert f"{out / 'cache'} holds token states" in " ".join(capsys.readouterr().err.split())
     report = (out / "report.md").read_text()
     assert "most letters" in report
+    assert re.search(
+        r" \d directions have .* which is all of \d+% of the test prompts", " ".join(report.split())
+    )
     best = re.search(r"The best baseline on validation is (.*?)\. ", report)
     assert best is not None
     for baseline in ("random", "kNN"):
