@@ -4,7 +4,7 @@
 
 Every router that learns is fitted with the setting that it has and with 23 others, drawn at random from its ``space``,
 one seed each. They are compared by what they win on validation and calibration prompts; no test prompt is read. Each
-fit appends a line to OUT.csv, and a second run goes on where the first one was stopped. Then the best of each router is
+fit adds a line to OUT.csv, and a second run goes on where the first one was stopped. Then the best of each router is
 printed: it is taken by writing it into ``routers.py``, for ours into `export.train.Recipe`. Takes an hour on two cores.
 """
 
@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
+import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -21,7 +23,7 @@ import numpy as np
 import torch
 
 from edge_agent.bundle import Bundle
-from export.arguments import at_least
+from export.arguments import at_least, check_output, write_output
 from export.calibrate import scale_of
 from export.errors import ExportError
 from export.label import STARTER_BUNDLE
@@ -32,7 +34,7 @@ from export.routerbench.router import Prompts
 from export.routerbench.routers import TUNED, Tuned
 from export.terminal import console, progress
 
-COLUMNS = ("router", "setting", "validation", "calibration", "seconds")
+COLUMNS = ("labels", "router", "setting", "validation", "calibration")
 COMPARED = ("validation", "calibration")
 TRIALS = 24
 
@@ -100,53 +102,73 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=at_least(1), default=2, help="default: %(default)s")
     options = parser.parse_args(argv)
 
-    rows = _rows(options.out)
+    check_output(options.out, options.labels, option="OUT.csv")
     outcomes, bundle = Outcomes.read(options.labels), Bundle.open(options.bundle)
     outcomes.must_be_of(bundle)
+    digest = hashlib.sha256(options.labels.read_bytes()).hexdigest()[:16]
+    measured = _measured(options.out, digest)
     scenes = scenes_of(outcomes.prompts, scenes_by_text(outcomes.splits.tolist()))
     outcomes = outcomes.where(never_learnt(outcomes.splits, scenes))
+    for split in ("train", *COMPARED):
+        outcomes.split(split)  # ExportError where there is none
     options.cache.mkdir(parents=True, exist_ok=True)
     keep_states(outcomes.split("train"), bundle, options.cache)
 
-    had = {(row["router"], row["setting"]) for row in rows}
     chosen = [kinds[name] for name in options.router or kinds]
-    wanted = [(kind, setting) for kind in chosen for setting in settings_of(kind)]
-    left = [(kind, setting) for kind, setting in wanted if (kind.name, json.dumps(setting)) not in had]
+    wanted = {
+        (kind.name, json.dumps(setting)): (kind, setting) for kind in chosen for setting in settings_of(kind)
+    }
+    left = [trial for key, trial in wanted.items() if key not in measured]
+    shared = (outcomes, options.bundle, options.cache)
     with (
         progress() as bar,
-        options.out.open("a", newline="", encoding="utf-8") as file,
-        ProcessPoolExecutor(
-            options.processes, initializer=Trial.read, initargs=(outcomes, options.bundle, options.cache)
-        ) as pool,
+        ProcessPoolExecutor(options.processes, initializer=Trial.read, initargs=shared) as pool,
     ):
-        table = csv.DictWriter(file, COLUMNS)
-        if not rows:
-            table.writeheader()
         task = bar.add_task("settings", total=len(wanted), completed=len(wanted) - len(left))
-        for done in as_completed([pool.submit(Trial.of, kind, setting) for kind, setting in left]):
-            row = done.result()
-            rows.append(row)
-            table.writerow(row)
-            file.flush()
-            bar.update(task, advance=1, note=row["router"])
+        fits = [pool.submit(Trial.of, kind, setting) for kind, setting in left]
+        try:
+            for done in as_completed(fits):
+                row = {"labels": digest, **done.result()}
+                measured[row["router"], row["setting"]] = row
+                _write(options.out, measured, kinds)
+                bar.update(task, advance=1, note=row["router"])
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     for kind in chosen:
-        own = [row for row in rows if row["router"] == kind.name]
+        own = [row for (name, _), row in measured.items() if name == kind.name]
         best = max(own, key=lambda row: sum(float(row[split]) for split in COMPARED))
         told = ", ".join(f"{split} {float(best[split]):.3f}" for split in COMPARED)
         console.print(f"{kind.name}: {best['setting']} of {len(own)}; {told}")
     return 0
 
 
-def _rows(file: Path) -> list[dict[str, str]]:
-    """What an earlier run has measured. ExportError where the file is something else."""
+Measured = dict[tuple[str, str], dict[str, str]]
+"""(router, setting) -> its line."""
+
+
+def _measured(file: Path, labels: str) -> Measured:
+    """What an earlier run has measured. ExportError where the file is something else, or of other labels."""
     if not file.exists():
-        return []
+        return {}
     with file.open(newline="", encoding="utf-8") as lines:
         table = csv.DictReader(lines)
         rows = list(table)
-    if table.fieldnames is not None and tuple(table.fieldnames) != COLUMNS:
+    if rows and tuple(table.fieldnames or ()) != COLUMNS:
         raise ExportError(f"{file} has not the columns {', '.join(COLUMNS)} of a tuning: name another file")
-    return rows
+    if any(row["labels"] != labels for row in rows):
+        raise ExportError(f"{file} was measured on other labels: name another file")
+    return {(row["router"], row["setting"]): row for row in rows}
+
+
+def _write(file: Path, measured: Measured, routers: Iterable[str]) -> None:
+    """All lines, router by router."""
+    order = {name: number for number, name in enumerate(routers)}
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    table.writeheader()
+    table.writerows(sorted(measured.values(), key=lambda row: order.get(row["router"], len(order))))
+    write_output(file, text.getvalue())
 
 
 if __name__ == "__main__":
