@@ -120,11 +120,15 @@ def _loaded(kind: Any, model: str | os.PathLike[str], **options: Any) -> Any:
 
 
 def _refuse_unreadable(folder: Path) -> None:
-    """Raises ValueError, naming the first file in `folder` that cannot be opened; a link may lead nowhere.
+    """Raises ValueError, naming `folder` or the first file in it that cannot be opened; a link may lead nowhere.
 
     The libraries say of some that they are not there, and of others nothing.
     """
-    for file in sorted(folder.iterdir()):
+    try:
+        files = sorted(folder.iterdir())
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be read: {error.strerror}") from error
+    for file in files:
         if file.is_file() or not file.exists():
             try:
                 file.open("rb").close()

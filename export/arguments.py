@@ -44,7 +44,7 @@ def check_output(file: Path, *inputs: Path, option: str = "--out") -> None:
 
 
 def default_output(name: str, begins: str) -> Path:
-    """The file ``name`` of the folder one works in, where no --out names one.
+    """The file ``name``, from the folder one works in, where no --out names one.
 
     ExportError when what it holds does not begin with ``begins``, as all that the command writes does: it is
     somebody's own.

@@ -71,8 +71,7 @@ class Recipe:
     as much as others, with 6 2.4 times, with 60 2.8 times; gains were predicted about as well."""
     seeds: int = 1
     """Mixtures, averaged: what each has learnt from the noise of its labels is not what the others have. A decision
-    waits for all of them, and training too. Two captured 0.79 and 0.80 of the headroom of validation and calibration
-    prompts, one with a quarter of the states hidden in place of half captures as much."""
+    waits for all of them, and training too."""
 
     def epochs(self, prompts: int) -> int:
         """How many there are of so many training prompts."""
@@ -202,15 +201,15 @@ def fit(
     epochs = recipe.epochs(len(train))
     together = [] if mixture.together is None else list(mixture.together.parameters())
     experts = [weights for name, weights in mixture.named_parameters() if not name.startswith("together.")]
-    rates = {recipe.learning_rate: experts, recipe.together_rate: together}
+    rates = [(recipe.learning_rate, experts)]
+    if together:
+        rates.append((recipe.together_rate, together))
     optimiser = torch.optim.AdamW(
-        [{"params": weights} for weights in rates.values() if weights],
-        weight_decay=recipe.weight_decay,
-        fused=True,
+        [{"params": weights} for _, weights in rates], weight_decay=recipe.weight_decay, fused=True
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser,
-        [rate for rate, weights in rates.items() if weights],
+        [rate for rate, _ in rates],
         total_steps=epochs * -(-len(train) // recipe.batch),
         pct_start=0.1,
     )

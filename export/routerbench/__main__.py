@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
+import multiprocessing
+import signal
 import sys
 import time
 import traceback
@@ -134,17 +136,17 @@ def fit(router: Router, data: Data, again: ByGain | None = None) -> list[Fitted]
     validation = data.validation.unseen
 
     def learnt(seed: int, setting: Mapping[str, float]) -> Scorer:
-        with _blamed_on(router.name):
+        with blamed_on(router.name):
             return router.fit(data.train, data.validation, seed, **setting)
 
     def measured(name: str, setting: Mapping[str, float], raw: Sequence[Scorer]) -> Fitted:
-        scorers = [_checked(name, score) for score in raw]
+        scorers = [checked(name, score) for score in raw]
         worths = worth(scorers[0](validation), data.validation.gain)
         scores = {split: [score(prompts) for score in scorers] for split, prompts in unseen.items()}
         return Fitted(name, dict(setting), worths, scores, _time(scorers[0], unseen["test"]))
 
     tried = [learnt(0, setting) for setting in router.settings]
-    worths = [worth(_checked(router.name, score)(validation), data.validation.gain) for score in tried]
+    worths = [worth(checked(router.name, score)(validation), data.validation.gain) for score in tried]
     best = int(np.argmax(worths))
     setting = router.settings[best]
     scorers = [tried[best], *(learnt(seed, setting) for seed in range(1, SEEDS))]
@@ -154,8 +156,25 @@ def fit(router: Router, data: Data, again: ByGain | None = None) -> list[Fitted]
     return made
 
 
+def leave_interrupts() -> None:
+    """In a process of a pool: Ctrl-C is for the one that has begun it, see `ending`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 @contextmanager
-def _blamed_on(router: str) -> Iterator[None]:
+def ending(pool: ProcessPoolExecutor) -> Iterator[None]:
+    """End all processes at once after an error or Ctrl-C: what they do takes minutes, and nobody waits for it."""
+    try:
+        yield
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+
+
+@contextmanager
+def blamed_on(router: str) -> Iterator[None]:
     """A router of one's own fails in its own way: whichever, it becomes an ExportError that says where."""
     try:
         yield
@@ -167,9 +186,11 @@ def _blamed_on(router: str) -> Iterator[None]:
         ) from error
 
 
-def _checked(name: str, score: Scorer) -> Scorer:
-    def checked(prompts: Prompts) -> Floats:
-        with _blamed_on(name):
+def checked(name: str, score: Scorer) -> Scorer:
+    """The same; ExportError where it fails, or does not score each prompt with a finite number."""
+
+    def scored(prompts: Prompts) -> Floats:
+        with blamed_on(name):
             scores = np.asarray(score(prompts), np.float64)
         if scores.shape != (len(prompts),) or not np.isfinite(scores).all():
             raise ExportError(
@@ -178,7 +199,7 @@ def _checked(name: str, score: Scorer) -> Scorer:
             )
         return scores
 
-    return checked
+    return scored
 
 
 def _time(score: Scorer, prompts: Prompts) -> Floats:
@@ -318,7 +339,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         measured_once[name] = one_a_scene.points([score[once] for score in scores])
 
     there = {split: numbers for split, numbers in said.items() if split != "validation"}
-    with ProcessPoolExecutor(options.processes) as pool, progress() as bar:
+    with (
+        ProcessPoolExecutor(options.processes, initializer=leave_interrupts) as pool,
+        ending(pool),
+        progress() as bar,
+    ):
         again = next((router for router in routers if type(router) is ByGain), None)
 
         def submitted(some: Sequence[Router]) -> list[Future[Any]]:
@@ -332,8 +357,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         fitting = submitted(routers[len(ROUTERS) :])
         # Those of one's own: nobody waits for all the others to hear of a mistake.
         for done in as_completed(fitting):
-            if done.exception() is not None:
-                pool.shutdown(cancel_futures=True)
             done.result()
         limiting = pool.submit(_ceiling, outcomes.split("train"), test, known)
         deciding = pool.submit(decisions, bundle, outcomes, there, cache)

@@ -44,7 +44,10 @@ def directions(gaps: NDArray[np.float32], share: float = 0.9) -> int:
     """How many principal directions of ``gaps`` [N, M], each in units of its own deviation, have so much of their
     variance.
     """
-    variances = np.linalg.eigvalsh(np.atleast_2d(np.corrcoef(gaps.T)))[::-1]
+    moving = gaps[:, np.ptp(gaps, axis=0) > 0]
+    if not moving.shape[1]:
+        return 0
+    variances = np.linalg.eigvalsh(np.atleast_2d(np.corrcoef(moving.T)))[::-1]
     return 1 + int(np.searchsorted(np.cumsum(variances), share * variances.sum()))
 
 

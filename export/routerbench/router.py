@@ -105,7 +105,8 @@ class Router(Protocol):
 
     name: str
     settings: Sequence[Mapping[str, float]]
-    """What is tried on validation. Those of `routers` have one each, which `tune` has chosen of 24."""
+    """What is tried on validation. Those of `routers` have one each; those that learn had theirs
+    chosen of 24 by `tune`."""
 
     def fit(self, train: Prompts, validation: Prompts, seed: int, **setting: float) -> Scorer:
         """Learn from ``train``; ``validation`` is for early stopping. The same seed makes the same scorer."""

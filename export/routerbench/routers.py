@@ -58,15 +58,10 @@ OURS: Space = {
 }
 
 
-class Tuned(Protocol):
+class Tuned(Router, Protocol):
     """A router whose setting is the best of those that `export.routerbench.tune` drew from its space."""
 
-    name: str
-    settings: Settings
     space: Space
-
-    def fit(self, train: Prompts, validation: Prompts, seed: int, **setting: float) -> Scorer:
-        """See `Router`."""
 
 
 class Random:
@@ -232,9 +227,8 @@ class RouteT2I:
     name = "routet2i"
     settings: Settings = ({"learning_rate": 2e-2, "dropout": 0.2, "gap_weight": 1.0, "weight_decay": 1e-3},)
     space = MIXTURE
-    recipe = Recipe(
-        seeds=1, gain_weight=0.0, rank_weight=0.0, deletion_weight=0.0
-    )  # terms that are not the paper's
+    # Without the terms that are not the paper's.
+    recipe = Recipe(gain_weight=0.0, rank_weight=0.0, deletion_weight=0.0)
 
     def shape(self, prompts: Prompts) -> Shape:
         """Of the mixture."""

@@ -2,10 +2,11 @@
 
     python -m export.routerbench.tune OUT.csv [--labels LABELS] [--bundle BUNDLE] [--router NAME]
 
-Every router that learns is fitted with the setting that it has and with 23 others, drawn at random from its ``space``,
-one seed each. They are compared by what they win on validation and calibration prompts; no test prompt is read. Each
-fit adds a line to OUT.csv, and a second run goes on where the first one was stopped. Then the best of each router is
-printed: it is taken by writing it into ``routers.py``, for ours into `export.train.Recipe`. Takes an hour on two cores.
+Every router that learns is fitted with the setting that it began with and with 23 others, drawn at random from its
+``space``, one seed each. They are compared by what they win on validation and calibration prompts; no test prompt is
+read. Each fit adds a line to OUT.csv, and a second run goes on where the first one was stopped. Then the best of each
+router is printed: it is taken by writing it into ``routers.py``, for ours into `export.train.Recipe`. Takes about an
+hour on two cores.
 """
 
 from __future__ import annotations
@@ -29,7 +30,15 @@ from export.errors import ExportError
 from export.label import STARTER_BUNDLE
 from export.outcomes import Outcomes
 from export.prompts import never_learnt, scenes_by_text, scenes_of
-from export.routerbench.__main__ import LABELS, keep_states, worth
+from export.routerbench.__main__ import (
+    LABELS,
+    blamed_on,
+    checked,
+    ending,
+    keep_states,
+    leave_interrupts,
+    worth,
+)
 from export.routerbench.router import Prompts
 from export.routerbench.routers import TUNED, Tuned
 from export.terminal import console, progress
@@ -37,13 +46,30 @@ from export.terminal import console, progress
 COLUMNS = ("labels", "router", "setting", "validation", "calibration")
 COMPARED = ("validation", "calibration")
 TRIALS = 24
+_NETWORK = {"learning_rate": 1e-3, "falling": 0, "masked": 0.0, "weight_decay": 1e-2}
+FIRST: Mapping[str, Mapping[str, float]] = {
+    "kNN": {"k": 30},
+    "matrix factorisation (RouteLLM)": {
+        "learning_rate": 1e-3, "falling": 0, "weight_decay": 1e-2, "width": 64
+    },
+    "classifier (RouteLLM, from scratch)": _NETWORK,
+    "Hybrid LLM, deterministic": _NETWORK,
+    "Hybrid LLM, probabilistic": _NETWORK,
+    "Hybrid LLM, transformed": _NETWORK,
+    "ZOOTER": _NETWORK,
+    "routet2i": {"learning_rate": 1e-2, "dropout": 0.3, "gap_weight": 3.0, "weight_decay": 1e-2},
+    "ours": {
+        "learning_rate": 1e-2, "together_rate": 1e-3, "dropout": 0.3, "masked": 0.25,
+        "gap_weight": 3.0, "gain_weight": 3.0, "rank_weight": 3.0,
+    },
+}  # fmt: skip
+"""What each had before there was a tuning."""
 
 
 def settings_of(kind: type[Tuned]) -> list[Mapping[str, float]]:
-    """TRIALS of them, that of the router first; the same every time."""
-    draw, (first,) = np.random.default_rng(0), kind.settings
-    settings = [dict(first)]
-    while len(settings) < min(TRIALS, int(np.prod([len(values) for values in kind.space.values()]))):
+    """TRIALS of them, the same every time: where the router began and what is drawn from its space."""
+    draw, settings = np.random.default_rng(0), [FIRST[kind.name]]
+    while len(settings) < TRIALS:
         setting = {name: values[draw.integers(len(values))] for name, values in kind.space.items()}
         if setting not in settings:
             settings.append(setting)
@@ -59,6 +85,7 @@ class Trial:
     @classmethod
     def read(cls, outcomes: Outcomes, bundle: Path, cache: Path) -> None:
         """Keep the prompts of the splits."""
+        leave_interrupts()
         torch.set_num_threads(1)
         opened, scale = Bundle.open(bundle), np.asarray(scale_of(outcomes.split("train"), 1.0), np.float64)
 
@@ -73,10 +100,11 @@ class Trial:
     @classmethod
     def of(cls, kind: type[Tuned], setting: Mapping[str, float]) -> dict[str, str]:
         """The line of one fit: what it captures of what the gains themselves would win, over all rates."""
-        score = kind().fit(cls.train, cls.compared["validation"], 0, **setting)
+        with blamed_on(f"{kind.name} with {setting}"):
+            score = checked(kind.name, kind().fit(cls.train, cls.compared["validation"], 0, **setting))
         row = {"router": kind.name, "setting": json.dumps(setting)}
         for split, prompts in cls.compared.items():
-            won = worth(np.asarray(score(prompts.unseen)), prompts.gain)
+            won = worth(score(prompts.unseen), prompts.gain)
             row[split] = f"{won / worth(-prompts.gain, prompts.gain):.4f}"
         return row
 
@@ -121,20 +149,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     left = [trial for key, trial in wanted.items() if key not in measured]
     shared = (outcomes, options.bundle, options.cache)
     with (
-        progress() as bar,
         ProcessPoolExecutor(options.processes, initializer=Trial.read, initargs=shared) as pool,
+        ending(pool),
+        progress() as bar,
     ):
         task = bar.add_task("settings", total=len(wanted), completed=len(wanted) - len(left))
-        fits = [pool.submit(Trial.of, kind, setting) for kind, setting in left]
-        try:
-            for done in as_completed(fits):
-                row = {"labels": digest, **done.result()}
-                measured[row["router"], row["setting"]] = row
-                _write(options.out, measured, kinds)
-                bar.update(task, advance=1, note=row["router"])
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        for done in as_completed([pool.submit(Trial.of, kind, setting) for kind, setting in left]):
+            row = {"labels": digest, **done.result()}
+            measured[row["router"], row["setting"]] = row
+            _write(options.out, measured, kinds)
+            bar.update(task, advance=1, note=row["router"])
     for kind in chosen:
         own = [row for (name, _), row in measured.items() if name == kind.name]
         best = max(own, key=lambda row: sum(float(row[split]) for split in COMPARED))
@@ -151,11 +175,17 @@ def _measured(file: Path, labels: str) -> Measured:
     """What an earlier run has measured. ExportError where the file is something else, or of other labels."""
     if not file.exists():
         return {}
-    with file.open(newline="", encoding="utf-8") as lines:
-        table = csv.DictReader(lines)
-        rows = list(table)
-    if rows and tuple(table.fieldnames or ()) != COLUMNS:
+    try:
+        with file.open(newline="", encoding="utf-8") as lines:
+            table = csv.DictReader(lines, strict=True)
+            rows = list(table)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ExportError(f"{file} is no table of a tuning ({error}): name another file") from error
+    if table.fieldnames is not None and tuple(table.fieldnames) != COLUMNS:
         raise ExportError(f"{file} has not the columns {', '.join(COLUMNS)} of a tuning: name another file")
+    for number, row in enumerate(rows, 2):
+        if None in row.values() or None in row:
+            raise ExportError(f"{file}, line {number} is not whole: remove it, and it is measured again")
     if any(row["labels"] != labels for row in rows):
         raise ExportError(f"{file} was measured on other labels: name another file")
     return {(row["router"], row["setting"]): row for row in rows}

@@ -8,7 +8,7 @@ import torch
 from scipy.stats import spearmanr
 
 from edge_agent.superiority import relative_superiority
-from export.mixture import Shape
+from export.mixture import Mixture, Shape
 from export.states import TokenStates
 from export.train import Epoch, Examples, Loss, Recipe, Trained, knowing, train
 
@@ -138,6 +138,16 @@ def test_two_prompts_in_the_wrong_order_cost_more_the_more_their_gains_differ_an
     assert 0 < disorder([0, 1, 2]) < disorder(near) < disorder(far) < disorder([2, 1, 0])
     assert cost(far, rank_weight=7) - cost(far, rank_weight=0) == pytest.approx(7 * disorder(far), rel=1e-4)
     assert cost(far, False, rank_weight=7) == cost(far, False, rank_weight=0)
+
+
+def test_experts_learn_at_the_rate_of_the_layer_beside_them() -> None:
+    learning, validating = world(64, 1), world(32, 2)
+    recipe = replace(RECIPE, steps=4, learning_rate=1e-3, together_rate=1e-3)
+    shape = knowing(replace(SHAPE, sentence=8), learning, WORDS)
+    for kind in (SHAPE, shape):
+        torch.manual_seed(0)
+        before = Mixture(kind).shared
+        assert not torch.equal(trained(learning, validating, recipe, kind).mixture.shared, before)
 
 
 def test_a_seed_gives_the_same_weights_and_another_seed_others() -> None:

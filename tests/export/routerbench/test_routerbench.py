@@ -3,6 +3,8 @@ from __future__ import annotations
 import csv
 import re
 import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from export.evaluate import Estimate
 from export.outcomes import Outcomes
 from export.prompts import scenes_by_text, scenes_of
 from export.routerbench import routers
-from export.routerbench.__main__ import Data, _longest_first, fit, worth
+from export.routerbench.__main__ import Data, _longest_first, ending, fit, worth
 from export.routerbench.measure import (
     RATES,
     RESAMPLES,
@@ -145,6 +147,19 @@ def test_a_difference_is_paired_and_of_the_rates_that_are_asked_for(bench: Bench
     assert difference(hindsight, ties, RATES).value == pytest.approx(mean)
 
 
+@pytest.mark.timeout(60)
+def test_an_error_or_an_interrupt_waits_for_nothing_that_a_process_is_at() -> None:
+    def interrupted() -> None:
+        with ProcessPoolExecutor(1) as pool, ending(pool):
+            slow = pool.submit(time.sleep, 600)
+            while not slow.running():
+                time.sleep(0.01)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+
+
 def test_ours_is_started_first_and_what_takes_seconds_last() -> None:
     started = [router.name for router in _longest_first([kind() for kind in ROUTERS])]
     assert started[0] == "ours"
@@ -160,6 +175,9 @@ def test_gaps_that_move_together_have_few_directions_whatever_their_units() -> N
     together = np.stack([two[:, 0], 1000 * two[:, 1], two[:, 0] - two[:, 1], two.sum(1)], axis=1)
     assert directions(together) == 2
     assert directions(together[:, :1]) == 1
+    still = np.full((4000, 1), 0.3, np.float32)
+    assert directions(np.hstack([together, still])) == 2
+    assert directions(still) == 0
     assert directions(draw.standard_normal((4000, 4)).astype(np.float32)) == 4
 
 

@@ -9,8 +9,8 @@ INVALID_ARGUMENT with google.rpc.BadRequest for a bad field, DEADLINE_EXCEEDED, 
   FAILED_PRECONDITION  the price is above max_price_micro_usd. Nothing ran.
   ALREADY_EXISTS       this request_id has been made (or is being made) and its image is not kept; ask
                        LookupGeneration for its outcome. Nothing ran again, nothing is charged again.
-  UNAVAILABLE          the server is draining or still loading. Nothing ran. After Accepted: it was stopped before the
-                       caller had the image; LookupGeneration knows what became of it.
+  UNAVAILABLE          the server is draining or still loading: the status has details, and nothing ran. Without details:
+                       it was stopped before the caller had the image; LookupGeneration knows what became of it.
 grpc.health.v1 answers SERVING only while the model is loaded and the server is not draining.
 """
 
