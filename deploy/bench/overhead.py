@@ -34,7 +34,7 @@ from routet2i.edge.v1 import edge_pb2
 from routet2i.edge.v1.edge_pb2_grpc import EdgeAgentServiceStub
 from routet2i.image.v1 import image_pb2
 from row import Row
-from stream import running_stream
+from stream import IN_CALLERS_THREAD, running_stream
 
 GROUP = "agent"
 PERCENT, MILLISECONDS = 3.0, 3.0  # target: the larger of the two
@@ -143,7 +143,7 @@ def running_agent(folder: Path, threads: int, *more: str) -> Iterator[tuple[Edge
             daemon = subprocess.Popen(command, env=environment, stderr=file)
         try:
             _wait(AgentClient(address), daemon, log)
-            with grpc.insecure_channel(address) as channel:
+            with grpc.insecure_channel(address, options=IN_CALLERS_THREAD) as channel:
                 yield EdgeAgentServiceStub(channel), daemon.pid
         finally:
             daemon.terminate()

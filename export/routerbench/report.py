@@ -208,7 +208,7 @@ def _report(
         "",
         "Each of the benchmark's routers that learn has the best of 24 settings on validation and calibration prompts",
         "of the starter's labels (docs/tuning.csv); the ablations have that of routet2i. What ours reads, and which",
-        "losses it learns from, was chosen besides, on the same prompts (Tried, in docs/routerbench.md).",
+        "losses it learns from, was chosen besides, on the same prompts (docs/routers-tried.md).",
         "",
         f"dP counts {_counted(counted)}",
         f"Frequent scenes come in many test prompts; the second column has one prompt a scene, {facts.scenes} in all.",
