@@ -23,7 +23,7 @@ SERVICE, METHOD = "bench.Stream", "Replay"
 LOADED_S = 60.0
 
 IN_CALLERS_THREAD = ((ChannelOptions.SingleThreadedUnaryStream, 1),)
-"""As docs/examples/client.py asks: streams are read in the thread that wants them, 0.3 ms sooner than through gRPC's own."""
+"""As docs/examples/client.py asks: a stream is read in the caller's thread, 0.3 ms sooner than through gRPC's own."""
 
 _PAUSED = struct.Struct("d")
 
