@@ -26,7 +26,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, get_type_hints
 
 from edge_agent.calibration import Calibration
-from edge_agent.errors import BundleError, NewerBundle
+from edge_agent.errors import BundleError, NewerBundle, NotABundle
 from edge_agent.superiority import METRICS
 from edge_agent.weights import locations
 
@@ -64,7 +64,8 @@ _LABELS = ("name", "licence", "latent_to_rgb")
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_FILES = 1000
 MAX_PATH_BYTES = 200  # in UTF-8: file systems count bytes, and take 255 or fewer for a name
-MAX_INT = 2**31 - 1  # of a size or a count
+MAX_INT = 2**31 - 1  # of a count
+MAX_SIDE = 1 << 14  # of an image, in pixels: what is larger fills the memory
 MAX_FILE_BYTES = 2**63 - 1
 # CLIP reads 77, T5 in the largest models 512. A tokenizer pads to as many as it is told, and ends the process where
 # memory does not do.
@@ -170,6 +171,7 @@ class Bundle:
 
         Raises:
             BundleError: naming the file that is missing, truncated, altered, a link, outside or too new.
+            NotABundle: the folder has no manifest.
         """
         root = Path(folder)
         try:
@@ -184,10 +186,12 @@ class Bundle:
             _refuse_links(root, MANIFEST)
             with (root / MANIFEST).open("rb") as file:
                 text = file.read(MAX_MANIFEST_BYTES + 1)
-        except OSError as error:
-            raise BundleError(
-                f"{root / MANIFEST} cannot be read: {error.strerror}; is this a bundle folder?"
+        except FileNotFoundError as error:
+            raise NotABundle(
+                f"{root} has no {MANIFEST}, so it is no bundle; `edge-export diffusion` makes one of a pipeline"
             ) from error
+        except OSError as error:
+            raise BundleError(f"{root / MANIFEST} cannot be read: {error.strerror}") from error
         manifest = parse_manifest(text, root / MANIFEST)
         try:
             states = {
@@ -370,13 +374,19 @@ def _parse(text: bytes, path: Path | str) -> Manifest:
         files=_parse_files(document, path),
     )
     for name, kind in get_type_hints(Facts).items():
-        largest = MAX_TEXT_TOKENS if name == "text_tokens" else MAX_INT
+        largest = {"text_tokens": MAX_TEXT_TOKENS, "width": MAX_SIDE, "height": MAX_SIDE}.get(name, MAX_INT)
         if kind is int and not 0 < getattr(manifest, name) <= largest:
             raise BundleError(f"{path}: {name} must be from 1 to {largest}")
         if kind is float and not math.isfinite(getattr(manifest, name)):
             raise BundleError(f"{path}: {name} must be a finite number")
         if kind is str and not getattr(manifest, name).isprintable():  # it is shown on terminals
             raise BundleError(f"{path}: {name} must be printable text on one line")
+    factor = manifest.width // manifest.latent_width
+    if (manifest.width, manifest.height) != (factor * manifest.latent_width, factor * manifest.latent_height):
+        raise BundleError(
+            f"{path}: a decoder makes no {manifest.width} x {manifest.height} pixels of {manifest.latent_width} x "
+            f"{manifest.latent_height} latent positions: both sides grow by one whole factor"
+        )
     if manifest.latent_scaling == 0.0:
         raise BundleError(f"{path}: latent_scaling must not be zero")
     if manifest.default_steps not in manifest.steps:

@@ -18,6 +18,7 @@ RouteT2IError
 │   └── CloudLied          what it sent is not what it said: hash, format, size, price
 ├── StartRefused         a setting is wrong, or the address to listen on cannot be had
 ├── BundleError          a bundle is incomplete, altered or of an unknown schema
+│   ├── NotABundle         a folder without a manifest: something else
 │   └── NewerBundle        whole, as far as can be seen, and of a schema that only a later edge-agent reads
 ├── LedgerError          the quota ledger cannot be read or written
 ├── StoreError           the folder of installed models cannot be read or written, or has no such model
@@ -134,6 +135,10 @@ class BundleError(RouteT2IError):
     """A bundle is incomplete, altered or of an unknown schema; the message names the file."""
 
 
+class NotABundle(BundleError):
+    """A folder without a manifest: something else, which no command for models may delete."""
+
+
 class NewerBundle(BundleError):
     """A bundle is of a schema that only a later edge-agent reads: to fetch it again does not help."""
 
@@ -183,6 +188,7 @@ GRPC_CODES: dict[type[RouteT2IError], grpc.StatusCode] = {
     CloudLied: grpc.StatusCode.UNAVAILABLE,
     StartRefused: grpc.StatusCode.FAILED_PRECONDITION,
     BundleError: grpc.StatusCode.DATA_LOSS,
+    NotABundle: grpc.StatusCode.DATA_LOSS,
     NewerBundle: grpc.StatusCode.DATA_LOSS,
     LedgerError: grpc.StatusCode.FAILED_PRECONDITION,
     StoreError: grpc.StatusCode.FAILED_PRECONDITION,

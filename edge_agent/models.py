@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from edge_agent import settings
 from edge_agent.bundle import Bundle
 from edge_agent.client import BAD_INPUT, CONNECT_S, DONE, UNREACHABLE, AgentClient, CallFailed
-from edge_agent.errors import BundleError, InvalidRequest, NewerBundle, StoreError
+from edge_agent.errors import BundleError, InvalidRequest, NewerBundle, NotABundle, StoreError
 from edge_agent.store import RESERVED, STARTER_NAME, Store
 from edge_agent.terminal import add_command, client, on_terminal, print_facts, print_json, print_table, remark
 
@@ -40,8 +40,8 @@ LIST_EPILOG = """\
 and routes no prompt to the cloud; `edge-agent models show NAME` says what to run.
 
 --json prints one object a line: name, current, served, calibrated, digest, folder, bytes, width, height, steps,
-licence, error. `served` is null where no daemon answers. `error` says what is wrong with a damaged model, whose other
-facts are null; a pull that has not come to an end is listed by the bytes it has.
+licence, error. `served` is null where no daemon answers. `error` says what is wrong with a damaged model, of which only
+the folder is known; of a pull that has not come to an end `bytes` is what it has so far.
 """
 
 SHOW_EPILOG = """\
@@ -70,7 +70,8 @@ examples:
   edge-agent models verify            all models
   edge-agent models verify sd-turbo
 
-Exit code 2 when one is damaged, or newer than this edge-agent. --json prints one object a line: name, ok, bytes, error.
+Exit code 2 when one is damaged, newer than this edge-agent, or a folder that is no model. --json prints one object a
+line: name, ok, bytes, error.
 """
 
 USE_EPILOG = """\
@@ -137,7 +138,8 @@ def _list(options: argparse.Namespace) -> int:
     models = [_summary(store, name, current, served) for name in store.names()]
     unfinished = {name: size for name, size in store.unfinished().items() if name not in store.names()}
     models += [
-        _damaged(store, name, f"not pulled to its end, {size} bytes so far: pull it again") | {"bytes": size}
+        _damaged(store.partial(name), name, "not pulled to its end; the same pull goes on with it")
+        | {"bytes": size}
         for name, size in unfinished.items()
     ]
     if options.json:
@@ -159,6 +161,8 @@ def _list(options: argparse.Namespace) -> int:
                 for model in models
             ),
         )
+    if current not in store.names():
+        remark(f"the chosen model {current} is gone: choose another with `edge-agent models use NAME`")
     if served is not None and not any(model["served"] for model in models):
         remark(f"the daemon serves {served}, which is none of these")
     return DONE
@@ -232,7 +236,7 @@ def _verify(options: argparse.Namespace) -> int:
     code = DONE
     for name in [options.name] if options.name else store.names():
         folder = store.path(name)
-        error, size, what = None, None, "damaged"
+        error, size, what = None, None, ""
         try:
             with _spinner(f"verifying {name}"):
                 bundle = Bundle.open(folder)
@@ -240,8 +244,7 @@ def _verify(options: argparse.Namespace) -> int:
             _ = bundle.advice  # reads the calibration
         except BundleError as found:
             error, code = found.message, BAD_INPUT
-            if isinstance(found, NewerBundle):
-                what = "too new"
+            what = _AILMENTS.get(type(found), "damaged")
         if options.json:
             print_json({"name": name, "ok": error is None, "bytes": size, "error": error})
         elif error is None:
@@ -251,6 +254,10 @@ def _verify(options: argparse.Namespace) -> int:
             again = f"; `edge-agent models remove {name}` and pull it again" if mends else ""
             print(f"{name}: {what}: {error}{again}")
     return code
+
+
+_AILMENTS = {NewerBundle: "too new", NotABundle: "no model"}
+"""What is not damaged, so that fetching it again does not help."""
 
 
 def _use(options: argparse.Namespace) -> int:
@@ -413,7 +420,7 @@ def _summary(store: Store, name: str, current: str, served: str | None) -> dict[
         bundle = Bundle.open(store.path(name), verify=False)
         calibrated = not bundle.advice
     except BundleError as error:
-        return _damaged(store, name, error.message) | marks
+        return _damaged(store.path(name), name, error.message) | marks
     manifest = bundle.manifest
     return {
         "name": name,
@@ -430,7 +437,7 @@ def _summary(store: Store, name: str, current: str, served: str | None) -> dict[
     }
 
 
-def _damaged(store: Store, name: str, error: str) -> dict[str, Any]:
+def _damaged(folder: Path, name: str, error: str) -> dict[str, Any]:
     unknown = dict.fromkeys(
         ("calibrated", "digest", "folder", "bytes", "width", "height", "steps", "licence")
     )
@@ -439,7 +446,7 @@ def _damaged(store: Store, name: str, error: str) -> dict[str, Any]:
         "current": False,
         "served": None,
         **unknown,
-        "folder": str(store.folder / name),
+        "folder": str(folder),
         "error": error,
     }
 

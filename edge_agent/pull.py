@@ -40,6 +40,7 @@ from edge_agent.errors import (
     BundleError,
     InvalidRequest,
     NewerBundle,
+    NotABundle,
     PullFailed,
     SourceLied,
     SourceRefused,
@@ -199,6 +200,8 @@ def _installed(store: Store, name: str, text: bytes) -> Bundle | None:
             f"{name} is installed and cannot be compared: {error.message}, or pull this one under a name of its own "
             "with --name"
         ) from error
+    except NotABundle as error:
+        raise StoreError(f"{error.message}: pull this one under another --name") from error
     except BundleError as error:
         raise StoreError(
             f"{name} is installed and not whole ({error.message}): `edge-agent models remove {name}`, then pull again"

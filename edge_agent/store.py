@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from edge_agent.bundle import Bundle
+from edge_agent.bundle import MANIFEST, Bundle
 from edge_agent.errors import Busy, StoreError
 
 STARTER_NAME = "starter"
@@ -62,6 +62,10 @@ class Store:
         with self.explained("read"):
             there = _is_name(name) and (path.is_dir() or path.is_symlink())
         if not there:
+            if name in self.unfinished():
+                raise StoreError(
+                    f"{name} is not pulled to its end; the same `edge-agent models pull` goes on with it"
+                )
             raise StoreError(
                 f"there is no model {name!r} in {self.folder}; there are {', '.join(self.names())}. "
                 "Get others with `edge-agent models pull`"
@@ -115,7 +119,8 @@ class Store:
     def remove(self, name: str) -> int:
         """Deletes an installed model, or what an unfinished pull of it left; returns the bytes that this freed.
 
-        Whether a daemon serves it is for the caller to ask. A link goes, and what it leads to stays.
+        Whether a daemon serves it is for the caller to ask. A link goes, and what it leads to stays. A folder without a
+        manifest was never installed here, and may be all that somebody has of it.
         """
         if name == STARTER_NAME:
             raise StoreError("the starter comes with the project and cannot be removed")
@@ -130,7 +135,12 @@ class Store:
             if unfinished:
                 with self.pulling(name):
                     return self._delete(self.partial(name))
-            return self._delete(self.path(name))
+            folder = self.path(name)
+            if not folder.is_symlink() and not (folder / MANIFEST).exists():
+                raise StoreError(
+                    f"{folder} has no {MANIFEST}, so it is no model; delete it yourself if you mean it"
+                )
+            return self._delete(folder)
 
     def partial(self, name: str) -> Path:
         """The folder of what a pull of `name` has so far."""

@@ -23,6 +23,7 @@ class Decoder:
             latent_sample=(None, facts.latent_channels, facts.latent_height, facts.latent_width),
             sample=(None, 3, facts.height, facts.width),
         )
+        self._shape = (1, 3, facts.height, facts.width)
         self._scaling, self._shift = np.float32(facts.latent_scaling), np.float32(facts.latent_shift)
 
     @property
@@ -35,10 +36,15 @@ class Decoder:
 
         Raises:
             Cancelled, GenerationFailed: see `Session.run`.
-            GenerationFailed: what the graph gives is not finite.
+            GenerationFailed: what the graph gives is not of the manifest's size, or not finite.
         """
         scaled = latents / self._scaling + self._shift
         (sample,) = self._session.run({"latent_sample": scaled}, stop=stop, shrink=True)
+        if sample.shape != self._shape:  # which a graph that takes any size does not tell before
+            raise GenerationFailed(
+                f"{self._session.path} gave the shape {sample.shape} where the manifest asks for {self._shape}; export "
+                "the bundle again"
+            )
         if not np.isfinite(sample).all():  # which would be black or white
             raise GenerationFailed(
                 f"{self._session.path} gave numbers that are not finite; if it computes in half precision, export the "

@@ -237,6 +237,28 @@ def test_a_damaged_model_is_listed_with_what_is_wrong_and_not_chosen(
     assert run("remove", "hollow").code == 0
 
 
+def test_a_folder_that_is_no_model_is_never_deleted_nor_advised_to_be(
+    run: Run, home: Path, models: Path
+) -> None:
+    (models / "photos").mkdir(parents=True)
+    (models / "photos" / "holiday.jpg").write_bytes(b"irreplaceable")
+    verified = run("verify", "photos")
+    assert verified.code == 2 and verified.out.startswith("photos: no model: ")
+    pulled = run("pull", hollow_bundle(home / "tiny"), "--name", "photos")
+    assert pulled.code == 2 and "another --name" in pulled.err
+    assert "remove" not in verified.out + pulled.err
+    removed = run("remove", "photos")
+    assert removed.code == 2 and "is no model" in removed.err
+    assert (models / "photos" / "holiday.jpg").exists()
+
+
+def test_a_chosen_model_that_is_gone_is_told(run: Run, home: Path, models: Path) -> None:
+    run("pull", hollow_bundle(home / "tiny"), "--use")
+    shutil.rmtree(models / "hollow")
+    listed = run("list")
+    assert listed.code == 0 and "the chosen model hollow is gone" in listed.err
+
+
 def test_an_unfinished_pull_is_listed_and_can_be_removed(run: Run, home: Path) -> None:
     hollow_bundle(home / "www")
     with web_server(home / "www") as web:
@@ -244,8 +266,11 @@ def test_an_unfinished_pull_is_listed_and_can_be_removed(run: Run, home: Path) -
         broken = run("pull", web.address)
     assert (broken.code, broken.out) == (3, "") and "goes on where this one stopped" in broken.err
     listed = names(run("list", "--json"))["hollow"]
-    assert "pull it again" in listed["error"] and listed["bytes"] > SIZES["text_encoder/model.onnx"]
-    assert run("use", "hollow").code == 2
+    assert "not pulled to its end" in listed["error"] and listed["bytes"] > SIZES["text_encoder/model.onnx"]
+    assert (Path(listed["folder"]) / DENOISER).parent.is_dir()
+    for action in ("use", "show", "verify"):
+        refused = run(action, "hollow")
+        assert refused.code == 2 and "hollow is not pulled to its end" in refused.err
     assert run("remove", "hollow").code == 0
     assert list(names(run("list", "--json"))) == ["starter"]
 
@@ -261,7 +286,7 @@ def test_an_unfinished_pull_is_listed_and_can_be_removed(run: Run, home: Path) -
         (("pull", "ftp://host/b"), 2, "http"),
         (("pull", "hf:someone/model"), 3, "cannot be reached"),
         (("pull", "http://127.0.0.1:1/b"), 3, "cannot be reached"),
-        (("pull", "."), 2, "is this a bundle folder"),
+        (("pull", "."), 2, "has no manifest.json, so it is no bundle"),
         (("pull", STARTER, "--name", "starter"), 2, "--name"),
         (("pull", STARTER, "--name", "../x"), 2, "--name"),
         (("use", "none"), 2, "there is no model 'none'"),
