@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from edge_agent import version
 from edge_agent.bundle import CALIBRATE
-from edge_agent.cloud import CloudAccepted, CloudClient, CloudImage
+from edge_agent.cloud import SLOW_CONNECTION_S, CloudAccepted, CloudClient, CloudImage
 from edge_agent.device import Device, Drawing, Drawn, Job
 from edge_agent.errors import CloudError, CloudRefused, LedgerError, QuotaExhausted
 from edge_agent.image import Progress, with_facts
@@ -87,7 +87,6 @@ class Tally:
     cloud_digest: str = ""  # what the cloud server last said it is
     cloud_connected: bool = False  # whether a call has reached it
     cloud_failure: CloudError | None = None  # of the last call, where no image has come from the cloud since
-    ledger_failure: str = ""  # why no call could be reserved, where none has been since
 
 
 class Agent:
@@ -186,9 +185,9 @@ class Agent:
             if isinstance(failure, CloudRefused):
                 check = "--max-price, --cloud-token and the cloud server's own settings"
             found.append(f"{failure.message}; no image has come from it since: if it goes on, check {check}")
-        if self.tally.ledger_failure:
+        if ledger_failure := self.purchases.ledger.failure:
             found.append(
-                f"{self.tally.ledger_failure}; until a call can be reserved again, prompts that are worth the cloud "
+                f"{ledger_failure}; until a call can be reserved again, prompts that are worth the cloud "
                 "stay on the edge as quota_exhausted"
             )
         return tuple(found)
@@ -256,7 +255,6 @@ class Agent:
             purchase = await self.purchases.reserve(
                 request, self._ceiling(request), self._cloud_timeout_s(request)
             )
-            self.tally.ledger_failure = ""
         except (QuotaExhausted, LedgerError) as error:
             if isinstance(error, LedgerError):
                 self._unusable(error)
@@ -305,7 +303,6 @@ class Agent:
     def _unusable(self, error: LedgerError) -> None:
         """A ledger that cannot be read or written allows nothing, and the status says why."""
         log.error("ledger", extra={"fields": {"error": error.message}})
-        self.tally.ledger_failure = error.message
 
     def _remember(self, request: ImageRequest, decision: Decision) -> None:
         """What the routing rate is a share of: prompts that may go to the cloud, and need not."""
@@ -341,7 +338,8 @@ class Agent:
                         yield event
                 return
             except CloudError as error:
-                self.tally.cloud_failure = error
+                if not self._own_terms(request, error, purchase):
+                    self.tally.cloud_failure = error
                 if request.routing is Routing.CLOUD_ONLY:
                     raise
                 failure = error.message
@@ -425,6 +423,11 @@ class Agent:
     def _ceiling(self, request: ImageRequest) -> int:
         own = self._terms.max_price_micro_usd
         return own if request.max_price_micro_usd is None else min(own, request.max_price_micro_usd)
+
+    def _own_terms(self, request: ImageRequest, error: CloudError, purchase: Purchase) -> bool:
+        """Whether the caller's price or haste is what failed, which says nothing of the cloud."""
+        cheap = isinstance(error, CloudRefused) and self._ceiling(request) < self._terms.max_price_micro_usd
+        return cheap or purchase.timeout_s < SLOW_CONNECTION_S
 
     def _cloud_timeout_s(self, request: ImageRequest) -> float:
         """How long the cloud may take: within the deadline, and early enough for the edge to step in."""

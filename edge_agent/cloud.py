@@ -1,10 +1,9 @@
 """The client of the cloud server: one call, one channel, one image that is what it is said to be.
 
-Nothing here opens a connection before `generate` or `lookup` is called. Each call has a channel of its own
-and closes
-it: then a connection that is refused is known to have run nothing, no dead connection from before is ever
-trusted with a paid request, and renewed certificates and changed addresses are picked up. The handshake it
-costs is small beside an image.
+Nothing here opens a connection before `generate` or `lookup` is called. Each call has a channel of its own and closes
+it: then a connection that is refused is known to have run nothing, no dead connection from before is ever trusted with
+a paid request, and renewed certificates and changed addresses are picked up. The handshake it costs is small beside
+an image.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ import ipaddress
 import math
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -51,6 +50,12 @@ _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 FIRST_RETRY_S = 1.0
 LONGEST_RETRY_S = 60.0
 """After a failed connection the cloud counts as unhealthy for 1 s, then 2, 4, ... up to a minute."""
+
+SLOW_CONNECTION_S = 1.0
+"""Who has waited so long for a connection has found out something about the cloud, however soon he leaves."""
+
+MOST_RESUMES = 8
+"""Calls for the rest of an image that broke off, each of which has to bring more of it."""
 
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     # A dead link is noticed after about 15 s instead of never; the last of the three is for a peer whose
@@ -192,40 +197,76 @@ class CloudClient:
         self._monotonic = monotonic
         self._failures = 0
         self._retry_at = -math.inf
+        self._connecting: list[
+            float
+        ] = []  # since when, on `monotonic`, each call has waited for its connection
         self._closed = False
 
     @property
     def healthy(self) -> bool:
-        """False for a while after a connection failed, or for as long as the cloud asked to be left alone."""
-        return self._monotonic() >= self._retry_at
+        """False for a while after a connection failed, or for as long as the cloud asked to be left alone.
+
+        And while a call finds out whether it is back, or already waits for long: the others need not wait with it.
+        """
+        now = self._monotonic()
+        patience_s = 0.0 if self._failures else SLOW_CONNECTION_S
+        return now >= self._retry_at and all(now - since < patience_s for since in self._connecting)
 
     async def generate(
-        self, request: ImageRequest, ceiling_micro_usd: int, timeout_s: float
-    ) -> AsyncIterator[CloudAccepted | CloudProgress | CloudImage]:
+        self,
+        request: ImageRequest,
+        ceiling_micro_usd: int,
+        timeout_s: float,
+        sending: Callable[[], None] = lambda: None,
+    ) -> AsyncGenerator[CloudAccepted | CloudProgress | CloudImage, None]:
         """Have the cloud make an image for at most `ceiling_micro_usd`, within `timeout_s` seconds in all.
 
         Yields one CloudAccepted, any number of CloudProgress, one CloudImage. Closing the iterator
-        (`contextlib.aclosing` does), or cancelling the task that awaits it, cancels the call.
+        (`contextlib.aclosing` does), or cancelling the task that awaits it, cancels the call. `sending` is called
+        when the request goes out: until then nothing can have been charged, whatever ends the call.
+
+        Where the image breaks off, the rest of it is asked for: it is paid for once its first byte comes.
 
         Raises CloudUnavailable, CloudRefused or CloudLied; their `never_ran` says whether the call can be
-        forgotten.
-        Otherwise, also after a cancellation, `lookup` tells what it came to.
+        forgotten. Otherwise, also after a cancellation, `lookup` tells what it came to.
         """
         deadline = self._monotonic() + timeout_s
+        stream = _ImageStream(request, ceiling_micro_usd, self._max_image_bytes)
+        broken: CloudUnavailable | None = None
+        for resumes in range(MOST_RESUMES + 1):
+            had = len(stream.received)
+            try:
+                async with aclosing(self._received(stream, deadline, sending)) as events:
+                    async for event in events:
+                        yield event
+                return
+            except CloudError as error:
+                brought_more = len(stream.received) > had
+                if broken and not brought_more:  # what this call came to is not what the image came to
+                    raise broken from error
+                if not isinstance(error, CloudUnavailable) or not brought_more or resumes == MOST_RESUMES:
+                    raise
+                broken = error
+
+    async def _received(
+        self, stream: _ImageStream, deadline: float, sending: Callable[[], None]
+    ) -> AsyncGenerator[CloudAccepted | CloudProgress | CloudImage, None]:
+        """The events of one call for what `stream` has not received yet."""
+        timeout_s = max(0.0, deadline - self._monotonic())
         async with self._connection(timeout_s) as channel:
-            stream = _ImageStream(request, ceiling_micro_usd, self._max_image_bytes)
+            sending()
             call = CloudServerServiceStub(channel).Generate(
-                _wire_request(request, ceiling_micro_usd),
+                stream.wire_request(),
                 timeout=max(0.0, deadline - self._monotonic()),
                 metadata=self._metadata,
             )
             try:
                 async for response in call:
                     event = await stream.take(response)
-                    if event is not None:
-                        yield event
                     if isinstance(event, CloudAccepted):
                         self._failures, self._retry_at = 0, -math.inf
+                    if event is not None:
+                        yield event
                     if isinstance(event, CloudImage):
                         return
             except grpc.aio.AioRpcError as error:
@@ -291,18 +332,21 @@ class CloudClient:
             ready = asyncio.ensure_future(self._ready(channel))
             # Asked for its error even where a cancellation is faster: asyncio warns of those that nobody asked for.
             ready.add_done_callback(lambda done: done.cancelled() or done.exception())
+            patience_s = min(timeout_s, self._connect_timeout_s)
+            since = self._monotonic()
+            self._connecting.append(since)
             try:
-                await asyncio.wait({ready}, timeout=min(timeout_s, self._connect_timeout_s))
+                await asyncio.wait({ready}, timeout=patience_s)
             finally:
+                self._connecting.remove(since)
                 in_time = ready.done()
                 ready.cancel()
             if not in_time:
                 # A caller in a hurry says nothing about the cloud.
-                if timeout_s >= self._connect_timeout_s:
+                if patience_s >= min(SLOW_CONNECTION_S, self._connect_timeout_s):
                     self._failed()
                 raise CloudUnavailable(
-                    f"the cloud at {self.address} gave no connection within "
-                    f"{min(timeout_s, self._connect_timeout_s):g} s",
+                    f"the cloud at {self.address} gave no connection within {patience_s:.2g} s",
                     never_ran=True,
                 )
             ready.result()
@@ -373,7 +417,7 @@ class CloudClient:
             return CloudLied(f"the cloud at {self.address} sent too much: {text}", never_ran=False)
         if code is grpc.StatusCode.DEADLINE_EXCEEDED and status is None:
             return CloudUnavailable(
-                f"the cloud at {self.address} was not done within {timeout_s:g} s", never_ran=False
+                f"the cloud at {self.address} was not done within {round(timeout_s, 1):g} s", never_ran=False
             )
         retry_after_s = _retry_after_s(status)
         if retry_after_s is not None:
@@ -399,17 +443,24 @@ class _ImageStream:
             self._max_image_bytes = min(max_image_bytes, own)
         self.accepted: CloudAccepted | None = None
         self.received = bytearray()
+        self._begun = False  # whether the call under way has been accepted
+
+    def wire_request(self) -> cloud_pb2.GenerateRequest:
+        """What to ask for next: the image, or what is left of it."""
+        self._begun = False
+        return _wire_request(self._request, self._ceiling_micro_usd, len(self.received))
 
     async def take(
         self, response: cloud_pb2.GenerateResponse | None
     ) -> CloudAccepted | CloudProgress | CloudImage | None:
-        """The event in `response`; None for a piece of the image. Raises CloudLied."""
+        """The event in `response`; None for a piece of the image, or what is told again. Raises CloudLied."""
         if response is None:  # what gRPC makes of bytes that it cannot decode
             raise CloudLied("the cloud sent a message that cannot be read", never_ran=False)
         kind = response.WhichOneof("event")
-        if (kind == "accepted") is (self.accepted is not None):
+        if (kind == "accepted") is self._begun:
             raise CloudLied(f"the cloud sent {kind} where it may not", never_ran=False)
         if kind == "accepted":
+            self._begun = True
             price = response.accepted.charged_micro_usd
             if not 0 <= price <= self._ceiling_micro_usd:
                 raise CloudLied(
@@ -417,8 +468,15 @@ class _ImageStream:
                     never_ran=False,
                 )
             digest = _digest(response.accepted.model_digest)
-            self.accepted = CloudAccepted(response.accepted.queue_position, price, digest)
-            return self.accepted
+            before, self.accepted = (
+                self.accepted,
+                CloudAccepted(response.accepted.queue_position, price, digest),
+            )
+            if before is None:
+                return self.accepted
+            if (price, digest) != (before.charged_micro_usd, before.model_digest):
+                raise CloudLied("the rest of the cloud's image is of another price or model", never_ran=False)
+            return None
         if kind == "progress":
             return self._progress(response.progress)
         if kind == "image_chunk":
@@ -520,7 +578,9 @@ def _check_png(png: bytes, sha256: str, width: int, height: int) -> None:
         )
 
 
-def _wire_request(request: ImageRequest, ceiling_micro_usd: int) -> cloud_pb2.GenerateRequest:
+def _wire_request(
+    request: ImageRequest, ceiling_micro_usd: int, resume_offset: int
+) -> cloud_pb2.GenerateRequest:
     """What the cloud needs to know, and no more: the app's name stays here."""
     if request.local_only:
         raise ValueError("a prompt that may not leave the device was about to be sent to the cloud")
@@ -537,6 +597,7 @@ def _wire_request(request: ImageRequest, ceiling_micro_usd: int) -> cloud_pb2.Ge
         privacy=image_pb2.PRIVACY_NORMAL,
         max_price_micro_usd=ceiling_micro_usd,
         traceparent=request.traceparent,
+        resume_offset=resume_offset,
     )
     return cloud_pb2.GenerateRequest(image=image, preview=request.preview)
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from datetime import datetime, timezone
-from typing import Any, cast
+from typing import Any
 
 from edge_agent.cloud import CloudAccepted, CloudClient, CloudImage, CloudProgress
 from edge_agent.errors import CloudError, DuplicateRequest, LedgerError, PolicyConflict, RouteT2IError
@@ -94,7 +94,8 @@ class Purchases:
             raise
         self._unsent.discard(key)  # that was an earlier call of this id, released since; this one may be sent
         self._arrived_by[key] = deadline
-        return Purchase(self, self.cloud, request._replace(request_id=key), ceiling_micro_usd, deadline)
+        request = request._replace(request_id=key)
+        return Purchase(self, self.cloud, request, ceiling_micro_usd, timeout_s, deadline)
 
     async def advice(self, ceiling_micro_usd: int) -> list[str]:
         """One sentence for each thing that keeps calls of this ceiling, or what was set aside, from their end.
@@ -174,15 +175,22 @@ class Purchases:
 
     async def _resolve(self) -> None:
         pause = FIRST_RETRY_S
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            if await self._all_resolved():
-                pause = FIRST_RETRY_S
-                continue
-            await asyncio.sleep(pause)
+        timer: asyncio.TimerHandle | None = None
+
+        def again() -> None:
+            nonlocal pause
             pause = min(2 * pause, LONGEST_RETRY_S)
             self._wake.set()
+
+        while True:
+            await self._wake.wait()  # also within a pause: what is handed over then may need nobody asked
+            self._wake.clear()
+            if timer is not None:
+                timer.cancel()
+            if await self._all_resolved():
+                pause, timer = FIRST_RETRY_S, None
+            else:
+                timer = asyncio.get_running_loop().call_later(pause, again)
 
     async def _all_resolved(self) -> bool:
         """Go once through the open reservations; False when some have to be asked for again later."""
@@ -245,8 +253,10 @@ class Purchase:
         cloud: CloudClient,
         request: ImageRequest,
         ceiling_micro_usd: int,
+        timeout_s: float,
         deadline: float,
     ) -> None:
+        self.timeout_s = timeout_s
         self._purchases = purchases
         self._cloud = cloud
         self._request = request
@@ -257,9 +267,8 @@ class Purchase:
 
     async def images(self) -> CloudEvents:
         """The cloud's events; the image comes when it is settled. Raises CloudError."""
-        self._sent = True
         timeout_s = max(0.0, self._deadline - time.monotonic())
-        calling = cast(CloudEvents, self._cloud.generate(self._request, self._ceiling_micro_usd, timeout_s))
+        calling = self._cloud.generate(self._request, self._ceiling_micro_usd, timeout_s, self._goes_out)
         async with aclosing(calling) as events:
             try:
                 async for event in events:
@@ -272,6 +281,9 @@ class Purchase:
                 if error.never_ran:
                     self._concluded = await self._purchases.release(self._request.request_id)
                 raise
+
+    def _goes_out(self) -> None:
+        self._sent = True
 
     async def aclose(self) -> None:
         """Give back what was never sent; hand what is of unknown outcome to the resolver."""

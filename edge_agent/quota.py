@@ -191,6 +191,7 @@ class Ledger:
         # lock.
         self._lock = threading.Lock()
         self._closed = False
+        self.failure = ""  # why the file could not be used, where it has not been written since
         self._account: _Account | None = None  # replaced as a whole, so that it can be read without the lock
 
     @classmethod
@@ -254,7 +255,8 @@ class Ledger:
                 raise DuplicateRequest(
                     f"the request id {request_id!r} is {earlier[0]} already; use a new one for a new image"
                 )
-            refusal = self._refusal(self._counted(connection, now), app, ceiling_micro_usd, now)
+            account = self._remembered(now) or self._counted(connection, now)
+            refusal = self._refusal(account, app, ceiling_micro_usd, now)
             if refusal is not None:
                 raise refusal
             connection.execute(
@@ -313,7 +315,7 @@ class Ledger:
 
     def unresolved(self) -> list[Reservation]:
         """The reservations neither settled nor released, oldest first: in flight, or cut short by a crash."""
-        with self._transaction() as connection:
+        with self._alone() as connection:
             rows = connection.execute(
                 "SELECT request_id, app, ceiling_micro_usd, reserved_at, cloud, expires_at FROM calls "
                 "WHERE state = 'reserved' ORDER BY reserved_at, request_id"
@@ -325,7 +327,7 @@ class Ledger:
 
         A clock that was ahead has left them there: see above for why they count all the same.
         """
-        with self._transaction() as connection:
+        with self._alone() as connection:
             row = connection.execute(
                 "SELECT count(*), COALESCE(MAX(reserved_at), 0.0) FROM calls "
                 "WHERE reserved_at > ? AND state != 'released'",
@@ -365,17 +367,28 @@ class Ledger:
             self._connection.close()
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """The connection, alone, in a transaction that is durable when the block is left without an error."""
+    def _alone(self) -> Iterator[sqlite3.Connection]:
+        """The connection, alone. What SQLite cannot do is explained, and kept in `failure`."""
         with self._lock:
             if self._closed:
                 raise LedgerError(f"the quota ledger {self.path} is closed")
             try:
-                self._connection.execute("BEGIN IMMEDIATE")
                 yield self._connection
-                account = self._counted(self._connection, self.clock())
-                self._connection.execute("COMMIT")
-                self._account = account
+            except sqlite3.Error as error:
+                explained = _explained(self.path, error)
+                self.failure = explained.message
+                raise explained from error
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """The connection, alone, in a transaction that is durable when the block is left without an error."""
+        with self._alone() as connection:
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+                yield connection
+                account = self._counted(connection, self.clock())
+                connection.execute("COMMIT")
+                self._account, self.failure = account, ""
             except BaseException as error:
                 if not isinstance(error, RouteT2IError):  # a refusal leaves the file as the account has it
                     self._account = None  # after anything else it has to be asked again
@@ -383,9 +396,7 @@ class Ledger:
                 # was to be reserved then counts until it is resolved, what was to be settled or released
                 # was so in truth.
                 with suppress(sqlite3.Error):
-                    self._connection.rollback()
-                if isinstance(error, sqlite3.Error):
-                    raise _explained(self.path, error) from error
+                    connection.rollback()
                 raise
 
     def _call(self, connection: sqlite3.Connection, request_id: str) -> tuple[str, int, int]:
@@ -401,8 +412,8 @@ class Ledger:
         """What counts at `now`: from memory, or from the file where a window has begun or the clock was set back."""
         account = self._remembered(now)
         if account is None:
-            with self._transaction() as connection:
-                account = self._counted(connection, now)
+            with self._alone() as connection:
+                account = self._account = self._counted(connection, now)
         return account
 
     def _remembered(self, now: float) -> _Account | None:

@@ -15,7 +15,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edge_agent.bundle import FileState, file_states
-from edge_agent.errors import BundleError, Cancelled, GenerationFailed
+from edge_agent.errors import BundleError, Busy, Cancelled, GenerationFailed
 
 Array = NDArray[Any]
 
@@ -23,6 +23,8 @@ Array = NDArray[Any]
 # holds the first run's beside it: 2.3 GB more at Stable Diffusion 1.5's size, for no time. A small graph keeps it: its
 # runs are so short that 2 % of them is allocation.
 LARGE_BYTES = 100_000_000  # of the graph and the weights beside it
+
+RELOAD_RETRY_S = 1.0
 
 # Element types a graph may ask for, and how numpy spells them.
 _DTYPES: dict[str, type[np.generic]] = {
@@ -111,6 +113,7 @@ class Session:
         """
         self.path = path
         self.loaded_at: float | None = None
+        self._known_good = False  # whether it has been loaded once
         self._runtime = runtime
         self._loading = threading.Lock()
         self._files = file_states([path]) if files is None else files
@@ -151,7 +154,7 @@ class Session:
         return session
 
     def _load(self, stop: Stop) -> ort.InferenceSession:
-        """A new session. Raises Cancelled, and BundleError also when the files are not those that were checked."""
+        """A new session. Raises Cancelled, Busy, and BundleError also where its files are not what was checked."""
         if file_states(self._files) != self._files:
             raise BundleError(
                 f"{self.path} has changed since the bundle was checked: take the bundle up anew with "
@@ -182,12 +185,17 @@ class Session:
             )
         except Exception as error:  # onnxruntime's own exceptions share no base class
             stop.check()
+            if self._known_good:  # and unchanged: the device lacks something, not the bundle
+                raise Busy(
+                    f"{self.path} could be loaded before and cannot now: {error}; free memory or file descriptors",
+                    retry_after_s=RELOAD_RETRY_S,
+                ) from error
             raise BundleError(f"{self.path} cannot be loaded by onnxruntime: {error}") from error
         finally:
             stop.leave(end)
         if left_out := [name for name in runtime.providers if name not in session.get_providers()]:
             raise BundleError(f"{self.path}: onnxruntime does not run it on {', '.join(left_out)}")
-        self.loaded_at = time.time()
+        self.loaded_at, self._known_good = time.time(), True
         return session
 
     @property
@@ -235,7 +243,8 @@ class Session:
         Raises:
             Cancelled: `stop` was set before or during the run.
             GenerationFailed: onnxruntime failed.
-            BundleError: the graph had been unloaded and cannot be loaded again.
+            BundleError: the graph had been unloaded and its files have changed since.
+            Busy: it had been unloaded, and this device has no room to load it again.
         """
         feeds = {name: np.asarray(value, self._dtypes[name]) for name, value in inputs.items()}
         session = self._loaded(stop)

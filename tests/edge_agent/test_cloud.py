@@ -31,6 +31,8 @@ from PIL.PngImagePlugin import PngInfo
 from edge_agent.cloud import (
     MAX_MESSAGE_BYTES,
     MAX_PREVIEW_BYTES,
+    MOST_RESUMES,
+    SLOW_CONNECTION_S,
     CloudAccepted,
     CloudClient,
     CloudImage,
@@ -42,6 +44,7 @@ from edge_agent.errors import CloudError, CloudLied, CloudRefused, CloudUnavaila
 from edge_agent.request import ImageRequest, Privacy, Routing
 from routet2i.cloud.v1 import cloud_pb2, cloud_pb2_grpc
 from routet2i.image.v1 import image_pb2
+from tests.running import until
 
 REQUEST = ImageRequest(
     request_id="r-1", prompt="two cats on a beach", app="camera", seed=7, width=64, height=64, traceparent=""
@@ -114,7 +117,8 @@ def honest(data: bytes) -> list[Response]:
 class Cloud(cloud_pb2_grpc.CloudServerServiceServicer):
     """A cloud server that plays back a script, and keeps what it received."""
 
-    script: list[Any] = field(default_factory=list)  # responses; a callable is awaited with the context
+    # Responses; a callable is awaited with the context. A function of the request gives them for each call.
+    script: list[Any] | Callable[[cloud_pb2.GenerateRequest], list[Any]] = field(default_factory=list)
     digest: str = "cd" * 32
     answer: cloud_pb2.LookupGenerationResponse = field(default_factory=cloud_pb2.LookupGenerationResponse)
     received: list[cloud_pb2.GenerateRequest] = field(default_factory=list)
@@ -131,7 +135,7 @@ class Cloud(cloud_pb2_grpc.CloudServerServiceServicer):
         self.started.set()
         self.metadata = dict(context.invocation_metadata() or ())
         try:
-            for step in self.script:
+            for step in self.script(request) if callable(self.script) else self.script:
                 if callable(step):
                     await step(context)
                 else:
@@ -502,6 +506,64 @@ async def test_a_stream_that_ends_early_is_no_image_whatever_its_status_says(clo
     assert not error.never_ran
 
 
+def in_pieces(data: bytes, size: int, *then: Any) -> Callable[[cloud_pb2.GenerateRequest], list[Any]]:
+    """Of a cloud that keeps the image: each call brings so many bytes, then what ends it, the last one the rest."""
+
+    def script(request: cloud_pb2.GenerateRequest) -> list[Any]:
+        offset = request.image.resume_offset
+        piece, whole = data[offset : offset + size], offset + size >= len(data)
+        return [accepted(), chunk(offset, piece), *([result(data)] if whole else then)]
+
+    return script
+
+
+@pytest.mark.parametrize("then", [(), (abort(grpc.StatusCode.UNAVAILABLE, "reset", details=False),)])
+async def test_the_rest_of_an_image_that_broke_off_is_asked_for(cloud: Cloud, then: tuple[Any, ...]) -> None:
+    """It is paid for once its first byte comes, and every call for the rest is told of once."""
+    data = png()
+    cloud.script = in_pieces(data, len(data) // 3 + 1, *then)
+    events = await collect(CloudClient(cloud.address))
+    assert [type(event) for event in events] == [CloudAccepted, CloudImage]
+    assert isinstance(events[-1], CloudImage) and events[-1].png == data
+    assert len(cloud.received) == 3
+    (first, *rest) = [call.image.resume_offset for call in cloud.received]
+    assert first == 0 and rest == sorted(set(rest)) and rest[0] > 0
+
+
+async def test_a_cloud_that_drips_is_left(cloud: Cloud) -> None:
+    data = png()
+    cloud.script = in_pieces(data, 1)
+    error = await failure(CloudClient(cloud.address))
+    assert isinstance(error, CloudUnavailable) and not error.never_ran
+    assert len(cloud.received) == MOST_RESUMES + 1
+
+
+async def test_the_rest_of_another_image_is_not_taken(cloud: Cloud) -> None:
+    data = png()
+    honest_pieces = in_pieces(data, 100)
+
+    def script(request: cloud_pb2.GenerateRequest) -> list[Any]:
+        first, *more = honest_pieces(request)
+        return [accepted(digest="ef" * 32) if request.image.resume_offset else first, *more]
+
+    cloud.script = script
+    error = await failure(CloudClient(cloud.address))
+    assert "broke off after 100 bytes" in error.message and not error.never_ran
+    assert len(cloud.received) == 2
+
+
+async def test_a_cloud_that_goes_away_for_good_midway_may_have_charged(cloud: Cloud) -> None:
+    """That nothing runs on the connection that is refused says nothing of the call before."""
+
+    def script(request: cloud_pb2.GenerateRequest) -> list[Any]:
+        refused = abort(grpc.StatusCode.UNAVAILABLE, "shutting down")
+        return [refused] if request.image.resume_offset else [accepted(), chunk(0, png()[:100])]
+
+    cloud.script = script
+    error = await failure(CloudClient(cloud.address))
+    assert "broke off after 100 bytes" in error.message and not error.never_ran
+
+
 async def test_a_cloud_slower_than_the_deadline_is_cancelled_there(cloud: Cloud) -> None:
     cloud.script = [accepted(), progress(1), stall]
     began = time.monotonic()
@@ -592,6 +654,42 @@ async def test_a_caller_in_a_hurry_does_not_make_the_cloud_unhealthy() -> None:
         error = await failure(client, timeout_s=0.2)
         assert error.never_ran
         assert client.healthy
+
+
+async def test_callers_with_short_deadlines_find_a_silent_cloud_out_all_the_same() -> None:
+    async with silent_listener() as address:
+        client = CloudClient(address, connect_timeout_s=5)
+        error = await failure(client, timeout_s=SLOW_CONNECTION_S + 0.1)
+        assert error.never_ran
+        assert not client.healthy
+
+
+async def test_one_call_finds_out_whether_the_cloud_is_back_and_the_others_need_not_wait_with_it() -> None:
+    now = 0.0
+    async with silent_listener() as address:
+        client = CloudClient(address, connect_timeout_s=0.3, monotonic=lambda: now)
+        await failure(client)
+        now = 1.0  # the time it was left alone is over
+        assert client.healthy
+        probing = asyncio.create_task(failure(client))
+        await until(lambda: not client.healthy)
+        await probing
+        now = 2.9
+        assert not client.healthy  # two seconds this time
+        now = 3.0
+        assert client.healthy
+
+
+async def test_a_first_connection_that_takes_long_keeps_the_next_prompts_on_the_edge() -> None:
+    now = 0.0
+    async with silent_listener() as address:
+        client = CloudClient(address, connect_timeout_s=0.5, monotonic=lambda: now)
+        connecting = asyncio.create_task(failure(client))
+        await until(lambda: client._connecting)
+        assert client.healthy
+        now = SLOW_CONNECTION_S
+        assert not client.healthy
+        await connecting
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ import pytest_asyncio
 
 from edge_agent import agent, purchase, service
 from edge_agent.bundle import Bundle
-from edge_agent.errors import LedgerError
 from edge_agent.quota import Budget, Ledger
 from routet2i.edge.v1 import edge_pb2
 from routet2i.image.v1 import image_pb2
@@ -440,7 +439,7 @@ async def test_a_ledger_that_breaks_keeps_prompts_on_the_edge(
         scripted_cloud(digest) as cloud,
         daemon_here(routed_bundle, tmp_path, cloud=cloud.address) as here,
     ):
-        here.daemon._purchases.ledger.close()
+        here.daemon._purchases.ledger._connection.close()
         answer = await here.app.generate(CLOUD_PROMPT)
         assert (answer.reason, answer.served_by) == ("quota_exhausted", "edge")
         assert (await here.app.route(CLOUD_PROMPT)).reason == edge_pb2.DECISION_REASON_QUOTA_EXHAUSTED
@@ -451,25 +450,50 @@ async def test_a_ledger_that_breaks_keeps_prompts_on_the_edge(
         assert refused.message in advice and "quota_exhausted" in advice
 
 
-async def test_a_ledger_that_cannot_be_written_is_in_the_status_until_a_call_is_reserved(
-    routed_bundle: Path, digest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_a_ledger_that_cannot_be_written_is_in_the_status_until_it_is_written_again(
+    routed_bundle: Path, digest: str, tmp_path: Path
 ) -> None:
-    def full(*_: object) -> None:
-        raise LedgerError(
-            "the quota ledger cannot grow because the disk is full: free some space and try again"
-        )
-
     async with (
         scripted_cloud(digest) as cloud,
         daemon_here(routed_bundle, tmp_path, cloud=cloud.address) as here,
     ):
-        with monkeypatch.context() as broken:
-            broken.setattr(here.daemon._purchases.ledger, "reserve", full)
-            assert (await here.app.generate(CLOUD_PROMPT)).reason == "quota_exhausted"
+        ledger = here.daemon._purchases.ledger
+        ledger._connection.execute("PRAGMA query_only = 1")
+        assert (await here.app.generate(CLOUD_PROMPT)).reason == "quota_exhausted"
         (advice,) = (await here.app.status()).advice
-        assert "free some space" in advice
+        assert "cannot be written" in advice
+        ledger._connection.execute("PRAGMA query_only = 0")
+        (advice,) = (await here.app.status()).advice  # reading it says nothing of writing
         assert (await here.app.generate(CLOUD_PROMPT)).served_by == "cloud"
         assert not (await here.app.status()).advice
+
+
+async def test_a_caller_who_leaves_before_the_connection_stands_locks_no_money(
+    routed_bundle: Path, tmp_path: Path
+) -> None:
+    """Nothing was sent, so there is nothing to be asked about: also while the cloud stays away."""
+    silent = await asyncio.start_server(lambda *_: asyncio.sleep(3600), "127.0.0.1", 0)
+    address = f"127.0.0.1:{silent.sockets[0].getsockname()[1]}"
+    async with daemon_here(routed_bundle, tmp_path, cloud=address) as here:
+        call = here.app.call(CLOUD_PROMPT)
+        await call.read()  # the decision
+        assert await here.app.budget() == (0, CEILING)
+        call.cancel()
+        await until(lambda: not here.daemon._purchases.ledger.unresolved())
+        assert await here.app.budget() == (0, 0)
+    silent.close()
+
+
+async def test_a_caller_s_own_price_and_haste_say_nothing_of_the_cloud(
+    routed_bundle: Path, digest: str, tmp_path: Path
+) -> None:
+    silent = await asyncio.start_server(lambda *_: asyncio.sleep(3600), "127.0.0.1", 0)
+    address = f"127.0.0.1:{silent.sockets[0].getsockname()[1]}"
+    async with daemon_here(routed_bundle, tmp_path, cloud=address) as here:
+        assert (await here.app.generate(CLOUD_PROMPT, timeout=1.0)).result.fallback
+        status = await here.app.status()
+        assert status.cloud_health == edge_pb2.CLOUD_HEALTH_UNTRIED and not status.advice
+    silent.close()
 
 
 async def test_a_stalled_connection_to_the_cloud_ends_at_the_connection_timeout(

@@ -131,6 +131,19 @@ def test_what_is_left_is_told_while_a_write_waits_for_the_disk(open_ledger: Open
         assert reader.submit(ledger.rates).result(timeout=10)[0].calls == 1
 
 
+def test_the_calls_of_years_are_counted_once_a_write_and_never_to_read(open_ledger: Open) -> None:
+    """With a million of them and the window `total`, each count takes a tenth of a second."""
+    ledger = open_ledger(DAY)
+    ledger.reserve("a", "app", 1)
+    statements: list[str] = []
+    ledger._connection.set_trace_callback(statements.append)
+    ledger.unresolved(), ledger.ahead(), ledger.states()
+    assert sum("SUM(" in statement for statement in statements) == 0
+    ledger.reserve("b", "app", 1)
+    ledger.settle("b", 1)
+    assert sum(statement.count("SUM(") == 2 for statement in statements) == 2
+
+
 def test_a_window_that_begins_is_read_from_the_file(open_ledger: Open) -> None:
     clock = Clock()
     ledger = open_ledger(DAY, Rate("rate", 2, 60), clock=clock)

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper
 from edge_agent.bundle import file_states
 from edge_agent.diffusion import sessions
 from edge_agent.diffusion.sessions import Runtime, Session, Stop
-from edge_agent.errors import BundleError, Cancelled, GenerationFailed
+from edge_agent.errors import BundleError, Busy, Cancelled, GenerationFailed
 
 ONE_THREAD = Runtime(threads=1)
 
@@ -108,6 +108,22 @@ def test_an_unloaded_graph_is_loaded_by_the_next_run_and_a_stop_ends_that_too(tm
     (out,) = session.run({"x": np.eye(2)})
     assert out.tolist() == np.eye(2).tolist()
     assert session.loaded_at is not None
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such limit")
+def test_a_device_without_room_to_load_again_is_busy_and_the_bundle_not_to_blame(tmp_path: Path) -> None:
+    import resource
+
+    session = chain(tmp_path / "few.onnx", 2)
+    session.unload()
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))  # those that are open stay so
+    try:
+        with pytest.raises(Busy, match="could be loaded before and cannot now"):
+            session.run(SQUARE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    session.run(SQUARE)
 
 
 @pytest.mark.skipif(
