@@ -366,7 +366,8 @@ class Agent:
                         event.guidance_scale,
                         event.model_digest,
                         position,
-                        {"cloud": _ms_since(began)},
+                        {"cloud": _ms_since(began)}
+                        | {f"cloud_{stage}": spent for stage, spent in event.timings_ms.items()},
                         event.charged_micro_usd,
                     )
                 else:

@@ -45,6 +45,9 @@ MAX_PIXEL_BYTES, MAX_OTHER_BYTES = 8, 2**20
 MAX_PREVIEW_BYTES = 2**18
 """Largest preview passed on. A 256 x 256 PNG of noise in 24 bits has 0.2 MiB."""
 
+STAGES = ("queue", "generate", "png")
+"""Of an image in the cloud, as its server names them; others' timings are not passed on."""
+
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 FIRST_RETRY_S = 1.0
@@ -532,7 +535,11 @@ class _ImageStream:
             guidance_scale=info.guidance_scale,
             model_digest=accepted.model_digest,
             charged_micro_usd=result.charged_micro_usd,
-            timings_ms={timing.stage: timing.milliseconds for timing in result.timings},
+            timings_ms={
+                timing.stage: timing.milliseconds
+                for timing in result.timings
+                if timing.stage in STAGES and 0 <= timing.milliseconds < math.inf
+            },
         )
 
     def _check_facts(self, info: image_pb2.ImageInfo, accepted: CloudAccepted) -> None:

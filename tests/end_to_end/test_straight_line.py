@@ -68,6 +68,8 @@ async def test_easy_prompts_stay_and_open_no_connection_and_hard_ones_go(
         assert (answer.reason, answer.served_by) == ("pareto_cloud", "cloud"), answer.result
         assert (answer.result.cost_micro_usd, answer.result.fallback) == (PRICE, False)
         assert answer.picture.text["route"] == "cloud"
+        stages = {timing.stage for timing in answer.result.timings}
+        assert stages >= {"cloud", "cloud_queue", "cloud_generate", "cloud_png", "total"}
         assert answer.picture.size == (answer.result.image.width, answer.result.image.height)
         assert await app.budget() == (PRICE, 0)
         assert gate.connections > 0
