@@ -57,8 +57,8 @@ LONGEST_RETRY_S = 60.0
 SLOW_CONNECTION_S = 1.0
 """Who has waited so long for a connection has found out something about the cloud, however soon he leaves."""
 
-MOST_RESUMES = 8
-"""Calls for the rest of an image that broke off, each of which has to bring more of it."""
+MOST_RESUMES = 5
+"""Calls for the rest of an image whose way here broke off."""
 
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     # A dead link is noticed after about 15 s instead of never; the last of the three is for a peer whose
@@ -228,15 +228,19 @@ class CloudClient:
         (`contextlib.aclosing` does), or cancelling the task that awaits it, cancels the call. `sending` is called
         when the request goes out: until then nothing can have been charged, whatever ends the call.
 
-        Where the image breaks off, the rest of it is asked for: it is paid for once its first byte comes.
+        Where the answer breaks off and the image is paid for, as it is once its first byte comes, the rest of it is
+        asked for.
 
         Raises CloudUnavailable, CloudRefused or CloudLied; their `never_ran` says whether the call can be
         forgotten. Otherwise, also after a cancellation, `lookup` tells what it came to.
         """
         deadline = self._monotonic() + timeout_s
         stream = _ImageStream(request, ceiling_micro_usd, self._max_image_bytes)
-        broken: CloudUnavailable | None = None
-        for resumes in range(MOST_RESUMES + 1):
+        broken: CloudError | None = (
+            None  # the first time; what a later call comes to is not what the image came to
+        )
+        asked = False
+        for _ in range(MOST_RESUMES + 1):
             had = len(stream.received)
             try:
                 async with aclosing(self._received(stream, deadline, sending)) as events:
@@ -245,11 +249,22 @@ class CloudClient:
                 return
             except CloudError as error:
                 brought_more = len(stream.received) > had
-                if broken and not brought_more:  # what this call came to is not what the image came to
-                    raise broken from error
-                if not isinstance(error, CloudUnavailable) or not brought_more or resumes == MOST_RESUMES:
+                if broken is None and error.never_ran:
                     raise
-                broken = error
+                if not isinstance(error, CloudUnavailable) and (broken is None or brought_more):
+                    raise
+                broken = broken or error
+                if not brought_more:
+                    if asked or not await self._charged(request.request_id, deadline):
+                        break
+                    asked = True
+        raise cast(CloudError, broken)
+
+    async def _charged(self, request_id: str, deadline: float) -> bool:
+        """Whether the image is made and paid for, as far as the cloud can be asked before the deadline."""
+        with suppress(CloudError):
+            return (await self.lookup(request_id, deadline - self._monotonic())).charged_micro_usd > 0
+        return False
 
     async def _received(
         self, stream: _ImageStream, deadline: float, sending: Callable[[], None]

@@ -530,6 +530,23 @@ async def test_the_rest_of_an_image_that_broke_off_is_asked_for(cloud: Cloud, th
     assert first == 0 and rest == sorted(set(rest)) and rest[0] > 0
 
 
+async def test_an_image_of_which_no_byte_came_is_asked_for_where_the_cloud_says_it_is_paid(
+    cloud: Cloud,
+) -> None:
+    """A small image is one message, of which gRPC gives nothing where it is cut."""
+    data = png()
+    calls = iter([[accepted()], honest(data)])
+    cloud.script = lambda _: next(calls)
+    finished = cloud_pb2.GENERATION_STATE_FINISHED
+    cloud.answer = cloud_pb2.LookupGenerationResponse(state=finished, charged=True, charged_micro_usd=PRICE)
+    events = await collect(CloudClient(cloud.address))
+    assert [type(event) for event in events if not isinstance(event, CloudProgress)] == [
+        CloudAccepted,
+        CloudImage,
+    ]
+    assert isinstance(events[-1], CloudImage) and events[-1].png == data
+
+
 async def test_a_cloud_that_drips_is_left(cloud: Cloud) -> None:
     data = png()
     cloud.script = in_pieces(data, 1)
