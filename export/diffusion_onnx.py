@@ -23,7 +23,16 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from edge_agent import tokens
-from edge_agent.bundle import MANIFEST, Bundle, schedule_file, write_manifest
+from edge_agent.bundle import (
+    CALIBRATION,
+    DENOISER,
+    MANIFEST,
+    PREDICTOR,
+    Bundle,
+    parse_manifest,
+    schedule_file,
+    write_manifest,
+)
 from edge_agent.errors import BundleError, GenerationFailed, StoreError
 from edge_agent.store import DISK_FULL, lock_file, name_from
 from export import graphs, tokenizer_json
@@ -75,7 +84,7 @@ def export_bundle(
         calibration_prompts: a file, one prompt a line: what the ranges of int8 are found with.
         autoencoder: folder or hub id of an autoencoder that takes the place of the model's own.
         name, licence: what the manifest says of the models.
-        force: replace a bundle that is there.
+        force: replace a bundle that is there and holds nothing but what an export makes.
         report: gets one line for each stage.
 
     Raises:
@@ -167,6 +176,7 @@ def export_bundle(
             prompts = prompts or precision.CALIBRATION_PROMPTS
             precision.shrink(partial, dtype, keep=keep, prompts=prompts, report=report)
         _open_to_all(partial)
+        _refuse_taken(target, force)  # again: a predictor may have been put in meanwhile
         _move(partial, target)
     report(f"wrote {target}")
     return Bundle.open(target)
@@ -278,12 +288,32 @@ def _refuse_kept(keep: Collection[str], pipeline: Any, dtype: Dtype) -> None:
 def _refuse_taken(target: Path, force: bool) -> None:
     if target == Path.cwd():
         raise ExportError(f"{target} is the folder you are in; name a new folder, which the bundle becomes")
+    for parent in target.parents:
+        if (parent / MANIFEST).is_file() and (parent / DENOISER).is_file():
+            raise ExportError(f"{target} lies in the bundle {parent}; name a folder outside of it")
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not (target / MANIFEST).is_file():
         raise ExportError(f"{target} is there and is not a bundle; name a new folder")
     if not force:
         raise ExportError(f"{target} holds a bundle already; name a new folder, or replace it with --force")
+    if others := _not_exported(target):
+        more = f" and {len(others) - 3} more" if others[3:] else ""
+        raise ExportError(
+            f"{target} also holds {', '.join(others[:3])}{more}, which no export makes and --force would delete; move "
+            "the folder away, or name a new one"
+        )
+
+
+def _not_exported(bundle: Path) -> list[str]:
+    """What lies in the folder besides an export: predictor and calibration, and what the manifest does not list."""
+    try:
+        listed = parse_manifest((bundle / MANIFEST).read_bytes(), bundle / MANIFEST).files
+    except BundleError as error:
+        raise ExportError(f"{error.message}; move it away, or name a new folder") from error
+    exported = {MANIFEST, *(name for name in listed if name not in (PREDICTOR, CALIBRATION))}
+    found = (path for path in sorted(bundle.rglob("*")) if path.is_symlink() or not path.is_dir())
+    return [name for path in found if (name := path.relative_to(bundle).as_posix()) not in exported]
 
 
 def _open_to_all(folder: Path) -> None:
@@ -378,7 +408,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--name", help="name in the manifest; the model's own by default")
     parser.add_argument("--licence", default="unknown", help="licence in the manifest, as an SPDX id")
-    parser.add_argument("--force", action="store_true", help="replace the bundle at OUT")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="replace the bundle at OUT, which may hold nothing but what this command makes",
+    )
     options = vars(parser.parse_args(argv))
     # Whoever ends the process is obeyed as Ctrl-C is: nothing half-made stays behind.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)

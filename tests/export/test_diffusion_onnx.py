@@ -33,7 +33,7 @@ from onnx import numpy_helper
 from transformers import CLIPImageProcessor
 
 from cloud_server import complete
-from edge_agent.bundle import MANIFEST, Bundle
+from edge_agent.bundle import CALIBRATION, MANIFEST, PREDICTOR, Bundle, write_manifest
 from edge_agent.diffusion.generator import Generator
 from edge_agent.diffusion.schedule import Schedule
 from edge_agent.diffusion.sessions import Runtime
@@ -189,6 +189,41 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(
     with pytest.raises(ExportError, match="not a bundle"):
         export_bundle(pipeline, tmp_path / "photos", force=True, report=silent)
     assert (tmp_path / "photos" / "cat.png").read_bytes() == b"x"
+
+
+@pytest.mark.parametrize(
+    ("name", "listed"),
+    [(PREDICTOR, True), (CALIBRATION, True), ("NOTES.txt", False), ("unet/old.bin", False)],
+)
+def test_a_bundle_that_holds_what_no_export_makes_is_not_replaced(
+    pipeline: StableDiffusionPipeline, bundle_copy: Path, name: str, listed: bool
+) -> None:
+    """It took hours to make, or is somebody's own."""
+    (bundle_copy / name).parent.mkdir(exist_ok=True)
+    (bundle_copy / name).write_text("x")
+    if listed:
+        write_manifest(bundle_copy)
+    with pytest.raises(ExportError, match=f"also holds {name}, .* move the folder away, or name a new one"):
+        export_bundle(pipeline, bundle_copy, force=True, report=silent)
+    assert (bundle_copy / name).read_text() == "x"
+
+
+def test_what_is_put_into_the_bundle_during_an_export_is_not_deleted(
+    pipeline: StableDiffusionPipeline, bundle_copy: Path
+) -> None:
+    def put(_line: str) -> None:
+        (bundle_copy / "NOTES.txt").write_text("x")
+
+    with pytest.raises(ExportError, match=r"also holds NOTES\.txt"):
+        export_bundle(pipeline, bundle_copy, steps=(1,), force=True, report=put)
+    assert (bundle_copy / "NOTES.txt").read_text() == "x"
+
+
+def test_a_bundle_is_not_written_into_another(pipeline: StableDiffusionPipeline, bundle_copy: Path) -> None:
+    for inside in ("unet", "new/bundle"):
+        with pytest.raises(ExportError, match=f"lies in the bundle {re.escape(str(bundle_copy))}; name"):
+            export_bundle(pipeline, bundle_copy / inside, force=True, report=silent)
+    assert Bundle.open(bundle_copy)
 
 
 def test_a_scheduler_that_clips_is_refused_before_anything_is_written(
