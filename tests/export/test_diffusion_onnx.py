@@ -439,12 +439,20 @@ def test_a_model_in_the_folder_one_is_in_has_that_folders_name(
     assert name_of("owner/name") == "name"
 
 
-def test_a_model_that_does_not_say_its_size_asks_for_it(
-    pipeline: StableDiffusionPipeline, tmp_path: Path
-) -> None:
-    pipeline.unet.register_to_config(sample_size=None)
-    with pytest.raises(ExportError, match="--size WIDTHxHEIGHT"):
-        export_bundle(pipeline, tmp_path / "bundle", report=silent)
+@pytest.mark.parametrize("size", [None, [8], [8, 0], "x", 0, -8, 8.5])
+def test_a_model_that_does_not_say_its_size_asks_for_it(model: Path, tmp_path: Path, size: Any) -> None:
+    change_json(model / "unet" / "config.json", sample_size=size)
+    with pytest.raises(ExportError, match=r"model/unet/config\.json.* with --size WIDTHxHEIGHT$"):
+        export_bundle(model, tmp_path / "bundle", report=silent)
+
+
+def test_a_size_that_is_none_is_refused_whatever_is_asked_for(model: Path, tmp_path: Path) -> None:
+    """The denoiser is traced at the model's own."""
+    change_json(model / "unet" / "config.json", sample_size="x")
+    with pytest.raises(
+        ExportError, match=r"unet/config\.json: a sample_size of 'x' is none: write .* or null"
+    ):
+        export_bundle(model, tmp_path / "bundle", size=(64, 64), report=silent)
 
 
 def test_a_models_own_size_is_no_larger_than_any_other(
@@ -911,12 +919,55 @@ def test_an_embedding_of_several_vectors_is_refused(tmp_path: Path, part: str) -
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_tokenizer_without_a_length_says_where_to_write_it(
-    pipeline: StableDiffusionPipeline, tmp_path: Path
+def change_json(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize("length", ["77", 10**400, [1], -1, 0, 1, 2, 78, 76.5, float("nan"), True, False])
+def test_a_length_that_no_tokenizer_can_have_is_refused_by_its_file(
+    model: Path, tmp_path: Path, length: Any
 ) -> None:
-    pipeline.tokenizer.model_max_length = int(1e30)
-    with pytest.raises(ExportError, match=r"1e\+30 tokens.* 77 positions.*tokenizer_config"):
-        export_bundle(pipeline, tmp_path / "bundle", report=silent)
+    change_json(file := model / "tokenizer" / "tokenizer_config.json", model_max_length=length)
+    why = f"^{re.escape(str(file))}: model_max_length must be a whole number from 3 to 77, .* not "
+    with pytest.raises(ExportError, match=why + re.escape(f"{length!r:.40}; write 77")):
+        export_bundle(model, tmp_path / "bundle", report=silent)
+
+
+def test_a_tokenizer_without_a_length_says_where_to_write_it(model: Path, tmp_path: Path) -> None:
+    (file := model / "tokenizer" / "tokenizer_config.json").unlink()
+    why = rf"^{re.escape(str(file))}: model_max_length .* 77, .* not {int(1e30)}; write 77$"
+    with pytest.raises(ExportError, match=why):
+        export_bundle(model, tmp_path / "bundle", report=silent)
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "tokenizer_2"])
+def test_a_tokenizer_that_fills_up_with_nothing_is_refused_by_its_file(tmp_path: Path, part: str) -> None:
+    miniature_xl().save_pretrained(tmp_path / "model")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        change_json(tmp_path / "model" / part / name, pad_token=None)
+    with pytest.raises(ExportError, match=rf"model/{part}/tokenizer_config\.json: pad_token .* not null$"):
+        export_bundle(tmp_path / "model", tmp_path / "bundle", report=silent)
+
+
+@pytest.mark.parametrize("change", [{"additional_special_tokens": ["<new>"]}, {"pad_token": "<new>"}])
+def test_a_token_that_the_text_encoder_does_not_know_is_refused_before_anything_is_run(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(diffusion_onnx, "reference_images", None)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        change_json(model / "tokenizer" / name, **change)
+    with pytest.raises(ExportError, match=r"model/tokenizer: .* 535 embeddings, and none .* '<new>';"):
+        export_bundle(model, tmp_path / "bundle", report=silent)
+
+
+@pytest.mark.parametrize("factor", [None, "x", 0, float("nan")])
+def test_an_autoencoder_that_does_not_say_its_scale_is_refused_before_anything_is_run(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: Any
+) -> None:
+    monkeypatch.setattr(diffusion_onnx, "reference_images", None)
+    change_json(model / "vae" / "config.json", scaling_factor=factor)
+    with pytest.raises(ExportError, match=f"AutoencoderKL, must name a scaling_factor, .* not {factor!r}$"):
+        export_bundle(model, tmp_path / "bundle", report=silent)
 
 
 def test_numbers_that_are_not_finite_do_not_pass_for_equal(
