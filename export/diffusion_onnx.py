@@ -286,6 +286,10 @@ def _refuse_kept(keep: Collection[str], pipeline: Any, dtype: Dtype) -> None:
 
 
 def _refuse_taken(target: Path, force: bool) -> None:
+    try:
+        str(target).encode()
+    except UnicodeEncodeError as error:  # torch and onnxruntime take no other paths
+        raise ExportError(f"{str(target)!r} is not a path in UTF-8; name one that is") from error
     if target == Path.cwd():
         raise ExportError(f"{target} is the folder you are in; name a new folder, which the bundle becomes")
     for parent in target.parents:

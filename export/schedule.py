@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from edge_agent.diffusion.schedule import Schedule
-from export.errors import ExportError
+from export.errors import ExportError, reason
 
 # Some schedulers compute in float32 whatever they are given, so the check cannot be tighter than its
 # rounding.
@@ -81,7 +81,9 @@ def _fresh(scheduler: Any, steps: int) -> Any:
     try:
         copy.set_timesteps(steps)
     except Exception as error:  # each scheduler fails in its own way
-        raise ExportError(f"{type(scheduler).__name__} has no schedule of {steps} steps: {error}") from error
+        raise ExportError(
+            f"{type(scheduler).__name__} has no schedule of {steps} steps: {reason(error)}"
+        ) from error
     return copy
 
 
@@ -100,7 +102,7 @@ def _drive(
         raise
     except Exception as error:  # each scheduler fails in its own way
         raise ExportError(
-            f"{type(scheduler).__name__} cannot be run: {error}; change its config, or choose another scheduler"
+            f"{type(scheduler).__name__} cannot be run: {reason(error)}; change its config, or choose another scheduler"
         ) from error
 
 

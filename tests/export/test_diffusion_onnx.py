@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import shutil
@@ -37,7 +38,7 @@ from edge_agent.bundle import CALIBRATION, MANIFEST, PREDICTOR, Bundle, write_ma
 from edge_agent.diffusion.generator import Generator
 from edge_agent.diffusion.schedule import Schedule
 from edge_agent.diffusion.sessions import Runtime
-from export import diffusion_onnx
+from export import diffusion_onnx, graphs
 from export.__main__ import INTERRUPTED
 from export.__main__ import main as edge_export
 from export.diffusion_onnx import _beside, export_bundle, main
@@ -179,6 +180,20 @@ def test_a_bundle_is_replaced_only_when_asked(
     export_bundle(starter_shaped[0], bundle_copy, steps=(3,), force=True, report=silent)
     assert Bundle.open(bundle_copy).manifest.text_tokens == 48
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_a_path_that_is_not_utf8_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"/\\udcff' is not a path in UTF-8; name one that is$"):
+        export_bundle("no/such/model", tmp_path / os.fsdecode(b"\xff"), report=silent)
+
+
+def test_of_what_torch_says_of_a_graph_one_line_is_shown(
+    pipeline: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    """It shows the whole of a graph that it cannot write."""
+    with pytest.raises(ExportError, match=r"^optimum cannot trace the text_encoder: .*$") as refused:
+        graphs.trace(pipeline, tmp_path / os.fsdecode(b"\xff"), silent)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 600
 
 
 def test_a_folder_that_is_no_bundle_is_never_replaced(
