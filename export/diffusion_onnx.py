@@ -118,7 +118,8 @@ def export_bundle(
         loaded = pipelines.load(model) if isinstance(model, (str, os.PathLike)) else model
         pipeline = pipelines.prepared(loaded, autoencoder)
         if scheduler is not None:
-            pipeline.scheduler = choose_scheduler(pipeline.scheduler, scheduler)
+            with pipelines.quiet():
+                pipeline.scheduler = choose_scheduler(pipeline.scheduler, scheduler)
         kind = pipelines.kind(pipeline)
         _refuse_kept(keep, pipeline, dtype)
         size = pipelines.size_of(pipeline, size)
@@ -126,15 +127,24 @@ def export_bundle(
         counts = list(dict.fromkeys(steps or (kind.steps,)))
         scale = kind.guidance if guidance is None else float(guidance)
         # The most steps first: where they are too many, nothing is compiled.
-        schedules = [
-            compile_schedule(pipeline.scheduler, count, begin_at_first=kind.begins_at_first)
-            for count in sorted(counts, reverse=True)
-        ]
+        with pipelines.quiet():
+            schedules = [
+                compile_schedule(pipeline.scheduler, count, begin_at_first=kind.begins_at_first)
+                for count in sorted(counts, reverse=True)
+            ]
         report(f"running {type(pipeline).__name__} in torch, to compare with")
-        references = reference_images(pipeline, min(counts), scale, size)
-        if counts[0] > min(counts):
-            # One image: they take longer, and differ from the first in their number of steps alone.
-            references += reference_images(pipeline, counts[0], scale, size)[:1]
+        try:
+            references = reference_images(pipeline, min(counts), scale, size)
+            if counts[0] > min(counts):
+                # One image: they take longer, and differ from the first in their number of steps alone.
+                references += reference_images(pipeline, counts[0], scale, size)[:1]
+        except ExportError as error:
+            if scheduler is None:
+                raise
+            # Not every one goes with every pipeline.
+            raise ExportError(
+                f"with the scheduler {scheduler}, {error}; choose another, or leave it out"
+            ) from error
         report("tracing the graphs")
         graphs.trace(pipeline, partial, report)
         if shapes == "fixed":

@@ -312,12 +312,39 @@ def test_a_size_that_the_denoiser_cannot_halve_is_refused_naming_one_near(
 def test_a_scheduler_that_the_pipeline_itself_does_not_run_is_refused(
     pipeline: StableDiffusionPipeline, tmp_path: Path
 ) -> None:
-    with pytest.raises(
-        ExportError, match="StableDiffusionPipeline itself makes no image with FlowMatchEuler"
-    ):
+    why = "with the scheduler FlowMatchEulerDiscrete, StableDiffusionPipeline itself .*; choose another, or leave"
+    with pytest.raises(ExportError, match=why):
         export_bundle(
             pipeline, tmp_path / "bundle", steps=(2,), scheduler="FlowMatchEulerDiscrete", report=silent
         )
+
+
+def test_a_pipeline_that_cannot_be_run_is_not_blamed_on_its_own_scheduler(
+    pipeline: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    pipeline.text_encoder.text_model.eos_token_id = None
+    with pytest.raises(ExportError, match=r"^StableDiffusionPipeline itself makes no image: ") as refused:
+        export_bundle(pipeline, tmp_path / "bundle", steps=(2,), report=silent)
+    assert "scheduler" not in str(refused.value)
+
+
+def test_another_scheduler_is_chosen_without_the_remarks_of_libraries(
+    pipeline: StableDiffusionPipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of what the model's own scheduler has in its config and the other has not."""
+    diffusers.utils.logging.add_handler(caplog.handler)
+    try:
+        with pytest.raises(ExportError, match="clip_sample"):  # once it is compiled
+            export_bundle(
+                pipeline,
+                tmp_path / "bundle",
+                steps=(2,),
+                scheduler="LCM:clip_sample=true",
+                report=silent,
+            )
+    finally:
+        diffusers.utils.logging.remove_handler(caplog.handler)
+    assert not caplog.records
 
 
 def test_an_autoencoder_that_is_none_is_refused(tmp_path: Path) -> None:
