@@ -43,6 +43,7 @@ from export.prompts import numbered_lines
 from export.reference import largest_difference, reference_images
 from export.schedule import compile_schedule
 from export.scheduler import choose_scheduler
+from export.terminal import say
 
 PIXEL_TOLERANCE = 1e-3  # largest difference of any colour in 0..1, before rounding
 
@@ -67,7 +68,7 @@ def export_bundle(
     name: str | None = None,
     licence: str = "unknown",
     force: bool = False,
-    report: Report = print,
+    report: Report = say,
 ) -> Bundle:
     """Write the bundle folder `out` and return it opened.
 

@@ -42,6 +42,7 @@ from edge_agent.diffusion.generator import Generator, Image
 from edge_agent.diffusion.sessions import Array, Session
 from edge_agent.errors import GenerationFailed
 from export.errors import ExportError, reason
+from export.terminal import say
 
 DTYPES = ("fp32", "fp16", "int8")
 
@@ -129,7 +130,7 @@ def shrink(
     keep: Collection[str] = (),
     prompts: Sequence[str] = CALIBRATION_PROMPTS,
     bound: float | None = None,
-    report: Report = print,
+    report: Report = say,
 ) -> Loss:
     """Turn the graphs of the float32 bundle in `folder` into `dtype`, in place, and state them in its manifest.
 

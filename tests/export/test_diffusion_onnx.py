@@ -1040,6 +1040,34 @@ def test_the_command_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureF
     assert not (tmp_path / "bundle").exists()
 
 
+@pytest.mark.parametrize("output", ["/dev/full", "pipe"])
+def test_an_export_whose_progress_nobody_can_read_is_done_all_the_same(
+    saved: Path, tmp_path: Path, output: str
+) -> None:
+    """As behind `| head -1`."""
+    if output == "pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+    else:
+        writer = os.open(output, os.O_WRONLY)
+    command = [
+        sys.executable,
+        "-m",
+        "export",
+        "diffusion",
+        str(saved),
+        str(tmp_path / "bundle"),
+        "--steps",
+        "1",
+    ]
+    try:
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    finally:
+        os.close(writer)
+    assert done.returncode == 0 and "rror" not in done.stderr
+    assert Bundle.open(tmp_path / "bundle").manifest.steps == (1,)
+
+
 def test_the_help_says_what_shapes_are_for(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
