@@ -213,6 +213,8 @@ def _class_name(model: str | os.PathLike[str]) -> str:
     if (folder / MANIFEST).is_file():
         raise ExportError(f"{folder} is a bundle already; name the diffusers folder that it was made from")
     if folder.is_dir() and not (folder / "model_index.json").is_file():
+        if os.path.lexists(folder / "model_index.json"):
+            complete.refuse_absent(folder / "model_index.json")
         raise ExportError(
             f"{folder} has no model_index.json: name a folder that diffusers saved, or a hub id"
         )
