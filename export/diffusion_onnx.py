@@ -189,7 +189,7 @@ def export_bundle(
         _open_to_all(partial)
         _refuse_taken(target, force)  # again: a predictor may have been put in meanwhile
         _move(partial, target)
-    report(f"wrote {target}")
+    report(f"wrote {target}, which a pull will call {name_from(name)}; --name gives it another name")
     return Bundle.open(target)
 
 

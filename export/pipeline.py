@@ -233,7 +233,11 @@ def _class_name(model: str | os.PathLike[str]) -> str:
         complete.check_index(index)
     except ValueError as error:
         raise ExportError(f"{model} cannot be loaded as a diffusers pipeline: {error}") from error
-    made = str(index.get("_class_name"))
+    made = index.get("_class_name")
+    if not isinstance(made, str) or not made:
+        raise ExportError(
+            f"{model}: the _class_name in model_index.json must be a pipeline's class, not {made!r:.40}"
+        )
     if folder.is_dir():
         for name, part in index.items():
             named = isinstance(part, (list, tuple)) and len(part) > 0 and part[0] is not None
@@ -245,6 +249,10 @@ def _class_name(model: str | os.PathLike[str]) -> str:
 def _refuse_mistyped(model: str | os.PathLike[str], what: str) -> None:
     """A name that the hub cannot have is a path, and the connection is not what it lacks."""
     text = os.fspath(model)
+    if not text:
+        raise ExportError(
+            f"a name of '' cannot be loaded as {what}: name a folder that diffusers saved, or a hub id"
+        )
     path_like = text.startswith((".", "/", "~")) or text.replace(os.sep, "/").count("/") > 1
     if path_like and not Path(model).exists():
         raise ExportError(f"{text} cannot be loaded as {what}: there is no such folder")

@@ -26,6 +26,10 @@ def choose_scheduler(own: Any, wanted: str) -> Any:
         ExportError: there is no such scheduler, it takes no such key, or not such a value.
     """
     name, _, changes = wanted.partition(":")
+    if not name:
+        raise ExportError(
+            f"{wanted!r} names no scheduler: write NAME or NAME:KEY=VALUE, such as EulerDiscrete"
+        )
     full = name if name.endswith("Scheduler") else f"{name}Scheduler"
     made = getattr(diffusers, full, None)
     if isinstance(made, DummyObject):

@@ -98,6 +98,7 @@ def test_the_bundle_equals_the_pipeline_it_was_made_from(
     for steps in (3, 6):
         assert largest_difference(Bundle.open(bundle), reference_images(loaded, steps, 2.0)) <= 1e-3
     assert any("largest difference" in line for line in lines)
+    assert lines[-1].startswith(f"wrote {bundle}, which a pull will call model; --name")
 
 
 def test_what_comes_after_a_token_is_masked_without_denormal_numbers(
@@ -426,7 +427,7 @@ def test_sizes_that_are_none_are_refused(size: str, capsys: pytest.CaptureFixtur
         ),
         ({"calibration_prompts": "prompts.txt"}, "nothing to calibrate in fp32 without --dtype"),
         ({"name": "edge"}, "can be called 'edge'; choose another with --name"),
-        ({"name": "!"}, "cannot be called ''"),
+        ({"name": "模型"}, "cannot be called '模型': a name has letters from a to z, .* one with --name$"),
         ({"name": "a\nb"}, "printable text on one line"),
         ({"licence": "MIT\r"}, "printable text on one line"),
         ({"licence": " "}, "printable text on one line"),
@@ -609,6 +610,15 @@ def test_an_index_that_is_no_object_is_refused(tmp_path: Path, held: str) -> Non
     (tmp_path / "model_index.json").write_text(held)
     with pytest.raises(
         ExportError, match=rf"model_index\.json must hold a JSON object, not {re.escape(held)}"
+    ):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", [None, "", 3, ["StableDiffusionPipeline"]])
+def test_an_index_that_names_no_pipeline_says_where(tmp_path: Path, name: Any) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    with pytest.raises(
+        ExportError, match=r"the _class_name in model_index\.json must be a pipeline's class, not"
     ):
         load(tmp_path)
 
@@ -796,6 +806,15 @@ def test_a_mistyped_path_is_not_looked_for_on_the_hub(
         ExportError, match=f"^{there} cannot be loaded as an autoencoder: there is no such folder$"
     ):
         export_bundle(pipeline, tmp_path / "bundle", autoencoder=there, report=silent)
+
+
+def test_a_name_that_is_empty_is_no_folder(pipeline: StableDiffusionPipeline, tmp_path: Path) -> None:
+    with pytest.raises(
+        ExportError, match=r"^a name of '' cannot be loaded as a diffusers pipeline: name a folder"
+    ):
+        export_bundle("", tmp_path / "bundle", report=silent)
+    with pytest.raises(ExportError, match=r"^a name of '' cannot be loaded as an autoencoder: name a folder"):
+        export_bundle(pipeline, tmp_path / "bundle", autoencoder="", report=silent)
 
 
 def test_a_bundle_is_no_model(starter_shaped: tuple[Path, Path, list[str]], tmp_path: Path) -> None:

@@ -26,7 +26,8 @@ def test_the_models_own_config_is_kept_and_the_changes_are_made(name: str) -> No
     ("wanted", "why"),
     [
         ("EulerDiscret", "did you mean .*EulerDiscreteScheduler"),
-        ("", "no scheduler Scheduler"),
+        ("", "^'' names no scheduler: write NAME or NAME:KEY=VALUE"),
+        (":clip_sample=false", "^':clip_sample=false' names no scheduler"),
         ("StableDiffusionPipeline", "no scheduler"),
         ("EulerDiscrete:karras=true", "takes no karras; it takes .*use_karras_sigmas"),
         ("EulerDiscrete:use_karras_sigmas", "write EulerDiscrete:KEY=VALUE"),
