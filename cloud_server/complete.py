@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import safetensors
 import transformers
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
@@ -99,8 +101,7 @@ def refuse_faulty(kind: Any, folder: Path) -> None:
     if issubclass(kind, transformers.PreTrainedTokenizerBase):
         return  # which of its files a tokenizer needs, it knows alone
     config = folder / (getattr(kind, "config_name", None) or transformers.CONFIG_NAME)
-    if not config.is_file():
-        raise ValueError(f"{folder} has no {config.name}")
+    refuse_absent(config)
     _refuse_no_object(config)
     if issubclass(kind, NETWORKS) and not any(next(folder.glob(f"*.{end}"), None) for end in _WEIGHTS):
         raise ValueError(f"{folder} has no weights: no file that ends in .{' or .'.join(_WEIGHTS)}")
@@ -119,8 +120,20 @@ def _loaded(kind: Any, model: str | os.PathLike[str], **options: Any) -> Any:
         raise ValueError(f"{where} cannot be loaded: {reason(error)[:_LONGEST_REASON]}") from error
 
 
+def refuse_absent(file: Path) -> None:
+    """Raises ValueError, saying what is there in its place, where there is no `file` that can be opened."""
+    try:
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise ValueError(f"{file} is not a file")
+        file.open("rb").close()
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and not file.is_symlink():  # a link may lead nowhere
+            raise ValueError(f"{file.parent} has no {file.name}") from error
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from error
+
+
 def _refuse_unreadable(folder: Path) -> None:
-    """Raises ValueError, naming `folder` or the first file in it that cannot be opened; a link may lead nowhere.
+    """Raises ValueError, naming `folder` or the first file in it that cannot be opened, or is cut off.
 
     The libraries say of some that they are not there, and of others nothing.
     """
@@ -129,11 +142,15 @@ def _refuse_unreadable(folder: Path) -> None:
     except OSError as error:
         raise ValueError(f"{folder} cannot be read: {error.strerror}") from error
     for file in files:
-        if file.is_file() or not file.exists():
+        weights = file.suffix.removeprefix(".") in _WEIGHTS
+        if weights or not file.is_dir():
+            refuse_absent(file)
+        if file.suffix == ".safetensors":
             try:
-                file.open("rb").close()
-            except OSError as error:
-                raise ValueError(f"{file} cannot be read: {error.strerror}") from error
+                with safetensors.safe_open(file, "pt"):  # reads where each weight lies
+                    pass
+            except safetensors.SafetensorError as error:
+                raise ValueError(f"{file} is cut off or damaged: {reason(error)}; get it again") from error
 
 
 def _explain_tokenizer(kind: Any, folder: Path) -> None:

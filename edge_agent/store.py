@@ -262,15 +262,15 @@ def check_name(name: str) -> None:
         raise StoreError(f"no installed model can be called {name!r}; choose another with --name")
     if not _is_name(name):
         raise StoreError(
-            f"a model cannot be called {name[:MAX_NAME_CHARS]!r}: a name has letters, digits, dots, dashes and "
-            f"underscores, at most {MAX_NAME_CHARS}, and begins with a letter or digit; choose one with --name"
+            f"a model cannot be called {name[:MAX_NAME_CHARS]!r}: a name has letters from a to z, digits, dots, dashes "
+            f"and underscores, at most {MAX_NAME_CHARS}, and begins with a letter or digit; choose one with --name"
         )
 
 
 def name_from(text: str) -> str:
     """A name for the model that its maker calls `text`, such as sd-turbo-int8 for "sd-turbo (int8)"."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")[:MAX_NAME_CHARS]
-    check_name(name)
+    check_name(name or text)
     return name
 
 

@@ -75,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         named = f"there is no stage {arguments[0]!r}\n\n" if arguments else ""
         print(named + usage(), file=sys.stderr)
         return BAD_INPUT
-    return run(importlib.import_module(STAGES[arguments[0]][0]).main, arguments[1:])
+    # Imported in there: it takes seconds, in which Ctrl-C ends the stage as it does later on.
+    return run(lambda argv: importlib.import_module(STAGES[arguments[0]][0]).main(argv), arguments[1:])
 
 
 if __name__ == "__main__":

@@ -23,7 +23,16 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from edge_agent import tokens
-from edge_agent.bundle import MANIFEST, Bundle, schedule_file, write_manifest
+from edge_agent.bundle import (
+    CALIBRATION,
+    DENOISER,
+    MANIFEST,
+    PREDICTOR,
+    Bundle,
+    parse_manifest,
+    schedule_file,
+    write_manifest,
+)
 from edge_agent.errors import BundleError, GenerationFailed, StoreError
 from edge_agent.store import DISK_FULL, lock_file, name_from
 from export import graphs, tokenizer_json
@@ -34,6 +43,7 @@ from export.prompts import numbered_lines
 from export.reference import largest_difference, reference_images
 from export.schedule import compile_schedule
 from export.scheduler import choose_scheduler
+from export.terminal import say
 
 PIXEL_TOLERANCE = 1e-3  # largest difference of any colour in 0..1, before rounding
 
@@ -58,7 +68,7 @@ def export_bundle(
     name: str | None = None,
     licence: str = "unknown",
     force: bool = False,
-    report: Report = print,
+    report: Report = say,
 ) -> Bundle:
     """Write the bundle folder `out` and return it opened.
 
@@ -75,7 +85,7 @@ def export_bundle(
         calibration_prompts: a file, one prompt a line: what the ranges of int8 are found with.
         autoencoder: folder or hub id of an autoencoder that takes the place of the model's own.
         name, licence: what the manifest says of the models.
-        force: replace a bundle that is there.
+        force: replace a bundle that is there and holds nothing but what an export makes.
         report: gets one line for each stage.
 
     Raises:
@@ -109,7 +119,8 @@ def export_bundle(
         loaded = pipelines.load(model) if isinstance(model, (str, os.PathLike)) else model
         pipeline = pipelines.prepared(loaded, autoencoder)
         if scheduler is not None:
-            pipeline.scheduler = choose_scheduler(pipeline.scheduler, scheduler)
+            with pipelines.quiet():
+                pipeline.scheduler = choose_scheduler(pipeline.scheduler, scheduler)
         kind = pipelines.kind(pipeline)
         _refuse_kept(keep, pipeline, dtype)
         size = pipelines.size_of(pipeline, size)
@@ -117,15 +128,24 @@ def export_bundle(
         counts = list(dict.fromkeys(steps or (kind.steps,)))
         scale = kind.guidance if guidance is None else float(guidance)
         # The most steps first: where they are too many, nothing is compiled.
-        schedules = [
-            compile_schedule(pipeline.scheduler, count, begin_at_first=kind.begins_at_first)
-            for count in sorted(counts, reverse=True)
-        ]
+        with pipelines.quiet():
+            schedules = [
+                compile_schedule(pipeline.scheduler, count, begin_at_first=kind.begins_at_first)
+                for count in sorted(counts, reverse=True)
+            ]
         report(f"running {type(pipeline).__name__} in torch, to compare with")
-        references = reference_images(pipeline, min(counts), scale, size)
-        if counts[0] > min(counts):
-            # One image: they take longer, and differ from the first in their number of steps alone.
-            references += reference_images(pipeline, counts[0], scale, size)[:1]
+        try:
+            references = reference_images(pipeline, min(counts), scale, size)
+            if counts[0] > min(counts):
+                # One image: they take longer, and differ from the first in their number of steps alone.
+                references += reference_images(pipeline, counts[0], scale, size)[:1]
+        except ExportError as error:
+            if scheduler is None:
+                raise
+            # Not every one goes with every pipeline.
+            raise ExportError(
+                f"with the scheduler {scheduler}, {error}; choose another, or leave it out"
+            ) from error
         report("tracing the graphs")
         graphs.trace(pipeline, partial, report)
         if shapes == "fixed":
@@ -167,8 +187,9 @@ def export_bundle(
             prompts = prompts or precision.CALIBRATION_PROMPTS
             precision.shrink(partial, dtype, keep=keep, prompts=prompts, report=report)
         _open_to_all(partial)
+        _refuse_taken(target, force)  # again: a predictor may have been put in meanwhile
         _move(partial, target)
-    report(f"wrote {target}")
+    report(f"wrote {target}, which a pull will call {name_from(name)}; --name gives it another name")
     return Bundle.open(target)
 
 
@@ -276,14 +297,38 @@ def _refuse_kept(keep: Collection[str], pipeline: Any, dtype: Dtype) -> None:
 
 
 def _refuse_taken(target: Path, force: bool) -> None:
+    try:
+        str(target).encode()
+    except UnicodeEncodeError as error:  # torch and onnxruntime take no other paths
+        raise ExportError(f"{str(target)!r} is not a path in UTF-8; name one that is") from error
     if target == Path.cwd():
         raise ExportError(f"{target} is the folder you are in; name a new folder, which the bundle becomes")
+    for parent in target.parents:
+        if (parent / MANIFEST).is_file() and (parent / DENOISER).is_file():
+            raise ExportError(f"{target} lies in the bundle {parent}; name a folder outside of it")
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not (target / MANIFEST).is_file():
         raise ExportError(f"{target} is there and is not a bundle; name a new folder")
     if not force:
         raise ExportError(f"{target} holds a bundle already; name a new folder, or replace it with --force")
+    if others := _not_exported(target):
+        more = f" and {len(others) - 3} more" if others[3:] else ""
+        raise ExportError(
+            f"{target} also holds {', '.join(others[:3])}{more}, which no export makes and --force would delete; move "
+            "the folder away, or name a new one"
+        )
+
+
+def _not_exported(bundle: Path) -> list[str]:
+    """What lies in the folder besides an export: predictor and calibration, and what the manifest does not list."""
+    try:
+        listed = parse_manifest((bundle / MANIFEST).read_bytes(), bundle / MANIFEST).files
+    except BundleError as error:
+        raise ExportError(f"{error.message}; move it away, or name a new folder") from error
+    exported = {MANIFEST, *(name for name in listed if name not in (PREDICTOR, CALIBRATION))}
+    found = (path for path in sorted(bundle.rglob("*")) if path.is_symlink() or not path.is_dir())
+    return [name for path in found if (name := path.relative_to(bundle).as_posix()) not in exported]
 
 
 def _open_to_all(folder: Path) -> None:
@@ -378,7 +423,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--name", help="name in the manifest; the model's own by default")
     parser.add_argument("--licence", default="unknown", help="licence in the manifest, as an SPDX id")
-    parser.add_argument("--force", action="store_true", help="replace the bundle at OUT")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="replace the bundle at OUT, which may hold nothing but what this command makes",
+    )
     options = vars(parser.parse_args(argv))
     # Whoever ends the process is obeyed as Ctrl-C is: nothing half-made stays behind.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -9,5 +9,17 @@ DAMAGED_NPZ = (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error)
 """What numpy raises for a file that is empty, as a power loss leaves it, cut off, altered or something else."""
 
 
+LONGEST_REASON = 500
+"""Characters of what a library says that are shown: torch puts whole graphs behind its first line."""
+
+
 class ExportError(Exception):
     """Input a stage cannot use. The message says what is wrong and what to do; the command line exits with 2."""
+
+
+def reason(error: Exception) -> str:
+    """What an error of a library's says: its first line, or the file that cannot be read."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename} cannot be read: {error.strerror}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:LONGEST_REASON] if lines else type(error).__name__

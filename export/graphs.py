@@ -15,7 +15,7 @@ import onnx
 from diffusers import AutoencoderTiny
 from onnx import numpy_helper
 
-from export.errors import ExportError
+from export.errors import ExportError, reason
 from export.pipeline import drop_origin, quiet
 
 # What a bundle takes of a pipeline besides its graphs, so that optimum's own pipeline loads it too.
@@ -58,7 +58,7 @@ def trace(pipeline: Any, folder: Path, report: Report) -> None:
         except OSError:
             raise  # a full disk says so itself
         except Exception as error:  # torch and optimum fail in many ways
-            raise ExportError(f"optimum cannot trace the {name}: {error}") from error
+            raise ExportError(f"optimum cannot trace the {name}: {reason(error)}") from error
         if name.startswith("text_encoder"):
             _mask_mildly(folder / name / "model.onnx")
         if hasattr(model, "save_config"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -28,7 +29,7 @@ from transformers import CLIPTextModelWithProjection
 
 from cloud_server import complete
 from edge_agent.bundle import MANIFEST, AddedConditioning
-from export.errors import ExportError
+from export.errors import ExportError, reason
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def load(model: str | os.PathLike[str]) -> Any:
     except ExportError:
         raise
     except Exception as error:  # each part's library fails in its own way
-        raise ExportError(f"{model} cannot be loaded as a diffusers pipeline: {_reason(error)}") from error
+        raise ExportError(f"{model} cannot be loaded as a diffusers pipeline: {reason(error)}") from error
 
 
 def prepared(pipeline: Any, autoencoder: str | os.PathLike[str] | None = None) -> Any:
@@ -131,12 +132,18 @@ def size_of(pipeline: Any, size: tuple[int, int] | None) -> tuple[int, int]:
     Raises ExportError when the denoiser cannot halve it as often as it does, it is above MAX_SIDE, or the pipeline does
     not name its own.
     """
-    factor = pipeline.vae_scale_factor
+    factor, own = pipeline.vae_scale_factor, pipeline.unet.config.sample_size
+    file = _file(pipeline, "unet", "config.json")
+    height, width = sides = tuple(own) if isinstance(own, (list, tuple)) and len(own) == 2 else (own, own)
+    # Whatever is asked for: optimum traces at the model's own.
+    if own is not None and not all(type(side) is int and side > 0 for side in sides):
+        raise ExportError(
+            f"{file}: a sample_size of {own!r:.40} is none: write the side of the latents, or null, and name the "
+            "image's with --size WIDTHxHEIGHT"
+        )
     if size is None:
-        own = pipeline.unet.config.sample_size
         if own is None:
-            raise ExportError("the model does not say its image size: name it with --size WIDTHxHEIGHT")
-        height, width = (own, own) if isinstance(own, int) else own
+            raise ExportError(f"{file} names no sample_size: name the image's with --size WIDTHxHEIGHT")
         refuse_large((width * factor, height * factor))
         return width * factor, height * factor
     refuse_large(size)
@@ -206,6 +213,8 @@ def _class_name(model: str | os.PathLike[str]) -> str:
     if (folder / MANIFEST).is_file():
         raise ExportError(f"{folder} is a bundle already; name the diffusers folder that it was made from")
     if folder.is_dir() and not (folder / "model_index.json").is_file():
+        if os.path.lexists(folder / "model_index.json"):
+            complete.refuse_absent(folder / "model_index.json")
         raise ExportError(
             f"{folder} has no model_index.json: name a folder that diffusers saved, or a hub id"
         )
@@ -216,7 +225,7 @@ def _class_name(model: str | os.PathLike[str]) -> str:
         if isinstance(error, OSError) and error.filename is not None:
             raise  # names the file itself
         if folder.is_dir():
-            raise ExportError(f"{folder / 'model_index.json'} cannot be read: {_reason(error)}") from error
+            raise ExportError(f"{folder / 'model_index.json'} cannot be read: {reason(error)}") from error
         raise ExportError(
             f"{model} cannot be loaded as a diffusers pipeline: it is no folder here, and {_from_hub(error)}"
         ) from error
@@ -224,7 +233,11 @@ def _class_name(model: str | os.PathLike[str]) -> str:
         complete.check_index(index)
     except ValueError as error:
         raise ExportError(f"{model} cannot be loaded as a diffusers pipeline: {error}") from error
-    made = str(index.get("_class_name"))
+    made = index.get("_class_name")
+    if not isinstance(made, str) or not made:
+        raise ExportError(
+            f"{model}: the _class_name in model_index.json must be a pipeline's class, not {made!r:.40}"
+        )
     if folder.is_dir():
         for name, part in index.items():
             named = isinstance(part, (list, tuple)) and len(part) > 0 and part[0] is not None
@@ -236,6 +249,10 @@ def _class_name(model: str | os.PathLike[str]) -> str:
 def _refuse_mistyped(model: str | os.PathLike[str], what: str) -> None:
     """A name that the hub cannot have is a path, and the connection is not what it lacks."""
     text = os.fspath(model)
+    if not text:
+        raise ExportError(
+            f"a name of '' cannot be loaded as {what}: name a folder that diffusers saved, or a hub id"
+        )
     path_like = text.startswith((".", "/", "~")) or text.replace(os.sep, "/").count("/") > 1
     if path_like and not Path(model).exists():
         raise ExportError(f"{text} cannot be loaded as {what}: there is no such folder")
@@ -254,7 +271,7 @@ def _load_autoencoder(model: str | os.PathLike[str]) -> Any:
     except ExportError:
         raise
     except Exception as error:  # the hub's library fails in its own ways
-        raise ExportError(f"{model} cannot be loaded as an autoencoder: {_reason(error)}") from error
+        raise ExportError(f"{model} cannot be loaded as an autoencoder: {reason(error)}") from error
     raise ExportError(f"{model} holds a {name}; {' and '.join(classes)} are supported as autoencoders")
 
 
@@ -279,6 +296,8 @@ def _refuse_unsupported(pipeline: Any) -> None:
     for part in kind(pipeline).parts:
         if getattr(pipeline, part, None) is None:
             raise ExportError(f"the pipeline has no {part}")
+    for part in (part for part in kind(pipeline).parts if part.startswith("tokenizer")):
+        _refuse_tokenizer(pipeline, part)
     unet, vae = pipeline.unet.config, pipeline.vae.config
     xl = isinstance(pipeline, StableDiffusionXLPipeline)
     encoders = [pipeline.text_encoder] + ([pipeline.text_encoder_2] if xl else [])
@@ -309,22 +328,47 @@ def _refuse_unsupported(pipeline: Any) -> None:
     for what, found in checks.items():
         if found():
             raise ExportError(f"{what} is not supported")
-    for part in (part for part in kind(pipeline).parts if part.startswith("tokenizer")):
-        added = getattr(pipeline, part).added_tokens_encoder
-        # diffusers writes such a token out as all of its vectors' before it reads a prompt; the edge does not.
-        if several := [token for token in added if f"{token}_1" in added]:
-            raise ExportError(
-                f"the {part}'s {several[0]!r} is an embedding of several vectors, which is not supported: load one of "
-                "a single vector, or export the model without it"
-            )
-    if not hasattr(vae, "scaling_factor"):
-        raise ExportError(f"{type(pipeline.vae).__name__} names no scaling_factor")
-    positions = min(encoder.config.max_position_embeddings for encoder in encoders)
-    if (tokens := pipeline.tokenizer.model_max_length) > positions:
+    scaling = getattr(vae, "scaling_factor", None)
+    if type(scaling) not in (int, float) or not math.isfinite(scaling) or scaling == 0:
         raise ExportError(
-            f"the tokenizer allows {tokens:g} tokens, and the text encoder has {positions} positions: write "
-            f"model_max_length {positions} into tokenizer_config.json"
+            f"the config.json of the autoencoder, {type(pipeline.vae).__name__}, must name a scaling_factor, a number "
+            f"other than 0, not {scaling!r}"
         )
+
+
+def _refuse_tokenizer(pipeline: Any, part: str) -> None:
+    tokenizer, encoder = getattr(pipeline, part), getattr(pipeline, part.replace("tokenizer", "text_encoder"))
+    added = tokenizer.added_tokens_encoder
+    # diffusers writes such a token out as all of its vectors' before it reads a prompt; the edge does not.
+    if several := [token for token in added if f"{token}_1" in added]:
+        raise ExportError(
+            f"the {part}'s {several[0]!r} is an embedding of several vectors, which is not supported: load one of "
+            "a single vector, or export the model without it"
+        )
+    file = _file(pipeline, part, "tokenizer_config.json")
+    length, positions = tokenizer.model_max_length, encoder.config.max_position_embeddings
+    if type(length) is not int or not 2 < length <= positions:  # start, end and a word
+        raise ExportError(
+            f"{file}: model_max_length must be a whole number from 3 to {positions}, the text encoder's positions, "
+            f"not {length!r:.40}; write {positions}"
+        )
+    if tokenizer.pad_token_id is None:
+        raise ExportError(
+            f"{file}: pad_token must be the token that prompts are filled up with, in CLIP <|endoftext|>, not null"
+        )
+    embeddings = encoder.get_input_embeddings().num_embeddings
+    ids = tokenizer.get_vocab().items()  # one that is no number, the conversion refuses
+    if beyond := [token for token, number in ids if type(number) is int and number >= embeddings]:
+        more = f" and {len(beyond) - 1} more" if beyond[1:] else ""
+        raise ExportError(
+            f"{file.parent}: the text encoder has {embeddings} embeddings, and none for the token {beyond[0]!r}{more}; "
+            "take it out of the tokenizer, or get the text encoder that was trained with it"
+        )
+
+
+def _file(pipeline: Any, *names: str) -> Path:
+    """A file of the pipeline's, in the folder that it was loaded from where it was."""
+    return Path(pipeline.config.get("_name_or_path") or "", *names)
 
 
 def _nearest(side: int, multiple: int) -> int:
@@ -338,14 +382,7 @@ def _from_hub(error: Exception) -> str:
             f"the hub at {constants.ENDPOINT} cannot be reached and has left no copy here; check the connection, "
             "or name a folder"
         )
-    return f"not to be had from the hub: {_reason(error)}"
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename} cannot be read: {error.strerror}"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return f"not to be had from the hub: {reason(error)}"
 
 
 def drop_origin(folder: Path) -> None:

@@ -41,7 +41,8 @@ from edge_agent.bundle import PREDICTOR, Bundle, write_manifest
 from edge_agent.diffusion.generator import Generator, Image
 from edge_agent.diffusion.sessions import Array, Session
 from edge_agent.errors import GenerationFailed
-from export.errors import ExportError
+from export.errors import ExportError, reason
+from export.terminal import say
 
 DTYPES = ("fp32", "fp16", "int8")
 
@@ -129,7 +130,7 @@ def shrink(
     keep: Collection[str] = (),
     prompts: Sequence[str] = CALIBRATION_PROMPTS,
     bound: float | None = None,
-    report: Report = print,
+    report: Report = say,
 ) -> Loss:
     """Turn the graphs of the float32 bundle in `folder` into `dtype`, in place, and state them in its manifest.
 
@@ -362,14 +363,16 @@ def _to_eight_bits(graph: Path, feeds: Sequence[Feeds]) -> None:
 
 @contextmanager
 def _rewritten(graph: Path) -> Iterator[Path]:
-    """A scratch folder beside the bundle, gone afterwards; what the tools raise becomes one ExportError."""
-    with tempfile.TemporaryDirectory(dir=graph.parents[2]) as scratch:
+    """A scratch folder in the bundle, gone afterwards or with it; what the tools raise becomes one ExportError."""
+    with tempfile.TemporaryDirectory(dir=graph.parents[1]) as scratch:
         try:
             yield Path(scratch)
         except (OSError, ExportError):
             raise  # a full disk says so itself
         except Exception as error:  # protobuf, onnx and onnxruntime fail in many ways
-            raise ExportError(f"{graph} cannot be converted: {error}") from error
+            # Of a full disk they say only that what they wrote is damaged; here it says so itself.
+            (Path(scratch) / "room").write_bytes(bytes(_bytes(graph)))
+            raise ExportError(f"{graph} cannot be converted: {reason(error)}") from error
 
 
 def _save(model: onnx.ModelProto, graph: Path) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from edge_agent.bundle import Bundle
 from edge_agent.diffusion.generator import Generator, Image
 from edge_agent.diffusion.sessions import Runtime
-from export.errors import ExportError
+from export.errors import ExportError, reason
 from export.pipeline import kind
 
 # Compared with the torch pipeline after an export: prompt, negative prompt, seed, guided or not. One guided image
@@ -71,11 +71,8 @@ def reference_image(
             callback_on_step_end=keep,
             output_type="np",
         ).images[0]
-    except Exception as error:  # not every scheduler goes with every pipeline, and each fails in its own way
-        scheduler = type(pipeline.scheduler).__name__
-        raise ExportError(
-            f"{type(pipeline).__name__} itself makes no image with {scheduler}, choose another scheduler: {error}"
-        ) from error
+    except Exception as error:  # each part fails in its own way
+        raise ExportError(f"{type(pipeline).__name__} itself makes no image: {reason(error)}") from error
     if not np.isfinite(colours).all():
         raise ExportError("the torch pipeline gives numbers that are not finite in float32")
     return Reference(prompt, negative, seed, steps, guidance, seen[0][0].numpy(), colours)

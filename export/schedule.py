@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from edge_agent.diffusion.schedule import Schedule
-from export.errors import ExportError
+from export.errors import ExportError, reason
 
 # Some schedulers compute in float32 whatever they are given, so the check cannot be tighter than its
 # rounding.
@@ -45,9 +45,14 @@ def compile_schedule(scheduler: Any, steps: int, *, begin_at_first: bool = False
     """
     name = type(scheduler).__name__
     trained = scheduler.config.get("num_train_timesteps")
-    if trained is not None and steps > trained:  # some repeat timesteps instead, and take minutes to compile
+    # Timesteps that lead are moved up by an offset, so that as many as were trained end beyond the last.
+    leading = scheduler.config.get("timestep_spacing") == "leading"
+    offset = (scheduler.config.get("steps_offset") or 0) if leading else 0
+    if trained is not None and steps > trained - offset:  # some repeat timesteps instead, and take minutes
+        why = f" and its steps_offset is {offset}" if offset else ""
         raise ExportError(
-            f"{name} has no schedule of {steps} steps: its model was trained on {trained}; name that many at most"
+            f"{name} has no schedule of {steps} steps: its model was trained on {trained}{why}; name "
+            f"{trained - offset} at most"
         )
     timesteps = _fresh(scheduler, steps).timesteps
     calls = len(timesteps)
@@ -81,7 +86,9 @@ def _fresh(scheduler: Any, steps: int) -> Any:
     try:
         copy.set_timesteps(steps)
     except Exception as error:  # each scheduler fails in its own way
-        raise ExportError(f"{type(scheduler).__name__} has no schedule of {steps} steps: {error}") from error
+        raise ExportError(
+            f"{type(scheduler).__name__} has no schedule of {steps} steps: {reason(error)}"
+        ) from error
     return copy
 
 
@@ -100,7 +107,7 @@ def _drive(
         raise
     except Exception as error:  # each scheduler fails in its own way
         raise ExportError(
-            f"{type(scheduler).__name__} cannot be run: {error}; change its config, or choose another scheduler"
+            f"{type(scheduler).__name__} cannot be run: {reason(error)}; change its config, or choose another scheduler"
         ) from error
 
 

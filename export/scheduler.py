@@ -11,7 +11,7 @@ import diffusers
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import DummyObject
 
-from export.errors import ExportError
+from export.errors import ExportError, reason
 
 
 def choose_scheduler(own: Any, wanted: str) -> Any:
@@ -26,6 +26,10 @@ def choose_scheduler(own: Any, wanted: str) -> Any:
         ExportError: there is no such scheduler, it takes no such key, or not such a value.
     """
     name, _, changes = wanted.partition(":")
+    if not name:
+        raise ExportError(
+            f"{wanted!r} names no scheduler: write NAME or NAME:KEY=VALUE, such as EulerDiscrete"
+        )
     full = name if name.endswith("Scheduler") else f"{name}Scheduler"
     made = getattr(diffusers, full, None)
     if isinstance(made, DummyObject):
@@ -51,7 +55,7 @@ def choose_scheduler(own: Any, wanted: str) -> Any:
     try:
         return made.from_config(own.config, **config)
     except Exception as error:  # each scheduler checks its config in its own way
-        raise ExportError(f"{full} cannot be made from the model's config: {error}") from error
+        raise ExportError(f"{full} cannot be made from the model's config: {reason(error)}") from error
 
 
 def _is_scheduler(made: Any) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -15,6 +18,15 @@ from rich.progress import (
 
 console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
 """For what a stage says. Paths may hold brackets, and a line in a log stays one line."""
+
+
+def say(line: str) -> None:
+    """A line on standard output, where it takes one: progress that cannot be shown ends no work."""
+    try:
+        print(line, flush=True)
+    except OSError:  # whoever read it has left, or a disk is full
+        # Also for what is still in its buffer when the program ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Note(ProgressColumn):

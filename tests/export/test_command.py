@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from export.__main__ import STAGES, main, run
+from export.__main__ import INTERRUPTED, STAGES, main, run
 
 
 def test_help_names_every_stage(capsys: pytest.CaptureFixture[str]) -> None:
@@ -40,3 +40,13 @@ def test_what_the_system_refuses_is_said_in_words_with_the_path(
 def test_naming_the_stages_imports_none_of_them() -> None:
     code = "import sys; from export.__main__ import main; main(['--help']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_a_stage_that_is_interrupted_while_it_is_imported_says_so_by_its_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch is imported for seconds."""
+    (tmp_path / "interrupted.py").write_text("raise KeyboardInterrupt")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(STAGES, "interrupted", ("interrupted", ""))
+    assert main(["interrupted"]) == INTERRUPTED

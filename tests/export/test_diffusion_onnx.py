@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import shutil
@@ -33,11 +34,11 @@ from onnx import numpy_helper
 from transformers import CLIPImageProcessor
 
 from cloud_server import complete
-from edge_agent.bundle import MANIFEST, Bundle
+from edge_agent.bundle import CALIBRATION, MANIFEST, PREDICTOR, Bundle, write_manifest
 from edge_agent.diffusion.generator import Generator
 from edge_agent.diffusion.schedule import Schedule
 from edge_agent.diffusion.sessions import Runtime
-from export import diffusion_onnx
+from export import diffusion_onnx, graphs
 from export.__main__ import INTERRUPTED
 from export.__main__ import main as edge_export
 from export.diffusion_onnx import _beside, export_bundle, main
@@ -97,6 +98,7 @@ def test_the_bundle_equals_the_pipeline_it_was_made_from(
     for steps in (3, 6):
         assert largest_difference(Bundle.open(bundle), reference_images(loaded, steps, 2.0)) <= 1e-3
     assert any("largest difference" in line for line in lines)
+    assert lines[-1].startswith(f"wrote {bundle}, which a pull will call model; --name")
 
 
 def test_what_comes_after_a_token_is_masked_without_denormal_numbers(
@@ -181,6 +183,20 @@ def test_a_bundle_is_replaced_only_when_asked(
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
+def test_a_path_that_is_not_utf8_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"/\\udcff' is not a path in UTF-8; name one that is$"):
+        export_bundle("no/such/model", tmp_path / os.fsdecode(b"\xff"), report=silent)
+
+
+def test_of_what_torch_says_of_a_graph_one_line_is_shown(
+    pipeline: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    """It shows the whole of a graph that it cannot write."""
+    with pytest.raises(ExportError, match=r"^optimum cannot trace the text_encoder: .*$") as refused:
+        graphs.trace(pipeline, tmp_path / os.fsdecode(b"\xff"), silent)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 600
+
+
 def test_a_folder_that_is_no_bundle_is_never_replaced(
     pipeline: StableDiffusionPipeline, tmp_path: Path
 ) -> None:
@@ -189,6 +205,41 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(
     with pytest.raises(ExportError, match="not a bundle"):
         export_bundle(pipeline, tmp_path / "photos", force=True, report=silent)
     assert (tmp_path / "photos" / "cat.png").read_bytes() == b"x"
+
+
+@pytest.mark.parametrize(
+    ("name", "listed"),
+    [(PREDICTOR, True), (CALIBRATION, True), ("NOTES.txt", False), ("unet/old.bin", False)],
+)
+def test_a_bundle_that_holds_what_no_export_makes_is_not_replaced(
+    pipeline: StableDiffusionPipeline, bundle_copy: Path, name: str, listed: bool
+) -> None:
+    """It took hours to make, or is somebody's own."""
+    (bundle_copy / name).parent.mkdir(exist_ok=True)
+    (bundle_copy / name).write_text("x")
+    if listed:
+        write_manifest(bundle_copy)
+    with pytest.raises(ExportError, match=f"also holds {name}, .* move the folder away, or name a new one"):
+        export_bundle(pipeline, bundle_copy, force=True, report=silent)
+    assert (bundle_copy / name).read_text() == "x"
+
+
+def test_what_is_put_into_the_bundle_during_an_export_is_not_deleted(
+    pipeline: StableDiffusionPipeline, bundle_copy: Path
+) -> None:
+    def put(_line: str) -> None:
+        (bundle_copy / "NOTES.txt").write_text("x")
+
+    with pytest.raises(ExportError, match=r"also holds NOTES\.txt"):
+        export_bundle(pipeline, bundle_copy, steps=(1,), force=True, report=put)
+    assert (bundle_copy / "NOTES.txt").read_text() == "x"
+
+
+def test_a_bundle_is_not_written_into_another(pipeline: StableDiffusionPipeline, bundle_copy: Path) -> None:
+    for inside in ("unet", "new/bundle"):
+        with pytest.raises(ExportError, match=f"lies in the bundle {re.escape(str(bundle_copy))}; name"):
+            export_bundle(pipeline, bundle_copy / inside, force=True, report=silent)
+    assert Bundle.open(bundle_copy)
 
 
 def test_a_scheduler_that_clips_is_refused_before_anything_is_written(
@@ -262,12 +313,39 @@ def test_a_size_that_the_denoiser_cannot_halve_is_refused_naming_one_near(
 def test_a_scheduler_that_the_pipeline_itself_does_not_run_is_refused(
     pipeline: StableDiffusionPipeline, tmp_path: Path
 ) -> None:
-    with pytest.raises(
-        ExportError, match="StableDiffusionPipeline itself makes no image with FlowMatchEuler"
-    ):
+    why = "with the scheduler FlowMatchEulerDiscrete, StableDiffusionPipeline itself .*; choose another, or leave"
+    with pytest.raises(ExportError, match=why):
         export_bundle(
             pipeline, tmp_path / "bundle", steps=(2,), scheduler="FlowMatchEulerDiscrete", report=silent
         )
+
+
+def test_a_pipeline_that_cannot_be_run_is_not_blamed_on_its_own_scheduler(
+    pipeline: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    pipeline.text_encoder.text_model.eos_token_id = None
+    with pytest.raises(ExportError, match=r"^StableDiffusionPipeline itself makes no image: ") as refused:
+        export_bundle(pipeline, tmp_path / "bundle", steps=(2,), report=silent)
+    assert "scheduler" not in str(refused.value)
+
+
+def test_another_scheduler_is_chosen_without_the_remarks_of_libraries(
+    pipeline: StableDiffusionPipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of what the model's own scheduler has in its config and the other has not."""
+    diffusers.utils.logging.add_handler(caplog.handler)
+    try:
+        with pytest.raises(ExportError, match="clip_sample"):  # once it is compiled
+            export_bundle(
+                pipeline,
+                tmp_path / "bundle",
+                steps=(2,),
+                scheduler="LCM:clip_sample=true",
+                report=silent,
+            )
+    finally:
+        diffusers.utils.logging.remove_handler(caplog.handler)
+    assert not caplog.records
 
 
 def test_an_autoencoder_that_is_none_is_refused(tmp_path: Path) -> None:
@@ -349,7 +427,7 @@ def test_sizes_that_are_none_are_refused(size: str, capsys: pytest.CaptureFixtur
         ),
         ({"calibration_prompts": "prompts.txt"}, "nothing to calibrate in fp32 without --dtype"),
         ({"name": "edge"}, "can be called 'edge'; choose another with --name"),
-        ({"name": "!"}, "cannot be called ''"),
+        ({"name": "模型"}, "cannot be called '模型': a name has letters from a to z, .* one with --name$"),
         ({"name": "a\nb"}, "printable text on one line"),
         ({"licence": "MIT\r"}, "printable text on one line"),
         ({"licence": " "}, "printable text on one line"),
@@ -404,12 +482,20 @@ def test_a_model_in_the_folder_one_is_in_has_that_folders_name(
     assert name_of("owner/name") == "name"
 
 
-def test_a_model_that_does_not_say_its_size_asks_for_it(
-    pipeline: StableDiffusionPipeline, tmp_path: Path
-) -> None:
-    pipeline.unet.register_to_config(sample_size=None)
-    with pytest.raises(ExportError, match="--size WIDTHxHEIGHT"):
-        export_bundle(pipeline, tmp_path / "bundle", report=silent)
+@pytest.mark.parametrize("size", [None, [8], [8, 0], "x", 0, -8, 8.5])
+def test_a_model_that_does_not_say_its_size_asks_for_it(model: Path, tmp_path: Path, size: Any) -> None:
+    change_json(model / "unet" / "config.json", sample_size=size)
+    with pytest.raises(ExportError, match=r"model/unet/config\.json.* with --size WIDTHxHEIGHT$"):
+        export_bundle(model, tmp_path / "bundle", report=silent)
+
+
+def test_a_size_that_is_none_is_refused_whatever_is_asked_for(model: Path, tmp_path: Path) -> None:
+    """The denoiser is traced at the model's own."""
+    change_json(model / "unet" / "config.json", sample_size="x")
+    with pytest.raises(
+        ExportError, match=r"unet/config\.json: a sample_size of 'x' is none: write .* or null"
+    ):
+        export_bundle(model, tmp_path / "bundle", size=(64, 64), report=silent)
 
 
 def test_a_models_own_size_is_no_larger_than_any_other(
@@ -528,6 +614,15 @@ def test_an_index_that_is_no_object_is_refused(tmp_path: Path, held: str) -> Non
         load(tmp_path)
 
 
+@pytest.mark.parametrize("name", [None, "", 3, ["StableDiffusionPipeline"]])
+def test_an_index_that_names_no_pipeline_says_where(tmp_path: Path, name: Any) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    with pytest.raises(
+        ExportError, match=r"the _class_name in model_index\.json must be a pipeline's class, not"
+    ):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("entry", [[], ["diffusers"], 3, {"a": 1}])
 def test_an_entry_that_names_no_class_is_refused_by_its_name(tmp_path: Path, entry: Any) -> None:
     index = {"_class_name": "StableDiffusionPipeline", "scheduler": entry}
@@ -564,10 +659,18 @@ FAULTY = [
     ("vae", ("config.json", None), r"vae has no config\.json"),
     ("vae", ("config.json", "[]"), r"vae/config\.json must hold a JSON object"),
     ("unet", ("*.safetensors", None), r"unet has no weights: no file that ends in \.safetensors or \.bin"),
-    ("unet", ("*.safetensors", "cut"), r"unet cannot be loaded: Unable to load weights"),
+    (
+        "unet",
+        ("*.safetensors", "cut"),
+        r"unet/diffusion_pytorch_model\.safetensors is cut off or damaged: .*; get it again",
+    ),
     ("text_encoder", ("config.json", None), r"text_encoder has no config\.json"),
     ("text_encoder", ("config.json", "{"), r"text_encoder/config\.json is not JSON"),
-    ("text_encoder", ("*.safetensors", "cut"), r"text_encoder cannot be loaded: Error while deserializing"),
+    (
+        "text_encoder",
+        ("*.safetensors", "cut"),
+        r"text_encoder/model\.safetensors is cut off or damaged: .*; get it again",
+    ),
 ]
 
 
@@ -600,9 +703,31 @@ def test_a_faulty_part_is_refused_by_its_folder_and_what_is_wrong(
         complete.pipeline(model, torch.float32, local_files_only=True)
 
 
+WEIGHTS = ("text_encoder/model.safetensors", "unet/diffusion_pytorch_model.safetensors")
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("kept", [0, 1, -1])
+def test_weights_that_are_cut_off_are_refused_by_their_file(model: Path, name: str, kept: int) -> None:
+    """As a download leaves them that was ended; by whoever loads them, too."""
+    (model / name).write_bytes((model / name).read_bytes()[:kept])
+    why = rf"{re.escape(str(model / name))} is cut off or damaged: .*; get it again$"
+    with pytest.raises(ExportError, match=f": {why}"):
+        load(model)
+    with pytest.raises(ValueError, match=f"^{why}"):
+        complete.pipeline(model, torch.float32, local_files_only=True)
+
+
+@pytest.mark.parametrize("name", [*WEIGHTS, "model_index.json", "unet/config.json"])
+def test_a_folder_in_the_place_of_a_file_is_called_what_it_is(model: Path, name: str) -> None:
+    (model / name).unlink()
+    (model / name).mkdir()
+    with pytest.raises(ExportError, match=f": {re.escape(str(model / name))} is not a file$"):
+        load(model)
+
+
 @pytest.mark.parametrize(
-    "name",
-    ["text_encoder/model.safetensors", "tokenizer/merges.txt", "unet/diffusion_pytorch_model.safetensors"],
+    "name", [*WEIGHTS, "tokenizer/merges.txt", "scheduler/scheduler_config.json", "unet/config.json"]
 )
 def test_a_file_that_cannot_be_opened_is_refused_by_its_name(model: Path, name: str) -> None:
     """A link that leads nowhere, as a hub's cache may hold it; by whoever loads it, too."""
@@ -613,6 +738,15 @@ def test_a_file_that_cannot_be_opened_is_refused_by_its_name(model: Path, name: 
         load(model)
     with pytest.raises(ValueError, match=f"^{why}$"):
         complete.pipeline(model, torch.float32, local_files_only=True)
+
+
+def test_an_index_that_cannot_be_opened_is_not_called_missing(model: Path) -> None:
+    (model / "model_index.json").unlink()
+    (model / "model_index.json").symlink_to("gone")
+    with pytest.raises(
+        ExportError, match=r": \S+/model_index\.json cannot be read: No such file or directory$"
+    ):
+        load(model)
 
 
 def test_an_autoencoder_without_its_config_is_refused_by_its_folder(
@@ -672,6 +806,15 @@ def test_a_mistyped_path_is_not_looked_for_on_the_hub(
         ExportError, match=f"^{there} cannot be loaded as an autoencoder: there is no such folder$"
     ):
         export_bundle(pipeline, tmp_path / "bundle", autoencoder=there, report=silent)
+
+
+def test_a_name_that_is_empty_is_no_folder(pipeline: StableDiffusionPipeline, tmp_path: Path) -> None:
+    with pytest.raises(
+        ExportError, match=r"^a name of '' cannot be loaded as a diffusers pipeline: name a folder"
+    ):
+        export_bundle("", tmp_path / "bundle", report=silent)
+    with pytest.raises(ExportError, match=r"^a name of '' cannot be loaded as an autoencoder: name a folder"):
+        export_bundle(pipeline, tmp_path / "bundle", autoencoder="", report=silent)
 
 
 def test_a_bundle_is_no_model(starter_shaped: tuple[Path, Path, list[str]], tmp_path: Path) -> None:
@@ -876,12 +1019,55 @@ def test_an_embedding_of_several_vectors_is_refused(tmp_path: Path, part: str) -
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_tokenizer_without_a_length_says_where_to_write_it(
-    pipeline: StableDiffusionPipeline, tmp_path: Path
+def change_json(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize("length", ["77", 10**400, [1], -1, 0, 1, 2, 78, 76.5, float("nan"), True, False])
+def test_a_length_that_no_tokenizer_can_have_is_refused_by_its_file(
+    model: Path, tmp_path: Path, length: Any
 ) -> None:
-    pipeline.tokenizer.model_max_length = int(1e30)
-    with pytest.raises(ExportError, match=r"1e\+30 tokens.* 77 positions.*tokenizer_config"):
-        export_bundle(pipeline, tmp_path / "bundle", report=silent)
+    change_json(file := model / "tokenizer" / "tokenizer_config.json", model_max_length=length)
+    why = f"^{re.escape(str(file))}: model_max_length must be a whole number from 3 to 77, .* not "
+    with pytest.raises(ExportError, match=why + re.escape(f"{length!r:.40}; write 77")):
+        export_bundle(model, tmp_path / "bundle", report=silent)
+
+
+def test_a_tokenizer_without_a_length_says_where_to_write_it(model: Path, tmp_path: Path) -> None:
+    (file := model / "tokenizer" / "tokenizer_config.json").unlink()
+    why = rf"^{re.escape(str(file))}: model_max_length .* 77, .* not {int(1e30)}; write 77$"
+    with pytest.raises(ExportError, match=why):
+        export_bundle(model, tmp_path / "bundle", report=silent)
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "tokenizer_2"])
+def test_a_tokenizer_that_fills_up_with_nothing_is_refused_by_its_file(tmp_path: Path, part: str) -> None:
+    miniature_xl().save_pretrained(tmp_path / "model")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        change_json(tmp_path / "model" / part / name, pad_token=None)
+    with pytest.raises(ExportError, match=rf"model/{part}/tokenizer_config\.json: pad_token .* not null$"):
+        export_bundle(tmp_path / "model", tmp_path / "bundle", report=silent)
+
+
+@pytest.mark.parametrize("change", [{"additional_special_tokens": ["<new>"]}, {"pad_token": "<new>"}])
+def test_a_token_that_the_text_encoder_does_not_know_is_refused_before_anything_is_run(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(diffusion_onnx, "reference_images", None)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        change_json(model / "tokenizer" / name, **change)
+    with pytest.raises(ExportError, match=r"model/tokenizer: .* 535 embeddings, and none .* '<new>';"):
+        export_bundle(model, tmp_path / "bundle", report=silent)
+
+
+@pytest.mark.parametrize("factor", [None, "x", 0, float("nan")])
+def test_an_autoencoder_that_does_not_say_its_scale_is_refused_before_anything_is_run(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: Any
+) -> None:
+    monkeypatch.setattr(diffusion_onnx, "reference_images", None)
+    change_json(model / "vae" / "config.json", scaling_factor=factor)
+    with pytest.raises(ExportError, match=f"AutoencoderKL, must name a scaling_factor, .* not {factor!r}$"):
+        export_bundle(model, tmp_path / "bundle", report=silent)
 
 
 def test_numbers_that_are_not_finite_do_not_pass_for_equal(
@@ -910,6 +1096,34 @@ def test_the_command_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureF
     assert "cannot be loaded as a diffusers pipeline" in said
     assert "Traceback" not in said
     assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize("output", ["/dev/full", "pipe"])
+def test_an_export_whose_progress_nobody_can_read_is_done_all_the_same(
+    saved: Path, tmp_path: Path, output: str
+) -> None:
+    """As behind `| head -1`."""
+    if output == "pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+    else:
+        writer = os.open(output, os.O_WRONLY)
+    command = [
+        sys.executable,
+        "-m",
+        "export",
+        "diffusion",
+        str(saved),
+        str(tmp_path / "bundle"),
+        "--steps",
+        "1",
+    ]
+    try:
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    finally:
+        os.close(writer)
+    assert done.returncode == 0 and "rror" not in done.stderr
+    assert Bundle.open(tmp_path / "bundle").manifest.steps == (1,)
 
 
 def test_the_help_says_what_shapes_are_for(capsys: pytest.CaptureFixture[str]) -> None:

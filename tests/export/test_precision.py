@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 from pathlib import Path
 
@@ -165,6 +166,28 @@ def test_weights_that_one_file_cannot_hold_lie_beside_the_graph(
     (bundle_copy / "unet" / "model.onnx_data").write_bytes(b"other")
     with pytest.raises(BundleError, match=r"model\.onnx_data has 5 bytes"):
         Bundle.open(bundle_copy)
+
+
+def test_what_a_killed_conversion_leaves_lies_in_the_bundle_that_the_next_export_removes(
+    bundle_copy: Path,
+) -> None:
+    with precision._rewritten(bundle_copy / DENOISER) as scratch:
+        assert bundle_copy in scratch.parents
+    assert not scratch.exists()
+
+
+def test_a_full_disk_is_not_called_a_damaged_graph(bundle_copy: Path) -> None:
+    """A limit on the size of files stands for it: onnxruntime reads back what it wrote, and finds it cut off."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = (bundle_copy / DENOISER).stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            shrink(
+                bundle_copy, "int8", keep=("text_encoder", "vae_decoder"), prompts=PROMPTS[:1], report=silent
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_the_loss_of_other_pictures_is_twice_their_power() -> None:

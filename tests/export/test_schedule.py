@@ -65,6 +65,26 @@ def pipeline() -> StableDiffusionPipeline:
     return miniature_pipeline()
 
 
+@pytest.mark.parametrize(
+    ("name", "config", "most"),
+    [
+        ("PNDMScheduler", {"skip_prk_steps": True, "steps_offset": 1}, 19),
+        ("DDIMScheduler", {"clip_sample": False, "steps_offset": 1}, 19),
+        ("DDIMScheduler", {"clip_sample": False, "steps_offset": 1, "timestep_spacing": "trailing"}, 20),
+        ("PNDMScheduler", {"skip_prk_steps": True}, 20),
+    ],
+)
+def test_the_most_steps_that_a_refusal_names_can_be_compiled(
+    name: str, config: dict[str, Any], most: int
+) -> None:
+    few = scheduler(name, {**config, "num_train_timesteps": 20})
+    with pytest.raises(
+        ExportError, match=f"no schedule of {most + 1} steps: .* on 20.*; name {most} at most"
+    ):
+        compile_schedule(few, most + 1)
+    assert compile_schedule(few, most).steps == most
+
+
 @pytest.mark.parametrize(("name", "config", "steps", "calls"), BEYOND, ids=label)
 def test_pixels_equal_diffusers(
     pipeline: StableDiffusionPipeline,
