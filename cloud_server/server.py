@@ -40,6 +40,10 @@ CHANNEL_OPTIONS = (
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
     # A request is a prompt and a few numbers.
     ("grpc.max_receive_message_length", 256 * 1024),
+    # Past a thousand calls that Python has not looked at yet, gRPC would cancel some by itself, with neither a line in
+    # the log nor a word of when to come back. Who may wait is the queue's to say.
+    ("grpc.server.max_pending_requests", 100_000),
+    ("grpc.server.max_pending_requests_hard_limit", 200_000),
 )
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 CLOSE_S = 1.0  # what handlers that were told to stop get to say so before their connections close

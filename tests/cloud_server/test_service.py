@@ -283,6 +283,13 @@ async def test_the_queue_holds_what_it_may_and_refuses_the_rest_at_once(running:
     assert (await running.client.generate(steps=1)).error is None
 
 
+async def test_thousands_of_calls_at_once_are_all_served_or_told_when_to_come_back(running: Running) -> None:
+    answers = await asyncio.gather(*(running.client.generate(steps=1) for _ in range(3_000)))
+    refused = [answer.error for answer in answers if answer.error is not None]
+    assert len(refused) < len(answers)
+    assert {(error.code, "RetryInfo" in error.details) for error in refused} == {("RESOURCE_EXHAUSTED", True)}
+
+
 async def test_a_waiting_call_that_is_cancelled_never_runs(running: Running) -> None:
     first = await begun(running.client)
     second = running.client.call(request_id="impatient", steps=2)
