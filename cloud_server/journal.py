@@ -86,7 +86,7 @@ class Finished:
     sha256: str
     model_digest: str
     spec: Spec
-    image: bytes | None  # PNG; None once it is no longer kept
+    image: bytes | None  # PNG; None once it is no longer kept, or was not asked for
 
 
 @dataclass(frozen=True)
@@ -165,10 +165,10 @@ class Journal:
             )
             raise StartRefused(f"cannot use the journal {path}: {error}; {advice}") from error
 
-    def find(self, tenant: str, request_id: str) -> Entry | None:
-        """What is known of a request id; None when it was never accepted."""
+    def find(self, tenant: str, request_id: str, *, with_image: bool = True) -> Entry | None:
+        """What is known of a request id, with the image or without reading it; None when it was never accepted."""
         with self._transaction():
-            return self._find(tenant, request_id)
+            return self._find(tenant, request_id, with_image)
 
     def begin(self, tenant: str, request_id: str, fingerprint: str) -> None:
         """Records that the image is being made. An id that failed or was cancelled may begin again.
@@ -231,7 +231,7 @@ class Journal:
 
     def _begin(self, tenant: str, request_id: str, fingerprint: str) -> int:
         """Returns how many images are no longer kept from now on."""
-        entry = self._find(tenant, request_id)
+        entry = self._find(tenant, request_id, with_image=False)
         if entry is not None and entry.state in (State.RUNNING, State.FINISHED):
             raise AlreadyExists(
                 f"request_id {request_id} is {entry.state.value}; ask LookupGeneration for its outcome",
@@ -245,26 +245,32 @@ class Journal:
         )
         return self._prune(ran)
 
-    def _find(self, tenant: str, request_id: str) -> Entry | None:
+    def _find(self, tenant: str, request_id: str, with_image: bool) -> Entry | None:
         row = self._connection.execute(
-            "SELECT state, fingerprint, charged_micro_usd, sha256, model_digest, spec, image, ran "
+            "SELECT state, fingerprint, charged_micro_usd, sha256, model_digest, spec "
             "FROM generations WHERE tenant = ? AND request_id = ?",
             (tenant, request_id),
         ).fetchone()
         if row is None:
             return None
-        state, fingerprint, charged, sha256, model_digest, spec, image, ran = row
+        state, fingerprint, charged, sha256, model_digest, spec = row
         if state == State.RUNNING.value and (tenant, request_id) not in self._live:
             return Entry(State.FAILED, fingerprint)
         if state != State.FINISHED.value:
             return Entry(State(state), fingerprint)
-        if self._ran() - ran > self._keep_images_s:
-            image = None
+        image = self._image(tenant, request_id) if with_image else None
         return Entry(
             State.FINISHED,
             fingerprint,
             Finished(charged, sha256, model_digest, Spec(**json.loads(spec)), image),
         )
+
+    def _image(self, tenant: str, request_id: str) -> bytes | None:
+        image: bytes | None = self._connection.execute(
+            "SELECT CASE WHEN ran >= ? THEN image END FROM generations WHERE tenant = ? AND request_id = ?",
+            (self._ran() - self._keep_images_s, tenant, request_id),
+        ).fetchone()[0]
+        return image
 
     def _prune(self, ran: float) -> int:
         removed = self._connection.execute(
