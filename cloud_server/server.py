@@ -127,6 +127,10 @@ class Server:
             self._hurry.set()
         self._stop.set()
 
+    def drain(self) -> None:
+        """Asks for the shutdown, however often: a terminal that closes may say so twice."""
+        self._stop.set()
+
     @property
     def still_loading(self) -> bool:
         """Whether a thread is loading the model, which nothing can interrupt."""
@@ -181,7 +185,7 @@ class Server:
 
 
 async def run(settings: Settings) -> Server:
-    """Starts a server and serves until SIGTERM or SIGINT; a second signal cuts the grace period short.
+    """Starts a server and serves until SIGTERM, SIGINT or SIGHUP; a second one of the first two cuts the grace short.
 
     Returns the stopped server. Raises StartRefused.
     """
@@ -190,6 +194,8 @@ async def run(settings: Settings) -> Server:
     try:
         for number in STOP_SIGNALS:
             loop.add_signal_handler(number, server.stop)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+            loop.add_signal_handler(signal.SIGHUP, server.drain)
     except NotImplementedError:  # on Windows
         for number in STOP_SIGNALS:
             signal.signal(number, lambda *_: loop.call_soon_threadsafe(server.stop))

@@ -106,7 +106,8 @@ examples:
   edge-agent serve --cloud images.example.com:443 --cloud-token token.txt --budget 1/day,20/month --rate 10/60
       another machine's cloud server over TLS, two budgets, and no more than ten calls a minute
 
-SIGTERM and Ctrl-C let images in the making finish (--grace-s); a second one stops them at their next step.
+SIGTERM, Ctrl-C and a terminal that closes let images in the making finish (--grace-s); a second SIGTERM or
+Ctrl-C stops them at their next step.
 """
 
 GENERATE_EPILOG = """\

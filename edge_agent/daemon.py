@@ -171,6 +171,10 @@ class Daemon:
             self._hurry.set()
         self._stop.set()
 
+    def drain(self) -> None:
+        """Asks for the shutdown, however often: a terminal that closes may say so twice."""
+        self._stop.set()
+
     @property
     def still_loading(self) -> bool:
         """Whether a thread is loading models or warming them up, which nothing can interrupt."""
@@ -261,7 +265,7 @@ class Daemon:
 
 
 async def run(settings: Settings) -> Daemon:
-    """Starts a daemon and serves until SIGTERM or SIGINT; a second signal cuts the grace period short.
+    """Starts a daemon and serves until SIGTERM, SIGINT or SIGHUP; a second one of the first two cuts the grace short.
 
     Returns the stopped daemon. Raises StartRefused, BundleError or LedgerError.
     """
@@ -270,6 +274,8 @@ async def run(settings: Settings) -> Daemon:
     try:
         for number in STOP_SIGNALS:
             loop.add_signal_handler(number, daemon.stop)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+            loop.add_signal_handler(signal.SIGHUP, daemon.drain)
     except NotImplementedError:  # on Windows
         for number in STOP_SIGNALS:
             signal.signal(number, lambda *_: loop.call_soon_threadsafe(daemon.stop))

@@ -27,8 +27,11 @@ from tests.miniature import forget
 Start = Callable[..., Process]
 
 
-async def test_it_loads_serves_drains_and_stops(start: Start, model_folder: Path, tmp_path: Path) -> None:
-    """Health follows the model, a request in flight survives SIGTERM, and a new one is sent away."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+async def test_it_loads_serves_drains_and_stops(
+    number: signal.Signals, start: Start, model_folder: Path, tmp_path: Path
+) -> None:
+    """Health follows the model, a request in flight survives the signal, and a new one is sent away."""
     process = start("--listen", "127.0.0.1:0", "--model", model_folder, "--state", tmp_path / "state")
     async with grpc.aio.insecure_channel(await process.address()) as channel:
         client = Client(channel)
@@ -44,7 +47,7 @@ async def test_it_loads_serves_drains_and_stops(start: Start, model_folder: Path
 
         long = client.call(request_id="in-flight", steps=60, width=256, height=256)
         await anext(aiter(long))
-        process.popen.send_signal(signal.SIGTERM)
+        process.popen.send_signal(number)
         await process.until('"draining"')
         assert await client.health_status() == "NOT_SERVING"
         late = await client.generate(request_id="late")
@@ -102,6 +105,20 @@ async def test_ctrl_c_while_the_model_loads_ends_it_cleanly(
     assert await process.exit_code() == 0
     assert "Traceback" not in process.text
     assert '"stopped"' in process.text
+
+
+async def test_under_nohup_it_outlives_its_terminal(start: Start, model_folder: Path, tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which the server inherits
+    try:
+        process = start("--listen", "127.0.0.1:0", "--model", model_folder, "--state", tmp_path / "state")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    await process.until('"serving"')
+    process.popen.send_signal(signal.SIGHUP)
+    async with grpc.aio.insecure_channel(await process.address()) as channel:
+        assert await Client(channel).health_status() == "SERVING"
+    process.popen.send_signal(signal.SIGTERM)
+    assert await process.exit_code() == 0
 
 
 async def test_when_the_grace_period_is_over_what_still_runs_is_told_so_and_stops_at_its_next_step(

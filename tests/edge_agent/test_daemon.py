@@ -146,6 +146,35 @@ def test_a_second_signal_does_not_wait_and_callers_are_told_what_became_of_their
         }
 
 
+def test_a_terminal_that_closes_ends_no_call_midway(start: Start) -> None:
+    process = start("--listen", "127.0.0.1:0")
+    address = process.wait_for("listening")["address"]
+    process.wait_for("serving")
+    with grpc.insecure_channel(address) as channel:
+        stub = edge_pb2_grpc.EdgeAgentServiceStub(channel)
+        image = image_pb2.ImageRequest(prompt="a cat", steps=SLOW_STEPS)
+        call = stub.Generate(edge_pb2.GenerateRequest(image=image), timeout=60)
+        assert next(call).WhichOneof("event") == "decision"
+        process.popen.send_signal(signal.SIGHUP)
+        process.wait_for("draining")
+        process.popen.send_signal(signal.SIGHUP)  # the shell's, and then the kernel's
+        assert [response.WhichOneof("event") for response in call][-1] == "result"
+    assert process.popen.wait(60) == 0
+
+
+def test_under_nohup_it_outlives_its_terminal(start: Start) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which the daemon inherits
+    try:
+        process = start("--listen", "127.0.0.1:0")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    address = process.wait_for("listening")["address"]
+    process.wait_for("serving")
+    process.popen.send_signal(signal.SIGHUP)
+    assert health(address) == "SERVING"
+    assert process.stop() == 0
+
+
 def _ending(call: Any) -> tuple[grpc.StatusCode, str] | None:
     """How the call was broken off; None where it came to its end."""
     try:
