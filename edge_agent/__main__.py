@@ -90,7 +90,7 @@ Commands other than serve talk to a running daemon. They find it by --agent, els
 EDGE_AGENT_ADDRESS, else at the default socket. `edge-agent COMMAND --help` has examples of each.
 
 exit codes: 0 done, 2 bad usage or input, or a damaged model, 3 daemon, cloud or source of a model not reachable or
-busy, 4 refused by quota or policy
+busy, or no room for the ledger, 4 refused by quota or policy
 (1: a fault of the program itself)
 """
 
@@ -150,6 +150,10 @@ _EXIT_CODES: dict[type[RouteT2IError], int] = {
     PolicyConflict: REFUSED,
     QuotaExhausted: REFUSED,
 }
+
+_PASSING = ("disk is full", "No space left", "disk I/O", "locked")
+"""SQLite's words, and the system's, for what may keep the ledger shut now and not in a while: a full disk, or a daemon
+that is just ending. A service manager should try again."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -280,6 +284,8 @@ def _drop_output() -> None:
 
 def _exit_code(error: RouteT2IError) -> int:
     """That of the error's class, else of its nearest base."""
+    if isinstance(error, LedgerError) and any(words in str(error.__cause__) for words in _PASSING):
+        return UNREACHABLE
     return next((_EXIT_CODES[cls] for cls in type(error).__mro__ if cls in _EXIT_CODES), BROKEN)
 
 

@@ -20,6 +20,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from edge_agent.__main__ import main
+from edge_agent.client import BAD_INPUT, UNREACHABLE
 from edge_agent.daemon import STOP_SIGNALS, run
 from edge_agent.quota import Ledger
 from edge_agent.settings import resolve
@@ -58,15 +59,15 @@ def start(folder: Path, routed_bundle: Path) -> Iterator[Start]:
 def refused(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., str]:
-    """What a daemon that cannot start says; its exit code is 2. In this process, which is quicker."""
+    """What a daemon that cannot start says, ending with `code`. In this process, which is quicker."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
     monkeypatch.setenv("XDG_STATE_HOME", str(folder / "state"))
     monkeypatch.setattr("edge_agent.log.configure", lambda **_: None)  # pytest has the root logger
 
-    def refused(*flags: str | Path, **environment: str) -> str:
+    def refused(*flags: str | Path, code: int = BAD_INPUT, **environment: str) -> str:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        assert main(["serve", *map(str, flags)]) == 2
+        assert main(["serve", *map(str, flags)]) == code
         return capsys.readouterr().err
 
     return refused
@@ -204,7 +205,8 @@ def test_of_two_that_start_at_once_only_the_one_with_the_ledger_clears_a_socket_
     with socket.socket(socket.AF_UNIX) as bound_and_not_listening_yet:
         bound_and_not_listening_yet.bind(str(path))
         ledger = Ledger.open(folder / "quota.sqlite3", ())
-        assert "in use by another edge-agent" in refused("--state", folder, "--listen", f"unix:{path}")
+        held = refused("--state", folder, "--listen", f"unix:{path}", code=UNREACHABLE)
+        assert "in use by another edge-agent" in held
         ledger.close()
         assert path.exists()
 
@@ -274,12 +276,24 @@ def test_a_ledger_that_cannot_be_used_is_refused(folder: Path, routed_bundle: Pa
     assert "another program's database" in refused("--bundle", routed_bundle, "--state", state)
     file.unlink()
     held = Ledger.open(file, ())
-    assert "another edge-agent" in refused("--bundle", routed_bundle, "--state", state)
+    assert "another edge-agent" in refused("--bundle", routed_bundle, "--state", state, code=UNREACHABLE)
     held.close()
     file.unlink()
     state.rmdir()
     state.write_text("a file where the folder should be")
     assert str(file) in refused("--bundle", routed_bundle, "--state", state)
+
+
+def test_a_disk_that_takes_no_ledger_now_is_no_reason_never_to_try_again(folder: Path) -> None:
+    finished = subprocess.run(
+        ["/bin/sh", "-c", f"ulimit -f 1; {sys.executable} -m edge_agent serve"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=process_environment(folder),
+    )
+    assert finished.returncode == UNREACHABLE
+    assert "cannot be read or written: check the disk" in finished.stderr
 
 
 def test_a_provider_that_does_not_work_here_is_refused(refused: Refused, routed_bundle: Path) -> None:
