@@ -111,11 +111,13 @@ def _serve(chosen: settings.Settings) -> int:
     signal.signal(signal.SIGINT, _interrupted)  # until the server takes it over
     from cloud_server.server import run
 
-    server = asyncio.run(run(chosen))
+    try:
+        server = asyncio.run(run(chosen))
+    finally:
+        logging.shutdown()  # before anything else is said
     if server.still_loading:
         # Everything is closed; only the loader thread is left, deep in native code that cannot be interrupted
         # and must not run while the interpreter is being taken down.
-        logging.shutdown()
         os._exit(0)
     return 0
 

@@ -297,11 +297,13 @@ def _serve(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGINT, _interrupted)  # until the daemon takes it over
     from edge_agent.daemon import run  # the commands need none of it
 
-    daemon = asyncio.run(run(chosen))
+    try:
+        daemon = asyncio.run(run(chosen))
+    finally:
+        logging.shutdown()  # before anything else is said
     if daemon.still_loading:
         # Everything is closed; only the loader thread is left, deep in native code that cannot be interrupted
         # and must not run while the interpreter is being taken down.
-        logging.shutdown()
         os._exit(DONE)
     return DONE
 

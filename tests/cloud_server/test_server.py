@@ -150,6 +150,22 @@ async def test_when_the_grace_period_is_over_what_still_runs_is_told_so_and_stop
         assert again.error is None
 
 
+async def test_a_log_that_nobody_reads_holds_up_neither_calls_nor_the_end(
+    start: Start, model_folder: Path, tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    flags = ("--model", model_folder, "--state", tmp_path / "state")
+    process = start("--listen", address, *flags, stderr=subprocess.PIPE)
+    async with grpc.aio.insecure_channel(address) as channel:
+        await asyncio.wait_for(channel.channel_ready(), 60)
+        client = Client(channel)
+        for _ in range(1_000):  # a pipe holds 64 KiB: some 400 lines
+            await client.lookup("none")
+    process.popen.terminate()
+    assert await process.exit_code(30) == 0
+
+
 @pytest.mark.asyncio(loop_scope="module")
 async def test_reflection_lists_the_service(running: Running) -> None:
     stub: Any = reflection_pb2_grpc.ServerReflectionStub(running.client.channel)

@@ -344,6 +344,37 @@ def test_each_request_has_one_line_without_its_prompt(start: Start, folder: Path
     assert "secret" not in process.text
 
 
+def test_a_log_that_nobody_reads_holds_up_neither_calls_nor_the_end(
+    folder: Path, routed_bundle: Path
+) -> None:
+    address = f"unix:{folder}/agent.sock"
+    command = [sys.executable, "-m", "edge_agent", "serve", "--bundle", routed_bundle, "--listen", address]
+    with (
+        subprocess.Popen(command, stderr=subprocess.PIPE, env=process_environment(folder)) as daemon,
+        grpc.insecure_channel(address) as channel,
+    ):
+        stub = edge_pb2_grpc.EdgeAgentServiceStub(channel)
+        request = edge_pb2.RouteRequest(image=image_pb2.ImageRequest(prompt="a cat"))
+        try:
+            while not _served(stub, request):
+                assert daemon.poll() is None
+            for _ in range(600):  # a pipe holds 64 KiB: some 200 lines
+                stub.Route(request, timeout=20)
+            daemon.terminate()
+            assert daemon.wait(20) == 0
+        finally:
+            daemon.kill()
+
+
+def _served(stub: Any, request: edge_pb2.RouteRequest) -> bool:
+    try:
+        stub.Route(request, timeout=20, wait_for_ready=True)
+    except grpc.RpcError as error:
+        assert error.code() is grpc.StatusCode.UNAVAILABLE  # it is still loading
+        return False
+    return True
+
+
 async def test_signals_stop_the_daemon_also_where_the_event_loop_takes_none(
     routed_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
