@@ -42,7 +42,8 @@ examples:
   cloud-server serve --listen 0.0.0.0:443 --tls-cert chain.pem --tls-key key.pem --tokens tokens.txt
       for other machines; tokens.txt has a line 'TENANT TOKEN' for each caller
 
-SIGTERM and Ctrl-C let requests in flight finish (--grace-s); a second one stops them at their next step.
+SIGTERM, Ctrl-C and a terminal that closes let requests in flight finish (--grace-s); a second SIGTERM or
+Ctrl-C stops them at their next step.
 Exit codes: 0 stopped when told to, 2 could not start (the message says why).
 """
 
@@ -110,11 +111,13 @@ def _serve(chosen: settings.Settings) -> int:
     signal.signal(signal.SIGINT, _interrupted)  # until the server takes it over
     from cloud_server.server import run
 
-    server = asyncio.run(run(chosen))
+    try:
+        server = asyncio.run(run(chosen))
+    finally:
+        logging.shutdown()  # before anything else is said
     if server.still_loading:
         # Everything is closed; only the loader thread is left, deep in native code that cannot be interrupted
         # and must not run while the interpreter is being taken down.
-        logging.shutdown()
         os._exit(0)
     return 0
 

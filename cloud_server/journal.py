@@ -60,8 +60,7 @@ _UPGRADES: dict[int, tuple[str, ...]] = {
         "ALTER TABLE generations ADD COLUMN ran REAL NOT NULL DEFAULT 0",
         "DROP INDEX generations_began",
         *_INDEXES,
-        # The first schema held prompts: overwrites them in the file, too.
-        "PRAGMA secure_delete = ON",
+        # The first schema held prompts: secure_delete overwrites them in the file, too.
         "UPDATE generations SET spec = json_set(spec, '$.prompt', '', '$.negative_prompt', '') WHERE spec != ''",
         *_MARKS,
     ),
@@ -87,7 +86,7 @@ class Finished:
     sha256: str
     model_digest: str
     spec: Spec
-    image: bytes | None  # PNG; None once it is no longer kept
+    image: bytes | None  # PNG; None once it is no longer kept, or was not asked for
 
 
 @dataclass(frozen=True)
@@ -144,6 +143,8 @@ class Journal:
             _check(connection, path)  # before anything is written: another program's file stays as it is
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
+            # What is removed is overwritten in the file, also by an SQLite that was not built to do so.
+            connection.execute("PRAGMA secure_delete = ON")
             connection.execute("BEGIN IMMEDIATE")
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             if version not in _UPGRADES:
@@ -164,10 +165,10 @@ class Journal:
             )
             raise StartRefused(f"cannot use the journal {path}: {error}; {advice}") from error
 
-    def find(self, tenant: str, request_id: str) -> Entry | None:
-        """What is known of a request id; None when it was never accepted."""
+    def find(self, tenant: str, request_id: str, *, with_image: bool = True) -> Entry | None:
+        """What is known of a request id, with the image or without reading it; None when it was never accepted."""
         with self._transaction():
-            return self._find(tenant, request_id)
+            return self._find(tenant, request_id, with_image)
 
     def begin(self, tenant: str, request_id: str, fingerprint: str) -> None:
         """Records that the image is being made. An id that failed or was cancelled may begin again.
@@ -177,9 +178,12 @@ class Journal:
         began = False
         try:
             with self._transaction():
-                self._begin(tenant, request_id, fingerprint)
+                removed = self._begin(tenant, request_id, fingerprint)
                 self._live.add((tenant, request_id))  # before anybody can find the row
                 began = True
+            if removed:
+                with self._exclusively():
+                    self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # the log has copies of them
         except BaseException:
             if (
                 began
@@ -225,8 +229,9 @@ class Journal:
         with self._lock:
             self._connection.close()
 
-    def _begin(self, tenant: str, request_id: str, fingerprint: str) -> None:
-        entry = self._find(tenant, request_id)
+    def _begin(self, tenant: str, request_id: str, fingerprint: str) -> int:
+        """Returns how many images are no longer kept from now on."""
+        entry = self._find(tenant, request_id, with_image=False)
         if entry is not None and entry.state in (State.RUNNING, State.FINISHED):
             raise AlreadyExists(
                 f"request_id {request_id} is {entry.state.value}; ask LookupGeneration for its outcome",
@@ -238,35 +243,42 @@ class Journal:
             "VALUES (?, ?, ?, ?, ?, ?)",
             (tenant, request_id, fingerprint, State.RUNNING.value, self._clock(), ran),
         )
-        self._prune(ran)
+        return self._prune(ran)
 
-    def _find(self, tenant: str, request_id: str) -> Entry | None:
+    def _find(self, tenant: str, request_id: str, with_image: bool) -> Entry | None:
         row = self._connection.execute(
-            "SELECT state, fingerprint, charged_micro_usd, sha256, model_digest, spec, image, ran "
+            "SELECT state, fingerprint, charged_micro_usd, sha256, model_digest, spec "
             "FROM generations WHERE tenant = ? AND request_id = ?",
             (tenant, request_id),
         ).fetchone()
         if row is None:
             return None
-        state, fingerprint, charged, sha256, model_digest, spec, image, ran = row
+        state, fingerprint, charged, sha256, model_digest, spec = row
         if state == State.RUNNING.value and (tenant, request_id) not in self._live:
             return Entry(State.FAILED, fingerprint)
         if state != State.FINISHED.value:
             return Entry(State(state), fingerprint)
-        if self._ran() - ran > self._keep_images_s:
-            image = None
+        image = self._image(tenant, request_id) if with_image else None
         return Entry(
             State.FINISHED,
             fingerprint,
             Finished(charged, sha256, model_digest, Spec(**json.loads(spec)), image),
         )
 
-    def _prune(self, ran: float) -> None:
-        self._connection.execute(
+    def _image(self, tenant: str, request_id: str) -> bytes | None:
+        image: bytes | None = self._connection.execute(
+            "SELECT CASE WHEN ran >= ? THEN image END FROM generations WHERE tenant = ? AND request_id = ?",
+            (self._ran() - self._keep_images_s, tenant, request_id),
+        ).fetchone()[0]
+        return image
+
+    def _prune(self, ran: float) -> int:
+        removed = self._connection.execute(
             "UPDATE generations SET image = NULL WHERE ran < ? AND image IS NOT NULL",
             (ran - self._keep_images_s,),
-        )
+        ).rowcount
         self._connection.execute("DELETE FROM generations WHERE ran < ?", (ran - KEEP_ROWS_S,))
+        return removed
 
     def _ran(self) -> float:
         """The journal's clock: seconds for which servers have run with the file."""
@@ -274,16 +286,21 @@ class Journal:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
+        with self._exclusively():
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._connection.execute("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def _exclusively(self) -> Iterator[None]:
         with self._lock:
             try:
-                self._connection.execute("BEGIN IMMEDIATE")
-                try:
-                    yield
-                    self._connection.execute("COMMIT")
-                except BaseException:
-                    if self._connection.in_transaction:
-                        self._connection.execute("ROLLBACK")
-                    raise
+                yield
             except sqlite3.Error as error:
                 raise JournalError(
                     f"the journal of generations cannot be used: {error}; check the disk of the state folder"

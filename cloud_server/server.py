@@ -40,6 +40,10 @@ CHANNEL_OPTIONS = (
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
     # A request is a prompt and a few numbers.
     ("grpc.max_receive_message_length", 256 * 1024),
+    # Past a thousand calls that Python has not looked at yet, gRPC would cancel some by itself, with neither a line in
+    # the log nor a word of when to come back. Who may wait is the queue's to say.
+    ("grpc.server.max_pending_requests", 100_000),
+    ("grpc.server.max_pending_requests_hard_limit", 200_000),
 )
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 CLOSE_S = 1.0  # what handlers that were told to stop get to say so before their connections close
@@ -123,6 +127,10 @@ class Server:
             self._hurry.set()
         self._stop.set()
 
+    def drain(self) -> None:
+        """Asks for the shutdown, however often: a terminal that closes may say so twice."""
+        self._stop.set()
+
     @property
     def still_loading(self) -> bool:
         """Whether a thread is loading the model, which nothing can interrupt."""
@@ -177,7 +185,7 @@ class Server:
 
 
 async def run(settings: Settings) -> Server:
-    """Starts a server and serves until SIGTERM or SIGINT; a second signal cuts the grace period short.
+    """Starts a server and serves until SIGTERM, SIGINT or SIGHUP; a second one of the first two cuts the grace short.
 
     Returns the stopped server. Raises StartRefused.
     """
@@ -186,6 +194,8 @@ async def run(settings: Settings) -> Server:
     try:
         for number in STOP_SIGNALS:
             loop.add_signal_handler(number, server.stop)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+            loop.add_signal_handler(signal.SIGHUP, server.drain)
     except NotImplementedError:  # on Windows
         for number in STOP_SIGNALS:
             signal.signal(number, lambda *_: loop.call_soon_threadsafe(server.stop))

@@ -267,7 +267,7 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
             request_id = request.request_id
             line["request_id"] = request_id[:MAX_NAME_CHARACTERS]
             check_request_id(request_id)
-            entry = await asyncio.to_thread(self._journal.find, tenant, request_id)
+            entry = await asyncio.to_thread(self._journal.find, tenant, request_id, with_image=False)
             if entry is None:
                 unknown = cloud_pb2.GENERATION_STATE_UNKNOWN
                 return cloud_pb2.LookupGenerationResponse(request_id=request_id, state=unknown)

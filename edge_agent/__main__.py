@@ -90,7 +90,7 @@ Commands other than serve talk to a running daemon. They find it by --agent, els
 EDGE_AGENT_ADDRESS, else at the default socket. `edge-agent COMMAND --help` has examples of each.
 
 exit codes: 0 done, 2 bad usage or input, or a damaged model, 3 daemon, cloud or source of a model not reachable or
-busy, 4 refused by quota or policy
+busy, or no room for the ledger, 4 refused by quota or policy
 (1: a fault of the program itself)
 """
 
@@ -106,7 +106,8 @@ examples:
   edge-agent serve --cloud images.example.com:443 --cloud-token token.txt --budget 1/day,20/month --rate 10/60
       another machine's cloud server over TLS, two budgets, and no more than ten calls a minute
 
-SIGTERM and Ctrl-C let images in the making finish (--grace-s); a second one stops them at their next step.
+SIGTERM, Ctrl-C and a terminal that closes let images in the making finish (--grace-s); a second SIGTERM or
+Ctrl-C stops them at their next step.
 """
 
 GENERATE_EPILOG = """\
@@ -149,6 +150,10 @@ _EXIT_CODES: dict[type[RouteT2IError], int] = {
     PolicyConflict: REFUSED,
     QuotaExhausted: REFUSED,
 }
+
+_PASSING = ("disk is full", "No space left", "disk I/O", "locked")
+"""SQLite's words, and the system's, for what may keep the ledger shut now and not in a while: a full disk, or a daemon
+that is just ending. A service manager should try again."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -279,6 +284,8 @@ def _drop_output() -> None:
 
 def _exit_code(error: RouteT2IError) -> int:
     """That of the error's class, else of its nearest base."""
+    if isinstance(error, LedgerError) and any(words in str(error.__cause__) for words in _PASSING):
+        return UNREACHABLE
     return next((_EXIT_CODES[cls] for cls in type(error).__mro__ if cls in _EXIT_CODES), BROKEN)
 
 
@@ -290,11 +297,13 @@ def _serve(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGINT, _interrupted)  # until the daemon takes it over
     from edge_agent.daemon import run  # the commands need none of it
 
-    daemon = asyncio.run(run(chosen))
+    try:
+        daemon = asyncio.run(run(chosen))
+    finally:
+        logging.shutdown()  # before anything else is said
     if daemon.still_loading:
         # Everything is closed; only the loader thread is left, deep in native code that cannot be interrupted
         # and must not run while the interpreter is being taken down.
-        logging.shutdown()
         os._exit(DONE)
     return DONE
 

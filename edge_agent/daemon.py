@@ -54,6 +54,10 @@ CHANNEL_OPTIONS = (
     ("grpc.so_reuseport", 0),
     # A request is a prompt and a few numbers.
     ("grpc.max_receive_message_length", 256 * 1024),
+    # Past a thousand calls that Python has not looked at yet, gRPC would cancel some by itself, with neither a line in
+    # the log nor a word of when to come back. Who may wait is the device's to say.
+    ("grpc.server.max_pending_requests", 100_000),
+    ("grpc.server.max_pending_requests_hard_limit", 200_000),
 )
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 CLOSE_S = 1.0
@@ -167,6 +171,10 @@ class Daemon:
             self._hurry.set()
         self._stop.set()
 
+    def drain(self) -> None:
+        """Asks for the shutdown, however often: a terminal that closes may say so twice."""
+        self._stop.set()
+
     @property
     def still_loading(self) -> bool:
         """Whether a thread is loading models or warming them up, which nothing can interrupt."""
@@ -257,7 +265,7 @@ class Daemon:
 
 
 async def run(settings: Settings) -> Daemon:
-    """Starts a daemon and serves until SIGTERM or SIGINT; a second signal cuts the grace period short.
+    """Starts a daemon and serves until SIGTERM, SIGINT or SIGHUP; a second one of the first two cuts the grace short.
 
     Returns the stopped daemon. Raises StartRefused, BundleError or LedgerError.
     """
@@ -266,6 +274,8 @@ async def run(settings: Settings) -> Daemon:
     try:
         for number in STOP_SIGNALS:
             loop.add_signal_handler(number, daemon.stop)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+            loop.add_signal_handler(signal.SIGHUP, daemon.drain)
     except NotImplementedError:  # on Windows
         for number in STOP_SIGNALS:
             signal.signal(number, lambda *_: loop.call_soon_threadsafe(daemon.stop))

@@ -222,7 +222,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
     """Starts processes, and kills those that a test leaves behind."""
     started: list[Process] = []
 
-    def start(*flags: str | Path) -> Process:
+    def start(*flags: str | Path, stderr: int | None = None) -> Process:
         log = tmp_path / f"cloud-server-{len(started)}.log"
         command = [sys.executable, "-m", "cloud_server", "serve", "--log-format", "json", *map(str, flags)]
         environment = os.environ | {
@@ -230,7 +230,9 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
             "OMP_NUM_THREADS": "1",
         }
         with log.open("wb") as file:
-            popen = subprocess.Popen(command, stderr=file, stdout=file, cwd=tmp_path, env=environment)
+            popen = subprocess.Popen(
+                command, stderr=stderr or file, stdout=file, cwd=tmp_path, env=environment
+            )
         started.append(Process(popen, log))
         return started[-1]
 

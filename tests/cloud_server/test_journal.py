@@ -6,6 +6,7 @@ import json
 import sqlite3
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -127,6 +128,32 @@ def test_an_image_is_dropped_after_its_time_and_its_charge_is_not(
     kept = journal._connection.execute("SELECT COUNT(image) FROM generations").fetchone()
     assert kept == (0,), "its bytes are gone from the file as well"
     assert oct((tmp_path / "state").stat().st_mode)[-3:] == "700"
+
+
+def test_an_image_that_is_no_longer_kept_is_in_no_file_once_the_next_begins(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where SQLite was not built to overwrite what is deleted."""
+
+    def connect(*arguments: Any, **named: Any) -> sqlite3.Connection:
+        connection = sqlite3.Connection(*arguments, **named)
+        connection.execute("PRAGMA secure_delete = OFF")
+        return connection
+
+    monkeypatch.setattr(sqlite3, "connect", connect)
+    journal = opened(tmp_path, clock)
+
+    def files_with_it() -> list[str]:
+        return [file.name for file in (tmp_path / "state").iterdir() if b"secret" in file.read_bytes()]
+
+    for number in range(3):
+        journal.begin("t", f"old {number}", "f")
+        journal.finish("t", f"old {number}", replace(FINISHED, image=b"secret" * 20_000))
+    assert files_with_it()
+    clock.now += 61.0
+    journal.begin("t", "next", "f")
+    assert not files_with_it()
+    assert state(journal, "next") is State.RUNNING
 
 
 def work(journal: Journal, request_id: str) -> int:

@@ -27,8 +27,11 @@ from tests.miniature import forget
 Start = Callable[..., Process]
 
 
-async def test_it_loads_serves_drains_and_stops(start: Start, model_folder: Path, tmp_path: Path) -> None:
-    """Health follows the model, a request in flight survives SIGTERM, and a new one is sent away."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+async def test_it_loads_serves_drains_and_stops(
+    number: signal.Signals, start: Start, model_folder: Path, tmp_path: Path
+) -> None:
+    """Health follows the model, a request in flight survives the signal, and a new one is sent away."""
     process = start("--listen", "127.0.0.1:0", "--model", model_folder, "--state", tmp_path / "state")
     async with grpc.aio.insecure_channel(await process.address()) as channel:
         client = Client(channel)
@@ -44,7 +47,7 @@ async def test_it_loads_serves_drains_and_stops(start: Start, model_folder: Path
 
         long = client.call(request_id="in-flight", steps=60, width=256, height=256)
         await anext(aiter(long))
-        process.popen.send_signal(signal.SIGTERM)
+        process.popen.send_signal(number)
         await process.until('"draining"')
         assert await client.health_status() == "NOT_SERVING"
         late = await client.generate(request_id="late")
@@ -104,6 +107,20 @@ async def test_ctrl_c_while_the_model_loads_ends_it_cleanly(
     assert '"stopped"' in process.text
 
 
+async def test_under_nohup_it_outlives_its_terminal(start: Start, model_folder: Path, tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which the server inherits
+    try:
+        process = start("--listen", "127.0.0.1:0", "--model", model_folder, "--state", tmp_path / "state")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    await process.until('"serving"')
+    process.popen.send_signal(signal.SIGHUP)
+    async with grpc.aio.insecure_channel(await process.address()) as channel:
+        assert await Client(channel).health_status() == "SERVING"
+    process.popen.send_signal(signal.SIGTERM)
+    assert await process.exit_code() == 0
+
+
 async def test_when_the_grace_period_is_over_what_still_runs_is_told_so_and_stops_at_its_next_step(
     tmp_path: Path, model_folder: Path
 ) -> None:
@@ -131,6 +148,22 @@ async def test_when_the_grace_period_is_over_what_still_runs_is_told_so_and_stop
             assert await restarted.client.state(one) == "CANCELLED"
         again = await restarted.client.generate(request_id="slow", steps=1)
         assert again.error is None
+
+
+async def test_a_log_that_nobody_reads_holds_up_neither_calls_nor_the_end(
+    start: Start, model_folder: Path, tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    flags = ("--model", model_folder, "--state", tmp_path / "state")
+    process = start("--listen", address, *flags, stderr=subprocess.PIPE)
+    async with grpc.aio.insecure_channel(address) as channel:
+        await asyncio.wait_for(channel.channel_ready(), 60)
+        client = Client(channel)
+        for _ in range(1_000):  # a pipe holds 64 KiB: some 400 lines
+            await client.lookup("none")
+    process.popen.terminate()
+    assert await process.exit_code(30) == 0
 
 
 @pytest.mark.asyncio(loop_scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
+import tracemalloc
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -18,6 +19,8 @@ import torch
 from PIL import Image
 
 from cloud_server import service
+from cloud_server.journal import Finished
+from cloud_server.request import Spec
 from tests.cloud_server.conftest import PRICE, Client, Running, serve
 from tests.miniature import miniature_pipeline
 
@@ -283,6 +286,13 @@ async def test_the_queue_holds_what_it_may_and_refuses_the_rest_at_once(running:
     assert (await running.client.generate(steps=1)).error is None
 
 
+async def test_thousands_of_calls_at_once_are_all_served_or_told_when_to_come_back(running: Running) -> None:
+    answers = await asyncio.gather(*(running.client.generate(steps=1) for _ in range(3_000)))
+    refused = [answer.error for answer in answers if answer.error is not None]
+    assert len(refused) < len(answers)
+    assert {(error.code, "RetryInfo" in error.details) for error in refused} == {("RESOURCE_EXHAUSTED", True)}
+
+
 async def test_a_waiting_call_that_is_cancelled_never_runs(running: Running) -> None:
     first = await begun(running.client)
     second = running.client.call(request_id="impatient", steps=2)
@@ -352,6 +362,20 @@ async def test_the_rest_of_an_image_that_was_never_made_is_not_found(running: Ru
     assert answer.error is not None
     assert answer.error.code == "NOT_FOUND"
     assert running.passes == [0]
+
+
+async def test_a_lookup_does_not_read_the_image(running: Running) -> None:
+    journal, size = running.server._journal, 32 << 20  # bytes
+    spec = Spec(prompt="", negative_prompt="", seed=1, width=64, height=64, steps=4, guidance_scale=3.0)
+    journal.begin("default", "large", "f")
+    journal.finish("default", "large", Finished(PRICE, "ab", "cd", spec, bytes(size)))
+    tracemalloc.start()
+    try:
+        lookup = await running.client.lookup("large")
+        assert (lookup.charged_micro_usd, lookup.sha256) == (PRICE, "ab")
+        assert tracemalloc.get_traced_memory()[1] < size / 8
+    finally:
+        tracemalloc.stop()
 
 
 async def test_an_image_no_longer_kept_is_neither_made_nor_charged_again(

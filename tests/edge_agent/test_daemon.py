@@ -20,6 +20,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from edge_agent.__main__ import main
+from edge_agent.client import BAD_INPUT, UNREACHABLE
 from edge_agent.daemon import STOP_SIGNALS, run
 from edge_agent.quota import Ledger
 from edge_agent.settings import resolve
@@ -58,15 +59,15 @@ def start(folder: Path, routed_bundle: Path) -> Iterator[Start]:
 def refused(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., str]:
-    """What a daemon that cannot start says; its exit code is 2. In this process, which is quicker."""
+    """What a daemon that cannot start says, ending with `code`. In this process, which is quicker."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
     monkeypatch.setenv("XDG_STATE_HOME", str(folder / "state"))
     monkeypatch.setattr("edge_agent.log.configure", lambda **_: None)  # pytest has the root logger
 
-    def refused(*flags: str | Path, **environment: str) -> str:
+    def refused(*flags: str | Path, code: int = BAD_INPUT, **environment: str) -> str:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        assert main(["serve", *map(str, flags)]) == 2
+        assert main(["serve", *map(str, flags)]) == code
         return capsys.readouterr().err
 
     return refused
@@ -146,6 +147,35 @@ def test_a_second_signal_does_not_wait_and_callers_are_told_what_became_of_their
         }
 
 
+def test_a_terminal_that_closes_ends_no_call_midway(start: Start) -> None:
+    process = start("--listen", "127.0.0.1:0")
+    address = process.wait_for("listening")["address"]
+    process.wait_for("serving")
+    with grpc.insecure_channel(address) as channel:
+        stub = edge_pb2_grpc.EdgeAgentServiceStub(channel)
+        image = image_pb2.ImageRequest(prompt="a cat", steps=SLOW_STEPS)
+        call = stub.Generate(edge_pb2.GenerateRequest(image=image), timeout=60)
+        assert next(call).WhichOneof("event") == "decision"
+        process.popen.send_signal(signal.SIGHUP)
+        process.wait_for("draining")
+        process.popen.send_signal(signal.SIGHUP)  # the shell's, and then the kernel's
+        assert [response.WhichOneof("event") for response in call][-1] == "result"
+    assert process.popen.wait(60) == 0
+
+
+def test_under_nohup_it_outlives_its_terminal(start: Start) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which the daemon inherits
+    try:
+        process = start("--listen", "127.0.0.1:0")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    address = process.wait_for("listening")["address"]
+    process.wait_for("serving")
+    process.popen.send_signal(signal.SIGHUP)
+    assert health(address) == "SERVING"
+    assert process.stop() == 0
+
+
 def _ending(call: Any) -> tuple[grpc.StatusCode, str] | None:
     """How the call was broken off; None where it came to its end."""
     try:
@@ -175,7 +205,8 @@ def test_of_two_that_start_at_once_only_the_one_with_the_ledger_clears_a_socket_
     with socket.socket(socket.AF_UNIX) as bound_and_not_listening_yet:
         bound_and_not_listening_yet.bind(str(path))
         ledger = Ledger.open(folder / "quota.sqlite3", ())
-        assert "in use by another edge-agent" in refused("--state", folder, "--listen", f"unix:{path}")
+        held = refused("--state", folder, "--listen", f"unix:{path}", code=UNREACHABLE)
+        assert "in use by another edge-agent" in held
         ledger.close()
         assert path.exists()
 
@@ -245,12 +276,24 @@ def test_a_ledger_that_cannot_be_used_is_refused(folder: Path, routed_bundle: Pa
     assert "another program's database" in refused("--bundle", routed_bundle, "--state", state)
     file.unlink()
     held = Ledger.open(file, ())
-    assert "another edge-agent" in refused("--bundle", routed_bundle, "--state", state)
+    assert "another edge-agent" in refused("--bundle", routed_bundle, "--state", state, code=UNREACHABLE)
     held.close()
     file.unlink()
     state.rmdir()
     state.write_text("a file where the folder should be")
     assert str(file) in refused("--bundle", routed_bundle, "--state", state)
+
+
+def test_a_disk_that_takes_no_ledger_now_is_no_reason_never_to_try_again(folder: Path) -> None:
+    finished = subprocess.run(
+        ["/bin/sh", "-c", f"ulimit -f 1; {sys.executable} -m edge_agent serve"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=process_environment(folder),
+    )
+    assert finished.returncode == UNREACHABLE
+    assert "cannot be read or written: check the disk" in finished.stderr
 
 
 def test_a_provider_that_does_not_work_here_is_refused(refused: Refused, routed_bundle: Path) -> None:
@@ -299,6 +342,37 @@ def test_each_request_has_one_line_without_its_prompt(start: Start, folder: Path
     assert {"route", "reason", "prs", "alpha", "sha256", "encode_ms", "denoise_ms", "total_ms"} <= set(made)
     assert bad["outcome"] == "INVALID_ARGUMENT" and "empty" in bad["error"]
     assert "secret" not in process.text
+
+
+def test_a_log_that_nobody_reads_holds_up_neither_calls_nor_the_end(
+    folder: Path, routed_bundle: Path
+) -> None:
+    address = f"unix:{folder}/agent.sock"
+    command = [sys.executable, "-m", "edge_agent", "serve", "--bundle", routed_bundle, "--listen", address]
+    with (
+        subprocess.Popen(command, stderr=subprocess.PIPE, env=process_environment(folder)) as daemon,
+        grpc.insecure_channel(address) as channel,
+    ):
+        stub = edge_pb2_grpc.EdgeAgentServiceStub(channel)
+        request = edge_pb2.RouteRequest(image=image_pb2.ImageRequest(prompt="a cat"))
+        try:
+            while not _served(stub, request):
+                assert daemon.poll() is None
+            for _ in range(600):  # a pipe holds 64 KiB: some 200 lines
+                stub.Route(request, timeout=20)
+            daemon.terminate()
+            assert daemon.wait(20) == 0
+        finally:
+            daemon.kill()
+
+
+def _served(stub: Any, request: edge_pb2.RouteRequest) -> bool:
+    try:
+        stub.Route(request, timeout=20, wait_for_ready=True)
+    except grpc.RpcError as error:
+        assert error.code() is grpc.StatusCode.UNAVAILABLE  # it is still loading
+        return False
+    return True
 
 
 async def test_signals_stop_the_daemon_also_where_the_event_loop_takes_none(

@@ -115,6 +115,11 @@ async def test_a_seed_and_an_id_are_drawn_and_told(app: App) -> None:
     assert same.png == first.png
 
 
+async def test_thousands_of_calls_at_once_are_all_answered(app: App) -> None:
+    decisions = await asyncio.gather(*(app.route() for _ in range(3_000)))
+    assert all(decision.route for decision in decisions)
+
+
 async def test_a_decision_explains_itself(app: App, routed_bundle: Path) -> None:
     decision = await app.route("two dogs on the beach")
     calibration = Bundle.open(routed_bundle).calibration
