@@ -380,7 +380,8 @@ async def test_a_daemon_told_to_stop_during_a_cloud_call_leaves_nothing_spent_th
         async with daemon_here(routed_bundle, tmp_path, cloud=cloud.address) as here:
             await until(lambda: nothing_reserved(here.app))
             assert await here.app.budget() == (0, 0)
-            assert cloud.lookups == [cloud.received[0].image.request_id]
+            # The first daemon may just have asked, too.
+            assert set(cloud.lookups) == {cloud.received[0].image.request_id}
 
 
 async def test_without_a_cloud_what_a_crash_left_stays_spent_and_the_status_says_so(
