@@ -20,6 +20,13 @@ from cloud_server.model import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, Model
 from cloud_server.request import Limits, Spec
 
 PREVIEW_SIDE = 128  # pixels of a preview's longer side
+SMALL_WORK = 5e10
+"""Bytes of a denoiser's weights times positions of its latent, below which a second thread costs more than it saves.
+
+On two x86-64 cores it made a call of 1.3e10 (the starter's) take 1.55 times as long, one of 2.8e10 1.15 times, of 5e10
+0.95 to 1.05 times, of 1.1e11 0.8 times and of 2e11 0.7 times. By size and not by a measurement at each start, which
+other work on the machine would turn around.
+"""
 MIN_SIDE_MULTIPLE = 8  # diffusers' pipelines refuse sizes that are not multiples of 8 pixels
 
 
@@ -65,11 +72,11 @@ class Generator:
             )
 
     @classmethod
-    def load(cls, model: Model, device: str, dtype: str) -> Generator:
+    def load(cls, model: Model, device: str, dtype: str, threads: int = 0) -> Generator:
         """Loads the weights; blocks for seconds to minutes. Raises StartRefused with what diffusers said.
 
         `device` "auto" is CUDA when there is a GPU, else the CPU; `dtype` "auto" is float16 on CUDA, else
-        float32.
+        float32. `threads` are torch's on a CPU, where 0 is one for a small denoiser and torch's own choice for a large.
         """
         for library in ("DIFFUSERS", "TRANSFORMERS"):
             os.environ.setdefault(f"{library}_VERBOSITY", "error")  # both log while they are imported
@@ -105,14 +112,15 @@ class Generator:
                 "Save it again with save_pretrained(), or choose another with --model"
             ) from error
         pipeline.set_progress_bar_config(disable=True)
-        return cls(pipeline, model)
+        generator = cls(pipeline, model)
+        if device.startswith("cpu") and (threads or generator._small()):
+            torch.set_num_threads(threads or 1)
+        return generator
 
     def limits(self, *, max_side: int, max_steps: int, max_prompt_characters: int) -> Limits:
         """What this model serves within the settings. Raises StartRefused when it does not say its size."""
         card = self.model.card
-        width, height = (
-            self._own_size() if card.width is None or card.height is None else (card.width, card.height)
-        )
+        width, height = self._size()
         return Limits(
             width=width,
             height=height,
@@ -219,6 +227,21 @@ class Generator:
 
     def _latent_factor(self) -> int:
         return int(getattr(self._pipeline, "vae_scale_factor", MIN_SIDE_MULTIPLE))
+
+    def _small(self) -> bool:
+        denoiser = getattr(self._pipeline, "unet", None) or getattr(self._pipeline, "transformer", None)
+        if denoiser is None:
+            return False
+        weights = sum(weight.numel() * weight.element_size() for weight in denoiser.parameters())
+        width, height = self._size()
+        return bool(weights * width * height / self._latent_factor() ** 2 < SMALL_WORK)
+
+    def _size(self) -> tuple[int, int]:
+        """(width, height) in pixels of the images made unless a request says otherwise."""
+        card = self.model.card
+        if card.width is None or card.height is None:
+            return self._own_size()
+        return card.width, card.height
 
     def _own_size(self) -> tuple[int, int]:
         """(width, height) in pixels that the denoiser was trained for, as its config says."""

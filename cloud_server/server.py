@@ -169,7 +169,9 @@ class Server:
 
     def _open_model(self) -> Serving:
         settings = self.settings
-        generator = Generator.load(open_model(settings.model), settings.device, settings.dtype)
+        generator = Generator.load(
+            open_model(settings.model), settings.device, settings.dtype, settings.threads
+        )
         return Serving(
             generator,
             generator.limits(

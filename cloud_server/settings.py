@@ -25,6 +25,7 @@ else:
     import tomli as tomllib
 
 ENVIRONMENT_PREFIX = "CLOUD_SERVER_"
+MAX_THREADS = 1_024  # more than machines have; torch takes down the process over some numbers
 STARTER = Path(__file__).parent / "starter"
 
 
@@ -73,6 +74,12 @@ class Settings:
         "DTYPE",
         "number format of the weights: auto (float16 on CUDA, else float32), float32, float16 or bfloat16",
         ("auto", "float32", "float16", "bfloat16"),
+    )
+    threads: int = _setting(
+        0,
+        int,
+        "N",
+        "torch's threads on a CPU; 0: one for a small denoiser, torch's own choice for a large one",
     )
     price_micro_usd: int = _setting(
         10_000, int, "N", "price of one image in micro-dollars (10000 is one cent)"
@@ -217,6 +224,8 @@ def _check(settings: Settings) -> None:
     for name in ("max_steps", "max_side", "max_prompt_characters"):
         if getattr(settings, name) == 0:
             raise StartRefused(f"--{name.replace('_', '-')} must be at least 1")
+    if settings.threads > MAX_THREADS:
+        raise StartRefused(f"--threads must be at most {MAX_THREADS}, not {settings.threads}")
     if bool(settings.tls_cert) != bool(settings.tls_key):
         raise StartRefused(
             "--tls-cert and --tls-key go together; give both, or neither for loopback without TLS"

@@ -166,6 +166,18 @@ async def test_a_log_that_nobody_reads_holds_up_neither_calls_nor_the_end(
     assert await process.exit_code(30) == 0
 
 
+async def test_threads_sleep_while_they_wait_unless_the_environment_says_otherwise(
+    start: Start, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_DISPLAY_ENV", "VERBOSE")  # OpenMP tells what it goes by
+    for state, policy, count in (("one", "PASSIVE", "0"), ("other", "ACTIVE", "7")):
+        process = start("--listen", "127.0.0.1:0", "--model", model_folder, "--state", tmp_path / state)
+        for words in (f"OMP_WAIT_POLICY = '{policy}'", f"GOMP_SPINCOUNT = '{count}'"):
+            await process.until(words)
+        monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+        monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+
+
 @pytest.mark.asyncio(loop_scope="module")
 async def test_reflection_lists_the_service(running: Running) -> None:
     stub: Any = reflection_pb2_grpc.ServerReflectionStub(running.client.channel)
@@ -207,6 +219,7 @@ async def test_two_servers_cannot_share_a_port_or_a_journal(running: Running, tm
         (["--tokens", "no-tokens.txt", "--listen", "127.0.0.1:0"], "no-tokens.txt"),
         (["--model", "no-such-folder", "--listen", "127.0.0.1:0"], "no model folder no-such-folder"),
         (["--max-queue", "-1"], "--max-queue"),
+        (["--threads", "99999999999"], "--threads must be at most 1024"),
     ],
 )
 def test_a_start_that_makes_no_sense_is_refused_with_what_to_do(
