@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-import queue
+import select
 import sys
-import threading
 import time
+from collections import deque
 from contextlib import suppress
 from typing import Any
 
@@ -37,65 +37,73 @@ class Lines(logging.Formatter):
 
 
 class Writer(logging.Handler):
-    """Writes lines to a file descriptor in a thread of its own, so that a pipe that nobody reads holds up no request.
+    """Writes lines to a file descriptor as far as it takes them, so that a pipe that nobody reads holds up no request.
 
-    Lines that find `MAX_WAITING` before them are dropped; once all others are written, a line says how many were.
+    What it does not take waits for the next line. Past `MAX_WAITING` lines are dropped, and later a line says how many.
+    Not by a thread: its memory would be a tenth of what an idle daemon holds.
     """
 
     def __init__(self, descriptor: int) -> None:
         super().__init__()
         self._descriptor = descriptor
-        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._dropped = 0  # since the start
-        self._patience_s = CLOSE_S
-        self._thread = threading.Thread(target=self._write_all, name="log", daemon=True)
-        self._thread.start()
+        self._takes = select.poll()
+        self._takes.register(descriptor, select.POLLOUT)
+        self._waiting: deque[bytes] = deque()  # pieces that a pipe which takes any takes whole
+        self._dropped = 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Formats the record here, as what it holds may change, and leaves the rest to the thread."""
-        if self._lines.qsize() >= MAX_WAITING:
-            self._dropped += 1
-            return
+        """Writes what waits and the record's line, or has it wait, too."""
         try:
-            self._lines.put(self.format(record))
+            line = self.format(record)
         except Exception:  # as logging's own handlers do
             self.handleError(record)
+            return
+        self._write()
+        if len(self._waiting) < MAX_WAITING:
+            self._put(line)
+            self._write()
+        else:
+            self._dropped += 1
 
     def close(self) -> None:
-        """Waits for the last lines to leave, for a second at most."""
-        self._lines.put(None)
-        self._thread.join(self._patience_s)
-        self._patience_s = 0.0  # logging closes what is closed once more
+        """Gives the last lines a second to leave."""
+        self._write(CLOSE_S)
+        self._waiting.clear()  # logging closes what is closed once more
+        self._dropped = 0
         super().close()
 
-    def _write_all(self) -> None:
-        told, line = 0, self._lines.get()
-        while line is not None:
-            self._write(line)
-            if self._lines.empty():
-                told = self._tell_dropped(told)
-            line = self._lines.get()
-        self._tell_dropped(told)
-
-    def _tell_dropped(self, told: int) -> int:
-        dropped = self._dropped
-        if dropped > told:
-            fields = {"levelname": "WARNING", "msg": "log lines dropped", "fields": {"lines": dropped - told}}
-            self._write(self.format(logging.makeLogRecord(fields)))
-        return dropped
-
-    def _write(self, line: str) -> None:
-        # Not to sys.stderr, whose lock the interpreter wants when it ends.
+    def _put(self, line: str) -> None:
         data = f"{line}\n".encode(errors="backslashreplace")
-        with suppress(OSError):  # whoever read it is gone, or the disk is full
-            while data:
-                data = data[os.write(self._descriptor, data) :]
+        self._waiting += [data[at : at + select.PIPE_BUF] for at in range(0, len(data), select.PIPE_BUF)]
+
+    def _write(self, patience_s: float = 0.0) -> None:
+        until = time.monotonic() + patience_s
+        while self._waiting or self._dropped:
+            if not self._takes.poll(1e3 * max(0.0, until - time.monotonic())):
+                return
+            if not self._waiting:
+                fields = {
+                    "levelname": "WARNING",
+                    "msg": "log lines dropped",
+                    "fields": {"lines": self._dropped},
+                }
+                self._put(self.format(logging.makeLogRecord(fields)))
+                self._dropped = 0
+            piece = self._waiting.popleft()
+            with suppress(OSError):  # whoever read it is gone, or the disk is full
+                if rest := piece[os.write(self._descriptor, piece) :]:
+                    self._waiting.appendleft(rest)
 
 
 def configure(as_json: bool) -> None:
     """Sends this package's events at INFO, and other libraries' warnings, to standard error."""
-    # Another file may have the number of a standard error that was closed.
-    handler = Writer(sys.__stderr__.fileno()) if sys.__stderr__ is not None else logging.NullHandler()
+    handler: logging.Handler
+    if sys.__stderr__ is None:  # it was closed; another file may have its number
+        handler = logging.NullHandler()
+    elif hasattr(select, "poll"):
+        handler = Writer(sys.__stderr__.fileno())
+    else:  # on Windows
+        handler = logging.StreamHandler()
     handler.setFormatter(Lines(as_json))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("cloud_server").setLevel(logging.INFO)

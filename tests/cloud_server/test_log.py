@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import select
 import time
 from contextlib import suppress
 from itertools import islice
@@ -29,13 +30,34 @@ def test_a_pipe_that_nobody_reads_holds_nobody_up_and_whoever_reads_it_later_is_
     writer.setFormatter(Lines(as_json=True))
     for number in range(2_000):
         writer.handle(logging.makeLogRecord({"msg": "call", "fields": {"number": number}}))
+    with os.fdopen(reading) as pipe:
+        while os.read(reading, 4_096).strip() == b"" and select.select([reading], [], [], 0)[0]:
+            pass
+        writer.handle(logging.makeLogRecord({"msg": "last"}))
+        *calls, told, last = [json.loads(line) for line in islice(pipe, 102)]
+    assert [call["number"] for call in calls] == list(range(100))
+    assert (told["event"], told["level"], told["lines"]) == ("log lines dropped", "warning", 1_900)
+    assert last["event"] == "last"
+
+
+def test_the_last_lines_get_a_second_and_no_more_to_leave() -> None:
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writing, b"\n")
+    writer = log.Writer(writing)
+    writer.handle(logging.makeLogRecord({"msg": "last"}))
     began = time.monotonic()
     writer.close()
     writer.close()
-    assert time.monotonic() - began < 2 * log.CLOSE_S
+    assert log.CLOSE_S <= time.monotonic() - began < 2 * log.CLOSE_S
+    os.close(reading)
+
+
+def test_a_line_longer_than_a_pipe_takes_at_once_arrives_whole() -> None:
+    reading, writing = os.pipe()
+    writer = log.Writer(writing)
+    writer.handle(logging.makeLogRecord({"msg": "x" * 20_000}))
     with os.fdopen(reading) as pipe:
-        lines = [json.loads(line) for line in islice(filter(str.strip, pipe), 102)]
-    *calls, last = lines
-    assert [call["number"] for call in calls[:100]] == list(range(100))
-    # One more waits for the pipe itself.
-    assert (last["event"], last["level"], last["lines"]) == ("log lines dropped", "warning", 1_899)
+        assert "x" * 20_000 in pipe.readline()
