@@ -25,6 +25,7 @@ import images
 import imports
 import installed
 import machine
+import operators
 import overhead
 import report
 import runtime
@@ -47,6 +48,7 @@ GROUPS: dict[str, Callable[[Plan], list[Row]]] = {
     images.DIFFUSERS: images.against_diffusers,
     images.FULL_SIZE: images.full_size_against_optimum,
     images.FULL_SIZE_DIFFUSERS: images.full_size_against_diffusers,
+    operators.GROUP: operators.rows,
     installed.GROUP: installed.rows,
     imports.GROUP: imports.rows,
     cancellation.GROUP: cancellation.rows,

@@ -116,7 +116,7 @@ def full_size_against_optimum(plan: Plan) -> list[Row]:
 
     One process at a time holds such weights: each pair is two fresh processes, one after the other.
     """
-    _, bundle = _full_size_folders(plan)
+    _, bundle = full_size_folders(plan)
     weights_mb = _weights_mb(bundle)
     pairs = measure_apart(plan, OPTIMUM, bundle, bundle)
     above = f"memory above the weights ({weights_mb:.0f} MB) ÷ optimum's"
@@ -132,7 +132,7 @@ def full_size_against_optimum(plan: Plan) -> list[Row]:
 
 def full_size_against_diffusers(plan: Plan) -> list[Row]:
     """The same beside torch."""
-    model, bundle = _full_size_folders(plan)
+    model, bundle = full_size_folders(plan)
     pairs = measure_apart(plan, DIFFUSERS, bundle, model)
     return [
         _pixels(FULL_SIZE_DIFFUSERS, pairs, "full size: "),
@@ -143,7 +143,8 @@ def full_size_against_diffusers(plan: Plan) -> list[Row]:
     ]
 
 
-def _full_size_folders(plan: Plan) -> tuple[Path, Path]:
+def full_size_folders(plan: Plan) -> tuple[Path, Path]:
+    """The diffusers folder and the bundle, made where they are not there yet."""
     script = str(Path(full_size.__file__))
     finished = subprocess.run([sys.executable, script, str(plan.full_size)], stdout=sys.stderr, check=False)
     if finished.returncode:

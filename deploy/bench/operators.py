@@ -1,0 +1,101 @@
+"""How long a stop waits at Stable Diffusion 1.5's size: onnxruntime looks for one between two operators of a graph.
+
+A thousand cancelled images of that size would take a night. So each operator is timed, and moments are drawn in the
+image that they make up. Its own process is started as `python deploy/bench/operators.py BUNDLE THREADS`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from cancellation import FREE_MS
+from child import Child, Reply, answer
+from edge_agent.bundle import DECODER, DENOISER, Bundle
+from estimate import Estimate
+from images import FULL_SIZE, full_size_folders
+from plan import Plan
+from row import Row
+
+GROUP = f"{FULL_SIZE}-stop"
+MOMENTS = 100_000
+CALLS = 50  # of the denoiser: 25 steps, guided, in two passes
+_TYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
+
+
+def rows(plan: Plan) -> list[Row]:
+    """From a stop at a random moment of an image to the end of the operator that runs then."""
+    _, bundle = full_size_folders(plan)
+    arguments = (str(bundle), str(plan.threads))
+    with Child("operators.py", *arguments, threads=plan.threads, edge=True) as child:
+        found = child.ask()
+    denoiser, decoder = found["denoiser_ms"], found["decoder_ms"]
+    waits = waits_ms([*denoiser * CALLS, *decoder])
+    return [
+        Row.at_most(
+            GROUP,
+            "full size: from a stop to the end of the operator, p99",
+            Estimate.exact(float(np.quantile(waits, 0.99)), MOMENTS),
+            "ms",
+            FREE_MS,
+            note=f"in an image of {CALLS} calls; within a call p99 "
+            f"{np.quantile(waits_ms(denoiser), 0.99):.0f} ms; longest operator of a call "
+            f"{max(denoiser):.0f} ms, of the decoder {max(decoder):.0f} ms",
+            details=found,
+        )
+    ]
+
+
+def waits_ms(operators_ms: Sequence[float]) -> NDArray[np.float64]:
+    """From moments drawn in the operators' time to the end of the operator that each falls into."""
+    ends = np.cumsum(operators_ms)
+    moments = np.random.default_rng(0).uniform(0, ends[-1], MOMENTS)
+    return ends[np.searchsorted(ends, moments)] - moments
+
+
+def measure(folder: Path, threads: int) -> Reply:
+    """Milliseconds of each operator of one call of the denoiser and one of the decoder, in the order they ran."""
+    bundle = Bundle.open(folder, verify=False)
+    facts = bundle.manifest
+    latents = (1, facts.latent_channels, facts.latent_height, facts.latent_width)
+    states = (1, facts.text_tokens, facts.text_hidden)
+    return {
+        "denoiser_ms": operators_ms(
+            bundle.path(DENOISER),
+            {"sample": latents, "timestep": (), "encoder_hidden_states": states},
+            threads,
+        ),
+        "decoder_ms": operators_ms(bundle.path(DECODER), {"latent_sample": latents}, threads),
+    }
+
+
+def operators_ms(graph: Path, shapes: Mapping[str, tuple[int, ...]], threads: int) -> list[float]:
+    """Of the second run, as in the first all memory is new. On the CPU, as the edge opens a large graph."""
+    with tempfile.TemporaryDirectory() as scratch:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.enable_mem_pattern = False
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.enable_profiling = True
+        options.profile_file_prefix = f"{scratch}/run"
+        session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        types = {node.name: _TYPES[node.type] for node in session.get_inputs()}
+        draw = np.random.default_rng(0)
+        feeds = {name: draw.standard_normal(shape).astype(types[name]) for name, shape in shapes.items()}
+        for _ in range(2):
+            session.run(None, feeds)
+        events = json.loads(Path(session.end_profiling()).read_bytes())
+    ran = [event["dur"] / 1e3 for event in events if event["name"].endswith("_kernel_time")]
+    return ran[len(ran) // 2 :]
+
+
+if __name__ == "__main__":
+    bundle_folder, thread_count = sys.argv[1:]
+    answer(lambda: lambda: measure(Path(bundle_folder), int(thread_count)))
