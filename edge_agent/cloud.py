@@ -45,6 +45,9 @@ MAX_PIXEL_BYTES, MAX_OTHER_BYTES = 8, 2**20
 MAX_PREVIEW_BYTES = 2**18
 """Largest preview passed on. A 256 x 256 PNG of noise in 24 bits has 0.2 MiB."""
 
+ASK_S = 2.0
+"""How long the edge, which could begin to draw, waits to hear whether an image that broke off is paid for."""
+
 STAGES = ("queue", "generate", "png")
 """Of an image in the cloud, as its server names them; others' timings are not passed on."""
 
@@ -200,9 +203,8 @@ class CloudClient:
         self._monotonic = monotonic
         self._failures = 0
         self._retry_at = -math.inf
-        self._connecting: list[
-            float
-        ] = []  # since when, on `monotonic`, each call has waited for its connection
+        # Since when, on `monotonic`, each call has waited for its connection.
+        self._connecting: list[float] = []
         self._closed = False
 
     @property
@@ -236,9 +238,7 @@ class CloudClient:
         """
         deadline = self._monotonic() + timeout_s
         stream = _ImageStream(request, ceiling_micro_usd, self._max_image_bytes)
-        broken: CloudError | None = (
-            None  # the first time; what a later call comes to is not what the image came to
-        )
+        broken: CloudError | None = None  # at first: what a later call comes to is not what the image came to
         asked = False
         for _ in range(MOST_RESUMES + 1):
             had = len(stream.received)
@@ -261,9 +261,10 @@ class CloudClient:
         raise cast(CloudError, broken)
 
     async def _charged(self, request_id: str, deadline: float) -> bool:
-        """Whether the image is made and paid for, as far as the cloud can be asked before the deadline."""
+        """Whether the image is made and paid for, as far as the cloud can be asked in time."""
+        timeout_s = min(ASK_S, deadline - self._monotonic())
         with suppress(CloudError):
-            return (await self.lookup(request_id, deadline - self._monotonic())).charged_micro_usd > 0
+            return (await self.lookup(request_id, timeout_s)).charged_micro_usd > 0
         return False
 
     async def _received(
@@ -281,7 +282,7 @@ class CloudClient:
             try:
                 async for response in call:
                     event = await stream.take(response)
-                    if isinstance(event, CloudAccepted):
+                    if isinstance(event, (CloudAccepted, CloudImage)):
                         self._failures, self._retry_at = 0, -math.inf
                     if event is not None:
                         yield event

@@ -234,17 +234,21 @@ class Process:
     @property
     def calls(self) -> list[dict[str, Any]]:
         """The log lines of calls."""
-        lines = [json.loads(line) for line in self.text.splitlines() if line.startswith("{")]
-        return [line for line in lines if line["event"] == "call"]
+        return [line for line in self.lines if line["event"] == "call"]
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """The log's; the last one may just be written."""
+        whole = self.text.rpartition("\n")[0].splitlines()
+        return [json.loads(line) for line in whole if line.startswith("{")]
 
     def wait_for(self, event: str, timeout_s: float = 90.0) -> dict[str, Any]:
         """Waits for the log line of `event`."""
         end = time.monotonic() + timeout_s
         while True:
-            for line in self.text.splitlines():
-                if line.startswith("{") and json.loads(line)["event"] == event:
-                    found: dict[str, Any] = json.loads(line)
-                    return found
+            for line in self.lines:
+                if line["event"] == event:
+                    return line
             assert self.popen.poll() is None, self.text
             assert time.monotonic() < end, self.text
             time.sleep(0.02)

@@ -22,6 +22,7 @@ from cloud_server.errors import StartRefused
 from cloud_server.server import Server
 from cloud_server.settings import STARTER, Settings
 from tests.cloud_server.conftest import PRICE, Client, Process, Running, serve
+from tests.hangup import hanging_up
 from tests.miniature import forget
 
 Start = Callable[..., Process]
@@ -32,7 +33,8 @@ async def test_it_loads_serves_drains_and_stops(
     number: signal.Signals, start: Start, model_folder: Path, tmp_path: Path
 ) -> None:
     """Health follows the model, a request in flight survives the signal, and a new one is sent away."""
-    process = start("--listen", "127.0.0.1:0", "--model", model_folder, "--state", tmp_path / "state")
+    with hanging_up(signal.SIG_DFL):
+        process = start("--listen", "127.0.0.1:0", "--model", model_folder, "--state", tmp_path / "state")
     async with grpc.aio.insecure_channel(await process.address()) as channel:
         client = Client(channel)
         assert await client.health_status() == "NOT_SERVING", "the model takes seconds to load"
@@ -108,11 +110,8 @@ async def test_ctrl_c_while_the_model_loads_ends_it_cleanly(
 
 
 async def test_under_nohup_it_outlives_its_terminal(start: Start, model_folder: Path, tmp_path: Path) -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which the server inherits
-    try:
+    with hanging_up(signal.SIG_IGN):
         process = start("--listen", "127.0.0.1:0", "--model", model_folder, "--state", tmp_path / "state")
-    finally:
-        signal.signal(signal.SIGHUP, before)
     await process.until('"serving"')
     process.popen.send_signal(signal.SIGHUP)
     async with grpc.aio.insecure_channel(await process.address()) as channel:

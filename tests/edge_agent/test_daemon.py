@@ -26,6 +26,7 @@ from edge_agent.quota import Ledger
 from edge_agent.settings import resolve
 from routet2i.edge.v1 import edge_pb2, edge_pb2_grpc
 from routet2i.image.v1 import image_pb2
+from tests.hangup import hanging_up
 from tests.routed import SLOW_STEPS
 from tests.running import SERVICE, Process, process_environment, short_folder, until
 
@@ -148,7 +149,8 @@ def test_a_second_signal_does_not_wait_and_callers_are_told_what_became_of_their
 
 
 def test_a_terminal_that_closes_ends_no_call_midway(start: Start) -> None:
-    process = start("--listen", "127.0.0.1:0")
+    with hanging_up(signal.SIG_DFL):
+        process = start("--listen", "127.0.0.1:0")
     address = process.wait_for("listening")["address"]
     process.wait_for("serving")
     with grpc.insecure_channel(address) as channel:
@@ -164,11 +166,8 @@ def test_a_terminal_that_closes_ends_no_call_midway(start: Start) -> None:
 
 
 def test_under_nohup_it_outlives_its_terminal(start: Start) -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which the daemon inherits
-    try:
+    with hanging_up(signal.SIG_IGN):
         process = start("--listen", "127.0.0.1:0")
-    finally:
-        signal.signal(signal.SIGHUP, before)
     address = process.wait_for("listening")["address"]
     process.wait_for("serving")
     process.popen.send_signal(signal.SIGHUP)
