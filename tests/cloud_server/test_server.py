@@ -109,17 +109,6 @@ async def test_ctrl_c_while_the_model_loads_ends_it_cleanly(
     assert '"stopped"' in process.text
 
 
-async def test_under_nohup_it_outlives_its_terminal(start: Start, model_folder: Path, tmp_path: Path) -> None:
-    with hanging_up(signal.SIG_IGN):
-        process = start("--listen", "127.0.0.1:0", "--model", model_folder, "--state", tmp_path / "state")
-    await process.until('"serving"')
-    process.popen.send_signal(signal.SIGHUP)
-    async with grpc.aio.insecure_channel(await process.address()) as channel:
-        assert await Client(channel).health_status() == "SERVING"
-    process.popen.send_signal(signal.SIGTERM)
-    assert await process.exit_code() == 0
-
-
 async def test_when_the_grace_period_is_over_what_still_runs_is_told_so_and_stops_at_its_next_step(
     tmp_path: Path, model_folder: Path
 ) -> None:
@@ -149,16 +138,18 @@ async def test_when_the_grace_period_is_over_what_still_runs_is_told_so_and_stop
         assert again.error is None
 
 
-async def test_a_log_that_nobody_reads_holds_up_neither_calls_nor_the_end(
+async def test_under_nohup_and_with_a_log_that_nobody_reads_it_answers_until_it_is_told_to_stop(
     start: Start, model_folder: Path, tmp_path: Path
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     flags = ("--model", model_folder, "--state", tmp_path / "state")
-    process = start("--listen", address, *flags, stderr=subprocess.PIPE)
+    with hanging_up(signal.SIG_IGN):
+        process = start("--listen", address, *flags, stderr=subprocess.PIPE)
     async with grpc.aio.insecure_channel(address) as channel:
         await asyncio.wait_for(channel.channel_ready(), 60)
         client = Client(channel)
+        process.popen.send_signal(signal.SIGHUP)
         for _ in range(1_000):  # a pipe holds 64 KiB: some 400 lines
             await client.lookup("none")
     process.popen.terminate()
