@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 from edge_agent.diffusion.generator import Generator, Image
@@ -52,10 +53,11 @@ class Drawn:
 class Drawing:
     """An image that waits or is in the making. Whoever has begun it iterates over `events`, or calls `stop`."""
 
-    def __init__(self, job: Job, position: int) -> None:
+    def __init__(self, job: Job, position: int, expected_s: float) -> None:
         # None once it is stopped: the executor keeps what waited until its turn comes.
         self.job: Job | None = job
         self.position = position  # in the queue; 0 is drawn at once
+        self.expected_s = expected_s  # until it is there
         self.stopped = Stop()
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Progress | Drawn | BaseException] = asyncio.Queue()
@@ -67,14 +69,21 @@ class Drawing:
             left_s = job.deadline - time.monotonic()
             self._deadline = self._loop.call_later(left_s, self._events.put_nowait, passed)
 
-    def start(self, work: Future[None], left: Callable[[], None]) -> None:
+    def start(self, work: Future[Drawn | None], left: Callable[[], None]) -> None:
         """It is the device's `work` now; `left` is called when that has ended, whichever way."""
-        self._work = work
-        work.add_done_callback(lambda _: self._loop.call_soon_threadsafe(left))
 
-    def post(self, event: Progress | Drawn | BaseException) -> None:
+        def ended() -> None:
+            left()
+            if not work.cancelled() and (outcome := work.exception() or work.result()):
+                self._events.put_nowait(outcome)
+
+        self._work = work
+        # One message from thread to thread for all of it: each wakes the event loop.
+        work.add_done_callback(lambda _: self._loop.call_soon_threadsafe(ended))
+
+    def tell(self, progress: Progress) -> None:
         """From any thread."""
-        self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+        self._loop.call_soon_threadsafe(self._events.put_nowait, progress)
 
     async def events(self) -> AsyncGenerator[Progress | Drawn, None]:
         """Progress, at most every PROGRESS_EVERY_S, then the image. Closing the iterator stops the work at once.
@@ -126,7 +135,7 @@ class Device:
                 f"{self.waiting} images are waiting on this device, as many as its queue holds; try again later",
                 retry_after_s=self._image_s or _GUESS_S,
             )
-        drawing = Drawing(job, self.images)
+        drawing = Drawing(job, self.images, self.expected_s())
         self.images += 1
         drawing.start(self._worker.submit(self._work, drawing, time.perf_counter()), self._left)
         return drawing
@@ -138,13 +147,16 @@ class Device:
     def _left(self) -> None:
         self.images -= 1
 
-    def _work(self, drawing: Drawing, asked: float) -> None:
-        """In the worker thread: the whole image. Every outcome is posted; nothing is raised."""
-        job, post = drawing.job, drawing.post
+    def _work(self, drawing: Drawing, asked: float) -> Drawn | None:
+        """In the worker thread: the whole image, or None when whoever has begun it has gone.
+
+        What it raises reaches them too, a panic in a native library included.
+        """
+        job = drawing.job
         if job is None:
-            return
+            return None
         began = stepped = told = time.perf_counter()
-        try:
+        with suppress(Cancelled):
             for event in job.generator.generate(
                 job.states,
                 job.negative_states,
@@ -165,19 +177,15 @@ class Device:
                         "decode": (decoded - stepped) * 1e3,
                         "png": (done - decoded) * 1e3,
                     }
-                    post(Drawn(job, png, drawing.position, timings_ms))
-                    continue
+                    return Drawn(job, png, drawing.position, timings_ms)
                 preview = None
                 if event.preview is not None:
                     preview = encode_png(event.preview, longest_side=PREVIEW_SIDE)
                 stepped = time.perf_counter()
                 if job.previews or stepped - told >= PROGRESS_EVERY_S:
-                    post(Progress(event.k, event.n, preview))
+                    drawing.tell(Progress(event.k, event.n, preview))
                     told = stepped
-        except Cancelled:
-            pass  # whoever set the stop has gone
-        except BaseException as error:  # a panic in a native library, too: somebody waits for this
-            post(error)
+        return None
 
 
 def _mean(before: float | None, newest: float) -> float:

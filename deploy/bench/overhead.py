@@ -94,10 +94,11 @@ def measure(folder: Path, threads: int, images: int) -> Reply:
 
     found: Reply = {"agent_ms": [], "direct_ms": [], "stream_ms": []}
     with running_agent(folder, threads) as (stub, _), running_stream() as stream:
-        sizes: list[int] = []
+        messages: list[edge_pb2.GenerateResponse] = []
 
         def agent(prompt: str, seed: int) -> bytes:
-            return through_agent(stub, prompt, seed, sizes)
+            messages[:] = answer_of(stub, prompt, seed)
+            return b"".join(message.image_chunk.data for message in messages)
 
         for number in range(images + 1):
             prompt = PROMPTS[number % len(PROMPTS)]
@@ -109,19 +110,16 @@ def measure(folder: Path, threads: int, images: int) -> Reply:
                 found[f"{name}_ms"].append((time.perf_counter() - began) * 1e3)
             if not np.array_equal(*map(pixels, pngs)):
                 raise BenchError("the agent's image is not the one that the same calls make directly")
+            sizes = [message.ByteSize() for message in messages]
             found["stream_ms"].append(stream(sizes, found["direct_ms"][-1] / 1e3) * 1e3)
     return {name: series[1:] for name, series in found.items()}  # the first pair warmed both up
 
 
-def through_agent(
-    stub: EdgeAgentServiceStub, prompt: str, seed: int, sizes: list[int] | None = None
-) -> bytes:
-    """The PNG that the agent streams. `sizes` is filled with the bytes of the messages."""
-    request = edge_pb2.GenerateRequest(image=image_pb2.ImageRequest(prompt=prompt, seed=seed))
-    responses = list(stub.Generate(request))
-    if sizes is not None:
-        sizes[:] = [response.ByteSize() for response in responses]
-    return b"".join(response.image_chunk.data for response in responses)
+def answer_of(stub: EdgeAgentServiceStub, prompt: str, seed: int) -> list[edge_pb2.GenerateResponse]:
+    """The messages that the agent streams for an image."""
+    return list(
+        stub.Generate(edge_pb2.GenerateRequest(image=image_pb2.ImageRequest(prompt=prompt, seed=seed)))
+    )
 
 
 def pixels(png: bytes) -> np.ndarray:
