@@ -395,7 +395,7 @@ class Agent:
 
     def _quick(self, drawing: Drawing) -> bool:
         """Whether the image comes so soon that the decision can come with it: to tell it takes time from the image."""
-        return self.models.loaded and drawing.expected_s < PROGRESS_EVERY_S
+        return drawing.position == 0 and drawing.expected_s < PROGRESS_EVERY_S and self.models.loaded
 
     async def _draw(self, drawing: Drawing, failure: str) -> AsyncGenerator[Progress | Made, None]:
         async with aclosing(drawing.events()) as events:

@@ -9,16 +9,15 @@ import asyncio
 import os
 import sys
 import tempfile
-import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 
 from child import Child, Reply, answer
+from clock import timed
 from edge_agent.agent import Agent, Terms
 from edge_agent.bundle import TEXT_ENCODER, Bundle
 from edge_agent.cloud import CloudClient
@@ -137,14 +136,6 @@ async def measure(folder: Path, decisions: int, images: int) -> Reply:
         await agent.device.close()
         ledger.close()
     return found
-
-
-@contextmanager
-def timed(series_ms: list[float]) -> Iterator[None]:
-    """Appends the milliseconds that passed."""
-    began = time.perf_counter()
-    yield
-    series_ms.append((time.perf_counter() - began) * 1e3)
 
 
 def bare_calls(bundle: Bundle) -> dict[str, Callable[[], None]]:

@@ -7,7 +7,7 @@ import time
 from child import held_bytes_of
 from errors import BenchError
 from estimate import quantile
-from overhead import answer_of, running_agent
+from overhead import Answer, running_agent
 from plan import PROMPTS, Plan
 from routet2i.edge.v1 import edge_pb2, edge_pb2_grpc
 from row import Row
@@ -29,7 +29,9 @@ def rows(plan: Plan) -> list[Row]:
     settings = ("--keep-alive-s", str(KEEP_ALIVE_S))
     with running_agent(plan.bundle, plan.threads, *settings) as (stub, process):
         for number in range(plan.unloads):
-            answer_of(stub, PROMPTS[number % len(PROMPTS)], number)
+            answer = Answer(stub)
+            answer.image(PROMPTS[number % len(PROMPTS)], number)
+            answer.end()
             try:
                 loaded.append(held_bytes_of(process) / 1e6)
                 _wait_until_put_down(stub)

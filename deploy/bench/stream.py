@@ -6,6 +6,7 @@ Its server is started as `python deploy/bench/stream.py ADDRESS` and ends with i
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import struct
 import subprocess
@@ -30,7 +31,9 @@ _PAUSED = struct.Struct("d")
 
 @contextmanager
 def running_stream() -> Iterator[Callable[[Sequence[int], float], float]]:
-    """Of messages of so many bytes, with a pause of so many seconds after the first: the seconds beside the pause."""
+    """Of messages of so many bytes, with a pause of so many seconds after the first: the seconds beside the pause until
+    the last one.
+    """
     with tempfile.TemporaryDirectory() as folder:
         address = f"unix:{folder}/stream.sock"
         command = [sys.executable, __file__, address]
@@ -43,8 +46,12 @@ def running_stream() -> Iterator[Callable[[Sequence[int], float], float]]:
 
             def stream(sizes: Sequence[int], pause_s: float) -> float:
                 began = time.perf_counter()
-                *_, last = call(json.dumps([list(sizes), pause_s]).encode())
-                return time.perf_counter() - began - float(_PAUSED.unpack_from(last)[0])
+                messages = call(json.dumps([list(sizes), pause_s]).encode())
+                *_, last = itertools.islice(messages, len(sizes))
+                took = time.perf_counter() - began
+                for _ in messages:  # no more, but its status
+                    pass
+                return took - float(_PAUSED.unpack_from(last)[0])
 
             yield stream
             server.communicate()
