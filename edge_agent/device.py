@@ -61,6 +61,7 @@ class Drawing:
         self.stopped = Stop()
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Progress | Drawn | BaseException] = asyncio.Queue()
+        self._work: Future[Drawn | None] | None = None
         self._deadline: asyncio.TimerHandle | None = None
         if job.deadline is not None:  # an event like the others: one timer an image, and none a step
             passed = DeadlinePassed(
@@ -71,15 +72,14 @@ class Drawing:
 
     def start(self, work: Future[Drawn | None], left: Callable[[], None]) -> None:
         """It is the device's `work` now; `left` is called when that has ended, whichever way."""
-
-        def ended() -> None:
-            left()
-            if not work.cancelled() and (outcome := work.exception() or work.result()):
-                self._events.put_nowait(outcome)
-
         self._work = work
         # One message from thread to thread for all of it: each wakes the event loop.
-        work.add_done_callback(lambda _: self._loop.call_soon_threadsafe(ended))
+        work.add_done_callback(lambda _: self._loop.call_soon_threadsafe(self._ended, work, left))
+
+    def _ended(self, work: Future[Drawn | None], left: Callable[[], None]) -> None:
+        left()
+        if not work.cancelled() and (outcome := work.exception() or work.result()):
+            self._events.put_nowait(outcome)
 
     def tell(self, progress: Progress) -> None:
         """From any thread."""
@@ -105,7 +105,9 @@ class Drawing:
         """End the work at once. Stopping what has ended does nothing."""
         self.stopped.set()
         self.job = None  # with its token states
-        self._work.cancel()
+        if self._work is not None:
+            self._work.cancel()
+            self._work = None  # it refers to this, and holds the image
         if self._deadline is not None:
             self._deadline.cancel()
 
