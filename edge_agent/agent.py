@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from edge_agent import version
 from edge_agent.bundle import CALIBRATE
 from edge_agent.cloud import SLOW_CONNECTION_S, CloudAccepted, CloudClient, CloudImage
-from edge_agent.device import PROGRESS_EVERY_S, Device, Drawing, Drawn, Job
+from edge_agent.device import Device, Drawing, Drawn, Job
 from edge_agent.errors import CloudError, CloudRefused, LedgerError, QuotaExhausted
 from edge_agent.image import Progress, with_facts
 from edge_agent.policy import Decision, Reason, Route, decide
@@ -135,15 +135,10 @@ class Agent:
             else:  # begun before the decision is told, which takes a hundredth of a small image's time
                 drawing = await self._begin(request, reading)
                 closing.callback(drawing.stop)
-            told = drawing is None or not self._quick(drawing)
-            if told:
-                yield decision
+            yield decision
             maker = self._make(request, reading, purchase, drawing)
             events = await closing.enter_async_context(aclosing(maker))
             async for event in events:
-                if not told:
-                    yield decision
-                    told = True
                 if isinstance(event, Made):
                     yield self._result(request, decision, event, began)
                 else:
@@ -392,10 +387,6 @@ class Agent:
             deadline=request.deadline,
         )
         return self.device.begin(job)
-
-    def _quick(self, drawing: Drawing) -> bool:
-        """Whether the image comes so soon that the decision can come with it: to tell it takes time from the image."""
-        return drawing.position == 0 and drawing.expected_s < PROGRESS_EVERY_S and self.models.loaded
 
     async def _draw(self, drawing: Drawing, failure: str) -> AsyncGenerator[Progress | Made, None]:
         async with aclosing(drawing.events()) as events:

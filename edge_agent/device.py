@@ -53,11 +53,10 @@ class Drawn:
 class Drawing:
     """An image that waits or is in the making. Whoever has begun it iterates over `events`, or calls `stop`."""
 
-    def __init__(self, job: Job, position: int, expected_s: float) -> None:
+    def __init__(self, job: Job, position: int) -> None:
         # None once it is stopped: the executor keeps what waited until its turn comes.
         self.job: Job | None = job
         self.position = position  # in the queue; 0 is drawn at once
-        self.expected_s = expected_s  # until it is there
         self.stopped = Stop()
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Progress | Drawn | BaseException] = asyncio.Queue()
@@ -137,7 +136,7 @@ class Device:
                 f"{self.waiting} images are waiting on this device, as many as its queue holds; try again later",
                 retry_after_s=self._image_s or _GUESS_S,
             )
-        drawing = Drawing(job, self.images, self.expected_s())
+        drawing = Drawing(job, self.images)
         self.images += 1
         drawing.start(self._worker.submit(self._work, drawing, time.perf_counter()), self._left)
         return drawing

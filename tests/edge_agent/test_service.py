@@ -350,27 +350,6 @@ async def test_a_decision_does_not_wait_for_the_images_before_it(here: Here) -> 
         call.cancel()
 
 
-@pytest.mark.parametrize("quick", [True, False])
-async def test_only_of_a_quick_image_the_decision_waits_for_the_image(
-    here: Here, quick: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    await here.app.generate(EDGE_PROMPT)
-    agent = here.daemon.agent
-    monkeypatch.setattr(agent.device, "_image_s", 0.01 if quick else 1.0)
-    busy = threading.Event()
-    agent.device._worker.submit(busy.wait)
-    call = here.app.call()
-    try:
-        told = asyncio.create_task(here.app.read(call, until="decision"))
-        await until(lambda: agent.device.images == 1)
-        done, _ = await asyncio.wait({told}, timeout=0.5 if quick else 30)
-        assert bool(done) is not quick
-    finally:
-        busy.set()
-    assert (await told).order == ["decision"]
-    assert (await here.app.read(call)).order[-1] == "result"
-
-
 async def test_quota_tells_budgets_and_rates(app: App) -> None:
     everything, kiosk = await app.quota(), await app.quota("kiosk")
     assert [budget.name for budget in everything.budgets] == ["day", "month@kiosk"]

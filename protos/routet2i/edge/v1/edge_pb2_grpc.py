@@ -72,9 +72,8 @@ class EdgeAgentServiceServicer:
     def Generate(self, request, context):
         """Routes the prompt and makes the image. Stream: one `decision`, any number of `progress`, the `image_chunk`s, one
         `result`. With previews the edge sends `progress` for each of its steps, without them at most one in 50 ms, and none
-        for a quick image, whose `decision` comes together with it. When a cloud call fails half-way, `progress` starts again
-        on the edge; image chunks are only sent once the whole image is there and checked, so they never have to be thrown
-        away.
+        for a quick image. When a cloud call fails half-way, `progress` starts again on the edge; image chunks are only sent
+        once the whole image is there and checked, so they never have to be thrown away.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -54,9 +54,8 @@ class EdgeAgentServiceStub:
     Generate: _grpc.UnaryStreamMultiCallable[_edge_pb2.GenerateRequest, _edge_pb2.GenerateResponse]
     """Routes the prompt and makes the image. Stream: one `decision`, any number of `progress`, the `image_chunk`s, one
     `result`. With previews the edge sends `progress` for each of its steps, without them at most one in 50 ms, and none
-    for a quick image, whose `decision` comes together with it. When a cloud call fails half-way, `progress` starts again
-    on the edge; image chunks are only sent once the whole image is there and checked, so they never have to be thrown
-    away.
+    for a quick image. When a cloud call fails half-way, `progress` starts again on the edge; image chunks are only sent
+    once the whole image is there and checked, so they never have to be thrown away.
     """
     Route: _grpc.UnaryUnaryMultiCallable[_edge_pb2.RouteRequest, _edge_pb2.RouteResponse]
     """Only the decision, against the quota as it is now. Reserves nothing, makes no image, calls nobody."""
@@ -79,9 +78,8 @@ class EdgeAgentServiceAsyncStub(EdgeAgentServiceStub):
     Generate: _aio.UnaryStreamMultiCallable[_edge_pb2.GenerateRequest, _edge_pb2.GenerateResponse]  # type: ignore[assignment]
     """Routes the prompt and makes the image. Stream: one `decision`, any number of `progress`, the `image_chunk`s, one
     `result`. With previews the edge sends `progress` for each of its steps, without them at most one in 50 ms, and none
-    for a quick image, whose `decision` comes together with it. When a cloud call fails half-way, `progress` starts again
-    on the edge; image chunks are only sent once the whole image is there and checked, so they never have to be thrown
-    away.
+    for a quick image. When a cloud call fails half-way, `progress` starts again on the edge; image chunks are only sent
+    once the whole image is there and checked, so they never have to be thrown away.
     """
     Route: _aio.UnaryUnaryMultiCallable[_edge_pb2.RouteRequest, _edge_pb2.RouteResponse]  # type: ignore[assignment]
     """Only the decision, against the quota as it is now. Reserves nothing, makes no image, calls nobody."""
@@ -107,9 +105,8 @@ class EdgeAgentServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_edge_pb2.GenerateResponse], _abc.AsyncIterator[_edge_pb2.GenerateResponse]]:
         """Routes the prompt and makes the image. Stream: one `decision`, any number of `progress`, the `image_chunk`s, one
         `result`. With previews the edge sends `progress` for each of its steps, without them at most one in 50 ms, and none
-        for a quick image, whose `decision` comes together with it. When a cloud call fails half-way, `progress` starts again
-        on the edge; image chunks are only sent once the whole image is there and checked, so they never have to be thrown
-        away.
+        for a quick image. When a cloud call fails half-way, `progress` starts again on the edge; image chunks are only sent
+        once the whole image is there and checked, so they never have to be thrown away.
         """
 
     @_abc_1.abstractmethod
