@@ -73,7 +73,7 @@ class Drawing:
         """It is the device's `work` now; `left` is called when that has ended, whichever way."""
         self._work = work
         # One message from thread to thread for all of it: each wakes the event loop.
-        work.add_done_callback(lambda _: self._loop.call_soon_threadsafe(self._ended, work, left))
+        work.add_done_callback(lambda ended: self._loop.call_soon_threadsafe(self._ended, ended, left))
 
     def _ended(self, work: Future[Drawn | None], left: Callable[[], None]) -> None:
         left()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import weakref
 from contextlib import aclosing
@@ -11,6 +12,27 @@ from edge_agent.device import Device, Drawn, Job
 from edge_agent.diffusion.generator import Generator
 from edge_agent.diffusion.sessions import Runtime
 from edge_agent.settings import STARTER
+
+
+async def test_an_image_goes_with_whoever_asked_for_it() -> None:
+    """At once, not when Python next looks for cycles."""
+    generator = Generator(Bundle.open(STARTER), Runtime(threads=1))
+    _, states = generator.encode("a cat")
+    device = Device(max_queue=0)
+    gc.collect()
+    gc.disable()
+    try:
+        drawing = device.begin(Job(generator, states, states, 1, 4, 1.0, previews=False, deadline=None))
+        async with aclosing(drawing.events()) as events:
+            *_, drawn = [event async for event in events]
+        assert isinstance(drawn, Drawn)
+        kept = weakref.ref(drawn), weakref.ref(drawing)
+        del drawn, drawing, events
+        await device.close()  # whose worker holds what it did last until then
+        await asyncio.sleep(0)
+        assert [each() for each in kept] == [None, None]
+    finally:
+        gc.enable()
 
 
 async def test_what_was_cancelled_in_the_queue_holds_no_token_states_until_its_turn_comes() -> None:
