@@ -302,7 +302,7 @@ def _fetch(
                     break
                 lie = SourceLied(
                     f"{source.place}: {name} does not match its sha256 in {MANIFEST}, so it was altered on the way or "
-                    "at its source; nothing was installed"
+                    "at its source; nothing was installed: pull again, or have it exported again"
                 )
             digest, size = _emptied(file), 0
             most = 0
@@ -439,7 +439,9 @@ class WebSource:
                 raise SourceLied(f"{self.place}: another part of {name} came than was asked for")
             start, total = offset, part[3]
         if total not in ("*", str(entry.bytes)):
-            raise SourceLied(f"{self.place}: {name} has {total} bytes where {MANIFEST} says {entry.bytes}")
+            raise SourceLied(
+                f"{self.place}: {name} has {total} bytes where {MANIFEST} says {entry.bytes}; have it exported again"
+            )
         return start
 
     def _blocks(
@@ -528,7 +530,9 @@ class WebSource:
                 f"{host} cannot be asked: the address, one that it redirects to, or that of the proxy in HTTP_PROXY or "
                 "HTTPS_PROXY is not well-formed"
             )
-        return SourceUnreachable(f"{host} cannot be reached: {_reason(reason)}")
+        return SourceUnreachable(
+            f"{host} cannot be reached: {_reason(reason)}; check the address, the connection and that the server runs"
+        )
 
     # What the hub does otherwise.
 

@@ -121,6 +121,7 @@ def export_bundle(
         if scheduler is not None:
             with pipelines.quiet():
                 pipeline.scheduler = choose_scheduler(pipeline.scheduler, scheduler)
+        pipelines.refuse_scheduler(pipeline)
         kind = pipelines.kind(pipeline)
         _refuse_kept(keep, pipeline, dtype)
         size = pipelines.size_of(pipeline, size)

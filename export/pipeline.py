@@ -242,8 +242,19 @@ def _class_name(model: str | os.PathLike[str]) -> str:
         for name, part in index.items():
             named = isinstance(part, (list, tuple)) and len(part) > 0 and part[0] is not None
             if named and name not in _without_safety_checker(made) and not (folder / name).is_dir():
-                raise ExportError(f"{folder} has no {name}, which its model_index.json names")
+                raise ExportError(
+                    f"{folder} has no {name}, which its model_index.json names: save or download the whole model again"
+                )
     return made
+
+
+def refuse_scheduler(pipeline: Any) -> None:
+    """Raises ExportError for a scheduler without what every class of KINDS asks its own for."""
+    if not all(hasattr(pipeline.scheduler, name) for name in ("init_noise_sigma", "scale_model_input")):
+        raise ExportError(
+            f"{type(pipeline.scheduler).__name__} does not go with {type(pipeline).__name__}, which has its scheduler "
+            "scale noise and input; name another with --scheduler, such as EulerDiscrete"
+        )
 
 
 def _refuse_mistyped(model: str | os.PathLike[str], what: str) -> None:

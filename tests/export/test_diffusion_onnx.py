@@ -49,6 +49,7 @@ from export.reference import Reference, difference, largest_difference, referenc
 from export.schedule import compile_schedule
 from tests.miniature import (
     forget,
+    miniature_lcm,
     miniature_pipeline,
     miniature_tiny_autoencoder,
     miniature_xl,
@@ -310,13 +311,26 @@ def test_a_size_that_the_denoiser_cannot_halve_is_refused_naming_one_near(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_scheduler_that_the_pipeline_itself_does_not_run_is_refused(
-    pipeline: StableDiffusionPipeline, tmp_path: Path
+@pytest.mark.parametrize("chosen", ["FlowMatchEulerDiscrete", None])
+def test_a_scheduler_that_scales_nothing_is_refused_with_one_that_goes(
+    pipeline: StableDiffusionPipeline, tmp_path: Path, chosen: str | None
 ) -> None:
-    why = "with the scheduler FlowMatchEulerDiscrete, StableDiffusionPipeline itself .*; choose another, or leave"
+    if chosen is None:
+        pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    why = "FlowMatchEulerDiscreteScheduler does not go with StableDiffusionPipeline, .* such as EulerDiscrete"
+    with pytest.raises(ExportError, match=why):
+        export_bundle(pipeline, tmp_path / "bundle", steps=(2,), scheduler=chosen, report=silent)
+
+
+def test_a_scheduler_that_the_pipeline_itself_does_not_run_is_refused(tmp_path: Path) -> None:
+    why = "with the scheduler DDIM, LatentConsistencyModelPipeline itself .*; choose another, or leave"
     with pytest.raises(ExportError, match=why):
         export_bundle(
-            pipeline, tmp_path / "bundle", steps=(2,), scheduler="FlowMatchEulerDiscrete", report=silent
+            miniature_lcm(),
+            tmp_path / "bundle",
+            steps=(2,),
+            scheduler="DDIM:clip_sample=false",
+            report=silent,
         )
 
 
