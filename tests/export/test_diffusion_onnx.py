@@ -323,7 +323,9 @@ def test_a_scheduler_that_scales_nothing_is_refused_with_one_that_goes(
 
 
 def test_a_scheduler_that_the_pipeline_itself_does_not_run_is_refused(tmp_path: Path) -> None:
-    why = "with the scheduler DDIM:clip_sample=false, LatentConsistencyModelPipeline itself .*; choose another"
+    why = (
+        "with the scheduler DDIM:clip_sample=false, LatentConsistencyModelPipeline itself .*; choose another"
+    )
     with pytest.raises(ExportError, match=why):
         export_bundle(
             miniature_lcm(),
