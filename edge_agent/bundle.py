@@ -4,7 +4,8 @@ and sha256.
     manifest.json                       what this module reads and writes
     tokenizer/tokenizer.json ...        `edge_agent.tokens`
     text_encoder/ unet/ vae_decoder/    one `model.onnx` each: `edge_agent.diffusion`
-    tokenizer_2/ text_encoder_2/        the second of both, in Stable Diffusion XL
+    transformer/                        in the place of unet/, in Stable Diffusion 3
+    tokenizer_2/ text_encoder_2/        the second of both, in Stable Diffusion XL and 3
     schedules/<steps>.json              compiled schedulers: `edge_agent.diffusion.schedule`
     predictor/                          quality predictor and its calibration, once they are made
 
@@ -30,15 +31,16 @@ from edge_agent.errors import BundleError, NewerBundle, NotABundle
 from edge_agent.superiority import METRICS
 from edge_agent.weights import locations
 
-# 2 adds what schema 1 cannot run: added conditioning and embedded guidance. A bundle without them is written as 1,
-# so that older programs read it.
-SCHEMA_VERSION = 2
+# 2 adds what schema 1 cannot run: added conditioning and embedded guidance; 3 adds joint conditioning. A bundle without
+# them is written as 1, so that older programs read it.
+SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer/tokenizer.json"
 TOKENIZER_2 = "tokenizer_2/tokenizer.json"
 TEXT_ENCODER = "text_encoder/model.onnx"
 TEXT_ENCODER_2 = "text_encoder_2/model.onnx"
 DENOISER = "unet/model.onnx"
+TRANSFORMER = "transformer/model.onnx"  # the denoiser of Stable Diffusion 3
 DECODER = "vae_decoder/model.onnx"
 PREDICTOR = "predictor/model.onnx"
 CALIBRATION = "predictor/calibration.json"
@@ -52,6 +54,7 @@ MODEL_FOLDERS = (
     "text_encoder",
     "text_encoder_2",
     "unet",
+    "transformer",
     "vae_decoder",
     "schedules",
     "tokenizer",
@@ -106,6 +109,20 @@ class AddedConditioning:
     zero_negative: bool  # an empty negative prompt is all zeros, not what the encoders make of an empty text
 
 
+@dataclass(frozen=True)
+class JointConditioning:
+    """What Stable Diffusion 3's transformer takes besides latents and timestep: the tokens' states, which it attends to
+    together with the latents, and the prompt as one vector, the first text encoder's with the second's behind it.
+    """
+
+    text_output: str  # of the second text encoder; its states stand behind the first's in each token's state
+    pooled_output: str  # of both text encoders: the prompt as one vector
+    # What the denoiser is given, [positions, hidden], is larger than what both encoders make: it has room for the
+    # states of a third, which a bundle does without. The rest is zeros.
+    positions: int
+    hidden: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Facts:
     """What an export states about its models. Sizes are in pixels, latent sizes in latent positions.
@@ -127,13 +144,26 @@ class Facts:
     steps: tuple[int, ...]  # the step counts that are compiled
     text_tokens: int  # positions the text encoder sees, padding included
     text_hidden: int  # size of one token's state, which drives the denoiser and which the predictor reads
-    text_output: str  # the text encoder's output that is that state, or in Stable Diffusion XL its first part
-    added: AddedConditioning | None = None
+    text_output: (
+        str  # the text encoder's output that is that state, or its first part where there are two encoders
+    )
+    added: AddedConditioning | None = None  # Stable Diffusion XL
+    joint: JointConditioning | None = None  # Stable Diffusion 3
     # Size of the guidance scale's embedding, where the denoiser takes it as an input instead of a second pass
     # (latent consistency models).
     guidance_embedding: int | None = None
     # A linear map from latents to colours in 0..1: a row of red, green, blue for each channel, then the constant.
     latent_to_rgb: tuple[tuple[float, float, float], ...] | None = None
+
+    @property
+    def second(self) -> AddedConditioning | JointConditioning | None:
+        """What is stated of the second text encoder, where there is one."""
+        return self.added or self.joint
+
+    @property
+    def denoiser(self) -> str:
+        """The graph that is run in every step."""
+        return TRANSFORMER if self.joint else DENOISER
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,9 +319,10 @@ def write_manifest(folder: str | os.PathLike[str], **facts: Any) -> Path:
         if path.is_file() and path not in (target, partial):
             files[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     stated = {name: facts[name] for name in known if facts.get(name) is not None}
-    if isinstance(added := stated.get("added"), AddedConditioning):
-        stated["added"] = asdict(added)
-    version = 2 if {"added", "guidance_embedding"} & set(stated) else 1
+    for name, value in stated.items():
+        if isinstance(value, (AddedConditioning, JointConditioning)):
+            stated[name] = asdict(value)
+    version = 3 if "joint" in stated else 2 if {"added", "guidance_embedding"} & set(stated) else 1
     document = {"schema_version": version, **stated, "files": files}
     text = json.dumps(document, indent=2, ensure_ascii=False).encode() + b"\n"
     _parse(text, target)  # what is written can be read
@@ -332,9 +363,9 @@ def parse_manifest(text: bytes, place: Path | str) -> Manifest:
 
 
 def _required(manifest: Manifest) -> list[str]:
-    second = [TOKENIZER_2, TEXT_ENCODER_2] if manifest.added else []
+    second = [TOKENIZER_2, TEXT_ENCODER_2] if manifest.second else []
     schedules = [schedule_file(steps) for steps in manifest.steps]
-    return [TOKENIZER, TEXT_ENCODER, *second, DENOISER, DECODER, *schedules]
+    return [TOKENIZER, TEXT_ENCODER, *second, manifest.denoiser, DECODER, *schedules]
 
 
 def _parse(text: bytes, path: Path | str) -> Manifest:
@@ -369,6 +400,7 @@ def _parse(text: bytes, path: Path | str) -> Manifest:
         **facts,
         steps=tuple(sorted(steps)),
         added=_parse_added(document, path),
+        joint=_parse_joint(document, facts, path),
         latent_to_rgb=_parse_map(document, facts["latent_channels"], path),
         schema_version=version,
         files=_parse_files(document, path),
@@ -404,6 +436,29 @@ def _parse_added(document: dict[str, Any], path: Path | str) -> AddedConditionin
         time_ids=_numbers(added.get("time_ids"), "time_ids", path),
         zero_negative=_typed(added, "zero_negative", bool, path),
     )
+
+
+def _parse_joint(
+    document: dict[str, Any], facts: Mapping[str, Any], path: Path | str
+) -> JointConditioning | None:
+    if document.get("joint") is None:
+        return None
+    if document.get("added") is not None or document.get("guidance_embedding") is not None:
+        raise BundleError(f"{path}: no model has joint conditioning besides added or guidance_embedding")
+    stated = _typed(document, "joint", dict, path)
+    joint = JointConditioning(
+        text_output=_typed(stated, "text_output", str, path),
+        pooled_output=_typed(stated, "pooled_output", str, path),
+        positions=_typed(stated, "positions", int, path),
+        hidden=_typed(stated, "hidden", int, path),
+    )
+    for name, least, most in (
+        ("positions", facts["text_tokens"], MAX_TEXT_TOKENS),
+        ("hidden", facts["text_hidden"], MAX_INT),
+    ):
+        if not least <= getattr(joint, name) <= most:
+            raise BundleError(f"{path}: {name} of joint must be from {least} to {most}")
+    return joint
 
 
 def _parse_map(

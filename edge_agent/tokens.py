@@ -27,7 +27,7 @@ class Tokens(NamedTuple):
     # T; the prompt's characters that its own tokens stand for. To be read only.
     texts: list[str]
     truncated: bool  # the prompt had more tokens than fit
-    # [1, L], the same prompt as the second tokenizer reads it, where the model has two (Stable Diffusion XL).
+    # [1, L], the same prompt as the second tokenizer reads it, where the model has two (Stable Diffusion XL, 3).
     ids_2: NDArray[np.int64] | None = None
 
     def without(self, position: int) -> Tokens:
@@ -68,7 +68,7 @@ class Tokenizer:
             BundleError: a file cannot be read, or it does not make the tokens that the manifest asks for.
         """
         wanted = bundle.manifest.text_tokens
-        second = cls.load(bundle.path(TOKENIZER_2).parent, wanted=wanted) if bundle.manifest.added else None
+        second = cls.load(bundle.path(TOKENIZER_2).parent, wanted=wanted) if bundle.manifest.second else None
         return cls.load(bundle.path(TOKENIZER).parent, second, wanted)
 
     @classmethod

@@ -28,6 +28,7 @@ from edge_agent.bundle import (
     DENOISER,
     MANIFEST,
     PREDICTOR,
+    TRANSFORMER,
     Bundle,
     parse_manifest,
     schedule_file,
@@ -65,6 +66,7 @@ def export_bundle(
     keep: Collection[str] = (),
     calibration_prompts: str | os.PathLike[str] | None = None,
     autoencoder: str | os.PathLike[str] | None = None,
+    without_t5: bool = False,
     name: str | None = None,
     licence: str = "unknown",
     force: bool = False,
@@ -84,6 +86,7 @@ def export_bundle(
         keep: the parts that stay float32 in it, by folder, such as "vae_decoder".
         calibration_prompts: a file, one prompt a line: what the ranges of int8 are found with.
         autoencoder: folder or hub id of an autoencoder that takes the place of the model's own.
+        without_t5: leave out the third text encoder of Stable Diffusion 3, which the edge does not run.
         name, licence: what the manifest says of the models.
         force: replace a bundle that is there and holds nothing but what an export makes.
         report: gets one line for each stage.
@@ -116,8 +119,10 @@ def export_bundle(
         else [line for _, line in numbered_lines(Path(calibration_prompts))]
     )
     with _beside(target, report) as partial:
-        loaded = pipelines.load(model) if isinstance(model, (str, os.PathLike)) else model
-        pipeline = pipelines.prepared(loaded, autoencoder)
+        loaded = model
+        if isinstance(model, (str, os.PathLike)):
+            loaded = pipelines.load(model, without_t5=without_t5)
+        pipeline = pipelines.prepared(loaded, autoencoder, without_t5=without_t5)
         if scheduler is not None:
             with pipelines.quiet():
                 pipeline.scheduler = choose_scheduler(pipeline.scheduler, scheduler)
@@ -131,7 +136,7 @@ def export_bundle(
         # The most steps first: where they are too many, nothing is compiled.
         with pipelines.quiet():
             schedules = [
-                compile_schedule(pipeline.scheduler, count, begin_at_first=kind.begins_at_first)
+                compile_schedule(pipeline.scheduler, count, pipelines.loop_of(pipeline, size))
                 for count in sorted(counts, reverse=True)
             ]
         report(f"running {type(pipeline).__name__} in torch, to compare with")
@@ -148,7 +153,7 @@ def export_bundle(
                 f"with the scheduler {scheduler}, {error}; choose another, or leave it out"
             ) from error
         report("tracing the graphs")
-        graphs.trace(pipeline, partial, report)
+        graphs.trace(pipeline, partial, size, report)
         if shapes == "fixed":
             graphs.freeze(partial, pipelines.facts(pipeline, size))
         report(f"compiling {type(pipeline.scheduler).__name__} for {', '.join(map(str, counts))} steps")
@@ -305,7 +310,9 @@ def _refuse_taken(target: Path, force: bool) -> None:
     if target == Path.cwd():
         raise ExportError(f"{target} is the folder you are in; name a new folder, which the bundle becomes")
     for parent in target.parents:
-        if (parent / MANIFEST).is_file() and (parent / DENOISER).is_file():
+        if (parent / MANIFEST).is_file() and any(
+            map(Path.is_file, (parent / DENOISER, parent / TRANSFORMER))
+        ):
             raise ExportError(f"{target} lies in the bundle {parent}; name a folder outside of it")
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
@@ -421,6 +428,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--autoencoder",
         metavar="MODEL",
         help="folder or hub id of an autoencoder to decode with, such as a tiny one; the model's own by default",
+    )
+    parser.add_argument(
+        "--without-t5",
+        action="store_true",
+        help="leave out the third text encoder of Stable Diffusion 3, which is larger than the rest; the model was "
+        "trained to do without",
     )
     parser.add_argument("--name", help="name in the manifest; the model's own by default")
     parser.add_argument("--licence", default="unknown", help="licence in the manifest, as an SPDX id")

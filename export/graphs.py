@@ -6,7 +6,8 @@ optimum cannot trace an AutoencoderTiny, whose config lacks what it asks for; th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import onnx
 from diffusers import AutoencoderTiny
 from onnx import numpy_helper
 
+from edge_agent.bundle import TRANSFORMER
 from export.errors import ExportError, reason
-from export.pipeline import drop_origin, quiet
+from export.pipeline import denoiser_of, drop_origin, quiet
 
 # What a bundle takes of a pipeline besides its graphs, so that optimum's own pipeline loads it too.
 _COMPANIONS = ("scheduler", "tokenizer", "tokenizer_2")
@@ -31,16 +33,17 @@ number, unless the score is smaller than the largest by 27. With -80 seven would
 Report = Callable[[str], None]
 
 
-def trace(pipeline: Any, folder: Path, report: Report) -> None:
+def trace(pipeline: Any, folder: Path, size: tuple[int, int], report: Report) -> None:
     """Write the graphs of `pipeline` with their configs, its scheduler and tokenizers into `folder`.
 
-    `report` gets one line for each graph, with seconds and size.
+    The graphs run images of other sizes too, but for a transformer, whose positions are those of `size` = width,
+    height. `report` gets one line for each graph, with seconds and size.
 
     Raises:
         ExportError: a graph cannot be traced.
         OSError: the disk is full, for one.
     """
-    with quiet():
+    with quiet(), _sized(pipeline, size):
         # Here, because importing it takes seconds that a refusal should not cost.
         from optimum.exporters.onnx.convert import export
         from optimum.exporters.utils import get_diffusion_models_for_export
@@ -95,6 +98,22 @@ def _mask_mildly(path: Path) -> None:
     onnx.save(model, path)
 
 
+@contextmanager
+def _sized(pipeline: Any, size: tuple[int, int]) -> Iterator[None]:
+    """In this block a transformer's config says the size that optimum, which reads it there, is to trace it at."""
+    name, denoiser = denoiser_of(pipeline)
+    if name != "transformer":
+        yield
+        return
+    own = denoiser.config.sample_size
+    width, height = (side // pipeline.vae_scale_factor for side in size)
+    denoiser.register_to_config(sample_size=(height, width))
+    try:
+        yield
+    finally:
+        denoiser.register_to_config(sample_size=own)
+
+
 def freeze(folder: Path, facts: Mapping[str, Any]) -> None:
     """Give the graphs in `folder` the shapes of one image as `facts` state them, and no others: TensorRT wants it."""
     from onnxruntime.tools.onnx_model_utils import make_dim_param_fixed
@@ -116,7 +135,10 @@ def freeze(folder: Path, facts: Mapping[str, Any]) -> None:
         for value in model.graph.output:
             if value.name == "text_embeds":  # optimum takes the size of this vector for the sequence's
                 value.type.tensor_type.shape.dim[1].ClearField("dim_param")
-        for name, size in sizes.items():
+        joint = (
+            {"sequence_length": facts["joint"].positions, "step": 1} if path == folder / TRANSFORMER else {}
+        )
+        for name, size in (sizes | joint).items():
             make_dim_param_fixed(model.graph, name, size)
         onnx.save(model, path)  # weights of more than 2 GB stay in the file beside it
 

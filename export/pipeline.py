@@ -8,9 +8,9 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,19 @@ from diffusers import (
     AutoencoderTiny,
     DiffusionPipeline,
     LatentConsistencyModelPipeline,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import CLIPTextModelWithProjection
 
 from cloud_server import complete
-from edge_agent.bundle import MANIFEST, AddedConditioning
+from edge_agent.bundle import MANIFEST, AddedConditioning, JointConditioning
 from export.errors import ExportError, reason
+from export.schedule import PLAIN, Loop
 
 
 @dataclass(frozen=True)
@@ -40,56 +43,76 @@ class Kind:
     steps: int  # by default
     guidance: float  # by default, as in diffusers
     takes_negative: bool = True
-    begins_at_first: bool = (
-        False  # tells the scheduler that its first step comes first, see `export.schedule`
-    )
+    loop: Loop = PLAIN
 
 
 _PARTS = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
+_SECOND = ("tokenizer_2", "text_encoder_2")
 
 KINDS: dict[type, Kind] = {
     StableDiffusionPipeline: Kind(_PARTS, steps=25, guidance=7.5),
     LatentConsistencyModelPipeline: Kind(_PARTS, steps=4, guidance=8.5, takes_negative=False),
     StableDiffusionXLPipeline: Kind(
-        (*_PARTS, "tokenizer_2", "text_encoder_2"), steps=25, guidance=5.0, begins_at_first=True
+        (*_PARTS, *_SECOND), steps=25, guidance=5.0, loop=Loop(begins_at_first=True)
+    ),
+    StableDiffusion3Pipeline: Kind(
+        ("tokenizer", "text_encoder", *_SECOND, "transformer", "vae", "scheduler"),
+        steps=28,
+        guidance=7.0,
+        loop=Loop(scales=False),
     ),
 }
 
 # What the edge would have to learn for each class that people ask for.
 _MISSING = {
-    "StableDiffusion3Pipeline": "a transformer denoiser, a third text encoder (T5) and the scheduler's shift by size",
-    "FluxPipeline": "a transformer denoiser on packed latents, a T5 text encoder and the scheduler's shift by size",
+    "FluxPipeline": "a transformer denoiser on packed latents and a T5 text encoder",
 }
 
+T5_POSITIONS = 256
+"""That Stable Diffusion 3 keeps for the states of its third text encoder; zeros where it does without, as diffusers
+has it."""
 
-def load(model: str | os.PathLike[str]) -> Any:
+
+def load(model: str | os.PathLike[str], *, without_t5: bool = False) -> Any:
     """The pipeline in `model`, a folder that diffusers saved or a hub id, on the CPU in float32.
+
+    Args:
+        without_t5: leave out the third text encoder of Stable Diffusion 3.
 
     Raises:
         ExportError: it is not there, incomplete, of an unsupported class, or the hub cannot be reached.
     """
     try:
-        name = _class_name(model)
-        _refuse_class(name)
+        index = _index(model)
+        _refuse_class(index["_class_name"])
+        left_out = _left_out(index, without_t5)
+        if Path(model).is_dir():
+            _refuse_missing(Path(model), index.keys() - left_out.keys(), index)
         with quiet():
-            return complete.pipeline(model, torch.float32, **_without_safety_checker(name))
+            return complete.pipeline(model, torch.float32, **left_out)
     except ExportError:
         raise
     except Exception as error:  # each part's library fails in its own way
         raise ExportError(f"{model} cannot be loaded as a diffusers pipeline: {reason(error)}") from error
 
 
-def prepared(pipeline: Any, autoencoder: str | os.PathLike[str] | None = None) -> Any:
+def prepared(
+    pipeline: Any, autoencoder: str | os.PathLike[str] | None = None, *, without_t5: bool = False
+) -> Any:
     """A copy that shares the weights of `pipeline`, ready to be exported: a part can be replaced in it.
 
     Args:
         autoencoder: folder or hub id of an autoencoder that takes the place of the pipeline's own.
+        without_t5: leave out the third text encoder of Stable Diffusion 3.
 
     Raises:
         ExportError: it is of an unsupported kind, or the autoencoder cannot be loaded.
     """
     _refuse_class(type(pipeline).__name__)
     pipeline = copy.copy(pipeline)
+    if isinstance(pipeline, StableDiffusion3Pipeline):
+        _refuse_t5(pipeline.text_encoder_3 is not None, without_t5)
+        pipeline.text_encoder_3 = pipeline.tokenizer_3 = None
     with quiet():
         pipeline.to("cpu", torch.float32)
     pipeline.set_progress_bar_config(disable=True)
@@ -129,11 +152,12 @@ def refuse_large(size: tuple[int, int]) -> None:
 def size_of(pipeline: Any, size: tuple[int, int] | None) -> tuple[int, int]:
     """Width and height in pixels: `size`, or the pipeline's own.
 
-    Raises ExportError when the denoiser cannot halve it as often as it does, it is above MAX_SIDE, or the pipeline does
-    not name its own.
+    Raises ExportError when the denoiser cannot halve it as often as it does, it is above MAX_SIDE or what the denoiser
+    has positions for, or the pipeline does not name its own.
     """
-    factor, own = pipeline.vae_scale_factor, pipeline.unet.config.sample_size
-    file = _file(pipeline, "unet", "config.json")
+    part, denoiser = denoiser_of(pipeline)
+    factor, own = pipeline.vae_scale_factor, denoiser.config.sample_size
+    file = _file(pipeline, part, "config.json")
     height, width = sides = tuple(own) if isinstance(own, (list, tuple)) and len(own) == 2 else (own, own)
     # Whatever is asked for: optimum traces at the model's own.
     if own is not None and not all(type(side) is int and side > 0 for side in sides):
@@ -147,13 +171,43 @@ def size_of(pipeline: Any, size: tuple[int, int] | None) -> tuple[int, int]:
         refuse_large((width * factor, height * factor))
         return width * factor, height * factor
     refuse_large(size)
-    multiple = factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
+    config = denoiser.config
+    finest = config.patch_size if part == "transformer" else 2 ** (len(config.block_out_channels) - 1)
+    multiple = factor * finest
     if any(side < multiple or side % multiple for side in size):
         raise ExportError(
             f"a size of {size[0]}x{size[1]} does not work: width and height must be multiples of {multiple} for this "
             f"model, such as {_nearest(size[0], multiple)}x{_nearest(size[1], multiple)}"
         )
+    if part == "transformer" and max(size) > (most := multiple * config.pos_embed_max_size):
+        raise ExportError(
+            f"a size of {size[0]}x{size[1]} does not work: this model knows positions up to {most}x{most}"
+        )
     return size
+
+
+def denoiser_of(pipeline: Any) -> tuple[str, Any]:
+    """The part that is run in every step, by its name and itself."""
+    name = next(part for part in kind(pipeline).parts if part in ("unet", "transformer"))
+    return name, getattr(pipeline, name)
+
+
+def loop_of(pipeline: Any, size: tuple[int, int]) -> Loop:
+    """How `pipeline` drives its scheduler for images of `size` = width, height."""
+    loop, config = kind(pipeline).loop, pipeline.scheduler.config
+    if loop.scales or not config.get("use_dynamic_shifting"):
+        return loop
+    patch = pipeline.vae_scale_factor * pipeline.transformer.config.patch_size
+    own = {
+        "base_seq_len": "base_image_seq_len",
+        "max_seq_len": "max_image_seq_len",
+        "base_shift": "base_shift",
+        "max_shift": "max_shift",
+    }
+    shifts = {
+        name: config[key] for name, key in own.items() if key in config
+    }  # diffusers' own where it names none
+    return replace(loop, mu=calculate_shift((size[0] // patch) * (size[1] // patch), **shifts))
 
 
 def facts(pipeline: Any, size: tuple[int, int]) -> dict[str, Any]:
@@ -167,25 +221,38 @@ def facts(pipeline: Any, size: tuple[int, int]) -> dict[str, Any]:
         "latent_height": height // factor,
         "latent_width": width // factor,
         "latent_scaling": float(vae.scaling_factor),
-        "latent_shift": 0.0,  # none of these pipelines adds the autoencoder's shift_factor
+        "latent_shift": 0.0,  # only Stable Diffusion 3 adds the autoencoder's shift_factor
         "text_tokens": pipeline.tokenizer.model_max_length,
         "text_hidden": pipeline.text_encoder.config.hidden_size,
         "text_output": "last_hidden_state",
-        "guidance_embedding": pipeline.unet.config.get("time_cond_proj_dim"),
     }
-    if isinstance(pipeline, StableDiffusionXLPipeline):
-        first, second = pipeline.text_encoder.config, pipeline.text_encoder_2.config
-        stated |= {
-            "text_hidden": first.hidden_size + second.hidden_size,
-            # The states before the last layer, as diffusers takes them.
-            "text_output": f"hidden_states.{first.num_hidden_layers - 1}",
-            "added": AddedConditioning(
-                text_output=f"hidden_states.{second.num_hidden_layers - 1}",
-                pooled_output="text_embeds",
-                time_ids=(float(height), float(width), 0.0, 0.0, float(height), float(width)),
-                zero_negative=bool(pipeline.config.get("force_zeros_for_empty_prompt", True)),
-            ),
-        }
+    part, denoiser = denoiser_of(pipeline)
+    if part == "unet":
+        stated["guidance_embedding"] = denoiser.config.get("time_cond_proj_dim")
+    if "text_encoder_2" not in kind(pipeline).parts:
+        return stated
+    first, second = pipeline.text_encoder.config, pipeline.text_encoder_2.config
+    # The states before the last layer, as diffusers takes them.
+    text_output = f"hidden_states.{second.num_hidden_layers - 1}"
+    stated |= {
+        "text_hidden": first.hidden_size + second.hidden_size,
+        "text_output": f"hidden_states.{first.num_hidden_layers - 1}",
+    }
+    if part == "transformer":
+        stated["latent_shift"] = float(vae.shift_factor)
+        stated["joint"] = JointConditioning(
+            text_output=text_output,
+            pooled_output="text_embeds",
+            positions=stated["text_tokens"] + T5_POSITIONS,
+            hidden=denoiser.config.joint_attention_dim,
+        )
+    else:
+        stated["added"] = AddedConditioning(
+            text_output=text_output,
+            pooled_output="text_embeds",
+            time_ids=(float(height), float(width), 0.0, 0.0, float(height), float(width)),
+            zero_negative=bool(pipeline.config.get("force_zeros_for_empty_prompt", True)),
+        )
     return stated
 
 
@@ -202,7 +269,8 @@ def quiet() -> Iterator[None]:
         logging.disable(level)
 
 
-def _class_name(model: str | os.PathLike[str]) -> str:
+def _index(model: str | os.PathLike[str]) -> dict[str, Any]:
+    """What the model_index.json of `model` says; its _class_name is some text."""
     folder = Path(model)
     _refuse_mistyped(model, "a diffusers pipeline")
     if folder.is_file():
@@ -238,19 +306,45 @@ def _class_name(model: str | os.PathLike[str]) -> str:
         raise ExportError(
             f"{model}: the _class_name in model_index.json must be a pipeline's class, not {made!r:.40}"
         )
-    if folder.is_dir():
-        for name, part in index.items():
-            named = isinstance(part, (list, tuple)) and len(part) > 0 and part[0] is not None
-            if named and name not in _without_safety_checker(made) and not (folder / name).is_dir():
-                raise ExportError(
-                    f"{folder} has no {name}, which its model_index.json names: save or download the whole model again"
-                )
-    return made
+    return dict(index)
+
+
+def _refuse_missing(folder: Path, parts: Collection[str], index: dict[str, Any]) -> None:
+    for name in sorted(parts):
+        if _names(index, name) and not (folder / name).is_dir():
+            raise ExportError(
+                f"{folder} has no {name}, which its model_index.json names: save or download the whole model again"
+            )
+
+
+def _names(index: dict[str, Any], part: str) -> bool:
+    made = index.get(part)
+    return isinstance(made, (list, tuple)) and len(made) > 0 and made[0] is not None
+
+
+def _refuse_t5(there: bool, without_t5: bool) -> None:
+    if there and not without_t5:
+        raise ExportError(
+            "the third text encoder of Stable Diffusion 3, a T5, is larger than the rest of the model and is not "
+            "supported: leave it out with --without-t5, as the model was trained to do without; it then reads long "
+            "prompts less closely, and hardly writes words"
+        )
 
 
 def refuse_scheduler(pipeline: Any) -> None:
-    """Raises ExportError for a scheduler without what every class of KINDS asks its own for."""
-    if not all(hasattr(pipeline.scheduler, name) for name in ("init_noise_sigma", "scale_model_input")):
+    """Raises ExportError for a scheduler without what the pipeline's class asks its own for, or one that the pipeline
+    runs and that makes no images of what its denoiser predicts.
+    """
+    if not kind(pipeline).loop.scales:
+        name, config = type(pipeline.scheduler).__name__, pipeline.scheduler.config
+        flow = config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction"
+        if not name.startswith("FlowMatch") and not flow:
+            raise ExportError(
+                f"{name} is not for flow matching, which {type(pipeline).__name__} was trained with: name another with "
+                "--scheduler, such as FlowMatchEulerDiscrete, or DPMSolverMultistep:use_flow_sigmas=true,"
+                "prediction_type=flow_prediction,flow_shift=3.0"
+            )
+    elif not all(hasattr(pipeline.scheduler, name) for name in ("init_noise_sigma", "scale_model_input")):
         raise ExportError(
             f"{type(pipeline.scheduler).__name__} does not go with {type(pipeline).__name__}, which has its scheduler "
             "scale noise and input; name another with --scheduler, such as EulerDiscrete"
@@ -296,9 +390,12 @@ def _refuse_class(name: str) -> None:
         raise ExportError(f"{name} is not supported; {', '.join(supported)} are")
 
 
-def _without_safety_checker(name: str) -> dict[str, Any]:
-    """What the edge does not run need be neither there nor loaded; Stable Diffusion XL has none."""
-    if name == StableDiffusionXLPipeline.__name__:
+def _left_out(index: dict[str, Any], without_t5: bool) -> dict[str, Any]:
+    """What the edge does not run need be neither there nor loaded."""
+    if index["_class_name"] == StableDiffusion3Pipeline.__name__:
+        _refuse_t5(_names(index, "text_encoder_3"), without_t5)
+        return dict.fromkeys(("image_encoder", "feature_extractor", "tokenizer_3", "text_encoder_3"))
+    if index["_class_name"] == StableDiffusionXLPipeline.__name__:
         return {}
     return {"safety_checker": None, "feature_extractor": None}  # the second serves the first alone
 
@@ -309,26 +406,32 @@ def _refuse_unsupported(pipeline: Any) -> None:
             raise ExportError(f"the pipeline has no {part}")
     for part in (part for part in kind(pipeline).parts if part.startswith("tokenizer")):
         _refuse_tokenizer(pipeline, part)
-    unet, vae = pipeline.unet.config, pipeline.vae.config
-    xl = isinstance(pipeline, StableDiffusionXLPipeline)
-    encoders = [pipeline.text_encoder] + ([pipeline.text_encoder_2] if xl else [])
+    denoiser, vae = denoiser_of(pipeline)[1].config, pipeline.vae.config
+    xl, v3 = (isinstance(pipeline, made) for made in (StableDiffusionXLPipeline, StableDiffusion3Pipeline))
+    encoders = [pipeline.text_encoder] + ([pipeline.text_encoder_2] if xl or v3 else [])
     checks: dict[str, Callable[[], Any]] = {
         "a text encoder that masks padding": lambda: any(
             getattr(encoder.config, "use_attention_mask", None) for encoder in encoders
         ),
         "added conditioning other than Stable Diffusion XL's": lambda: (
-            unet.get("class_embed_type")
-            or unet.get("encoder_hid_dim_type")
-            or unet.get("addition_embed_type") != ("text_time" if xl else None)
+            denoiser.get("class_embed_type")
+            or denoiser.get("encoder_hid_dim_type")
+            or denoiser.get("addition_embed_type") != ("text_time" if xl else None)
         ),
         "a second text encoder without projection": lambda: (
-            xl and not isinstance(pipeline.text_encoder_2, CLIPTextModelWithProjection)
+            (xl or v3) and not isinstance(pipeline.text_encoder_2, CLIPTextModelWithProjection)
+        ),
+        "a first text encoder without projection": lambda: (
+            v3 and not isinstance(pipeline.text_encoder, CLIPTextModelWithProjection)
+        ),
+        "a transformer that takes smaller states than the text encoders make": lambda: (
+            v3 and denoiser.joint_attention_dim < sum(encoder.config.hidden_size for encoder in encoders)
         ),
         "tokenizers of different lengths": lambda: (
-            xl and pipeline.tokenizer.model_max_length != pipeline.tokenizer_2.model_max_length
+            (xl or v3) and pipeline.tokenizer.model_max_length != pipeline.tokenizer_2.model_max_length
         ),
-        "input channels other than the latents'": lambda: unet.in_channels != vae.latent_channels,
-        "a predicted variance": lambda: unet.out_channels != unet.in_channels,
+        "input channels other than the latents'": lambda: denoiser.in_channels != vae.latent_channels,
+        "a predicted variance": lambda: denoiser.out_channels != denoiser.in_channels,
         "an autoencoder with a mean and deviation of its own for each channel": lambda: vae.get(
             "latents_std"
         ),
@@ -339,12 +442,15 @@ def _refuse_unsupported(pipeline: Any) -> None:
     for what, found in checks.items():
         if found():
             raise ExportError(f"{what} is not supported")
-    scaling = getattr(vae, "scaling_factor", None)
-    if type(scaling) not in (int, float) or not math.isfinite(scaling) or scaling == 0:
-        raise ExportError(
-            f"the config.json of the autoencoder, {type(pipeline.vae).__name__}, must name a scaling_factor, a number "
-            f"other than 0, not {scaling!r}"
-        )
+    for name, wanted in (("scaling_factor", True), ("shift_factor", v3)):
+        factor = vae.get(name)
+        number = type(factor) in (int, float) and math.isfinite(factor)
+        if wanted and not (number and (factor or name == "shift_factor")):
+            other = " other than 0" if name == "scaling_factor" else ""
+            raise ExportError(
+                f"the config.json of the autoencoder, {type(pipeline.vae).__name__}, must name a {name}, a number"
+                f"{other}, not {factor!r}"
+            )
 
 
 def _refuse_tokenizer(pipeline: Any, part: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,13 +32,29 @@ class NotLinear(ExportError):
     """The scheduler cannot be written as weighted sums; the message says why and what to do."""
 
 
-def compile_schedule(scheduler: Any, steps: int, *, begin_at_first: bool = False) -> Schedule:
+@dataclass(frozen=True)
+class Loop:
+    """How a pipeline drives its scheduler."""
+
+    # It has it scale the first noise and each input, and hands it what it draws noise with.
+    scales: bool = True
+    # It tells it that its first step comes first, as Stable Diffusion XL's does. Others let it look the first timestep
+    # up, which finds the second of two that are equal.
+    begins_at_first: bool = False
+    # By how much the timesteps of flow matching are shifted towards noise, where the size of the image decides that.
+    mu: float | None = None
+
+
+PLAIN = Loop()
+"""Stable Diffusion's."""
+
+
+def compile_schedule(scheduler: Any, steps: int, loop: Loop = PLAIN) -> Schedule:
     """The scheduler's matrix for `steps` steps.
 
     Args:
         scheduler: any diffusers scheduler; it is copied through its config and left as it is.
-        begin_at_first: the pipeline tells the scheduler that its first step comes first, as Stable Diffusion XL's
-            does. Others let it look the first timestep up, which finds the second of two that are equal.
+        loop: how the pipeline drives it.
 
     Raises:
         NotLinear: it clips, thresholds, draws noise that cannot be repeated, or is otherwise not linear.
@@ -54,15 +71,15 @@ def compile_schedule(scheduler: Any, steps: int, *, begin_at_first: bool = False
             f"{name} has no schedule of {steps} steps: its model was trained on {trained}{why}; name "
             f"{trained - offset} at most"
         )
-    timesteps = _fresh(scheduler, steps).timesteps
+    timesteps = _fresh(scheduler, steps, loop).timesteps
     calls = len(timesteps)
     # One coordinate for the initial noise and each model output, and enough of them to solve for fresh noise.
     width = 4 * calls + 16
     units = list(np.eye(calls + 1, width))
     nothing = [np.zeros(width)] * (calls + 1)
 
-    silent, draws = _drive(scheduler, steps, nothing, 0, begin_at_first)
-    probed, _ = _drive(scheduler, steps, units, 0, begin_at_first)
+    silent, draws = _drive(scheduler, steps, nothing, 0, loop)
+    probed, _ = _drive(scheduler, steps, units, 0, loop)
     signal, noise = [], []
     for call, (with_units, without) in enumerate(zip(probed, silent, strict=True)):
         signal.append(tuple(float(value) for value in (with_units - without)[: call + 1]))
@@ -77,14 +94,14 @@ def compile_schedule(scheduler: Any, steps: int, *, begin_at_first: bool = False
         clean=tuple(_clean(scheduler, float(timestep)) for timestep in timesteps),
     )
     for scale in (1.0, 1e3):  # a clip at one leaves small values alone, a clip at a hundred larger ones
-        _check(scheduler, schedule, scale, begin_at_first)
+        _check(scheduler, schedule, scale, loop)
     return schedule
 
 
-def _fresh(scheduler: Any, steps: int) -> Any:
+def _fresh(scheduler: Any, steps: int, loop: Loop) -> Any:
     copy = type(scheduler).from_config(scheduler.config)
     try:
-        copy.set_timesteps(steps)
+        copy.set_timesteps(steps, **({} if loop.mu is None else {"mu": loop.mu}))
     except Exception as error:  # each scheduler fails in its own way
         raise ExportError(
             f"{type(scheduler).__name__} has no schedule of {steps} steps: {reason(error)}"
@@ -93,16 +110,16 @@ def _fresh(scheduler: Any, steps: int) -> Any:
 
 
 def _drive(
-    scheduler: Any, steps: int, inputs: Sequence[Doubles], seed: int, begin_at_first: bool
+    scheduler: Any, steps: int, inputs: Sequence[Doubles], seed: int, loop: Loop
 ) -> tuple[list[Doubles], list[tuple[int, Doubles]]]:
     """Run the pipeline's loop on initial noise inputs[0] and model outputs inputs[1:].
 
     Returns the T denoiser inputs and the final latents, and each fresh noise with the call after which it
     was drawn. Raises ExportError when the scheduler fails.
     """
-    fresh = _fresh(scheduler, steps)
+    fresh = _fresh(scheduler, steps, loop)
     try:
-        return _loop(fresh, inputs, seed, begin_at_first)
+        return _run(fresh, inputs, seed, loop)
     except ExportError:
         raise
     except Exception as error:  # each scheduler fails in its own way
@@ -111,23 +128,23 @@ def _drive(
         ) from error
 
 
-def _loop(
-    scheduler: Any, inputs: Sequence[Doubles], seed: int, begin_at_first: bool
+def _run(
+    scheduler: Any, inputs: Sequence[Doubles], seed: int, loop: Loop
 ) -> tuple[list[Doubles], list[tuple[int, Doubles]]]:
-    if begin_at_first and hasattr(scheduler, "set_begin_index"):
+    if loop.begins_at_first and hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
     generator = torch.Generator().manual_seed(seed)
     parameters = inspect.signature(scheduler.step).parameters
     # What the pipelines pass to each scheduler that takes it; TCD's own default for eta is another.
     given: dict[str, Any] = {"generator": generator, "eta": 0.0}
-    extra = {name: value for name, value in given.items() if name in parameters}
-    scales = hasattr(scheduler, "scale_model_input")
+    extra = {name: value for name, value in given.items() if name in parameters and loop.scales}
     shape = (-1, 1, 1, 1)
-    latents = torch.from_numpy(inputs[0]).reshape(shape) * getattr(scheduler, "init_noise_sigma", 1.0)
+    latents = torch.from_numpy(inputs[0]).reshape(shape) * (
+        scheduler.init_noise_sigma if loop.scales else 1.0
+    )
     seen, draws = [], []
     for call, timestep in enumerate(scheduler.timesteps):
-        # Flow matching has neither a scaling of its inputs nor of its first noise.
-        scaled = scheduler.scale_model_input(latents, timestep) if scales else latents
+        scaled = scheduler.scale_model_input(latents, timestep) if loop.scales else latents
         seen.append(_array(scaled))
         before = generator.get_state()
         output = torch.from_numpy(inputs[call + 1]).reshape(shape)
@@ -157,11 +174,11 @@ def _solve(drawn: list[Doubles], total: Doubles) -> tuple[float, ...]:
     return tuple(float(value) for value in coefficients)
 
 
-def _check(scheduler: Any, schedule: Schedule, scale: float, begin_at_first: bool) -> None:
+def _check(scheduler: Any, schedule: Schedule, scale: float, loop: Loop) -> None:
     random = np.random.default_rng(1)
     width = 4 * schedule.calls + 16
     inputs = [scale * random.standard_normal(width) for _ in range(schedule.calls + 1)]
-    seen, draws = _drive(scheduler, schedule.steps, inputs, 1, begin_at_first)
+    seen, draws = _drive(scheduler, schedule.steps, inputs, 1, loop)
     for call, values in enumerate(seen):
         expected = np.asarray(schedule.signal[call]) @ np.stack(inputs[: call + 1])
         drawn = [draw for after, draw in draws if after < call]
@@ -185,9 +202,11 @@ def _clean(scheduler: Any, timestep: float) -> tuple[float, float]:
 
     Every scheduler's scaled input has the form sqrt(p) * clean + sqrt(1 - p) * noise with p =
     alphas_cumprod[t], so the estimate follows from the prediction type alone: Salimans & Ho, "Progressive
-    Distillation", 2022, appendix D.
+    Distillation", 2022, appendix D. In flow matching it is (1 - s) * clean + s * noise, and the output noise - clean.
     """
     kind = scheduler.config.get("prediction_type", "epsilon")
+    if type(scheduler).__name__.startswith("FlowMatch") or kind == "flow_prediction":
+        return 1.0, -timestep / float(scheduler.config.num_train_timesteps)
     products = getattr(scheduler, "alphas_cumprod", None)
     if kind == "sample":
         return 0.0, 1.0

@@ -1,6 +1,6 @@
 """Tiny seeded pipelines: of Stable Diffusion 1.5's shape (77 tokens, cross-attention, guidance, an autoencoder), of
-Stable Diffusion 2's, of latent consistency models' and of Stable Diffusion XL's, with an ordinary autoencoder or a tiny
-one.
+Stable Diffusion 2's, of latent consistency models', of Stable Diffusion XL's and of Stable Diffusion 3's, with an
+ordinary autoencoder or a tiny one.
 
 Random weights, made by code in a second. Everything that runs Stable Diffusion runs on them.
 """
@@ -17,9 +17,12 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
     DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
     LatentConsistencyModelPipeline,
     LCMScheduler,
     PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -30,7 +33,11 @@ from transformers.models.clip.tokenization_clip import bytes_to_unicode
 
 TOKENS = 77
 HIDDEN = 32
-HIDDEN_2, POOLED = 24, 16  # of Stable Diffusion XL's second text encoder
+HIDDEN_2, POOLED = 24, 16  # of the second text encoder of Stable Diffusion XL and 3
+JOINT, POOLED_1 = (
+    64,
+    8,
+)  # of what Stable Diffusion 3's transformer reads, and of the first text encoder's vector
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -48,18 +55,7 @@ def miniature_pipeline(
             tokenizer = miniature_tokenizer(Path(folder), tokens)
         text_encoder = CLIPTextModel(_text_config(tokenizer, HIDDEN, tokens))
         unet = _unet(size // factor)
-        levels = {4: 3, 8: 4}[factor]
-        vae = AutoencoderKL(
-            in_channels=3,
-            out_channels=3,
-            latent_channels=4,
-            block_out_channels=(8, 8, 16, 16)[-levels:],
-            down_block_types=("DownEncoderBlock2D",) * levels,
-            up_block_types=("UpDecoderBlock2D",) * levels,
-            norm_num_groups=4,
-            sample_size=size,
-        )
-        _brighten(vae)
+        vae = _autoencoder(size, factor)
     scheduler = PNDMScheduler(**BETAS, skip_prk_steps=True, steps_offset=1)
     pipeline = StableDiffusionPipeline(
         vae=vae.eval(),
@@ -170,6 +166,56 @@ def miniature_xl(seed: int = 0) -> StableDiffusionXLPipeline:
     return pipeline
 
 
+def miniature_v3(seed: int = 0) -> StableDiffusion3Pipeline:
+    """Stable Diffusion 3 without its third text encoder: a transformer that attends to tokens and latents together and
+    predicts a velocity, latents of 16 channels with a shift.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 3)
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer = miniature_tokenizer(Path(folder))
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer_2 = miniature_tokenizer(Path(folder), pad="!")
+        config = _text_config(tokenizer, HIDDEN, TOKENS, projection_dim=POOLED_1)
+        config_2 = _text_config(tokenizer_2, HIDDEN_2, TOKENS, projection_dim=POOLED, hidden_act="gelu")
+        transformer = SD3Transformer2DModel(
+            sample_size=8,
+            in_channels=16,
+            out_channels=16,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            joint_attention_dim=JOINT,
+            caption_projection_dim=32,
+            pooled_projection_dim=POOLED_1 + POOLED,
+            pos_embed_max_size=12,
+            dual_attention_layers=(0,),  # as in 3.5 medium
+            qk_norm="rms_norm",
+        )
+        vae = _autoencoder(
+            64,
+            8,
+            latent_channels=16,
+            scaling_factor=1.5305,
+            shift_factor=0.0609,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+        pipeline = StableDiffusion3Pipeline(
+            vae=vae.eval(),
+            text_encoder=CLIPTextModelWithProjection(config).eval(),
+            tokenizer=tokenizer,
+            text_encoder_2=CLIPTextModelWithProjection(config_2).eval(),
+            tokenizer_2=tokenizer_2,
+            text_encoder_3=None,
+            tokenizer_3=None,
+            transformer=transformer.eval(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def miniature_tiny_autoencoder(seed: int = 0) -> AutoencoderTiny:
     """An autoencoder of TAESD's kind: plain convolutions, a factor of 8."""
     with torch.random.fork_rng(devices=[]):
@@ -231,6 +277,23 @@ def _unet(latents: int, **options: Any) -> UNet2DConditionModel:
         norm_num_groups=8,
         **settings,
     )
+
+
+def _autoencoder(size: int, factor: int, **options: Any) -> AutoencoderKL:
+    levels = {4: 3, 8: 4}[factor]
+    settings: dict[str, Any] = {"latent_channels": 4} | options
+    vae = AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(8, 8, 16, 16)[-levels:],
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        norm_num_groups=4,
+        sample_size=size,
+        **settings,
+    )
+    _brighten(vae)
+    return vae
 
 
 def miniature_tokenizer(folder: Path, tokens: int = TOKENS, pad: str = "<|endoftext|>") -> CLIPTokenizer:

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.bundle import DENOISER, Bundle
+from edge_agent.bundle import Bundle
 from edge_agent.diffusion.sessions import Runtime, Session, Stop
 from edge_agent.diffusion.text_encoder import TextStates
 
@@ -31,7 +31,7 @@ measurement at each start, which other work on the device would turn around.
 
 
 class Denoiser:
-    """The bundle's UNet.
+    """The bundle's UNet, or the transformer of Stable Diffusion 3.
 
     `passes` may be set at any time. A graph made for one image at a time always runs separate passes.
     """
@@ -39,26 +39,34 @@ class Denoiser:
     def __init__(self, bundle: Bundle, runtime: Runtime) -> None:
         """Raises BundleError when the graph cannot be loaded or has another signature."""
         facts = bundle.manifest
-        inputs = ["sample", "timestep", "encoder_hidden_states"]
+        graph, self._joint = facts.denoiser, facts.joint
+        # As optimum names them: the latents and what is predicted of them.
+        self._latents, output = (
+            ("sample", "out_sample") if self._joint is None else ("hidden_states", "out_hidden_states")
+        )
+        inputs = [self._latents, "timestep", "encoder_hidden_states"]
         if facts.guidance_embedding is not None:
             inputs.append("timestep_cond")
         if facts.added is not None:
             inputs += ["text_embeds", "time_ids"]
-        if bundle.size_of(DENOISER) * facts.latent_height * facts.latent_width < SMALL_WORK:
+        if self._joint is not None:
+            inputs.append("pooled_projections")
+        if bundle.size_of(graph) * facts.latent_height * facts.latent_width < SMALL_WORK:
             runtime = replace(runtime, threads=1)
-        self._session = Session(
-            bundle.path(DENOISER), inputs, ["out_sample"], runtime, bundle.files_of(DENOISER)
-        )
+        self._session = Session(bundle.path(graph), inputs, [output], runtime, bundle.files_of(graph))
         latents = (None, facts.latent_channels, facts.latent_height, facts.latent_width)
         states = (None, facts.text_tokens, facts.text_hidden)
-        self._session.expect(sample=latents, encoder_hidden_states=states, out_sample=latents)
+        if self._joint is not None:
+            states = (None, self._joint.positions, self._joint.hidden)
+            self._session.expect(timestep=(None,))
+        self._session.expect(encoder_hidden_states=states, **{self._latents: latents, output: latents})
         if facts.guidance_embedding is not None:
             self._session.expect(timestep_cond=(None, facts.guidance_embedding))
         if facts.added is not None:
             self._session.expect(time_ids=(None, len(facts.added.time_ids)))
         self._embedding = facts.guidance_embedding
         self._time_ids = None if facts.added is None else np.asarray([facts.added.time_ids], np.float32)
-        self.one_at_a_time = self._session.shapes["sample"][0] == 1
+        self.one_at_a_time = self._session.shapes[self._latents][0] == 1
         # By size and not by a measurement at each start: both round off differently, and a seed should stay a picture.
         self.passes: Passes = "separate" if self._session.large and self._session.on_cpu else "batch"
 
@@ -121,19 +129,25 @@ class Denoiser:
         last: bool,
     ) -> Floats:
         count = len(prompts)
+        states = np.concatenate([prompt.tokens for prompt in prompts])
+        pooled = [prompt.pooled for prompt in prompts if prompt.pooled is not None]
         inputs = {
-            "sample": np.repeat(latents, count, axis=0),
+            self._latents: np.repeat(latents, count, axis=0),
             "timestep": np.asarray(timestep),
-            "encoder_hidden_states": np.concatenate([prompt.tokens for prompt in prompts]),
+            "encoder_hidden_states": states,
         }
         if self._embedding is not None:
             embedding = guidance_embedding(guidance_scale, self._embedding)
             inputs["timestep_cond"] = np.repeat(embedding, count, axis=0)
         if self._time_ids is not None:
-            inputs["text_embeds"] = np.concatenate(
-                [prompt.pooled for prompt in prompts if prompt.pooled is not None]
-            )
+            inputs["text_embeds"] = np.concatenate(pooled)
             inputs["time_ids"] = np.repeat(self._time_ids, count, axis=0)
+        if self._joint is not None:
+            _, tokens, hidden = states.shape
+            room = ((0, 0), (0, self._joint.positions - tokens), (0, self._joint.hidden - hidden))
+            inputs["timestep"] = np.full(count, timestep)
+            inputs["encoder_hidden_states"] = np.pad(states, room)
+            inputs["pooled_projections"] = np.concatenate(pooled)
         (output,) = self._session.run(inputs, stop=stop, shrink=last)
         return output
 

@@ -34,7 +34,7 @@ class TextStates:
 class TextEncoder:
     """The bundle's text encoder. Its states drive the denoiser and are what the quality predictor reads.
 
-    Stable Diffusion XL has two: each token's state is then the first's with the second's behind it.
+    Stable Diffusion XL and 3 have two: each token's state is then the first's with the second's behind it.
     """
 
     def __init__(self, bundle: Bundle, runtime: Runtime) -> None:
@@ -49,33 +49,23 @@ class TextEncoder:
             return replace(runtime, threads=1, sizes={**runtime.sizes, **sizes}, unfused=unfused)
 
         self._shape = (facts.text_tokens, facts.text_hidden)
-        self._added = facts.added
+        self._zero_negative = facts.added is not None and facts.added.zero_negative
         self._folder = bundle.folder
-        self._session = Session(
-            bundle.path(TEXT_ENCODER),
-            ["input_ids"],
-            [facts.text_output],
-            runtime_of(TEXT_ENCODER),
-            bundle.files_of(TEXT_ENCODER),
-        )
+
+        def session_of(graph: str, hidden: int | None, states: str, *pooled: str) -> Session:
+            files = bundle.files_of(graph)
+            session = Session(bundle.path(graph), ["input_ids"], [states, *pooled], runtime_of(graph), files)
+            session.expect(input_ids=(None, facts.text_tokens), **{states: (None, facts.text_tokens, hidden)})
+            return session
+
         # Where there is a second encoder, only the sum of both sizes is known.
-        hidden = facts.text_hidden if facts.added is None else None
-        self._session.expect(
-            input_ids=(None, facts.text_tokens), **{facts.text_output: (None, facts.text_tokens, hidden)}
-        )
+        hidden = facts.text_hidden if facts.second is None else None
+        pooled = (facts.joint.pooled_output,) if facts.joint else ()
+        self._session = session_of(TEXT_ENCODER, hidden, facts.text_output, *pooled)
         self._second = None
-        if facts.added is not None:
-            outputs = [facts.added.text_output, facts.added.pooled_output]
-            self._second = Session(
-                bundle.path(TEXT_ENCODER_2),
-                ["input_ids"],
-                outputs,
-                runtime_of(TEXT_ENCODER_2),
-                bundle.files_of(TEXT_ENCODER_2),
-            )
-            self._second.expect(
-                input_ids=(None, facts.text_tokens), **{outputs[0]: (None, facts.text_tokens, None)}
-            )
+        if facts.second is not None:
+            outputs = facts.second.text_output, facts.second.pooled_output
+            self._second = session_of(TEXT_ENCODER_2, None, *outputs)
 
     @property
     def sessions(self) -> tuple[Session, ...]:
@@ -99,21 +89,21 @@ class TextEncoder:
             GenerationFailed: onnxruntime failed.
         """
         # No shrinking: this arena is small, and the encoder also runs for prompts that only want a decision.
-        (states,) = self._session.run({"input_ids": tokens.ids})
-        pooled = None
+        states, *vectors = self._session.run({"input_ids": tokens.ids})
         if self._second is not None and tokens.ids_2 is not None:
-            more, pooled = self._second.run({"input_ids": tokens.ids_2})
+            more, vector = self._second.run({"input_ids": tokens.ids_2})
             states = np.concatenate((states, more), axis=-1)
+            vectors.append(vector)
         if states.shape[1:] != self._shape:
             raise BundleError(
                 f"{self._session.path} gives states {states.shape[1:]}, the manifest says {self._shape}"
             )
-        return TextStates(states, pooled)
+        return TextStates(states, np.concatenate(vectors, axis=-1) if vectors else None)
 
     def encode_negative(self, tokens: Tokens) -> TextStates:
         """The states of a negative prompt, see `encode`; all zeros for an empty one where the model wants that."""
         states = self.encode(tokens)
-        if self._added is None or not self._added.zero_negative or tokens.own:
+        if not self._zero_negative or tokens.own:
             return states
         pooled = None if states.pooled is None else np.zeros_like(states.pooled)
         return TextStates(np.zeros_like(states.tokens), pooled)

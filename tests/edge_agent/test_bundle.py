@@ -20,8 +20,10 @@ from edge_agent.bundle import (
     TEXT_ENCODER_2,
     TOKENIZER,
     TOKENIZER_2,
+    TRANSFORMER,
     AddedConditioning,
     Bundle,
+    JointConditioning,
     put_file,
     schedule_file,
     write_manifest,
@@ -321,6 +323,51 @@ def test_a_bundle_with_added_conditioning_must_have_the_second_encoder(bundle_co
         (bundle_copy / name).write_bytes(b"x")
     write_manifest(bundle_copy)
     assert Bundle.open(bundle_copy).manifest.added == added
+
+
+JOINT = JointConditioning("hidden_states.1", "text_embeds", positions=333, hidden=64)
+
+
+def test_a_bundle_with_joint_conditioning_has_a_transformer_in_the_place_of_the_unet(
+    bundle_copy: Path,
+) -> None:
+    write_manifest(bundle_copy, joint=JOINT)
+    assert json.loads((bundle_copy / MANIFEST).read_text())["schema_version"] == 3
+    for name in (TOKENIZER_2, TEXT_ENCODER_2, TRANSFORMER):
+        with pytest.raises(BundleError, match=f"does not list {name}"):
+            Bundle.open(bundle_copy)
+        (bundle_copy / name).parent.mkdir()
+        (bundle_copy / name).write_bytes(b"x")
+        write_manifest(bundle_copy)
+    (bundle_copy / DENOISER).unlink()
+    write_manifest(bundle_copy)
+    assert Bundle.open(bundle_copy).manifest.joint == JOINT
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"positions": 76}, "positions of joint must be from 77 to 16384"),
+        ({"positions": 10**9}, "positions of joint must be from 77 to 16384"),
+        ({"hidden": 31}, "hidden of joint must be from 32 to"),
+        ({"hidden": "64"}, "hidden must be a int"),
+        ({"text_output": None}, "text_output must be a str"),
+    ],
+)
+def test_joint_conditioning_that_no_transformer_has_is_refused(
+    bundle_copy: Path, change: dict[str, Any], why: str
+) -> None:
+    write_manifest(bundle_copy, joint=JOINT)
+    document = json.loads((bundle_copy / MANIFEST).read_text())
+    document["joint"] |= change
+    (bundle_copy / MANIFEST).write_text(json.dumps(document))
+    with pytest.raises(BundleError, match=why):
+        Bundle.open(bundle_copy)
+
+
+def test_a_model_has_one_kind_of_conditioning(bundle_copy: Path) -> None:
+    with pytest.raises(BundleError, match="no model has joint conditioning besides"):
+        write_manifest(bundle_copy, joint=JOINT, guidance_embedding=8)
 
 
 def test_a_manifest_with_unknown_or_missing_facts_is_not_written(bundle_copy: Path) -> None:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import torch
 
 from edge_agent.bundle import Bundle, schedule_file, write_manifest
 from edge_agent.diffusion.generator import Generator
@@ -32,6 +31,7 @@ from tests.miniature import (
     miniature_pipeline,
     miniature_tiny_autoencoder,
     miniature_v2,
+    miniature_v3,
     miniature_xl,
 )
 
@@ -41,16 +41,6 @@ TOLERANCE = 1e-3
 PROMPT, NEGATIVE, SEED = "two red cats on the beach 🐈", "dog, blurry", 42
 FEWEST_STEPS = 4
 """Of the first scheduler; each after it has one step more, because a bundle keeps one schedule for a step count."""
-
-
-class FlowMatchEuler(diffusers.FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
-    """diffusers' own, with what these pipelines ask for and it does not have: nothing to scale, said aloud."""
-
-    init_noise_sigma = 1.0
-
-    def scale_model_input(self, sample: torch.Tensor, _timestep: object = None) -> torch.Tensor:
-        """The sample as it is."""
-        return sample
 
 
 SCHEDULERS: dict[str, tuple[type, dict[str, Any]]] = {
@@ -63,9 +53,12 @@ SCHEDULERS: dict[str, tuple[type, dict[str, Any]]] = {
     "UniPC": (diffusers.UniPCMultistepScheduler, BETAS),
     "Heun": (diffusers.HeunDiscreteScheduler, BETAS),
     "LCM": (diffusers.LCMScheduler, BETAS),
-    "flow-match Euler": (FlowMatchEuler, {}),
     "TCD": (diffusers.TCDScheduler, BETAS),
+    "flow-match Euler": (diffusers.FlowMatchEulerDiscreteScheduler, {}),
+    "flow-match Heun": (diffusers.FlowMatchHeunDiscreteScheduler, {}),
 }
+FLOW_MATCHING = ("flow-match Euler", "flow-match Heun")
+BY_NOISE = tuple(name for name in SCHEDULERS if name not in FLOW_MATCHING)
 
 
 @dataclass(frozen=True)
@@ -75,7 +68,7 @@ class Column:
     make: Callable[[], Any]
     guidance: float
     changes: dict[str, Any] = field(default_factory=dict)  # to every scheduler that has betas
-    schedulers: tuple[str, ...] = tuple(SCHEDULERS)  # that diffusers' own pipeline runs
+    schedulers: tuple[str, ...] = BY_NOISE  # that diffusers' own pipeline runs
 
 
 def tiny() -> diffusers.StableDiffusionPipeline:
@@ -93,6 +86,12 @@ COLUMNS = {
     "LCM": Column(miniature_lcm, 8.5, schedulers=("LCM",)),
     "SDXL": Column(miniature_xl, 5.0),
     "SDXL-Turbo": Column(miniature_xl, 0.0, {"timestep_spacing": "trailing"}),
+    "SD 3": Column(
+        miniature_v3,
+        5.0,
+        {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0},
+        ("DPM-Solver++ 2M", "UniPC", *FLOW_MATCHING),
+    ),
 }
 
 
@@ -127,8 +126,7 @@ class Parity:
                 if name in column.schedulers:
                     changes = column.changes if config else {}
                     schedulers[name] = made(**config, **changes)
-                    begins = pipelines.kind(pipeline).begins_at_first
-                    compiled = compile_schedule(schedulers[name], count, begin_at_first=begins)
+                    compiled = compile_schedule(schedulers[name], count, pipelines.kind(pipeline).loop)
                     compiled.save(folder / schedule_file(count))
                     counts.append(count)
             write_manifest(folder, steps=counts, default_steps=counts[0])
@@ -165,7 +163,8 @@ seed and scheduler, {FEWEST_STEPS} to {FEWEST_STEPS + len(SCHEDULERS) - 1} steps
 
 {table}
 
-–: diffusers' own `LatentConsistencyModelPipeline` runs no other scheduler.
+–: diffusers' own pipeline of the class does not run the scheduler, or draws no image with it: Stable Diffusion 3 is
+trained by flow matching, the others are not, and `LatentConsistencyModelPipeline` runs LCM alone.
 
 Written by `{COMMAND}`, on seeded miniatures of each class with random weights (`tests/miniature.py`). SD 1.x and
 SD 2.x are `StableDiffusionPipeline` with guidance and a negative prompt. The second has OpenCLIP's text encoder, which
@@ -173,9 +172,9 @@ pads with a token of its own, and a denoiser with linear projections, other numb
 and v-prediction; SD-Turbo has the same networks, which predict noise, without guidance and with trailing timesteps.
 LCM is `LatentConsistencyModelPipeline`, which takes the guidance scale as an input of its network. SDXL is
 `StableDiffusionXLPipeline` with two text encoders and added conditioning, SDXL-Turbo the same without guidance and
-with trailing timesteps. The tiny autoencoder is `AutoencoderTiny`. None of these pipelines takes diffusers'
-flow-match Euler as it is, for want of an initial sigma and a scaling of the input, so that row is measured with both
-added as "no scaling".
+with trailing timesteps. SD 3 is `StableDiffusion3Pipeline` without its third text encoder: a transformer that attends
+to tokens and latents together, the prompt as one vector of both encoders, and latents of 16 channels; its DPM-Solver++
+and UniPC take flow matching's sigmas. The tiny autoencoder is `AutoencoderTiny`.
 """
 
 

@@ -262,22 +262,11 @@ def test_a_pipeline_of_another_kind_is_refused_by_name(tmp_path: Path) -> None:
         export_bundle(tmp_path / "model", tmp_path / "bundle", report=silent)
 
 
-@pytest.mark.parametrize(
-    ("name", "why"),
-    [
-        (
-            "StableDiffusion3Pipeline",
-            "not supported yet: it needs a transformer denoiser, a third text encoder",
-        ),
-        ("FluxPipeline", "not supported yet: it needs a transformer denoiser on packed latents"),
-    ],
-)
-def test_a_class_that_is_asked_for_is_refused_saying_what_is_missing(
-    tmp_path: Path, name: str, why: str
-) -> None:
+def test_a_class_that_is_asked_for_is_refused_saying_what_is_missing(tmp_path: Path) -> None:
     """By its index alone: its gigabytes are not loaded first."""
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    (tmp_path / "model" / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    why = "not supported yet: it needs a transformer denoiser on packed latents"
     with pytest.raises(ExportError, match=why):
         export_bundle(tmp_path / "model", tmp_path / "bundle", report=silent)
 
@@ -467,8 +456,8 @@ def test_too_many_steps_are_refused_before_any_schedule_is_compiled(
 ) -> None:
     compiled: list[int] = []
 
-    def counted(scheduler: Any, steps: int, **options: Any) -> Schedule:
-        schedule = compile_schedule(scheduler, steps, **options)
+    def counted(scheduler: Any, steps: int, *options: Any) -> Schedule:
+        schedule = compile_schedule(scheduler, steps, *options)
         compiled.append(steps)
         return schedule
 

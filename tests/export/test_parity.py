@@ -35,7 +35,7 @@ def test_pixels_equal_diffusers(parity: Parity, column: str, scheduler: str) -> 
     assert difference <= TOLERANCE
 
 
-@pytest.mark.parametrize("column", ["SD 1.x, tiny autoencoder", "SD 2.x", "LCM", "SDXL"])
+@pytest.mark.parametrize("column", ["SD 1.x, tiny autoencoder", "SD 2.x", "LCM", "SDXL", "SD 3"])
 def test_optimums_own_pipeline_loads_the_bundle_and_makes_the_same_picture(
     parity: Parity, column: str
 ) -> None:

@@ -17,7 +17,7 @@ from edge_agent.diffusion.generator import Generator, Image
 from edge_agent.diffusion.noise import TorchNoise
 from edge_agent.diffusion.sessions import Runtime
 from export.errors import ExportError
-from export.schedule import NotLinear, compile_schedule
+from export.schedule import Loop, NotLinear, compile_schedule
 from tests.miniature import miniature_pipeline
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -159,10 +159,37 @@ def test_fresh_noise_is_there_only_for_schedulers_that_draw_it() -> None:
 def test_flow_matching_compiles_too() -> None:
     """Euler on a straight path: the final latents are the noise plus the velocities over the sigmas' steps."""
     made = diffusers.FlowMatchEulerDiscreteScheduler()
-    compiled = compile_schedule(made, 5)
+    compiled = compile_schedule(made, 5, Loop(scales=False))
     made.set_timesteps(5)
     sigmas = made.sigmas.numpy().astype(float)
     np.testing.assert_allclose(compiled.signal[-1], [1.0, *np.diff(sigmas)], atol=1e-6)
+
+
+def test_flow_matching_is_shifted_as_far_as_the_pipeline_says() -> None:
+    made = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    for mu in (0.5, 1.15):
+        compiled = compile_schedule(made, 5, Loop(scales=False, mu=mu))
+        made.set_timesteps(5, mu=mu)
+        assert compiled.timesteps == tuple(made.timesteps.tolist())
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
+    ],
+    ids=lambda made: type(made).__name__,
+)
+def test_where_flow_matching_expects_to_arrive_is_known_at_each_step(made: Any) -> None:
+    """A preview shows that: of the latents on the way from noise to an image, and of their velocity, the image."""
+    compiled = compile_schedule(made, 5, Loop(scales=False))
+    noise, image = np.random.default_rng(0).standard_normal((2, 64))
+    for timestep, (a, b) in zip(compiled.timesteps, compiled.clean, strict=True):
+        sigma = timestep / 1000
+        np.testing.assert_allclose(
+            a * ((1 - sigma) * image + sigma * noise) + b * (noise - image), image, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,223 @@
+"""Stable Diffusion 3 becomes a bundle without its third text encoder; test_parity.py compares its pixels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderTiny, StableDiffusion3Pipeline
+from transformers import CLIPTextModel, T5Config, T5EncoderModel
+
+from edge_agent.bundle import Bundle
+from edge_agent.diffusion.generator import Generator, Step
+from edge_agent.diffusion.sessions import Runtime
+from edge_agent.reader import Reader
+from export import diffusion_onnx
+from export.diffusion_onnx import export_bundle, main
+from export.errors import ExportError
+from export.pipeline import loop_of
+from export.reference import difference, reference_image
+from tests.miniature import miniature_v3
+
+
+def silent(_line: str) -> None:
+    """A report that nobody reads."""
+
+
+@pytest.fixture
+def pipeline() -> StableDiffusion3Pipeline:
+    return miniature_v3()
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Only to be read."""
+    folder = tmp_path_factory.mktemp("sd3") / "bundle"
+    export_bundle(miniature_v3(), folder, steps=(4,), report=silent)
+    return folder
+
+
+def tiny_t5() -> T5EncoderModel:
+    return T5EncoderModel(T5Config(vocab_size=32, d_model=64, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+
+
+def test_a_folder_with_the_third_text_encoder_is_exported_without_it_when_that_is_said(
+    pipeline: StableDiffusion3Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its gigabytes are neither loaded nor needed: here they are not even there."""
+    pipeline.save_pretrained(tmp_path / "model")
+    index = tmp_path / "model" / "model_index.json"
+    named = {
+        "text_encoder_3": ["transformers", "T5EncoderModel"],
+        "tokenizer_3": ["transformers", "T5TokenizerFast"],
+    }
+    index.write_text(json.dumps(json.loads(index.read_text()) | named))
+    with pytest.raises(ExportError, match="is not supported: leave it out with --without-t5"):
+        main([str(tmp_path / "model"), str(tmp_path / "bundle")])
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert main([str(tmp_path / "model"), str(tmp_path / "bundle"), "--without-t5", "--steps", "2"]) == 0
+    assert "comparing pixels" in capsys.readouterr().out
+    bundle = Bundle.open(tmp_path / "bundle")
+    assert not any("_3" in name for name in bundle.manifest.files)
+    reference = reference_image(pipeline, "two cats", "dog", 3, 2, 5.0)
+    assert difference(Generator(bundle, Runtime(threads=1)), reference) <= 1e-3
+
+
+def test_a_pipeline_keeps_the_third_text_encoder_that_its_export_leaves_out(
+    pipeline: StableDiffusion3Pipeline, tmp_path: Path
+) -> None:
+    pipeline.text_encoder_3 = tiny_t5()
+    with pytest.raises(ExportError, match="leave it out with --without-t5"):
+        export_bundle(pipeline, tmp_path / "bundle", steps=(2,), report=silent)
+    export_bundle(pipeline, tmp_path / "bundle", steps=(2,), without_t5=True, report=silent)
+    assert isinstance(pipeline.text_encoder_3, T5EncoderModel)
+    index = json.loads((tmp_path / "bundle" / "model_index.json").read_text())
+    assert index["text_encoder_3"] == [None, None]
+
+
+def test_a_prompt_is_read_as_what_drives_the_transformer(
+    pipeline: StableDiffusion3Pipeline, exported: Path
+) -> None:
+    """The predictor gets both encoders' states, and the transformer the same in a larger room."""
+    states = Reader.open(Bundle.open(exported), routing_rate=0.5).read("two red cats! 🐈").states
+    with torch.no_grad():
+        tokens, _, pooled, _ = pipeline.encode_prompt(*3 * ["two red cats! 🐈"])
+    assert states.tokens.shape == (1, 77, 56) and tokens.shape == (1, 333, 64)
+    np.testing.assert_allclose(states.tokens, tokens[:, :77, :56].numpy(), atol=1e-4)
+    assert not tokens[:, 77:].any() and not tokens[..., 56:].any()
+    np.testing.assert_allclose(states.pooled, pooled.numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("passes", ["batch", "separate"])
+def test_guidance_in_one_pass_and_in_two(
+    pipeline: StableDiffusion3Pipeline, exported: Path, passes: Any
+) -> None:
+    generator = Generator(Bundle.open(exported), Runtime(threads=1))
+    generator.denoiser.passes = passes
+    reference = reference_image(pipeline, "two cats", "dog", 3, 4, 5.0)
+    assert difference(generator, reference) <= 1e-3
+
+
+def test_previews_approach_the_image(exported: Path) -> None:
+    generator = Generator(Bundle.open(exported), Runtime(threads=1))
+    states, negative = generator.encode("cat")[1], generator.encode_negative("")
+    *events, image = generator.generate(states, negative, 1, 4, 1.0, previews=True)
+    previews = [event.preview for event in events if isinstance(event, Step) and event.preview is not None]
+    apart = [np.abs(preview.astype(float) - image.pixels).mean() for preview in previews]
+    assert len(apart) == 3 and apart == sorted(apart, reverse=True)
+
+
+def test_a_size_of_its_own_and_fixed_shapes(pipeline: StableDiffusion3Pipeline, tmp_path: Path) -> None:
+    """A transformer's positions are those of one size, which need not be the model's or square."""
+    bundle = export_bundle(
+        pipeline, tmp_path / "bundle", steps=(2,), size=(96, 64), shapes="fixed", report=silent
+    )
+    generator = Generator(bundle, Runtime(threads=1))
+    shapes = {session.path.parent.name: session.shapes for session in generator.sessions}
+    assert shapes["transformer"] == {
+        "hidden_states": (1, 16, 8, 12),
+        "timestep": (1,),
+        "encoder_hidden_states": (1, 333, 64),
+        "pooled_projections": (1, 24),
+        "out_hidden_states": (1, 16, 8, 12),
+    }
+    assert shapes["text_encoder"]["input_ids"] == (1, 77)
+    assert json.loads((bundle.folder / "transformer" / "config.json").read_text())["sample_size"] == 8
+    assert pipeline.transformer.config.sample_size == 8
+    reference = reference_image(pipeline, "two cats", "dog", 3, 2, 5.0, size=(96, 64))
+    assert difference(generator, reference) <= 1e-3
+
+
+def test_with_the_tiny_autoencoder_for_it(pipeline: StableDiffusion3Pipeline, tmp_path: Path) -> None:
+    AutoencoderTiny(
+        latent_channels=16,
+        encoder_block_out_channels=(8,) * 4,
+        decoder_block_out_channels=(8,) * 4,
+        num_encoder_blocks=(1,) * 4,
+        num_decoder_blocks=(1,) * 4,
+    ).save_pretrained(tmp_path / "tiny")
+    bundle = export_bundle(
+        pipeline, tmp_path / "bundle", steps=(2,), autoencoder=tmp_path / "tiny", report=silent
+    )
+    assert (bundle.manifest.latent_scaling, bundle.manifest.latent_shift) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "int8"])
+def test_a_smaller_bundle(pipeline: StableDiffusion3Pipeline, tmp_path: Path, dtype: Any) -> None:
+    """It is compared with the float32 one before it is written."""
+    bundle = export_bundle(pipeline, tmp_path / "bundle", steps=(2,), dtype=dtype, report=silent)
+    assert bundle.manifest.joint is not None
+
+
+def test_the_scheduler_is_shifted_by_the_size_where_it_says_so(
+    pipeline: StableDiffusion3Pipeline, tmp_path: Path
+) -> None:
+    pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_image_seq_len=4, max_image_seq_len=64
+    )
+    assert loop_of(pipeline, (32, 32)).mu == pytest.approx(0.5)
+    assert loop_of(pipeline, (128, 128)).mu == pytest.approx(1.15)
+    bundle = export_bundle(pipeline, tmp_path / "bundle", steps=(3,), report=silent)
+    reference = reference_image(pipeline, "two cats", "dog", 3, 3, 5.0)
+    assert difference(Generator(bundle, Runtime(threads=1)), reference) <= 1e-3
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "why"),
+    [
+        ("vae", {"shift_factor": None}, "must name a shift_factor, a number, not None"),
+        ("vae", {"scaling_factor": 0}, "must name a scaling_factor, a number other than 0, not 0"),
+        ("transformer", {"joint_attention_dim": 48}, "smaller states than the text encoders make"),
+        ("transformer", {"in_channels": 33}, "input channels"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(
+    pipeline: StableDiffusion3Pipeline,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    part: str,
+    change: dict[str, Any],
+    why: str,
+) -> None:
+    monkeypatch.setattr(diffusion_onnx, "reference_images", None)
+    getattr(pipeline, part).register_to_config(**change)
+    with pytest.raises(ExportError, match=why):
+        export_bundle(pipeline, tmp_path / "bundle", report=silent)
+
+
+def test_a_text_encoder_that_makes_no_vector_is_refused(
+    pipeline: StableDiffusion3Pipeline, tmp_path: Path
+) -> None:
+    pipeline.text_encoder = CLIPTextModel(pipeline.text_encoder.config)
+    with pytest.raises(ExportError, match="a first text encoder without projection is not supported"):
+        export_bundle(pipeline, tmp_path / "bundle", report=silent)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"size": (72, 64)}, "must be multiples of 16 for this model, such as 64x64"),
+        ({"size": (208, 64)}, "this model knows positions up to 192x192"),
+        (
+            {"scheduler": "EulerDiscrete"},
+            "EulerDiscreteScheduler is not for flow matching, .* such as FlowMatch",
+        ),
+        ({"scheduler": "UniPCMultistep:use_flow_sigmas=true"}, "UniPC.* is not for flow matching"),
+    ],
+)
+def test_what_does_not_work_is_refused_before_anything_is_run(
+    pipeline: StableDiffusion3Pipeline,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    why: str,
+) -> None:
+    monkeypatch.setattr(diffusion_onnx, "reference_images", None)
+    with pytest.raises(ExportError, match=why):
+        export_bundle(pipeline, tmp_path / "bundle", report=silent, **options)
+    assert list(tmp_path.iterdir()) == []
