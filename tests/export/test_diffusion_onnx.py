@@ -194,7 +194,7 @@ def test_of_what_torch_says_of_a_graph_one_line_is_shown(
 ) -> None:
     """It shows the whole of a graph that it cannot write."""
     with pytest.raises(ExportError, match=r"^optimum cannot trace the text_encoder: .*$") as refused:
-        graphs.trace(pipeline, tmp_path / os.fsdecode(b"\xff"), silent)
+        graphs.trace(pipeline, tmp_path / os.fsdecode(b"\xff"), (64, 64), silent)
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 600
 
 
