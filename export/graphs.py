@@ -43,7 +43,7 @@ def trace(pipeline: Any, folder: Path, size: tuple[int, int], report: Report) ->
         ExportError: a graph cannot be traced.
         OSError: the disk is full, for one.
     """
-    with quiet(), _sized(pipeline, size):
+    with quiet(), _made_for(size, pipeline):
         # Here, because importing it takes seconds that a refusal should not cost.
         from optimum.exporters.onnx.convert import export
         from optimum.exporters.utils import get_diffusion_models_for_export
@@ -55,7 +55,7 @@ def trace(pipeline: Any, folder: Path, size: tuple[int, int], report: Report) ->
     for name, (model, config) in models.items():
         began = time.perf_counter()
         try:
-            with quiet():
+            with quiet(), _made_for(size, pipeline):
                 # Validation is ours: the whole line is compared, not graph by graph on random inputs.
                 export(model, config=config, output=folder / name / "model.onnx")
         except OSError:
@@ -70,8 +70,8 @@ def trace(pipeline: Any, folder: Path, size: tuple[int, int], report: Report) ->
             model.config.save_pretrained(folder / name)
         for path in (folder / name).iterdir():
             path.chmod(0o644)  # onnx keeps weights beside a graph from other users
-        size = sum(path.stat().st_size for path in (folder / name).iterdir())
-        report(f"{name:<14} {time.perf_counter() - began:6.1f} s {size / 1e6:9.1f} MB")
+        written = sum(path.stat().st_size for path in (folder / name).iterdir())
+        report(f"{name:<14} {time.perf_counter() - began:6.1f} s {written / 1e6:9.1f} MB")
     for name in _COMPANIONS:
         if getattr(pipeline, name, None) is not None:
             getattr(pipeline, name).save_pretrained(folder / name)
@@ -99,19 +99,29 @@ def _mask_mildly(path: Path) -> None:
 
 
 @contextmanager
-def _sized(pipeline: Any, size: tuple[int, int]) -> Iterator[None]:
-    """In this block a transformer's config says the size that optimum, which reads it there, is to trace it at."""
+def _made_for(size: tuple[int, int], pipeline: Any) -> Iterator[None]:
+    """In this block a transformer is one for images of `size` = width, height. Its config says so, where optimum reads
+    the size to trace it at, and its table of positions, up to a gigabyte, is cut to what they take of it.
+    """
     name, denoiser = denoiser_of(pipeline)
     if name != "transformer":
         yield
         return
-    own = denoiser.config.sample_size
     width, height = (side // pipeline.vae_scale_factor for side in size)
+    embedding, own = denoiser.pos_embed, denoiser.config.sample_size
+    names = ("pos_embed", "pos_embed_max_size", "height", "width")
+    kept = {name: getattr(embedding, name) for name in names}
+    positions = embedding.cropped_pos_embed(height, width)
+    sides = (side // embedding.patch_size for side in (height, width))
     denoiser.register_to_config(sample_size=(height, width))
     try:
+        for name, value in zip(names, (positions, None, *sides), strict=True):
+            setattr(embedding, name, value)
         yield
     finally:
         denoiser.register_to_config(sample_size=own)
+        for name, value in kept.items():
+            setattr(embedding, name, value)
 
 
 def freeze(folder: Path, facts: Mapping[str, Any]) -> None:

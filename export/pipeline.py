@@ -427,6 +427,7 @@ def _refuse_unsupported(pipeline: Any) -> None:
         "a transformer that takes smaller states than the text encoders make": lambda: (
             v3 and denoiser.joint_attention_dim < sum(encoder.config.hidden_size for encoder in encoders)
         ),
+        "a transformer without a table of positions": lambda: v3 and not denoiser.pos_embed_max_size,
         "tokenizers of different lengths": lambda: (
             (xl or v3) and pipeline.tokenizer.model_max_length != pipeline.tokenizer_2.model_max_length
         ),

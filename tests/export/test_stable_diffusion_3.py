@@ -8,12 +8,13 @@ from typing import Any
 
 import diffusers
 import numpy as np
+import onnx
 import pytest
 import torch
 from diffusers import AutoencoderTiny, StableDiffusion3Pipeline
 from transformers import CLIPTextModel, T5Config, T5EncoderModel
 
-from edge_agent.bundle import Bundle
+from edge_agent.bundle import TRANSFORMER, Bundle
 from edge_agent.diffusion.generator import Generator, Step
 from edge_agent.diffusion.sessions import Runtime
 from edge_agent.reader import Reader
@@ -112,6 +113,15 @@ def test_previews_approach_the_image(exported: Path) -> None:
     assert len(apart) == 3 and apart == sorted(apart, reverse=True)
 
 
+def constants(graph: Path) -> set[tuple[int, ...]]:
+    """The shapes of what is constant in the graph, such as the table of positions."""
+    model = onnx.load(graph)
+    inside = [
+        attribute.t for node in model.graph.node for attribute in node.attribute if attribute.HasField("t")
+    ]
+    return {tuple(tensor.dims) for tensor in (*model.graph.initializer, *inside)}
+
+
 def test_a_size_of_its_own_and_fixed_shapes(pipeline: StableDiffusion3Pipeline, tmp_path: Path) -> None:
     """A transformer's positions are those of one size, which need not be the model's or square."""
     bundle = export_bundle(
@@ -129,6 +139,9 @@ def test_a_size_of_its_own_and_fixed_shapes(pipeline: StableDiffusion3Pipeline, 
     assert shapes["text_encoder"]["input_ids"] == (1, 77)
     assert json.loads((bundle.folder / "transformer" / "config.json").read_text())["sample_size"] == 8
     assert pipeline.transformer.config.sample_size == 8
+    assert pipeline.transformer.pos_embed.pos_embed.shape == (1, 12 * 12, 32)
+    assert (1, 4 * 6, 32) in constants(bundle.path(TRANSFORMER))
+    assert (1, 12 * 12, 32) not in constants(bundle.path(TRANSFORMER))
     reference = reference_image(pipeline, "two cats", "dog", 3, 2, 5.0, size=(96, 64))
     assert difference(generator, reference) <= 1e-3
 
