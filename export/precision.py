@@ -320,8 +320,7 @@ def _largest_value(graph: Path, feeds: Sequence[Feeds], scratch: Path) -> float:
         onnx.helper.make_tensor_value_info(end, onnx.TensorProto.FLOAT, None) for end in ends
     )
     watcher = scratch / graph.name
-    beside = model.ByteSize() > _LARGEST_GRAPH
-    onnx.save_model(model, watcher, save_as_external_data=beside, location=EXTERNAL_DATA)
+    onnx.save_model(model, watcher, save_as_external_data=_large(model), location=EXTERNAL_DATA)
     session = ort.InferenceSession(watcher, providers=["CPUExecutionProvider"])
     reader = _Feeds(graph, feeds)
     magnitudes = np.abs([session.run(None, inputs) for inputs in iter(reader.get_next, None)])
@@ -380,9 +379,13 @@ def _save(model: onnx.ModelProto, graph: Path) -> None:
     for stale in _external_files(graph):
         stale.unlink()
     partial = graph.with_suffix(".partial")
-    beside = model.ByteSize() > _LARGEST_GRAPH
-    onnx.save_model(model, partial, save_as_external_data=beside, location=EXTERNAL_DATA)
+    onnx.save_model(model, partial, save_as_external_data=_large(model), location=EXTERNAL_DATA)
     os.replace(partial, graph)
+
+
+def _large(model: onnx.ModelProto) -> bool:
+    """Whether its weights belong in a file of their own. Counted one by one: protobuf sizes no model above 2 GiB."""
+    return sum(len(tensor.raw_data) for tensor in model.graph.initializer) > _LARGEST_GRAPH
 
 
 def _external_files(graph: Path) -> set[Path]:
