@@ -57,7 +57,9 @@ def pipeline(model: str | os.PathLike[str], torch_dtype: Any, **options: Any) ->
                 parts[name] = part(kind, model, torch_dtype=torch_dtype, subfolder=name, **only, **hub)
             else:
                 parts[name] = _loaded(kind, model, subfolder=name, **hub)
-        return diffusers.DiffusionPipeline.from_pretrained(model, torch_dtype=torch_dtype, **parts, **options)
+        # Of its own class, which alone knows the parts that it can be without.
+        made = getattr(diffusers, str(index.get("_class_name")), diffusers.DiffusionPipeline)
+        return made.from_pretrained(model, torch_dtype=torch_dtype, **parts, **options)
 
 
 def part(kind: Any, model: str | os.PathLike[str], **options: Any) -> Any:
@@ -81,11 +83,11 @@ def check_index(index: Any) -> None:
     needed, others = _parameters(index)
     for name in sorted((needed | others) & index.keys()):
         made = index[name]
-        absent = made is None or (name in others and not isinstance(made, (list, tuple)))
+        absent = name in others and not isinstance(made, (list, tuple))
         if not absent and not _is_pair(made):
             raise ValueError(
-                f'{file}: {name} must be a library and a class, such as ["diffusers", "PNDMScheduler"], not '
-                f"{made!r:.60}"
+                f'{file}: {name} must be a library and a class, such as ["diffusers", "PNDMScheduler"], or for none '
+                f"[null, null], not {json.dumps(made):.60}"
             )
 
 

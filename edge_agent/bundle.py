@@ -144,9 +144,8 @@ class Facts:
     steps: tuple[int, ...]  # the step counts that are compiled
     text_tokens: int  # positions the text encoder sees, padding included
     text_hidden: int  # size of one token's state, which drives the denoiser and which the predictor reads
-    text_output: (
-        str  # the text encoder's output that is that state, or its first part where there are two encoders
-    )
+    # The text encoder's output that is that state, or its first part where there are two encoders.
+    text_output: str
     added: AddedConditioning | None = None  # Stable Diffusion XL
     joint: JointConditioning | None = None  # Stable Diffusion 3
     # Size of the guidance scale's embedding, where the denoiser takes it as an input instead of a second pass

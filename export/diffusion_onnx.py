@@ -75,8 +75,8 @@ def export_bundle(
     """Write the bundle folder `out` and return it opened.
 
     Args:
-        model: a pipeline, a folder that diffusers saved, or a hub id. A pipeline is left as it is, but moved to
-            the CPU in float32.
+        model: a pipeline, a folder that diffusers saved, or a hub id. A pipeline is left as it is, but for being on
+            the CPU in float32, and for what tracing notes in its configs.
         steps: the step counts to compile; the first is the default. One that suits the pipeline's class if None.
         guidance: the default guidance scale; the default of the pipeline's class if None.
         scheduler: another than the model's own, see `export.scheduler`.
@@ -382,7 +382,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--steps",
         type=_counts,
-        help="step counts to compile, the first is the default: 25,50; by default 25, for latent consistency models 4",
+        help="step counts to compile, the first is the default: 25,50; by default 25, for Stable Diffusion 3 28, for "
+        "latent consistency models 4",
     )
     parser.add_argument(
         "--guidance",
@@ -432,8 +433,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--without-t5",
         action="store_true",
-        help="leave out the third text encoder of Stable Diffusion 3, which is larger than the rest; the model was "
-        "trained to do without",
+        help="leave out the third text encoder of Stable Diffusion 3, a T5 of 4.8 billion weights, which the edge does "
+        "not run; the model was trained to do without",
     )
     parser.add_argument("--name", help="name in the manifest; the model's own by default")
     parser.add_argument("--licence", default="unknown", help="licence in the manifest, as an SPDX id")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import logging
 import math
@@ -48,6 +49,7 @@ class Kind:
 
 _PARTS = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
 _SECOND = ("tokenizer_2", "text_encoder_2")
+_OUT_OF_3 = ("tokenizer_3", "text_encoder_3", "image_encoder", "feature_extractor")
 
 KINDS: dict[type, Kind] = {
     StableDiffusionPipeline: Kind(_PARTS, steps=25, guidance=7.5),
@@ -112,7 +114,12 @@ def prepared(
     pipeline = copy.copy(pipeline)
     if isinstance(pipeline, StableDiffusion3Pipeline):
         _refuse_t5(pipeline.text_encoder_3 is not None, without_t5)
-        pipeline.text_encoder_3 = pipeline.tokenizer_3 = None
+        for part in _OUT_OF_3:
+            setattr(pipeline, part, None)
+    elif without_t5:
+        raise ExportError(
+            f"--without-t5 is for Stable Diffusion 3; {type(pipeline).__name__} has no third text encoder"
+        )
     with quiet():
         pipeline.to("cpu", torch.float32)
     pipeline.set_progress_bar_config(disable=True)
@@ -152,38 +159,38 @@ def refuse_large(size: tuple[int, int]) -> None:
 def size_of(pipeline: Any, size: tuple[int, int] | None) -> tuple[int, int]:
     """Width and height in pixels: `size`, or the pipeline's own.
 
-    Raises ExportError when the denoiser cannot halve it as often as it does, it is above MAX_SIDE or what the denoiser
+    Raises ExportError when the denoiser cannot halve it as often as it does, it is above MAX_SIDE or what a transformer
     has positions for, or the pipeline does not name its own.
     """
     part, denoiser = denoiser_of(pipeline)
+    transformer = part == "transformer"
     factor, own = pipeline.vae_scale_factor, denoiser.config.sample_size
     file = _file(pipeline, part, "config.json")
     height, width = sides = tuple(own) if isinstance(own, (list, tuple)) and len(own) == 2 else (own, own)
     # Whatever is asked for: optimum traces at the model's own.
     if own is not None and not all(type(side) is int and side > 0 for side in sides):
+        null = "" if transformer else ", or null, and name the image's with --size WIDTHxHEIGHT"
         raise ExportError(
-            f"{file}: a sample_size of {own!r:.40} is none: write the side of the latents, or null, and name the "
-            "image's with --size WIDTHxHEIGHT"
+            f"{file}: a sample_size of {own!r:.40} is none: write the side of the latents{null}"
         )
-    if size is None:
-        if own is None:
-            raise ExportError(f"{file} names no sample_size: name the image's with --size WIDTHxHEIGHT")
-        refuse_large((width * factor, height * factor))
-        return width * factor, height * factor
-    refuse_large(size)
+    if size is None and own is None:
+        raise ExportError(f"{file} names no sample_size: name the image's with --size WIDTHxHEIGHT")
+    wanted = size or (width * factor, height * factor)
+    refuse_large(wanted)
+    if size is None and not transformer:
+        return wanted
     config = denoiser.config
-    finest = config.patch_size if part == "transformer" else 2 ** (len(config.block_out_channels) - 1)
-    multiple = factor * finest
-    if any(side < multiple or side % multiple for side in size):
+    multiple = factor * (config.patch_size if transformer else 2 ** (len(config.block_out_channels) - 1))
+    most = multiple * config.pos_embed_max_size if transformer else MAX_SIDE
+    what = f"a size of {wanted[0]}x{wanted[1]}" + ("" if size else f", as {file} names it,")
+    if any(side < multiple or side % multiple for side in wanted):
         raise ExportError(
-            f"a size of {size[0]}x{size[1]} does not work: width and height must be multiples of {multiple} for this "
-            f"model, such as {_nearest(size[0], multiple)}x{_nearest(size[1], multiple)}"
+            f"{what} does not work: width and height must be multiples of {multiple} for this model, such as "
+            f"{_nearest(wanted[0], multiple)}x{_nearest(wanted[1], multiple)}"
         )
-    if part == "transformer" and max(size) > (most := multiple * config.pos_embed_max_size):
-        raise ExportError(
-            f"a size of {size[0]}x{size[1]} does not work: this model knows positions up to {most}x{most}"
-        )
-    return size
+    if max(wanted) > most:
+        raise ExportError(f"{what} does not work: this model knows positions up to {most}x{most}")
+    return wanted
 
 
 def denoiser_of(pipeline: Any) -> tuple[str, Any]:
@@ -193,21 +200,38 @@ def denoiser_of(pipeline: Any) -> tuple[str, Any]:
 
 
 def loop_of(pipeline: Any, size: tuple[int, int]) -> Loop:
-    """How `pipeline` drives its scheduler for images of `size` = width, height."""
+    """How `pipeline` drives its scheduler for images of `size` = width, height.
+
+    Raises ExportError where it cannot shift its timesteps by the size as its config says.
+    """
     loop, config = kind(pipeline).loop, pipeline.scheduler.config
     if loop.scales or not config.get("use_dynamic_shifting"):
         return loop
+    name = type(pipeline.scheduler).__name__
+    if "mu" not in inspect.signature(pipeline.scheduler.set_timesteps).parameters:
+        raise ExportError(
+            f"{name} does not shift its timesteps by the size, which the model's scheduler_config.json asks for with "
+            "use_dynamic_shifting; name another with --scheduler, such as FlowMatchEulerDiscrete"
+        )
     patch = pipeline.vae_scale_factor * pipeline.transformer.config.patch_size
-    own = {
-        "base_seq_len": "base_image_seq_len",
-        "max_seq_len": "max_image_seq_len",
-        "base_shift": "base_shift",
-        "max_shift": "max_shift",
-    }
-    shifts = {
-        name: config[key] for name, key in own.items() if key in config
-    }  # diffusers' own where it names none
-    return replace(loop, mu=calculate_shift((size[0] // patch) * (size[1] // patch), **shifts))
+    # With what the pipeline itself takes where the config names nothing.
+    shifts = [
+        config.get(key, default)
+        for key, default in (
+            ("base_image_seq_len", 256),
+            ("max_image_seq_len", 4096),
+            ("base_shift", 0.5),
+            ("max_shift", 1.16),
+        )
+    ]
+    try:
+        mu = float(calculate_shift((size[0] // patch) * (size[1] // patch), *shifts))
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ExportError(
+            f"{name} cannot shift its timesteps by the size: base_image_seq_len, max_image_seq_len, base_shift and "
+            f"max_shift of its config are {', '.join(map(repr, shifts))}; write numbers, the first two apart"
+        ) from error
+    return replace(loop, mu=mu)
 
 
 def facts(pipeline: Any, size: tuple[int, int]) -> dict[str, Any]:
@@ -325,9 +349,9 @@ def _names(index: dict[str, Any], part: str) -> bool:
 def _refuse_t5(there: bool, without_t5: bool) -> None:
     if there and not without_t5:
         raise ExportError(
-            "the third text encoder of Stable Diffusion 3, a T5, is larger than the rest of the model and is not "
-            "supported: leave it out with --without-t5, as the model was trained to do without; it then reads long "
-            "prompts less closely, and hardly writes words"
+            "the third text encoder of Stable Diffusion 3, a T5 of 4.8 billion weights, is not supported: leave it out "
+            "with --without-t5, as the model was trained to do without; it then reads long prompts less closely, and "
+            "hardly writes words"
         )
 
 
@@ -394,7 +418,7 @@ def _left_out(index: dict[str, Any], without_t5: bool) -> dict[str, Any]:
     """What the edge does not run need be neither there nor loaded."""
     if index["_class_name"] == StableDiffusion3Pipeline.__name__:
         _refuse_t5(_names(index, "text_encoder_3"), without_t5)
-        return dict.fromkeys(("image_encoder", "feature_extractor", "tokenizer_3", "text_encoder_3"))
+        return dict.fromkeys(_OUT_OF_3)
     if index["_class_name"] == StableDiffusionXLPipeline.__name__:
         return {}
     return {"safety_checker": None, "feature_extractor": None}  # the second serves the first alone
@@ -432,7 +456,9 @@ def _refuse_unsupported(pipeline: Any) -> None:
             (xl or v3) and pipeline.tokenizer.model_max_length != pipeline.tokenizer_2.model_max_length
         ),
         "input channels other than the latents'": lambda: denoiser.in_channels != vae.latent_channels,
-        "a predicted variance": lambda: denoiser.out_channels != denoiser.in_channels,
+        "a predicted variance": lambda: (
+            (denoiser.out_channels or denoiser.in_channels) != denoiser.in_channels
+        ),
         "an autoencoder with a mean and deviation of its own for each channel": lambda: vae.get(
             "latents_std"
         ),

@@ -34,10 +34,7 @@ from transformers.models.clip.tokenization_clip import bytes_to_unicode
 TOKENS = 77
 HIDDEN = 32
 HIDDEN_2, POOLED = 24, 16  # of the second text encoder of Stable Diffusion XL and 3
-JOINT, POOLED_1 = (
-    64,
-    8,
-)  # of what Stable Diffusion 3's transformer reads, and of the first text encoder's vector
+POOLED_1, JOINT = 8, 64  # of the first text encoder of Stable Diffusion 3, and of what its transformer reads
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 

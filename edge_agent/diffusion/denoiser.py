@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from edge_agent.bundle import Bundle
 from edge_agent.diffusion.sessions import Runtime, Session, Stop
 from edge_agent.diffusion.text_encoder import TextStates
+from edge_agent.errors import BundleError
 
 Floats = NDArray[np.float32]
 
@@ -60,6 +61,12 @@ class Denoiser:
             states = (None, self._joint.positions, self._joint.hidden)
             self._session.expect(timestep=(None,))
         self._session.expect(encoder_hidden_states=states, **{self._latents: latents, output: latents})
+        # What a manifest alone says, nobody has weights for: it could ask for more than the memory.
+        if (
+            self._joint is not None
+            and self._session.shapes["encoder_hidden_states"][-1] != self._joint.hidden
+        ):
+            raise BundleError(f"{self._session.path} does not say what size of a token's state it takes")
         if facts.guidance_embedding is not None:
             self._session.expect(timestep_cond=(None, facts.guidance_embedding))
         if facts.added is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,18 @@ import torch
 from diffusers import AutoencoderTiny, StableDiffusion3Pipeline
 from transformers import CLIPTextModel, T5Config, T5EncoderModel
 
-from edge_agent.bundle import TRANSFORMER, Bundle
+from edge_agent.bundle import TRANSFORMER, Bundle, write_manifest
 from edge_agent.diffusion.generator import Generator, Step
 from edge_agent.diffusion.sessions import Runtime
+from edge_agent.errors import BundleError
 from edge_agent.reader import Reader
 from export import diffusion_onnx
 from export.diffusion_onnx import export_bundle, main
 from export.errors import ExportError
-from export.pipeline import loop_of
+from export.pipeline import load, loop_of, prepared
 from export.reference import difference, reference_image
-from tests.miniature import miniature_v3
+from export.schedule import NotLinear, compile_schedule
+from tests.miniature import miniature_pipeline, miniature_v3
 
 
 def silent(_line: str) -> None:
@@ -67,6 +71,59 @@ def test_a_folder_with_the_third_text_encoder_is_exported_without_it_when_that_i
     assert not any("_3" in name for name in bundle.manifest.files)
     reference = reference_image(pipeline, "two cats", "dog", 3, 2, 5.0)
     assert difference(Generator(bundle, Runtime(threads=1)), reference) <= 1e-3
+
+
+def test_what_is_made_of_images_need_not_be_there(pipeline: StableDiffusion3Pipeline, tmp_path: Path) -> None:
+    """Nor does the bundle name it, for optimum's pipeline would look for it."""
+    pipeline.save_pretrained(tmp_path / "model")
+    index = tmp_path / "model" / "model_index.json"
+    named = {
+        "image_encoder": ["transformers", "SiglipVisionModel"],
+        "feature_extractor": ["transformers", "SiglipImageProcessor"],
+    }
+    index.write_text(json.dumps(json.loads(index.read_text()) | named))
+    export_bundle(tmp_path / "model", tmp_path / "bundle", steps=(2,), report=silent)
+    written = json.loads((tmp_path / "bundle" / "model_index.json").read_text())
+    assert [written[part] for part in named] == [[None, None]] * 2
+
+
+@pytest.mark.parametrize("without_t5", [False, True])
+def test_a_third_text_encoder_that_is_null_says_what_to_write(
+    pipeline: StableDiffusion3Pipeline, tmp_path: Path, without_t5: bool
+) -> None:
+    pipeline.save_pretrained(tmp_path / "model")
+    index = tmp_path / "model" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"text_encoder_3": None}))
+    with pytest.raises(ExportError, match=r"text_encoder_3 must be .* or for none \[null, null\], not null"):
+        load(tmp_path / "model", without_t5=without_t5)
+
+
+def test_no_other_class_has_a_third_text_encoder_to_leave_out(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="--without-t5 is for Stable Diffusion 3; StableDiffusionPipeline"):
+        export_bundle(miniature_pipeline(), tmp_path / "bundle", without_t5=True, report=silent)
+
+
+def test_a_bundle_inside_of_another_is_refused(pipeline: StableDiffusion3Pipeline, exported: Path) -> None:
+    with pytest.raises(ExportError, match="lies in the bundle"):
+        export_bundle(pipeline, exported / "more", report=silent)
+
+
+def test_a_manifest_that_asks_for_more_than_the_transformer_has_weights_for_is_refused(
+    exported: Path, tmp_path: Path
+) -> None:
+    """Also where the graph leaves the size open: a token's state of 2 GiB would be filled with zeros."""
+    folder = Path(shutil.copytree(exported, tmp_path / "bundle"))
+    joint = replace(Bundle.open(folder).manifest.joint, hidden=2**29)
+    write_manifest(folder, joint=joint)
+    with pytest.raises(BundleError, match="the manifest asks for"):
+        Generator(Bundle.open(folder))
+    graph = onnx.load(folder / TRANSFORMER)
+    states = next(one for one in graph.graph.input if one.name == "encoder_hidden_states")
+    states.type.tensor_type.shape.dim[2].dim_param = "hidden"
+    onnx.save(graph, folder / TRANSFORMER)
+    write_manifest(folder)
+    with pytest.raises(BundleError, match="does not say what size of a token's state it takes"):
+        Generator(Bundle.open(folder))
 
 
 def test_a_pipeline_keeps_the_third_text_encoder_that_its_export_leaves_out(
@@ -180,9 +237,70 @@ def test_the_scheduler_is_shifted_by_the_size_where_it_says_so(
     assert difference(Generator(bundle, Runtime(threads=1)), reference) <= 1e-3
 
 
+def test_a_scheduler_that_names_no_shifts_is_shifted_as_the_pipeline_shifts_it(
+    pipeline: StableDiffusion3Pipeline,
+) -> None:
+    pipeline.scheduler = diffusers.UniPCMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", use_dynamic_shifting=True
+    )
+    compiled = compile_schedule(pipeline.scheduler, 3, loop_of(pipeline, (192, 192)))
+    reference_image(pipeline, "two cats", "dog", 3, 3, 5.0, size=(192, 192))
+    assert compiled.timesteps == tuple(pipeline.scheduler.timesteps.tolist())
+
+
+@pytest.mark.parametrize(
+    ("made", "config", "why"),
+    [
+        (
+            diffusers.FlowMatchEulerDiscreteScheduler,
+            {"base_image_seq_len": 4096},
+            "cannot shift its timesteps by the size: .* are 4096, 4096, 0.5, 1.15; write numbers",
+        ),
+        (
+            diffusers.FlowMatchEulerDiscreteScheduler,
+            {"max_shift": None},
+            "cannot shift its timesteps by the size: .* are 256, 4096, 0.5, None; write numbers",
+        ),
+        (
+            diffusers.FlowMatchHeunDiscreteScheduler,
+            {},
+            "does not shift its timesteps by the size, .* such as Flow",
+        ),
+    ],
+)
+def test_a_shift_by_size_that_cannot_be_is_refused(
+    pipeline: StableDiffusion3Pipeline, tmp_path: Path, made: Any, config: dict[str, Any], why: str
+) -> None:
+    pipeline.scheduler = made()
+    pipeline.scheduler.register_to_config(use_dynamic_shifting=True, **config)
+    with pytest.raises(ExportError, match=f"{made.__name__} {why}"):
+        export_bundle(pipeline, tmp_path / "bundle", report=silent)
+
+
+def test_noise_that_no_seed_repeats_is_refused(pipeline: StableDiffusion3Pipeline, tmp_path: Path) -> None:
+    """The pipeline hands its generator to no scheduler."""
+    pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+    with pytest.raises(NotLinear):
+        export_bundle(pipeline, tmp_path / "bundle", steps=(3,), report=silent)
+
+
+def test_channels_that_the_transformer_leaves_open_are_the_latents(
+    pipeline: StableDiffusion3Pipeline,
+) -> None:
+    pipeline.transformer.register_to_config(out_channels=None)
+    prepared(pipeline)
+
+
 @pytest.mark.parametrize(
     ("part", "change", "why"),
     [
+        (
+            "transformer",
+            {"sample_size": 7},
+            r"a size of 56x56, as transformer/config\.json names it, does not work: .* such as 64x64",
+        ),
+        ("transformer", {"sample_size": 26}, "a size of 208x208, .* knows positions up to 192x192"),
+        ("transformer", {"pos_embed_max_size": None}, "without a table of positions is not supported"),
         ("vae", {"shift_factor": None}, "must name a shift_factor, a number, not None"),
         ("vae", {"scaling_factor": 0}, "must name a scaling_factor, a number other than 0, not 0"),
         ("transformer", {"joint_attention_dim": 48}, "smaller states than the text encoders make"),
