@@ -190,6 +190,7 @@ def export_bundle(
             from export import precision  # here: a float32 export need not wait for its tools
 
             report(f"turning the bundle into {dtype}")
+            del loaded, pipeline  # whose memory the tools have use for
             prompts = prompts or precision.CALIBRATION_PROMPTS
             precision.shrink(partial, dtype, keep=keep, prompts=prompts, report=report)
         _open_to_all(partial)

@@ -321,6 +321,7 @@ def _largest_value(graph: Path, feeds: Sequence[Feeds], scratch: Path) -> float:
     )
     watcher = scratch / graph.name
     onnx.save_model(model, watcher, save_as_external_data=_large(model), location=EXTERNAL_DATA)
+    del model  # gigabytes, which the session has once more
     session = ort.InferenceSession(watcher, providers=["CPUExecutionProvider"])
     reader = _Feeds(graph, feeds)
     magnitudes = np.abs([session.run(None, inputs) for inputs in iter(reader.get_next, None)])
