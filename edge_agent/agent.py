@@ -206,6 +206,7 @@ class Agent:
         """An agent with other models and the same device, purchases and tally. This one ends what it has begun."""
         models.reader.succeed(self.reader)
         self.models.succeed()
+        self.device.measure_anew()
         return Agent(models, self.device, self.purchases, self._terms, self.tally)
 
     def close(self) -> None:

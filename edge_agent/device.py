@@ -111,13 +111,26 @@ class Drawing:
             self._deadline.cancel()
 
 
+class _Pace:
+    """How long the images of one bundle's models take."""
+
+    def __init__(self) -> None:
+        self.image_s = _GUESS_S
+        self._measured = False
+
+    def measure(self, image_s: float) -> None:
+        """Count an image in."""
+        self.image_s = (1 - _RECENT) * self.image_s + _RECENT * image_s if self._measured else image_s
+        self._measured = True
+
+
 class Device:
     """One worker thread, so that the local models, whichever they are, make one image at a time."""
 
     def __init__(self, max_queue: int) -> None:
         self.max_queue = max_queue
         self.images = 0  # waiting or in the making
-        self._image_s: float | None = None
+        self._pace = _Pace()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="device")
 
     @property
@@ -127,18 +140,22 @@ class Device:
 
     def expected_s(self) -> float:
         """How long an image that came now would take, the queue before it included."""
-        return (self._image_s or _GUESS_S) * (self.images + 1)
+        return self._pace.image_s * (self.images + 1)
+
+    def measure_anew(self) -> None:
+        """Other models make the images that come from now on: what those before took says nothing of theirs."""
+        self._pace = _Pace()
 
     def begin(self, job: Job) -> Drawing:
         """Take the job into the queue. Needs a running event loop. Raises Busy when the queue is full."""
         if self.images > self.max_queue:
             raise Busy(
                 f"{self.waiting} images are waiting on this device, as many as its queue holds; try again later",
-                retry_after_s=self._image_s or _GUESS_S,
+                retry_after_s=self._pace.image_s,
             )
         drawing = Drawing(job, self.images)
         self.images += 1
-        drawing.start(self._worker.submit(self._work, drawing, time.perf_counter()), self._left)
+        drawing.start(self._worker.submit(self._work, drawing, self._pace, time.perf_counter()), self._left)
         return drawing
 
     async def close(self) -> None:
@@ -148,7 +165,7 @@ class Device:
     def _left(self) -> None:
         self.images -= 1
 
-    def _work(self, drawing: Drawing, asked: float) -> Drawn | None:
+    def _work(self, drawing: Drawing, pace: _Pace, asked: float) -> Drawn | None:
         """In the worker thread: the whole image, or None when whoever has begun it has gone.
 
         What it raises reaches them too, a panic in a native library included.
@@ -171,7 +188,7 @@ class Device:
                     decoded = time.perf_counter()
                     png = encode_png(event.pixels)
                     done = time.perf_counter()
-                    self._image_s = _mean(self._image_s, done - began)
+                    pace.measure(done - began)
                     timings_ms = {
                         "queue": (began - asked) * 1e3,
                         "denoise": (stepped - began) * 1e3,
@@ -187,7 +204,3 @@ class Device:
                     drawing.tell(Progress(event.k, event.n, preview))
                     told = stepped
         return None
-
-
-def _mean(before: float | None, newest: float) -> float:
-    return newest if before is None else (1 - _RECENT) * before + _RECENT * newest

@@ -55,3 +55,26 @@ async def test_what_was_cancelled_in_the_queue_holds_no_token_states_until_its_t
         *_, last = [event async for event in events]
     assert isinstance(last, Drawn)
     await device.close()
+
+
+async def test_what_an_image_takes_is_forgotten_with_the_models_that_took_it() -> None:
+    """Also by an image of theirs that ends later."""
+    generator = Generator(Bundle.open(STARTER), Runtime(threads=1))
+    _, states = generator.encode("a cat")
+    device = Device(max_queue=0)
+    guess = device.expected_s()
+
+    async def draw() -> None:
+        drawing = device.begin(Job(generator, states, states, 1, 4, 1.0, previews=False, deadline=None))
+        async with aclosing(drawing.events()) as events:
+            async for _ in events:
+                pass
+
+    await draw()
+    assert device.expected_s() != guess
+    late = asyncio.create_task(draw())
+    await asyncio.sleep(0)  # it has begun
+    device.measure_anew()
+    await late
+    assert device.expected_s() == guess
+    await device.close()

@@ -181,6 +181,19 @@ async def test_the_empty_negative_prompt_is_read_once_for_each_bundle(
     assert here.daemon.agent._nothing_negative is not kept
 
 
+async def test_what_an_image_takes_is_measured_anew_for_other_models(
+    here: Here, chosen: Path, other_bundle: Path
+) -> None:
+    agent = here.daemon.agent
+    assert agent is not None
+    guess = agent.device.expected_s()
+    await here.app.generate()
+    assert agent.device.expected_s() != guess
+    choose(chosen, other_bundle)
+    await reload(here)
+    assert agent.device.expected_s() == guess
+
+
 async def test_zero_keeps_them_for_good(routed_bundle: Path, tmp_path: Path) -> None:
     async with daemon_here(routed_bundle, tmp_path, keep_alive_s=0) as here:
         await here.app.generate()
