@@ -90,14 +90,17 @@ def decide(
     wish down here: the call, or the ledger's refusal of it, does, and says more. Nor does a calibration for
     other models: nothing is compared.
 
-    Raises PolicyConflict for a `cloud_only` that cannot be: privacy is local_only, or no cloud is configured.
+    Raises PolicyConflict for a `cloud_only` where no cloud is configured.
     Raises ValueError when calibrated without a PRS and an alpha.
     """
-    if routing is Routing.CLOUD_ONLY:
-        _check_cloud_only(privacy, cloud_configured=cloud_configured)
-        return "cloud", Reason.CLOUD_ONLY
     if routing is Routing.LOCAL_ONLY or privacy is Privacy.LOCAL_ONLY:
         return "edge", Reason.LOCAL_ONLY
+    if routing is Routing.CLOUD_ONLY:
+        if not cloud_configured:
+            raise PolicyConflict(
+                "cloud_only was asked, but no cloud is configured; start the daemon with --cloud"
+            )
+        return "cloud", Reason.CLOUD_ONLY
     if not calibrated:
         return "edge", Reason.UNCALIBRATED
     if prs is None or alpha is None:
@@ -109,14 +112,3 @@ def decide(
     if not quota_allows:
         return "edge", Reason.QUOTA_EXHAUSTED
     return "cloud", Reason.PARETO_CLOUD
-
-
-def _check_cloud_only(privacy: Privacy, *, cloud_configured: bool) -> None:
-    if privacy is Privacy.LOCAL_ONLY:
-        raise PolicyConflict(
-            "cloud_only was asked for a prompt that may not leave the device; drop one of the two"
-        )
-    if not cloud_configured:
-        raise PolicyConflict(
-            "cloud_only was asked, but no cloud is configured; start the daemon with --cloud"
-        )

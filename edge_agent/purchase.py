@@ -13,7 +13,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from datetime import datetime, timezone
 from typing import Any
@@ -97,15 +97,13 @@ class Purchases:
         request = request._replace(request_id=key)
         return Purchase(self, self.cloud, request, ceiling_micro_usd, timeout_s, deadline)
 
-    async def advice(self, ceiling_micro_usd: int) -> list[str]:
-        """One sentence for each thing that keeps calls of this ceiling, or what was set aside, from their end.
+    async def advice(self, ceiling_micro_usd: int, unresolved: Sequence[Reservation]) -> list[str]:
+        """One sentence for each thing that keeps calls of this ceiling, or what is `unresolved`, from their end.
 
         Raises LedgerError.
         """
         found = []
-        if lost := [
-            left for left in await asyncio.to_thread(self.ledger.unresolved) if not self._knows(left)
-        ]:
+        if lost := [left for left in unresolved if not self._knows(left)]:
             clouds = ", ".join(sorted({reservation.cloud for reservation in lost}))
             found.append(
                 f"{len(lost)} cloud calls of unknown outcome count as spent, and only the cloud server that they "

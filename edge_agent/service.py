@@ -31,7 +31,7 @@ from edge_agent.errors import (
 )
 from edge_agent.image import Progress
 from edge_agent.policy import Decision, Reason, Route
-from edge_agent.quota import BudgetState
+from edge_agent.quota import BudgetState, Reservation
 from edge_agent.request import MAX_ID_CHARS, MEDIA_TYPE, ImageRequest, Privacy, Routing
 from edge_agent.superiority import METRICS
 from routet2i.edge.v1 import edge_pb2, edge_pb2_grpc
@@ -207,10 +207,10 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
         """What the daemon is doing, and what to do when it is not routing."""
         async with self._call(request, context, {"rpc": "GetStatus"}) as agent:
             reader, cloud = agent.reader, agent.purchases.cloud
-            unresolved, of_quota = 0, list[str]()
+            unresolved, of_quota = list[Reservation](), list[str]()
             with suppress(LedgerError):  # the agent's advice says so
-                unresolved = len(await asyncio.to_thread(agent.purchases.ledger.unresolved))
-                of_quota = await agent.purchases.advice(agent.max_price_micro_usd)
+                unresolved = await asyncio.to_thread(agent.purchases.ledger.unresolved)
+                of_quota = await agent.purchases.advice(agent.max_price_micro_usd, unresolved)
             return edge_pb2.GetStatusResponse(
                 version=version(),
                 uptime_seconds=time.monotonic() - self._started,
@@ -228,7 +228,7 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
                 served_by_edge=agent.tally.served["edge"],
                 served_by_cloud=agent.tally.served["cloud"],
                 fallbacks=agent.tally.fallbacks,
-                unresolved_reservations=unresolved,
+                unresolved_reservations=len(unresolved),
                 advice=[*agent.advice, *of_quota],
                 providers=[
                     edge_pb2.Provider(
