@@ -138,7 +138,11 @@ def _list(options: argparse.Namespace) -> int:
     models = [_summary(store, name, current, served) for name in store.names()]
     unfinished = {name: size for name, size in store.unfinished().items() if name not in store.names()}
     models += [
-        _damaged(store.partial(name), name, "not pulled to its end; the same pull goes on with it")
+        _damaged(
+            store.partial(name),
+            name,
+            f"not pulled to its end; the same pull goes on with it, `edge-agent models remove {name}` throws it away",
+        )
         | {"bytes": size}
         for name, size in unfinished.items()
     ]

@@ -42,6 +42,7 @@ from edge_agent.errors import (
     NewerBundle,
     NotABundle,
     PullFailed,
+    RouteT2IError,
     SourceLied,
     SourceRefused,
     SourceUnreachable,
@@ -180,11 +181,12 @@ def pull(
                         fetched += new
                         yield Fetched(path, done + size, manifest.total_bytes, trouble)
                     done += entry.bytes
-        except (SourceUnreachable, StoreError) as error:
-            raise type(error)(
-                f"{error.message}. What has come so far is kept: the same command goes on where this one stopped"
-            ) from error
-        bundle = store.install(name)
+        except (PullFailed, StoreError) as error:
+            raise type(error)(f"{error.message}{_left(partial, manifest, name, error)}") from error
+        try:
+            bundle = store.install(name)
+        except BundleError as error:
+            raise type(error)(f"{error.message}{_left(partial, manifest, name, error)}") from error
     yield Pulled(name, bundle, fetched, was_installed=False)
 
 
@@ -250,6 +252,16 @@ def _prepare(partial: Path, text: bytes, kept: set[str]) -> None:
         file.write(text)
         _settle(file)
     os.replace(new, partial / MANIFEST)
+
+
+def _left(partial: Path, manifest: Manifest, name: str, error: RouteT2IError) -> str:
+    """What `error` says of what has come so far; where that is nothing, it is not kept."""
+    if not any(_size(partial / path) for path in manifest.files):
+        shutil.rmtree(partial, ignore_errors=True)
+        return ""
+    if isinstance(error, (SourceUnreachable, StoreError)):
+        return ". What has come so far is kept: the same command goes on where this one stopped"
+    return f". What has come so far is kept for another try; `edge-agent models remove {name}` throws it away"
 
 
 def _check_room(store: Store, needed: int, manifest: Manifest, free: int) -> None:

@@ -64,7 +64,8 @@ class Store:
         if not there:
             if name in self.unfinished():
                 raise StoreError(
-                    f"{name} is not pulled to its end; the same `edge-agent models pull` goes on with it"
+                    f"{name} is not pulled to its end; the same `edge-agent models pull` goes on with it, "
+                    f"`edge-agent models remove {name}` throws it away"
                 )
             raise StoreError(
                 f"there is no model {name!r} in {self.folder}; there are {', '.join(self.names())}. "

@@ -31,6 +31,7 @@ from edge_agent.bundle import (
     SCHEMA_VERSION,
     TEXT_ENCODER,
     Bundle,
+    schedule_file,
     write_manifest,
 )
 from edge_agent.errors import (
@@ -236,7 +237,7 @@ def test_a_server_that_lies_is_found_out_and_what_was_right_is_kept(
     web: Web, store: Store, hollow: Path, manner: str, words: str
 ) -> None:
     web.misbehave(manner, at=DENOISER)
-    with pytest.raises(SourceLied, match=words):
+    with pytest.raises(SourceLied, match=rf"{words}.*is kept for another try; .*models remove hollow"):
         fetch(source(web), store)
     assert_nothing_shows(store)
     assert store.unfinished()["hollow"] <= TOTAL + (hollow / MANIFEST).stat().st_size
@@ -244,6 +245,17 @@ def test_a_server_that_lies_is_found_out_and_what_was_right_is_kept(
     fetch(source(web), store)
     assert web.sent(TEXT_ENCODER) == SIZES[TEXT_ENCODER]
     assert same(store.folder / "hollow", hollow)
+
+
+@pytest.mark.parametrize(("manner", "kind"), [("wrong", SourceLied), ("status", SourceRefused)])
+def test_of_a_refused_pull_that_brought_nothing_nothing_is_left(
+    web: Web, store: Store, manner: str, kind: type[PullFailed]
+) -> None:
+    web.misbehave(manner, at=schedule_file(4), code=404)  # the first that is asked for
+    with pytest.raises(kind) as raised:
+        fetch(source(web), store)
+    assert "kept" not in raised.value.message
+    assert list((store.folder / ".partial").iterdir()) == []
 
 
 def test_a_part_that_begins_beyond_all_numbers_is_another_than_was_asked_for(web: Web, store: Store) -> None:
