@@ -84,6 +84,11 @@ def check_index(index: Any) -> None:
     for name in sorted((needed | others) & index.keys()):
         made = index[name]
         absent = name in others and not isinstance(made, (list, tuple))
+        if _is_pair(made) and (library := LIBRARIES.get(made[0])) and not hasattr(library[0], made[1]):
+            raise ValueError(
+                f"{file} names {made[1]} as {name}, which {made[0]} {library[0].__version__} does not have: name "
+                "another class, or install a version that has it"
+            )
         if not absent and not _is_pair(made):
             raise ValueError(
                 f'{file}: {name} must be a library and a class, such as ["diffusers", "PNDMScheduler"], or for none '
@@ -119,7 +124,10 @@ def _loaded(kind: Any, model: str | os.PathLike[str], **options: Any) -> Any:
         if folder.is_dir() and issubclass(kind, transformers.PreTrainedTokenizerBase):
             _explain_tokenizer(kind, folder)
         where = folder if folder.is_dir() else folder.as_posix()
-        raise ValueError(f"{where} cannot be loaded: {reason(error)[:_LONGEST_REASON]}") from error
+        why = reason(error)[:_LONGEST_REASON]
+        if folder.is_dir() and issubclass(kind, diffusers.SchedulerMixin):  # which is nothing but its config
+            raise ValueError(f"{folder / kind.config_name} makes no {kind.__name__}: {why}") from error
+        raise ValueError(f"{where} cannot be loaded: {why}") from error
 
 
 def refuse_absent(file: Path) -> None:

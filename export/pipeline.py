@@ -21,6 +21,7 @@ from diffusers import (
     AutoencoderTiny,
     DiffusionPipeline,
     LatentConsistencyModelPipeline,
+    LCMScheduler,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -367,6 +368,12 @@ def refuse_scheduler(pipeline: Any) -> None:
                 f"{name} is not for flow matching, which {type(pipeline).__name__} was trained with: name another with "
                 "--scheduler, such as FlowMatchEulerDiscrete, or DPMSolverMultistep:use_flow_sigmas=true,"
                 "prediction_type=flow_prediction,flow_shift=3.0"
+            )
+    elif isinstance(pipeline, LatentConsistencyModelPipeline):
+        if not isinstance(pipeline.scheduler, LCMScheduler):
+            raise ExportError(
+                f"{type(pipeline.scheduler).__name__} does not go with {type(pipeline).__name__}, which tells its "
+                "scheduler of how many steps its model was distilled; name LCM with --scheduler"
             )
     elif not all(hasattr(pipeline.scheduler, name) for name in ("init_noise_sigma", "scale_model_input")):
         raise ExportError(

@@ -312,17 +312,9 @@ def test_a_scheduler_that_scales_nothing_is_refused_with_one_that_goes(
 
 
 def test_a_scheduler_that_the_pipeline_itself_does_not_run_is_refused(tmp_path: Path) -> None:
-    why = (
-        "with the scheduler DDIM:clip_sample=false, LatentConsistencyModelPipeline itself .*; choose another"
-    )
+    why = "TCDScheduler does not go with LatentConsistencyModelPipeline, .* name LCM with --scheduler"
     with pytest.raises(ExportError, match=why):
-        export_bundle(
-            miniature_lcm(),
-            tmp_path / "bundle",
-            steps=(2,),
-            scheduler="DDIM:clip_sample=false",
-            report=silent,
-        )
+        export_bundle(miniature_lcm(), tmp_path / "bundle", steps=(2,), scheduler="TCD", report=silent)
 
 
 def test_a_pipeline_that_cannot_be_run_is_not_blamed_on_its_own_scheduler(
@@ -412,7 +404,7 @@ def test_sizes_that_are_none_are_refused(size: str, capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit) as stopped:
         main(["model", "out", "--size", size])
     assert stopped.value.code == 2
-    assert "WIDTHxHEIGHT" in capsys.readouterr().err
+    assert f"{size!r} is no WIDTHxHEIGHT of at least 1x1, such as 512x512" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -628,6 +620,14 @@ def test_an_index_that_names_no_pipeline_says_where(tmp_path: Path, name: Any) -
         load(tmp_path)
 
 
+def test_a_class_that_diffusers_does_not_have_is_refused_by_its_name(tmp_path: Path) -> None:
+    index = {"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", "NewerScheduler"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    why = rf"names NewerScheduler as scheduler, which diffusers {diffusers.__version__} does not have: name another"
+    with pytest.raises(ExportError, match=why):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("entry", [[], ["diffusers"], 3, {"a": 1}])
 def test_an_entry_that_names_no_class_is_refused_by_its_name(tmp_path: Path, entry: Any) -> None:
     index = {"_class_name": "StableDiffusionPipeline", "scheduler": entry}
@@ -661,6 +661,11 @@ FAULTY = [
         r"scheduler/scheduler_config\.json must hold a JSON object, not \[\]",
     ),
     ("scheduler", ("*", None), r"scheduler has no scheduler_config\.json"),
+    (
+        "scheduler",
+        ("scheduler_config.json", '{"beta_schedule": "wavy"}'),
+        r"scheduler/scheduler_config\.json makes no PNDMScheduler: wavy is not implemented",
+    ),
     ("vae", ("config.json", None), r"vae has no config\.json"),
     ("vae", ("config.json", "[]"), r"vae/config\.json must hold a JSON object"),
     ("unet", ("*.safetensors", None), r"unet has no weights: no file that ends in \.safetensors or \.bin"),
@@ -1091,7 +1096,7 @@ def test_step_counts_that_are_none_are_refused(steps: str, capsys: pytest.Captur
     with pytest.raises(SystemExit) as stopped:
         main(["model", "out", "--steps", steps])
     assert stopped.value.code == 2
-    assert "step counts" in capsys.readouterr().err
+    assert "no list of step counts of at least 1, such as 25,50" in capsys.readouterr().err
 
 
 def test_the_command_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
