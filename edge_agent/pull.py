@@ -401,15 +401,16 @@ class WebSource:
         self._timeout_s = timeout_s
         # Not build_opener: it would also open file: and ftp:.
         self._opener = urllib.request.OpenerDirector()
-        local = parts.hostname in ("localhost", "127.0.0.1", "::1")
+        self._redirects = _Redirects()
+        self._local = parts.hostname in ("localhost", "127.0.0.1", "::1")
         for handler in (
             # A proxy for the world outside has no business with this machine's own servers.
-            urllib.request.ProxyHandler({} if local else None),
+            urllib.request.ProxyHandler({} if self._local else None),
             urllib.request.HTTPHandler(),
             urllib.request.HTTPSHandler(context=ssl.create_default_context()),
             urllib.request.UnknownHandler(),
             urllib.request.HTTPDefaultErrorHandler(),
-            _Redirects(),
+            self._redirects,
             urllib.request.HTTPErrorProcessor(),
         ):
             self._opener.add_handler(handler)
@@ -495,6 +496,7 @@ class WebSource:
             request.add_header("Range", f"bytes={offset}-")
         for header, value in self._credentials().items():
             request.add_unredirected_header(header, value)
+        self._redirects.led_to = ""
         try:
             response: http.client.HTTPResponse = self._opener.open(request, timeout=self._timeout_s)
         except urllib.error.HTTPError as error:
@@ -520,6 +522,8 @@ class WebSource:
         # The server's own words are not repeated: they could be anything, and urllib's quote signed addresses.
         reason = error.reason if isinstance(error, _LessSafe) else http.client.responses.get(status, "")
         said = f"{status} {reason}".strip()
+        if str(error.reason).startswith(urllib.request.HTTPRedirectHandler.inf_msg):
+            return SourceRefused(f"{place} redirects in a circle, or too often ({said}); check the address")
         if status >= 500 or status in (http.HTTPStatus.TOO_MANY_REQUESTS, http.HTTPStatus.REQUEST_TIMEOUT):
             after = error.headers.get("Retry-After", "")
             return SourceUnreachable(
@@ -529,7 +533,8 @@ class WebSource:
         return SourceRefused(f"{place} cannot be had ({said})")
 
     def _silence(self, error: Exception) -> PullFailed:
-        host = self._base.netloc
+        own, led_to = self._base.netloc, self._redirects.led_to
+        host = f"{led_to}, to which {own} redirects," if led_to not in ("", own) else own
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         if isinstance(reason, ssl.SSLCertVerificationError):
             return SourceRefused(
@@ -542,8 +547,13 @@ class WebSource:
                 f"{host} cannot be asked: the address, one that it redirects to, or that of the proxy in HTTP_PROXY or "
                 "HTTPS_PROXY is not well-formed"
             )
+        through = "that the server runs"
+        if not self._local and (
+            proxies := sorted(urllib.request.getproxies().keys() & {"http", "https", "all"})
+        ):
+            through = f"the proxy in {' and '.join(f'{name}_proxy' for name in proxies)}"
         return SourceUnreachable(
-            f"{host} cannot be reached: {_reason(reason)}; check the address, the connection and that the server runs"
+            f"{host} cannot be reached: {_reason(reason)}; check the address, the connection and {through}"
         )
 
     # What the hub does otherwise.
@@ -611,6 +621,9 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     reading what comes along with them.
     """
 
+    led_to = ""
+    """The host of the last one that was followed. Whoever asks makes it empty before."""
+
     http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302  # Python 3.10 does not know it
 
     def redirect_request(
@@ -629,6 +642,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
             host = new.netloc.rpartition("@")[2]
             reason = printable(f"redirects to {new.scheme}://{host}, which is less safe")
             raise _LessSafe(req.full_url, code, reason, headers, fp)
+        self.led_to = printable(new.netloc.rpartition("@")[2])
         # What opens the proxy is added anew where the next request goes through it, too.
         headers = {name: value for name, value in req.headers.items() if name != "Proxy-authorization"}
         request = urllib.request.Request(newurl, headers=headers)  # noqa: S310  # http or https

@@ -121,7 +121,7 @@ def export_bundle(
     with _beside(target, report) as partial:
         loaded = model
         if isinstance(model, (str, os.PathLike)):
-            loaded = pipelines.load(model, without_t5=without_t5)
+            loaded = pipelines.load(model, without_t5=without_t5, report=report)
         pipeline = pipelines.prepared(loaded, autoencoder, without_t5=without_t5)
         if scheduler is not None:
             with pipelines.quiet():

@@ -76,17 +76,20 @@ T5_POSITIONS = 256
 has it."""
 
 
-def load(model: str | os.PathLike[str], *, without_t5: bool = False) -> Any:
+def load(
+    model: str | os.PathLike[str], *, without_t5: bool = False, report: Callable[[str], None] = lambda _: None
+) -> Any:
     """The pipeline in `model`, a folder that diffusers saved or a hub id, on the CPU in float32.
 
     Args:
         without_t5: leave out the third text encoder of Stable Diffusion 3.
+        report: gets a line before the hub is asked, which may take long.
 
     Raises:
         ExportError: it is not there, incomplete, of an unsupported class, or the hub cannot be reached.
     """
     try:
-        index = _index(model)
+        index = _index(model, report)
         _refuse_class(index["_class_name"])
         left_out = _left_out(index, without_t5)
         if Path(model).is_dir():
@@ -294,7 +297,7 @@ def quiet() -> Iterator[None]:
         logging.disable(level)
 
 
-def _index(model: str | os.PathLike[str]) -> dict[str, Any]:
+def _index(model: str | os.PathLike[str], report: Callable[[str], None]) -> dict[str, Any]:
     """What the model_index.json of `model` says; its _class_name is some text."""
     folder = Path(model)
     _refuse_mistyped(model, "a diffusers pipeline")
@@ -311,6 +314,8 @@ def _index(model: str | os.PathLike[str]) -> dict[str, Any]:
         raise ExportError(
             f"{folder} has no model_index.json: name a folder that diffusers saved, or a hub id"
         )
+    if not folder.is_dir():
+        report(f"{model} is no folder here: asking the hub at {constants.ENDPOINT}")
     try:
         with quiet():
             index = DiffusionPipeline.load_config(os.fspath(model))

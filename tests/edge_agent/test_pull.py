@@ -459,8 +459,15 @@ def test_a_redirect_is_followed_with_the_range_and_a_circle_is_not(
         fetch(source(web), store)
     kept = (store.partial("hollow") / DENOISER).stat().st_size
     web.misbehave("redirect", at=DENOISER)
-    with pytest.raises(SourceRefused, match="302"):
+    with pytest.raises(SourceRefused, match=r"redirects in a circle, or too often \(302 Found\)"):
         fetch(source(web), store)
+    with web_server(hollow) as other:
+        web.misbehave("redirect", at=DENOISER, to=f"{other.address}/{DENOISER}")
+    host = other.address.removeprefix("http://")
+    with pytest.raises(
+        SourceUnreachable, match=f"^{host}, to which 127.0.0.1:.* redirects, cannot be reached"
+    ):
+        fetch(source(web), store)  # the other is closed by now
     with web_server(hollow) as other:
         web.misbehave("redirect", at=DENOISER, to=f"{other.address}/{DENOISER}")
         fetch(source(web), store)
@@ -475,6 +482,15 @@ def test_what_a_redirect_says_beside_is_not_read(web: Web, store: Store, hollow:
         fetch(source(web), store)
     assert web.sent(DENOISER) < 32_000_000  # what sockets hold
     assert same(store.folder / "hollow", hollow)
+
+
+def test_a_proxy_that_cannot_be_reached_is_thought_of(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{port}")
+    with pytest.raises(SourceUnreachable, match=r"refused; check .* and the proxy in http_proxy"):
+        fetch(WebSource("http://models.example.com/b"), store)
 
 
 def test_what_opens_the_proxy_goes_no_further_than_the_proxy(

@@ -277,7 +277,8 @@ def test_a_folder_without_an_index_says_what_to_name(tmp_path: Path) -> None:
 
 
 def test_a_hub_that_cannot_be_reached_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A port where nobody listens stands for it; its library would try again for 23 seconds."""
+    """A port where nobody listens stands for it; its library would try again for 23 seconds, so the wait is told of."""
+    lines: list[str] = []
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         template = f"http://127.0.0.1:{taken.getsockname()[1]}/{{repo_id}}/{{revision}}/{{filename}}"
@@ -287,7 +288,8 @@ def test_a_hub_that_cannot_be_reached_says_so(tmp_path: Path, monkeypatch: pytes
         with pytest.raises(
             ExportError, match=r"some/model .*the hub at .* cannot be reached .* name a folder"
         ):
-            export_bundle("some/model", tmp_path / "bundle", report=silent)
+            export_bundle("some/model", tmp_path / "bundle", report=lines.append)
+    assert lines == [f"some/model is no folder here: asking the hub at {constants.ENDPOINT}"]
     assert not (tmp_path / "bundle").exists()
 
 
