@@ -322,7 +322,10 @@ def _largest_value(graph: Path, feeds: Sequence[Feeds], scratch: Path) -> float:
     watcher = scratch / graph.name
     onnx.save_model(model, watcher, save_as_external_data=_large(model), location=EXTERNAL_DATA)
     del model  # gigabytes, which the session has once more
-    session = ort.InferenceSession(watcher, providers=["CPUExecutionProvider"])
+    options = ort.SessionOptions()
+    # In the order in which they stand here. In its own, onnxruntime leaves what watches for the end.
+    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+    session = ort.InferenceSession(watcher, options, providers=["CPUExecutionProvider"])
     reader = _Feeds(graph, feeds)
     magnitudes = np.abs([session.run(None, inputs) for inputs in iter(reader.get_next, None)])
     return float(magnitudes[magnitudes < _MASK].max(initial=0.0))
