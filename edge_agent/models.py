@@ -134,7 +134,7 @@ def add_commands(commands: Any) -> None:
 def _list(options: argparse.Namespace) -> int:
     store = _store(options)
     served = _served(options)
-    current = store.current
+    current = _current(store)
     models = [_summary(store, name, current, served) for name in store.names()]
     unfinished = {name: size for name, size in store.unfinished().items() if name not in store.names()}
     models += [
@@ -165,7 +165,9 @@ def _list(options: argparse.Namespace) -> int:
                 for model in models
             ),
         )
-    if current not in store.names():
+    for name in store.misnamed():
+        remark(f"the folder {name!r} is not listed, for no model can be called so: rename it")
+    if current and current not in store.names():
         remark(f"the chosen model {current} is gone: choose another with `edge-agent models use NAME`")
     if served is not None and not any(model["served"] for model in models):
         remark(f"the daemon serves {served}, which is none of these")
@@ -205,7 +207,7 @@ def _pull(options: argparse.Namespace) -> int:
         "bytes": pulled.bundle.manifest.total_bytes,
         "fetched_bytes": pulled.fetched_bytes,
         "was_installed": pulled.was_installed,
-        "current": store.current == pulled.name,
+        "current": _current(store) == pulled.name,
         "served": served,
         "calibrated": not advice,
         "advice": [advice] if advice else [],
@@ -346,6 +348,15 @@ def _may_follow(store: Store, served: str) -> bool:
     )
 
 
+def _current(store: Store) -> str:
+    """The chosen model; where the file that names it is damaged, none, which is told."""
+    try:
+        return store.current
+    except StoreError as error:
+        remark(error.message)
+        return ""
+
+
 def _choice(store: Store) -> str:
     """The chosen model; the starter where the file that says it is damaged."""
     try:
@@ -462,7 +473,7 @@ def _facts(store: Store, name: str, served: str | None) -> dict[str, Any]:
     stated = {key: value for key, value in asdict(manifest).items() if key != "files" and value is not None}
     return {
         "name": name,
-        "current": store.current == name,
+        "current": _current(store) == name,
         "served": None if served is None else _is_served(store, name, served),
         "folder": str(bundle.folder),
         "bytes": manifest.total_bytes,

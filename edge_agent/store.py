@@ -31,6 +31,10 @@ RESERVED = (STARTER_NAME, "edge", "cloud")
 
 MAX_NAME_CHARS = 100
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_NAME_RULE = (
+    "a name has letters from a to z, digits, dots, dashes and underscores, "
+    f"at most {MAX_NAME_CHARS}, and begins with a letter or digit"
+)
 
 _CURRENT = ".current"
 _PARTIAL = ".partial"
@@ -54,6 +58,16 @@ class Store:
                 return [STARTER_NAME]
             return [STARTER_NAME, *sorted(path.name for path in self.folder.iterdir() if _is_model(path))]
 
+    def misnamed(self) -> list[str]:
+        """Folders that somebody put there under names that no model can have."""
+        with self.explained("read"):
+            found = sorted(self.folder.iterdir()) if self.folder.exists() else []
+            return [
+                path.name
+                for path in found
+                if path.is_dir() and not path.name.startswith(".") and not _is_model(path)
+            ]
+
     def path(self, name: str) -> Path:
         """The bundle folder of the model called `name`."""
         if name == STARTER_NAME:
@@ -67,6 +81,8 @@ class Store:
                     f"{name} is not pulled to its end; the same `edge-agent models pull` goes on with it, "
                     f"`edge-agent models remove {name}` throws it away"
                 )
+            if name in self.misnamed():
+                raise StoreError(f"{self.folder / name} is no model: {_NAME_RULE}; rename the folder")
             raise StoreError(
                 f"there is no model {name!r} in {self.folder}; there are {', '.join(self.names())}. "
                 "Get others with `edge-agent models pull`"
@@ -151,8 +167,8 @@ class Store:
         """The pulls that have not come to an end, each with the bytes it has so far."""
         with self.explained("read"):
             folder = self.folder / _PARTIAL
-            found = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
-            return {path.name: _bytes_in(path) for path in sorted(found)}
+            found = sorted(folder.iterdir()) if folder.is_dir() else []
+            return {path.name: _bytes_in(path) for path in found if _is_name(path.name) and path.is_dir()}
 
     @property
     def free_bytes(self) -> int:
@@ -263,8 +279,7 @@ def check_name(name: str) -> None:
         raise StoreError(f"no installed model can be called {name!r}; choose another with --name")
     if not _is_name(name):
         raise StoreError(
-            f"a model cannot be called {name[:MAX_NAME_CHARS]!r}: a name has letters from a to z, digits, dots, dashes "
-            f"and underscores, at most {MAX_NAME_CHARS}, and begins with a letter or digit; choose one with --name"
+            f"a model cannot be called {name[:MAX_NAME_CHARS]!r}: {_NAME_RULE}; choose one with --name"
         )
 
 

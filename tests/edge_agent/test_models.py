@@ -259,6 +259,31 @@ def test_a_chosen_model_that_is_gone_is_told(run: Run, home: Path, models: Path)
     assert listed.code == 0 and "the chosen model hollow is gone" in listed.err
 
 
+def test_a_damaged_choice_is_told_and_keeps_nobody_from_choosing(run: Run, home: Path, models: Path) -> None:
+    run("pull", hollow_bundle(home / "tiny"))
+    (models / ".current").write_bytes(b"\xff two\nlines")
+    listed, shown = run("list", "--json"), run("show", "starter", "--json")
+    pulled = run("pull", hollow_bundle(home / "other", seed=1), "--name", "other", "--json")
+    for finished in (listed, shown, pulled):
+        assert finished.code == 0 and "holds no model's name; choose one with" in finished.err
+        assert not any(model["current"] for model in finished.objects)
+    assert list(names(listed)) == ["starter", "hollow"]
+    assert run("use", "hollow").code == 0
+    assert names(run("list", "--json"))["hollow"]["current"]
+
+
+def test_a_folder_that_is_called_as_no_model_can_be_is_not_passed_over_in_silence(
+    run: Run, home: Path, models: Path
+) -> None:
+    hollow_bundle(models / "my model")
+    (models / ".partial" / "odd name").mkdir(parents=True)
+    listed = run("list")
+    assert "'my model' is not listed" in listed.err and "odd name" not in listed.out
+    for action in ("use", "show", "verify", "remove"):
+        refused = run(action, "my model")
+        assert refused.code == 2 and "my model is no model" in refused.err and "rename" in refused.err
+
+
 def test_an_unfinished_pull_is_listed_and_can_be_removed(run: Run, home: Path) -> None:
     hollow_bundle(home / "www")
     with web_server(home / "www") as web:
