@@ -402,10 +402,10 @@ class WebSource:
         # Not build_opener: it would also open file: and ftp:.
         self._opener = urllib.request.OpenerDirector()
         self._redirects = _Redirects()
-        self._local = parts.hostname in ("localhost", "127.0.0.1", "::1")
+        local = parts.hostname in ("localhost", "127.0.0.1", "::1")
         for handler in (
             # A proxy for the world outside has no business with this machine's own servers.
-            urllib.request.ProxyHandler({} if self._local else None),
+            urllib.request.ProxyHandler({} if local else None),
             urllib.request.HTTPHandler(),
             urllib.request.HTTPSHandler(context=ssl.create_default_context()),
             urllib.request.UnknownHandler(),
@@ -496,14 +496,14 @@ class WebSource:
             request.add_header("Range", f"bytes={offset}-")
         for header, value in self._credentials().items():
             request.add_unredirected_header(header, value)
-        self._redirects.led_to = ""
+        self._redirects.last = request
         try:
             response: http.client.HTTPResponse = self._opener.open(request, timeout=self._timeout_s)
         except urllib.error.HTTPError as error:
             error.close()
-            raise self._refusal(error, name) from error
+            raise self._refusal(error, name, self._redirects.last) from error
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise self._silence(error) from error
+            raise self._silence(error, self._redirects.last) from error
         if response.headers.get("Content-Encoding", "identity").lower() != "identity":
             response.close()
             raise SourceRefused(
@@ -511,8 +511,16 @@ class WebSource:
             )
         return response
 
-    def _refusal(self, error: urllib.error.HTTPError, name: str) -> PullFailed:
+    def _refusal(self, error: urllib.error.HTTPError, name: str, last: urllib.request.Request) -> PullFailed:
+        """What an answer other than the file means. `last` is the request that it came to, after all redirects."""
         status, place = error.code, f"{self.place}/{name}"
+        if status == http.HTTPStatus.PROXY_AUTHENTICATION_REQUIRED and last.has_proxy():
+            return SourceRefused(
+                f"the proxy {last.host} lets nobody through without a password (407); write HTTP_PROXY as "
+                "http://USER:PASSWORD@HOST:PORT"
+            )
+        if last.has_proxy():  # which may be what answered
+            place += f", asked for through the proxy {last.host} in HTTP_PROXY,"
         if status in (http.HTTPStatus.NOT_FOUND, http.HTTPStatus.GONE):
             return _NotThere(f"{place} is not there ({status}); is this the address of a bundle folder?")
         if status in (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN):
@@ -532,28 +540,37 @@ class WebSource:
             )
         return SourceRefused(f"{place} cannot be had ({said})")
 
-    def _silence(self, error: Exception) -> PullFailed:
-        own, led_to = self._base.netloc, self._redirects.led_to
-        host = f"{led_to}, to which {own} redirects," if led_to not in ("", own) else own
+    def _silence(self, error: Exception, last: urllib.request.Request) -> PullFailed:
+        """What it means that no answer came to `last`, the request that all redirects led to."""
+        own, host = self._base.netloc, printable(_host(last.full_url))
+        if host != own:
+            host = f"{host}, to which {own} redirects,"
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         if isinstance(reason, ssl.SSLCertVerificationError):
             return SourceRefused(
-                f"the certificate of {host} is not to be trusted: {reason.verify_message}; if an authority of your own "
-                "vouches for it, name that authority's PEM file in SSL_CERT_FILE"
+                f"the certificate of {host} is not to be trusted: {reason.verify_message.rstrip('.')}; if an authority "
+                "of your own vouches for it, name that authority's PEM file in SSL_CERT_FILE"
             )
         if isinstance(reason, (ValueError, http.client.InvalidURL)):
             # Its own text is not repeated: it quotes headers and signed addresses.
             return SourceRefused(
-                f"{host} cannot be asked: the address, one that it redirects to, or that of the proxy in HTTP_PROXY or "
+                f"{own} cannot be asked: the address, one that it redirects to, or that of the proxy in HTTP_PROXY or "
                 "HTTPS_PROXY is not well-formed"
             )
-        through = "that the server runs"
-        if not self._local and (
-            proxies := sorted(urllib.request.getproxies().keys() & {"http", "https", "all"})
-        ):
-            through = f"the proxy in {' and '.join(f'{name}_proxy' for name in proxies)}"
+        wanted = urllib.parse.urlsplit(last.full_url)
+        if last.host != urllib.parse.unquote(wanted.netloc):
+            variable = f"{wanted.scheme.upper()}_PROXY"
+            return SourceUnreachable(
+                f"{host} cannot be reached through the proxy {printable(last.host)}: {_reason(reason)}; check "
+                f"{variable} (http://USER:PASSWORD@HOST:PORT), or name the host in NO_PROXY if there is a way without"
+            )
+        if isinstance(reason, ssl.SSLError):
+            return SourceUnreachable(
+                f"{host} cannot be reached over TLS: {_reason(reason)}; check the port, and whether the address begins "
+                "with http:// instead"
+            )
         return SourceUnreachable(
-            f"{host} cannot be reached: {_reason(reason)}; check the address, the connection and {through}"
+            f"{host} cannot be reached: {_reason(reason)}; check the address, the connection and that the server runs"
         )
 
     # What the hub does otherwise.
@@ -621,8 +638,8 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     reading what comes along with them.
     """
 
-    led_to = ""
-    """The host of the last one that was followed. Whoever asks makes it empty before."""
+    last: urllib.request.Request
+    """Where they have led so far. Whoever opens an address sets it."""
 
     http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302  # Python 3.10 does not know it
 
@@ -639,10 +656,8 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         fp.close()  # urllib would read its body, which may have no end, into memory
         old, new = urllib.parse.urlsplit(req.full_url), urllib.parse.urlsplit(newurl)
         if new.scheme not in ("http", "https") or (old.scheme == "https" and new.scheme == "http"):
-            host = new.netloc.rpartition("@")[2]
-            reason = printable(f"redirects to {new.scheme}://{host}, which is less safe")
+            reason = printable(f"redirects to {new.scheme}://{_host(newurl)}, which is less safe")
             raise _LessSafe(req.full_url, code, reason, headers, fp)
-        self.led_to = printable(new.netloc.rpartition("@")[2])
         # What opens the proxy is added anew where the next request goes through it, too.
         headers = {name: value for name, value in req.headers.items() if name != "Proxy-authorization"}
         request = urllib.request.Request(newurl, headers=headers)  # noqa: S310  # http or https
@@ -650,7 +665,13 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
             for header, value in req.unredirected_hdrs.items():
                 if header == "Authorization":
                     request.add_unredirected_header(header, value)
+        self.last = request
         return request
+
+
+def _host(address: str) -> str:
+    """Host and port, without the password that somebody may have written before them."""
+    return urllib.parse.urlsplit(address).netloc.rpartition("@")[2]
 
 
 def _check_address(address: str, what: str) -> None:
@@ -683,5 +704,7 @@ def _reason(error: object) -> str:
         return "no answer in time"
     if isinstance(error, http.client.IncompleteRead):
         return "the connection ended early"
+    if isinstance(error, ssl.SSLError) and error.reason:  # such as WRONG_VERSION_NUMBER
+        return error.reason.replace("_", " ").lower()
     said = str(getattr(error, "strerror", None) or error) or type(error).__name__
     return printable(said)  # some of it may be the server's

@@ -65,6 +65,10 @@ class Web:
 class _Handler(http.server.BaseHTTPRequestHandler):
     web: Web
 
+    def do_CONNECT(self) -> None:
+        """What a proxy is asked for the sake of TLS."""
+        self._head(self.web.code, {"Content-Length": "0"})
+
     def do_GET(self) -> None:
         web, path = self.web, unquote(urlsplit(self.path).path)
         wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))

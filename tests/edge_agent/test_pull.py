@@ -484,15 +484,6 @@ def test_what_a_redirect_says_beside_is_not_read(web: Web, store: Store, hollow:
     assert same(store.folder / "hollow", hollow)
 
 
-def test_a_proxy_that_cannot_be_reached_is_thought_of(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        port = closed.getsockname()[1]
-    monkeypatch.delenv("no_proxy", raising=False)
-    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{port}")
-    with pytest.raises(SourceUnreachable, match=r"refused; check .* and the proxy in http_proxy"):
-        fetch(WebSource("http://models.example.com/b"), store)
-
-
 def test_what_opens_the_proxy_goes_no_further_than_the_proxy(
     web: Web, hollow: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -514,6 +505,43 @@ def test_a_proxy_whose_address_is_none_is_named_as_a_cause(monkeypatch: pytest.M
     ) as raised:
         WebSource("http://models.example.com/b").manifest()
     assert "s3cret" not in raised.value.message
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize(
+    ("code", "kind", "words"),
+    [
+        (0, SourceUnreachable, "models.example.com cannot be reached through the proxy {proxy}: Connection"),
+        (403, PullFailed, "through the proxy {proxy}.*403"),
+        (407, PullFailed, "the proxy {proxy}.*407.*USER:PASSWORD"),
+    ],
+)
+def test_a_proxy_that_does_not_let_through_is_named(
+    web: Web, monkeypatch: pytest.MonkeyPatch, scheme: str, code: int, kind: type[PullFailed], words: str
+) -> None:
+    address = web.address if code else "http://127.0.0.1:1"
+    web.misbehave("status", code=code)
+    monkeypatch.setenv(f"{scheme}_proxy", address.replace("://", "://user:s3cret@"))
+    monkeypatch.delenv("no_proxy", raising=False)
+    with pytest.raises(kind, match=words.format(proxy=address.removeprefix("http://"))) as raised:
+        WebSource(f"{scheme}://models.example.com/b").manifest()
+    assert f"{scheme.upper()}_PROXY" in raised.value.message
+    assert "s3cret" not in raised.value.message
+
+
+def test_where_a_redirect_leads_is_named_when_it_cannot_be_reached(web: Web) -> None:
+    web.misbehave("redirect", to="http://user:s3cret@127.0.0.1:1/x?sig=s3cret")
+    asked = web.address.removeprefix("http://")
+    with pytest.raises(
+        SourceUnreachable, match=rf"^127\.0\.0\.1:1, to which {asked} redirects, cannot be reached"
+    ) as raised:
+        source(web).manifest()
+    assert "s3cret" not in raised.value.message
+
+
+def test_a_server_without_tls_is_told_from_one_that_is_not_there(web: Web) -> None:
+    with pytest.raises(SourceUnreachable, match=r"over TLS: wrong version number; .*http://"):
+        WebSource(web.address.replace("http:", "https:")).manifest()
 
 
 def test_a_redirect_leads_to_no_file_of_this_machine(web: Web, store: Store, tmp_path: Path) -> None:
