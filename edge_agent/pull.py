@@ -62,7 +62,7 @@ LONGEST_WAIT_S = 60.0
 """A server that wants to be left alone for longer is left to the next pull."""
 
 WORTH_BYTES = 1 << 20
-"""An attempt that brought this much counts as none, however it ended."""
+"""An attempt that brought this much counts as none, however it ended, and a pull that was refused leaves no less."""
 
 TIMEOUT_S = 30.0
 """How long a server may take to answer, and to send the next bytes."""
@@ -255,11 +255,14 @@ def _prepare(partial: Path, text: bytes, kept: set[str]) -> None:
 
 
 def _left(partial: Path, manifest: Manifest, name: str, error: RouteT2IError) -> str:
-    """What `error` says of what has come so far; where that is nothing, it is not kept."""
-    if not any(_size(partial / path) for path in manifest.files):
+    """What `error` says of what has come so far. Nothing is not kept, nor what is soon fetched again of a pull that was
+    refused, as the small files come first.
+    """
+    goes_on = isinstance(error, (SourceUnreachable, StoreError))
+    if sum(_size(partial / path) for path in manifest.files) < (1 if goes_on else WORTH_BYTES):
         shutil.rmtree(partial, ignore_errors=True)
         return ""
-    if isinstance(error, (SourceUnreachable, StoreError)):
+    if goes_on:
         return ". What has come so far is kept: the same command goes on where this one stopped"
     return f". What has come so far is kept for another try; `edge-agent models remove {name}` throws it away"
 
