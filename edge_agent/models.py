@@ -228,8 +228,9 @@ def _pull(options: argparse.Namespace) -> int:
 def _pulled(store: Store, options: argparse.Namespace) -> Pulled:
     from edge_agent.pull import Fetched, pull, source_of  # the other actions need no HTTP
 
-    with _bar("pulling") as show:
-        for event in pull(source_of(options.source, os.environ), store, options.name):
+    source = source_of(options.source, os.environ)
+    with _bar(f"asking for {source.place}") as show:  # a server may take half a minute not to answer
+        for event in pull(source, store, options.name):
             if not isinstance(event, Fetched):
                 return event
             now = f"waiting: {event.trouble}" if event.trouble else event.file

@@ -122,7 +122,7 @@ def export_bundle(
         loaded = model
         if isinstance(model, (str, os.PathLike)):
             loaded = pipelines.load(model, without_t5=without_t5, report=report)
-        pipeline = pipelines.prepared(loaded, autoencoder, without_t5=without_t5)
+        pipeline = pipelines.prepared(loaded, autoencoder, without_t5=without_t5, report=report)
         if scheduler is not None:
             with pipelines.quiet():
                 pipeline.scheduler = choose_scheduler(pipeline.scheduler, scheduler)

@@ -103,13 +103,18 @@ def load(
 
 
 def prepared(
-    pipeline: Any, autoencoder: str | os.PathLike[str] | None = None, *, without_t5: bool = False
+    pipeline: Any,
+    autoencoder: str | os.PathLike[str] | None = None,
+    *,
+    without_t5: bool = False,
+    report: Callable[[str], None] = lambda _: None,
 ) -> Any:
     """A copy that shares the weights of `pipeline`, ready to be exported: a part can be replaced in it.
 
     Args:
         autoencoder: folder or hub id of an autoencoder that takes the place of the pipeline's own.
         without_t5: leave out the third text encoder of Stable Diffusion 3.
+        report: gets a line before the hub is asked for the autoencoder.
 
     Raises:
         ExportError: it is of an unsupported kind, or the autoencoder cannot be loaded.
@@ -129,7 +134,7 @@ def prepared(
     pipeline.set_progress_bar_config(disable=True)
     pipeline.watermark = None  # an invisible one that diffusers puts on where a package for it is installed
     if autoencoder is not None:
-        pipeline.vae = _load_autoencoder(autoencoder)
+        pipeline.vae = _load_autoencoder(autoencoder, report)
     _refuse_unsupported(pipeline)
     return pipeline
 
@@ -314,8 +319,7 @@ def _index(model: str | os.PathLike[str], report: Callable[[str], None]) -> dict
         raise ExportError(
             f"{folder} has no model_index.json: name a folder that diffusers saved, or a hub id"
         )
-    if not folder.is_dir():
-        report(f"{model} is no folder here: asking the hub at {constants.ENDPOINT}")
+    _tell_of_hub(model, report)
     try:
         with quiet():
             index = DiffusionPipeline.load_config(os.fspath(model))
@@ -399,9 +403,15 @@ def _refuse_mistyped(model: str | os.PathLike[str], what: str) -> None:
         raise ExportError(f"{text} cannot be loaded as {what}: there is no such folder")
 
 
-def _load_autoencoder(model: str | os.PathLike[str]) -> Any:
+def _tell_of_hub(model: str | os.PathLike[str], report: Callable[[str], None]) -> None:
+    if not Path(model).is_dir():
+        report(f"{model} is no folder here: asking the hub at {constants.ENDPOINT}")
+
+
+def _load_autoencoder(model: str | os.PathLike[str], report: Callable[[str], None]) -> Any:
     try:
         _refuse_mistyped(model, "an autoencoder")
+        _tell_of_hub(model, report)
         with quiet():
             if Path(model).is_dir():
                 complete.refuse_faulty(AutoencoderKL, Path(model))

@@ -901,6 +901,7 @@ def test_a_pull_shows_its_progress_on_a_terminal(web: Web, tmp_path: Path) -> No
                 shown += block
         assert pulling.wait() == 0
     os.close(ours)
+    assert f"asking for {web.address}/b".encode() in shown
     assert DENOISER.encode() in shown
     assert b"waiting: " in shown and b"broke off" in shown
     assert b"2.0 MB" in shown

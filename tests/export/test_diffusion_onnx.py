@@ -289,7 +289,12 @@ def test_a_hub_that_cannot_be_reached_says_so(tmp_path: Path, monkeypatch: pytes
             ExportError, match=r"some/model .*the hub at .* cannot be reached .* name a folder"
         ):
             export_bundle("some/model", tmp_path / "bundle", report=lines.append)
-    assert lines == [f"some/model is no folder here: asking the hub at {constants.ENDPOINT}"]
+        with pytest.raises(ExportError, match="some/vae cannot be loaded as an autoencoder"):
+            export_bundle(
+                miniature_pipeline(), tmp_path / "bundle", autoencoder="some/vae", report=lines.append
+            )
+    asking = f"is no folder here: asking the hub at {constants.ENDPOINT}"
+    assert lines == [f"some/model {asking}", f"some/vae {asking}"]
     assert not (tmp_path / "bundle").exists()
 
 
