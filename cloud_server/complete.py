@@ -84,10 +84,11 @@ def check_index(index: Any) -> None:
     for name in sorted((needed | others) & index.keys()):
         made = index[name]
         absent = name in others and not isinstance(made, (list, tuple))
+        instead = " such as EulerDiscreteScheduler," if name == "scheduler" else ""
         if _is_pair(made) and (library := LIBRARIES.get(made[0])) and not hasattr(library[0], made[1]):
             raise ValueError(
                 f"{file} names {made[1]} as {name}, which {made[0]} {library[0].__version__} does not have: name "
-                "another class, or install a version that has it"
+                f"another class,{instead} or install a version that has it"
             )
         if not absent and not _is_pair(made):
             raise ValueError(
@@ -126,7 +127,10 @@ def _loaded(kind: Any, model: str | os.PathLike[str], **options: Any) -> Any:
         where = folder if folder.is_dir() else folder.as_posix()
         why = reason(error)[:_LONGEST_REASON]
         if folder.is_dir() and issubclass(kind, diffusers.SchedulerMixin):  # which is nothing but its config
-            raise ValueError(f"{folder / kind.config_name} makes no {kind.__name__}: {why}") from error
+            _explain_scheduler(kind, folder / kind.config_name)
+            raise ValueError(
+                f"{folder / kind.config_name} makes no {kind.__name__}: {why}; correct it, or get it again"
+            ) from error
         raise ValueError(f"{where} cannot be loaded: {why}") from error
 
 
@@ -173,6 +177,25 @@ def _explain_tokenizer(kind: Any, folder: Path) -> None:
     for name in ("tokenizer_config.json", "tokenizer.json", *names):
         if name.endswith(".json") and (folder / name).is_file():
             _refuse_no_object(folder / name)
+
+
+def _explain_scheduler(kind: Any, file: Path) -> None:
+    """Raises ValueError, naming the first value in `file` that is no number where the default of `kind` is one.
+
+    What torch says of it is longer than a line and names no value.
+    """
+    _refuse_no_object(file)
+    held = json.loads(file.read_text(encoding="utf-8"))
+    for name, parameter in inspect.signature(kind).parameters.items():
+        value = held.get(name, parameter.default)
+        if _is_number(parameter.default) and not _is_number(value):
+            raise ValueError(
+                f"{file}: {name} must be a number, such as {parameter.default}, not {json.dumps(value):.40}"
+            )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _refuse_no_object(file: Path) -> None:

@@ -25,6 +25,9 @@ from export.errors import ExportError, reason
 TOLERANCE = 1e-4
 _MOST_DRAWS = 4  # fresh noises in one step; no scheduler known draws more than one
 
+_OTHER = "choose another scheduler with --scheduler"
+_CHANGE = f"change its scheduler_config.json, or {_OTHER}"
+
 Doubles = NDArray[np.float64]
 
 
@@ -104,7 +107,8 @@ def _fresh(scheduler: Any, steps: int, loop: Loop) -> Any:
         copy.set_timesteps(steps, **({} if loop.mu is None else {"mu": loop.mu}))
     except Exception as error:  # each scheduler fails in its own way
         raise ExportError(
-            f"{type(scheduler).__name__} has no schedule of {steps} steps: {reason(error)}"
+            f"{type(scheduler).__name__} has no schedule of {steps} steps: {reason(error).rstrip('.')}; "
+            f"name other steps, {_CHANGE}"
         ) from error
     return copy
 
@@ -124,7 +128,7 @@ def _drive(
         raise
     except Exception as error:  # each scheduler fails in its own way
         raise ExportError(
-            f"{type(scheduler).__name__} cannot be run: {reason(error)}; change its config, or choose another scheduler"
+            f"{type(scheduler).__name__} cannot be run: {reason(error).rstrip('.')}; {_CHANGE}"
         ) from error
 
 
@@ -163,7 +167,7 @@ def _repeat(before: torch.Tensor, generator: torch.Generator, like: torch.Tensor
             if torch.equal(replay.get_state(), generator.get_state()):
                 return draws
             draws.append(_array(torch.randn(like.shape, generator=replay, dtype=dtype)))
-    raise NotLinear(f"{name} draws noise in a way that cannot be repeated; choose another scheduler")
+    raise NotLinear(f"{name} draws noise in a way that cannot be repeated; {_OTHER}")
 
 
 def _solve(drawn: list[Doubles], total: Doubles) -> tuple[float, ...]:
@@ -183,13 +187,15 @@ def _check(scheduler: Any, schedule: Schedule, scale: float, loop: Loop) -> None
         expected = np.asarray(schedule.signal[call]) @ np.stack(inputs[: call + 1])
         drawn = [draw for after, draw in draws if after < call]
         if len(drawn) != len(schedule.noise[call]):
-            raise NotLinear(f"{schedule.scheduler} draws a different number of noises from run to run")
+            raise NotLinear(
+                f"{schedule.scheduler} draws a different number of noises from run to run; {_OTHER}"
+            )
         if drawn:
             expected = expected + np.asarray(schedule.noise[call]) @ np.stack(drawn)
         difference = float(np.abs(values - expected).max() / max(1.0, np.abs(values).max()))
         if not difference <= TOLERANCE:  # also when it is not a number
             flags = [flag for flag in ("clip_sample", "thresholding") if scheduler.config.get(flag)]
-            why = f"it has {' and '.join(flags)} on; turn that off" if flags else "choose another scheduler"
+            why = f"it has {' and '.join(flags)} on; turn that off" if flags else _OTHER
             where = "the final latents" if call == schedule.calls else f"the input of call {call + 1}"
             raise NotLinear(
                 f"{schedule.scheduler} is not linear: {why} "

@@ -217,7 +217,7 @@ def test_an_unknown_bend_is_found_by_the_check() -> None:
             (latents, *rest) = super().step(*arguments, **options)
             return (latents + 0.01 * latents**3, *rest)
 
-    with pytest.raises(NotLinear, match="choose another scheduler"):
+    with pytest.raises(NotLinear, match="choose another scheduler with --scheduler"):
         compile_schedule(Bent(**BETAS, clip_sample=False), 5)
 
 
@@ -269,5 +269,6 @@ def test_a_scheduler_that_fails_is_refused_in_its_own_words(
     name: str, config: dict[str, Any], why: str
 ) -> None:
     made = getattr(diffusers, name)(**config)
-    with pytest.raises(ExportError, match=f"{name} cannot be run: .*{why}.* or choose another scheduler"):
+    what_to_do = "change its scheduler_config.json, or choose another scheduler with --scheduler"
+    with pytest.raises(ExportError, match=f"{name} cannot be run: .*{why}.*; {what_to_do}"):
         compile_schedule(made, 4)
