@@ -51,17 +51,22 @@ def tiny_t5() -> T5EncoderModel:
     return T5EncoderModel(T5Config(vocab_size=32, d_model=64, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
 
 
+def name_parts(model: Path, **parts: list[str] | None) -> None:
+    """In the index of `model`, whatever lies in its folder."""
+    index = model / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | parts))
+
+
 def test_a_folder_with_the_third_text_encoder_is_exported_without_it_when_that_is_said(
     pipeline: StableDiffusion3Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its gigabytes are neither loaded nor needed: here they are not even there."""
     pipeline.save_pretrained(tmp_path / "model")
-    index = tmp_path / "model" / "model_index.json"
-    named = {
-        "text_encoder_3": ["transformers", "T5EncoderModel"],
-        "tokenizer_3": ["transformers", "T5TokenizerFast"],
-    }
-    index.write_text(json.dumps(json.loads(index.read_text()) | named))
+    name_parts(
+        tmp_path / "model",
+        text_encoder_3=["transformers", "T5EncoderModel"],
+        tokenizer_3=["transformers", "T5TokenizerFast"],
+    )
     with pytest.raises(ExportError, match="is not supported: leave it out with --without-t5"):
         main([str(tmp_path / "model"), str(tmp_path / "bundle")])
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -76,15 +81,14 @@ def test_a_folder_with_the_third_text_encoder_is_exported_without_it_when_that_i
 def test_what_is_made_of_images_need_not_be_there(pipeline: StableDiffusion3Pipeline, tmp_path: Path) -> None:
     """Nor does the bundle name it, for optimum's pipeline would look for it."""
     pipeline.save_pretrained(tmp_path / "model")
-    index = tmp_path / "model" / "model_index.json"
-    named = {
-        "image_encoder": ["transformers", "SiglipVisionModel"],
-        "feature_extractor": ["transformers", "SiglipImageProcessor"],
-    }
-    index.write_text(json.dumps(json.loads(index.read_text()) | named))
+    name_parts(
+        tmp_path / "model",
+        image_encoder=["transformers", "SiglipVisionModel"],
+        feature_extractor=["transformers", "SiglipImageProcessor"],
+    )
     export_bundle(tmp_path / "model", tmp_path / "bundle", steps=(2,), report=silent)
     written = json.loads((tmp_path / "bundle" / "model_index.json").read_text())
-    assert [written[part] for part in named] == [[None, None]] * 2
+    assert written["image_encoder"] == written["feature_extractor"] == [None, None]
 
 
 @pytest.mark.parametrize("without_t5", [False, True])
@@ -92,8 +96,7 @@ def test_a_third_text_encoder_that_is_null_says_what_to_write(
     pipeline: StableDiffusion3Pipeline, tmp_path: Path, without_t5: bool
 ) -> None:
     pipeline.save_pretrained(tmp_path / "model")
-    index = tmp_path / "model" / "model_index.json"
-    index.write_text(json.dumps(json.loads(index.read_text()) | {"text_encoder_3": None}))
+    name_parts(tmp_path / "model", text_encoder_3=None)
     with pytest.raises(ExportError, match=r"text_encoder_3 must be .* or for none \[null, null\], not null"):
         load(tmp_path / "model", without_t5=without_t5)
 
