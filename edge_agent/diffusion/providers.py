@@ -213,12 +213,12 @@ def options(names: Iterable[str], cache: Path, *, half: bool) -> dict[str, dict[
     Raises OSError when the folder cannot be made.
     """
     known = {
-        "tensorrt": {
-            "trt_engine_cache_enable": "1",
+        "tensorrt": {  # onnxruntime takes True and False here, and refuses 1 and 0
+            "trt_engine_cache_enable": "True",
             "trt_engine_cache_path": str(cache),
-            "trt_timing_cache_enable": "1",
+            "trt_timing_cache_enable": "True",
             "trt_timing_cache_path": str(cache),
-            "trt_fp16_enable": str(int(half)),
+            "trt_fp16_enable": str(half),
         },
         "openvino": {"cache_dir": str(cache)},
     }
