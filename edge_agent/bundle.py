@@ -61,7 +61,10 @@ MODEL_FOLDERS = (
     "tokenizer_2",
 )
 # The facts that do not.
-_LABELS = ("name", "licence", "latent_to_rgb")
+_LABELS = ("name", "licence", "latent_to_rgb", "dtypes")
+
+SMALLER_DTYPES = ("fp16", "int8")
+"""What a graph computes in besides float32: half precision, or eight bits wherever it multiplies."""
 
 # A manifest is a list of some dozen files. What is larger is a mistake, or wants to fill memory or disk.
 MAX_MANIFEST_BYTES = 1 << 20
@@ -153,6 +156,9 @@ class Facts:
     guidance_embedding: int | None = None
     # A linear map from latents to colours in 0..1: a row of red, green, blue for each channel, then the constant.
     latent_to_rgb: tuple[tuple[float, float, float], ...] | None = None
+    dtypes: Mapping[str, str] | None = (
+        None  # what graphs compute in, by their folder, where it is not float32
+    )
 
     @property
     def second(self) -> AddedConditioning | JointConditioning | None:
@@ -163,6 +169,10 @@ class Facts:
     def denoiser(self) -> str:
         """The graph that is run in every step."""
         return TRANSFORMER if self.joint else DENOISER
+
+    def dtype(self, graph: str) -> str:
+        """What the graph computes in: fp32, or one of `SMALLER_DTYPES`."""
+        return (self.dtypes or {}).get(graph.rpartition("/")[0], "fp32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -401,6 +411,7 @@ def _parse(text: bytes, path: Path | str) -> Manifest:
         added=_parse_added(document, path),
         joint=_parse_joint(document, facts, path),
         latent_to_rgb=_parse_map(document, facts["latent_channels"], path),
+        dtypes=_parse_dtypes(document, path),
         schema_version=version,
         files=_parse_files(document, path),
     )
@@ -469,6 +480,15 @@ def _parse_map(
     if len(rows) != channels + 1 or any(len(row) != 3 for row in rows):
         raise BundleError(f"{path}: latent_to_rgb must have {channels + 1} rows of three numbers")
     return tuple((red, green, blue) for red, green, blue in rows)
+
+
+def _parse_dtypes(document: dict[str, Any], path: Path | str) -> dict[str, str] | None:
+    if document.get("dtypes") is None:
+        return None
+    dtypes: dict[str, str] = _typed(document, "dtypes", dict, path)
+    if not all(dtype in SMALLER_DTYPES for dtype in dtypes.values()):
+        raise BundleError(f"{path}: dtypes must be of {', '.join(SMALLER_DTYPES)}, by folder")
+    return dtypes
 
 
 def _numbers(value: Any, name: str, path: Path | str) -> tuple[float, ...]:

@@ -25,7 +25,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from edge_agent.agent import Agent, Terms
-from edge_agent.bundle import Bundle
+from edge_agent.bundle import DECODER, Bundle, Manifest
 from edge_agent.cloud import CloudClient
 from edge_agent.device import Device
 from edge_agent.diffusion import providers
@@ -291,7 +291,7 @@ def _load_models(settings: Settings) -> Resident:
     # The folder itself and no link to it: what the link leads to may change, and these graphs be loaded again.
     # Path.resolve would raise something of its own for a loop of links.
     bundle = Bundle.open(os.path.realpath(settings.bundle_folder))
-    choice = providers.find(settings.providers)
+    choice = providers.find(settings.providers, _unfit(bundle.manifest))
     serving = tuple(map(providers.full_name, choice.serving))
     generator = Generator(bundle, Runtime(threads=settings.threads or None, providers=serving))
     followed = settings.state_folder if settings.follow_prompts else None
@@ -303,45 +303,47 @@ def _load_models(settings: Settings) -> Resident:
         max_prompt_chars=settings.max_prompt_characters,
         apps=frozenset(settings.apps) or None,
     )
-    better = (
-        partial(_open_better, settings, generator, choice, bundle.model_digest) if choice.better else None
-    )
+    better = partial(_open_better, settings, generator, choice, bundle) if choice.better else None
     return Resident(reader, generator, limits, choice, settings.keep_alive_s, better)
 
 
-def _open_better(settings: Settings, generator: Generator, choice: Choice, digest: str) -> Generator:
+def _unfit(manifest: Manifest) -> dict[str, str]:
+    """Providers that run such models worse than others do, and why."""
+    if "int8" not in map(manifest.dtype, (manifest.denoiser, DECODER)):
+        return {}
+    return {
+        "tensorrt": "it takes graphs in eight bits in hundreds of pieces, with an engine for each; the form for a GPU "
+        "is fp16"
+    }
+
+
+def _open_better(settings: Settings, generator: Generator, choice: Choice, bundle: Bundle) -> Generator:
     """The generator on the better providers, with what they compile kept for the next start.
 
-    What was kept may be of another driver or half written: where it cannot be used it goes, and is made anew. TensorRT
-    refuses graphs with half precision inside unless it is told, and inputs and outputs do not tell.
+    What was kept may be of another driver or half written: where it cannot be used it goes, and is made anew.
     Raises BundleError, GenerationFailed, OSError.
     """
-    folder = settings.cache_folder / "engines" / f"{digest[:16]}-{ort.__version__}"
-    half = any(session.half for session in generator.sessions)
+    cache = settings.cache_folder / "engines" / f"{bundle.model_digest[:16]}-{ort.__version__}"
+    kept = cache.is_dir() and any(cache.iterdir())
 
-    def opened(half: bool) -> Generator:
-        cache = folder / ("half" if half else "single")
-        kept = cache.is_dir() and any(cache.iterdir())
-        runtime = Runtime(
+    def runtime(graph: str) -> Runtime:
+        half = bundle.manifest.dtype(graph) == "fp16"
+        return Runtime(
             threads=settings.threads or None,
             providers=tuple(map(providers.full_name, choice.better)),
             provider_options=providers.options(choice.better, cache, half=half),
         )
-        try:
-            return generator.on(runtime)
-        except RouteT2IError:
-            if not kept:
-                raise
-            shutil.rmtree(cache)
-            cache.mkdir(mode=0o700)
-            return generator.on(runtime)
+
+    def opened() -> Generator:
+        return generator.on(runtime(bundle.manifest.denoiser), runtime(DECODER))
 
     try:
-        return opened(half)
+        return opened()
     except RouteT2IError:
-        if half or "tensorrt" not in choice.better:
+        if not kept:
             raise
-        return opened(half=True)
+        shutil.rmtree(cache)
+        return opened()
 
 
 def _log_serving(agent: Agent) -> None:

@@ -167,7 +167,9 @@ def shrink(
         report(
             f"{Path(name).parent}: {before / 1e6:.1f} MB in fp32, {_bytes(root / name) / 1e6:.1f} MB in {dtype}"
         )
-    write_manifest(root)
+    write_manifest(
+        root, dtypes={**(bundle.manifest.dtypes or {}), **{str(Path(name).parent): dtype for name in graphs}}
+    )
     try:
         loss = Loss.between(_images(Bundle.open(root)), references)
     except GenerationFailed as error:

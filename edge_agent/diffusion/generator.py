@@ -76,8 +76,8 @@ class Generator:
         """Every graph."""
         return (*self.text_encoder.sessions, *self.denoiser.sessions, *self.decoder.sessions)
 
-    def on(self, runtime: Runtime) -> Generator:
-        """The same models with denoiser and decoder on another runtime, opened for one image of the bundle's size.
+    def on(self, denoiser: Runtime, decoder: Runtime) -> Generator:
+        """The same models with denoiser and decoder on other runtimes, opened for one image of the bundle's size.
 
         Tokenizer and text encoder are shared, so that what decisions are made of stays the same. Both denoisers and
         decoders compute once, which is when some providers compile, and have to agree.
@@ -87,8 +87,8 @@ class Generator:
             GenerationFailed: they fail there, or compute something else.
         """
         other = copy.copy(self)
-        other.denoiser = Denoiser(self._bundle, _fixed(runtime, self.denoiser.sessions))
-        other.decoder = Decoder(self._bundle, _fixed(runtime, self.decoder.sessions))
+        other.denoiser = Denoiser(self._bundle, _fixed(denoiser, self.denoiser.sessions))
+        other.decoder = Decoder(self._bundle, _fixed(decoder, self.decoder.sessions))
         _, states = self.encode("")
         schedule = self._schedules[min(self._schedules)]
         noise = TorchNoise(0).draw(self._latent_shape)
@@ -101,7 +101,7 @@ class Generator:
         for what, (expected, found) in (("denoiser", latents), ("decoder", colours)):
             # Not `>`: what is not a number is not near either.
             if not np.linalg.norm(found - expected) <= MOST_DIFFERENCE * np.linalg.norm(expected):
-                raise GenerationFailed(f"the {what} computes something else on {runtime.providers[0]}")
+                raise GenerationFailed(f"the {what} computes something else on {denoiser.providers[0]}")
         return other
 
     def encode(self, prompt: str) -> tuple[Tokens, TextStates]:

@@ -114,8 +114,9 @@ class Choice:
         )
 
 
-def find(wish: Sequence[str] = ()) -> Choice:
+def find(wish: Sequence[str] = (), unfit: Mapping[str, str] | None = None) -> Choice:
     """What this machine offers, tried out. `wish` names the providers to use, best first; empty: whatever is best.
+    `unfit` are those that run these models badly, and why: they are used only where the wish names them.
 
     Some milliseconds where onnxruntime has nothing but the CPU; elsewhere each candidate runs a graph.
 
@@ -123,11 +124,14 @@ def find(wish: Sequence[str] = ()) -> Choice:
         StartRefused: a provider of the wish cannot be used; the message says why.
     """
     available = tuple(_short(name) for name in ort.get_available_providers())
-    candidates = [name for name in (wish or PREFERENCE) if name in available and name != CPU]
+    unfit = {} if wish else dict(unfit or {})
+    candidates = [
+        name for name in (wish or PREFERENCE) if name in available and name != CPU and name not in unfit
+    ]
     if {"cuda", "tensorrt"} & set(candidates):
         _load_packaged_libraries()
     failures = {name: failure for name in candidates if (failure := probe(name))}
-    return choose(available, failures, wish, _builds())
+    return choose(available, unfit | failures, wish, _builds())
 
 
 def choose(
@@ -208,7 +212,7 @@ def options(names: Iterable[str], cache: Path, *, half: bool) -> dict[str, dict[
 
     Args:
         cache: folder for what they compile. It is made.
-        half: whether the graphs compute in half precision, which TensorRT wants to be told.
+        half: whether the graph computes in half precision: TensorRT refuses it unless it is told.
 
     Raises OSError when the folder cannot be made.
     """

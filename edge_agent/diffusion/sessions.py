@@ -203,11 +203,6 @@ class Session:
         """Whether nothing but the CPU runs it."""
         return self._runtime.providers == ("CPUExecutionProvider",)
 
-    @property
-    def half(self) -> bool:
-        """Whether the graph takes half precision."""
-        return np.float16 in self._dtypes.values()
-
     def expect(self, **sizes: tuple[int | None, ...]) -> None:
         """Check inputs and outputs against the sizes they must have; None where any will do.
 

@@ -160,6 +160,8 @@ def test_a_newer_schema_says_what_to_do(bundle_copy: Path) -> None:
         ({"default_steps": 16}, "default_steps"),
         ({"guidance_embedding": "8"}, "guidance_embedding"),
         ({"guidance_embedding": 2}, "guidance_embedding"),
+        ({"dtypes": ["fp16"]}, "dtypes must be"),
+        ({"dtypes": {"unet": "bf16"}}, "dtypes must be of fp16, int8, by folder"),
         ({"latent_to_rgb": [[0.1, 0.2, 0.3]] * 4}, "5 rows"),
         ({"latent_to_rgb": [["red", 0, 0]] * 5}, "latent_to_rgb must list numbers"),
         ({"added": {"text_output": "a", "pooled_output": "b", "time_ids": [1]}}, "zero_negative"),
@@ -282,6 +284,7 @@ def test_the_model_digest_depends_on_every_part_of_the_models(bundle_copy: Path,
         ({"latent_scaling": 0.5}, True),
         ({"guidance_embedding": 8}, True),
         ({"name": "renamed"}, False),
+        ({"dtypes": {"unet": "int8"}}, False),  # the file's sha256 tells
         ({"latent_to_rgb": [[0.1, 0.2, 0.3]] * 5}, False),  # previews only
     ],
 )

@@ -247,7 +247,10 @@ def test_files_that_changed_before_the_first_load_or_the_warm_up_are_not_loaded(
     bundle = Bundle.open(bundle_copy)
     generator = Generator(bundle, Runtime(threads=1))
     (bundle_copy / DECODER).write_bytes((bundle_copy / DECODER).read_bytes())
-    for load in (lambda: Decoder(bundle, Runtime()), lambda: generator.on(Runtime(threads=1))):
+    for load in (
+        lambda: Decoder(bundle, Runtime()),
+        lambda: generator.on(Runtime(threads=1), Runtime(threads=1)),
+    ):
         with pytest.raises(BundleError, match=r"vae_decoder/model\.onnx has changed since"):
             load()
 

@@ -7,6 +7,7 @@ takes no operator; all else is as with one that does.
 from __future__ import annotations
 
 import gc
+import shutil
 import threading
 import weakref
 from collections.abc import AsyncIterator
@@ -19,7 +20,7 @@ import onnxruntime as ort
 import pytest
 import pytest_asyncio
 
-from edge_agent.bundle import Bundle
+from edge_agent.bundle import Bundle, write_manifest
 from edge_agent.daemon import _load_models
 from edge_agent.diffusion import providers
 from edge_agent.diffusion.generator import Generator, Image
@@ -51,7 +52,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
     made = Gate()
     on = Generator.on
 
-    def held(generator: Generator, runtime: Runtime) -> Generator:
+    def held(generator: Generator, *runtimes: Runtime) -> Generator:
         made.begun += 1
         made.running += 1
         made.most = max(made.most, made.running)
@@ -60,7 +61,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
             if made.failure is not None:
                 generator.encode("")  # to compare with, it runs what serves
                 raise made.failure
-            return on(generator, runtime)
+            return on(generator, *runtimes)
         finally:
             made.running -= 1
 
@@ -191,7 +192,7 @@ def drawn(generator: Generator, bundle: Bundle) -> np.ndarray[Any, Any]:
 def test_the_better_generator_has_one_size_the_same_encoder_and_draws_the_same(routed_bundle: Path) -> None:
     bundle = Bundle.open(routed_bundle)
     generator = Generator(bundle, Runtime(threads=1))
-    better = generator.on(BETTER)
+    better = generator.on(BETTER, BETTER)
     assert better.text_encoder is generator.text_encoder and better.denoiser is not generator.denoiser
     assert better.denoiser.one_at_a_time and not generator.denoiser.one_at_a_time
     facts = bundle.manifest
@@ -216,7 +217,7 @@ def test_a_provider_that_computes_something_else_is_not_taken_up(
     with pytest.raises(
         GenerationFailed, match="the decoder computes something else on AzureExecutionProvider"
     ):
-        generator.on(BETTER)
+        generator.on(BETTER, BETTER)
 
 
 def test_what_tensorrt_compiles_is_kept_by_model_and_version(tmp_path: Path) -> None:
@@ -245,48 +246,72 @@ def test_a_cache_that_cannot_be_used_is_made_anew_and_a_fault_of_the_models_is_n
     assert models.open_better is not None
     on = Generator.on
 
-    def spoilt(generator: Generator, runtime: Runtime) -> Generator:
+    def spoilt(generator: Generator, *runtimes: Runtime) -> Generator:
         if any(tmp_path.rglob("*.engine")):
             raise BundleError("the engine is of another driver")
-        return on(generator, runtime)
+        return on(generator, *runtimes)
 
     monkeypatch.setattr(Generator, "on", spoilt)
     models.open_better()
-    folder = tmp_path / "engines" / f"{models.reader.bundle.model_digest[:16]}-{ort.__version__}" / "single"
+    folder = tmp_path / "engines" / f"{models.reader.bundle.model_digest[:16]}-{ort.__version__}"
     folder.mkdir(parents=True)
     (folder / "unet.engine").write_bytes(b"of another driver")
     assert models.open_better() is not models.generator
-    assert list(folder.iterdir()) == []
+    assert not list(folder.glob("*.engine"))
     (tmp_path / "other.engine").write_bytes(b"not in the cache")
     with pytest.raises(BundleError, match="another driver"):
         models.open_better()
 
 
-def test_tensorrt_is_told_of_half_precision_where_it_takes_a_graph_no_other_way(
+def test_tensorrt_is_told_which_graphs_are_in_half_precision(
     routed_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With another provider under TensorRT's name: what it is told is looked at, not what it makes of it."""
     monkeypatch.setitem(providers._FULL_NAMES, "tensorrt", "AzureExecutionProvider")
     monkeypatch.setitem(providers._SHORT_NAMES, "AzureExecutionProvider", "tensorrt")
+    bundle = tmp_path / "bundle"
+    shutil.copytree(routed_bundle, bundle)
+    write_manifest(bundle, dtypes={"text_encoder": "fp16", "unet": "fp16"})
     flags = {
-        "bundle": str(routed_bundle),
+        "bundle": str(bundle),
         "threads": "1",
         "providers": "tensorrt,cpu",
-        "cache": str(tmp_path),
+        "cache": str(tmp_path / "cache"),
     }
     models = _load_models(resolve(flags, {}))
     assert models.open_better is not None
     told: list[str] = []
     on = Generator.on
 
-    def strict(generator: Generator, runtime: Runtime) -> Generator:
-        options = runtime.provider_options["AzureExecutionProvider"]
-        told.append(options["trt_fp16_enable"])
-        assert Path(options["trt_engine_cache_path"]).is_dir()
-        if told[-1] == "False":
-            raise BundleError("unet/model.onnx: half precision inside, and it was not told")
-        return on(generator, replace(runtime, provider_options={}))
+    def listening(generator: Generator, *runtimes: Runtime) -> Generator:
+        for runtime in runtimes:
+            options = runtime.provider_options["AzureExecutionProvider"]
+            told.append(options["trt_fp16_enable"])
+            assert Path(options["trt_engine_cache_path"]).is_dir()
+        return on(generator, *(replace(runtime, provider_options={}) for runtime in runtimes))
 
-    monkeypatch.setattr(Generator, "on", strict)
+    monkeypatch.setattr(Generator, "on", listening)
     assert models.open_better().denoiser.one_at_a_time
-    assert told == ["False", "True"]
+    assert told == ["True", "False"]
+
+
+def test_tensorrt_is_not_given_graphs_in_eight_bits_unless_asked(
+    routed_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        providers.ort, "get_available_providers", lambda: [*map(providers.full_name, ("tensorrt", "cpu"))]
+    )
+    monkeypatch.setattr(providers, "probe", lambda _name: "")
+    bundle = tmp_path / "bundle"
+    shutil.copytree(routed_bundle, bundle)
+    flags = {"bundle": str(bundle), "threads": "1", "cache": str(tmp_path / "cache")}
+    for dtypes, wish, better in (
+        ({"text_encoder": "int8"}, {}, True),  # it stays where it is
+        ({"text_encoder": "int8", "vae_decoder": "int8"}, {}, False),
+        ({"text_encoder": "int8", "vae_decoder": "int8"}, {"providers": "tensorrt,cpu"}, True),
+    ):
+        write_manifest(bundle, dtypes=dtypes)
+        models = _load_models(resolve(flags | wish, {}))
+        (tensorrt,) = (each for each in models.providers if each.name == "tensorrt")
+        assert (models.open_better is not None) is better
+        assert ("hundreds of pieces" in tensorrt.reason) is not better

@@ -111,6 +111,7 @@ def test_a_part_that_is_kept_keeps_its_bytes(bundle_copy: Path) -> None:
     shrink(bundle_copy, "fp16", keep=("text_encoder", "vae_decoder"), prompts=PROMPTS[:1], report=silent)
     kept = [(bundle_copy / name).read_bytes() == old for name, old in zip(GRAPHS, before, strict=True)]
     assert kept == [True, False, True]
+    assert Bundle.open(bundle_copy).manifest.dtypes == {"unet": "fp16"}
 
 
 def test_a_part_that_is_not_there_cannot_be_kept(bundle_copy: Path) -> None:
