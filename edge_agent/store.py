@@ -270,7 +270,9 @@ class Store:
                 if error.errno in DISK_FULL
                 else "choose another folder with --models, or mend this one"
             )
-            raise StoreError(f"{place} cannot be {done}: {error.strerror or error}; {cure}") from error
+            # A folder that was to be made: "File exists" would say the opposite of what is wrong.
+            why = "it is no folder" if isinstance(error, FileExistsError) else error.strerror or error
+            raise StoreError(f"{place} cannot be {done}: {why}; {cure}") from error
 
 
 def check_name(name: str) -> None:
