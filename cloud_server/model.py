@@ -12,8 +12,8 @@ Beside model_index.json may lie `routet2i.json`, which says what diffusers folde
       "sizes": [[64, 64]]             the only [width, height] served; left out: what the autoencoder allows
     }
 
-Every key may be left out. Without the file a model is named after its folder and serves its own size with the
-defaults that diffusers' own documentation uses.
+Every key may be left out. Without the file a model is named after its folder, or by its hub id, and serves its own size
+with the defaults that diffusers' own documentation uses.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ def open_model(model: str) -> Model:
     try:
         card = _read_card(folder / CARD_FILE)
         return Model(
-            name=card.name or folder.name,
+            # A snapshot's folder is called after its commit.
+            name=card.name or (folder.name if expanded(model).is_dir() else model),
             licence=card.licence or "",
             folder=folder,
             digest=digest(folder),

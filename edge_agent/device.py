@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import weakref
 from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -116,12 +117,17 @@ class _Pace:
 
     def __init__(self) -> None:
         self.image_s = _GUESS_S
-        self._measured = False
+        self._measured: weakref.ref[Generator] | None = (
+            None  # what made the images; not kept in memory by this
+        )
 
-    def measure(self, image_s: float) -> None:
-        """Count an image in."""
-        self.image_s = (1 - _RECENT) * self.image_s + _RECENT * image_s if self._measured else image_s
-        self._measured = True
+    def measure(self, image_s: float, generator: Generator) -> None:
+        """Count an image of `generator` in. With the first one of another, which runs the models elsewhere, the mean
+        begins anew; until then the one before, of slower images, leaves callers time enough.
+        """
+        known = self._measured is not None and self._measured() is generator
+        self.image_s = (1 - _RECENT) * self.image_s + _RECENT * image_s if known else image_s
+        self._measured = weakref.ref(generator)
 
 
 class Device:
@@ -188,7 +194,7 @@ class Device:
                     decoded = time.perf_counter()
                     png = encode_png(event.pixels)
                     done = time.perf_counter()
-                    pace.measure(done - began)
+                    pace.measure(done - began, job.generator)
                     timings_ms = {
                         "queue": (began - asked) * 1e3,
                         "denoise": (stepped - began) * 1e3,

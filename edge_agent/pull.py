@@ -393,10 +393,15 @@ class FolderSource:
 
 
 class WebSource:
-    """A bundle folder on an HTTP(S) server. Query parameters of its address go along with every file's."""
+    """A bundle folder on an HTTP(S) server. Query parameters of its address go along with every file's.
+
+    Raises InvalidRequest where TLS would have to do without the authorities that SSL_CERT_FILE names.
+    """
 
     def __init__(self, address: str, timeout_s: float = TIMEOUT_S) -> None:
         parts = urllib.parse.urlsplit(address)
+        if parts.scheme == "https" and (wrong := _wrong_authorities()):
+            raise InvalidRequest(wrong)
         path = (
             urllib.parse.quote(parts.path, safe="/%:@!$&'()*+,;=~").removesuffix(f"/{MANIFEST}").rstrip("/")
         )
@@ -550,9 +555,12 @@ class WebSource:
             host = f"{host}, to which {own} redirects,"
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         if isinstance(reason, ssl.SSLCertVerificationError):
+            # A server without TLS may have led here, with nothing said of the authorities before.
+            cure = _wrong_authorities() or (
+                "if an authority of your own vouches for it, name that authority's PEM file in SSL_CERT_FILE"
+            )
             return SourceRefused(
-                f"the certificate of {host} is not to be trusted: {reason.verify_message.rstrip('.')}; if an authority "
-                "of your own vouches for it, name that authority's PEM file in SSL_CERT_FILE"
+                f"the certificate of {host} is not to be trusted: {reason.verify_message.rstrip('.')}; {cure}"
             )
         if isinstance(reason, (ValueError, http.client.InvalidURL)):
             # Its own text is not repeated: it quotes headers and signed addresses.
@@ -670,6 +678,21 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
                     request.add_unredirected_header(header, value)
         self.last = request
         return request
+
+
+def _wrong_authorities() -> str:
+    """What is wrong with the file in SSL_CERT_FILE, which OpenSSL passes over in silence; empty where nothing is."""
+    file = os.environ.get("SSL_CERT_FILE")
+    if not file:
+        return ""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(file)
+    except OSError as error:  # ssl's own among them
+        return (
+            f"SSL_CERT_FILE names {file}, which has no certificate that can be read: {_reason(error)}; name a PEM "
+            "file, or unset it"
+        )
+    return ""
 
 
 def _host(address: str) -> str:

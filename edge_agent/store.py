@@ -142,10 +142,6 @@ class Store:
         if name == STARTER_NAME:
             raise StoreError("the starter comes with the project and cannot be removed")
         with self._exclusive():
-            if self.current == name:
-                raise StoreError(
-                    f"{name} is the chosen model; choose another before: edge-agent models use {STARTER_NAME}"
-                )
             with self.explained("read"):
                 installed = _is_name(name) and (self.folder / name).is_dir()
                 unfinished = _is_name(name) and not installed and self.partial(name).is_dir()
@@ -153,6 +149,10 @@ class Store:
                 with self.pulling(name):
                     return self._delete(self.partial(name))
             folder = self.path(name)
+            if self.current == name:  # after what cannot be the chosen one, be the choice damaged
+                raise StoreError(
+                    f"{name} is the chosen model; choose another before: edge-agent models use {STARTER_NAME}"
+                )
             if not folder.is_symlink() and not (folder / MANIFEST).exists():
                 raise StoreError(
                     f"{folder} has no {MANIFEST}, so it is no model; delete it yourself if you mean it"
@@ -270,7 +270,9 @@ class Store:
                 if error.errno in DISK_FULL
                 else "choose another folder with --models, or mend this one"
             )
-            raise StoreError(f"{place} cannot be {done}: {error.strerror or error}; {cure}") from error
+            # A folder that was to be made: "File exists" would say the opposite of what is wrong.
+            why = "it is no folder" if isinstance(error, FileExistsError) else error.strerror or error
+            raise StoreError(f"{place} cannot be {done}: {why}; {cure}") from error
 
 
 def check_name(name: str) -> None:

@@ -18,8 +18,14 @@ class ExportError(Exception):
 
 
 def reason(error: Exception) -> str:
-    """What an error of a library's says: its first line, or the file that cannot be read."""
+    """What an error of a library's says: its first line, or the file that cannot be read.
+
+    Its class, which is Python's word and no user's, comes before what says nothing without it: a word, or nothing.
+    """
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename} cannot be read: {error.strerror}"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:LONGEST_REASON] if lines else type(error).__name__
+    kind = type(error).__name__
+    said = next((line.strip()[:LONGEST_REASON] for line in str(error).splitlines() if line.strip()), "")
+    if " " in said:
+        return said
+    return f"{kind}: {said}" if said else kind

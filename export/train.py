@@ -23,7 +23,7 @@ from torch import Tensor
 
 from edge_agent.bundle import Bundle
 from edge_agent.tokens import Tokenizer
-from export.arguments import replacing
+from export.arguments import at_least, replacing
 from export.mixture import SENTENCE, WORDS, Ensemble, Mixture, Shape, Together
 from export.outcomes import Outcomes
 from export.states import TokenStates, of_prompts, of_shorter_prompts
@@ -293,28 +293,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("bundle", type=Path, help="bundle whose text encoder the predictor reads")
     parser.add_argument("out", type=Path, help=f"folder for {WEIGHTS} and the cached token states")
     parser.add_argument(
-        "--seeds", type=int, default=recipe.seeds, help="mixtures, averaged (default: %(default)s)"
+        "--seeds", type=at_least(1), default=recipe.seeds, help="mixtures, averaged (default: %(default)s)"
     )
     parser.add_argument(
-        "--steps", type=int, default=recipe.steps, help="about so many (default: %(default)s)"
+        "--steps", type=at_least(1), default=recipe.steps, help="about so many (default: %(default)s)"
     )
     parser.add_argument(
-        "--kept", type=int, default=Shape.kept, help="K, tokens an expert keeps (default: %(default)s)"
+        "--kept",
+        type=at_least(1),
+        default=Shape.kept,
+        help="K, tokens an expert keeps (default: %(default)s)",
     )
-    parser.add_argument("--rank", type=int, default=Shape.rank, help="l (default: %(default)s)")
-    parser.add_argument("--hidden", type=int, default=Shape.hidden, help="h (default: %(default)s)")
+    parser.add_argument("--rank", type=at_least(1), default=Shape.rank, help="l (default: %(default)s)")
+    parser.add_argument("--hidden", type=at_least(1), default=Shape.hidden, help="h (default: %(default)s)")
     parser.add_argument(
         "--ablate", choices=sorted(ABLATIONS), action="append", default=[], help="leave a part out"
     )
     parser.add_argument(
         "--words",
-        type=int,
+        type=at_least(0),
         default=WORDS,
         help="length of each token's own embedding beside its state, 0 for none (default: %(default)s)",
     )
     parser.add_argument(
         "--sentence",
-        type=int,
+        type=at_least(0),
         default=SENTENCE,
         help="width of the layer that reads tokens together, 0 for none (default: %(default)s)",
     )
@@ -339,16 +342,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="WEIGHT",
         help="how much the order of each two prompts' gains counts, 0 not at all (default: %(default)s)",
     )
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    parser.add_argument("--threads", type=at_least(1), default=1, help="CPU threads (default: %(default)s)")
     options = parser.parse_args(argv)
-    for name in ("words", "sentence", "deletion_weight", "gain_weight", "rank_weight"):
+    for name in ("deletion_weight", "gain_weight", "rank_weight"):
         if not 0 <= getattr(options, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must not be negative")
     if options.sentence % Together.HEADS:
         parser.error(f"--sentence must be a multiple of {Together.HEADS}")
-    for name in ("seeds", "steps", "kept", "rank", "hidden", "threads"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} must be at least 1")
 
     torch.set_num_threads(options.threads)
     recipe = replace(

@@ -17,6 +17,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch.nn import functional as F
 
+from export.arguments import at_least
 from export.starter.training import UNFINISHED, Run, write_record
 from export.starter.world import render, sample_scenes
 
@@ -151,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="edge-export starter autoencoder", description=__doc__)
     parser.add_argument("stage", choices=("autoencoder", "decoder"))
     parser.add_argument("--work", type=Path, default=Path("runs/starter"), help="folder of checkpoints")
-    parser.add_argument("--steps", type=int, help="training steps (default: the recipe's)")
+    parser.add_argument("--steps", type=at_least(1), help="training steps (default: the recipe's)")
     parser.add_argument("--seconds", type=float, help="stop after this long; the next call goes on")
     options = parser.parse_args(argv)
     stage = train_decoder if options.stage == "decoder" else train

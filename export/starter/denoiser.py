@@ -26,6 +26,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPTokenizerFast
 
+from export.arguments import at_least
 from export.starter.autoencoder import pixels
 from export.starter.size import SIZES, Size
 from export.starter.tokenizer import token_ids
@@ -195,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="edge-export starter denoiser", description=__doc__)
     parser.add_argument("size", choices=SIZES)
     parser.add_argument("--work", type=Path, default=Path("runs/starter"), help="folder of checkpoints")
-    parser.add_argument("--steps", type=int, help="training steps (default: the recipe's)")
+    parser.add_argument("--steps", type=at_least(1), help="training steps (default: the recipe's)")
     parser.add_argument("--seconds", type=float, help="stop after this long; the next call goes on")
     options = parser.parse_args(argv)
     return (

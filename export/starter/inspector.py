@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
+from export.arguments import at_least
 from export.errors import ExportError
 from export.starter.sprites import OBJECTS
 from export.starter.training import UNFINISHED, Run, write_record
@@ -339,7 +340,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--autoencoder", type=Path, help="folder of the autoencoder (default: the recipe's, under --work)"
     )
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--steps", type=at_least(1), default=STEPS)
     parser.add_argument("--seconds", type=float, help="stop after this long; the next call goes on")
     options = parser.parse_args(argv)
     done = train(options.work, autoencoder=options.autoencoder, steps=options.steps, seconds=options.seconds)

@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from edge_agent.superiority import METRICS
+from export.arguments import at_least
 from export.errors import ExportError
 from export.negatives import hard_negatives
 from export.quality import Metric, load_metrics
@@ -257,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--autoencoder", type=Path, help="folder of the autoencoder (default: the recipe's, under --work)"
     )
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--steps", type=at_least(1), default=STEPS)
     parser.add_argument("--seconds", type=float, help="stop after this long; the next call goes on")
     options = parser.parse_args(argv)
     done = train(options.work, autoencoder=options.autoencoder, steps=options.steps, seconds=options.seconds)

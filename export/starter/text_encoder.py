@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPTokenizerFast
 
+from export.arguments import at_least
 from export.starter.size import SIZES, Size
 from export.starter.sprites import OBJECTS
 from export.starter.tokenizer import token_ids, train_tokenizer
@@ -128,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="edge-export starter text-encoder", description=__doc__)
     parser.add_argument("size", choices=("edge", "cloud"))
     parser.add_argument("--work", type=Path, default=Path("runs/starter"), help="folder of checkpoints")
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--steps", type=at_least(1), default=STEPS)
     parser.add_argument("--seconds", type=float, help="stop after this long; the next call goes on")
     options = parser.parse_args(argv)
     done = train(options.work, SIZES[options.size], steps=options.steps, seconds=options.seconds)

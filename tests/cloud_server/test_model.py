@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from cloud_server.__main__ import main
 from cloud_server.errors import StartRefused
@@ -45,6 +46,23 @@ def test_a_card_says_what_diffusers_leaves_open(folder: Path) -> None:
     assert model.card.sizes == ((64, 32), (64, 64))
     (folder / "routet2i.json").unlink()
     assert open_model(str(folder)).name == folder.name
+
+
+def test_a_model_of_the_hub_is_called_by_its_id_unless_its_card_names_it(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A snapshot that was downloaded before is taken without the hub."""
+    repository, commit = tmp_path / "models--owner--name", "c0ffee" + "0" * 34
+    snapshot = Path(shutil.copytree(model_folder, repository / "snapshots" / commit))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert open_model("owner/name").name == "miniature"
+    (snapshot / "routet2i.json").unlink()
+    model = open_model("owner/name")
+    assert (model.name, model.folder) == ("owner/name", snapshot)
+    assert open_model(str(snapshot)).name == commit
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ import gc
 import weakref
 from contextlib import aclosing
 
+import pytest
+
 from edge_agent.bundle import Bundle
 from edge_agent.device import Device, Drawn, Job
 from edge_agent.diffusion.generator import Generator
@@ -77,4 +79,24 @@ async def test_what_an_image_takes_is_forgotten_with_the_models_that_took_it() -
     device.measure_anew()
     await late
     assert device.expected_s() == guess
+    await device.close()
+
+
+async def test_the_mean_of_what_an_image_takes_begins_anew_with_the_first_of_another_generator() -> None:
+    slow, quick = (Generator(Bundle.open(STARTER), Runtime(threads=1)) for _ in range(2))
+    _, states = slow.encode("a cat")
+    device = Device(max_queue=0)
+
+    async def draw(generator: Generator, steps: int) -> float:
+        drawing = device.begin(Job(generator, states, states, 1, steps, 1.0, previews=False, deadline=None))
+        async with aclosing(drawing.events()) as events:
+            *_, drawn = [event async for event in events]
+        assert isinstance(drawn, Drawn)
+        return sum(drawn.timings_ms[stage] for stage in ("denoise", "decode", "png")) / 1e3
+
+    await draw(slow, 16)
+    first = await draw(quick, 4)
+    assert device.expected_s() == pytest.approx(first)
+    second = await draw(quick, 4)
+    assert device.expected_s() == pytest.approx(0.7 * first + 0.3 * second)
     await device.close()

@@ -321,6 +321,11 @@ def test_an_unfinished_pull_is_listed_and_can_be_removed(run: Run, home: Path) -
         (("show",), 2, "NAME"),
         ((), 2, "ACTION"),
         (("list", "--models", "/dev/null"), 2, "cannot be read"),
+        (
+            ("use", "starter", "--models", "/dev/null"),
+            2,
+            "/dev/null cannot be written: it is no folder; choose",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_with_the_right_exit_code(

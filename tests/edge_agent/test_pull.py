@@ -816,6 +816,13 @@ def test_over_tls_only_a_trusted_server_is_pulled_from(
             SourceRefused, match=r"certificate of 127\.0\.0\.1.*not to be trusted.*SSL_CERT_FILE"
         ):
             fetch(WebSource(web.address), store)
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "moved.pem"))
+        plain.misbehave("redirect", to=f"{web.address}/{MANIFEST}")
+        with pytest.raises(
+            SourceRefused, match=r"not to be trusted.*SSL_CERT_FILE names .*moved\.pem, which"
+        ):
+            fetch(WebSource(plain.address), store)
+        plain.asked.clear()
         monkeypatch.setenv("SSL_CERT_FILE", str(pem))
         web.misbehave("redirect", at=DENOISER, to=f"{plain.address}/{DENOISER}")
         with pytest.raises(SourceRefused, match="less safe"):
@@ -824,6 +831,23 @@ def test_over_tls_only_a_trusted_server_is_pulled_from(
         web.misbehave("honest")
         fetch(WebSource(web.address), store)
     assert same(store.folder / "hollow", hollow)
+
+
+@pytest.mark.parametrize("content", [None, "", "no certificate", "-----BEGIN CERTIFICATE-----\n!\n"])
+def test_authorities_that_cannot_be_read_are_told_where_tls_needs_them(
+    web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None
+) -> None:
+    """OpenSSL would go on without them, and blame the server's certificate."""
+    file = tmp_path / "authorities.pem"
+    if content is not None:
+        file.write_text(content)
+    monkeypatch.setenv("SSL_CERT_FILE", str(file))
+    for asked in ("https://127.0.0.1:1/b", "hf:someone/hollow"):
+        with pytest.raises(InvalidRequest, match=f"^SSL_CERT_FILE names {file}, which has no certificate"):
+            source_of(asked, {})
+    assert source_of(f"{web.address}/b", {}).manifest()
+    monkeypatch.setenv("SSL_CERT_FILE", "")
+    source_of("https://127.0.0.1:1/b", {})
 
 
 def pulling_process(web: Web, folder: Path, *arguments: str) -> subprocess.Popen[bytes]:

@@ -247,6 +247,27 @@ def test_what_an_unfinished_pull_left_can_be_removed(store: Store) -> None:
     assert list((store.folder / ".partial").iterdir()) == []
 
 
+@pytest.mark.parametrize("choice", ["mine", "../../etc", ""])
+def test_a_choice_keeps_no_unfinished_pull_and_a_damaged_one_every_installed_model(
+    store: Store, choice: str
+) -> None:
+    """Any of these may be what was chosen before the damage."""
+    install(store, "other")
+    (store.folder / ".current").write_text(choice)
+    with store.pulling("mine") as partial:
+        partial.mkdir()
+    assert store.remove("mine") == 0
+    assert store.unfinished() == {}
+    with pytest.raises(StoreError, match="there is no model 'none'"):
+        store.remove("none")
+    if choice != "mine":
+        with pytest.raises(StoreError, match=r"holds no model's name; choose one with .*models use NAME"):
+            store.remove("other")
+        assert store.names() == ["starter", "other"]
+        store.choose("starter")
+    assert store.remove("other") > 0
+
+
 def test_unfinished_pulls_are_counted_while_they_end_or_are_removed(store: Store) -> None:
     partial = store.partial("mine")
 

@@ -29,7 +29,7 @@ from edge_agent.errors import BundleError, GenerationFailed
 from edge_agent.settings import resolve
 from routet2i.edge.v1 import edge_pb2
 from tests.routed import SLOW_STEPS
-from tests.running import LOCAL, Here, daemon_here, until
+from tests.running import LOCAL, Answer, Here, daemon_here, until
 
 SECOND = "azure"
 BETTER = Runtime(threads=1, providers=("AzureExecutionProvider", "CPUExecutionProvider"))
@@ -83,6 +83,13 @@ async def standings(here: Here) -> dict[str, Any]:
     return {each.name: each for each in (await here.app.status()).providers}
 
 
+def made_s(answer: Answer) -> float:
+    """What the device took for the image."""
+    assert answer.result is not None
+    timings_ms = {timing.stage: timing.milliseconds for timing in answer.result.timings}
+    return sum(timings_ms[stage] for stage in ("denoise", "decode", "png")) / 1e3
+
+
 async def test_it_serves_while_it_warms_up_and_changes_over_between_images(here: Here, gate: Gate) -> None:
     found = await standings(here)
     assert (found["cpu"].state, found[SECOND].state) == (IN_USE, WARMING_UP)
@@ -108,7 +115,11 @@ async def test_it_serves_while_it_warms_up_and_changes_over_between_images(here:
         return first() is None
 
     await until(gone)  # with the memory of its weights
+    device = here.daemon.agent.device
+    mean_s = 0.7 * made_s(before) + 0.3 * made_s(rest)
+    assert device.expected_s() == pytest.approx(mean_s, rel=1e-4), "nothing better is known yet"
     after = await here.app.generate(routing=LOCAL, seed=5)
+    assert device.expected_s() == pytest.approx(made_s(after), rel=1e-4)
     difference = np.asarray(after.picture, int) - np.asarray(before.picture, int)
     assert np.abs(difference).max() <= 1
     assert [each.name for each in (await here.app.status()).providers][:2] == [SECOND, "cpu"]

@@ -1,4 +1,4 @@
-"""What a command writes replaces what was there whole, or not at all; and never what it reads."""
+"""What a command writes replaces what was there whole, or not at all; and never what it reads. Counts count."""
 
 from __future__ import annotations
 
@@ -128,3 +128,29 @@ def test_a_document_names_a_path_from_where_one_works(
     monkeypatch.chdir(tmp_path)
     assert shown(tmp_path / "runs" / "labels") == shown(Path("runs/labels")) == "runs/labels"
     assert shown(tmp_path.parent / "labels") == str(tmp_path.parent / "labels")
+
+
+@pytest.mark.parametrize(
+    "stage", ["autoencoder", "decoder", "edge-text", "sketch", "judge", "inspector", "cloud"]
+)
+def test_no_stage_of_the_starter_is_trained_for_less_than_a_step(
+    stage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for steps in ("0", "-5"):
+        with pytest.raises(SystemExit, match="2"):
+            main(["starter", stage, "--work", str(tmp_path), "--steps", steps])
+        assert f"--steps: must be at least 1, not {steps}" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("option", "least"),
+    [(option, 1) for option in ("seeds", "steps", "kept", "rank", "hidden", "threads")]
+    + [(option, 0) for option in ("words", "sentence")],
+)
+def test_a_predictor_is_not_trained_with_less_than_the_least(
+    option: str, least: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "labels", "bundle", "out", f"--{option}", str(least - 1)])
+    assert f"--{option}: must be at least {least}, not {least - 1}" in capsys.readouterr().err

@@ -272,3 +272,9 @@ def test_a_scheduler_that_fails_is_refused_in_its_own_words(
     what_to_do = "change its scheduler_config.json, or choose another scheduler with --scheduler"
     with pytest.raises(ExportError, match=f"{name} cannot be run: .*{why}.*; {what_to_do}"):
         compile_schedule(made, 4)
+
+
+def test_a_refusal_of_no_words_names_the_error() -> None:
+    """HeliosScheduler wants a stage, and looks for the stage None."""
+    with pytest.raises(ExportError, match="HeliosScheduler has no schedule of 4 steps: KeyError: None; name"):
+        compile_schedule(diffusers.HeliosScheduler(), 4)
