@@ -18,6 +18,7 @@ with the defaults that diffusers' own documentation uses.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable
@@ -87,8 +88,13 @@ def locate(model: str) -> Path:
         raise StartRefused(f"there is no model folder {folder}. {_WHAT_TO_DO}")
     try:
         from diffusers import DiffusionPipeline
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
 
-        return Path(DiffusionPipeline.download(model)).resolve()
+        folder = Path(DiffusionPipeline.download(model)).resolve()
+        with contextlib.suppress(EntryNotFoundError):  # most have no card, and diffusers takes none
+            hf_hub_download(model, CARD_FILE, revision=folder.name)  # a snapshot is called after its commit
+        return folder
     except Exception as error:  # the hub client raises whatever its transport raises
         raise StartRefused(
             f"there is no folder {model}, and the hub did not give it: {error}. {_WHAT_TO_DO}"
