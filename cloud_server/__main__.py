@@ -48,7 +48,8 @@ examples:
 
 SIGTERM, Ctrl-C and a terminal that closes let requests in flight finish (--grace-s); a second SIGTERM or
 Ctrl-C stops them at their next step.
-Exit codes: 0 stopped when told to, 2 could not start (the message says why).
+Exit codes: 0 stopped when told to, 1 a fault of the program itself, 2 bad usage or could not start (the message says
+why), 130 Ctrl-C in its first moments.
 """
 
 

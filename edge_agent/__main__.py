@@ -89,9 +89,9 @@ a first image, in two terminals:
 Commands other than serve talk to a running daemon. They find it by --agent, else by the environment variable
 EDGE_AGENT_ADDRESS, else at the default socket. `edge-agent COMMAND --help` has examples of each.
 
-exit codes: 0 done, 2 bad usage or input, or a damaged model, 3 daemon, cloud or source of a model not reachable or
-busy, or no room for the ledger, 4 refused by quota or policy
-(1: a fault of the program itself)
+exit codes: 0 done, 1 a fault of the program itself, 2 bad usage or input, or a damaged model, 3 daemon, cloud or
+source of a model not reachable or busy, or no room for the ledger, 4 refused by quota or policy, 130 Ctrl-C (0 from
+serve, except in its first moments)
 """
 
 SERVE_EPILOG = """\
@@ -107,7 +107,7 @@ examples:
       another machine's cloud server over TLS, two budgets, and no more than ten calls a minute
 
 SIGTERM, Ctrl-C and a terminal that closes let images in the making finish (--grace-s); a second SIGTERM or
-Ctrl-C stops them at their next step.
+Ctrl-C stops them at their next step. The exit code is 0 either way.
 """
 
 GENERATE_EPILOG = """\
@@ -135,7 +135,8 @@ a cloud within reach and no quota are taken for granted.
 What moves PRS most, without it, decided most. Of a prompt that is longer than the model reads, no word moves up.
 
 --json prints one object a line: prompt, route, reason, prs, alpha, edge_quality, cloud_quality, tokens, quota,
-timings_ms. A token has its text, its pull on each metric's gap and, with --explain, prs_without, otherwise null.
+timings_ms, unfamiliar. A token has its text, its pull on each metric's gap and, with --explain, prs_without, otherwise
+null. `unfamiliar` lists the tokens that the predictor has not learnt of: with any of them the prediction is a guess.
 """
 
 _EXIT_CODES: dict[type[RouteT2IError], int] = {

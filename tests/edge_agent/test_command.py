@@ -649,6 +649,12 @@ def test_help_teaches(run: Run, command: tuple[str, ...]) -> None:
         assert "exit codes" in finished.out or "--json prints" in finished.out
 
 
+@pytest.mark.parametrize(("command", "keys"), [("route", DECISION), ("generate", IMAGE), ("quota", BUDGET)])
+def test_help_names_every_key_that_json_prints(run: Run, command: str, keys: tuple[str, ...]) -> None:
+    told = run(command, "--help").out.partition("--json prints")[2]
+    assert [key for key in keys if not re.search(rf"\b{key}\b", told)] == []
+
+
 @pytest.mark.parametrize("command", [("route", "a cat"), ("serve",)])
 def test_without_onnxruntime_it_says_what_to_install(tmp_path: Path, command: tuple[str, ...]) -> None:
     without = "import sys; sys.modules['onnxruntime'] = None; from edge_agent.__main__ import main; sys.exit(main())"

@@ -9,17 +9,18 @@ Errors:
   PERMISSION_DENIED    the app is not one of those in the settings.
   ALREADY_EXISTS       this request_id went to the cloud before and may have been charged; use a new one.
   NOT_FOUND            resume_offset asks for the rest of an image; the edge keeps none.
-  RESOURCE_EXHAUSTED   the device's queue is full (google.rpc.RetryInfo says when to try again), or, for
-                       ROUTING_CLOUD_ONLY, the quota is used up (google.rpc.QuotaFailure names the budget).
+  RESOURCE_EXHAUSTED   the device's queue is full, or it has no room to load its models again (google.rpc.RetryInfo
+                       says when to try again), or, for ROUTING_CLOUD_ONLY, the quota is used up
+                       (google.rpc.QuotaFailure names the budget or rate).
   FAILED_PRECONDITION  ROUTING_CLOUD_ONLY where no cloud server is configured, or it refuses the request (price,
                        size, token), or the quota ledger cannot be used.
   DATA_LOSS            a file of the local model is missing, altered or not what it has to be; the message names it.
-  UNAVAILABLE          the daemon is still loading its models (google.rpc.RetryInfo says when to try again) or is
-                       draining; or, for ROUTING_CLOUD_ONLY, the cloud server cannot be reached or answered with
-                       something that is not the image.
+  UNAVAILABLE          the daemon is still loading its models (google.rpc.RetryInfo says when to try again), is
+                       draining or was stopped; or, for ROUTING_CLOUD_ONLY, the cloud server cannot be reached, is
+                       busy or too slow, or answered with something that is not the image.
   DEADLINE_EXCEEDED, CANCELLED, INTERNAL   as usual.
 Unless the caller asked for ROUTING_CLOUD_ONLY, trouble with quota or cloud is never an error: the edge makes the
-image and the result says what happened.
+image and the result says what happened. docs/api.md is the guide to this service.
 grpc.health.v1 answers SERVING only while the bundle is loaded and the daemon is not draining.
 """
 
