@@ -23,7 +23,7 @@ class Tenants:
     def load(cls, file: str) -> Tenants:
         """Reads a file of lines `TENANT TOKEN`; empty lines and lines that start with # count for nothing.
 
-        A tenant may have several tokens, so that one can be replaced without a gap. Raises StartRefused.
+        A tenant may have several tokens, so that a new one works before the old one goes. Raises StartRefused.
         """
         path = expanded(file)
         try:

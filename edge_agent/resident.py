@@ -1,7 +1,7 @@
 """The models of one bundle, resident for as long as somebody needs them.
 
-Whoever uses them does so in a `with` block. When nobody has for a while they are put down, which gives their memory
-back; the next use loads each graph again when it comes to it. Models that others have succeeded are put down after
+Whoever uses them does so in a `with` block. When nobody has for a while they are unloaded, which gives their memory
+back; the next use loads each graph again when it comes to it. Models that others have succeeded are unloaded after
 their last use.
 """
 
@@ -52,7 +52,7 @@ class Resident:
         self._uses = 0
         self._succeeded = False
         self._timer: asyncio.TimerHandle | None = None
-        self._put_down_at: float | None = None
+        self._unloaded_at: float | None = None
 
     @property
     def providers(self) -> tuple[Standing, ...]:
@@ -76,7 +76,7 @@ class Resident:
     def stay(self, failure: str) -> None:
         """Go on as it is: the better providers cannot be had, for the reason given."""
         self._warm_up = WarmUp(failure=failure)
-        if not self._uses:  # trying them loaded what may have been put down meanwhile
+        if not self._uses:  # trying them loaded what may have been unloaded meanwhile
             self.rest()
 
     @property
@@ -92,8 +92,8 @@ class Resident:
     @property
     def since(self) -> float:
         """Since when that is so, or not so, in seconds since 1970."""
-        if self._put_down_at is not None and not self.loaded:
-            return self._put_down_at
+        if self._unloaded_at is not None and not self.loaded:
+            return self._unloaded_at
         return max(session.loaded_at or 0.0 for session in self._sessions)
 
     def __enter__(self) -> None:
@@ -112,11 +112,9 @@ class Resident:
         self._stop_waiting()
         loop = asyncio.get_running_loop()
         if self._succeeded:
-            loop.run_in_executor(None, self.put_down)
+            loop.run_in_executor(None, self.unload)
         elif self.keep_alive_s:
-            self._timer = loop.call_later(
-                self.keep_alive_s, lambda: loop.run_in_executor(None, self.put_down)
-            )
+            self._timer = loop.call_later(self.keep_alive_s, lambda: loop.run_in_executor(None, self.unload))
 
     def succeed(self) -> None:
         """Others are used from now on: go after the last use."""
@@ -125,10 +123,10 @@ class Resident:
         if not self._uses:
             self.rest()
 
-    def put_down(self) -> None:
+    def unload(self) -> None:
         """Gives back the memory of every graph, in some milliseconds. A run in progress ends before its graph goes."""
         if any(session.loaded_at is not None for session in self._sessions):
-            self._put_down_at = time.time()
+            self._unloaded_at = time.time()
             for session in self._sessions:
                 session.unload()
             memory.give_back()

@@ -56,7 +56,7 @@ def trace(pipeline: Any, folder: Path, size: tuple[int, int], report: Report) ->
         began = time.perf_counter()
         try:
             with quiet(), _made_for(size, pipeline):
-                # Validation is ours: the whole line is compared, not graph by graph on random inputs.
+                # Validation is ours: the whole pipeline is compared, not graph by graph on random inputs.
                 export(model, config=config, output=folder / name / "model.onnx")
         except OSError:
             raise  # a full disk says so itself

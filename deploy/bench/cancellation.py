@@ -29,7 +29,7 @@ from row import Row
 
 GROUP = "cancellation"
 FREE_MS, GROWTH_MB = 300.0, 5.0  # targets; the second is what an allocator's own caches may come to
-LOADING_EVERY = 10  # every tenth image finds the models put down, so that cancellations also meet loading
+LOADING_EVERY = 10  # every tenth image finds the models unloaded, so that cancellations also meet loading
 _POLL_S = 0.001
 
 
@@ -53,7 +53,7 @@ def rows(plan: Plan) -> list[Row]:
         ),
         Row.at_most(
             GROUP,
-            "memory grown by cancellations, models put down",
+            "memory grown by cancellations, models unloaded",
             quantile([memory[-1] - quarter]),
             "MB",
             GROWTH_MB,
@@ -98,7 +98,7 @@ async def measure(folder: Path, threads: int, cancellations: int) -> Reply:
             longest_s = 1.1 * (time.perf_counter() - began)  # so that some are cancelled when they are done
             for number in range(cancellations):
                 if number % LOADING_EVERY == 0:
-                    await asyncio.to_thread(agent.models.put_down)
+                    await asyncio.to_thread(agent.models.unload)
                     found["idle_mb"].append(rss_mb())
                 calling = call(number + 1)
                 reading = asyncio.ensure_future(calling.read())

@@ -24,7 +24,7 @@ _FIRST_AND_LAST = 10  # cycles whose medians say whether memory grows
 
 
 def rows(plan: Plan) -> list[Row]:
-    """Memory after the models were put down, and what it grew by from the first cycles to the last."""
+    """Memory after the models were unloaded, and what it grew by from the first cycles to the last."""
     loaded, idle = [], []
     settings = ("--keep-alive-s", str(KEEP_ALIVE_S))
     with running_agent(plan.bundle, plan.threads, *settings) as (stub, process):
@@ -34,7 +34,7 @@ def rows(plan: Plan) -> list[Row]:
             answer.end()
             try:
                 loaded.append(held_bytes_of(process) / 1e6)
-                _wait_until_put_down(stub)
+                _wait_until_unloaded(stub)
                 idle.append(held_bytes_of(process) / 1e6)
             except OSError:
                 raise BenchError("only Linux tells what memory another process holds") from None
@@ -43,7 +43,7 @@ def rows(plan: Plan) -> list[Row]:
     return [
         Row.at_most(
             GROUP,
-            "idle memory of the daemon, models put down",
+            "idle memory of the daemon, models unloaded",
             quantile(idle),
             "MB",
             MEGABYTES,
@@ -54,7 +54,7 @@ def rows(plan: Plan) -> list[Row]:
     ]
 
 
-def _wait_until_put_down(stub: edge_pb2_grpc.EdgeAgentServiceStub) -> None:
+def _wait_until_unloaded(stub: edge_pb2_grpc.EdgeAgentServiceStub) -> None:
     until = time.monotonic() + PUT_DOWN_S
     while stub.GetStatus(edge_pb2.GetStatusRequest()).loaded:
         if time.monotonic() > until:

@@ -1,4 +1,4 @@
-"""The whole line, live: an edge agent and a cloud server on loopback, and the same prompts three times.
+"""The pipeline, live: an edge agent and a cloud server on loopback, and the same prompts three times.
 
   1. The policy decides for each prompt; the budget has room for what it wants from the cloud.
   2. The same prompts again, until the quota runs out.

@@ -1,4 +1,4 @@
-"""The models come and go, and no request notices: put down when idle, loaded on demand, swapped, cancelled anywhere."""
+"""The models come and go, and no request notices: unloaded when idle, loaded on demand, swapped, cancelled anywhere."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ for _ in range(int(sys.argv[1])):
     states = models.reader.read("two dogs on a beach").states
     nothing = models.reader.negative_states("")
     *_, image = models.generator.generate(states, nothing, 1, facts.default_steps, facts.default_guidance)
-    models.put_down()
+    models.unload()
     found.append(int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) * 1024)
 print(json.dumps(found))
 """
@@ -111,7 +111,7 @@ def rss() -> int:
 # Put down and taken up again
 
 
-async def test_idle_models_are_put_down_and_the_next_request_has_them_loaded_again(
+async def test_idle_models_are_unloaded_and_the_next_request_has_them_loaded_again(
     routed_bundle: Path, tmp_path: Path
 ) -> None:
     async with daemon_here(routed_bundle, tmp_path, keep_alive_s=0.2) as here:
@@ -130,7 +130,7 @@ async def test_idle_models_are_put_down_and_the_next_request_has_them_loaded_aga
 async def test_a_decision_loads_no_more_than_it_reads(routed_bundle: Path, tmp_path: Path) -> None:
     async with daemon_here(routed_bundle, tmp_path) as here:
         models = here.daemon.agent.models  # type: ignore[union-attr]
-        models.put_down()
+        models.unload()
         await here.app.route()
         assert all(session.loaded_at for session in models.reader.sessions)
         assert all(session.loaded_at is None for session in models.generator.denoiser.sessions)
@@ -147,7 +147,7 @@ async def test_no_request_is_dropped_while_the_models_come_and_go(
         async def disturb() -> int:
             times = 0
             while not over.is_set():
-                await asyncio.to_thread(models.put_down)
+                await asyncio.to_thread(models.unload)
                 times += 1
                 await asyncio.sleep(0.05)
             return times
@@ -171,7 +171,7 @@ async def test_the_empty_negative_prompt_is_read_once_for_each_bundle(
     await here.app.generate()
     kept = agent._nothing_negative
     assert kept is not None
-    await asyncio.to_thread(agent.models.put_down)
+    await asyncio.to_thread(agent.models.unload)
     await here.app.generate()
     assert agent._nothing_negative is kept
     choose(chosen, other_bundle)
@@ -259,7 +259,7 @@ async def test_an_image_of_a_file_that_changed_meanwhile_is_no_refusal_by_policy
     bundle_copy: Path, tmp_path: Path
 ) -> None:
     async with daemon_here(bundle_copy, tmp_path) as here:
-        here.daemon.agent.models.put_down()  # type: ignore[union-attr]
+        here.daemon.agent.models.unload()  # type: ignore[union-attr]
         (bundle_copy / DECODER).touch()
         answer = await here.app.generate()
         assert (answer.code, "restart edge-agent" in answer.message) == ("DATA_LOSS", True)
@@ -319,7 +319,7 @@ async def test_a_new_bundle_is_taken_up_while_requests_run(
 async def test_a_reload_whose_caller_goes_away_is_finished_all_the_same(
     here: Here, chosen: Path, other_bundle: Path
 ) -> None:
-    """Else the models that were loaded would be nobody's to serve or to put down."""
+    """Else the models that were loaded would be nobody's to serve or to unload."""
     old = here.daemon.agent
     assert old is not None
     choose(chosen, other_bundle)
@@ -408,7 +408,7 @@ async def test_cancelled_anywhere_the_next_image_is_the_same_and_no_memory_stays
         settled = 0
         for number in range(CANCELLATIONS):
             if number % 10 == 0:
-                await asyncio.to_thread(agent.models.put_down)
+                await asyncio.to_thread(agent.models.unload)
             call = here.app.call(seed=number, preview=True)
             reading = asyncio.create_task(here.app.read(call))
             await asyncio.sleep(draw.uniform(0, 1.2 * whole_s))
@@ -418,10 +418,10 @@ async def test_cancelled_anywhere_the_next_image_is_the_same_and_no_memory_stays
                 assert (await here.app.generate(seed=11, preview=True)).png == expected
             if number == CANCELLATIONS // 3:
                 await here.restless()
-                await asyncio.to_thread(agent.models.put_down)
+                await asyncio.to_thread(agent.models.unload)
                 settled = rss()
         await here.restless()
-        await asyncio.to_thread(agent.models.put_down)
+        await asyncio.to_thread(agent.models.unload)
         grown = rss() - settled
         assert grown < 12e6, f"{grown / 1e6:.1f} MB more after {CANCELLATIONS} cancellations"
         assert (await here.app.generate(seed=11, preview=True)).png == expected

@@ -149,10 +149,10 @@ async def test_what_cannot_be_opened_is_passed_over_with_the_reason(
     assert (await here.app.generate(routing=LOCAL)).result is not None
 
 
-async def test_what_a_warm_up_that_failed_has_loaded_is_put_down_again(
+async def test_what_a_warm_up_that_failed_has_loaded_is_unloaded_again(
     gate: Gate, routed_bundle: Path, tmp_path: Path
 ) -> None:
-    """It runs what serves, to compare with, and that may have been put down since."""
+    """It runs what serves, to compare with, and that may have been unloaded since."""
     gate.failure = BundleError("unet/model.onnx: out of memory")
     settings = {"providers": f"{SECOND},cpu", "cache": tmp_path / "cache", "keep_alive_s": 0.2}
     async with daemon_here(routed_bundle, tmp_path / "state", **settings) as here:
