@@ -8,7 +8,7 @@ import os
 import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import diffusers
 import safetensors
 import transformers
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers.utils import logging as transformers_logging
 
 from cloud_server.errors import reason
@@ -29,37 +30,54 @@ LIBRARIES = {
     ),
 }
 _WEIGHTS = ("safetensors", "bin")
+_HALF = {"variant": "fp16"}
 _LONGEST_REASON = 300  # characters of what a library says
 
 
-def pipeline(model: str | os.PathLike[str], torch_dtype: Any, **options: Any) -> Any:
-    """`DiffusionPipeline.from_pretrained` of a folder or hub id. `options` may name parts, to be left out with None.
+def downloaded(model: str, **left_out: None) -> Path:
+    """The snapshot of a pipeline of the hub without some parts, in half precision where there is nothing else of one.
+
+    Raises whatever the hub's library raises.
+    """
+    with _bars_on_terminals_alone():
+        folder = Path(diffusers.DiffusionPipeline.download(model, **left_out))
+        index = json.loads((folder / diffusers.DiffusionPipeline.config_name).read_text(encoding="utf-8"))
+        kinds = {name: _kind(made) for name, made in index.items() if name not in left_out}
+        networks = [name for name, kind in kinds.items() if kind is not None and issubclass(kind, NETWORKS)]
+        if not all(_weights(folder / name) for name in networks):
+            with suppress(ValueError):  # not in half precision either
+                folder = Path(diffusers.DiffusionPipeline.download(model, **_HALF, **left_out))
+    return folder
+
+
+def pipeline(folder: Path, torch_dtype: Any, **options: Any) -> Any:
+    """`DiffusionPipeline.from_pretrained` of a folder here. `options` may name parts, to be left out with None.
 
     Raises ValueError, naming parts, files or weights that are missing, and whatever the libraries raise.
     """
-    found = diffusers.DiffusionPipeline.load_config(os.fspath(model))
+    found = diffusers.DiffusionPipeline.load_config(os.fspath(folder))
     index = found[0] if isinstance(found, tuple) else found
     check_index(index)
     if missing := sorted(_parameters(index)[0] - options.keys() - _named(index)):
         raise ValueError(f"{diffusers.DiffusionPipeline.config_name} names no {' and no '.join(missing)}")
-    hub = {name: value for name, value in options.items() if name == "local_files_only"}
     kinds = {name: _kind(made) for name, made in index.items() if name not in options}
     known = {name: kind for name, kind in kinds.items() if kind is not None}
-    if Path(model).is_dir():
-        for name, kind in known.items():  # of all, before gigabytes of one are read
-            refuse_faulty(kind, Path(model, name))
+    for name, kind in known.items():  # of all, before gigabytes of one are read
+        refuse_faulty(kind, folder / name)
     parts = {}
     with _bars_on_terminals_alone():
         # Networks last: what else is faulty shows in a moment.
         for name, kind in sorted(known.items(), key=lambda one: issubclass(one[1], NETWORKS)):
             if issubclass(kind, NETWORKS):
-                only = _variant(Path(model, name))
-                parts[name] = part(kind, model, torch_dtype=torch_dtype, subfolder=name, **only, **hub)
+                half = _HALF if all(".fp16." in file.name for file in _weights(folder / name)) else {}
+                parts[name] = part(kind, folder, torch_dtype=torch_dtype, subfolder=name, **half)
             else:
-                parts[name] = _loaded(kind, model, subfolder=name, **hub)
+                parts[name] = _loaded(kind, folder, subfolder=name)
         # Of its own class, which alone knows the parts that it can be without.
         made = getattr(diffusers, str(index.get("_class_name")), diffusers.DiffusionPipeline)
-        return made.from_pretrained(model, torch_dtype=torch_dtype, **parts, **options)
+        return made.from_pretrained(
+            folder, torch_dtype=torch_dtype, local_files_only=True, **parts, **options
+        )
 
 
 def part(kind: Any, model: str | os.PathLike[str], **options: Any) -> Any:
@@ -111,7 +129,7 @@ def refuse_faulty(kind: Any, folder: Path) -> None:
     config = folder / (getattr(kind, "config_name", None) or transformers.CONFIG_NAME)
     refuse_absent(config)
     _refuse_no_object(config)
-    if issubclass(kind, NETWORKS) and not any(next(folder.glob(f"*.{end}"), None) for end in _WEIGHTS):
+    if issubclass(kind, NETWORKS) and not _weights(folder):
         raise ValueError(f"{folder} has no weights: no file that ends in .{' or .'.join(_WEIGHTS)}")
 
 
@@ -247,22 +265,25 @@ def _named(index: dict[str, Any]) -> set[str]:
     return {name for name, made in index.items() if made not in (None, [None, None], (None, None))}
 
 
-def _variant(folder: Path) -> dict[str, str]:
-    """Half precision where a folder here has nothing else, as a download of the smaller files leaves it."""
-    weights = [file.name for ending in _WEIGHTS for file in folder.glob(f"*.{ending}")]
-    return {"variant": "fp16"} if weights and all(".fp16." in name for name in weights) else {}
+def _weights(folder: Path) -> list[Path]:
+    return [file for ending in _WEIGHTS for file in folder.glob(f"*.{ending}")]
 
 
 @contextmanager
 def _bars_on_terminals_alone() -> Iterator[None]:
     """The libraries' progress bars fill a log, where stderr is no terminal."""
     shown = [logs for logs in (diffusers_logging, transformers_logging) if logs.is_progress_bar_enabled()]
+    hub_shown = not are_progress_bars_disabled()
     if sys.stderr.isatty():
-        shown = []
+        shown, hub_shown = [], False
     for logs in shown:
         logs.disable_progress_bar()
+    if hub_shown:
+        disable_progress_bars()
     try:
         yield
     finally:
         for logs in shown:
             logs.enable_progress_bar()
+        if hub_shown:
+            enable_progress_bars()

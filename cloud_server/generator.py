@@ -103,9 +103,7 @@ class Generator:
         if dtype == "auto":
             dtype = "float16" if device.startswith("cuda") else "float32"
         try:
-            pipeline = complete.pipeline(model.folder, getattr(torch, dtype), local_files_only=True).to(
-                device
-            )
+            pipeline = complete.pipeline(model.folder, getattr(torch, dtype)).to(device)
         except Exception as error:  # loaders of many formats, each with its own exceptions
             raise StartRefused(
                 f"cannot load the model in {model.folder}: {reason(error).rstrip('.')}. "

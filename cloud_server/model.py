@@ -87,11 +87,12 @@ def locate(model: str) -> Path:
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise StartRefused(f"there is no model folder {folder}. {_WHAT_TO_DO}")
     try:
-        from diffusers import DiffusionPipeline
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError
 
-        folder = Path(DiffusionPipeline.download(model)).resolve()
+        from cloud_server.complete import downloaded
+
+        folder = downloaded(model).resolve()
         with contextlib.suppress(EntryNotFoundError):  # most have no card, and diffusers takes none
             hf_hub_download(model, CARD_FILE, revision=folder.name)  # a snapshot is called after its commit
         return folder

@@ -92,10 +92,10 @@ def load(
         index = _index(model, report)
         _refuse_class(index["_class_name"])
         left_out = _left_out(index, without_t5)
-        if Path(model).is_dir():
-            _refuse_missing(Path(model), index.keys() - left_out.keys(), index)
         with quiet():
-            return complete.pipeline(model, torch.float32, **left_out)
+            folder = Path(model) if Path(model).is_dir() else complete.downloaded(str(model), **left_out)
+            _refuse_missing(folder, index.keys() - left_out.keys(), index)
+            return complete.pipeline(folder, torch.float32, **left_out)
     except ExportError:
         raise
     except Exception as error:  # each part's library fails in its own way

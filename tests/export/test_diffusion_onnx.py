@@ -47,6 +47,7 @@ from export.graphs import MASKED
 from export.pipeline import load, name_of
 from export.reference import Reference, difference, largest_difference, reference_image, reference_images
 from export.schedule import compile_schedule
+from tests.hub import hub
 from tests.miniature import (
     forget,
     miniature_lcm,
@@ -55,6 +56,7 @@ from tests.miniature import (
     miniature_xl,
     save_miniature,
 )
+from tests.running import process_environment
 
 
 def silent(_line: str) -> None:
@@ -296,6 +298,24 @@ def test_a_hub_that_cannot_be_reached_says_so(tmp_path: Path, monkeypatch: pytes
     asking = f"is no folder here: asking the hub at {constants.ENDPOINT}"
     assert lines == [f"some/model {asking}", f"some/vae {asking}"]
     assert not (tmp_path / "bundle").exists()
+
+
+def test_a_model_of_the_hub_is_exported_also_where_it_is_in_half_precision_alone(
+    tmp_path: Path,
+) -> None:
+    model = save_miniature(tmp_path / "model")
+    for weights in model.rglob("*.safetensors"):
+        weights.rename(weights.with_suffix(".fp16.safetensors"))
+    out = tmp_path / "bundle"
+    command = [sys.executable, "-m", "export", "diffusion", "owner/name", str(out), "--steps", "2"]
+    with hub(model) as address:
+        environment = process_environment(tmp_path) | {
+            "HF_ENDPOINT": address,
+            "HF_HOME": str(tmp_path / "cache"),
+        }
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert Bundle.open(out).manifest.name == "name"
 
 
 @pytest.mark.parametrize(("size", "near"), [((500, 64), "496x64"), ((64, 8), "64x16")])
@@ -722,7 +742,7 @@ def test_a_faulty_part_is_refused_by_its_folder_and_what_is_wrong(
     with pytest.raises(ExportError, match=re.escape(f"{model}/") + why):
         load(model)
     with pytest.raises(ValueError, match="^" + re.escape(f"{model}/") + why):
-        complete.pipeline(model, torch.float32, local_files_only=True)
+        complete.pipeline(model, torch.float32)
 
 
 WEIGHTS = ("text_encoder/model.safetensors", "unet/diffusion_pytorch_model.safetensors")
@@ -737,7 +757,7 @@ def test_weights_that_are_cut_off_are_refused_by_their_file(model: Path, name: s
     with pytest.raises(ExportError, match=f": {why}"):
         load(model)
     with pytest.raises(ValueError, match=f"^{why}"):
-        complete.pipeline(model, torch.float32, local_files_only=True)
+        complete.pipeline(model, torch.float32)
 
 
 @pytest.mark.parametrize("name", [*WEIGHTS, "model_index.json", "unet/config.json"])
@@ -759,7 +779,7 @@ def test_a_file_that_cannot_be_opened_is_refused_by_its_name(model: Path, name: 
     with pytest.raises(ExportError, match=f": {why}$"):
         load(model)
     with pytest.raises(ValueError, match=f"^{why}$"):
-        complete.pipeline(model, torch.float32, local_files_only=True)
+        complete.pipeline(model, torch.float32)
 
 
 def test_an_index_that_cannot_be_opened_is_not_called_missing(model: Path) -> None:

@@ -1,0 +1,56 @@
+"""A hub with one repository, over real HTTP: what its library asks for is answered as huggingface.co does."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+COMMIT = "c0ffee" + "0" * 34
+
+
+@contextmanager
+def hub(folder: Path) -> Iterator[str]:
+    """The address of a hub with the one repository owner/name, which holds the files of `folder`."""
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            path = urlsplit(self.path).path
+            name = path.removeprefix("/owner/name/resolve/").partition("/")[2]
+            headers = {"X-Repo-Commit": COMMIT}
+            if path.startswith("/api/models/owner/name"):
+                about = {
+                    "id": "owner/name",
+                    "sha": COMMIT,
+                    "siblings": [{"rfilename": each} for each in files],
+                }
+                code, body = 200, json.dumps(about).encode()
+            elif name in files:
+                code, body = 200, files[name].read_bytes()
+                headers["ETag"] = f'"{hashlib.sha256(body).hexdigest()}"'
+            else:
+                code, body = 404, b""
+                headers["X-Error-Code"] = "EntryNotFound"
+            self.send_response(code)
+            for header, value in (headers | {"Content-Length": str(len(body))}).items():
+                self.send_header(header, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        def do_GET(self) -> None:
+            self.do_HEAD()
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # its name in the base class
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
