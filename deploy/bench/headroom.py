@@ -1,4 +1,7 @@
-"""Captured headroom: what the routing is worth on held-out prompts, as `edge-export evaluate` measured it."""
+"""Captured headroom: what the routing is worth on held-out prompts, as `edge-export evaluate` measured it.
+
+That compares the shipped predictor with few routers, none of which learns; `edge-export routerbench` has the others.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ OWN, LIMITS = "predictor", ("random", "oracle")  # every other router of the eva
 
 
 def rows(plan: Plan) -> list[Row]:
-    """One row; met when the predictor captures enough and is ahead of every baseline."""
+    """One row; met when the predictor captures enough and is ahead of every baseline of the evaluation."""
     how = f"make it with `edge-export evaluate LABELS {plan.bundle} --out {plan.evaluation}`"
     try:
         record: dict[str, Any] = json.loads(plan.evaluation.read_text(encoding="utf-8"))
@@ -33,11 +36,12 @@ def rows(plan: Plan) -> list[Row]:
     return [
         Row(
             GROUP,
-            f"captured headroom at a routing rate of {record['rate']:.0%}",
+            f"captured headroom of the bundle's predictor at a routing rate of {record['rate']:.0%}",
             "%",
-            f">= {PERCENT:g} %, ahead of baselines",
+            f">= {PERCENT:g} %, ahead of: {', '.join(baselines)}",
             own,
             own.value >= PERCENT and ahead,
-            note=f"{record['prompts']} held-out prompts, {record['seeds']} seeds; {beside}",
+            note=f"{record['prompts']} held-out prompts, {record['seeds']} seeds; {beside}; not compared "
+            "with routers that learn, which docs/routerbench.md has",
         )
     ]
