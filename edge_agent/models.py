@@ -23,14 +23,16 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 The models on this device. One comes with the project, the starter; others are pulled, and one is chosen: `serve` runs
-the chosen one unless --bundle names another. Of these only `show edge` and `show cloud` need a running daemon.
+the chosen one unless --bundle names another. Only `show edge` and `show cloud` need a running daemon.
 """
 
 EPILOG = """\
-a model of one's own, from nothing to an image:
-  edge-export diffusion stabilityai/sd-turbo sd-turbo      on a machine with torch
-  edge-agent models pull ./sd-turbo --use                  here, or https://... or hf:OWNER/NAME
+a model of your own, from the export to an image:
+  edge-export diffusion stabilityai/sd-turbo sd-turbo --steps 1,2,4 --guidance 0    on a machine with torch
+  edge-agent models pull ./sd-turbo --use                                           or https://... or hf:OWNER/NAME
   edge-agent generate "a red apple on a beach"
+
+Name --steps and --guidance for models that were distilled to few steps; the defaults are for those that were not.
 
 `edge-agent models ACTION --help` has examples of each.
 """
@@ -41,7 +43,7 @@ and routes no prompt to the cloud; `edge-agent models show NAME` says what to ru
 
 --json prints one object a line: name, current, served, calibrated, digest, folder, bytes, width, height, steps,
 licence, error. `served` is null where no daemon answers. `error` says what is wrong with a damaged model, of which only
-the folder is known; of a pull that has not come to an end `bytes` is what it has so far.
+name and folder are known. For an unfinished pull `bytes` is what it has so far.
 """
 
 SHOW_EPILOG = """\
@@ -49,6 +51,8 @@ examples:
   edge-agent models show starter
   edge-agent models show 3f2a       by the beginning of its digest
   edge-agent models show cloud      what a running daemon knows of the cloud's model
+
+`dtypes` says which graphs compute in fp16 or int8, by folder; it is absent where all are float32.
 """
 
 PULL_EPILOG = """\
@@ -57,9 +61,9 @@ examples:
   edge-agent models pull https://models.example.com/sd-turbo    the same folder on any web server
   edge-agent models pull hf:someone/sd-turbo-bundle@v1 --use    a repository of the hub, at a branch, tag or commit
 
-Every file is compared with its sha256 in the manifest, and the model shows once all of it is there. Whatever ends a
+Every file is compared with its sha256 in the manifest, and the model is listed once all of it is there. Whatever ends a
 pull, the same command goes on where it stopped. HF_ENDPOINT names another hub, HF_TOKEN opens private repositories,
-and SSL_CERT_FILE an authority of one's own. Nothing that is pulled is ever run as code.
+and SSL_CERT_FILE names the certificates of your own authority. Nothing that is pulled is ever run as code.
 
 --json prints one object: name, folder, digest, bytes, fetched_bytes, was_installed, current, served,
 calibrated, advice.
@@ -79,16 +83,16 @@ examples:
   edge-agent models use sd-turbo
   edge-agent models use starter     back to the one that comes with the project
 
-A running daemon takes it up without dropping a request, and says so; one that cannot load it leaves the choice as it
-was. --json prints one object: name, folder, digest, served, calibrated, advice. `served` is null without a daemon.
+A running daemon switches to it without dropping a request. If the daemon cannot load it, the choice stays as it was.
+--json prints one object: name, folder, digest, served, calibrated, advice. `served` is null without a daemon.
 """
 
 REMOVE_EPILOG = """\
 examples:
   edge-agent models remove sd-turbo
 
-Asks nothing. Refuses the starter, the chosen model and the one that a running daemon serves. What an unfinished pull
-left is removed by the same command. --json prints one object: name, freed_bytes.
+Does not ask for confirmation. Refuses the starter, the chosen model and the one that a running daemon serves. Also
+removes what an unfinished pull left. --json prints one object: name, freed_bytes.
 """
 
 
@@ -114,7 +118,7 @@ def add_commands(commands: Any) -> None:
     pull.add_argument(
         "--name", metavar="NAME", default=None, help="what to call it here (default: as its manifest does)"
     )
-    pull.add_argument("--use", action="store_true", help="choose it, too")
+    pull.add_argument("--use", action="store_true", help="also choose it")
 
     verify = add_command(actions, "verify", _verify, "read every byte of a model and compare", VERIFY_EPILOG)
     verify.add_argument("name", metavar="NAME", nargs="?", help="only this model (default: all)")
@@ -123,9 +127,7 @@ def add_commands(commands: Any) -> None:
     use.add_argument("name", metavar="NAME", help=f"an installed model, or {STARTER_NAME}")
 
     remove = add_command(actions, "remove", _remove, "delete an installed model", REMOVE_EPILOG)
-    remove.add_argument(
-        "name", metavar="NAME", help="an installed model, or a pull that has not come to an end"
-    )
+    remove.add_argument("name", metavar="NAME", help="an installed model, or an unfinished pull")
 
     for action in (listing, show, pull, verify, use, remove):
         settings.add_flags(action, ("models",))
