@@ -6,6 +6,10 @@
 optimum traces the graphs (`export/graphs.py`); this adds the compiled schedules, a tokenizer.json for each
 tokenizer and the manifest, and then runs the bundle against the torch pipeline. The bundle appears at OUT only
 when their pixels agree; until then it is built beside it. A smaller one (`export/precision.py`) is made of that.
+
+Two images at the smallest step count are compared, one with guidance and a negative prompt and one without; where the
+default is another count, also one with guidance at the default. Other counts differ in their schedule alone, whose
+matrix is checked against the scheduler for each count (`export/schedule.py`).
 """
 
 from __future__ import annotations
@@ -376,14 +380,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--steps",
         type=_counts,
-        help="step counts to compile, the first is the default: 25,50; by default 25, for Stable Diffusion 3 28, for "
-        "latent consistency models 4",
+        help="step counts to compile, the first is the default: 25,50, or 1,2,4 for SD-Turbo; by default 25, for "
+        "Stable Diffusion 3 28, for latent consistency models 4",
     )
     parser.add_argument(
         "--guidance",
         type=float,
-        help="default guidance scale; by default that of the model's class in diffusers. 0 or 1 for models that "
-        "were distilled not to need it, such as SD-Turbo",
+        help="default guidance scale; by default that of the model's class in diffusers. Give 0 for models that were "
+        "distilled not to need it, such as SD-Turbo",
     )
     parser.add_argument(
         "--scheduler",
@@ -397,27 +401,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--shapes",
         choices=("dynamic", "fixed"),
         default="dynamic",
-        help="a bundle makes images of one size either way. dynamic leaves the batch open, so that guidance takes one "
-        "pass of two; fixed: graphs for this size and one image at a time, as TensorRT wants them, which optimum's "
-        "ORTDiffusionPipeline runs only without guidance. Default: %(default)s",
+        help="a bundle makes images of one size either way. dynamic leaves the batch open, so that guidance can run "
+        "both prompts in one pass; fixed: graphs for this size and one image at a time, as TensorRT wants them, which "
+        "optimum's ORTDiffusionPipeline runs only without guidance. Default: %(default)s",
     )
     parser.add_argument(
         "--dtype",
         choices=get_args(Dtype),
         default="fp32",
-        help="fp16: half the bytes, for GPUs; int8: a third, faster on CPUs; docs/precision.md says what they cost",
+        help="fp16: 50 to 60 %% of the bytes, for GPUs; int8: 30 to 50 %%, for CPUs only; docs/precision.md says what "
+        "they cost",
     )
     parser.add_argument(
         "--keep",
         action="append",
         default=[],
         metavar="PART",
-        help="leave this part in fp32, such as text_encoder or vae_decoder; may repeat",
+        help="with --dtype, leave this part in fp32, such as text_encoder or vae_decoder; may repeat",
     )
     parser.add_argument(
         "--calibration-prompts",
         metavar="FILE",
-        help="prompts, one a line, that the ranges of int8 are found with; by default a dozen of everyday things",
+        help="prompts, one a line, to find the ranges of int8 with; by default a dozen about everyday things",
     )
     parser.add_argument(
         "--autoencoder",
@@ -428,14 +433,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--without-t5",
         action="store_true",
         help="leave out the third text encoder of Stable Diffusion 3, a T5 of 4.8 billion weights, which the edge does "
-        "not run; the model was trained to do without",
+        "not run; the model was trained to do without it",
     )
     parser.add_argument("--name", help="name in the manifest; the model's own by default")
     parser.add_argument("--licence", default="unknown", help="licence in the manifest, as an SPDX id")
     parser.add_argument(
         "--force",
         action="store_true",
-        help="replace the bundle at OUT, which may hold nothing but what this command makes",
+        help="replace the bundle at OUT, if it holds nothing but what this command makes",
     )
     options = vars(parser.parse_args(argv))
     # Whoever ends the process is obeyed as Ctrl-C is: nothing half-made stays behind.
