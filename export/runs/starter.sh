@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Make the starter anew. On a data-centre GPU the training stages take less than twenty minutes, on two CPU cores by
-# estimate more than a day, most of it the cloud model. Two stages run at once, a process a core.
-# Interrupt it whenever you like; the same command goes on.
+# Make the starter anew: all stages of `edge-export starter` but the sprites, two at once where they can, a process a core.
+# Training took less than twenty minutes on an H200 with 16 cores beside it, but for the inspector, which took 46 minutes on
+# one CPU thread. On two CPU cores it would take more than a day by estimate, most of it for the cloud model.
+# Training and labelling can be interrupted, and the same command goes on. Everything else starts over, also the painting of
+# the sketches, minutes on a GPU, unless it came to its end.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export OMP_NUM_THREADS=1 # two threads in one process wait for each other whenever a core is busy
