@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--cloud-digest",
         type=_digest,
-        help="of the cloud model, from `cloud-server digest`, where labels do not say it; default: the labels'",
+        help="the cloud model's, from `cloud-server digest`, for labels that do not name it (default: the labels')",
     )
     parser.add_argument("--gamma", type=float, default=1.0, help="Gamma of the paper (default: %(default)s)")
     parser.add_argument(

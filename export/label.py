@@ -431,50 +431,59 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--bundle", type=Path, default=STARTER_BUNDLE, help="the edge model (default: the starter's)"
     )
     parser.add_argument(
-        "--cloud", default=str(STARTER_CLOUD), help="the cloud model: a diffusers folder or hub id"
+        "--cloud",
+        default=str(STARTER_CLOUD),
+        help="the cloud model: a diffusers folder or hub id (default: the starter's); routet2i.json in the folder says "
+        f"at how many steps and which guidance scale, else {DEFAULT_STEPS} and {DEFAULT_GUIDANCE_SCALE:g}",
     )
     parser.add_argument(
-        "--judge", default=STARTER_JUDGE, help="a CLIP: folder or hub id (default: the starter's)"
+        "--judge",
+        default=STARTER_JUDGE,
+        help="a CLIP that transformers opens as CLIPModel, folder or hub id, such as openai/clip-vit-large-patch14 "
+        "(default: the starter's, which knows the starter's objects alone)",
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/labels.parquet"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/labels.parquet"), help="the labels (default: %(default)s)"
+    )
     parser.add_argument("--parts", type=Path, help="folder of finished pieces (default: beside --out)")
     draws = Draws()
     parser.add_argument(
         "--draws",
         type=at_least(1),
         default=draws.train,
-        help="images a training prompt and model (default: %(default)s)",
+        help="images of a training prompt by each model (default: %(default)s)",
     )
     parser.add_argument(
         "--edge-draws",
         type=at_least(1),
         default=draws.train_edge,
-        help="the edge's of a training prompt, where --draws does not ask for more: where they cost little, four are "
-        "worth it (default: %(default)s)",
+        help="images of a training prompt by the edge, unless --draws asks for more; four are worth it where they cost "
+        "little beside the cloud's (default: %(default)s)",
     )
     parser.add_argument(
         "--measured-draws",
         type=at_least(1),
         default=draws.measured,
-        help="on other splits (default: %(default)s)",
+        help="images of a prompt of another split by each model (default: %(default)s)",
     )
     parser.add_argument(
         "--ceiling-draws",
         type=at_least(0),
         default=draws.ceiling,
-        help=f"on the first {CEILING_PROMPTS} test prompts (default: %(default)s)",
+        help=f"images of each of the first {CEILING_PROMPTS} test prompts by each model, which tell what the best "
+        "router could win (default: %(default)s)",
     )
     parser.add_argument(
         "--adherence",
         action="store_true",
-        help="also measure how much more an image is like its prompt than like the prompt with one thing wrong",
+        help="also measure how much more an image is like its prompt than like that prompt with one thing wrong",
     )
     parser.add_argument(
         "--extend",
         type=Path,
         metavar="MATRIX",
-        help=f"an earlier matrix of the same judge and of one of the models at least: what it has of whole pieces of "
-        f"{PIECE} prompts is not made again",
+        help="earlier labels by the same judge and of at least one of the same models: whole pieces of "
+        f"{PIECE} prompts that it has are not made again",
     )
     parser.add_argument(
         "--batch",
@@ -487,7 +496,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--prompts",
         type=Path,
         metavar="FILE",
-        help="prompts of your own, one a line in UTF-8, in place of the starter's; a hash of its text gives each its "
+        help="prompts of your own, one a line in UTF-8, in place of the starter's; a hash of its text puts each in a "
         f"split, of a hundred {shares}",
     )
     for split, number in PROMPTS.items():
@@ -499,7 +508,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=_share,
         default=(1, 1),
         metavar="K/N",
-        help="the K-th of N processes that share the work",
+        help="do the K-th of N shares of the work; the last of the N processes to finish writes the labels",
     )
     options = parser.parse_args(argv)
 

@@ -293,21 +293,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("bundle", type=Path, help="bundle whose text encoder the predictor reads")
     parser.add_argument("out", type=Path, help=f"folder for {WEIGHTS} and the cached token states")
     parser.add_argument(
-        "--seeds", type=at_least(1), default=recipe.seeds, help="mixtures, averaged (default: %(default)s)"
+        "--seeds",
+        type=at_least(1),
+        default=recipe.seeds,
+        help="mixtures to train and average (default: %(default)s)",
     )
     parser.add_argument(
-        "--steps", type=at_least(1), default=recipe.steps, help="about so many (default: %(default)s)"
+        "--steps",
+        type=at_least(1),
+        default=recipe.steps,
+        help="training steps, rounded to whole epochs (default: %(default)s)",
     )
     parser.add_argument(
         "--kept",
         type=at_least(1),
         default=Shape.kept,
-        help="K, tokens an expert keeps (default: %(default)s)",
+        help="tokens an expert keeps, the paper's K (default: %(default)s)",
     )
-    parser.add_argument("--rank", type=at_least(1), default=Shape.rank, help="l (default: %(default)s)")
-    parser.add_argument("--hidden", type=at_least(1), default=Shape.hidden, help="h (default: %(default)s)")
     parser.add_argument(
-        "--ablate", choices=sorted(ABLATIONS), action="append", default=[], help="leave a part out"
+        "--rank",
+        type=at_least(1),
+        default=Shape.rank,
+        help="rank of a gate, the paper's l (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--hidden",
+        type=at_least(1),
+        default=Shape.hidden,
+        help="width behind the gates, the paper's h (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--ablate",
+        choices=sorted(ABLATIONS),
+        action="append",
+        default=[],
+        help="leave this part out; may repeat",
     )
     parser.add_argument(
         "--words",
@@ -326,7 +346,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=float,
         default=recipe.deletion_weight,
         metavar="WEIGHT",
-        help="how strictly a pull has to be what is lost without the token, 0 not at all (default: %(default)s)",
+        help="how strictly a token's pull must equal what deleting it costs, 0 not at all (default: %(default)s)",
     )
     parser.add_argument(
         "--gain-weight",
@@ -340,7 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=float,
         default=recipe.rank_weight,
         metavar="WEIGHT",
-        help="how much the order of each two prompts' gains counts, 0 not at all (default: %(default)s)",
+        help="how much the order of any two prompts' gains counts, 0 not at all (default: %(default)s)",
     )
     parser.add_argument("--threads", type=at_least(1), default=1, help="CPU threads (default: %(default)s)")
     options = parser.parse_args(argv)
