@@ -313,7 +313,8 @@ def _unfit(manifest: Manifest) -> dict[str, str]:
         return {}
     return {
         "tensorrt": "it takes graphs in eight bits in hundreds of pieces, with an engine for each; the form for a GPU "
-        "is fp16"
+        "is fp16",
+        "openvino": "it computes something else of graphs in eight bits, or crashes",  # with onnxruntime 1.24.1
     }
 
 
@@ -323,7 +324,7 @@ def _open_better(settings: Settings, generator: Generator, choice: Choice, bundl
     What was kept may be of another driver or half written: where it cannot be used it goes, and is made anew.
     Raises BundleError, GenerationFailed, OSError.
     """
-    cache = settings.cache_folder / "engines" / f"{bundle.model_digest[:16]}-{ort.__version__}"
+    cache = settings.cache_folder.absolute() / "engines" / f"{bundle.model_digest[:16]}-{ort.__version__}"
     kept = cache.is_dir() and any(cache.iterdir())
 
     def runtime(graph: str) -> Runtime:

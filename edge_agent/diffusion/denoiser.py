@@ -54,6 +54,9 @@ class Denoiser:
             inputs.append("pooled_projections")
         if bundle.size_of(graph) * facts.latent_height * facts.latent_width < SMALL_WORK:
             runtime = replace(runtime, threads=1)
+        if facts.dtype(graph) == "fp16" and runtime.providers == Runtime.providers:
+            # onnxruntime 1.23 to 1.27 fails where it fuses what it has cast for the CPU.
+            runtime = replace(runtime, unfused=("SimplifiedLayerNormFusion",))
         self._session = Session(bundle.path(graph), inputs, [output], runtime, bundle.files_of(graph))
         latents = (None, facts.latent_channels, facts.latent_height, facts.latent_width)
         states = (None, facts.text_tokens, facts.text_hidden)

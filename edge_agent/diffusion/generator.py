@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
+import onnxruntime as ort
 import PIL.Image
 from numpy.typing import NDArray
 
@@ -14,6 +15,7 @@ from edge_agent.bundle import Bundle, schedule_file
 from edge_agent.diffusion.decoder import Decoder
 from edge_agent.diffusion.denoiser import Denoiser
 from edge_agent.diffusion.noise import TorchNoise
+from edge_agent.diffusion.rehearsal import rehearse
 from edge_agent.diffusion.schedule import Schedule
 from edge_agent.diffusion.sessions import Runtime, Session, Stop
 from edge_agent.diffusion.text_encoder import TextEncoder, TextStates
@@ -48,6 +50,10 @@ MOST_DIFFERENCE = 0.05
 """Of its norm, by which a result may differ between two providers: half precision and its sums differ by 1 % or so."""
 
 
+WRONG_IN_HALF = "1.18."
+"""The onnxruntime, old but made for Jetson, whose pictures in half precision are of something else."""
+
+
 class Generator:
     """The bundle's models, loaded. Safe to use from one worker thread at a time."""
 
@@ -55,6 +61,11 @@ class Generator:
         """Load tokenizer, schedules and graphs. Raises BundleError, naming the file that cannot be used."""
         runtime = runtime or Runtime()
         manifest = bundle.manifest
+        if "fp16" in (manifest.dtypes or {}).values() and ort.__version__.startswith(WRONG_IN_HALF):
+            raise BundleError(
+                f"{bundle.folder} computes in half precision, which onnxruntime {ort.__version__} gets wrong: install "
+                "1.19 or newer, or pull the model in another form"
+            )
         self.tokenizer = Tokenizer.open(bundle)
         self.text_encoder = TextEncoder(bundle, runtime)
         self.text_encoder.check(self.tokenizer)
@@ -79,16 +90,20 @@ class Generator:
     def on(self, denoiser: Runtime, decoder: Runtime) -> Generator:
         """The same models with denoiser and decoder on other runtimes, opened for one image of the bundle's size.
 
-        Tokenizer and text encoder are shared, so that what decisions are made of stays the same. Both denoisers and
-        decoders compute once, which is when some providers compile, and have to agree.
+        Tokenizer and text encoder are shared, so that what decisions are made of stays the same. Each graph is
+        rehearsed first. Both denoisers and decoders then compute once and have to agree.
 
         Raises:
             BundleError: they cannot be opened there.
-            GenerationFailed: they fail there, or compute something else.
+            GenerationFailed: they fail there, also in rehearsal, or compute something else.
         """
+        denoiser, decoder = _fixed(denoiser, self.denoiser.sessions), _fixed(decoder, self.decoder.sessions)
+        for sessions, runtime in ((self.denoiser.sessions, denoiser), (self.decoder.sessions, decoder)):
+            for session in sessions:
+                rehearse(session, runtime)
         other = copy.copy(self)
-        other.denoiser = Denoiser(self._bundle, _fixed(denoiser, self.denoiser.sessions))
-        other.decoder = Decoder(self._bundle, _fixed(decoder, self.decoder.sessions))
+        other.denoiser = Denoiser(self._bundle, denoiser)
+        other.decoder = Decoder(self._bundle, decoder)
         _, states = self.encode("")
         schedule = self._schedules[min(self._schedules)]
         noise = TorchNoise(0).draw(self._latent_shape)

@@ -134,7 +134,7 @@ class Session:
         # Of every input and output; a size that may vary is None or has a name.
         self.shapes = {n.name: tuple(n.shape) for n in (*session.get_inputs(), *session.get_outputs())}
         self.sizes: dict[str, int] = {}  # what `expect` has told of the names in them
-        self._outputs = list(outputs)
+        self.inputs, self.outputs = tuple(inputs), tuple(outputs)  # by name
         self._casting = any(given[name].type in _OTHER_FLOATS for name in outputs)
         self._devices = _devices(session.get_providers())
 
@@ -245,7 +245,7 @@ class Session:
         session = self._loaded(stop)
         try:
             if stop is None and not shrink:  # as a decision's runs are
-                outputs = session.run(self._outputs, feeds)
+                outputs = session.run(self.outputs, feeds)
             else:
                 outputs = self._run_with_options(session, feeds, stop or Stop(), shrink=shrink)
         except Cancelled:
@@ -269,7 +269,7 @@ class Session:
         end = partial(setattr, options, "terminate", True)
         stop.enter(end)
         try:
-            outputs: Sequence[Array] = session.run(self._outputs, feeds, options)
+            outputs: Sequence[Array] = session.run(self.outputs, feeds, options)
             return outputs
         finally:
             stop.leave(end)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -340,4 +341,14 @@ def test_a_schedule_in_anothers_place_is_refused_at_start(bundle_copy: Path) -> 
     (bundle_copy / schedule_file(8)).write_bytes((bundle_copy / schedule_file(4)).read_bytes())
     write_manifest(bundle_copy)
     with pytest.raises(BundleError, match=r"8\.json is for 4 steps"):
+        Generator(Bundle.open(bundle_copy))
+
+
+def test_half_precision_is_refused_on_an_onnxruntime_that_gets_it_wrong(
+    bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnxruntime, "__version__", "1.18.1")
+    Generator(Bundle.open(bundle_copy))
+    write_manifest(bundle_copy, dtypes={"unet": "fp16"})
+    with pytest.raises(BundleError, match=r"which onnxruntime 1\.18\.1 gets wrong: install 1\.19 or newer"):
         Generator(Bundle.open(bundle_copy))
