@@ -31,6 +31,8 @@ LIBRARIES = {
 }
 _WEIGHTS = ("safetensors", "bin")
 _HALF = {"variant": "fp16"}
+# Of Stable Diffusion 3, which was trained to do without; diffusers wants to be told that they are left out.
+_DISPENSABLE = ("text_encoder_3", "tokenizer_3")
 _LONGEST_REASON = 300  # characters of what a library says
 
 
@@ -58,6 +60,7 @@ def pipeline(folder: Path, torch_dtype: Any, **options: Any) -> Any:
     found = diffusers.DiffusionPipeline.load_config(os.fspath(folder))
     index = found[0] if isinstance(found, tuple) else found
     check_index(index)
+    options |= {name: None for name in _DISPENSABLE if list(index.get(name) or ()) == [None, None]}
     if missing := sorted(_parameters(index)[0] - options.keys() - _named(index)):
         raise ValueError(f"{diffusers.DiffusionPipeline.config_name} names no {' and no '.join(missing)}")
     kinds = {name: _kind(made) for name, made in index.items() if name not in options}

@@ -107,6 +107,7 @@ def configure(as_json: bool) -> None:
     handler.setFormatter(Lines(as_json))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("cloud_server").setLevel(logging.INFO)
+    logging.captureWarnings(True)  # of Python's own kind, which would be lines of another form
 
 
 def _quoted(value: Any) -> str:

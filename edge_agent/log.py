@@ -108,6 +108,7 @@ def configure(as_json: bool) -> None:
     handler.setFormatter(Lines(as_json))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("edge_agent").setLevel(logging.INFO)
+    logging.captureWarnings(True)  # of Python's own kind, which would be lines of another form
 
 
 def _key(name: str) -> str:

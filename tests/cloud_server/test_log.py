@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import select
+import subprocess
+import sys
 import time
 from contextlib import suppress
 from itertools import islice
@@ -61,3 +63,15 @@ def test_a_line_longer_than_a_pipe_takes_at_once_arrives_whole() -> None:
     writer.handle(logging.makeLogRecord({"msg": "x" * 20_000}))
     with os.fdopen(reading) as pipe:
         assert "x" * 20_000 in pipe.readline()
+
+
+@pytest.mark.parametrize("package", ["cloud_server", "edge_agent"])
+def test_what_pythons_own_warnings_say_is_a_line_like_any_other(package: str) -> None:
+    """As diffusers says that something will go."""
+    code = (
+        f"import warnings; from {package}.log import configure; configure(True); "
+        "warnings.warn('it will go', FutureWarning)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
+    (line,) = map(json.loads, said.splitlines())
+    assert line["level"] == "warning" and "it will go" in json.dumps(line)

@@ -16,6 +16,7 @@ import torch
 from diffusers import AutoencoderTiny, StableDiffusion3Pipeline
 from transformers import CLIPTextModel, T5Config, T5EncoderModel
 
+from cloud_server import complete
 from edge_agent.bundle import TRANSFORMER, Bundle, write_manifest
 from edge_agent.diffusion.generator import Generator, Step
 from edge_agent.diffusion.sessions import Runtime
@@ -355,3 +356,12 @@ def test_what_does_not_work_is_refused_before_anything_is_run(
     with pytest.raises(ExportError, match=why):
         export_bundle(pipeline, tmp_path / "bundle", report=silent, **options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_cloud_server_loads_one_that_was_saved_without_its_third_encoder(tmp_path: Path) -> None:
+    miniature_v3().save_pretrained(tmp_path)
+    made = complete.pipeline(tmp_path, torch.float32)
+    assert made.text_encoder_3 is None and made.tokenizer_3 is None
+    made.set_progress_bar_config(disable=True)
+    image = made("two cats", num_inference_steps=1, output_type="np").images[0]
+    assert np.isfinite(image).all()
