@@ -8,7 +8,7 @@ import os
 import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import diffusers
 import safetensors
 import transformers
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers.utils import logging as transformers_logging
 
@@ -47,8 +48,12 @@ def downloaded(model: str, **left_out: None) -> Path:
         kinds = {name: _kind(made) for name, made in index.items() if name not in left_out}
         networks = [name for name, kind in kinds.items() if kind is not None and issubclass(kind, NETWORKS)]
         if not all(_weights(folder / name) for name in networks):
-            with suppress(ValueError):  # not in half precision either
+            try:
                 folder = Path(diffusers.DiffusionPipeline.download(model, **_HALF, **left_out))
+            except LocalEntryNotFoundError:  # the connection broke
+                raise
+            except ValueError:  # not in half precision either
+                pass
     return folder
 
 
@@ -72,7 +77,7 @@ def pipeline(folder: Path, torch_dtype: Any, **options: Any) -> Any:
         # Networks last: what else is faulty shows in a moment.
         for name, kind in sorted(known.items(), key=lambda one: issubclass(one[1], NETWORKS)):
             if issubclass(kind, NETWORKS):
-                half = _HALF if all(".fp16." in file.name for file in _weights(folder / name)) else {}
+                half = _HALF if all(map(_is_half, _weights(folder / name))) else {}
                 parts[name] = part(kind, folder, torch_dtype=torch_dtype, subfolder=name, **half)
             else:
                 parts[name] = _loaded(kind, folder, subfolder=name)
@@ -270,6 +275,11 @@ def _named(index: dict[str, Any]) -> set[str]:
 
 def _weights(folder: Path) -> list[Path]:
     return [file for ending in _WEIGHTS for file in folder.glob(f"*.{ending}")]
+
+
+def _is_half(weights: Path) -> bool:
+    """Whole, or one of several: model.fp16.safetensors, model.fp16-00001-of-00002.safetensors."""
+    return ".fp16." in weights.name or ".fp16-" in weights.name
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from edge_agent.diffusion import providers
 from edge_agent.diffusion.generator import Generator
 from edge_agent.diffusion.providers import Choice
 from edge_agent.diffusion.sessions import Runtime
-from edge_agent.errors import RouteT2IError, StartRefused
+from edge_agent.errors import RehearsalEnded, RouteT2IError, StartRefused
 from edge_agent.purchase import Purchases
 from edge_agent.quota import Ledger
 from edge_agent.reader import Reader
@@ -321,8 +321,8 @@ def _unfit(manifest: Manifest) -> dict[str, str]:
 def _open_better(settings: Settings, generator: Generator, choice: Choice, bundle: Bundle) -> Generator:
     """The generator on the better providers, with what they compile kept for the next start.
 
-    What was kept may be of another driver or half written: where it cannot be used it goes, and is made anew.
-    Raises BundleError, GenerationFailed, OSError.
+    What was kept may be of another driver or half written: where it cannot be used it goes, and is made anew. Not where
+    memory ran out, or we are stopped. Raises BundleError, GenerationFailed, OSError.
     """
     cache = settings.cache_folder.absolute() / "engines" / f"{bundle.model_digest[:16]}-{ort.__version__}"
     kept = cache.is_dir() and any(cache.iterdir())
@@ -340,6 +340,8 @@ def _open_better(settings: Settings, generator: Generator, choice: Choice, bundl
 
     try:
         return opened()
+    except RehearsalEnded:
+        raise
     except RouteT2IError:
         if not kept:
             raise

@@ -27,6 +27,7 @@ RouteT2IError
 │   ├── SourceRefused      it has no such model, or not for us
 │   └── SourceLied         what it sent is not what its manifest promises
 └── GenerationFailed     the image could not be made on this device
+    └── RehearsalEnded     a process that tried a graph was ended from outside, which says nothing of the graph
 """
 
 from __future__ import annotations
@@ -171,6 +172,10 @@ class GenerationFailed(RouteT2IError):
     """The image could not be made on this device."""
 
 
+class RehearsalEnded(GenerationFailed):
+    """A process that tried a graph was ended from outside, which says nothing of the graph."""
+
+
 GRPC_CODES: dict[type[RouteT2IError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     UnknownApp: grpc.StatusCode.PERMISSION_DENIED,
@@ -197,6 +202,7 @@ GRPC_CODES: dict[type[RouteT2IError], grpc.StatusCode] = {
     SourceRefused: grpc.StatusCode.FAILED_PRECONDITION,
     SourceLied: grpc.StatusCode.UNAVAILABLE,
     GenerationFailed: grpc.StatusCode.INTERNAL,
+    RehearsalEnded: grpc.StatusCode.INTERNAL,
 }
 """The one table from errors to gRPC status codes. A cloud error reaches the wire only for a caller who asked
 for `cloud_only`; for everyone else the edge makes the image."""

@@ -45,10 +45,11 @@ def main() -> int:
 
 def _compiler(folder: Path) -> Path:
     """The Python of an environment that has the compiler; made where it is not there."""
-    python, done = folder / "bin/python", folder / "installed"
+    environment = folder / "env"
+    python, done = environment / "bin/python", environment / "installed"
     if not done.exists() or done.read_text() != PACKAGE:
-        print(f"installing {PACKAGE} into {folder}", flush=True)
-        venv.create(folder, with_pip=True, clear=True)
+        print(f"installing {PACKAGE} into {environment}", flush=True)
+        venv.create(environment, with_pip=True, clear=True)
         subprocess.run([python, "-m", "pip", "install", "--quiet", PACKAGE], check=True)
         done.write_text(PACKAGE)
     return python
@@ -63,8 +64,7 @@ def _compile(python: Path, bundle: Bundle) -> int:
         found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         told = json.loads(found.stdout.splitlines()[-1])
         if told["refused"]:
-            counts = ", ".join(f"{count} {operator}" for operator, count in told["refused"].items())
-            print(f"{name}: REFUSED for {counts}", flush=True)
+            print(f"{name}: REFUSED: {told['refused']}", flush=True)
             refused = 1
         else:
             print(

@@ -129,7 +129,7 @@ def find(wish: Sequence[str] = (), unfit: Mapping[str, str] | None = None) -> Ch
         name for name in (wish or PREFERENCE) if name in available and name != CPU and name not in unfit
     ]
     if {"cuda", "tensorrt"} & set(candidates):
-        _load_packaged_libraries()
+        load_packaged_libraries()
     failures = {name: failure for name in candidates if (failure := probe(name))}
     return choose(available, unfit | failures, wish, _builds())
 
@@ -259,7 +259,7 @@ def _with_spare(name: str) -> tuple[str, ...]:
     return (name,) if name == CPU else (name, CPU)
 
 
-def _load_packaged_libraries() -> None:
+def load_packaged_libraries() -> None:
     """Load CUDA and cuDNN out of NVIDIA's Python packages, where these are installed: no loader looks there."""
     if importlib.util.find_spec("nvidia") is not None and hasattr(
         ort, "preload_dlls"

@@ -2,14 +2,15 @@
 
 Compilers of graphs are large native libraries, and one that writes where it must not ends its process: onnxruntime's
 OpenVINO provider did so on a graph in eight bits. Here that process is not the daemon, and its callers lose nothing.
-Nor does the daemon when memory runs out meanwhile: the system is told to end this process first. What the provider
-compiles is in its cache afterwards, so that the daemon finds it there.
+Nor does the daemon when memory runs out meanwhile: the system is told to end this process first. What TensorRT and
+OpenVINO compile is in their cache afterwards, so that the daemon finds it there.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -20,12 +21,12 @@ from typing import Any
 
 import numpy as np
 
+from edge_agent.diffusion import providers
 from edge_agent.diffusion.sessions import Runtime, Session
-from edge_agent.errors import GenerationFailed, RouteT2IError
-
-_ROOT = Path(__file__).parents[2]  # where this package lies, and `python -m` looks for it
+from edge_agent.errors import GenerationFailed, RehearsalEnded, RouteT2IError, printable
 
 _PARENT_DEATH_SIGNAL = 1  # of Linux's prctl
+_LONGEST_REASON = 300  # characters of what a library says
 
 
 def rehearse(session: Session, runtime: Runtime) -> None:
@@ -33,57 +34,79 @@ def rehearse(session: Session, runtime: Runtime) -> None:
 
     The runtime must leave no size of the inputs open, and its options no relative path.
 
-    Raises GenerationFailed, with what the process said or how it ended.
+    Raises:
+        RehearsalEnded: the process was told to stop, or killed, as for want of memory.
+        GenerationFailed: the graph cannot be opened or run there, or crashed the process; with what it said last.
     """
     task = {
         "path": str(session.path.absolute()),
         "inputs": session.inputs,
         "outputs": session.outputs,
         "runtime": asdict(runtime),
+        "daemon": os.getpid(),
     }
+    # What it imports comes from where the daemon has it, and never from the working folder.
+    path = [str(Path(entry).absolute()) for entry in sys.path if entry]
+    code = f"import sys; sys.path[:] = {path!r}; from {__name__} import main; sys.exit(main())"
     done = subprocess.run(
-        [sys.executable, "-m", __name__],
+        [sys.executable, "-c", code],
         input=json.dumps(task),
         capture_output=True,
         text=True,
         errors="replace",
         check=False,
-        cwd=_ROOT,
         start_new_session=True,  # a Ctrl-C is the daemon's
     )
+    if done.returncode == 0:
+        return
+    said = _last_line(done.stderr)
+    if -done.returncode in (signal.SIGTERM, signal.SIGKILL):
+        raise RehearsalEnded(
+            f"the process that tried {session.path} was ended from outside, or for want of memory"
+        )
     if done.returncode < 0:
-        name = signal.Signals(-done.returncode).name
-        hint = ", perhaps for want of memory" if name == "SIGKILL" else ""
-        raise GenerationFailed(f"the process that tried {session.path} ended by {name}{hint}")
-    if done.returncode:
-        said = (done.stdout.splitlines() or done.stderr.splitlines() or ["it failed and said nothing"])[-1]
-        raise GenerationFailed(said)
+        crash = f"the process that tried {session.path} crashed with signal {-done.returncode}"
+        raise GenerationFailed(f"{crash}: {_fit(said)}" if said else crash)
+    with suppress(ValueError, TypeError, KeyError):  # of what a library printed last
+        said = json.loads(_last_line(done.stdout))["failed"]
+    raise GenerationFailed(_fit(said) or f"the process that tried {session.path} failed and said nothing")
 
 
 def main() -> int:
-    """The process: the task on standard input, what went wrong as the last line of standard output."""
-    _go_first()
+    """The process: the task on standard input, what went wrong as JSON in the last line of standard output."""
     task = json.load(sys.stdin)
+    _end_with(task["daemon"])
     given: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in task["runtime"].items()
     }
+    runtime = Runtime(**given)
+    if {"CUDAExecutionProvider", "TensorrtExecutionProvider"} & set(runtime.providers):
+        providers.load_packaged_libraries()
     try:
-        session = Session(Path(task["path"]), task["inputs"], task["outputs"], Runtime(**given))
+        session = Session(Path(task["path"]), task["inputs"], task["outputs"], runtime)
         noise = np.random.default_rng(0)
         session.run({name: noise.standard_normal(session.shapes[name]) for name in task["inputs"]})
     except RouteT2IError as error:
-        sys.stdout.write(f"{error.message}\n")
+        sys.stdout.write("\n" + json.dumps({"failed": error.message}))
         return 1
     return 0
 
 
-def _go_first() -> None:
-    """End with the daemon, whatever ends that, and before it when memory runs out. As far as the system knows how."""
-    with suppress(OSError, AttributeError):
+def _end_with(daemon: int) -> None:
+    """Be ended when the daemon's process is, and before it when memory runs out. Only Linux can be told."""
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
-    with suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")
+        if os.getppid() != daemon:  # it went before that
+            os._exit(1)
+        with suppress(OSError):
+            Path("/proc/self/oom_score_adj").write_text("1000")
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _last_line(output: str) -> str:
+    lines = [line for line in output.splitlines() if line.strip()]
+    return lines[-1] if lines else ""
+
+
+def _fit(said: str) -> str:
+    """Fit for a terminal, and at a length people read."""
+    return printable(" ".join(said.split()))[-_LONGEST_REASON:]

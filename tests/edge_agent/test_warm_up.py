@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import shutil
+import sys
 import threading
 import weakref
 from collections.abc import AsyncIterator
@@ -25,7 +26,7 @@ from edge_agent.daemon import _load_models
 from edge_agent.diffusion import providers
 from edge_agent.diffusion.generator import Generator, Image
 from edge_agent.diffusion.sessions import Runtime
-from edge_agent.errors import BundleError, GenerationFailed
+from edge_agent.errors import BundleError, GenerationFailed, RehearsalEnded
 from edge_agent.settings import resolve
 from routet2i.edge.v1 import edge_pb2
 from tests.routed import SLOW_STEPS
@@ -272,6 +273,25 @@ def test_a_cache_that_cannot_be_used_is_made_anew_and_a_fault_of_the_models_is_n
     (tmp_path / "other.engine").write_bytes(b"not in the cache")
     with pytest.raises(BundleError, match="another driver"):
         models.open_better()
+
+
+def test_what_was_compiled_is_kept_where_trying_it_was_ended_from_outside(
+    routed_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the daemon is stopped meanwhile, or memory runs out: minutes of work are still good."""
+    monkeypatch.setattr(providers, "SLOW_TO_OPEN", frozenset({SECOND}))
+    flags = {"bundle": str(routed_bundle), "providers": f"{SECOND},cpu", "cache": str(tmp_path)}
+    models = _load_models(resolve(flags, {}))
+    assert models.open_better is not None
+    folder = tmp_path / "engines" / f"{models.reader.bundle.model_digest[:16]}-{ort.__version__}"
+    folder.mkdir(parents=True)
+    (folder / "unet.engine").write_bytes(b"minutes")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    (tmp_path / "python").write_text("#!/bin/sh\nkill -TERM $$\n")
+    (tmp_path / "python").chmod(0o700)
+    with pytest.raises(RehearsalEnded):
+        models.open_better()
+    assert (folder / "unet.engine").read_bytes() == b"minutes"
 
 
 def test_tensorrt_is_told_which_graphs_are_in_half_precision(

@@ -612,10 +612,13 @@ def test_weights_that_an_autoencoder_lacks_are_not_drawn_at_random(
         export_bundle(pipeline, tmp_path / "bundle", steps=(2,), autoencoder=tmp_path / "tiny", report=silent)
 
 
-def test_a_folder_with_half_precision_files_alone_is_loaded(tmp_path: Path) -> None:
+@pytest.mark.parametrize("largest", ["10GB", "100KB"])
+def test_a_folder_with_half_precision_files_alone_is_loaded(tmp_path: Path, largest: str) -> None:
+    """Also where there are several of a part."""
     pipeline = miniature_pipeline().to(torch.float16)
-    pipeline.save_pretrained(tmp_path, variant="fp16")
-    assert not [file for file in tmp_path.glob("*/*.safetensors") if ".fp16." not in file.name]
+    pipeline.save_pretrained(tmp_path, variant="fp16", max_shard_size=largest)
+    files = [file.name for file in tmp_path.glob("*/*.safetensors")]
+    assert all(".fp16" in name for name in files) and (len(files) > 3) is (largest == "100KB")
     loaded = load(tmp_path)
     for part in ("text_encoder", "unet", "vae"):
         wanted, found = getattr(pipeline, part).state_dict(), getattr(loaded, part).state_dict()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -14,7 +14,7 @@ from edge_agent.bundle import Bundle
 from edge_agent.diffusion.decoder import Decoder
 from edge_agent.diffusion.rehearsal import rehearse
 from edge_agent.diffusion.sessions import Runtime, Session
-from edge_agent.errors import GenerationFailed
+from edge_agent.errors import GenerationFailed, RehearsalEnded
 from tests.running import process_environment, until
 
 HERE = Runtime(threads=1, sizes={"batch_size": 1, "latent_height": 8, "latent_width": 8})
@@ -35,20 +35,49 @@ def test_what_the_runtime_refuses_is_said_in_its_words(session: Session) -> None
         rehearse(session, Runtime(providers=("NoExecutionProvider",), sizes=HERE.sizes))
 
 
+def stand_in(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that does what `script` says in place of the rehearsal."""
+    python = folder / "python"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(python))
+
+
 @pytest.mark.parametrize(
-    ("number", "said"),
-    [(signal.SIGSEGV, "SIGSEGV"), (signal.SIGKILL, "SIGKILL, perhaps for want of memory")],
+    ("script", "said"),
+    [
+        ("kill -SEGV $$", "the process that tried {path} crashed with signal 11"),
+        (
+            "echo 'what(): no kernel' >&2; kill -ABRT $$",
+            "the process that tried {path} crashed with signal 6: what(): no kernel",
+        ),
+        ("kill -40 $$", "the process that tried {path} crashed with signal 40"),  # it has no name
+        ("echo chatter; echo 'MemoryError: no room' >&2; exit 1", "MemoryError: no room"),
+        ("echo 7; echo '\033]0;title\007' >&2; echo >&2; exit 1", "?]0;title?"),
+        (
+            r"""printf '%s\n' '{"failed": "CUDA failure 2; \n\nfile=a.cc ; \n\n"}'; exit 1""",
+            "CUDA failure 2; file=a.cc ;",
+        ),
+        ("exit 1", "the process that tried {path} failed and said nothing"),
+    ],
 )
-def test_a_process_that_ends_is_not_ours(
-    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, said: str
+def test_a_process_that_fails_or_crashes_is_not_ours_and_what_it_said_last_is_the_reason(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, said: str
 ) -> None:
-    stand_in = tmp_path / "python"
-    stand_in.write_text(f"#!/bin/sh\nkill -{int(number)} $$\n")
-    stand_in.chmod(0o700)
-    monkeypatch.setattr(sys, "executable", str(stand_in))
+    stand_in(tmp_path, script, monkeypatch)
     with pytest.raises(GenerationFailed) as failed:
         rehearse(session, HERE)
-    assert failed.value.message == f"the process that tried {session.path} ended by {said}"
+    assert failed.value.message == said.format(path=session.path)
+    assert not isinstance(failed.value, RehearsalEnded)
+
+
+@pytest.mark.parametrize("number", ["TERM", "KILL"])
+def test_a_process_that_is_ended_from_outside_says_nothing_of_the_graph(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: str
+) -> None:
+    stand_in(tmp_path, f"kill -{number} $$", monkeypatch)
+    with pytest.raises(RehearsalEnded, match="ended from outside, or for want of memory"):
+        rehearse(session, HERE)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system cannot be told")
@@ -73,4 +102,5 @@ async def test_a_rehearsal_does_not_outlive_the_daemon_and_goes_first_when_memor
     finally:
         daemon.kill()
         daemon.wait()
-    await until(lambda: not rehearsal.is_running() or rehearsal.status() == psutil.STATUS_ZOMBIE)
+    with suppress(psutil.NoSuchProcess):
+        await until(lambda: rehearsal.status() == psutil.STATUS_ZOMBIE)
