@@ -72,7 +72,7 @@ def export_bundle(
     autoencoder: str | os.PathLike[str] | None = None,
     without_t5: bool = False,
     name: str | None = None,
-    licence: str = "unknown",
+    licence: str | None = None,
     force: bool = False,
     report: Report = say,
 ) -> Bundle:
@@ -91,7 +91,7 @@ def export_bundle(
         calibration_prompts: a file, one prompt a line: what the ranges of int8 are found with.
         autoencoder: folder or hub id of an autoencoder that takes the place of the model's own.
         without_t5: leave out the third text encoder of Stable Diffusion 3, which the edge does not run.
-        name, licence: what the manifest says of the models.
+        name, licence: what the manifest says of the models; what they are called, and what their card says, if None.
         force: replace a bundle that is there and holds nothing but what an export makes.
         report: gets one line for each stage.
 
@@ -113,7 +113,7 @@ def export_bundle(
         )
     name = name or pipelines.name_of(model)
     _refuse_name(name)
-    if not licence.strip() or not licence.isprintable():
+    if licence is not None and (not licence.strip() or not licence.isprintable()):
         raise ExportError(f"a licence of {licence!r} does not work: it must be printable text on one line")
     if size is not None:
         pipelines.refuse_large(size)
@@ -168,7 +168,7 @@ def export_bundle(
         )
         facts = pipelines.facts(pipeline, size) | {
             "name": name,
-            "licence": licence,
+            "licence": licence or pipelines.licence_of(model),
             "default_steps": counts[0],
             "default_guidance": scale,
             "steps": sorted(counts),
@@ -436,7 +436,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "not run; the model was trained to do without it",
     )
     parser.add_argument("--name", help="name in the manifest; the model's own by default")
-    parser.add_argument("--licence", default="unknown", help="licence in the manifest, as an SPDX id")
+    parser.add_argument(
+        "--licence",
+        help="licence in the manifest, as an SPDX id; by default what the model's card says, its README.md",
+    )
     parser.add_argument(
         "--force",
         action="store_true",

@@ -27,7 +27,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
-from huggingface_hub import constants
+from huggingface_hub import ModelCard, constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import CLIPTextModelWithProjection
 
@@ -149,6 +149,25 @@ def name_of(model: Any) -> str:
     where = model.config.get("_name_or_path") if isinstance(model, DiffusionPipeline) else os.fspath(model)
     # Of "." too. Not `resolve`: a link's own name is the model's.
     return Path(os.path.abspath(where or "unnamed")).name  # noqa: PTH100
+
+
+UNKNOWN = "unknown"
+
+
+def licence_of(model: Any) -> str:
+    """What the card of a folder or hub id says, as the hub writes it (apache-2.0); UNKNOWN where nobody says."""
+    if isinstance(model, DiffusionPipeline):
+        return UNKNOWN
+    file = Path(model, "README.md")
+    if Path(model).is_dir() and not file.is_file():
+        return UNKNOWN
+    try:
+        with quiet():
+            said = ModelCard.load(file if file.is_file() else os.fspath(model)).data.to_dict()
+    except Exception:  # the hub's library fails in its own ways; a card is prose, and no export fails for it
+        return UNKNOWN
+    licence = said.get("license_name") or said.get("license")
+    return licence if isinstance(licence, str) and licence.strip() and licence.isprintable() else UNKNOWN
 
 
 MAX_SIDE = 4096

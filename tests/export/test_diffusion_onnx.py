@@ -44,7 +44,7 @@ from export.__main__ import main as edge_export
 from export.diffusion_onnx import _beside, export_bundle, main
 from export.errors import ExportError
 from export.graphs import MASKED
-from export.pipeline import load, name_of
+from export.pipeline import licence_of, load, name_of
 from export.reference import Reference, difference, largest_difference, reference_image, reference_images
 from export.schedule import compile_schedule
 from tests.hub import hub
@@ -306,6 +306,7 @@ def test_a_model_of_the_hub_is_exported_also_where_it_is_in_half_precision_alone
     model = save_miniature(tmp_path / "model")
     for weights in model.rglob("*.safetensors"):
         weights.rename(weights.with_suffix(".fp16.safetensors"))
+    (model / "README.md").write_text("---\nlicense: other\nlicense_name: research-only\n---\n# A model\n")
     out = tmp_path / "bundle"
     command = [sys.executable, "-m", "export", "diffusion", "owner/name", str(out), "--steps", "2"]
     with hub(model) as address:
@@ -315,7 +316,25 @@ def test_a_model_of_the_hub_is_exported_also_where_it_is_in_half_precision_alone
         }
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    assert Bundle.open(out).manifest.name == "name"
+    manifest = Bundle.open(out).manifest
+    assert (manifest.name, manifest.licence) == ("name", "research-only")
+
+
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [
+        ("---\nlicense: mit\n---\n", "mit"),
+        ("---\nlicense: [mit, apache-2.0]\n---\n", "unknown"),
+        ('---\nlicense: "a\\nb"\n---\n', "unknown"),
+        ("---\nlicense: {\n---\n", "unknown"),
+        ("no facts at all", "unknown"),
+        (None, "unknown"),
+    ],
+)
+def test_the_licence_is_what_the_models_card_says(tmp_path: Path, card: str | None, licence: str) -> None:
+    if card is not None:
+        (tmp_path / "README.md").write_text(card)
+    assert licence_of(tmp_path) == licence
 
 
 @pytest.mark.parametrize(("size", "near"), [((500, 64), "496x64"), ((64, 8), "64x16")])
