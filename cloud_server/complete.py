@@ -65,7 +65,7 @@ def pipeline(folder: Path, torch_dtype: Any, **options: Any) -> Any:
     found = diffusers.DiffusionPipeline.load_config(os.fspath(folder))
     index = found[0] if isinstance(found, tuple) else found
     check_index(index)
-    options |= {name: None for name in _DISPENSABLE if list(index.get(name) or ()) == [None, None]}
+    options |= {name: None for name in _DISPENSABLE if index.get(name) in ([None, None], (None, None))}
     if missing := sorted(_parameters(index)[0] - options.keys() - _named(index)):
         raise ValueError(f"{diffusers.DiffusionPipeline.config_name} names no {' and no '.join(missing)}")
     kinds = {name: _kind(made) for name, made in index.items() if name not in options}
