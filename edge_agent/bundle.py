@@ -156,9 +156,8 @@ class Facts:
     guidance_embedding: int | None = None
     # A linear map from latents to colours in 0..1: a row of red, green, blue for each channel, then the constant.
     latent_to_rgb: tuple[tuple[float, float, float], ...] | None = None
-    dtypes: Mapping[str, str] | None = (
-        None  # what graphs compute in, by their folder, where it is not float32
-    )
+    # What graphs compute in, by their folder, where it is not float32.
+    dtypes: Mapping[str, str] | None = None
 
     @property
     def second(self) -> AddedConditioning | JointConditioning | None:

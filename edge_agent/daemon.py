@@ -308,13 +308,12 @@ def _load_models(settings: Settings) -> Resident:
 
 
 def _unfit(manifest: Manifest) -> dict[str, str]:
-    """Providers that run such models worse than others do, and why."""
+    """Providers that would take long over such models to run them badly, and why."""
     if "int8" not in map(manifest.dtype, (manifest.denoiser, DECODER)):
         return {}
     return {
         "tensorrt": "it takes graphs in eight bits in hundreds of pieces, with an engine for each; the form for a GPU "
-        "is fp16",
-        "openvino": "it computes something else of graphs in eight bits, or crashes",  # with onnxruntime 1.24.1
+        "is fp16"
     }
 
 

@@ -117,9 +117,8 @@ class _Pace:
 
     def __init__(self) -> None:
         self.image_s = _GUESS_S
-        self._measured: weakref.ref[Generator] | None = (
-            None  # what made the images; not kept in memory by this
-        )
+        # What made the images, which this does not keep in memory.
+        self._measured: weakref.ref[Generator] | None = None
 
     def measure(self, image_s: float, generator: Generator) -> None:
         """Count an image of `generator` in. With the first one of another, which runs the models elsewhere, the mean

@@ -1,4 +1,4 @@
-"""A hub with one repository, over real HTTP: what its library asks for is answered as huggingface.co does."""
+"""A hub with one repository, over real HTTP: what its library asks for, with the headers that it looks at."""
 
 from __future__ import annotations
 

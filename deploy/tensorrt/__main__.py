@@ -27,7 +27,7 @@ PACKAGE = "tensorrt-rtx-cu13==1.7.1.116"  # 0.3 GB
 
 
 def main() -> int:
-    """Exit code 1 where a graph is refused, 2 where none could be tried."""
+    """Exit code 1 where a graph is refused, 2 where none could be tried, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="make tensorrt", description=__doc__)
     parser.add_argument("bundles", metavar="BUNDLE", nargs="*", type=Path, help="instead of the starter")
     parser.add_argument(
@@ -41,6 +41,8 @@ def main() -> int:
     except (BundleError, subprocess.CalledProcessError) as error:
         print(f"make tensorrt: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 def _compiler(folder: Path) -> Path:

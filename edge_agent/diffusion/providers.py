@@ -128,8 +128,7 @@ def find(wish: Sequence[str] = (), unfit: Mapping[str, str] | None = None) -> Ch
     candidates = [
         name for name in (wish or PREFERENCE) if name in available and name != CPU and name not in unfit
     ]
-    if {"cuda", "tensorrt"} & set(candidates):
-        load_packaged_libraries()
+    load_packaged_libraries(map(full_name, candidates))
     failures = {name: failure for name in candidates if (failure := probe(name))}
     return choose(available, unfit | failures, wish, _builds())
 
@@ -259,8 +258,12 @@ def _with_spare(name: str) -> tuple[str, ...]:
     return (name,) if name == CPU else (name, CPU)
 
 
-def load_packaged_libraries() -> None:
-    """Load CUDA and cuDNN out of NVIDIA's Python packages, where these are installed: no loader looks there."""
+def load_packaged_libraries(names: Iterable[str]) -> None:
+    """Load what these providers, by onnxruntime's names, need of CUDA and cuDNN out of NVIDIA's Python packages, where
+    they are installed: no loader looks there.
+    """
+    if {full_name("cuda"), full_name("tensorrt")}.isdisjoint(names):
+        return
     if importlib.util.find_spec("nvidia") is not None and hasattr(
         ort, "preload_dlls"
     ):  # onnxruntime 1.21 or newer

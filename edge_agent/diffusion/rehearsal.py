@@ -80,8 +80,7 @@ def main() -> int:
         name: tuple(value) if isinstance(value, list) else value for name, value in task["runtime"].items()
     }
     runtime = Runtime(**given)
-    if {"CUDAExecutionProvider", "TensorrtExecutionProvider"} & set(runtime.providers):
-        providers.load_packaged_libraries()
+    providers.load_packaged_libraries(runtime.providers)
     try:
         session = Session(Path(task["path"]), task["inputs"], task["outputs"], runtime)
         noise = np.random.default_rng(0)
