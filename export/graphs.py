@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import onnx
-from diffusers import AutoencoderTiny
+import torch
+from diffusers import AutoencoderTiny, StableDiffusionXLPipeline
 from onnx import numpy_helper
 
 from edge_agent.bundle import TRANSFORMER
@@ -52,6 +53,8 @@ def trace(pipeline: Any, folder: Path, size: tuple[int, int], report: Report) ->
     del models["vae_encoder"]  # text to image never encodes an image
     if isinstance(pipeline.vae, AutoencoderTiny):
         models["vae_decoder"] = _tiny_decoder(*models["vae_decoder"])
+    if isinstance(pipeline, StableDiffusionXLPipeline):  # the others take no notice of these
+        _fold_spread(models["vae_decoder"][0])
     for name, (model, config) in models.items():
         began = time.perf_counter()
         try:
@@ -151,6 +154,19 @@ def freeze(folder: Path, facts: Mapping[str, Any]) -> None:
         for name, size in (sizes | joint).items():
             make_dim_param_fixed(model.graph, name, size)
         onnx.save(model, path)  # weights of more than 2 GB stay in the file beside it
+
+
+def _fold_spread(vae: Any) -> None:
+    """Have the decoder `vae` spread its latents itself where its config names a mean and a deviation for each channel,
+    and name none: whoever divides them by the scaling factor, as for any other, need know no more.
+    """
+    mean, deviation = (vae.config.get(f"latents_{name}") for name in ("mean", "std"))
+    if mean is None or deviation is None:
+        return
+    mean, deviation = (torch.tensor(values).reshape(1, -1, 1, 1) for values in (mean, deviation))
+    decode = vae.forward
+    vae.forward = lambda latent_sample: decode(latent_sample * deviation + mean)
+    vae.register_to_config(latents_mean=None, latents_std=None)
 
 
 def _tiny_decoder(vae: Any, known: Any) -> tuple[Any, Any]:

@@ -500,9 +500,6 @@ def _refuse_unsupported(pipeline: Any) -> None:
         "a predicted variance": lambda: (
             (denoiser.out_channels or denoiser.in_channels) != denoiser.in_channels
         ),
-        "an autoencoder with a mean and deviation of its own for each channel": lambda: vae.get(
-            "latents_std"
-        ),
         "an autoencoder of another factor than the pipeline's": lambda: (
             2 ** (len(vae.block_out_channels) - 1) != pipeline.vae_scale_factor
         ),

@@ -74,7 +74,8 @@ def compile_schedule(scheduler: Any, steps: int, loop: Loop = PLAIN) -> Schedule
             f"{name} has no schedule of {steps} steps: its model was trained on {trained}{why}; name "
             f"{trained - offset} at most"
         )
-    timesteps = _fresh(scheduler, steps, loop).timesteps
+    fresh = _fresh(scheduler, steps, loop)
+    timesteps = fresh.timesteps
     calls = len(timesteps)
     # One coordinate for the initial noise and each model output, and enough of them to solve for fresh noise.
     width = 4 * calls + 16
@@ -94,7 +95,7 @@ def compile_schedule(scheduler: Any, steps: int, loop: Loop = PLAIN) -> Schedule
         timesteps=tuple(float(timestep) for timestep in timesteps),
         signal=tuple(signal),
         noise=tuple(noise),
-        clean=tuple(_clean(scheduler, float(timestep)) for timestep in timesteps),
+        clean=tuple(_clean(fresh, call) for call in range(calls)),
     )
     for scale in (1.0, 1e3):  # a clip at one leaves small values alone, a clip at a hundred larger ones
         _check(scheduler, schedule, scale, loop)
@@ -203,13 +204,20 @@ def _check(scheduler: Any, schedule: Schedule, scale: float, loop: Loop) -> None
             )
 
 
-def _clean(scheduler: Any, timestep: float) -> tuple[float, float]:
-    """a, b such that a * input + b * output estimates the clean latents; (1, 0) where that is not known.
+def _clean(scheduler: Any, call: int) -> tuple[float, float]:
+    """a, b such that a * input + b * output of the call estimates the clean latents; (1, 0) where that is not known.
 
-    Every scheduler's scaled input has the form sqrt(p) * clean + sqrt(1 - p) * noise with p =
-    alphas_cumprod[t], so the estimate follows from the prediction type alone: Salimans & Ho, "Progressive
-    Distillation", 2022, appendix D. In flow matching it is (1 - s) * clean + s * noise, and the output noise - clean.
+    A scheduler that conditions its network as in Karras et al., "Elucidating the Design Space of Diffusion-Based
+    Generative Models", 2022, table 1, says it itself. Every other's scaled input has the form sqrt(p) * clean +
+    sqrt(1 - p) * noise with p = alphas_cumprod[t], so the estimate follows from the prediction type alone: Salimans &
+    Ho, "Progressive Distillation", 2022, appendix D. In flow matching it is (1 - s) * clean + s * noise, and the output
+    noise - clean.
     """
+    timestep = float(scheduler.timesteps[call])
+    if hasattr(scheduler, "precondition_outputs"):
+        sigma = scheduler.sigmas[call]
+        signal = scheduler.precondition_outputs(1.0, 0.0, sigma) / scheduler.precondition_inputs(1.0, sigma)
+        return float(signal), float(scheduler.precondition_outputs(0.0, 1.0, sigma))
     kind = scheduler.config.get("prediction_type", "epsilon")
     if type(scheduler).__name__.startswith("FlowMatch") or kind == "flow_prediction":
         return 1.0, -timestep / float(scheduler.config.num_train_timesteps)

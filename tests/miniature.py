@@ -1,12 +1,13 @@
 """Tiny seeded pipelines: of Stable Diffusion 1.5's shape (77 tokens, cross-attention, guidance, an autoencoder), of
-Stable Diffusion 2's, of latent consistency models', of Stable Diffusion XL's and of Stable Diffusion 3's, with an
-ordinary autoencoder or a tiny one.
+Stable Diffusion 2's, of latent consistency models', of Stable Diffusion XL's, of Playground 2.5's and of Stable
+Diffusion 3's, with an ordinary autoencoder or a tiny one.
 
 Random weights, made by code in a second. Everything that runs Stable Diffusion runs on them.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 from pathlib import Path
@@ -17,6 +18,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
     DDIMScheduler,
+    EDMDPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     LatentConsistencyModelPipeline,
     LCMScheduler,
@@ -160,6 +162,19 @@ def miniature_xl(seed: int = 0) -> StableDiffusionXLPipeline:
         add_watermarker=False,
     )
     pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def miniature_edm(seed: int = 0) -> StableDiffusionXLPipeline:
+    """Playground 2.5: Stable Diffusion XL trained by EDM, its latents with a mean and a deviation for each channel."""
+    pipeline = miniature_xl(seed)
+    vae = copy.deepcopy(pipeline.vae)
+    vae.register_to_config(
+        latents_mean=[-1.6574, 1.886, -1.383, 2.5155],
+        latents_std=[8.4927, 5.9022, 6.5498, 5.2299],
+        scaling_factor=0.5,
+    )
+    pipeline.vae, pipeline.scheduler = vae, EDMDPMSolverMultistepScheduler(solver_type="midpoint")
     return pipeline
 
 

@@ -27,6 +27,7 @@ from export.reference import difference, reference_image
 from export.schedule import compile_schedule
 from tests.miniature import (
     BETAS,
+    miniature_edm,
     miniature_lcm,
     miniature_pipeline,
     miniature_tiny_autoencoder,
@@ -54,11 +55,14 @@ SCHEDULERS: dict[str, tuple[type, dict[str, Any]]] = {
     "Heun": (diffusers.HeunDiscreteScheduler, BETAS),
     "LCM": (diffusers.LCMScheduler, BETAS),
     "TCD": (diffusers.TCDScheduler, BETAS),
+    "EDM Euler": (diffusers.EDMEulerScheduler, {}),
+    "EDM DPM-Solver++ 2M": (diffusers.EDMDPMSolverMultistepScheduler, {"solver_type": "midpoint"}),
     "flow-match Euler": (diffusers.FlowMatchEulerDiscreteScheduler, {}),
     "flow-match Heun": (diffusers.FlowMatchHeunDiscreteScheduler, {}),
 }
+EDM = ("EDM Euler", "EDM DPM-Solver++ 2M")
 FLOW_MATCHING = ("flow-match Euler", "flow-match Heun")
-BY_NOISE = tuple(name for name in SCHEDULERS if name not in FLOW_MATCHING)
+BY_NOISE = tuple(name for name in SCHEDULERS if name not in EDM + FLOW_MATCHING)
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ COLUMNS = {
     "LCM": Column(miniature_lcm, 8.5, schedulers=("LCM",)),
     "SDXL": Column(miniature_xl, 5.0),
     "SDXL-Turbo": Column(miniature_xl, 0.0, {"timestep_spacing": "trailing"}),
+    "Playground 2.5": Column(miniature_edm, 3.0, schedulers=EDM),
     "SD 3": Column(
         miniature_v3,
         5.0,
@@ -164,7 +169,8 @@ seed and scheduler, {FEWEST_STEPS} to {FEWEST_STEPS + len(SCHEDULERS) - 1} steps
 {table}
 
 –: diffusers' own pipeline of the class does not run the scheduler, or draws no image with it: Stable Diffusion 3 is
-trained by flow matching, the others are not, and `LatentConsistencyModelPipeline` runs LCM alone.
+trained by flow matching and Playground 2.5 by EDM, the others are not, and `LatentConsistencyModelPipeline` runs LCM
+alone.
 
 Written by `{COMMAND}`, on seeded miniatures of each class with random weights (`tests/miniature.py`). SD 1.x and
 SD 2.x are `StableDiffusionPipeline` with guidance and a negative prompt. The second has OpenCLIP's text encoder, which
@@ -172,9 +178,10 @@ pads with a token of its own, and a denoiser with linear projections, other numb
 and v-prediction; SD-Turbo has the same networks, which predict noise, without guidance and with trailing timesteps.
 LCM is `LatentConsistencyModelPipeline`, which takes the guidance scale as an input of its network. SDXL is
 `StableDiffusionXLPipeline` with two text encoders and added conditioning, SDXL-Turbo the same without guidance and
-with trailing timesteps. SD 3 is `StableDiffusion3Pipeline` without its third text encoder: a transformer that attends
-to tokens and latents together, the prompt as one vector of both encoders, and latents of 16 channels; its DPM-Solver++
-and UniPC take flow matching's sigmas. The tiny autoencoder is `AutoencoderTiny`.
+with trailing timesteps. Playground 2.5 is an SDXL whose latents have a mean and a deviation for each channel. SD 3 is
+`StableDiffusion3Pipeline` without its third text encoder: a transformer that attends to tokens and latents together,
+the prompt as one vector of both encoders, and latents of 16 channels; its DPM-Solver++ and UniPC take flow matching's
+sigmas. The tiny autoencoder is `AutoencoderTiny`.
 """
 
 

@@ -1057,7 +1057,6 @@ def test_a_model_folder_without_a_part_is_refused(tmp_path: Path, part: str) -> 
     [
         ("unet", {"addition_embed_type": "text_time"}, "added conditioning"),
         ("unet", {"encoder_hid_dim_type": "text_proj"}, "added conditioning"),
-        ("vae", {"latents_std": [1.0] * 4}, "mean and deviation"),
         ("unet", {"in_channels": 9}, "input channels"),
         ("unet", {"out_channels": 8}, "variance"),
     ],

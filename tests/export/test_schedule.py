@@ -192,6 +192,20 @@ def test_where_flow_matching_expects_to_arrive_is_known_at_each_step(made: Any) 
         )
 
 
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_where_edm_expects_to_arrive_is_known_at_each_step(kind: str) -> None:
+    """Its preconditioning is made so that of an image with noise and the output trained for, the image comes back."""
+    made = diffusers.EDMEulerScheduler(prediction_type=kind)
+    compiled = compile_schedule(made, 5)
+    made.set_timesteps(5)
+    noise, image = np.random.default_rng(0).standard_normal((2, 64))
+    for sigma, (a, b) in zip(made.sigmas[:-1].tolist(), compiled.clean, strict=True):
+        latents, spread = image + sigma * noise, np.hypot(sigma, 0.5)
+        out = sigma * 0.5 / spread * (1 if kind == "epsilon" else -1)
+        target = (image - 0.5**2 / spread**2 * latents) / out
+        np.testing.assert_allclose(a * latents / spread + b * target, image, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("name", "config", "why"),
     [
