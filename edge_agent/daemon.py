@@ -32,7 +32,7 @@ from edge_agent.diffusion import providers
 from edge_agent.diffusion.generator import Generator
 from edge_agent.diffusion.providers import Choice
 from edge_agent.diffusion.sessions import Runtime
-from edge_agent.errors import RehearsalEnded, RouteT2IError, StartRefused
+from edge_agent.errors import BundleError, RehearsalEnded, RouteT2IError, StartRefused
 from edge_agent.purchase import Purchases
 from edge_agent.quota import Ledger
 from edge_agent.reader import Reader
@@ -291,9 +291,7 @@ def _load_models(settings: Settings) -> Resident:
     # The folder itself and no link to it: what the link leads to may change, and these graphs be loaded again.
     # Path.resolve would raise something of its own for a loop of links.
     bundle = Bundle.open(os.path.realpath(settings.bundle_folder))
-    choice = providers.find(settings.providers, _unfit(bundle.manifest))
-    serving = tuple(map(providers.full_name, choice.serving))
-    generator = Generator(bundle, Runtime(threads=settings.threads or None, providers=serving))
+    generator, choice = _open(settings, bundle)
     followed = settings.state_folder if settings.follow_prompts else None
     reader = Reader(bundle, generator.tokenizer, generator.text_encoder, settings.routing_rate, followed)
     manifest = bundle.manifest
@@ -305,6 +303,21 @@ def _load_models(settings: Settings) -> Resident:
     )
     better = partial(_open_better, settings, generator, choice, bundle) if choice.better else None
     return Resident(reader, generator, limits, choice, settings.keep_alive_s, better)
+
+
+def _open(settings: Settings, bundle: Bundle) -> tuple[Generator, Choice]:
+    """The models on the best provider that opens them, unless the settings name which: that opens them or nothing."""
+    unfit = _unfit(bundle.manifest)
+    while True:
+        choice = providers.find(settings.providers, unfit)
+        serving = tuple(map(providers.full_name, choice.serving))
+        try:
+            return Generator(bundle, Runtime(threads=settings.threads or None, providers=serving)), choice
+        except BundleError as error:
+            best = choice.serving[0]
+            if settings.providers or best == providers.CPU:
+                raise
+            unfit[best] = f"it does not open this model: {error.message}"
 
 
 def _unfit(manifest: Manifest) -> dict[str, str]:

@@ -113,7 +113,12 @@ def _check_ids(session: Session, tokenizer: Path, ids: NDArray[np.int64]) -> Non
     try:
         session.run({"input_ids": ids})
     except GenerationFailed as error:
-        raise BundleError(
+        why = (
             f"{tokenizer} gives token ids up to {ids.max()}, on which {session.path} fails: they are not of one model; "
             "export the bundle again"
-        ) from error
+        )
+        try:
+            session.run({"input_ids": np.zeros_like(ids)})
+        except GenerationFailed:  # on an id that every vocabulary has: what runs it cannot
+            why = error.message
+        raise BundleError(why) from error

@@ -346,3 +346,25 @@ def test_tensorrt_is_not_given_graphs_in_eight_bits_unless_asked(
         (tensorrt,) = (each for each in models.providers if each.name == "tensorrt")
         assert (models.open_better is not None) is better
         assert ("hundreds of pieces" in tensorrt.reason) is not better
+
+
+def test_a_provider_that_does_not_open_the_models_is_passed_over_unless_it_is_named(
+    routed_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a GPU without half precision, which runs the graph that it is tried with."""
+    bundle = Path(shutil.copytree(routed_bundle, tmp_path / "bundle"))
+    monkeypatch.setattr(
+        providers.ort, "get_available_providers", lambda: [*map(providers.full_name, ("cuda", "cpu"))]
+    )
+    monkeypatch.setattr(providers, "probe", lambda _name: "")
+    flags = {"bundle": str(bundle), "threads": "1"}
+    with pytest.warns(UserWarning, match="not in available provider"):
+        models = _load_models(resolve(flags, {}))
+    found = {each.name: each for each in models.providers}
+    assert found["cpu"].state is providers.State.IN_USE and all(s.on_cpu for s in models.generator.sessions)
+    assert found["cuda"].reason.startswith("it does not open this model: ")
+    with (
+        pytest.warns(UserWarning, match="not in available provider"),
+        pytest.raises(BundleError, match="CUDAExecutionProvider"),
+    ):
+        _load_models(resolve(flags | {"providers": "cuda,cpu"}, {}))

@@ -29,7 +29,7 @@ from edge_agent.bundle import (
 from edge_agent.diffusion import denoiser, sessions, text_encoder
 from edge_agent.diffusion.denoiser import Denoiser
 from edge_agent.diffusion.generator import Generator, Image, Step
-from edge_agent.diffusion.sessions import Runtime, Stop
+from edge_agent.diffusion.sessions import Runtime, Session, Stop
 from edge_agent.diffusion.text_encoder import TextEncoder
 from edge_agent.errors import BundleError, Cancelled, GenerationFailed, InvalidRequest
 from edge_agent.reader import Reader
@@ -325,6 +325,19 @@ def test_a_tokenizer_of_another_model_is_refused_at_start_naming_both_files(
         BundleError, match=f"{TOKENIZER} gives token ids up to 100000, .*{TEXT_ENCODER} fails"
     ):
         open_models(Bundle.open(bundle_copy))
+
+
+def test_a_text_encoder_that_fails_on_every_id_is_not_laid_to_the_tokenizer(
+    bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the provider that lacks something, such as half precision."""
+
+    def fails(session: Session, *_: object, **__: object) -> None:
+        raise GenerationFailed(f"onnxruntime failed in {session.path}: requires f16")
+
+    monkeypatch.setattr(Session, "run", fails)
+    with pytest.raises(BundleError, match=r"^onnxruntime failed in .*: requires f16$"):
+        Generator(Bundle.open(bundle_copy))
 
 
 def test_a_second_tokenizer_of_another_model_is_refused_like_the_first(tmp_path: Path) -> None:
