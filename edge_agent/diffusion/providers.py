@@ -14,6 +14,7 @@ import ctypes
 import enum
 import importlib.util
 import io
+import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from edge_agent.diffusion import plugins
 from edge_agent.errors import StartRefused
 
 CPU = "cpu"
@@ -123,14 +125,16 @@ def find(wish: Sequence[str] = (), unfit: Mapping[str, str] | None = None) -> Ch
     Raises:
         StartRefused: a provider of the wish cannot be used; the message says why.
     """
-    available = tuple(_short(name) for name in ort.get_available_providers())
-    unfit = {} if wish else dict(unfit or {})
+    available = tuple(_short(name) for name in _available())
+    failures = {_short(name): plugin.failure for name, plugin in plugins.found().items() if plugin.failure}
+    if not wish:
+        failures = dict(unfit or {}) | failures
     candidates = [
-        name for name in (wish or PREFERENCE) if name in available and name != CPU and name not in unfit
+        name for name in (wish or PREFERENCE) if name in available and name != CPU and name not in failures
     ]
     load_packaged_libraries(map(full_name, candidates))
-    failures = {name: failure for name in candidates if (failure := probe(name))}
-    return choose(available, unfit | failures, wish, _builds())
+    failures |= {name: failure for name in candidates if (failure := probe(name))}
+    return choose(available, failures, wish, _builds())
 
 
 def choose(
@@ -189,9 +193,7 @@ def probe(name: str) -> str:
     ort.set_default_logger_severity(_LOG_NOTHING)  # what it would say comes back as the reason
     x = np.asarray([[1, 2], [3, 4]], np.float32)
     try:
-        session = ort.InferenceSession(
-            _GRAPH, options, providers=[(provider, _PROBE_OPTIONS.get(name, {}))], enable_fallback=0
-        )
+        session = plugins.session(_GRAPH, options, [(provider, _PROBE_OPTIONS.get(name, {}))])
         if provider not in session.get_providers():
             return _missing_library(name) or "onnxruntime fell back to the CPU and does not say why"
         (y,) = session.run(None, {"x": x})
@@ -225,6 +227,9 @@ def options(names: Iterable[str], cache: Path, *, half: bool) -> dict[str, dict[
         },
         "openvino": {"cache_dir": str(cache)},
     }
+    if full_name("openvino") in plugins.found():  # it takes OpenVINO's own options, for each kind of device
+        kinds = {kind: {"CACHE_DIR": str(cache)} for kind in plugins.KINDS}
+        known["openvino"] = {"load_config": json.dumps(kinds)}
     found = {full_name(name): known[name] for name in names if name in known}
     if found:
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -235,13 +240,31 @@ def full_name(name: str) -> str:
     """Onnxruntime's name of the provider: CUDAExecutionProvider for cuda."""
     if name in _FULL_NAMES:
         return _FULL_NAMES[name]
-    return next((full for full in ort.get_available_providers() if _short(full) == name), name)
+    return next((full for full in _available() if _short(full) == name), name)
+
+
+def _available() -> tuple[str, ...]:
+    """What onnxruntime has built in or has a plugin for, by its names."""
+    # onnxruntime lists plugins too once they are registered, and some that choose among others: OpenVINO's .AUTO.
+    listed = [name for name in ort.get_available_providers() if name.endswith(_SUFFIX)]
+    return tuple(dict.fromkeys((*listed, *plugins.found())))
 
 
 def _builds() -> tuple[str, ...]:
-    """By the names of their folders: reading all metadata would cost a tenth of a cold start."""
+    """The distributions that bring onnxruntime itself, and not a plugin or other companion of it.
+
+    By their folders: reading all metadata would cost a tenth of a cold start.
+    """
     folders = Path(ort.__file__).parents[1].glob("onnxruntime*.dist-info")
-    return tuple(sorted(folder.name.split("-")[0].replace("_", "-") for folder in folders))
+    builds = [folder for folder in folders if _brings_onnxruntime(folder)]
+    return tuple(sorted(folder.name.split("-")[0].replace("_", "-") for folder in builds))
+
+
+def _brings_onnxruntime(folder: Path) -> bool:
+    try:
+        return "onnxruntime" in (folder / "top_level.txt").read_text().split()
+    except OSError:
+        return True  # it does not say, and is called so
 
 
 def _collision(builds: Sequence[str]) -> str:

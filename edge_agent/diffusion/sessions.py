@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edge_agent.bundle import FileState, file_states
+from edge_agent.diffusion import plugins
 from edge_agent.errors import BundleError, Busy, Cancelled, GenerationFailed
 
 Array = NDArray[Any]
@@ -25,6 +27,12 @@ Array = NDArray[Any]
 LARGE_BYTES = 100_000_000  # of the graph and the weights beside it
 
 RELOAD_RETRY_S = 1.0
+
+_ONE_AT_A_TIME = frozenset({"WebGpuExecutionProvider"})
+"""Providers whose sessions share what they record commands with, so that two that run or open at once fail, or crash
+the process: microsoft/onnxruntime#32561."""
+
+_TURN = threading.Lock()  # whose holder alone uses such a provider
 
 # Element types a graph may ask for, and how numpy spells them.
 _DTYPES: dict[str, type[np.generic]] = {
@@ -115,10 +123,12 @@ class Session:
         self.loaded_at: float | None = None
         self._known_good = False  # whether it has been loaded once
         self._runtime = runtime
-        self._loading = threading.Lock()
+        self._turn = nullcontext() if _ONE_AT_A_TIME.isdisjoint(runtime.providers) else _TURN
+        self._loading = threading.Lock()  # taken after the turn
         self._files = file_states([path]) if files is None else files
         self.large = sum(size for _, size, _ in self._files.values()) >= LARGE_BYTES
-        session = self._session = self._load(Stop())
+        with self._turn:
+            session = self._session = self._load(Stop())
         found = {node.name: node for node in session.get_inputs()}
         given = {node.name: node for node in session.get_outputs()}
         if set(found) != set(inputs) or not set(outputs) <= set(given):
@@ -140,7 +150,7 @@ class Session:
 
     def unload(self) -> None:
         """Give its memory back, after the runs in progress."""
-        with self._loading:
+        with self._turn, self._loading:
             self._session = self.loaded_at = None
 
     def _loaded(self, stop: Stop | None) -> ort.InferenceSession:
@@ -175,14 +185,7 @@ class Session:
         end = partial(cancel, True)
         stop.enter(end)
         try:
-            # Without its fallback, which would run everything on the CPU and print that to standard output.
-            session = ort.InferenceSession(
-                str(self.path),
-                options,
-                providers=providers,
-                disabled_optimizers=runtime.unfused,
-                enable_fallback=0,
-            )
+            session = plugins.session(str(self.path), options, providers, disabled_optimizers=runtime.unfused)
         except Exception as error:  # onnxruntime's own exceptions share no base class
             stop.check()
             if self._known_good:  # and unchanged: the device lacks something, not the bundle
@@ -242,23 +245,27 @@ class Session:
             Busy: it had been unloaded, and this device has no room to load it again.
         """
         feeds = {name: np.asarray(value, self._dtypes[name]) for name, value in inputs.items()}
+        with self._turn:
+            outputs = self._run(feeds, stop, shrink=shrink)
+        if not self._casting:
+            return list(outputs)
+        return [
+            value.astype(np.float32, copy=False) if value.dtype.kind == "f" else value for value in outputs
+        ]
+
+    def _run(self, feeds: Mapping[str, Array], stop: Stop | None, *, shrink: bool) -> Sequence[Array]:
         session = self._loaded(stop)
         try:
             if stop is None and not shrink:  # as a decision's runs are
-                outputs = session.run(self.outputs, feeds)
-            else:
-                outputs = self._run_with_options(session, feeds, stop or Stop(), shrink=shrink)
+                outputs: Sequence[Array] = session.run(self.outputs, feeds)
+                return outputs
+            return self._run_with_options(session, feeds, stop or Stop(), shrink=shrink)
         except Cancelled:
             raise
         except Exception as error:  # onnxruntime's own exceptions share no base class
             if stop is not None:
                 stop.check()
             raise GenerationFailed(f"onnxruntime failed in {self.path}: {error}") from error
-        if not self._casting:
-            return list(outputs)
-        return [
-            value.astype(np.float32, copy=False) if value.dtype.kind == "f" else value for value in outputs
-        ]
 
     def _run_with_options(
         self, session: ort.InferenceSession, feeds: Mapping[str, Array], stop: Stop, *, shrink: bool

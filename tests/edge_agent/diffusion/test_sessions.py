@@ -269,3 +269,49 @@ def test_a_provider_that_is_not_there_is_refused_and_not_replaced_by_the_cpu(
     ):
         Session(path, ["x"], ["out"], runtime)
     assert capfd.readouterr().out == ""
+
+
+def test_providers_that_bear_no_two_sessions_at_once_get_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To open, run or unload. With others a decision does not wait for the image before it."""
+    chain(tmp_path / "few.onnx", 2)
+    inside: set[int] = set()  # threads
+    most = 0
+
+    def watched(work: Callable[..., object]) -> Callable[..., object]:
+        def watching(*arguments: object, **named: object) -> object:
+            nonlocal most
+            outermost = threading.get_ident() not in inside  # an unloaded graph is loaded within its run
+            inside.add(threading.get_ident())
+            most = max(most, len(inside))
+            time.sleep(0.01)
+            try:
+                return work(*arguments, **named)
+            finally:
+                if outermost:
+                    inside.remove(threading.get_ident())
+
+        return watching
+
+    def use() -> None:
+        session = Session(tmp_path / "few.onnx", ["x"], ["out"], ONE_THREAD)
+        for _ in range(5):
+            session.run(SQUARE)
+            session.unload()
+
+    def most_at_once() -> int:
+        nonlocal most
+        most = 0
+        threads = [threading.Thread(target=use) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return most
+
+    for name in ("_load", "_run"):
+        monkeypatch.setattr(Session, name, watched(getattr(Session, name)))
+    assert most_at_once() > 1
+    monkeypatch.setattr(sessions, "_ONE_AT_A_TIME", frozenset(ONE_THREAD.providers))
+    assert most_at_once() == 1

@@ -1,0 +1,104 @@
+"""Providers that are packages of their own are found and registered, or passed over with the reason.
+
+No such package runs everywhere: those here are made up around a library that is none, and a session is opened on a
+device that onnxruntime itself offers in the way that plugins do.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from edge_agent.diffusion import plugins, providers
+from edge_agent.diffusion.plugins import Plugin
+from edge_agent.errors import StartRefused
+
+NAME = "OpenVINOExecutionProvider"
+PACKAGE = "onnxruntime_ep_made"
+
+Install = Callable[[str], None]
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Puts a package with this text beside onnxruntime."""
+    (tmp_path / "onnxruntime").mkdir()
+    monkeypatch.setattr(ort, "__file__", str(tmp_path / "onnxruntime" / "__init__.py"))
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(text: str) -> None:
+        for folder, file in ((PACKAGE, "__init__.py"), (f"{PACKAGE}-1.0.dist-info", "top_level.txt")):
+            (tmp_path / folder).mkdir()
+            (tmp_path / folder / file).write_text(text if file == "__init__.py" else f"{PACKAGE}\n")
+
+    plugins.found.cache_clear()
+    yield write
+    plugins.found.cache_clear()
+    sys.modules.pop(PACKAGE, None)
+
+
+def made(provider: str, library: Path) -> str:
+    return f"def get_library_path(): return {str(library)!r}\ndef get_ep_names(): return [{provider!r}]\n"
+
+
+def test_where_no_plugin_is_installed_nothing_is_registered(install: Install) -> None:
+    assert plugins.found() == {}
+
+
+def test_a_library_that_cannot_be_loaded_is_told_where_its_provider_is_asked_for(
+    install: Install, tmp_path: Path
+) -> None:
+    (tmp_path / "made.so").write_bytes(b"no library")
+    install(made(NAME, tmp_path / "made.so"))
+    reason = rf"{PACKAGE} cannot be registered: .*made\.so"
+    choice = providers.find()
+    assert (choice.serving, choice.better) == (("cpu",), ())
+    assert re.match(reason, choice.passed_over["openvino"])
+    assert "overwrite each other" not in choice.passed_over["cuda"]  # it is no second onnxruntime
+    with pytest.raises(StartRefused, match=f"names openvino, which does not work here: {reason}"):
+        providers.find(("openvino", "cpu"))
+
+
+def test_a_package_that_does_not_say_what_it_is_goes_by_its_own_name(install: Install) -> None:
+    install("")
+    assert "no attribute 'get_ep_names'" in providers.find().passed_over["made"]
+
+
+def test_what_onnxruntime_has_built_in_needs_no_plugin(install: Install, tmp_path: Path) -> None:
+    install(made("CPUExecutionProvider", tmp_path / "none.so"))
+    assert plugins.found() == {}
+
+
+def test_an_onnxruntime_from_before_plugins_says_so(
+    install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(made(NAME, tmp_path / "none.so"))
+    monkeypatch.delattr(ort, "register_execution_provider_library")
+    assert "is too old for plugins" in plugins.found()[NAME].failure
+
+
+def test_a_session_goes_to_the_plugins_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    (device,) = (each for each in ort.get_ep_devices() if each.ep_name == "CPUExecutionProvider")
+    monkeypatch.setattr(plugins, "found", lambda: {"MadeExecutionProvider": Plugin(device)})
+    x = np.asarray([[1, 2], [3, 4]], np.float32)
+    options = ort.SessionOptions()
+    wanted = ("MadeExecutionProvider", "AzureExecutionProvider", "CPUExecutionProvider")
+    session = plugins.session(providers._GRAPH, options, [(name, {}) for name in wanted])
+    assert options.has_providers() and "AzureExecutionProvider" in session.get_providers()
+    np.testing.assert_array_equal(session.run(None, {"x": x})[0], x @ x)
+
+
+def test_openvinos_plugin_is_told_of_the_cache_in_its_own_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ignores the option of the provider that is built in."""
+    assert providers.options(("openvino",), tmp_path, half=False) == {NAME: {"cache_dir": str(tmp_path)}}
+    monkeypatch.setattr(plugins, "found", lambda: {NAME: Plugin()})
+    (options,) = providers.options(("openvino",), tmp_path, half=False).values()
+    assert options.keys() == {"load_config"} and str(tmp_path) in options["load_config"]
