@@ -11,7 +11,7 @@ BUF_VERSION := 1.75.0
 BUF := npx --yes --loglevel=error @bufbuild/buf@$(BUF_VERSION)
 ARGS ?=
 
-.PHONY: help env demo bench routerbench parity test lint format protos protos-baseline node constraints wheel edge-versions aarch64-wheels aarch64 tensorrt clean
+.PHONY: help env demo bench routerbench parity test lint format protos protos-baseline node constraints wheel edge-versions aarch64-wheels aarch64 webgpu tensorrt clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -77,7 +77,10 @@ aarch64-wheels: $(ENV)  ## check that the edge installs on aarch64 without compi
 	@.ci/aarch64-wheels
 
 aarch64: $(ENV)  ## the edge on an emulated aarch64 beside the one here: decisions and pictures have to agree
-	@$(BIN)/python deploy/aarch64 $(ARGS)
+	@$(BIN)/python deploy/elsewhere aarch64 $(ARGS)
+
+webgpu: $(ENV)  ## the edge on a GPU in software, by WebGPU, beside the CPU here: the same has to agree
+	@$(BIN)/python deploy/elsewhere webgpu $(ARGS)
 
 tensorrt: $(ENV)  ## compile the starter, or ARGS="BUNDLE", for TensorRT, without a GPU: is it taken whole?
 	@$(BIN)/python deploy/tensorrt $(ARGS)

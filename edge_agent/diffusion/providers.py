@@ -227,9 +227,12 @@ def options(names: Iterable[str], cache: Path, *, half: bool) -> dict[str, dict[
         },
         "openvino": {"cache_dir": str(cache)},
     }
-    if full_name("openvino") in plugins.found():  # it takes OpenVINO's own options, for each kind of device
-        kinds = {kind: {"CACHE_DIR": str(cache)} for kind in plugins.KINDS}
-        known["openvino"] = {"load_config": json.dumps(kinds)}
+    if (
+        full_name("openvino") in plugins.found()
+    ):  # which takes OpenVINO's own options, for each kind of device
+        # Left to itself it computes in bfloat16 where a CPU can, and draws other pictures.
+        properties = {"CACHE_DIR": str(cache)} | ({} if half else {"INFERENCE_PRECISION_HINT": "f32"})
+        known["openvino"] = {"load_config": json.dumps(dict.fromkeys(plugins.KINDS, properties))}
     found = {full_name(name): known[name] for name in names if name in known}
     if found:
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)

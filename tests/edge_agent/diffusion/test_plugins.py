@@ -6,6 +6,7 @@ device that onnxruntime itself offers in the way that plugins do.
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -94,11 +95,16 @@ def test_a_session_goes_to_the_plugins_device(monkeypatch: pytest.MonkeyPatch) -
     np.testing.assert_array_equal(session.run(None, {"x": x})[0], x @ x)
 
 
-def test_openvinos_plugin_is_told_of_the_cache_in_its_own_way(
+def test_openvinos_plugin_is_told_of_cache_and_precision_in_its_own_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It ignores the option of the provider that is built in."""
+    """It ignores the option of the provider that is built in, and computes in half precision unless told not to."""
     assert providers.options(("openvino",), tmp_path, half=False) == {NAME: {"cache_dir": str(tmp_path)}}
     monkeypatch.setattr(plugins, "found", lambda: {NAME: Plugin()})
-    (options,) = providers.options(("openvino",), tmp_path, half=False).values()
-    assert options.keys() == {"load_config"} and str(tmp_path) in options["load_config"]
+    for half in (True, False):
+        (options,) = providers.options(("openvino",), tmp_path, half=half).values()
+        told = json.loads(options.pop("load_config"))
+        assert options == {} and told.keys() == {"CPU", "GPU", "NPU"}
+        for properties in told.values():
+            assert properties["CACHE_DIR"] == str(tmp_path)
+            assert properties.get("INFERENCE_PRECISION_HINT") == (None if half else "f32")

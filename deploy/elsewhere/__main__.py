@@ -1,7 +1,8 @@
-"""`make aarch64`: the edge on an emulated aarch64 machine beside the one here, on the same prompts.
+"""`make aarch64` and `make webgpu`: the edge on an emulated machine beside the one here, on the same prompts.
 
-Both are daemons of their own with the starter; the same client asks both. What they decide and draw has to agree:
-processors and versions of onnxruntime round differently, so a picture may differ by what rounding makes of that.
+Both are daemons of their own with the starter; the same client asks both. Before each image another is given up,
+and while it is made a decision is asked for. What they decide and draw has to agree: processors and versions
+of onnxruntime round differently, so a picture may differ by what rounding makes of that.
 """
 
 from __future__ import annotations
@@ -14,25 +15,29 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 from numpy.typing import NDArray
-from PIL import Image
 
+import aarch64
+import webgpu
 from edge_agent.client import AgentClient, Received
 from edge_agent.errors import RouteT2IError
 from edge_agent.policy import Decision
-from emulation import ROOT, CannotPrepare, prepare
+from machine import ROOT, CannotPrepare, Machine, new
 from routet2i.edge.v1 import edge_pb2
 
 PROMPTS = ("a red apple on a beach", "three owls left of a tiny guitar at night")
 SEED = 7
 START_S = 300.0
 """How long a daemon may take to start: emulated, importing alone takes most of a minute on a busy machine."""
+
+MACHINES: dict[str, Callable[[Path], Machine]] = {"aarch64": aarch64.prepare, "webgpu": webgpu.prepare}
 
 MOST_PIXEL = 2
 """Of 255: the largest difference of a pixel that is rounding's."""
@@ -51,56 +56,46 @@ class Drawn:
 
 def main() -> int:
     """Exit code 1 where the two differ, 2 where they could not be compared."""
-    parser = argparse.ArgumentParser(prog="make aarch64", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python deploy/elsewhere", description=__doc__)
+    parser.add_argument("machine", choices=sorted(MACHINES), help="beside this one")
     parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="instead of two of the project's own")
     parser.add_argument(
-        "--folder", type=Path, default=ROOT / "build/aarch64", help="where downloads are kept"
+        "--folder", type=Path, help="where downloads are kept; build/aarch64 or build/webgpu if left out"
     )
     options = parser.parse_args()
     prompts = tuple(options.prompts) or PROMPTS
+    folder = options.folder or ROOT / "build" / options.machine
     try:
-        emulation = prepare(options.folder.absolute())
-        here = _drawn(f"{platform.machine()}, here", (sys.executable,), {}, prompts)
-        there = _drawn("aarch64, emulated", emulation.command, emulation.environment, prompts)
+        other = MACHINES[options.machine](new(folder.absolute()))
+        here = _drawn(Machine(f"{platform.machine()}, here", (sys.executable,)), prompts)
+        there = _drawn(other, prompts)
     except (CannotPrepare, RouteT2IError) as error:
-        print(f"make aarch64: {error}", file=sys.stderr)
+        print(f"make {options.machine}: {error}", file=sys.stderr)
         return 2
     return max(_compare(prompt, here[prompt], there[prompt]) for prompt in prompts)
 
 
-def _drawn(
-    name: str, python: Sequence[str], environment: Mapping[str, str], prompts: Sequence[str]
-) -> dict[str, Drawn]:
+def _drawn(machine: Machine, prompts: Sequence[str]) -> dict[str, Drawn]:
     with tempfile.TemporaryDirectory(prefix="edge-") as folder:
         began = time.monotonic()
-        with _daemon(python, environment, Path(folder)) as client:
-            print(f"{name}: serves after {time.monotonic() - began:.1f} s", flush=True)
+        with _daemon(machine, Path(folder)) as client:
+            print(f"{machine.name}: serves after {time.monotonic() - began:.1f} s", flush=True)
             found = {}
             for prompt in prompts:
                 found[prompt] = _draw(client, prompt)
-                print(f"{name}: {prompt!r} drawn in {found[prompt].seconds:.2f} s", flush=True)
+                print(f"{machine.name}: {prompt!r} drawn in {found[prompt].seconds:.2f} s", flush=True)
             return found
 
 
 @contextmanager
-def _daemon(python: Sequence[str], environment: Mapping[str, str], folder: Path) -> Iterator[AgentClient]:
+def _daemon(machine: Machine, folder: Path) -> Iterator[AgentClient]:
     address, log = f"unix:{folder / 'agent.sock'}", folder / "log"
-    command = [
-        *python,
-        "-m",
-        "edge_agent",
-        "serve",
-        "--listen",
-        address,
-        "--state",
-        str(folder),
-        "--threads",
-        "1",
-    ]
+    serve = ("-m", "edge_agent", "serve", "--listen", address, "--state", str(folder), "--threads", "1")
+    command = [*machine.command, *serve, *machine.flags]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("EDGE_AGENT_")}
     with log.open("wb") as file:
         process = subprocess.Popen(
-            command, stdout=file, stderr=file, cwd=ROOT, env=inherited | dict(environment)
+            command, stdout=file, stderr=file, cwd=ROOT, env=inherited | dict(machine.environment)
         )
     try:
         client = AgentClient(address, START_S)
@@ -110,22 +105,30 @@ def _daemon(python: Sequence[str], environment: Mapping[str, str], folder: Path)
                 raise CannotPrepare(f"{' '.join(command)} does not serve:\n{log.read_text()[-3000:]}")
             time.sleep(0.1)
         yield client
+        if process.poll() is not None:
+            raise CannotPrepare(f"{' '.join(command)} ended by itself:\n{log.read_text()[-3000:]}")
     finally:
         process.terminate()
         process.wait(60)
 
 
 def _draw(client: AgentClient, prompt: str) -> Drawn:
-    decision, image = None, None
+    image = {"prompt": prompt, "seed": SEED, "routing": edge_pb2.ROUTING_AUTO}
+    given_up = client.generate(**image)
+    next(given_up)  # its decision, by when it is being made
+    given_up.close()
+    decision, received, asked = None, None, None
     began = time.monotonic()
-    for event in client.generate(prompt=prompt, seed=SEED, routing=edge_pb2.ROUTING_AUTO):
+    for event in client.generate(**image):
         if isinstance(event, Decision):
-            decision = event
+            decision, asked = event, client.route(prompt)
         elif isinstance(event, Received):
-            image = event
-    if decision is None or image is None:
+            received = event
+    if decision is None or received is None or asked is None:
         raise CannotPrepare(f"the daemon at {client.address} sent an image without its decision")
-    pixels = np.asarray(Image.open(io.BytesIO(image.png)).convert("RGB"))
+    if asked.prs != decision.prs:
+        raise CannotPrepare(f"PRS is {decision.prs}, and {asked.prs} while the image is made")
+    pixels = np.asarray(PIL.Image.open(io.BytesIO(received.png)).convert("RGB"))
     return Drawn(decision, pixels, time.monotonic() - began)
 
 

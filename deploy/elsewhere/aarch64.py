@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from machine import ROOT, Machine, new, run, uv
 
 ONNXRUNTIME = "1.23.2"
 """The newest that can be emulated: qemu 7.2 crashes while it loads 1.32. On JetPack 6 it is the one in use."""
@@ -22,19 +20,7 @@ _PLATFORM = "aarch64-manylinux_2_28"
 _DEBIAN = ("python3", "libstdc++6")  # the second is what wheels expect of a system
 
 
-class CannotPrepare(Exception):
-    """Something that is needed is missing; the message says what to do."""
-
-
-@dataclass(frozen=True)
-class Emulation:
-    """`command` runs the aarch64 Python, with `environment` it finds its packages."""
-
-    command: tuple[str, ...]
-    environment: dict[str, str]
-
-
-def prepare(folder: Path) -> Emulation:
+def prepare(folder: Path) -> Machine:
     """Download and unpack into `folder` what is not there yet. Raises CannotPrepare."""
     qemu = _qemu(folder)
     root = _python_root(folder)
@@ -43,7 +29,8 @@ def prepare(folder: Path) -> Emulation:
     )
     packages = _packages(folder, version.removeprefix("python"))
     path = os.pathsep.join(map(str, (packages, ROOT, ROOT / "protos")))
-    return Emulation(
+    return Machine(
+        "aarch64, emulated",
         (str(qemu), "-L", str(root), str(root / "usr/bin" / version)),
         {"PYTHONPATH": path, "PYTHONHOME": str(root / "usr"), "PYTHONDONTWRITEBYTECODE": "1"},
     )
@@ -56,15 +43,15 @@ def _qemu(folder: Path) -> Path:
     unpacked = folder / "qemu"
     if not (unpacked / "usr/bin" / name).exists():
         _say("fetching qemu-user-static")
-        _run(
+        run(
             "apt-get",
             "download",
             "qemu-user-static",
-            folder=_new(folder / "downloads"),
+            folder=new(folder / "downloads"),
             need="qemu-user-static",
         )
         for package in (folder / "downloads").glob("qemu-user-static_*.deb"):
-            _run("dpkg", "-x", str(package), str(unpacked))
+            run("dpkg", "-x", str(package), str(unpacked))
     return unpacked / "usr/bin" / name
 
 
@@ -73,9 +60,9 @@ def _python_root(folder: Path) -> Path:
     root, done = folder / "root", folder / "root.done"
     if done.exists() and done.read_text().split() == list(_DEBIAN):
         return root
-    state, cache = _new(folder / "apt/state"), _new(folder / "apt/cache")
-    _new(state / "lists/partial")
-    _new(cache / "archives/partial")
+    state, cache = new(folder / "apt/state"), new(folder / "apt/cache")
+    new(state / "lists/partial")
+    new(cache / "archives/partial")
     (state / "status").touch()  # nothing is installed there, so that every dependency is fetched
     settings = {
         "APT::Architecture": "arm64",
@@ -89,20 +76,13 @@ def _python_root(folder: Path) -> Path:
     }
     options = [part for name, value in settings.items() for part in ("-o", f"{name}={value}")]
     _say("fetching Debian's python3 for arm64")
-    _run("apt-get", *options, "update", need="a Debian whose package server has arm64")
-    _run("apt-get", *options, "install", "--yes", "--download-only", *_DEBIAN, need="python3 for arm64")
+    run("apt-get", *options, "update", need="a Debian whose package server has arm64")
+    run("apt-get", *options, "install", "--yes", "--download-only", *_DEBIAN, need="python3 for arm64")
     shutil.rmtree(root, ignore_errors=True)
     for package in sorted((cache / "archives").glob("*.deb")):
-        _run("dpkg", "-x", str(package), str(_new(root)))
+        run("dpkg", "-x", str(package), str(new(root)))
     done.write_text(" ".join(_DEBIAN))
     return root
-
-
-def _works(uv: str) -> bool:
-    try:
-        return subprocess.run([uv, "--version"], check=False, capture_output=True).returncode == 0
-    except OSError:
-        return False
 
 
 def _packages(folder: Path, python: str) -> Path:
@@ -110,19 +90,15 @@ def _packages(folder: Path, python: str) -> Path:
     stamp = (ROOT / "pyproject.toml").read_text() + (ROOT / "constraints.txt").read_text() + ONNXRUNTIME
     if done.exists() and done.read_text() == stamp:
         return packages
-    # One that is found need not work: some machines have a stand-in that refuses.
-    uv = next((each for each in ("uv", str(ROOT / ".venv/bin/uv")) if _works(each)), None)
-    if uv is None:
-        raise CannotPrepare("uv is needed: https://docs.astral.sh/uv/")
     _say(f"fetching aarch64 wheels for Python {python}")
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     constraints = folder / "constraints.txt"
     kept = [line for line in lines if not line.startswith("onnxruntime")]
     constraints.write_text("\n".join([*kept, f"onnxruntime=={ONNXRUNTIME}"]) + "\n")
     shutil.rmtree(packages, ignore_errors=True)
-    _run(
+    run(
         *(
-            uv,
+            uv(),
             "pip",
             "install",
             "--quiet",
@@ -144,29 +120,6 @@ def _packages(folder: Path, python: str) -> Path:
     )
     done.write_text(stamp)
     return packages
-
-
-def _new(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _run(*command: str, folder: Path | None = None, need: str = "") -> None:
-    environment = dict(os.environ)
-    for ours, theirs in (("UV_FIND_LINKS", "PIP_FIND_LINKS"), ("UV_DEFAULT_INDEX", "PIP_INDEX_URL")):
-        if theirs in environment:
-            environment.setdefault(ours, environment[theirs])
-    try:
-        done = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, check=False
-        )
-    except FileNotFoundError as error:
-        raise CannotPrepare(
-            f"there is no {command[0]}; on Debian all that is needed is there, elsewhere: apt and dpkg"
-        ) from error
-    if done.returncode:
-        words = (done.stderr or done.stdout).strip()[-2000:]
-        raise CannotPrepare(f"cannot get {need or command[-1]}: `{' '.join(command[:2])}` said\n{words}")
 
 
 def _say(what: str) -> None:
