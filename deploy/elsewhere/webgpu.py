@@ -1,7 +1,8 @@
 """A machine with a GPU, without the GPU: onnxruntime's WebGPU build on SwiftShader, which is Vulkan in software.
 
 All that a provider for GPUs does is done: it compiles shaders, moves tensors, and has the CPU run what it lacks. Only
-the arithmetic is a CPU's, and slow.
+the arithmetic is a CPU's, and slow. Another Vulkan driver, a real GPU's or Mesa's llvmpipe from version 24 on, is taken
+where VK_ICD_FILENAMES names it.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def prepare(folder: Path) -> Machine:
         {
             "PYTHONPATH": os.pathsep.join(map(str, (packages, ROOT, ROOT / "protos"))),
             "LD_LIBRARY_PATH": str(driver),  # with the loader of Vulkan drivers
-            "VK_ICD_FILENAMES": str(driver / _DRIVER),
+            "VK_ICD_FILENAMES": os.environ.get("VK_ICD_FILENAMES", str(driver / _DRIVER)),
         },
         ("--providers", "webgpu,cpu"),
     )
