@@ -15,6 +15,7 @@ matrix is checked against the scheduler for each count (`export/schedule.py`).
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import os
 import re
@@ -123,8 +124,8 @@ def export_bundle(
         else [line for _, line in numbered_lines(Path(calibration_prompts))]
     )
     with _beside(target, report) as partial:
-        loaded = model
-        if isinstance(model, (str, os.PathLike)):
+        loaded, ours = model, isinstance(model, (str, os.PathLike))
+        if ours:
             loaded = pipelines.load(model, without_t5=without_t5, report=report)
         pipeline = pipelines.prepared(loaded, autoencoder, without_t5=without_t5, report=report)
         if scheduler is not None:
@@ -149,7 +150,7 @@ def export_bundle(
             # One image: they take longer, and differ from the first in their number of steps alone.
             references += reference_images(pipeline, counts[0], scale, size)[:1]
         report("tracing the graphs")
-        graphs.trace(pipeline, partial, size, report)
+        graphs.trace(pipeline, partial, size, report, consume=ours)
         if shapes == "fixed":
             graphs.freeze(partial, pipelines.facts(pipeline, size))
         report(f"compiling {type(pipeline.scheduler).__name__} for {', '.join(map(str, counts))} steps")
@@ -175,6 +176,8 @@ def export_bundle(
             "latent_to_rgb": preview.rows if shown else None,
         }
         write_manifest(partial, **facts)
+        del loaded, pipeline  # for whose memory the bundle has use
+        gc.collect()
         report("comparing pixels with the torch pipeline")
         difference = largest_difference(Bundle.open(partial), references)
         report(f"largest difference {difference:.1e} of {PIXEL_TOLERANCE:.0e} allowed")
@@ -186,7 +189,6 @@ def export_bundle(
             from export import precision  # here: a float32 export need not wait for its tools
 
             report(f"turning the bundle into {dtype}")
-            del loaded, pipeline  # whose memory the tools have use for
             prompts = prompts or precision.CALIBRATION_PROMPTS
             precision.shrink(partial, dtype, keep=keep, prompts=prompts, report=report)
         _open_to_all(partial)

@@ -34,11 +34,14 @@ number, unless the score is smaller than the largest by 27. With -80 seven would
 Report = Callable[[str], None]
 
 
-def trace(pipeline: Any, folder: Path, size: tuple[int, int], report: Report) -> None:
+def trace(
+    pipeline: Any, folder: Path, size: tuple[int, int], report: Report, *, consume: bool = False
+) -> None:
     """Write the graphs of `pipeline` with their configs, its scheduler and tokenizers into `folder`.
 
     The graphs run images of other sizes too, but for a transformer, whose positions are those of `size` = width,
-    height. `report` gets one line for each graph, with seconds and size.
+    height. `report` gets one line for each graph, with seconds and size. With `consume` each part loses its weights
+    once they are in its graph, which is there beside the largest part then and not beside all of them.
 
     Raises:
         ExportError: a graph cannot be traced.
@@ -71,6 +74,8 @@ def trace(pipeline: Any, folder: Path, size: tuple[int, int], report: Report) ->
             model.save_config(folder / name)
         else:
             model.config.save_pretrained(folder / name)
+        if consume:
+            model.to("meta")
         for path in (folder / name).iterdir():
             path.chmod(0o644)  # onnx keeps weights beside a graph from other users
         written = sum(path.stat().st_size for path in (folder / name).iterdir())
