@@ -68,7 +68,8 @@ def pipeline(folder: Path, torch_dtype: Any, **options: Any) -> Any:
     options |= {name: None for name in _DISPENSABLE if index.get(name) in ([None, None], (None, None))}
     if missing := sorted(_parameters(index)[0] - options.keys() - _named(index)):
         raise ValueError(f"{diffusers.DiffusionPipeline.config_name} names no {' and no '.join(missing)}")
-    kinds = {name: _kind(made) for name, made in index.items() if name not in options}
+    taken = parts_of(index)
+    kinds = {name: _kind(made) for name, made in index.items() if name in taken and name not in options}
     known = {name: kind for name, kind in kinds.items() if kind is not None}
     for name, kind in known.items():  # of all, before gigabytes of one are read
         refuse_faulty(kind, folder / name)
@@ -77,8 +78,7 @@ def pipeline(folder: Path, torch_dtype: Any, **options: Any) -> Any:
         # Networks last: what else is faulty shows in a moment.
         for name, kind in sorted(known.items(), key=lambda one: issubclass(one[1], NETWORKS)):
             if issubclass(kind, NETWORKS):
-                half = _HALF if all(map(_is_half, _weights(folder / name))) else {}
-                parts[name] = part(kind, folder, torch_dtype=torch_dtype, subfolder=name, **half)
+                parts[name] = part(kind, folder, torch_dtype=torch_dtype, subfolder=name)
             else:
                 parts[name] = _loaded(kind, folder, subfolder=name)
         # Of its own class, which alone knows the parts that it can be without.
@@ -91,14 +91,29 @@ def pipeline(folder: Path, torch_dtype: Any, **options: Any) -> Any:
 def part(kind: Any, model: str | os.PathLike[str], **options: Any) -> Any:
     """`kind.from_pretrained`. What a file lacks, the libraries draw at random, anew in every process, or leave out.
 
+    Of a folder here that holds weights in half precision alone, those are loaded.
+
     Raises ValueError, naming the part and what of it is missing or cannot be read.
     """
+    if weights := _weights(Path(model, options.get("subfolder", ""))):
+        whole = [file for file in weights if not _is_half(file)]
+        options |= {} if whole else _HALF
+        if not any(file.suffix == ".safetensors" for file in whole or weights):
+            options["use_safetensors"] = False  # else diffusers calls it an error that it must look further
     made, found = _loaded(kind, model, output_loading_info=True, **options)
     if missing := sorted(found["missing_keys"]):
         where = options.get("subfolder") or Path(model).name
         more = f" and {len(missing) - 1} more" if missing[1:] else ""
         raise ValueError(f"{where} has no weights {missing[0]}{more}")
     return made
+
+
+def parts_of(index: dict[str, Any]) -> set[str]:
+    """The names of what the index's class takes as parts: diffusers ignores other entries. All where it does not know
+    the class.
+    """
+    needed, others = _parameters(index)
+    return (needed | others) or set(index)
 
 
 def check_index(index: Any) -> None:

@@ -105,7 +105,10 @@ def compile_schedule(scheduler: Any, steps: int, loop: Loop = PLAIN) -> Schedule
 
 
 def _fresh(scheduler: Any, steps: int, loop: Loop) -> Any:
-    copy = type(scheduler).from_config(scheduler.config)
+    # With every value as it is: of those that were not in the model's file, diffusers keeps a list, and would take the
+    # defaults again, where the pipeline has corrected them, as it does for the configs of its first versions.
+    config = {name: value for name, value in scheduler.config.items() if name != "_use_default_values"}
+    copy = type(scheduler).from_config(config)
     try:
         copy.set_timesteps(steps, **({} if loop.mu is None else {"mu": loop.mu}))
     except Exception as error:  # each scheduler fails in its own way
