@@ -73,19 +73,26 @@ def pipeline(folder: Path, torch_dtype: Any, **options: Any) -> Any:
     known = {name: kind for name, kind in kinds.items() if kind is not None}
     for name, kind in known.items():  # of all, before gigabytes of one are read
         refuse_faulty(kind, folder / name)
-    parts = {}
+    parts: dict[str, Any] = {}
+    newer: dict[str, Any] = {}
     with _bars_on_terminals_alone():
         # Networks last: what else is faulty shows in a moment.
         for name, kind in sorted(known.items(), key=lambda one: issubclass(one[1], NETWORKS)):
             if issubclass(kind, NETWORKS):
                 parts[name] = part(kind, folder, torch_dtype=torch_dtype, subfolder=name)
+            elif fast := _fast(kind, folder / name):
+                # What is special is in tokenizer.json too, and in the config of a form that version 4 cannot read.
+                newer[name] = _loaded(fast, folder, subfolder=name, extra_special_tokens={})
             else:
                 parts[name] = _loaded(kind, folder, subfolder=name)
         # Of its own class, which alone knows the parts that it can be without.
         made = getattr(diffusers, str(index.get("_class_name")), diffusers.DiffusionPipeline)
-        return made.from_pretrained(
+        parts |= dict.fromkeys(newer)  # diffusers takes none that is not of the index's class
+        loaded = made.from_pretrained(
             folder, torch_dtype=torch_dtype, local_files_only=True, **parts, **options
         )
+        loaded.register_modules(**newer)
+        return loaded
 
 
 def part(kind: Any, model: str | os.PathLike[str], **options: Any) -> Any:
@@ -154,6 +161,17 @@ def refuse_faulty(kind: Any, folder: Path) -> None:
     _refuse_no_object(config)
     if issubclass(kind, NETWORKS) and not _weights(folder):
         raise ValueError(f"{folder} has no weights: no file that ends in .{' or .'.join(_WEIGHTS)}")
+
+
+def _fast(kind: Any, folder: Path) -> Any:
+    """The class that reads a tokenizer in `folder` of transformers 5, where version 4 has another; otherwise None.
+
+    Version 5 gives the plain name, `kind`, to what was the fast class before, and writes tokenizer.json alone.
+    """
+    if not issubclass(kind, transformers.PreTrainedTokenizer) or not (folder / "tokenizer.json").is_file():
+        return None
+    whole = all((folder / name).is_file() for name in kind.vocab_files_names.values())
+    return None if whole else getattr(transformers, f"{kind.__name__}Fast", None)
 
 
 def _loaded(kind: Any, model: str | os.PathLike[str], **options: Any) -> Any:

@@ -10,7 +10,9 @@ import pytest
 import torch
 from diffusers import LCMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
+from transformers import CLIPTokenizerFast
 
+from cloud_server import complete
 from edge_agent.bundle import Bundle
 from export.diffusion_onnx import export_bundle
 from export.pipeline import load, prepared
@@ -110,6 +112,30 @@ def test_a_folder_of_the_first_diffusers_becomes_a_bundle(
         file.unlink()
     export(model, tmp_path)
     assert "rror" not in capfd.readouterr().err
+
+
+def test_a_tokenizer_of_transformers_5_becomes_that_of_a_bundle(tmp_path: Path) -> None:
+    """It is one tokenizer.json, and its class has the name that was that of two other files."""
+    model = save_miniature(tmp_path / "model")
+    tokenizer = CLIPTokenizerFast.from_pretrained(model / "tokenizer")
+    tokenizer.add_tokens(["<catty>"], special_tokens=True)
+    tokenizer.save_pretrained(model / "tokenizer")
+    for name in ("vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"):
+        (model / "tokenizer" / name).unlink(missing_ok=True)
+    file = model / "tokenizer" / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    del config["added_tokens_decoder"]
+    changes = {
+        "tokenizer_class": "CLIPTokenizer",
+        "extra_special_tokens": ["<catty>"],
+        "backend": "tokenizers",
+    }
+    file.write_text(json.dumps(config | changes))
+    loaded = complete.pipeline(model, torch.float32)  # as the cloud server does, too
+    assert loaded.tokenizer("a <catty>").input_ids == tokenizer("a <catty>").input_ids
+    loaded.text_encoder.resize_token_embeddings(len(tokenizer))
+    loaded.text_encoder.save_pretrained(model / "text_encoder")
+    export(model, tmp_path)
 
 
 @pytest.mark.parametrize(
