@@ -34,6 +34,8 @@ _WEIGHTS = ("safetensors", "bin")
 _HALF = {"variant": "fp16"}
 # Of Stable Diffusion 3, which was trained to do without; diffusers wants to be told that they are left out.
 _DISPENSABLE = ("text_encoder_3", "tokenizer_3")
+# What diffusers and transformers write then, they themselves do not read.
+_UNFUSED = "was saved with a LoRA beside its weights: call fuse_lora() and unload_lora_weights() before save_pretrained"
 _LONGEST_REASON = 300  # characters of what a library says
 
 
@@ -110,6 +112,8 @@ def part(kind: Any, model: str | os.PathLike[str], **options: Any) -> Any:
     made, found = _loaded(kind, model, output_loading_info=True, **options)
     if missing := sorted(found["missing_keys"]):
         where = options.get("subfolder") or Path(model).name
+        if any(".base_layer." in name for name in found["unexpected_keys"]):
+            raise ValueError(f"{where} {_UNFUSED}")
         more = f" and {len(missing) - 1} more" if missing[1:] else ""
         raise ValueError(f"{where} has no weights {missing[0]}{more}")
     return made
@@ -157,6 +161,8 @@ def refuse_faulty(kind: Any, folder: Path) -> None:
     if issubclass(kind, transformers.PreTrainedTokenizerBase):
         return  # which of its files a tokenizer needs, it knows alone
     config = folder / (getattr(kind, "config_name", None) or transformers.CONFIG_NAME)
+    if not config.is_file() and (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{folder} {_UNFUSED}")
     refuse_absent(config)
     _refuse_no_object(config)
     if issubclass(kind, NETWORKS) and not _weights(folder):

@@ -431,6 +431,13 @@ def _tell_of_hub(model: str | os.PathLike[str], report: Callable[[str], None]) -
 def _load_autoencoder(model: str | os.PathLike[str], report: Callable[[str], None]) -> Any:
     try:
         _refuse_mistyped(model, "an autoencoder")
+        if Path(model).is_file():
+            raise ExportError(
+                f"{model} is a file, and an autoencoder is a folder: make one with diffusers, such as "
+                f"AutoencoderKL.from_single_file({os.fspath(model)!r}).save_pretrained(FOLDER)"
+            )
+        if Path(model, "model_index.json").is_file():
+            raise ExportError(f"{model} holds a whole pipeline: name its autoencoder, {Path(model, 'vae')}")
         _tell_of_hub(model, report)
         with quiet():
             if Path(model).is_dir():

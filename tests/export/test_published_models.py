@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import LCMScheduler, UNet2DConditionModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizerFast
 
 from cloud_server import complete
 from edge_agent.bundle import Bundle
 from export.diffusion_onnx import export_bundle
+from export.errors import ExportError
 from export.pipeline import load, prepared
 from tests.miniature import (
     BETAS,
@@ -165,8 +166,36 @@ def test_what_the_edge_does_not_run_need_not_be_there(
     assert all(named.get(name) in (None, (None, None)) for name in ("image_encoder", "feature_extractor"))
 
 
+@pytest.mark.parametrize("part", ["text_encoder", "unet"])
+def test_a_lora_that_was_not_fused_is_told_from_damage(tmp_path: Path, part: str) -> None:
+    """Of the LoRA alone, as transformers writes it, or of all weights under other names, as diffusers does."""
+    model = save_miniature(tmp_path / "model")
+    if part == "text_encoder":
+        (model / part / "config.json").rename(model / part / "adapter_config.json")
+    else:
+        file = model / part / "diffusion_pytorch_model.safetensors"
+        weights = load_file(file)
+        weights["conv_in.base_layer.weight"] = weights.pop("conv_in.weight")
+        save_file(weights, file, {"format": "pt"})
+    with pytest.raises(
+        ExportError, match=f"{part} was saved with a LoRA .*: call fuse_lora.. and unload_lora_w"
+    ):
+        load(model)
+
+
 def test_an_autoencoder_in_half_precision_alone_takes_the_place_of_a_models_own(tmp_path: Path) -> None:
     vae = miniature_tiny_autoencoder().half()
     vae.save_pretrained(tmp_path, variant="fp16")
     found = prepared(miniature_pipeline(), tmp_path).vae.state_dict()
     assert all(torch.equal(found[name], weights.float()) for name, weights in vae.state_dict().items())
+
+
+def test_an_autoencoder_in_a_file_or_in_a_pipeline_says_how_to_name_it(tmp_path: Path) -> None:
+    model = save_miniature(tmp_path / "model")
+    file = model / "vae" / "diffusion_pytorch_model.safetensors"
+    for named, why in (
+        (file, r"is a file, .* AutoencoderKL\.from_single_file\('.*'\)\.save_pretrained\(FOLDER\)$"),
+        (model, "holds a whole pipeline: name its autoencoder, .*/model/vae$"),
+    ):
+        with pytest.raises(ExportError, match=why):
+            prepared(miniature_pipeline(), named)
