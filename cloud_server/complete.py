@@ -34,6 +34,8 @@ _WEIGHTS = ("safetensors", "bin")
 _HALF = {"variant": "fp16"}
 # Of Stable Diffusion 3, which was trained to do without; diffusers wants to be told that they are left out.
 _DISPENSABLE = ("text_encoder_3", "tokenizer_3")
+# What diffusers and transformers write then, they themselves do not read.
+_UNFUSED = "was saved with a LoRA beside its weights: call fuse_lora() and unload_lora_weights() before save_pretrained"
 _LONGEST_REASON = 300  # characters of what a library says
 
 
@@ -68,37 +70,61 @@ def pipeline(folder: Path, torch_dtype: Any, **options: Any) -> Any:
     options |= {name: None for name in _DISPENSABLE if index.get(name) in ([None, None], (None, None))}
     if missing := sorted(_parameters(index)[0] - options.keys() - _named(index)):
         raise ValueError(f"{diffusers.DiffusionPipeline.config_name} names no {' and no '.join(missing)}")
-    kinds = {name: _kind(made) for name, made in index.items() if name not in options}
+    taken = parts_of(index)
+    kinds = {name: _kind(made) for name, made in index.items() if name in taken and name not in options}
     known = {name: kind for name, kind in kinds.items() if kind is not None}
     for name, kind in known.items():  # of all, before gigabytes of one are read
         refuse_faulty(kind, folder / name)
-    parts = {}
+    parts: dict[str, Any] = {}
+    newer: dict[str, Any] = {}
     with _bars_on_terminals_alone():
         # Networks last: what else is faulty shows in a moment.
         for name, kind in sorted(known.items(), key=lambda one: issubclass(one[1], NETWORKS)):
             if issubclass(kind, NETWORKS):
-                half = _HALF if all(map(_is_half, _weights(folder / name))) else {}
-                parts[name] = part(kind, folder, torch_dtype=torch_dtype, subfolder=name, **half)
+                parts[name] = part(kind, folder, torch_dtype=torch_dtype, subfolder=name)
+            elif fast := _fast(kind, folder / name):
+                # What is special is in tokenizer.json too, and in the config of a form that version 4 cannot read.
+                newer[name] = _loaded(fast, folder, subfolder=name, extra_special_tokens={})
             else:
                 parts[name] = _loaded(kind, folder, subfolder=name)
         # Of its own class, which alone knows the parts that it can be without.
         made = getattr(diffusers, str(index.get("_class_name")), diffusers.DiffusionPipeline)
-        return made.from_pretrained(
+        parts |= dict.fromkeys(newer)  # diffusers takes none that is not of the index's class
+        loaded = made.from_pretrained(
             folder, torch_dtype=torch_dtype, local_files_only=True, **parts, **options
         )
+        loaded.register_modules(**newer)
+        return loaded
 
 
 def part(kind: Any, model: str | os.PathLike[str], **options: Any) -> Any:
     """`kind.from_pretrained`. What a file lacks, the libraries draw at random, anew in every process, or leave out.
 
+    Of a folder here that holds weights in half precision alone, those are loaded.
+
     Raises ValueError, naming the part and what of it is missing or cannot be read.
     """
+    if weights := _weights(Path(model, options.get("subfolder", ""))):
+        whole = [file for file in weights if not _is_half(file)]
+        options |= {} if whole else _HALF
+        if not any(file.suffix == ".safetensors" for file in whole or weights):
+            options["use_safetensors"] = False  # else diffusers calls it an error that it must look further
     made, found = _loaded(kind, model, output_loading_info=True, **options)
     if missing := sorted(found["missing_keys"]):
         where = options.get("subfolder") or Path(model).name
+        if any(".base_layer." in name for name in found["unexpected_keys"]):
+            raise ValueError(f"{where} {_UNFUSED}")
         more = f" and {len(missing) - 1} more" if missing[1:] else ""
         raise ValueError(f"{where} has no weights {missing[0]}{more}")
     return made
+
+
+def parts_of(index: dict[str, Any]) -> set[str]:
+    """The names of what the index's class takes as parts: diffusers ignores other entries. All where it does not know
+    the class.
+    """
+    needed, others = _parameters(index)
+    return (needed | others) or set(index)
 
 
 def check_index(index: Any) -> None:
@@ -135,10 +161,23 @@ def refuse_faulty(kind: Any, folder: Path) -> None:
     if issubclass(kind, transformers.PreTrainedTokenizerBase):
         return  # which of its files a tokenizer needs, it knows alone
     config = folder / (getattr(kind, "config_name", None) or transformers.CONFIG_NAME)
+    if not config.is_file() and (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{folder} {_UNFUSED}")
     refuse_absent(config)
     _refuse_no_object(config)
     if issubclass(kind, NETWORKS) and not _weights(folder):
         raise ValueError(f"{folder} has no weights: no file that ends in .{' or .'.join(_WEIGHTS)}")
+
+
+def _fast(kind: Any, folder: Path) -> Any:
+    """The class that reads a tokenizer in `folder` of transformers 5, where version 4 has another; otherwise None.
+
+    Version 5 gives the plain name, `kind`, to what was the fast class before, and writes tokenizer.json alone.
+    """
+    if not issubclass(kind, transformers.PreTrainedTokenizer) or not (folder / "tokenizer.json").is_file():
+        return None
+    whole = all((folder / name).is_file() for name in kind.vocab_files_names.values())
+    return None if whole else getattr(transformers, f"{kind.__name__}Fast", None)
 
 
 def _loaded(kind: Any, model: str | os.PathLike[str], **options: Any) -> Any:

@@ -50,8 +50,6 @@ class Kind:
 
 _PARTS = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
 _SECOND = ("tokenizer_2", "text_encoder_2")
-_OUT_OF_3 = ("tokenizer_3", "text_encoder_3", "image_encoder", "feature_extractor")
-
 KINDS: dict[type, Kind] = {
     StableDiffusionPipeline: Kind(_PARTS, steps=25, guidance=7.5),
     LatentConsistencyModelPipeline: Kind(_PARTS, steps=4, guidance=8.5, takes_negative=False),
@@ -65,6 +63,8 @@ KINDS: dict[type, Kind] = {
         loop=Loop(scales=False),
     ),
 }
+
+_CLASSES = {made.__name__: made for made in KINDS}
 
 # What the edge would have to learn for each class that people ask for.
 _MISSING = {
@@ -91,11 +91,14 @@ def load(
     try:
         index = _index(model, report)
         _refuse_class(index["_class_name"])
-        left_out = _left_out(index, without_t5)
+        _refuse_t5(index["_class_name"], _names(index, "text_encoder_3"), without_t5)
+        made = _CLASSES[index["_class_name"]]
+        left_out = dict.fromkeys(_idle(made))
         with quiet():
             folder = Path(model) if Path(model).is_dir() else complete.downloaded(str(model), **left_out)
-            _refuse_missing(folder, index.keys() - left_out.keys(), index)
-            return complete.pipeline(folder, torch.float32, **left_out)
+            _refuse_missing(folder, complete.parts_of(index) - left_out.keys(), index)
+            unmarked = {"add_watermarker": False} if made is StableDiffusionXLPipeline else {}
+            return complete.pipeline(folder, torch.float32, **left_out, **unmarked)
     except ExportError:
         raise
     except Exception as error:  # each part's library fails in its own way
@@ -121,14 +124,9 @@ def prepared(
     """
     _refuse_class(type(pipeline).__name__)
     pipeline = copy.copy(pipeline)
-    if isinstance(pipeline, StableDiffusion3Pipeline):
-        _refuse_t5(pipeline.text_encoder_3 is not None, without_t5)
-        for part in _OUT_OF_3:
-            setattr(pipeline, part, None)
-    elif without_t5:
-        raise ExportError(
-            f"--without-t5 is for Stable Diffusion 3; {type(pipeline).__name__} has no third text encoder"
-        )
+    _refuse_t5(type(pipeline).__name__, getattr(pipeline, "text_encoder_3", None) is not None, without_t5)
+    for part in _idle(type(pipeline)):
+        setattr(pipeline, part, None)
     with quiet():
         pipeline.to("cpu", torch.float32)
     pipeline.set_progress_bar_config(disable=True)
@@ -375,7 +373,10 @@ def _names(index: dict[str, Any], part: str) -> bool:
     return isinstance(made, (list, tuple)) and len(made) > 0 and made[0] is not None
 
 
-def _refuse_t5(there: bool, without_t5: bool) -> None:
+def _refuse_t5(name: str, there: bool, without_t5: bool) -> None:
+    """`name` is that of the pipeline's class."""
+    if without_t5 and name != StableDiffusion3Pipeline.__name__:
+        raise ExportError(f"--without-t5 is for Stable Diffusion 3; {name} has no third text encoder")
     if there and not without_t5:
         raise ExportError(
             "the third text encoder of Stable Diffusion 3, a T5 of 4.8 billion weights, is not supported: leave it out "
@@ -430,6 +431,13 @@ def _tell_of_hub(model: str | os.PathLike[str], report: Callable[[str], None]) -
 def _load_autoencoder(model: str | os.PathLike[str], report: Callable[[str], None]) -> Any:
     try:
         _refuse_mistyped(model, "an autoencoder")
+        if Path(model).is_file():
+            raise ExportError(
+                f"{model} is a file, and an autoencoder is a folder: make one with diffusers, such as "
+                f"AutoencoderKL.from_single_file({os.fspath(model)!r}).save_pretrained(FOLDER)"
+            )
+        if Path(model, "model_index.json").is_file():
+            raise ExportError(f"{model} holds a whole pipeline: name its autoencoder, {Path(model, 'vae')}")
         _tell_of_hub(model, report)
         with quiet():
             if Path(model).is_dir():
@@ -446,23 +454,18 @@ def _load_autoencoder(model: str | os.PathLike[str], report: Callable[[str], Non
 
 
 def _refuse_class(name: str) -> None:
-    supported = [made.__name__ for made in KINDS]
+    supported = ", ".join(_CLASSES)
     if name in _MISSING:
         raise ExportError(
-            f"{name} is not supported yet: it needs {_MISSING[name]}; {', '.join(supported)} are supported"
+            f"{name} is not supported yet: it needs {_MISSING[name]}; {supported} are supported"
         )
-    if name not in supported:
-        raise ExportError(f"{name} is not supported; {', '.join(supported)} are")
+    if name not in _CLASSES:
+        raise ExportError(f"{name} is not supported; {supported} are")
 
 
-def _left_out(index: dict[str, Any], without_t5: bool) -> dict[str, Any]:
-    """What the edge does not run need be neither there nor loaded."""
-    if index["_class_name"] == StableDiffusion3Pipeline.__name__:
-        _refuse_t5(_names(index, "text_encoder_3"), without_t5)
-        return dict.fromkeys(_OUT_OF_3)
-    if index["_class_name"] == StableDiffusionXLPipeline.__name__:
-        return {}
-    return {"safety_checker": None, "feature_extractor": None}  # the second serves the first alone
+def _idle(made: type) -> set[str]:
+    """The parts that the class `made` takes and the edge does not run. They need be neither there nor loaded."""
+    return complete.parts_of({"_class_name": made.__name__}) - set(KINDS[made].parts)
 
 
 def _refuse_unsupported(pipeline: Any) -> None:

@@ -14,7 +14,7 @@ from edge_agent.bundle import Bundle
 from edge_agent.diffusion.generator import Generator, Image
 from edge_agent.diffusion.sessions import Runtime
 from export.errors import ExportError, reason
-from export.pipeline import kind
+from export.pipeline import kind, quiet
 
 # Compared with the torch pipeline after an export: prompt, negative prompt, seed, guided or not. One guided image
 # has a negative prompt and the other, where nobody said otherwise, an empty one.
@@ -60,17 +60,18 @@ def reference_image(
     # None and empty differ in Stable Diffusion XL; the edge's empty negative prompt is none.
     negatives = {"negative_prompt": negative or None} if kind(pipeline).takes_negative else {}
     try:
-        colours = pipeline(
-            prompt,
-            **negatives,
-            width=width,
-            height=height,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            generator=torch.Generator("cpu").manual_seed(seed),
-            callback_on_step_end=keep,
-            output_type="np",
-        ).images[0]
+        with quiet():
+            colours = pipeline(
+                prompt,
+                **negatives,
+                width=width,
+                height=height,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                generator=torch.Generator("cpu").manual_seed(seed),
+                callback_on_step_end=keep,
+                output_type="np",
+            ).images[0]
     except Exception as error:  # each part fails in its own way
         raise ExportError(f"{type(pipeline).__name__} itself makes no image: {reason(error)}") from error
     if not np.isfinite(colours).all():

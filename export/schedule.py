@@ -27,6 +27,9 @@ _MOST_DRAWS = 4  # fresh noises in one step; no scheduler known draws more than 
 
 _OTHER = "choose another scheduler with --scheduler"
 _CHANGE = f"change its scheduler_config.json, or {_OTHER}"
+# What Python itself raises where a scheduler is made for another kind of loop, or has a null in its config. Its words
+# are about code.
+_MISFITS = (AttributeError, LookupError, TypeError)
 
 Doubles = NDArray[np.float64]
 
@@ -103,13 +106,15 @@ def compile_schedule(scheduler: Any, steps: int, loop: Loop = PLAIN) -> Schedule
 
 
 def _fresh(scheduler: Any, steps: int, loop: Loop) -> Any:
-    copy = type(scheduler).from_config(scheduler.config)
+    # With every value as it is: of those that were not in the model's file, diffusers keeps a list, and would take the
+    # defaults again, where the pipeline has corrected them, as it does for the configs of its first versions.
+    config = {name: value for name, value in scheduler.config.items() if name != "_use_default_values"}
+    copy = type(scheduler).from_config(config)
     try:
         copy.set_timesteps(steps, **({} if loop.mu is None else {"mu": loop.mu}))
     except Exception as error:  # each scheduler fails in its own way
-        raise ExportError(
-            f"{type(scheduler).__name__} has no schedule of {steps} steps: {reason(error).rstrip('.')}; "
-            f"name other steps, {_CHANGE}"
+        raise _explained(
+            error, scheduler, f"has no schedule of {steps} steps", f"name other steps, {_CHANGE}"
         ) from error
     return copy
 
@@ -128,9 +133,14 @@ def _drive(
     except ExportError:
         raise
     except Exception as error:  # each scheduler fails in its own way
-        raise ExportError(
-            f"{type(scheduler).__name__} cannot be run: {reason(error).rstrip('.')}; {_CHANGE}"
-        ) from error
+        raise _explained(error, scheduler, "cannot be run", _CHANGE) from error
+
+
+def _explained(error: Exception, scheduler: Any, what: str, cure: str) -> ExportError:
+    name = type(scheduler).__name__
+    if isinstance(error, _MISFITS):
+        return ExportError(f"{name} cannot be run as the pipeline runs a scheduler; {_CHANGE}")
+    return ExportError(f"{name} {what}: {reason(error).rstrip('.')}; {cure}")
 
 
 def _run(
@@ -196,7 +206,13 @@ def _check(scheduler: Any, schedule: Schedule, scale: float, loop: Loop) -> None
         difference = float(np.abs(values - expected).max() / max(1.0, np.abs(values).max()))
         if not difference <= TOLERANCE:  # also when it is not a number
             flags = [flag for flag in ("clip_sample", "thresholding") if scheduler.config.get(flag)]
-            why = f"it has {' and '.join(flags)} on; turn that off" if flags else _OTHER
+            off = ",".join(f"{flag}=false" for flag in flags)
+            name = schedule.scheduler.removesuffix("Scheduler")
+            why = (
+                f"it has {' and '.join(flags)} on; turn that off with --scheduler {name}:{off}"
+                if flags
+                else _OTHER
+            )
             where = "the final latents" if call == schedule.calls else f"the input of call {call + 1}"
             raise NotLinear(
                 f"{schedule.scheduler} is not linear: {why} "

@@ -13,6 +13,8 @@ from diffusers.utils import DummyObject
 
 from export.errors import ExportError, reason
 
+_ANOTHER = "name another, or other values after its name"
+
 
 def choose_scheduler(own: Any, wanted: str) -> Any:
     """The scheduler that `wanted` names, with the config of `own` and the changes that `wanted` lists.
@@ -41,7 +43,7 @@ def choose_scheduler(own: Any, wanted: str) -> Any:
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ExportError(f"diffusers has no scheduler {full}{hint}")
     config = {}
-    parameters = dict(list(inspect.signature(made.__init__).parameters.items())[1:])
+    parameters = dict(inspect.signature(made).parameters)
     for change in filter(None, changes.split(",")):
         key, equals, value = change.partition("=")
         if not equals:
@@ -52,10 +54,18 @@ def choose_scheduler(own: Any, wanted: str) -> Any:
         # Any text is true, so that `no` would turn the option on.
         if isinstance(parameters[key].default, bool) and not isinstance(config[key], bool):
             raise ExportError(f"{key} takes true or false, not {value!r}")
+    needed = {key for key, parameter in parameters.items() if parameter.default is inspect.Parameter.empty}
+    if lacking := sorted(needed - config.keys() - own.config.keys()):
+        raise ExportError(
+            f"{full} is for other models: their config names {' and '.join(lacking)}, this one's does not; "
+            f"{_ANOTHER}"
+        )
     try:
         return made.from_config(own.config, **config)
     except Exception as error:  # each scheduler checks its config in its own way
-        raise ExportError(f"{full} cannot be made from the model's config: {reason(error)}") from error
+        raise ExportError(
+            f"{full} cannot be made from the model's config: {reason(error).rstrip('.')}; {_ANOTHER}"
+        ) from error
 
 
 def _is_scheduler(made: Any) -> bool:

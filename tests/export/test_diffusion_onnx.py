@@ -385,7 +385,7 @@ def test_a_pipeline_that_cannot_be_run_is_not_blamed_on_its_own_scheduler(
 def test_another_scheduler_is_chosen_without_the_remarks_of_libraries(
     pipeline: StableDiffusionPipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of what the model's own scheduler has in its config and the other has not."""
+    """Of what the model's own scheduler has in its config and the other has not, or of how it is run."""
     diffusers.utils.logging.add_handler(caplog.handler)
     try:
         with pytest.raises(ExportError, match="clip_sample"):  # once it is compiled
@@ -396,6 +396,8 @@ def test_another_scheduler_is_chosen_without_the_remarks_of_libraries(
                 scheduler="LCM:clip_sample=true",
                 report=silent,
             )
+        pipeline.scheduler = diffusers.DPMSolverSinglestepScheduler(lower_order_final=False)
+        reference_image(pipeline, "two cats", "", 1, 1, 1.0)  # an odd number of steps
     finally:
         diffusers.utils.logging.remove_handler(caplog.handler)
     assert not caplog.records

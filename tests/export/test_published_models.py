@@ -1,0 +1,201 @@
+"""Published models have traits that miniatures made by code have not. They are exported all the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import LCMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTokenizerFast
+
+from cloud_server import complete
+from edge_agent.bundle import Bundle
+from export.diffusion_onnx import export_bundle
+from export.errors import ExportError
+from export.pipeline import load, prepared
+from tests.miniature import (
+    BETAS,
+    miniature_pipeline,
+    miniature_tiny_autoencoder,
+    miniature_xl,
+    save_miniature,
+)
+
+STEPS = 2
+
+
+def rewrite(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def export(model: Any, tmp_path: Path, **options: Any) -> Bundle:
+    """Which compares the bundle's pixels with those of diffusers."""
+    return export_bundle(model, tmp_path / "bundle", steps=(STEPS,), report=lambda _line: None, **options)
+
+
+THREE_LEVELS = {
+    "block_out_channels": (16, 32, 32),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": [2, 4, 4],
+}
+CUT_DOWN = {
+    "small-sd": (miniature_pipeline, {"mid_block_type": None}),
+    "SDXS": (miniature_pipeline, {**THREE_LEVELS, "mid_block_type": None, "layers_per_block": [1, 2, 2]}),
+    "SSD-1B": (
+        miniature_xl,
+        {
+            **THREE_LEVELS,
+            "layers_per_block": 2,
+            "mid_block_type": "UNetMidBlock2D",
+            "transformer_layers_per_block": [1, [1, 1], [1, 2]],
+            "reverse_transformer_layers_per_block": [[1, 1, 2], [2, 1, 1], 1],
+        },
+    ),
+    "LCM-SDXL": (miniature_xl, {"time_cond_proj_dim": 16}),
+}
+
+
+@pytest.mark.parametrize("name", CUT_DOWN)
+def test_a_denoiser_that_was_distilled_becomes_a_bundle(tmp_path: Path, name: str) -> None:
+    """With a block less, fewer layers here than there, or the guidance scale as an input of Stable Diffusion XL."""
+    make, changes = CUT_DOWN[name]
+    pipeline = make()
+    config = {key: value for key, value in pipeline.unet.config.items() if not key.startswith("_")}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        pipeline.unet = UNet2DConditionModel(**(config | changes)).eval()
+    if name == "SDXS":
+        pipeline.vae = miniature_tiny_autoencoder()
+    if name == "LCM-SDXL":
+        pipeline.scheduler = LCMScheduler(**BETAS)
+    pipeline.save_pretrained(tmp_path / "model")
+    manifest = export(tmp_path / "model", tmp_path, guidance=3.0).manifest
+    assert manifest.guidance_embedding == changes.get("time_cond_proj_dim")
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [{"_class_name": "PNDMScheduler", "skip_prk_steps": True}, {"_class_name": "DDIMScheduler"}],
+    ids=lambda config: config["_class_name"],
+)
+def test_a_folder_of_the_first_diffusers_becomes_a_bundle(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], scheduler: dict[str, Any]
+) -> None:
+    """Its weights are pickled and some have other names, and its scheduler's config lacks what the pipeline corrects.
+
+    Of which nothing is called an error on the way.
+    """
+    model = save_miniature(tmp_path / "model")
+    (model / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler | BETAS))
+    pairs = {
+        "feature_extractor": ["transformers", "CLIPFeatureExtractor"],
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+    }
+    index = json.loads((model / "model_index.json").read_text())
+    kept = {name: index[name] for name in ("_class_name", "text_encoder", "tokenizer", "unet", "vae")}
+    (model / "model_index.json").write_text(json.dumps({**kept, **pairs, "_diffusers_version": "0.2.2"}))
+    before = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    for file in sorted(model.glob("*/*.safetensors")):
+        weights = load_file(file)
+        if file.parent.name == "vae":
+            for now, then in before.items():
+                weights = {name.replace(f".{now}.", f".{then}."): one for name, one in weights.items()}
+        if file.parent.name == "text_encoder":
+            weights["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+        named = "pytorch_model.bin" if file.stem == "model" else f"{file.stem}.bin"
+        torch.save(weights, file.with_name(named))
+        file.unlink()
+    export(model, tmp_path)
+    assert "rror" not in capfd.readouterr().err
+
+
+def test_a_tokenizer_of_transformers_5_becomes_that_of_a_bundle(tmp_path: Path) -> None:
+    """It is one tokenizer.json, and its class has the name that was that of two other files."""
+    model = save_miniature(tmp_path / "model")
+    tokenizer = CLIPTokenizerFast.from_pretrained(model / "tokenizer")
+    tokenizer.add_tokens(["<catty>"], special_tokens=True)
+    tokenizer.save_pretrained(model / "tokenizer")
+    for name in ("vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"):
+        (model / "tokenizer" / name).unlink(missing_ok=True)
+    file = model / "tokenizer" / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    del config["added_tokens_decoder"]
+    changes = {
+        "tokenizer_class": "CLIPTokenizer",
+        "extra_special_tokens": ["<catty>"],
+        "backend": "tokenizers",
+    }
+    file.write_text(json.dumps(config | changes))
+    loaded = complete.pipeline(model, torch.float32)  # as the cloud server does, too
+    assert loaded.tokenizer("a <catty>").input_ids == tokenizer("a <catty>").input_ids
+    loaded.text_encoder.resize_token_embeddings(len(tokenizer))
+    loaded.text_encoder.save_pretrained(model / "text_encoder")
+    export(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("make", "entries"),
+    [
+        (miniature_pipeline, {"image_encoder": ["transformers", "CLIPVisionModelWithProjection"]}),
+        (miniature_pipeline, {"trained_words": ["a", "b"], "teacher": ["diffusers", "UNet2DConditionModel"]}),
+        (
+            miniature_xl,
+            {
+                "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
+                "feature_extractor": ["transformers", "CLIPImageProcessor"],
+                "add_watermarker": True,
+            },
+        ),
+    ],
+    ids=["an image encoder", "entries of one's own", "of Stable Diffusion XL"],
+)
+def test_what_the_edge_does_not_run_need_not_be_there(
+    tmp_path: Path, make: Any, entries: dict[str, Any]
+) -> None:
+    make().save_pretrained(tmp_path)
+    rewrite(tmp_path / "model_index.json", **entries)
+    pipeline = prepared(load(tmp_path))
+    assert all(getattr(pipeline, name, None) is None for name in entries)
+    named = dict(pipeline.config)  # what another program looks for in a bundle
+    assert all(named.get(name) in (None, (None, None)) for name in ("image_encoder", "feature_extractor"))
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "unet"])
+def test_a_lora_that_was_not_fused_is_told_from_damage(tmp_path: Path, part: str) -> None:
+    """Of the LoRA alone, as transformers writes it, or of all weights under other names, as diffusers does."""
+    model = save_miniature(tmp_path / "model")
+    if part == "text_encoder":
+        (model / part / "config.json").rename(model / part / "adapter_config.json")
+    else:
+        file = model / part / "diffusion_pytorch_model.safetensors"
+        weights = load_file(file)
+        weights["conv_in.base_layer.weight"] = weights.pop("conv_in.weight")
+        save_file(weights, file, {"format": "pt"})
+    with pytest.raises(
+        ExportError, match=f"{part} was saved with a LoRA .*: call fuse_lora.. and unload_lora_w"
+    ):
+        load(model)
+
+
+def test_an_autoencoder_in_half_precision_alone_takes_the_place_of_a_models_own(tmp_path: Path) -> None:
+    vae = miniature_tiny_autoencoder().half()
+    vae.save_pretrained(tmp_path, variant="fp16")
+    found = prepared(miniature_pipeline(), tmp_path).vae.state_dict()
+    assert all(torch.equal(found[name], weights.float()) for name, weights in vae.state_dict().items())
+
+
+def test_an_autoencoder_in_a_file_or_in_a_pipeline_says_how_to_name_it(tmp_path: Path) -> None:
+    model = save_miniature(tmp_path / "model")
+    file = model / "vae" / "diffusion_pytorch_model.safetensors"
+    for named, why in (
+        (file, r"is a file, .* AutoencoderKL\.from_single_file\('.*'\)\.save_pretrained\(FOLDER\)$"),
+        (model, "holds a whole pipeline: name its autoencoder, .*/model/vae$"),
+    ):
+        with pytest.raises(ExportError, match=why):
+            prepared(miniature_pipeline(), named)
