@@ -189,7 +189,6 @@ def export_bundle(
             from export import precision  # here: a float32 export need not wait for its tools
 
             report(f"turning the bundle into {dtype}")
-            prompts = prompts or precision.CALIBRATION_PROMPTS
             precision.shrink(partial, dtype, keep=keep, prompts=prompts, report=report)
         _open_to_all(partial)
         _refuse_taken(target, force)  # again: a predictor may have been put in meanwhile

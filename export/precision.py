@@ -34,7 +34,6 @@ from onnxruntime.quantization import (
     quantize_dynamic,
     quantize_static,
 )
-from onnxruntime.quantization.quant_utils import load_model_with_shape_infer
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from edge_agent.bundle import PREDICTOR, Bundle, write_manifest
@@ -128,7 +127,7 @@ def shrink(
     dtype: str,
     *,
     keep: Collection[str] = (),
-    prompts: Sequence[str] = CALIBRATION_PROMPTS,
+    prompts: Sequence[str] | None = None,
     bound: float | None = None,
     report: Report = say,
 ) -> Loss:
@@ -140,7 +139,8 @@ def shrink(
     Args:
         dtype: "fp16" or "int8".
         keep: the parts that stay float32, by folder: "text_encoder", "unet", "vae_decoder", ...
-        prompts: make the ranges for int8; the closer to what will be asked the better.
+        prompts: make the ranges for int8, where they are CALIBRATION_PROMPTS if None; the closer to what will be asked
+            the better. For fp16 they show how large values grow; if None, the images that are compared do.
         bound: see BOUNDS, where it is taken from when None.
         report: gets one line for each graph, and the loss.
 
@@ -152,18 +152,24 @@ def shrink(
     root = Path(folder)
     bundle = Bundle.open(root)
     graphs = _graphs(bundle, keep)
-    references = _images(bundle)
     if dtype not in BOUNDS:
         raise ExportError(f"no smaller dtype {dtype!r}; there are {', '.join(BOUNDS)}")
     calls, watched = (MAX_CALLS, _has_convolutions) if dtype == "int8" else (HALF_CALLS, lambda _graph: True)
-    feeds = _feeds(bundle, [name for name in graphs if watched(root / name)], prompts, calls)
+    paths = {bundle.path(name) for name in graphs if watched(root / name)}
+    with _recorded(paths) as seen:
+        references = _images(bundle)
+    if dtype == "int8" or prompts is not None:
+        with _recorded(paths) as seen:
+            for _ in _drawn(bundle, prompts or CALIBRATION_PROMPTS, seed=0):
+                pass
+    feeds = {path: _spread(found, calls) for path, found in seen.items()}
     for name in graphs:
         before = _bytes(root / name)
         _refuse_converted(root / name)
         if dtype == "fp16":
-            _to_half(root / name, feeds[name])
+            _to_half(root / name, feeds[bundle.path(name)])
         else:
-            _to_eight_bits(root / name, feeds.get(name, []))
+            _to_eight_bits(root / name, feeds.get(bundle.path(name), []))
         report(
             f"{Path(name).parent}: {before / 1e6:.1f} MB in fp32, {_bytes(root / name) / 1e6:.1f} MB in {dtype}"
         )
@@ -212,22 +218,10 @@ def _drawn(bundle: Bundle, prompts: Sequence[str], seed: int) -> Iterator[NDArra
         yield image.colours
 
 
-def _feeds(
-    bundle: Bundle, graphs: Sequence[str], prompts: Sequence[str], most: int
-) -> Mapping[str, list[Feeds]]:
-    """What `graphs` are given while the float32 bundle makes the images of `prompts`, at most `most` calls of each.
-
-    Of more, every k-th is kept, k being odd, so that all steps of an even number take part.
-    """
-    with _recorded({bundle.path(name) for name in graphs}) as calls:
-        for _ in _drawn(bundle, prompts, seed=0):
-            pass
-    kept = {}
-    for name in graphs:
-        found = calls.get(bundle.path(name), [])
-        every = max(1, -(-len(found) // most))
-        kept[name] = found[:: every if every % 2 else every + 1]
-    return kept
+def _spread(calls: Sequence[Feeds], most: int) -> Sequence[Feeds]:
+    """At most that many of the calls. Every k-th, k being odd, so that all steps of an even number take part."""
+    every = max(1, -(-len(calls) // most))
+    return calls[:: every if every % 2 else every + 1]
 
 
 @contextmanager
@@ -282,8 +276,8 @@ def _refuse_converted(graph: Path) -> None:
 
 
 def _to_half(graph: Path, feeds: Sequence[Feeds]) -> None:
-    with _rewritten(graph) as scratch, _quiet():
-        if feeds and (largest := _largest_value(graph, feeds, scratch)) > HALF_RANGE:
+    with _rewritten(graph), _quiet():
+        if feeds and (largest := _largest_value(graph, feeds)) > HALF_RANGE:
             part = graph.parent.name
             raise ExportError(
                 f"{part} computes with values up to {largest:.2g}, too close to 65504, where half precision ends; "
@@ -294,12 +288,16 @@ def _to_half(graph: Path, feeds: Sequence[Feeds]) -> None:
         _save(model, graph)
 
 
-def _largest_value(graph: Path, feeds: Sequence[Feeds], scratch: Path) -> float:
+def _largest_value(graph: Path, feeds: Sequence[Feeds]) -> float:
     """The largest magnitude of any float tensor in the graph while it runs on `feeds`, but for masks.
 
     onnxruntime's own calibration would tell as well, but takes a time that grows with the square of the nodes.
     """
-    model = load_model_with_shape_infer(graph)
+    watcher = graph.with_name(
+        "watched.onnx"
+    )  # where the weights beside the graph are found too, and not copied
+    onnx.shape_inference.infer_shapes_path(str(graph), str(watcher))
+    model = onnx.load(watcher, load_external_data=False)
     floats = {
         value.name
         for value in (*model.graph.value_info, *model.graph.output)
@@ -321,13 +319,12 @@ def _largest_value(graph: Path, feeds: Sequence[Feeds], scratch: Path) -> float:
     model.graph.output.extend(
         onnx.helper.make_tensor_value_info(end, onnx.TensorProto.FLOAT, None) for end in ends
     )
-    watcher = scratch / graph.name
-    onnx.save_model(model, watcher, save_as_external_data=_large(model), location=EXTERNAL_DATA)
-    del model  # gigabytes, which the session has once more
+    onnx.save_model(model, watcher)
     options = ort.SessionOptions()
     # In the order in which they stand here. In its own, onnxruntime leaves what watches for the end.
     options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     session = ort.InferenceSession(watcher, options, providers=["CPUExecutionProvider"])
+    watcher.unlink()
     reader = _Feeds(graph, feeds)
     magnitudes = np.abs([session.run(None, inputs) for inputs in iter(reader.get_next, None)])
     return float(magnitudes[magnitudes < _MASK].max(initial=0.0))
