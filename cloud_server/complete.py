@@ -47,7 +47,8 @@ def downloaded(model: str, **left_out: None) -> Path:
     with _bars_on_terminals_alone():
         folder = Path(diffusers.DiffusionPipeline.download(model, **left_out))
         index = json.loads((folder / diffusers.DiffusionPipeline.config_name).read_text(encoding="utf-8"))
-        kinds = {name: _kind(made) for name, made in index.items() if name not in left_out}
+        taken = parts_of(index) - left_out.keys()
+        kinds = {name: _kind(made) for name, made in index.items() if name in taken}
         networks = [name for name, kind in kinds.items() if kind is not None and issubclass(kind, NETWORKS)]
         if not all(_weights(folder / name) for name in networks):
             try:

@@ -54,7 +54,8 @@ def choose_scheduler(own: Any, wanted: str) -> Any:
         # Any text is true, so that `no` would turn the option on.
         if isinstance(parameters[key].default, bool) and not isinstance(config[key], bool):
             raise ExportError(f"{key} takes true or false, not {value!r}")
-    needed = {key for key, parameter in parameters.items() if parameter.default is inspect.Parameter.empty}
+    ordinary = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    needed = {key for key, one in parameters.items() if one.kind in ordinary and one.default is one.empty}
     if lacking := sorted(needed - config.keys() - own.config.keys()):
         raise ExportError(
             f"{full} is for other models: their config names {' and '.join(lacking)}, this one's does not; "

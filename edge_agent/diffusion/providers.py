@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from edge_agent.diffusion import plugins
+from edge_agent.diffusion import plugins, sessions
 from edge_agent.errors import StartRefused
 
 CPU = "cpu"
@@ -188,6 +188,11 @@ def choose(
 def probe(name: str) -> str:
     """Why provider `name` does not work here, in a phrase; empty when it does."""
     provider = full_name(name)
+    with sessions.turn([provider]):  # other models may be making an image on it
+        return _tried(name, provider)
+
+
+def _tried(name: str, provider: str) -> str:
     options = ort.SessionOptions()
     options.log_severity_level = _LOG_NOTHING
     ort.set_default_logger_severity(_LOG_NOTHING)  # what it would say comes back as the reason

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ _ONE_AT_A_TIME = frozenset({"WebGpuExecutionProvider"})
 """Providers whose sessions share what they record commands with, so that two that run or open at once fail, or crash
 the process: microsoft/onnxruntime#32561."""
 
-_TURN = threading.Lock()  # whose holder alone uses such a provider
+_TURN = threading.Lock()
 
 # Element types a graph may ask for, and how numpy spells them.
 _DTYPES: dict[str, type[np.generic]] = {
@@ -97,6 +97,13 @@ class Stop(threading.Event):
             self._endings.remove(end)
 
 
+def turn(providers: Iterable[str]) -> AbstractContextManager[object]:
+    """To be held, and not twice by one thread, while a session on `providers` is opened, run or let go: some bear one
+    at a time in the whole process. By onnxruntime's names.
+    """
+    return nullcontext() if _ONE_AT_A_TIME.isdisjoint(providers) else _TURN
+
+
 class Session:
     """One graph of a bundle. Inputs are cast to the graph's types; float outputs come back as float32.
 
@@ -123,7 +130,7 @@ class Session:
         self.loaded_at: float | None = None
         self._known_good = False  # whether it has been loaded once
         self._runtime = runtime
-        self._turn = nullcontext() if _ONE_AT_A_TIME.isdisjoint(runtime.providers) else _TURN
+        self._turn = turn(runtime.providers)
         self._loading = threading.Lock()  # taken after the turn
         self._files = file_states([path]) if files is None else files
         self.large = sum(size for _, size, _ in self._files.values()) >= LARGE_BYTES

@@ -166,6 +166,23 @@ def test_what_the_edge_does_not_run_need_not_be_there(
     assert all(named.get(name) in (None, (None, None)) for name in ("image_encoder", "feature_extractor"))
 
 
+def test_the_weights_of_what_diffusers_ignores_are_not_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All others would be downloaded once more for it, in half precision."""
+    model = save_miniature(tmp_path / "model")
+    rewrite(model / "model_index.json", teacher=["diffusers", "UNet2DConditionModel"])
+    asked = []
+
+    def download(name: str, **options: Any) -> str:
+        asked.append((name, options))
+        return str(model)
+
+    monkeypatch.setattr(complete.diffusers.DiffusionPipeline, "download", download)
+    assert complete.downloaded("owner/name", safety_checker=None) == model
+    assert asked == [("owner/name", {"safety_checker": None})]
+
+
 @pytest.mark.parametrize("part", ["text_encoder", "unet"])
 def test_a_lora_that_was_not_fused_is_told_from_damage(tmp_path: Path, part: str) -> None:
     """Of the LoRA alone, as transformers writes it, or of all weights under other names, as diffusers does."""

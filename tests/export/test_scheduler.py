@@ -22,6 +22,10 @@ def test_the_models_own_config_is_kept_and_the_changes_are_made(name: str) -> No
     assert (config.steps_offset, config.sigma_min) == (1, 0.5)
 
 
+def test_what_a_scheduler_takes_besides_its_own_keys_need_not_be_in_the_config() -> None:
+    assert choose_scheduler(OWN, "DDIMInverse").config.beta_end == 0.0123  # it has **kwargs
+
+
 @pytest.mark.parametrize(
     ("wanted", "why"),
     [

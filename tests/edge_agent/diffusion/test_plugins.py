@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime as ort
@@ -30,6 +31,8 @@ Install = Callable[[str], None]
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
     """Puts a package with this text beside onnxruntime."""
     (tmp_path / "onnxruntime").mkdir()
+    (tmp_path / "onnxruntime-1.0.dist-info").mkdir()
+    (tmp_path / "onnxruntime-1.0.dist-info" / "top_level.txt").write_text("onnxruntime\n")
     monkeypatch.setattr(ort, "__file__", str(tmp_path / "onnxruntime" / "__init__.py"))
     monkeypatch.syspath_prepend(tmp_path)
 
@@ -82,6 +85,29 @@ def test_an_onnxruntime_from_before_plugins_says_so(
     install(made(NAME, tmp_path / "none.so"))
     monkeypatch.delattr(ort, "register_execution_provider_library")
     assert "is too old for plugins" in plugins.found()[NAME].failure
+
+
+def test_of_a_plugins_devices_the_first_of_the_best_kind_is_taken(
+    install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others are of other plugins, or choose among these."""
+
+    def device(name: str, kind: str) -> SimpleNamespace:
+        return SimpleNamespace(ep_name=name, device=SimpleNamespace(type=SimpleNamespace(name=kind)))
+
+    offered = [device(NAME, kind) for kind in ("NPU", "GPU", "GPU", "CPU")]
+    others = [device("CPUExecutionProvider", "GPU"), device(f"{NAME}.AUTO", "GPU")]
+    install(made(NAME, tmp_path / "made.so"))
+    monkeypatch.setattr(ort, "register_execution_provider_library", lambda _name, _path: None)
+    monkeypatch.setattr(ort, "get_ep_devices", lambda: [*others, *offered])
+    assert plugins.found().keys() == {NAME} and plugins.found()[NAME].device is offered[1]
+    monkeypatch.setattr(
+        ort, "get_available_providers", lambda: [f"{NAME}.AUTO", NAME, "CPUExecutionProvider"]
+    )
+    monkeypatch.setattr(providers, "probe", lambda _name: "")
+    choice = providers.find()
+    assert (choice.serving, choice.better) == (("cpu",), ("openvino", "cpu"))
+    assert not any("auto" in name for name in choice.passed_over)
 
 
 def test_a_session_goes_to_the_plugins_device(monkeypatch: pytest.MonkeyPatch) -> None:

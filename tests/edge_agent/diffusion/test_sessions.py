@@ -16,7 +16,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from edge_agent.bundle import file_states
-from edge_agent.diffusion import sessions
+from edge_agent.diffusion import providers, sessions
 from edge_agent.diffusion.sessions import Runtime, Session, Stop
 from edge_agent.errors import BundleError, Busy, Cancelled, GenerationFailed
 
@@ -315,3 +315,23 @@ def test_providers_that_bear_no_two_sessions_at_once_get_one(
     assert most_at_once() > 1
     monkeypatch.setattr(sessions, "_ONE_AT_A_TIME", frozenset(ONE_THREAD.providers))
     assert most_at_once() == 1
+
+
+def test_with_them_unloading_and_trying_them_out_wait_for_the_run_in_progress(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are tried out also while their models serve, when others are to take the place of these."""
+    chain(tmp_path / "few.onnx", 2)
+    monkeypatch.setattr(sessions, "_ONE_AT_A_TIME", frozenset(ONE_THREAD.providers))
+    session = Session(tmp_path / "few.onnx", ["x"], ["out"], ONE_THREAD)
+    ended: set[str] = set()
+    work = {"unload": session.unload, "probe": lambda: providers.probe(providers.CPU)}
+    threads = [threading.Thread(target=lambda name=name: (work[name](), ended.add(name))) for name in work]
+    with sessions.turn(ONE_THREAD.providers):
+        for thread in threads:
+            thread.start()
+            thread.join(0.2)
+        assert not ended
+    for thread in threads:
+        thread.join()
+    assert ended == work.keys()
