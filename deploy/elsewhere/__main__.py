@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,9 +104,15 @@ def _daemon(machine: Machine, folder: Path) -> Iterator[AgentClient]:
             if process.poll() is not None or time.monotonic() > end:
                 raise CannotPrepare(f"{' '.join(command)} does not serve:\n{log.read_text()[-3000:]}")
             time.sleep(0.1)
-        yield client
-        if process.poll() is not None:
-            raise CannotPrepare(f"{' '.join(command)} ended by itself:\n{log.read_text()[-3000:]}")
+        try:
+            yield client
+        except RouteT2IError as error:
+            with suppress(subprocess.TimeoutExpired):  # a daemon that crashed is gone in a moment
+                process.wait(1)
+                raise CannotPrepare(
+                    f"{' '.join(command)} ended by itself:\n{log.read_text()[-3000:]}"
+                ) from error
+            raise
     finally:
         process.terminate()
         process.wait(60)

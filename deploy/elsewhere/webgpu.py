@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import sys
 import tarfile
 from pathlib import Path
@@ -60,6 +61,7 @@ def _driver(folder: Path) -> Path:
     driver, done = folder / "driver", folder / "driver.done"
     if not done.exists() or done.read_text() != SWIFTSHADER:
         print(f"webgpu: fetching {SWIFTSHADER}", flush=True)
+        shutil.rmtree(driver, ignore_errors=True)
         run("npm", "pack", "--silent", SWIFTSHADER, folder=new(driver), need=SWIFTSHADER)
         (archive,) = driver.glob("*.tgz")
         with tarfile.open(archive) as packed:
