@@ -470,11 +470,16 @@ async def test_a_ledger_that_cannot_be_written_is_in_the_status_until_it_is_writ
         assert not (await here.app.status()).advice
 
 
+async def never_speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Takes a connection and holds it: Python 3.13 closes one whose writer nobody refers to."""
+    await asyncio.sleep(3600)
+
+
 async def test_a_caller_who_leaves_before_the_connection_stands_locks_no_money(
     routed_bundle: Path, tmp_path: Path
 ) -> None:
     """Nothing was sent, so there is nothing to be asked about: also while the cloud stays away."""
-    silent = await asyncio.start_server(lambda *_: asyncio.sleep(3600), "127.0.0.1", 0)
+    silent = await asyncio.start_server(never_speak, "127.0.0.1", 0)
     address = f"127.0.0.1:{silent.sockets[0].getsockname()[1]}"
     async with daemon_here(routed_bundle, tmp_path, cloud=address) as here:
         call = here.app.call(CLOUD_PROMPT)
@@ -489,7 +494,7 @@ async def test_a_caller_who_leaves_before_the_connection_stands_locks_no_money(
 async def test_a_caller_s_own_price_and_haste_say_nothing_of_the_cloud(
     routed_bundle: Path, digest: str, tmp_path: Path
 ) -> None:
-    silent = await asyncio.start_server(lambda *_: asyncio.sleep(3600), "127.0.0.1", 0)
+    silent = await asyncio.start_server(never_speak, "127.0.0.1", 0)
     address = f"127.0.0.1:{silent.sockets[0].getsockname()[1]}"
     async with daemon_here(routed_bundle, tmp_path, cloud=address) as here:
         assert (await here.app.generate(CLOUD_PROMPT, timeout=1.0)).result.fallback
@@ -502,7 +507,7 @@ async def test_a_stalled_connection_to_the_cloud_ends_at_the_connection_timeout(
     routed_bundle: Path, tmp_path: Path
 ) -> None:
     """Something that accepts and never speaks, as a stopped process does."""
-    silent = await asyncio.start_server(lambda *_: asyncio.sleep(3600), "127.0.0.1", 0)
+    silent = await asyncio.start_server(never_speak, "127.0.0.1", 0)
     address = f"127.0.0.1:{silent.sockets[0].getsockname()[1]}"
     async with daemon_here(routed_bundle, tmp_path, cloud=address, cloud_connect_timeout_s="1") as here:
         began = time.monotonic()
