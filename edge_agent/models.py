@@ -384,7 +384,11 @@ def _remove(options: argparse.Namespace) -> int:
 
 
 def _store(options: argparse.Namespace) -> Store:
-    return settings.resolve(vars(options), os.environ).store
+    store = settings.resolve(vars(options), os.environ).store
+    unnamed = options.action != "pull" and getattr(options, "name", None) in (None, STARTER_NAME)
+    if hasattr(options, "models") and unnamed and not store.there:  # what else is named is refused
+        remark(f"the folder {store.folder} is not there, so there is no model but the {STARTER_NAME}")
+    return store
 
 
 def _served(options: argparse.Namespace, *, surely: bool = False) -> str | None:

@@ -338,6 +338,27 @@ def test_what_is_wrong_is_said_with_the_right_exit_code(
     assert not models.exists() or not [path for path in models.iterdir() if not path.name.startswith(".")]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (("use", "mine"), 2),
+        (("remove", "mine"), 2),
+        (("show", "mine"), 2),
+        (("verify", "mine"), 2),
+        (("list",), 0),
+        (("verify",), 0),
+        (("use", "starter"), 0),
+    ],
+)
+def test_a_folder_that_is_not_there_is_told_and_only_a_pull_makes_it(
+    run: Run, home: Path, arguments: tuple[str, ...], code: int
+) -> None:
+    finished = run(*arguments, "--models", home / "misspelt")
+    assert finished.code == code
+    assert f"the folder {home / 'misspelt'} is not there" in finished.err
+    assert not (home / "misspelt").exists()
+
+
 def test_another_folder_can_be_named(run: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run("pull", hollow_bundle(home / "tiny"), "--models", home / "elsewhere")
     assert (home / "elsewhere" / "hollow").is_dir()
