@@ -311,6 +311,10 @@ def _take_up(store: Store, name: str, options: argparse.Namespace) -> tuple[bool
                 f"{error.message}"
             ) from error
         refusal = f"so {before} stays the chosen model: {error.message}"
+        if error.no_room:
+            raise CallFailed(
+                f"the running daemon cannot serve {name} now, {refusal}", error.exit_code
+            ) from error
         if error.exit_code == UNREACHABLE:
             raise CallFailed(
                 f"the daemon went away while it loaded {name}, {refusal}", UNREACHABLE

@@ -27,7 +27,7 @@ from edge_agent.bundle import (
     Bundle,
     write_manifest,
 )
-from edge_agent.client import AgentClient
+from edge_agent.client import UNREACHABLE, AgentClient, CallFailed
 from edge_agent.settings import STARTER
 from edge_agent.store import Store
 from tests.hollow import SIZES, hollow_bundle
@@ -435,6 +435,22 @@ def test_a_model_that_the_daemon_refuses_leaves_even_a_damaged_one_chosen(
     refused = run("use", "hollow")
     assert refused.code == 2 and "so former stays the chosen model" in refused.err
     assert names(run("list", "--json"))["former"]["current"] is True
+
+
+def test_a_daemon_without_room_for_a_model_has_not_gone_away(
+    run: Run, start: Callable[..., Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("pull", STARTER, "--name", "mine")
+    start()
+
+    def full(agent: AgentClient) -> dict[str, Any]:
+        raise CallFailed("this device has 0 MB left", UNREACHABLE, no_room=True)
+
+    monkeypatch.setattr(AgentClient, "reload", full)
+    used = run("use", "mine")
+    assert (used.code, used.out) == (3, "")
+    assert "cannot serve mine now, so starter stays the chosen model: this device has 0 MB left" in used.err
+    assert names(run("list", "--json"))["starter"]["current"] is True
 
 
 def test_a_daemon_that_dies_of_a_model_leaves_the_former_one_chosen(

@@ -80,6 +80,19 @@ def test_a_process_that_is_ended_from_outside_says_nothing_of_the_graph(
         rehearse(session, HERE)
 
 
+def test_a_process_that_runs_out_of_memory_says_nothing_of_the_graph(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process itself, where nothing is left."""
+    full = (
+        "import sys; from edge_agent import memory; from edge_agent.diffusion import sessions; "
+        "memory.available_bytes = lambda: 0; sessions.LARGE_BYTES = 0; exec(sys.argv[2])"
+    )
+    stand_in(tmp_path, f"exec {sys.executable} -c '{full}' \"$@\"", monkeypatch)
+    with pytest.raises(RehearsalEnded, match="this device has 0 MB left"):
+        rehearse(session, HERE)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system cannot be told")
 async def test_a_rehearsal_does_not_outlive_the_daemon_and_goes_first_when_memory_runs_out(
     tmp_path: Path,
