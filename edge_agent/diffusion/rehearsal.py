@@ -26,6 +26,7 @@ from edge_agent.diffusion.sessions import Runtime, Session
 from edge_agent.errors import GenerationFailed, OutOfMemory, RehearsalEnded, RouteT2IError, printable
 
 _PARENT_DEATH_SIGNAL = 1  # of Linux's prctl
+_NICE = 10  # compilers take every core for minutes, and images are made meanwhile
 _NO_MEMORY = 3  # the exit status
 _LONGEST_REASON = 300  # characters of what a library says
 
@@ -79,6 +80,7 @@ def main() -> int:
     """The process: the task on standard input, what went wrong as JSON in the last line of standard output."""
     task = json.load(sys.stdin)
     _end_with(task["daemon"])
+    _yield_to_images()
     given: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in task["runtime"].items()
     }
@@ -102,6 +104,16 @@ def _end_with(daemon: int) -> None:
             os._exit(1)
         with suppress(OSError):
             Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def _yield_to_images() -> None:
+    """Leave the cores to the daemon when it makes an image."""
+    if hasattr(os, "nice"):
+        os.nice(_NICE)
+    with suppress(
+        OSError
+    ):  # Linux, where a session of its own, as this is, shares the cores with others by this alone
+        Path("/proc/self/autogroup").write_text(str(_NICE))
 
 
 def _last_line(output: str) -> str:
