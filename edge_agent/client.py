@@ -53,11 +53,12 @@ _ROUTES: dict[int, Route] = {edge_pb2.ROUTE_EDGE: "edge", edge_pb2.ROUTE_CLOUD: 
 
 
 class CallFailed(RouteT2IError):
-    """The daemon is out of reach or said no; `exit_code` is the command's."""
+    """The daemon is out of reach or said no; `exit_code` is the command's. `no_room`: it has no room now, it said."""
 
-    def __init__(self, message: str, exit_code: int) -> None:
+    def __init__(self, message: str, exit_code: int, *, no_room: bool = False) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+        self.no_room = no_room
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,8 @@ def _explained(address: str, late: str = _LATE) -> Iterator[None]:
         exit_code = _EXIT_CODES.get(code, BROKEN)
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
             exit_code = _exhausted(sent_status(error))
-        raise CallFailed(message, exit_code) from error
+        no_room = code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        raise CallFailed(message, exit_code, no_room=no_room) from error
 
 
 def _exhausted(status: Status | None) -> int:

@@ -14,6 +14,7 @@ import ssl
 import stat
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ import onnxruntime as ort
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from edge_agent import memory
 from edge_agent.agent import Agent, Terms
 from edge_agent.bundle import DECODER, Bundle, Manifest
 from edge_agent.cloud import CloudClient
@@ -32,7 +34,7 @@ from edge_agent.diffusion import providers
 from edge_agent.diffusion.generator import Generator
 from edge_agent.diffusion.providers import Choice
 from edge_agent.diffusion.sessions import Runtime
-from edge_agent.errors import BundleError, RehearsalEnded, RouteT2IError, StartRefused
+from edge_agent.errors import BundleError, OutOfMemory, RehearsalEnded, RouteT2IError, StartRefused
 from edge_agent.purchase import Purchases
 from edge_agent.quota import Ledger
 from edge_agent.reader import Reader
@@ -210,7 +212,7 @@ class Daemon:
             return self.agent
 
     def _load(self) -> asyncio.Future[Resident]:
-        return self._in_thread("loader", lambda: _load_models(self.settings))
+        return self._in_thread("loader", lambda: _load_or_give_back(self.settings))
 
     def _begin_warm_up(self, models: Resident) -> None:
         warm_up = asyncio.create_task(self._warm_up(models))
@@ -287,6 +289,19 @@ async def run(settings: Settings) -> Daemon:
     return daemon
 
 
+def _load_or_give_back(settings: Settings) -> Resident:
+    """The models. Where one of them cannot be loaded those before it go at once: the error would hold on to them."""
+    try:
+        return _load_models(settings)
+    except BaseException as error:
+        held: BaseException | None = error
+        while held is not None:
+            traceback.clear_frames(held.__traceback__)
+            held = held.__cause__
+        memory.give_back()
+        raise
+
+
 def _load_models(settings: Settings) -> Resident:
     # The folder itself and no link to it: what the link leads to may change, and these graphs be loaded again.
     # Path.resolve would raise something of its own for a loop of links.
@@ -352,7 +367,7 @@ def _open_better(settings: Settings, generator: Generator, choice: Choice, bundl
 
     try:
         return opened()
-    except RehearsalEnded:
+    except (RehearsalEnded, OutOfMemory):
         raise
     except RouteT2IError:
         if not kept:

@@ -7,6 +7,7 @@ RouteT2IError
 ├── NotKept              the rest of an image is asked for that is not kept
 ├── DeadlinePassed       the caller's deadline is over
 ├── Busy                 the queue is full, `retry_after_s` says when to come back; or another process is at it
+│   └── OutOfMemory        this device has too little memory for it now
 ├── QuotaExhausted       the budget or rate `budget` has no room for one more call
 ├── PolicyConflict       the caller asks for a route that this daemon cannot take
 ├── Cancelled            the caller went away
@@ -78,6 +79,10 @@ class DeadlinePassed(RouteT2IError):
 
 class Busy(RouteT2IError):
     """The queue is full, or another process is doing what only one can do at a time."""
+
+
+class OutOfMemory(Busy):
+    """This device has too little memory for it now, which says nothing against the models."""
 
 
 class QuotaExhausted(RouteT2IError):
@@ -183,6 +188,7 @@ GRPC_CODES: dict[type[RouteT2IError], grpc.StatusCode] = {
     NotKept: grpc.StatusCode.NOT_FOUND,
     DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
     Busy: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    OutOfMemory: grpc.StatusCode.RESOURCE_EXHAUSTED,
     QuotaExhausted: grpc.StatusCode.RESOURCE_EXHAUSTED,
     PolicyConflict: grpc.StatusCode.FAILED_PRECONDITION,
     Cancelled: grpc.StatusCode.CANCELLED,

@@ -1,4 +1,4 @@
-"""The process's memory as the C library keeps it. On Linux with glibc; elsewhere nothing needs to be done."""
+"""The process's memory as the C library keeps it, and what the machine has left. On Linux, with glibc."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import ctypes
 import gc
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 _M_ARENA_MAX = -8  # of glibc's malloc.h
+_MEMINFO = Path("/proc/meminfo")
 
 
 def share_one_heap() -> None:
@@ -29,6 +31,19 @@ def give_back() -> None:
     trim = _of_libc("malloc_trim")
     if trim is not None:
         trim(0)
+
+
+def available_bytes() -> int | None:
+    """What processes can still take of the machine's memory and swap; None where the system does not say.
+
+    The limit of a container is not in it.
+    """
+    try:
+        lines = [line.split() for line in _MEMINFO.read_text(encoding="ascii").splitlines()]
+        kib = {line[0]: int(line[1]) for line in lines}
+        return (kib["MemAvailable:"] + kib["SwapFree:"]) * 1024
+    except (OSError, ValueError, LookupError):
+        return None
 
 
 def _of_libc(name: str) -> Any:

@@ -311,6 +311,10 @@ def _take_up(store: Store, name: str, options: argparse.Namespace) -> tuple[bool
                 f"{error.message}"
             ) from error
         refusal = f"so {before} stays the chosen model: {error.message}"
+        if error.no_room:
+            raise CallFailed(
+                f"the running daemon cannot serve {name} now, {refusal}", error.exit_code
+            ) from error
         if error.exit_code == UNREACHABLE:
             raise CallFailed(
                 f"the daemon went away while it loaded {name}, {refusal}", UNREACHABLE
@@ -384,7 +388,11 @@ def _remove(options: argparse.Namespace) -> int:
 
 
 def _store(options: argparse.Namespace) -> Store:
-    return settings.resolve(vars(options), os.environ).store
+    store = settings.resolve(vars(options), os.environ).store
+    unnamed = options.action != "pull" and getattr(options, "name", None) in (None, STARTER_NAME)
+    if hasattr(options, "models") and unnamed and not store.there:  # what else is named is refused
+        remark(f"the folder {store.folder} is not there, so there is no model but the {STARTER_NAME}")
+    return store
 
 
 def _served(options: argparse.Namespace, *, surely: bool = False) -> str | None:

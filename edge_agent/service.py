@@ -25,6 +25,7 @@ from edge_agent.errors import (
     LedgerError,
     NotKept,
     NotReady,
+    OutOfMemory,
     RouteT2IError,
     grpc_code,
     status_details,
@@ -49,6 +50,7 @@ STALLED_READER_S = 30.0
 """A caller that takes no message for so long is dropped, so that it cannot hold the device."""
 
 LOADING_RETRY_S = 1.0
+NO_MEMORY_RETRY_S = 1.0
 
 ROUTES: Mapping[Route, edge_pb2.Route] = {"edge": edge_pb2.ROUTE_EDGE, "cloud": edge_pb2.ROUTE_CLOUD}
 REASONS: Mapping[Reason, Any] = {
@@ -305,7 +307,15 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
                     "the models are still loading; try again shortly", retry_after_s=LOADING_RETRY_S
                 )
             yield self.agent
-        except RouteT2IError as error:
+        except (RouteT2IError, MemoryError) as raised:
+            error = (
+                raised
+                if isinstance(raised, RouteT2IError)
+                else OutOfMemory(
+                    "this device is out of memory; free some, or choose a smaller model",
+                    retry_after_s=NO_MEMORY_RETRY_S,
+                )
+            )
             # As the caller is told it: cut where it repeats a long field.
             line |= {"outcome": grpc_code(error).name, "error": status_details(error).message}
             await _abort(context, error)

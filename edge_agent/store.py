@@ -58,6 +58,12 @@ class Store:
                 return [STARTER_NAME]
             return [STARTER_NAME, *sorted(path.name for path in self.folder.iterdir() if _is_model(path))]
 
+    @property
+    def there(self) -> bool:
+        """Whether the folder exists. Only a pull makes it."""
+        with self.explained("read"):
+            return self.folder.exists()
+
     def misnamed(self) -> list[str]:
         """Folders that somebody put there under names that no model can have."""
         with self.explained("read"):
@@ -76,6 +82,8 @@ class Store:
         with self.explained("read"):
             there = _is_name(name) and (path.is_dir() or path.is_symlink())
         if not there:
+            if not self.there:
+                raise self._nowhere(name)
             if name in self.unfinished():
                 raise StoreError(
                     f"{name} is not pulled to its end; the same `edge-agent models pull` goes on with it, "
@@ -122,7 +130,9 @@ class Store:
         Raises BundleError, and changes nothing, when a file of it is missing or not of its size, or its calibration
         cannot be read.
         """
-        with self._exclusive():
+        if name == STARTER_NAME and not self.there:  # it is the chosen one
+            return Bundle.open(self.path(name), verify=False)
+        with self._exclusive(name):
             bundle = Bundle.open(self.path(name), verify=False)
             _ = bundle.advice  # a calibration that cannot be read would keep the daemon from starting
             self._set_current(name)
@@ -130,7 +140,7 @@ class Store:
 
     def restore(self, name: str) -> None:
         """Makes `name`, which was the chosen model before, chosen again: as it is, even damaged or gone."""
-        with self._exclusive():
+        with self._exclusive(name):
             self._set_current(name)
 
     def remove(self, name: str) -> int:
@@ -141,7 +151,7 @@ class Store:
         """
         if name == STARTER_NAME:
             raise StoreError("the starter comes with the project and cannot be removed")
-        with self._exclusive():
+        with self._exclusive(name):
             with self.explained("read"):
                 installed = _is_name(name) and (self.folder / name).is_dir()
                 unfinished = _is_name(name) and not installed and self.partial(name).is_dir()
@@ -217,13 +227,19 @@ class Store:
         partial, target = self.partial(name), self.folder / name
         bundle = Bundle.open(partial, verify=False)
         _ = bundle.advice  # a calibration that cannot be read would keep the daemon from starting
-        with self._exclusive(), self.explained("written"):
+        with self._exclusive(name), self.explained("written"):
             self.must_be_free(name)
             for folder, _, _ in os.walk(partial):
                 _sync(Path(folder))
             os.rename(partial, target)  # noqa: PTH104  # like os.replace: it says what it is
             _sync(self.folder)
         return Bundle.open(target, verify=False)
+
+    def _nowhere(self, name: str) -> StoreError:
+        return StoreError(
+            f"there is no model {name!r}: the folder {self.folder} is not there. Get models with `edge-agent models "
+            "pull`, or name another folder with --models"
+        )
 
     def _set_current(self, name: str) -> None:
         with self.explained("written"):
@@ -248,10 +264,14 @@ class Store:
             return freed
 
     @contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        """One process at a time chooses, installs or removes."""
+    def _exclusive(self, name: str) -> Iterator[None]:
+        """One process at a time chooses, installs or removes. A store's folder that is not there, as one misspelt, is
+        not made: `pulling` makes it.
+        """
+        if not self.there:
+            raise self._nowhere(name)
         with self.explained("written"):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(exist_ok=True)  # which says so where it is no folder
             descriptor = lock_file(self.folder / _LOCK, wait=True)
         try:
             yield

@@ -23,9 +23,11 @@ import numpy as np
 
 from edge_agent.diffusion import providers
 from edge_agent.diffusion.sessions import Runtime, Session
-from edge_agent.errors import GenerationFailed, RehearsalEnded, RouteT2IError, printable
+from edge_agent.errors import GenerationFailed, OutOfMemory, RehearsalEnded, RouteT2IError, printable
 
 _PARENT_DEATH_SIGNAL = 1  # of Linux's prctl
+_NICE = 10  # compilers take every core for minutes, and images are made meanwhile
+_NO_MEMORY = 3  # the exit status
 _LONGEST_REASON = 300  # characters of what a library says
 
 
@@ -35,7 +37,7 @@ def rehearse(session: Session, runtime: Runtime) -> None:
     The runtime must leave no size of the inputs open, and its options no relative path.
 
     Raises:
-        RehearsalEnded: the process was told to stop, or killed, as for want of memory.
+        RehearsalEnded: the process was told to stop, or killed, as for want of memory, or ran out of it.
         GenerationFailed: the graph cannot be opened or run there, or crashed the process; with what it said last.
     """
     task = {
@@ -69,6 +71,8 @@ def rehearse(session: Session, runtime: Runtime) -> None:
         raise GenerationFailed(f"{crash}: {_fit(said)}" if said else crash)
     with suppress(ValueError, TypeError, KeyError):  # of what a library printed last
         said = json.loads(_last_line(done.stdout))["failed"]
+    if done.returncode == _NO_MEMORY:
+        raise RehearsalEnded(_fit(said))
     raise GenerationFailed(_fit(said) or f"the process that tried {session.path} failed and said nothing")
 
 
@@ -76,6 +80,7 @@ def main() -> int:
     """The process: the task on standard input, what went wrong as JSON in the last line of standard output."""
     task = json.load(sys.stdin)
     _end_with(task["daemon"])
+    _yield_to_images()
     given: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in task["runtime"].items()
     }
@@ -87,7 +92,7 @@ def main() -> int:
         session.run({name: noise.standard_normal(session.shapes[name]) for name in task["inputs"]})
     except RouteT2IError as error:
         sys.stdout.write("\n" + json.dumps({"failed": error.message}))
-        return 1
+        return _NO_MEMORY if isinstance(error, OutOfMemory) else 1
     return 0
 
 
@@ -99,6 +104,16 @@ def _end_with(daemon: int) -> None:
             os._exit(1)
         with suppress(OSError):
             Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def _yield_to_images() -> None:
+    """Leave the cores to the daemon when it makes an image."""
+    if hasattr(os, "nice"):
+        os.nice(_NICE)
+    with suppress(
+        OSError
+    ):  # Linux, where a session of its own, as this is, shares the cores with others by this alone
+        Path("/proc/self/autogroup").write_text(str(_NICE))
 
 
 def _last_line(output: str) -> str:

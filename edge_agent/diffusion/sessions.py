@@ -15,9 +15,10 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from edge_agent import memory
 from edge_agent.bundle import FileState, file_states
 from edge_agent.diffusion import plugins
-from edge_agent.errors import BundleError, Busy, Cancelled, GenerationFailed
+from edge_agent.errors import BundleError, Busy, Cancelled, GenerationFailed, OutOfMemory
 
 Array = NDArray[Any]
 
@@ -33,6 +34,9 @@ _ONE_AT_A_TIME = frozenset({"WebGpuExecutionProvider"})
 the process: microsoft/onnxruntime#32561."""
 
 _TURN = threading.Lock()
+
+# As C++, onnxruntime's arena, CUDA and its libraries put it; in lower case.
+_NO_MEMORY = ("bad_alloc", "failed to allocate memory", "out of memory", "alloc_failed")
 
 # Element types a graph may ask for, and how numpy spells them.
 _DTYPES: dict[str, type[np.generic]] = {
@@ -171,12 +175,15 @@ class Session:
         return session
 
     def _load(self, stop: Stop) -> ort.InferenceSession:
-        """A new session. Raises Cancelled, Busy, and BundleError also where its files are not what was checked."""
+        """A new session. Raises Cancelled, Busy (OutOfMemory among it), and BundleError also where its files are not
+        what was checked.
+        """
         if file_states(self._files) != self._files:
             raise BundleError(
                 f"{self.path} has changed since the bundle was checked: take the bundle up anew with "
                 "`edge-agent models use`, or restart edge-agent"
             )
+        self._find_room()
         runtime = self._runtime
         options = ort.SessionOptions()
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
@@ -195,6 +202,7 @@ class Session:
             session = plugins.session(str(self.path), options, providers, disabled_optimizers=runtime.unfused)
         except Exception as error:  # onnxruntime's own exceptions share no base class
             stop.check()
+            _blame_memory(error, f"{self.path} cannot be loaded")
             if self._known_good:  # and unchanged: the device lacks something, not the bundle
                 raise Busy(
                     f"{self.path} could be loaded before and cannot now: {error}; free memory or file descriptors",
@@ -207,6 +215,20 @@ class Session:
             raise BundleError(f"{self.path}: onnxruntime does not run it on {', '.join(left_out)}")
         self.loaded_at, self._known_good = time.time(), True
         return session
+
+    def _find_room(self) -> None:
+        """Raises OutOfMemory where a large graph certainly does not fit. Nothing else would: Linux promises memory that
+        it does not have, and later ends a process, most likely this one.
+        """
+        free = memory.available_bytes()
+        # onnxruntime keeps a graph's own file twice while it loads it, and weights beside it once.
+        needed = sum(size * (2 if path == self.path else 1) for path, (_, size, _) in self._files.items())
+        if self.large and free is not None and needed > free:
+            raise OutOfMemory(
+                f"{self.path} takes {needed / 1e6:,.0f} MB of memory to load, and this device has {free / 1e6:,.0f} MB "
+                "left; free some, or choose a smaller model",
+                retry_after_s=RELOAD_RETRY_S,
+            )
 
     @property
     def on_cpu(self) -> bool:
@@ -248,6 +270,7 @@ class Session:
         Raises:
             Cancelled: `stop` was set before or during the run.
             GenerationFailed: onnxruntime failed.
+            OutOfMemory: this device has too little memory for the run, or to load the graph again.
             BundleError: the graph had been unloaded and its files have changed since.
             Busy: it had been unloaded, and this device has no room to load it again.
         """
@@ -272,6 +295,7 @@ class Session:
         except Exception as error:  # onnxruntime's own exceptions share no base class
             if stop is not None:
                 stop.check()
+            _blame_memory(error, f"{self.path} cannot be run")
             raise GenerationFailed(f"onnxruntime failed in {self.path}: {error}") from error
 
     def _run_with_options(
@@ -287,6 +311,16 @@ class Session:
             return outputs
         finally:
             stop.leave(end)
+
+
+def _blame_memory(error: Exception, what: str) -> None:
+    """Raise OutOfMemory where that is what onnxruntime's error comes of; otherwise nothing."""
+    said = str(error)
+    if isinstance(error, MemoryError) or any(words in said.lower() for words in _NO_MEMORY):
+        raise OutOfMemory(
+            f"{what}: this device is out of memory; free some, or choose a smaller model ({' '.join(said.split())})",
+            retry_after_s=RELOAD_RETRY_S,
+        ) from error
 
 
 def _devices(providers: Sequence[str]) -> str:

@@ -114,8 +114,8 @@ def _check_ids(session: Session, tokenizer: Path, ids: NDArray[np.int64]) -> Non
         session.run({"input_ids": ids})
     except GenerationFailed as error:
         why = (
-            f"{tokenizer} gives token ids up to {ids.max()}, on which {session.path} fails: they are not of one model; "
-            "export the bundle again"
+            f"{tokenizer} gives token ids up to {np.max(ids)}, on which {session.path} fails: they are not of one "
+            "model; export the bundle again"
         )
         try:
             session.run({"input_ids": np.zeros_like(ids)})

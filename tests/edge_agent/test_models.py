@@ -27,7 +27,7 @@ from edge_agent.bundle import (
     Bundle,
     write_manifest,
 )
-from edge_agent.client import AgentClient
+from edge_agent.client import UNREACHABLE, AgentClient, CallFailed
 from edge_agent.settings import STARTER
 from edge_agent.store import Store
 from tests.hollow import SIZES, hollow_bundle
@@ -338,6 +338,27 @@ def test_what_is_wrong_is_said_with_the_right_exit_code(
     assert not models.exists() or not [path for path in models.iterdir() if not path.name.startswith(".")]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (("use", "mine"), 2),
+        (("remove", "mine"), 2),
+        (("show", "mine"), 2),
+        (("verify", "mine"), 2),
+        (("list",), 0),
+        (("verify",), 0),
+        (("use", "starter"), 0),
+    ],
+)
+def test_a_folder_that_is_not_there_is_told_and_only_a_pull_makes_it(
+    run: Run, home: Path, arguments: tuple[str, ...], code: int
+) -> None:
+    finished = run(*arguments, "--models", home / "misspelt")
+    assert finished.code == code
+    assert f"the folder {home / 'misspelt'} is not there" in finished.err
+    assert not (home / "misspelt").exists()
+
+
 def test_another_folder_can_be_named(run: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run("pull", hollow_bundle(home / "tiny"), "--models", home / "elsewhere")
     assert (home / "elsewhere" / "hollow").is_dir()
@@ -414,6 +435,22 @@ def test_a_model_that_the_daemon_refuses_leaves_even_a_damaged_one_chosen(
     refused = run("use", "hollow")
     assert refused.code == 2 and "so former stays the chosen model" in refused.err
     assert names(run("list", "--json"))["former"]["current"] is True
+
+
+def test_a_daemon_without_room_for_a_model_has_not_gone_away(
+    run: Run, start: Callable[..., Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("pull", STARTER, "--name", "mine")
+    start()
+
+    def full(agent: AgentClient) -> dict[str, Any]:
+        raise CallFailed("this device has 0 MB left", UNREACHABLE, no_room=True)
+
+    monkeypatch.setattr(AgentClient, "reload", full)
+    used = run("use", "mine")
+    assert (used.code, used.out) == (3, "")
+    assert "cannot serve mine now, so starter stays the chosen model: this device has 0 MB left" in used.err
+    assert names(run("list", "--json"))["starter"]["current"] is True
 
 
 def test_a_daemon_that_dies_of_a_model_leaves_the_former_one_chosen(

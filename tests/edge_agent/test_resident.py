@@ -9,15 +9,19 @@ import random
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 import pytest_asyncio
 
+from edge_agent import memory
 from edge_agent.bundle import CALIBRATION, DECODER, DENOISER, Bundle, put_file, write_manifest
+from edge_agent.diffusion import sessions
 from edge_agent.diffusion.decoder import Decoder
 from edge_agent.diffusion.generator import Generator
 from edge_agent.diffusion.sessions import Runtime, Session
@@ -314,6 +318,35 @@ async def test_a_new_bundle_is_taken_up_while_requests_run(
     assert latest.result.image.guidance_scale == 3.0
     await until(lambda: not any(session.loaded_at for session in agent.models.generator.sessions))
     assert (await here.app.status()).served_by_edge == 6
+
+
+async def test_models_without_room_are_refused_and_what_was_loaded_of_them_goes_at_once(
+    here: Here, chosen: Path, other_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error, which the caller's call still holds, would keep the graphs before the one that has no room."""
+    loaded, left = [], []
+    made = sessions.Session.__init__
+
+    def init(session: Session, path: Path, *rest: Any) -> None:
+        if path.parent.name == Path(DECODER).parent.name:  # the last
+            left[:] = [graph for graph in loaded if graph() is not None]
+            monkeypatch.setattr(memory, "available_bytes", lambda: 0)
+            monkeypatch.setattr(sessions, "LARGE_BYTES", 0)
+        made(session, path, *rest)
+        loaded.append(weakref.ref(session))
+
+    given_back: list[int] = []
+    monkeypatch.setattr(sessions.Session, "__init__", init)
+    monkeypatch.setattr(
+        memory, "give_back", lambda: given_back.append(sum(graph() is not None for graph in loaded))
+    )
+    choose(chosen, other_bundle)
+    with pytest.raises(grpc.aio.AioRpcError, match="this device has 0 MB left") as refused:
+        await reload(here)
+    assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert left and given_back == [0]
+    monkeypatch.undo()
+    assert (await here.app.generate()).code == "OK"
 
 
 async def test_a_reload_whose_caller_goes_away_is_finished_all_the_same(

@@ -308,6 +308,21 @@ async def test_a_panic_in_a_native_library_ends_the_call_as_a_fault_of_the_daemo
     assert (await here.app.generate()).code == "OK"
 
 
+async def test_python_s_own_want_of_memory_is_told_as_such(
+    here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise MemoryError
+
+    agent = here.daemon.agent
+    assert agent is not None
+    with monkeypatch.context() as broken:
+        broken.setattr(agent.models.generator, "generate", full)
+        answer = await here.app.generate()
+        assert answer.code == "RESOURCE_EXHAUSTED" and "out of memory" in answer.message
+    assert (await here.app.generate()).code == "OK"
+
+
 async def test_the_rest_of_an_image_is_not_kept_here(app: App) -> None:
     assert (await app.generate(resume_offset=10)).code == "NOT_FOUND"
 

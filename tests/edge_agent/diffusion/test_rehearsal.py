@@ -80,8 +80,21 @@ def test_a_process_that_is_ended_from_outside_says_nothing_of_the_graph(
         rehearse(session, HERE)
 
 
+def test_a_process_that_runs_out_of_memory_says_nothing_of_the_graph(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process itself, where nothing is left."""
+    full = (
+        "import sys; from edge_agent import memory; from edge_agent.diffusion import sessions; "
+        "memory.available_bytes = lambda: 0; sessions.LARGE_BYTES = 0; exec(sys.argv[2])"
+    )
+    stand_in(tmp_path, f"exec {sys.executable} -c '{full}' \"$@\"", monkeypatch)
+    with pytest.raises(RehearsalEnded, match="this device has 0 MB left"):
+        rehearse(session, HERE)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system cannot be told")
-async def test_a_rehearsal_does_not_outlive_the_daemon_and_goes_first_when_memory_runs_out(
+async def test_a_rehearsal_does_not_outlive_the_daemon_and_comes_after_it_for_memory_and_cores(
     tmp_path: Path,
 ) -> None:
     """A pipe in the place of the graph has it wait for ever."""
@@ -99,6 +112,9 @@ async def test_a_rehearsal_does_not_outlive_the_daemon_and_goes_first_when_memor
         (rehearsal,) = daemon.children()
         priority = Path(f"/proc/{rehearsal.pid}/oom_score_adj")
         await until(lambda: priority.read_text() == "1000\n")
+        await until(lambda: rehearsal.nice() == 10)  # images are made meanwhile
+        group = Path(f"/proc/{rehearsal.pid}/autogroup")
+        await until(lambda: not group.exists() or group.read_text().endswith(" nice 10\n"))
     finally:
         daemon.kill()
         daemon.wait()

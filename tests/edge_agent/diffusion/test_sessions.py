@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import threading
 import time
@@ -15,10 +16,12 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
+from edge_agent import memory
 from edge_agent.bundle import file_states
 from edge_agent.diffusion import providers, sessions
 from edge_agent.diffusion.sessions import Runtime, Session, Stop
-from edge_agent.errors import BundleError, Busy, Cancelled, GenerationFailed
+from edge_agent.errors import BundleError, Busy, Cancelled, GenerationFailed, OutOfMemory
+from tests.running import process_environment
 
 ONE_THREAD = Runtime(threads=1)
 
@@ -124,6 +127,97 @@ def test_a_device_without_room_to_load_again_is_busy_and_the_bundle_not_to_blame
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     session.run(SQUARE)
+
+
+SHORT_OF_MEMORY = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from edge_agent.diffusion.sessions import Runtime, Session
+from edge_agent.errors import OutOfMemory
+
+def limit(more):
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + more if more else resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+def refused(work):
+    try:
+        work()
+    except OutOfMemory as error:
+        print(error.message)
+
+path, runtime = Path(sys.argv[1]), Runtime(threads=1)
+limit(20_000_000)
+refused(lambda: Session(path, ["x"], ["out"], runtime))
+limit(None)
+session = Session(path, ["x"], ["out"], runtime)
+limit(20_000_000)
+refused(lambda: session.run({"x": np.zeros(1, np.float32)}))
+limit(None)
+(out,) = session.run({"x": np.ones(1, np.float32)})
+assert out.shape == (4096, 4096), out.shape
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere memory is limited otherwise")
+def test_memory_that_runs_out_is_called_so_and_what_comes_after_it_works(tmp_path: Path) -> None:
+    """In a process of its own, with 20 MB left: first for weights of 64 MB, then for a product of as many."""
+    row = onnx.numpy_helper.from_array(np.ones((4096, 4096), np.float32), "weights")
+    save(
+        tmp_path / "a.onnx",
+        [helper.make_node("Mul", ["x", "weights"], ["out"])],
+        {"x": (TensorProto.FLOAT, [1])},
+    )
+    graph = onnx.load(tmp_path / "a.onnx")
+    graph.graph.initializer.append(row)
+    onnx.save(graph, tmp_path / "a.onnx")
+    done = subprocess.run(
+        [sys.executable, "-c", SHORT_OF_MEMORY, str(tmp_path / "a.onnx")],
+        env=process_environment(tmp_path),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    loading, running = done.stdout.splitlines()
+    assert "a.onnx cannot be loaded: this device is out of memory; free some, or" in loading
+    assert "a.onnx cannot be run: this device is out of memory; free some, or" in running
+
+
+def test_a_large_graph_that_does_not_fit_is_refused_before_the_system_ends_a_process_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(
+        tmp_path / "a.onnx", [helper.make_node("Neg", ["x"], ["out"])], {"x": (TensorProto.FLOAT, [3])}
+    )
+    size = path.stat().st_size
+    left = [2 * size - 1]
+    monkeypatch.setattr(memory, "available_bytes", lambda: left[0])
+    Session(path, ["x"], ["out"], ONE_THREAD)  # a small one is not worth a question
+    monkeypatch.setattr(sessions, "LARGE_BYTES", size)
+    with pytest.raises(
+        OutOfMemory, match=r"a\.onnx takes 0 MB of memory to load, and this device has 0 MB left"
+    ):
+        Session(path, ["x"], ["out"], ONE_THREAD)
+    left[0] += 1
+    session = Session(path, ["x"], ["out"], ONE_THREAD)
+    session.unload()
+    left[0] -= 1
+    with pytest.raises(OutOfMemory):
+        session.run({"x": np.zeros(3)})
+    monkeypatch.setattr(memory, "available_bytes", lambda: None)  # a system that does not say
+    session.run({"x": np.zeros(3)})
+
+
+def test_weights_beside_a_graph_need_their_room_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(
+        tmp_path / "a.onnx", [helper.make_node("Neg", ["x"], ["out"])], {"x": (TensorProto.FLOAT, [3])}
+    )
+    (tmp_path / "weights").write_bytes(bytes(10_000))
+    files = file_states([path, tmp_path / "weights"])
+    monkeypatch.setattr(sessions, "LARGE_BYTES", 10_000)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 10_000 + 2 * path.stat().st_size)
+    Session(path, ["x"], ["out"], ONE_THREAD, files)
 
 
 @pytest.mark.skipif(
