@@ -232,10 +232,9 @@ def options(names: Iterable[str], cache: Path, *, half: bool) -> dict[str, dict[
         },
         "openvino": {"cache_dir": str(cache)},
     }
-    if (
-        full_name("openvino") in plugins.found()
-    ):  # which takes OpenVINO's own options, for each kind of device
-        # Left to itself it computes in bfloat16 where a CPU can, and draws other pictures.
+    if full_name("openvino") in plugins.found():
+        # The plugin takes OpenVINO's own options, for each kind of device. Left to itself it computes in bfloat16 where
+        # a CPU can, and draws other pictures.
         properties = {"CACHE_DIR": str(cache)} | ({} if half else {"INFERENCE_PRECISION_HINT": "f32"})
         known["openvino"] = {"load_config": json.dumps(dict.fromkeys(plugins.KINDS, properties))}
     found = {full_name(name): known[name] for name in names if name in known}

@@ -110,9 +110,8 @@ def _yield_to_images() -> None:
     """Leave the cores to the daemon when it makes an image."""
     if hasattr(os, "nice"):
         os.nice(_NICE)
-    with suppress(
-        OSError
-    ):  # Linux, where a session of its own, as this is, shares the cores with others by this alone
+    with suppress(OSError):
+        # On Linux a session of its own, as this is, shares the cores with others by this alone.
         Path("/proc/self/autogroup").write_text(str(_NICE))
 
 
