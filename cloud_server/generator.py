@@ -27,6 +27,8 @@ On two x86-64 cores it made a call of 1.3e10 (the starter's) take 1.55 times as 
 0.95 to 1.05 times, of 1.1e11 0.8 times and of 2e11 0.7 times. By size and not by a measurement at each start, which
 other work on the machine would turn around.
 """
+NO_MEMORY = ("allocate memory", "out of memory", "bad_alloc", "memoryerror")
+"""As the system, torch, CUDA, C++ and Python put it, in lower case."""
 MIN_SIDE_MULTIPLE = 8  # diffusers' pipelines refuse sizes that are not multiples of 8 pixels
 
 
@@ -105,10 +107,11 @@ class Generator:
         try:
             pipeline = complete.pipeline(model.folder, getattr(torch, dtype)).to(device)
         except Exception as error:  # loaders of many formats, each with its own exceptions
-            raise StartRefused(
-                f"cannot load the model in {model.folder}: {reason(error).rstrip('.')}. "
-                "Save it again with save_pretrained(), or choose another with --model"
-            ) from error
+            said = reason(error).rstrip(".")
+            cure = "Save it again with save_pretrained(), or choose another with --model"
+            if any(words in said.lower() for words in NO_MEMORY):
+                cure = "Free memory, or choose a smaller one with --model"
+            raise StartRefused(f"cannot load the model in {model.folder}: {said}. {cure}") from error
         pipeline.set_progress_bar_config(disable=True)
         generator = cls(pipeline, model)
         if device.startswith("cpu") and (threads or generator._small()):

@@ -205,6 +205,11 @@ def _explained(address: str, late: str = _LATE) -> Iterator[None]:
             message = (
                 f"what answers at {address} is no edge-agent, or an older one; name the daemon with --agent"
             )
+        elif code is grpc.StatusCode.UNAVAILABLE and sent_status(error) is None:
+            message = (
+                f"the daemon at {address} went away before it was done: see its log, and the system's for a process "
+                f"ended for want of memory ({message})"
+            )
         exit_code = _EXIT_CODES.get(code, BROKEN)
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
             exit_code = _exhausted(sent_status(error))

@@ -529,6 +529,41 @@ def test_a_damaged_model_is_no_refusal_by_quota_or_policy(run: Run, bundle_copy:
         shutil.rmtree(home)
 
 
+ENDS_IN_A_CALL = """
+import os, sys
+from concurrent.futures import ThreadPoolExecutor
+import grpc
+from routet2i.edge.v1 import edge_pb2_grpc
+
+class Ends(edge_pb2_grpc.EdgeAgentServiceServicer):
+    def Generate(self, request, context):
+        os._exit(9)
+
+server = grpc.server(ThreadPoolExecutor(1))
+edge_pb2_grpc.add_EdgeAgentServiceServicer_to_server(Ends(), server)
+server.add_insecure_port(sys.argv[1])
+server.start()
+print("listening", flush=True)
+server.wait_for_termination()
+"""
+
+
+def test_a_daemon_that_ends_in_a_call_is_said_to_have_gone(run: Run, tmp_path: Path) -> None:
+    home = short_folder()
+    address = f"unix:{home / 'agent.sock'}"
+    with subprocess.Popen(
+        [sys.executable, "-c", ENDS_IN_A_CALL, address],
+        env=process_environment(tmp_path),
+        stdout=subprocess.PIPE,
+    ) as daemon:
+        assert daemon.stdout is not None and daemon.stdout.readline() == b"listening\n"
+        finished = run("generate", "a", "--agent", address)
+        assert daemon.wait() == 9
+    shutil.rmtree(home)
+    assert (finished.code, finished.out) == (3, "")
+    assert f"the daemon at {address} went away before it was done: see its log" in finished.err
+
+
 def test_a_full_queue_is_no_refusal_by_quota() -> None:
     assert _exhausted(status_details(Busy("64 requests are waiting", retry_after_s=0.2))) == 3
     assert _exhausted(status_details(QuotaExhausted("nothing left today", budget="daily"))) == 4
