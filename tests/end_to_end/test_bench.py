@@ -59,7 +59,8 @@ def test_pixels_are_compared_with_those_of_the_same_weights(miniature_bundle: Pa
     image, step, _, peak, held = others
     for side in ("edge", "diffusers"):
         assert step["details"][side][0] < image["details"][side][0]
-        assert held["details"][side][0] <= peak["details"][side][0]
+        # In MB. The kernel counts pages by the core, and a peak may be some pages behind.
+        assert held["details"][side][0] <= peak["details"][side][0] + 1
 
 
 def test_full_size_is_stable_diffusions_own(monkeypatch: pytest.MonkeyPatch) -> None:
