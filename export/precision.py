@@ -295,7 +295,22 @@ def _largest_value(graph: Path, feeds: Sequence[Feeds]) -> float:
     """
     watcher = graph.with_name(
         "watched.onnx"
-    )  # where the weights beside the graph are found too, and not copied
+    )  # beside the graph it finds the weights that lie there, uncopied
+    options = ort.SessionOptions()
+    # In the order in which they stand there. In its own, onnxruntime leaves what watches for the end.
+    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+    try:
+        _write_watcher(graph, watcher)
+        session = ort.InferenceSession(watcher, options, providers=["CPUExecutionProvider"])
+    finally:
+        watcher.unlink(missing_ok=True)
+    reader = _Feeds(graph, feeds)
+    magnitudes = np.abs([session.run(None, inputs) for inputs in iter(reader.get_next, None)])
+    return float(magnitudes[magnitudes < _MASK].max(initial=0.0))
+
+
+def _write_watcher(graph: Path, watcher: Path) -> None:
+    """Write the graph once more, giving in place of its outputs the least and the largest of each float tensor."""
     onnx.shape_inference.infer_shapes_path(str(graph), str(watcher))
     model = onnx.load(watcher, load_external_data=False)
     floats = {
@@ -310,7 +325,7 @@ def _largest_value(graph: Path, feeds: Sequence[Feeds]) -> float:
             for kind in (
                 "ReduceMin",
                 "ReduceMax",
-            ):  # beside what they watch, so that no tensor outlives its use
+            ):  # right behind what they watch: no tensor outlives its use
                 ends.append(f"{name}_{kind}")
                 watched.append(onnx.helper.make_node(kind, [name], [ends[-1]], keepdims=0))
     del model.graph.node[:]
@@ -320,14 +335,6 @@ def _largest_value(graph: Path, feeds: Sequence[Feeds]) -> float:
         onnx.helper.make_tensor_value_info(end, onnx.TensorProto.FLOAT, None) for end in ends
     )
     onnx.save_model(model, watcher)
-    options = ort.SessionOptions()
-    # In the order in which they stand here. In its own, onnxruntime leaves what watches for the end.
-    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
-    session = ort.InferenceSession(watcher, options, providers=["CPUExecutionProvider"])
-    watcher.unlink()
-    reader = _Feeds(graph, feeds)
-    magnitudes = np.abs([session.run(None, inputs) for inputs in iter(reader.get_next, None)])
-    return float(magnitudes[magnitudes < _MASK].max(initial=0.0))
 
 
 def _to_eight_bits(graph: Path, feeds: Sequence[Feeds]) -> None:

@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--full-size",
         action="store_true",
-        help="also measure random weights of Stable Diffusion 1.5's size: half an hour and 15 GB of memory",
+        help="also measure random weights of Stable Diffusion 1.5's size: half an hour and 11 GB of memory",
     )
     parser.add_argument(
         "--full-size-models",

@@ -74,9 +74,8 @@ def _registered(package: str) -> dict[str, Plugin]:
             raise ImportError(f"onnxruntime {ort.__version__} is too old for plugins")
         ort.register_execution_provider_library(package, described.get_library_path())
         devices = ort.get_ep_devices()
-    except (
-        Exception
-    ) as error:  # a package in disorder, or onnxruntime, whose own exceptions share no base class
+    except Exception as error:
+        # A package in disorder, or onnxruntime, whose own exceptions share no base class.
         return dict.fromkeys(names, Plugin(failure=f"{package} cannot be registered: {error}"))
     plugins = {}
     for name in names:

@@ -220,10 +220,12 @@ class Session:
         """Raises OutOfMemory where a large graph certainly does not fit. Nothing else would: Linux promises memory that
         it does not have, and later ends a process, most likely this one.
         """
+        if not self.large:
+            return
         free = memory.available_bytes()
         # onnxruntime keeps a graph's own file twice while it loads it, and weights beside it once.
         needed = sum(size * (2 if path == self.path else 1) for path, (_, size, _) in self._files.items())
-        if self.large and free is not None and needed > free:
+        if free is not None and needed > free:
             raise OutOfMemory(
                 f"{self.path} takes {needed / 1e6:,.0f} MB of memory to load, and this device has {free / 1e6:,.0f} MB "
                 "left; free some, or choose a smaller model",
