@@ -227,8 +227,8 @@ class Session:
         needed = sum(size * (2 if path == self.path else 1) for path, (_, size, _) in self._files.items())
         if free is not None and needed > free:
             raise OutOfMemory(
-                f"{self.path} takes {needed / 1e6:,.0f} MB of memory to load, and this device has {free / 1e6:,.0f} MB "
-                "left; free some, or choose a smaller model",
+                f"{self.path} takes {needed / 1e6:,.0f} MB of memory to load, and {free / 1e6:,.0f} MB can be had; "
+                "free some, raise the limit of the unit or container if it has one, or choose a smaller model",
                 retry_after_s=RELOAD_RETRY_S,
             )
 

@@ -444,12 +444,12 @@ def test_a_daemon_without_room_for_a_model_has_not_gone_away(
     start()
 
     def full(agent: AgentClient) -> dict[str, Any]:
-        raise CallFailed("this device has 0 MB left", UNREACHABLE, no_room=True)
+        raise CallFailed("0 MB can be had", UNREACHABLE, no_room=True)
 
     monkeypatch.setattr(AgentClient, "reload", full)
     used = run("use", "mine")
     assert (used.code, used.out) == (3, "")
-    assert "cannot serve mine now, so starter stays the chosen model: this device has 0 MB left" in used.err
+    assert "cannot serve mine now, so starter stays the chosen model: 0 MB can be had" in used.err
     assert names(run("list", "--json"))["starter"]["current"] is True
 
 

@@ -341,7 +341,7 @@ async def test_models_without_room_are_refused_and_what_was_loaded_of_them_goes_
         memory, "give_back", lambda: given_back.append(sum(graph() is not None for graph in loaded))
     )
     choose(chosen, other_bundle)
-    with pytest.raises(grpc.aio.AioRpcError, match="this device has 0 MB left") as refused:
+    with pytest.raises(grpc.aio.AioRpcError, match="0 MB can be had") as refused:
         await reload(here)
     assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert left and given_back == [0]

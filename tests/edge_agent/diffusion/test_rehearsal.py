@@ -89,7 +89,7 @@ def test_a_process_that_runs_out_of_memory_says_nothing_of_the_graph(
         "memory.available_bytes = lambda: 0; sessions.LARGE_BYTES = 0; exec(sys.argv[2])"
     )
     stand_in(tmp_path, f"exec {sys.executable} -c '{full}' \"$@\"", monkeypatch)
-    with pytest.raises(RehearsalEnded, match="this device has 0 MB left"):
+    with pytest.raises(RehearsalEnded, match="0 MB can be had"):
         rehearse(session, HERE)
 
 
