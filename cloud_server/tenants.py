@@ -27,7 +27,7 @@ class Tenants:
         """
         path = expanded(file)
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").splitlines()  # as Windows saves it, too
         except (OSError, UnicodeDecodeError) as error:
             raise StartRefused(f"cannot read the tokens file {path}: {error}") from error
         by_digest: dict[bytes, str] = {}

@@ -463,7 +463,6 @@ def _routed_here(options: argparse.Namespace, prompts: Iterable[str]) -> Iterato
             reader.alpha,
             routing=Routing.AUTO,
             privacy=Privacy.NORMAL,
-            calibrated=reader.alpha is not None,
             cloud_configured=True,
             cloud_healthy=True,
             quota_allows=True,

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, aclosing, suppress
+from contextlib import ExitStack, aclosing, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -85,7 +85,6 @@ class Tally:
     served: dict[Route, int] = field(default_factory=lambda: {"edge": 0, "cloud": 0})
     fallbacks: int = 0
     cloud_digest: str = ""  # what the cloud server last said it is
-    cloud_connected: bool = False  # whether a call has reached it
     cloud_failure: CloudError | None = None  # of the last call, where no image has come from the cloud since
 
 
@@ -120,28 +119,30 @@ class Agent:
         """
         began = time.perf_counter()
         request = validate(request, self.models.limits)
-        purchase = None
-        async with AsyncExitStack() as closing:
+        purchase, failure = None, ""
+        with ExitStack() as closing:
             closing.enter_context(self.models)
-            reading, decision = await self._read(request, reserving=True)
-            if decision.reason is Reason.UNCALIBRATED:
-                self._ask_for_model()
-            self._remember(request, decision)
+            reading, decision = await self._read(request)
+            self._learn(request, decision)
             if decision.route == "cloud":
                 decision, purchase = await self._reserve(request, decision)
-            drawing = None
+            finish = partial(self._result, request, decision, began)
             if purchase is not None:
-                await closing.enter_async_context(aclosing(purchase))
-            else:  # begun before the decision is told, which takes a hundredth of a small image's time
-                drawing = await self._begin(request, reading)
-                closing.callback(drawing.stop)
-            yield decision
-            maker = self._make(request, reading, purchase, drawing)
-            events = await closing.enter_async_context(aclosing(maker))
-            async for event in events:
-                if isinstance(event, Made):
-                    yield self._result(request, decision, event, began)
-                else:
+                async with aclosing(purchase):
+                    yield decision
+                    try:
+                        async with aclosing(self._buy(purchase, finish)) as events:
+                            async for event in events:
+                                yield event
+                        return
+                    except CloudError as error:
+                        failure = self._fall_back(request, error, purchase)
+            drawing = await self._begin(request, reading)
+            closing.callback(drawing.stop)
+            if purchase is None:
+                yield decision  # now, as telling takes a hundredth of a small image's time
+            async with aclosing(self._draw(drawing, finish, failure)) as events:
+                async for event in events:
                     yield event
 
     async def route(self, request: ImageRequest, *, explain: bool = False) -> Decision:
@@ -151,7 +152,7 @@ class Agent:
         """
         request = validate(request, self.models.limits)
         with self.models:
-            reading, decision = await self._read(request, reserving=False)
+            reading, decision = await self._read(request)
             if explain and self.calibrated:
                 # One by one, so that other decisions come between.
                 decision = decision.explained(
@@ -222,33 +223,28 @@ class Agent:
             self._reading, partial(work, *arguments, **named)
         )
 
-    async def _read(self, request: ImageRequest, *, reserving: bool) -> tuple[Reading, Decision]:
+    async def _read(self, request: ImageRequest) -> tuple[Reading, Decision]:
         """The prompt considered: at once where that takes no longer than turning to another thread and back."""
         quick = self._reading_ms < SHORT_READING_MS and len(request.prompt) <= SHORT_PROMPT
         if quick and self.reader.loaded and self.purchases.ledger.at_hand:
-            reading, decision = self._consider(request, reserving=reserving)
+            reading, decision = self._consider(request)
         else:
-            reading, decision = await self._beside(self._consider, request, reserving=reserving)
+            reading, decision = await self._beside(self._consider, request)
         self._reading_ms = decision.timings_ms["total"]
         return reading, decision
 
-    def _consider(self, request: ImageRequest, *, reserving: bool) -> tuple[Reading, Decision]:
-        """In one go, since each change of threads costs a tenth of the whole.
-
-        Whoever is `reserving` next finds out by that whether the quota allows the cloud; others ask here.
-        """
+    def _consider(self, request: ImageRequest) -> tuple[Reading, Decision]:
+        """In one go, since each change of threads costs a tenth of the whole."""
         reading = self.reader.read(request.prompt)
         began = time.perf_counter()
         alpha = self.reader.alpha if self.calibrated else None  # once: it may move
-        route, reason = self._verdict(request, reading.prs, alpha, quota_allows=True)
-        if reason is Reason.PARETO_CLOUD and not reserving and not self._quota_allows(request):
-            route, reason = self._verdict(request, reading.prs, alpha, quota_allows=False)
+        route, reason = self._verdict(request, reading.prs, alpha, quota_allows=self._quota_allows(request))
         quota = self._quota(request.app)
         stages_ms = {"decide": _ms_since(began)}
         return reading, explain(reading, route, reason, alpha, quota, stages_ms)
 
     async def _reserve(self, request: ImageRequest, decision: Decision) -> tuple[Decision, Purchase | None]:
-        """Whether the quota allows the cloud is found by reserving: the decision that stands, and what it bought."""
+        """The decision that stands, and what it bought: others may have taken what the quota allowed a moment ago."""
         began = time.perf_counter()
         purchase = None
         route, reason = decision.route, decision.reason
@@ -281,7 +277,6 @@ class Agent:
             alpha,
             routing=request.routing,
             privacy=request.privacy,
-            calibrated=alpha is not None,
             cloud_configured=cloud is not None,
             cloud_healthy=cloud is not None and cloud.healthy,
             quota_allows=quota_allows,
@@ -305,8 +300,12 @@ class Agent:
         """A ledger that cannot be read or written allows nothing, and the status says why."""
         log.error("ledger", extra={"fields": {"error": error.message}})
 
-    def _remember(self, request: ImageRequest, decision: Decision) -> None:
-        """What the routing rate is a share of: prompts that may go to the cloud, and need not."""
+    def _learn(self, request: ImageRequest, decision: Decision) -> None:
+        """For later decisions: whether the cloud has its model back, and what the routing rate is a share of, which is
+        prompts that may go to the cloud and need not.
+        """
+        if decision.reason is Reason.UNCALIBRATED:
+            self._ask_for_model()
         free = request.routing is Routing.AUTO and not request.local_only
         recent = self.reader.recent
         if free and decision.prs is not None and recent is not None and recent.add(decision.prs):
@@ -327,52 +326,41 @@ class Agent:
         with suppress(CloudError):
             self.tally.cloud_digest = await cloud.model_digest()
 
-    async def _make(
-        self, request: ImageRequest, reading: Reading, purchase: Purchase | None, drawing: Drawing | None
-    ) -> AsyncGenerator[Progress | Made, None]:
-        """From the cloud where that was bought, otherwise, or when it fails, from this device."""
-        failure = ""
-        if purchase is not None:
-            try:
-                async with aclosing(self._buy(purchase)) as events:
-                    async for event in events:
-                        yield event
-                return
-            except CloudError as error:
-                if not self._own_terms(request, error, purchase):
-                    self.tally.cloud_failure = error
-                if request.routing is Routing.CLOUD_ONLY:
-                    raise
-                failure = error.message
-                self.tally.fallbacks += 1
-        drawing = drawing or await self._begin(request, reading)
-        async with aclosing(self._draw(drawing, failure)) as events:
-            async for event in events:
-                yield event
-
-    async def _buy(self, purchase: Purchase) -> AsyncGenerator[Progress | Made, None]:
+    async def _buy(
+        self, purchase: Purchase, finish: Callable[[Made], Result]
+    ) -> AsyncGenerator[Progress | Result, None]:
         began = time.perf_counter()
         position = 0
         async with aclosing(purchase.images()) as events:
             async for event in events:
                 if isinstance(event, CloudAccepted):
                     position, self.tally.cloud_digest = event.queue_position, event.model_digest
-                    self.tally.cloud_connected = True
                 elif isinstance(event, CloudImage):
                     self.tally.cloud_failure = None
-                    yield Made(
-                        event.png,
-                        "cloud",
-                        event.steps,
-                        event.guidance_scale,
-                        event.model_digest,
-                        position,
-                        {"cloud": _ms_since(began)}
-                        | {f"cloud_{stage}": spent for stage, spent in event.timings_ms.items()},
-                        event.charged_micro_usd,
+                    stages_ms = {f"cloud_{stage}": spent for stage, spent in event.timings_ms.items()}
+                    yield finish(
+                        Made(
+                            png=event.png,
+                            served_by="cloud",
+                            steps=event.steps,
+                            guidance_scale=event.guidance_scale,
+                            model_digest=event.model_digest,
+                            queue_position=position,
+                            timings_ms={"cloud": _ms_since(began)} | stages_ms,
+                            cost_micro_usd=event.charged_micro_usd,
+                        )
                     )
                 else:
-                    yield Progress(event.step, event.steps, event.preview)
+                    yield event
+
+    def _fall_back(self, request: ImageRequest, error: CloudError, purchase: Purchase) -> str:
+        """What the result says of the failure. Raises it where the caller wants the cloud or nothing."""
+        if not self._own_terms(request, error, purchase):
+            self.tally.cloud_failure = error
+        if request.routing is Routing.CLOUD_ONLY:
+            raise error
+        self.tally.fallbacks += 1
+        return error.message
 
     async def _begin(self, request: ImageRequest, reading: Reading) -> Drawing:
         manifest = self.reader.bundle.manifest
@@ -389,19 +377,23 @@ class Agent:
         )
         return self.device.begin(job)
 
-    async def _draw(self, drawing: Drawing, failure: str) -> AsyncGenerator[Progress | Made, None]:
+    async def _draw(
+        self, drawing: Drawing, finish: Callable[[Made], Result], failure: str
+    ) -> AsyncGenerator[Progress | Result, None]:
         async with aclosing(drawing.events()) as events:
             async for event in events:
                 if isinstance(event, Drawn):
-                    yield Made(
-                        event.png,
-                        "edge",
-                        event.job.steps,
-                        event.job.guidance_scale,
-                        self.reader.bundle.model_digest,
-                        event.queue_position,
-                        event.timings_ms,
-                        fallback_error=failure,
+                    yield finish(
+                        Made(
+                            png=event.png,
+                            served_by="edge",
+                            steps=event.job.steps,
+                            guidance_scale=event.job.guidance_scale,
+                            model_digest=self.reader.bundle.model_digest,
+                            queue_position=event.queue_position,
+                            timings_ms=event.timings_ms,
+                            fallback_error=failure,
+                        )
                     )
                 else:
                     yield event
@@ -415,7 +407,7 @@ class Agent:
             self._nothing_negative = await self._beside(self.reader.negative_states, "")
         return self._nothing_negative
 
-    def _result(self, request: ImageRequest, decision: Decision, made: Made, began: float) -> Result:
+    def _result(self, request: ImageRequest, decision: Decision, began: float, made: Made) -> Result:
         png = with_facts(made.png, _facts(request, decision, made)) if self._terms.png_facts else made.png
         sha256 = hashlib.sha256(png).hexdigest()
         self.tally.served[made.served_by] += 1

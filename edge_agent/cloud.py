@@ -28,6 +28,7 @@ from google.rpc.status_pb2 import Status
 from PIL import Image, UnidentifiedImageError
 
 from edge_agent.errors import CloudError, CloudLied, CloudRefused, CloudUnavailable, printable, sent_status
+from edge_agent.image import Progress
 from edge_agent.request import ImageRequest
 from routet2i.cloud.v1 import cloud_pb2
 from routet2i.cloud.v1.cloud_pb2_grpc import CloudServerServiceStub
@@ -129,15 +130,6 @@ class CloudAccepted:
 
 
 @dataclass(frozen=True)
-class CloudProgress:
-    """Denoising step `step` of `steps` is done; `preview` is a small PNG, where asked for."""
-
-    step: int
-    steps: int
-    preview: bytes | None
-
-
-@dataclass(frozen=True)
 class CloudImage:
     """A checked PNG, and the facts the cloud gives of its making."""
 
@@ -223,10 +215,10 @@ class CloudClient:
         ceiling_micro_usd: int,
         timeout_s: float,
         sending: Callable[[], None] = lambda: None,
-    ) -> AsyncGenerator[CloudAccepted | CloudProgress | CloudImage, None]:
+    ) -> AsyncGenerator[CloudAccepted | Progress | CloudImage, None]:
         """Have the cloud make an image for at most `ceiling_micro_usd`, within `timeout_s` seconds in all.
 
-        Yields one CloudAccepted, any number of CloudProgress, one CloudImage. Closing the iterator
+        Yields one CloudAccepted, any number of Progress, one CloudImage. Closing the iterator
         (`contextlib.aclosing` does), or cancelling the task that awaits it, cancels the call. `sending` is called
         when the request goes out: until then nothing can have been charged, whatever ends the call.
 
@@ -269,7 +261,7 @@ class CloudClient:
 
     async def _received(
         self, stream: _ImageStream, deadline: float, sending: Callable[[], None]
-    ) -> AsyncGenerator[CloudAccepted | CloudProgress | CloudImage, None]:
+    ) -> AsyncGenerator[CloudAccepted | Progress | CloudImage, None]:
         """The events of one call for what `stream` has not received yet."""
         timeout_s = max(0.0, deadline - self._monotonic())
         async with self._connection(timeout_s) as channel:
@@ -471,7 +463,7 @@ class _ImageStream:
 
     async def take(
         self, response: cloud_pb2.GenerateResponse | None
-    ) -> CloudAccepted | CloudProgress | CloudImage | None:
+    ) -> CloudAccepted | Progress | CloudImage | None:
         """The event in `response`; None for a piece of the image, or what is told again. Raises CloudLied."""
         if response is None:  # what gRPC makes of bytes that it cannot decode
             raise CloudLied("the cloud sent a message that cannot be read", never_ran=False)
@@ -505,7 +497,7 @@ class _ImageStream:
             return await self._image(response.result)
         return None  # an event of a later version of the wire
 
-    def _progress(self, progress: image_pb2.Progress) -> CloudProgress | None:
+    def _progress(self, progress: image_pb2.Progress) -> Progress | None:
         """None for what is none, and no preview where it is not what was asked for: the image may be right all the
         same.
         """
@@ -513,8 +505,8 @@ class _ImageStream:
             return None
         preview = progress.preview if self._request.preview else b""
         if len(preview) > MAX_PREVIEW_BYTES or not preview.startswith(_PNG_SIGNATURE):
-            return CloudProgress(progress.step, progress.steps, None)
-        return CloudProgress(progress.step, progress.steps, preview)
+            return Progress(progress.step, progress.steps, None)
+        return Progress(progress.step, progress.steps, preview)
 
     def _append(self, chunk: image_pb2.ImageChunk) -> None:
         if chunk.offset != len(self.received):

@@ -79,7 +79,6 @@ def decide(
     *,
     routing: Routing,
     privacy: Privacy,
-    calibrated: bool,
     cloud_configured: bool,
     cloud_healthy: bool,
     quota_allows: bool,
@@ -91,7 +90,6 @@ def decide(
     other models: nothing is compared.
 
     Raises PolicyConflict for a `cloud_only` where no cloud is configured.
-    Raises ValueError when calibrated without a PRS and an alpha.
     """
     if routing is Routing.LOCAL_ONLY or privacy is Privacy.LOCAL_ONLY:
         return "edge", Reason.LOCAL_ONLY
@@ -101,10 +99,8 @@ def decide(
                 "cloud_only was asked, but no cloud is configured; start the daemon with --cloud"
             )
         return "cloud", Reason.CLOUD_ONLY
-    if not calibrated:
-        return "edge", Reason.UNCALIBRATED
     if prs is None or alpha is None:
-        raise ValueError("a calibrated decision needs a PRS and an alpha")
+        return "edge", Reason.UNCALIBRATED
     if not prs < alpha:
         return "edge", Reason.PARETO_EDGE
     if not (cloud_configured and cloud_healthy):

@@ -18,8 +18,9 @@ from contextlib import aclosing
 from datetime import datetime, timezone
 from typing import Any
 
-from edge_agent.cloud import CloudAccepted, CloudClient, CloudImage, CloudProgress
+from edge_agent.cloud import CloudAccepted, CloudClient, CloudImage
 from edge_agent.errors import CloudError, DuplicateRequest, LedgerError, PolicyConflict, RouteT2IError
+from edge_agent.image import Progress
 from edge_agent.quota import Ledger, Reservation, dollars
 from edge_agent.request import ImageRequest
 
@@ -29,7 +30,7 @@ FIRST_RETRY_S = 1.0
 LONGEST_RETRY_S = 60.0
 """The resolver asks again after 1 s, then 2, 4, ... up to a minute, while an outcome is unknown."""
 
-CloudEvents = AsyncGenerator[CloudAccepted | CloudProgress | CloudImage, None]
+CloudEvents = AsyncGenerator[CloudAccepted | Progress | CloudImage, None]
 
 
 class Purchases:

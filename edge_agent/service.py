@@ -509,7 +509,7 @@ def _cloud_health(agent: Agent) -> edge_pb2.CloudHealth:
     failure = agent.tally.cloud_failure
     if not cloud.healthy or (failure is not None and failure.never_ran):
         return edge_pb2.CLOUD_HEALTH_UNREACHABLE
-    return edge_pb2.CLOUD_HEALTH_HEALTHY if agent.tally.cloud_connected else edge_pb2.CLOUD_HEALTH_UNTRIED
+    return edge_pb2.CLOUD_HEALTH_HEALTHY if agent.tally.cloud_digest else edge_pb2.CLOUD_HEALTH_UNTRIED
 
 
 def _who(request: ImageRequest) -> Line:

@@ -316,6 +316,7 @@ class ScriptedCloud(cloud_pb2_grpc.CloudServerServiceServicer):
         self.manner = "honest"
         self.received: list[cloud_pb2.GenerateRequest] = []
         self.metadata: list[dict[str, Any]] = []
+        self.asked = 0  # which model it has
         self.lookups: list[str] = []
         self.answerable: Callable[[str], bool] = lambda _: True  # a lookup of this id waits until it is
         self.charged: dict[str, int] = {}  # for each request id that was charged
@@ -378,6 +379,7 @@ class ScriptedCloud(cloud_pb2_grpc.CloudServerServiceServicer):
         )
 
     async def GetModel(self, request: cloud_pb2.GetModelRequest, context: Any) -> cloud_pb2.GetModelResponse:
+        self.asked += 1
         return cloud_pb2.GetModelResponse(model_digest=self.digest)
 
     async def LookupGeneration(

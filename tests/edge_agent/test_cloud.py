@@ -36,11 +36,11 @@ from edge_agent.cloud import (
     CloudAccepted,
     CloudClient,
     CloudImage,
-    CloudProgress,
     Outcome,
     is_local,
 )
 from edge_agent.errors import CloudError, CloudLied, CloudRefused, CloudUnavailable
+from edge_agent.image import Progress
 from edge_agent.request import ImageRequest, Privacy, Routing
 from routet2i.cloud.v1 import cloud_pb2, cloud_pb2_grpc
 from routet2i.image.v1 import image_pb2
@@ -189,7 +189,7 @@ async def cloud() -> AsyncIterator[Cloud]:
 
 async def collect(
     client: CloudClient, request: ImageRequest = REQUEST, *, timeout_s: float = 20.0
-) -> list[CloudAccepted | CloudProgress | CloudImage]:
+) -> list[CloudAccepted | Progress | CloudImage]:
     return [event async for event in client.generate(request, CEILING, timeout_s)]
 
 
@@ -242,8 +242,8 @@ async def test_an_image_arrives_with_its_progress_and_its_facts(cloud: Cloud) ->
     events = await collect(CloudClient(cloud.address), REQUEST._replace(width=200, height=200, preview=True))
     assert events[:3] == [
         CloudAccepted(2, PRICE, "ab" * 32),
-        CloudProgress(1, 3, None),
-        CloudProgress(2, 3, data),
+        Progress(1, 3, None),
+        Progress(2, 3, data),
     ]
     assert events[3] == CloudImage(
         png=data,
@@ -370,7 +370,7 @@ async def test_previews_that_nobody_asked_for_are_not_passed_on_nor_is_what_is_n
     cloud.script = [accepted(), *steps, *chunks(png()), result(png())]
     for preview, first in ((False, None), (True, png())):
         _, *told, image = await collect(CloudClient(cloud.address), REQUEST._replace(preview=preview))
-        assert told == [CloudProgress(1, 3, first), CloudProgress(1, 3, None), CloudProgress(2, 3, None)]
+        assert told == [Progress(1, 3, first), Progress(1, 3, None), Progress(2, 3, None)]
         assert isinstance(image, CloudImage)
 
 
@@ -540,7 +540,7 @@ async def test_an_image_of_which_no_byte_came_is_asked_for_where_the_cloud_says_
     finished = cloud_pb2.GENERATION_STATE_FINISHED
     cloud.answer = cloud_pb2.LookupGenerationResponse(state=finished, charged=True, charged_micro_usd=PRICE)
     events = await collect(CloudClient(cloud.address))
-    assert [type(event) for event in events if not isinstance(event, CloudProgress)] == [
+    assert [type(event) for event in events if not isinstance(event, Progress)] == [
         CloudAccepted,
         CloudImage,
     ]

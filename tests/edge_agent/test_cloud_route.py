@@ -10,6 +10,7 @@ import re
 import socket
 import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import pytest_asyncio
 from edge_agent import agent, purchase, service
 from edge_agent.bundle import Bundle
 from edge_agent.quota import Budget, Ledger
+from edge_agent.request import ImageRequest
 from routet2i.edge.v1 import edge_pb2
 from routet2i.image.v1 import image_pb2
 from tests.running import (
@@ -169,6 +171,20 @@ async def test_when_the_cloud_fails_the_edge_steps_in_and_the_ledger_learns_the_
     assert len(both.cloud.lookups) == {"refuse": 0, "break": 2}.get(manner, 1)
 
 
+async def test_what_a_failed_call_cost_is_known_before_the_edges_image_is_done(both: Both) -> None:
+    both.cloud.manner = "lie"
+    straight = both.here.daemon.agent
+    assert straight is not None
+    before = straight.tally.fallbacks
+    request = ImageRequest(request_id="early", app="default", prompt=CLOUD_PROMPT, steps=2)
+    async with aclosing(straight.generate(request)) as events:
+        async for event in events:
+            assert not isinstance(event, agent.Result)
+            if straight.tally.fallbacks > before:
+                break
+        await until(lambda: nothing_reserved(both.app))
+
+
 @pytest.mark.parametrize(
     ("manner", "code"),
     [("refuse", "FAILED_PRECONDITION"), ("break", "UNAVAILABLE"), ("lie", "UNAVAILABLE")],
@@ -316,6 +332,8 @@ async def test_a_cloud_that_has_the_right_model_again_is_noticed(
         if how == "cloud_only":
             assert (await here.app.generate(routing=CLOUD)).served_by == "cloud"
             assert not (await here.app.status()).calibrated
+        else:
+            await until(lambda: cloud.asked == 1)
         cloud.digest = digest
         if how == "cloud_only":
             assert (await here.app.generate(routing=CLOUD)).served_by == "cloud"

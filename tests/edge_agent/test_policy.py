@@ -16,7 +16,6 @@ WORTH_IT: dict[str, Any] = {
     "alpha": 0.4,
     "routing": Routing.AUTO,
     "privacy": Privacy.NORMAL,
-    "calibrated": True,
     "cloud_configured": True,
     "cloud_healthy": True,
     "quota_allows": True,
@@ -34,16 +33,16 @@ WORTH_IT: dict[str, Any] = {
         ({"cloud_configured": False}, "edge", Reason.CLOUD_UNAVAILABLE),
         ({"cloud_healthy": False, "quota_allows": False}, "edge", Reason.CLOUD_UNAVAILABLE),
         ({"prs": 0.4, "cloud_healthy": False}, "edge", Reason.PARETO_EDGE),
-        ({"calibrated": False}, "edge", Reason.UNCALIBRATED),
-        ({"calibrated": False, "prs": None, "alpha": None}, "edge", Reason.UNCALIBRATED),
+        ({"alpha": None}, "edge", Reason.UNCALIBRATED),
+        ({"prs": None, "alpha": None}, "edge", Reason.UNCALIBRATED),
         ({"routing": Routing.LOCAL_ONLY}, "edge", Reason.LOCAL_ONLY),
         ({"privacy": Privacy.LOCAL_ONLY}, "edge", Reason.LOCAL_ONLY),
-        ({"privacy": Privacy.LOCAL_ONLY, "calibrated": False}, "edge", Reason.LOCAL_ONLY),
+        ({"privacy": Privacy.LOCAL_ONLY, "alpha": None}, "edge", Reason.LOCAL_ONLY),
         ({"routing": Routing.CLOUD_ONLY}, "cloud", Reason.CLOUD_ONLY),
         ({"routing": Routing.CLOUD_ONLY, "prs": 0.9}, "cloud", Reason.CLOUD_ONLY),
         ({"routing": Routing.CLOUD_ONLY, "quota_allows": False}, "cloud", Reason.CLOUD_ONLY),
         ({"routing": Routing.CLOUD_ONLY, "cloud_healthy": False}, "cloud", Reason.CLOUD_ONLY),
-        ({"routing": Routing.CLOUD_ONLY, "calibrated": False}, "cloud", Reason.CLOUD_ONLY),
+        ({"routing": Routing.CLOUD_ONLY, "alpha": None}, "cloud", Reason.CLOUD_ONLY),
     ],
 )
 def test_each_reason_has_its_place_in_the_order(change: dict[str, Any], route: str, reason: Reason) -> None:
@@ -60,15 +59,10 @@ def test_whatever_else_holds_a_private_prompt_never_goes_to_the_cloud() -> None:
     for routing, calibrated, configured, healthy, quota in switches:
         facts = {
             "routing": routing,
-            "calibrated": calibrated,
+            "alpha": 0.4 if calibrated else None,
             "cloud_configured": configured,
             "cloud_healthy": healthy,
             "quota_allows": quota,
             "privacy": Privacy.LOCAL_ONLY,
         }
         assert decide(**{**WORTH_IT, **facts}) == ("edge", Reason.LOCAL_ONLY)
-
-
-def test_a_calibrated_decision_without_prs_is_a_mistake_and_not_an_edge_image() -> None:
-    with pytest.raises(ValueError, match="PRS"):
-        decide(**{**WORTH_IT, "prs": None})
