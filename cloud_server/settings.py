@@ -164,11 +164,17 @@ def resolve(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Setting
 
 def split_address(listen: str) -> tuple[str, int]:
     """("::1", 50052) for "[::1]:50052". Raises StartRefused when it is not HOST:PORT."""
-    host, colon, port = listen.rpartition(":")
-    host = host.strip("[]")
-    if not (colon and host and port.isdecimal() and len(port) <= 5 and int(port) <= 65_535):
-        raise StartRefused(f"--listen must be HOST:PORT, such as 127.0.0.1:50052, not {listen!r}")
-    return host, int(port)
+    host, _, port = listen.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    bare = host[1:-1] if bracketed else host
+    valid = (
+        bare and not {"[", "]"} & set(bare) and port.isdecimal() and len(port) <= 5 and int(port) <= 65_535
+    )
+    if not valid or bracketed is not (":" in bare):
+        raise StartRefused(
+            f"--listen must be HOST:PORT, such as 127.0.0.1:50052 or [::1]:50052, not {listen!r}"
+        )
+    return bare, int(port)
 
 
 def is_loopback(host: str) -> bool:

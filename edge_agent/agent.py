@@ -399,7 +399,7 @@ class Agent:
                     yield event
 
     async def _negative_states(self, request: ImageRequest, reading: Reading, guidance: float) -> Any:
-        if guidance <= 1.0:
+        if not self.models.generator.denoiser.guides(guidance):
             return reading.states  # takes no part
         if request.negative_prompt:
             return await self._beside(self.reader.negative_states, request.negative_prompt)

@@ -23,6 +23,7 @@ import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, get_type_hints
 
@@ -265,7 +266,7 @@ class Bundle:
         """The quality predictor's graph, or None when the bundle has none."""
         return self.path(PREDICTOR) if PREDICTOR in self.manifest.files else None
 
-    @property
+    @cached_property
     def calibration(self) -> Calibration | None:
         """The calibration, or None when the bundle has none. Raises BundleError when it cannot be read."""
         return Calibration.load(self.path(CALIBRATION)) if CALIBRATION in self.manifest.files else None

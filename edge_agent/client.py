@@ -159,10 +159,10 @@ class AgentClient:
         facts["advice"] = list(answer.advice)
         return facts
 
-    def reload(self, timeout_s: float | None = None) -> dict[str, Any]:
+    def reload(self) -> dict[str, Any]:
         """Has the daemon take up the chosen model; what serves now. CallFailed names the file that was refused."""
         with self._stub() as stub, _explained(self.address):
-            answer = stub.ReloadModel(edge_pb2.ReloadModelRequest(), timeout=timeout_s)
+            answer = stub.ReloadModel(edge_pb2.ReloadModelRequest())
         return {name: getattr(answer, name) for name in answer.DESCRIPTOR.fields_by_name}
 
     def models(self) -> list[dict[str, Any]]:

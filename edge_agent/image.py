@@ -17,7 +17,7 @@ PREVIEW_SIDE = 128
 """Longest side of a preview, in pixels: enough to see what it will become, and small beside the image."""
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_TEXT_CHUNKS = frozenset({b"tEXt", b"zTXt", b"iTXt"})
+_TEXT_CHUNKS = frozenset({b"tEXt", b"zTXt", b"iTXt", b"eXIf"})
 
 
 @dataclass(frozen=True)

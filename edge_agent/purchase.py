@@ -164,12 +164,17 @@ class Purchases:
         await asyncio.to_thread(self.ledger.close)
 
     async def _write(self, key: str, write: Callable[..., Any], *arguments: Any) -> bool:
+        def written(done: asyncio.Future[Any]) -> None:  # perhaps after the caller was cancelled
+            if not done.cancelled() and done.exception() is None:
+                self._arrived_by.pop(key, None)
+
+        writing = asyncio.ensure_future(asyncio.to_thread(write, key, *arguments))
+        writing.add_done_callback(written)
         try:
-            await asyncio.shield(asyncio.to_thread(write, key, *arguments))
+            await asyncio.shield(writing)
         except LedgerError as error:
             log.error("ledger", extra={"fields": {"purchase": key, "error": error.message}})
             return False
-        self._arrived_by.pop(key, None)
         return True
 
     async def _resolve(self) -> None:

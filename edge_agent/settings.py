@@ -111,7 +111,7 @@ def split_address(address: str) -> tuple[str, int]:
         raise ValueError(f"{address!r} is neither unix:PATH nor HOST:PORT")
     bracketed = host.startswith("[") and host.endswith("]")
     bare = host[1:-1] if bracketed else host
-    if bracketed is not (":" in bare):
+    if bracketed is not (":" in bare) or {"[", "]"} & set(bare):
         raise ValueError(
             f"{address!r}: IPv6 addresses stand in brackets, such as [::1]:50051, and others do not"
         )

@@ -124,19 +124,18 @@ class Store:
             )
         return self.path(name)
 
-    def choose(self, name: str) -> Bundle:
-        """Makes `name` the chosen model, in one step that cannot be seen half-done; returns its bundle.
+    def choose(self, name: str) -> None:
+        """Makes `name` the chosen model, in one step that cannot be seen half-done.
 
         Raises BundleError, and changes nothing, when a file of it is missing or not of its size, or its calibration
         cannot be read.
         """
         if name == STARTER_NAME and not self.there:  # it is the chosen one
-            return Bundle.open(self.path(name), verify=False)
+            return
         with self._exclusive(name):
             bundle = Bundle.open(self.path(name), verify=False)
             _ = bundle.advice  # a calibration that cannot be read would keep the daemon from starting
             self._set_current(name)
-        return bundle
 
     def restore(self, name: str) -> None:
         """Makes `name`, which was the chosen model before, chosen again: as it is, even damaged or gone."""

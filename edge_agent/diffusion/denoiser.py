@@ -54,7 +54,7 @@ class Denoiser:
             inputs.append("pooled_projections")
         if bundle.size_of(graph) * facts.latent_height * facts.latent_width < SMALL_WORK:
             runtime = replace(runtime, threads=1)
-        if facts.dtype(graph) == "fp16" and runtime.providers == Runtime.providers:
+        if facts.dtype(graph) == "fp16" and runtime.on_cpu:
             # onnxruntime 1.23 to 1.27 fails where it fuses what it has cast for the CPU.
             runtime = replace(runtime, unfused=("SimplifiedLayerNormFusion",))
         self._session = Session(bundle.path(graph), inputs, [output], runtime, bundle.files_of(graph))
@@ -78,7 +78,7 @@ class Denoiser:
         self._time_ids = None if facts.added is None else np.asarray([facts.added.time_ids], np.float32)
         self.one_at_a_time = self._session.shapes[self._latents][0] == 1
         # By size and not by a measurement at each start: both round off differently, and a seed should stay a picture.
-        self.passes: Passes = "separate" if self._session.large and self._session.on_cpu else "batch"
+        self.passes: Passes = "separate" if self._session.large and runtime.on_cpu else "batch"
 
     @property
     def sessions(self) -> tuple[Session, ...]:

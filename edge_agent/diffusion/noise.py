@@ -62,11 +62,6 @@ class TorchNoise:
         return ((high << 32 | low) & (2**53 - 1)) * 2.0**-53
 
 
-def torch_randn(seed: int, shape: Sequence[int]) -> NDArray[np.float32]:
-    """float32 [*shape]: `torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))`."""
-    return TorchNoise(seed).draw(shape)
-
-
 def _box_muller(uniform: NDArray[np.float32]) -> NDArray[np.float32]:
     pairs = uniform.reshape(-1, 2, _BLOCK // 2)
     radius = np.sqrt(np.float32(-2.0) * np.log(np.float32(1.0) - pairs[:, 0]))

@@ -15,7 +15,7 @@ from typing import Any
 
 import onnxruntime as ort
 
-CPU = "CPUExecutionProvider"
+CPU_PROVIDER = "CPUExecutionProvider"
 
 _PREFIX = "onnxruntime_ep_"
 
@@ -48,12 +48,12 @@ def session(
     It has no fallback, which would run everything on the CPU and print that to standard output. Raises what onnxruntime
     raises, whose exceptions share no base class.
     """
-    if not any(name != CPU and name in found() for name, _ in providers):
+    if not any(name != CPU_PROVIDER and name in found() for name, _ in providers):
         return ort.InferenceSession(model, options, providers=list(providers), enable_fallback=0, **more)
     for name, given in providers:  # a plugin goes by its device, and then the others have to stand beside it
         if name in found():
             options.add_provider_for_devices([found()[name].device], dict(given))
-        elif name != CPU:  # which onnxruntime adds itself
+        elif name != CPU_PROVIDER:  # which onnxruntime adds itself
             options.add_provider(name, dict(given))
     return ort.InferenceSession(model, options, enable_fallback=0, **more)
 

@@ -36,7 +36,7 @@ _FULL_NAMES = {
     "coreml": "CoreMLExecutionProvider",
     "directml": "DmlExecutionProvider",
     "openvino": "OpenVINOExecutionProvider",
-    CPU: "CPUExecutionProvider",
+    CPU: plugins.CPU_PROVIDER,
 }
 _SHORT_NAMES = {full: short for short, full in _FULL_NAMES.items()}
 

@@ -58,12 +58,17 @@ class Runtime:
     threads: int | None = None  # intra-op threads; None = one a physical core
     # Whether they spin while they wait, which takes the core from whoever else has work: the event loop, a decision.
     spinning: bool = False
-    providers: tuple[str, ...] = ("CPUExecutionProvider",)  # onnxruntime's names, best first
+    providers: tuple[str, ...] = (plugins.CPU_PROVIDER,)  # onnxruntime's names, best first
     provider_options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # by onnxruntime's name
     sizes: Mapping[str, int] = field(
         default_factory=dict
     )  # of those that graphs leave open, by their names there
     unfused: tuple[str, ...] = ()  # onnxruntime's graph optimizers that are left out, by its names for them
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether nothing but the CPU runs the graphs."""
+        return self.providers == (plugins.CPU_PROVIDER,)
 
 
 class Stop(threading.Event):
@@ -231,11 +236,6 @@ class Session:
                 "free some, raise the limit of the unit or container if it has one, or choose a smaller model",
                 retry_after_s=RELOAD_RETRY_S,
             )
-
-    @property
-    def on_cpu(self) -> bool:
-        """Whether nothing but the CPU runs it."""
-        return self._runtime.providers == ("CPUExecutionProvider",)
 
     def expect(self, **sizes: tuple[int | None, ...]) -> None:
         """Check inputs and outputs against the sizes they must have; None where any will do.

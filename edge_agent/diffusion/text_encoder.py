@@ -45,7 +45,7 @@ class TextEncoder:
             if bundle.size_of(graph) >= SMALL_BYTES:
                 return runtime
             sizes = {"batch_size": 1, "sequence_length": facts.text_tokens}
-            unfused = ("SkipLayerNormFusion",) if runtime.providers == Runtime.providers else ()
+            unfused = ("SkipLayerNormFusion",) if runtime.on_cpu else ()
             return replace(runtime, threads=1, sizes={**runtime.sizes, **sizes}, unfused=unfused)
 
         self._shape = (facts.text_tokens, facts.text_hidden)

@@ -435,7 +435,11 @@ async def test_a_token_names_the_tenant_and_tenants_do_not_see_each_other(
     tmp_path: Path, model_folder: Path
 ) -> None:
     tokens = tmp_path / "tokens.txt"
-    tokens.write_text("# callers\nacme acme-token-0123456789\n\nglobex globex-token-0123456789\n")
+    # Saved with a byte order mark, as editors of Windows do.
+    lines = (
+        "acme acme-token-0123456789\nacme new-token-0123456789\n\n# others\nglobex globex-token-0123456789\n"
+    )
+    tokens.write_text(lines, "utf-8-sig")  # with a byte order mark, as editors of Windows do
     async with serve(tmp_path / "state", model_folder, tokens=str(tokens)) as running:
         for metadata in (
             (),
@@ -448,13 +452,14 @@ async def test_a_token_names_the_tenant_and_tenants_do_not_see_each_other(
             assert answer.error.code == "UNAUTHENTICATED"
             with pytest.raises(grpc.aio.AioRpcError, match="UNAUTHENTICATED"):
                 await stranger.lookup("mine")
-        acme, globex = (
+        acme, renewed, globex = (
             Client(running.client.channel, (("authorization", f"Bearer {name}-token-0123456789"),))
-            for name in ("acme", "globex")
+            for name in ("acme", "new", "globex")
         )
         first = await acme.generate(request_id="mine", steps=1)
         assert first.result is not None
         assert await globex.state("mine") == "UNKNOWN"
+        assert await renewed.state("mine") == "FINISHED"
         other = await globex.generate(request_id="mine", steps=1, prompt="two dogs")
         assert other.result is not None, "request ids are each tenant's own"
         assert other.png != first.png

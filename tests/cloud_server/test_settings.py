@@ -159,5 +159,12 @@ def test_loopback_is_what_only_this_machine_reaches(host: str, loopback: bool) -
 def test_an_address_is_host_and_port() -> None:
     assert split_address("[::1]:80") == ("::1", 80)
     assert split_address("127.0.0.1:0") == ("127.0.0.1", 0)
-    with pytest.raises(StartRefused, match="must be HOST:PORT"):
-        split_address("127.0.0.1:" + "9" * 5_000)
+
+
+@pytest.mark.parametrize(
+    "listen",
+    ["127.0.0.1:" + "9" * 5_000, "::1:80", "[127.0.0.1]:80", "localhost]:80", "[[::1]]:80", "[]:80", "80"],
+)
+def test_what_is_no_address_is_refused_with_an_example(listen: str) -> None:
+    with pytest.raises(StartRefused, match=r"must be HOST:PORT, such as 127.0.0.1:50052 or \[::1\]:50052"):
+        split_address(listen)

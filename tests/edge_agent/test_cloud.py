@@ -11,8 +11,10 @@ import io
 import math
 import shutil
 import socket
+import struct
 import subprocess
 import time
+import zlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -53,6 +55,15 @@ CEILING = 40_000
 PRICE = 30_000
 
 Response = cloud_pb2.GenerateResponse
+
+
+def headless() -> bytes:
+    """An image that decodes, with a note before its header."""
+    whole = png()
+    note = b"tEXtnote\0x"
+    return (
+        whole[:8] + struct.pack(">I", len(note) - 4) + note + struct.pack(">I", zlib.crc32(note)) + whole[8:]
+    )
 
 
 def png(width: int = 64, height: int = 64, image_format: str = "PNG") -> bytes:
@@ -315,6 +326,7 @@ async def test_no_connection_exists_before_the_first_call_nor_after_the_last(clo
         ([accepted(), *chunks(png()[:-2_000]), result(png()[:-2_000])], "not a PNG"),
         ([accepted(), *chunks(png(image_format="JPEG")), result(png(image_format="JPEG"))], "not a PNG"),
         ([accepted(), result(b"")], "not a PNG"),
+        ([accepted(), *chunks(headless()), result(headless())], "does not begin with IHDR"),
         ([accepted(), *chunks(png(32, 64)), result(png(32, 64))], "32x64 pixels instead of 64x64"),
         ([accepted(), chunk(0, b"12"), chunk(3, b"4")], "byte 3 where byte 2 is due"),
         ([accepted(), chunk(0, b"12"), chunk(0, b"12")], "byte 0 where byte 2 is due"),

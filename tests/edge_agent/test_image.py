@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import pytest
 from PIL.PngImagePlugin import PngInfo
@@ -32,10 +33,13 @@ def test_a_files_own_texts_give_way_and_its_other_chunks_stay() -> None:
     theirs.add_text("prompt", "forged")
     theirs.add_itxt("comment", "bought from me")
     theirs.add_text("zipped", "z" * 1000, zip=True)
+    camera = PIL.Image.Exif()
+    camera[PIL.ExifTags.Base.ImageDescription] = "forged"
     file = io.BytesIO()
-    PIL.Image.fromarray(PIXELS).save(file, "PNG", pnginfo=theirs, dpi=(72, 72))
+    PIL.Image.fromarray(PIXELS).save(file, "PNG", pnginfo=theirs, dpi=(72, 72), exif=camera)
     image = opened(with_facts(file.getvalue(), {"prompt": "mine"}))
     assert image.text == {"prompt": "mine"}
+    assert not image.getexif()
     assert "dpi" in image.info
     assert np.array_equal(np.asarray(image), PIXELS)
 

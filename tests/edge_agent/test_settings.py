@@ -75,6 +75,7 @@ def test_a_budget_for_one_app_leaves_the_default_one_for_all_in_force() -> None:
         ("cloud", "example.com:0", "HOST:PORT"),
         ("cloud", "unix:", "path"),
         ("listen", "127.0.0.1:" + "9" * 5_000, "neither unix:PATH nor HOST:PORT"),
+        ("listen", "[[::1]]:50051", "stand in brackets"),
         ("listen", "unix:/tmp/a\0b", "NUL"),
         ("cloud", "a\0b:443", "NUL"),
         ("cloud", "127.0.0.1:" + "9" * 5_000, "neither unix:PATH nor HOST:PORT"),

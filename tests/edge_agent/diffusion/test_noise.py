@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from edge_agent.diffusion.noise import SEED_LIMIT, TorchNoise, torch_randn
+from edge_agent.diffusion.noise import SEED_LIMIT, TorchNoise
 
 # torch's vectorised logarithm and cosine differ from numpy's in the last bits.
 TOLERANCE = 1e-6
@@ -20,7 +20,7 @@ TOLERANCE = 1e-6
 )
 def test_equals_torch_for_any_size(seed: int, shape: tuple[int, ...]) -> None:
     expected = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).numpy()
-    drawn = torch_randn(seed, shape)
+    drawn = TorchNoise(seed).draw(shape)
     assert drawn.dtype == np.float32
     np.testing.assert_allclose(drawn, expected, rtol=0, atol=TOLERANCE)
 
