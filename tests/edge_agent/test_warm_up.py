@@ -361,7 +361,9 @@ def test_a_provider_that_does_not_open_the_models_is_passed_over_unless_it_is_na
     with pytest.warns(UserWarning, match="not in available provider"):
         models = _load_models(resolve(flags, {}))
     found = {each.name: each for each in models.providers}
-    assert found["cpu"].state is providers.State.IN_USE and all(s.on_cpu for s in models.generator.sessions)
+    assert found["cpu"].state is providers.State.IN_USE and all(
+        s._runtime.on_cpu for s in models.generator.sessions
+    )
     assert found["cuda"].reason.startswith("it does not open this model: ")
     with (
         pytest.warns(UserWarning, match="not in available provider"),
