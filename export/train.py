@@ -3,7 +3,7 @@
     edge-export train LABELS BUNDLE OUT [--steps N] [--ablate single-metric|no-selection|single-gate]
 
 The bundle's tokenizer and text encoder make the token states, as they do in serving; the states are cached beside
-the weights. Takes a minute or two on one core, whatever the number of prompts.
+the weights. Training takes a minute or two on one core, however many prompts there are; encoding them comes before it.
 """
 
 from __future__ import annotations
