@@ -176,7 +176,7 @@ async def test_what_a_failed_call_cost_is_known_before_the_edges_image_is_done(b
     straight = both.here.daemon.agent
     assert straight is not None
     before = straight.tally.fallbacks
-    request = ImageRequest(request_id="early", app="default", prompt=CLOUD_PROMPT)
+    request = ImageRequest(request_id="early", app="default", prompt=CLOUD_PROMPT, steps=200)
     async with aclosing(straight.generate(request)) as events:
         async for event in events:
             assert not isinstance(event, agent.Result)
