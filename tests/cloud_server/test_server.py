@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,28 @@ async def test_under_nohup_and_with_a_log_that_nobody_reads_it_answers_until_it_
         process.popen.send_signal(signal.SIGHUP)
         for _ in range(1_000):  # a pipe holds 64 KiB: some 400 lines
             await client.lookup("none")
+    process.popen.terminate()
+    assert await process.exit_code(30) == 0
+
+
+async def test_strangers_who_speak_no_tls_hold_up_nothing_where_nobody_reads_the_log(
+    start: Start, model_folder: Path, tmp_path: Path, certificate: tuple[Path, Path]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        host, port = free.getsockname()
+    chain, key = certificate
+    (tmp_path / "tokens").write_text("acme 0123456789abcdef\n")
+    tls = ("--tls-cert", chain, "--tls-key", key, "--tokens", tmp_path / "tokens")
+    flags = ("--model", model_folder, "--state", tmp_path / "state")
+    process = start("--listen", f"{host}:{port}", *tls, *flags, stderr=subprocess.PIPE)
+    trusted = grpc.ssl_channel_credentials(chain.read_bytes())
+    async with grpc.aio.secure_channel(f"localhost:{port}", trusted) as channel:
+        await asyncio.wait_for(channel.channel_ready(), 60)
+    for _ in range(600):  # gRPC has 200 bytes to say of each, and a pipe holds 64 KiB
+        with socket.create_connection((host, port), timeout=10) as stranger:
+            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            with suppress(ConnectionError):
+                stranger.recv(100)
     process.popen.terminate()
     assert await process.exit_code(30) == 0
 

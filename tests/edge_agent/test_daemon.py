@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from edge_agent.quota import Ledger
 from edge_agent.settings import resolve
 from routet2i.edge.v1 import edge_pb2, edge_pb2_grpc
 from routet2i.image.v1 import image_pb2
+from tests.edge_agent.test_cloud import make_certificate
 from tests.hangup import hanging_up
 from tests.routed import SLOW_STEPS
 from tests.running import SERVICE, Process, process_environment, short_folder, until
@@ -363,6 +365,35 @@ def test_a_log_that_nobody_reads_holds_up_neither_calls_nor_the_end(
             assert daemon.wait(20) == 0
         finally:
             daemon.kill()
+
+
+def test_what_grpc_has_to_say_of_a_cloud_that_speaks_no_tls_is_no_line_of_the_log(
+    start: Start, tmp_path: Path
+) -> None:
+    """It would be of another form, and where nobody reads the log gRPC's own threads would wait for it to be read."""
+    pem = make_certificate(tmp_path)[1]
+    with socket.create_server(("127.0.0.1", 0)) as cloud:
+        host, port = cloud.getsockname()
+        process = start("--listen", "127.0.0.1:0", "--cloud", f"{host}:{port}", "--cloud-ca", pem)
+        address = process.wait_for("listening")["address"]
+        process.wait_for("serving")
+        threading.Thread(target=_answer_in_plain_text, args=(cloud,), daemon=True).start()
+        with grpc.insecure_channel(address) as channel:
+            image = image_pb2.ImageRequest(prompt="a cat")
+            request = edge_pb2.GenerateRequest(image=image, routing=edge_pb2.ROUTING_CLOUD_ONLY)
+            with pytest.raises(grpc.RpcError, match=r"TLS|SSL|andshake"):
+                list(edge_pb2_grpc.EdgeAgentServiceStub(channel).Generate(request, timeout=60))
+        assert process.stop() == 0
+    assert [line for line in process.text.splitlines() if not line.startswith("{")] == []
+
+
+def _answer_in_plain_text(server: socket.socket) -> None:
+    with suppress(OSError):  # it is closed
+        while True:
+            caller, _ = server.accept()
+            with caller, suppress(ConnectionError):
+                caller.recv(65_536)
+                caller.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
 
 
 def _served(stub: Any, request: edge_pb2.RouteRequest) -> bool:
