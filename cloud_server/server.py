@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import errno
 import logging
 import signal
+import socket
 import threading
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -19,7 +22,7 @@ from cloud_server.generator import Generator
 from cloud_server.journal import Journal
 from cloud_server.model import open_model
 from cloud_server.service import CloudServerService, HandOverMalformed, Serving
-from cloud_server.settings import Settings, expanded
+from cloud_server.settings import Settings, expanded, split_address
 from cloud_server.tenants import Tenants
 from routet2i.cloud.v1 import cloud_pb2, cloud_pb2_grpc
 
@@ -139,19 +142,21 @@ class Server:
     def _bind(self) -> int:
         settings = self.settings
         try:
-            if not settings.tls:
+            if _taken(settings.listen):
+                port = 0
+            elif not settings.tls:
                 port = self._server.add_insecure_port(settings.listen)
             else:
                 key, chain = expanded(settings.tls_key).read_bytes(), expanded(settings.tls_cert).read_bytes()
                 credentials = grpc.ssl_server_credentials([(key, chain)])
                 port = self._server.add_secure_port(settings.listen, credentials)
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError):
+            port = 0
+        if port == 0:
             raise StartRefused(
                 f"cannot listen on {settings.listen}: the port is taken, or the address is not this "
                 "machine's. Stop what uses it, or choose another with --listen"
-            ) from error
-        if port == 0:
-            raise StartRefused(f"cannot listen on {settings.listen}; choose another address with --listen")
+            )
         return port
 
     def _load(self) -> asyncio.Future[Serving]:
@@ -207,3 +212,24 @@ async def run(settings: Settings) -> Server:
     finally:
         await server.shutdown()
     return server
+
+
+def _taken(address: str) -> bool:
+    """Whether somebody listens at one of the addresses of a name. gRPC is content where another one of them is free:
+    both would then get some of the calls.
+    """
+    host, port = split_address(address)
+    with suppress(socket.gaierror):  # gRPC may know the name all the same
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        return any(_in_use(family, place) for family, _, _, _, place in found)
+    return False
+
+
+def _in_use(family: int, place: Any) -> bool:
+    try:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does
+            probe.bind(place)
+    except OSError as error:
+        return error.errno == errno.EADDRINUSE
+    return False

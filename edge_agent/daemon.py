@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -186,7 +187,7 @@ class Daemon:
         address = self.settings.address
         before = os.umask(0o177)  # a socket file that only its owner may connect to
         try:
-            port = self._server.add_insecure_port(address)
+            port = 0 if _taken(address) else self._server.add_insecure_port(address)
         except RuntimeError:
             port = 0
         finally:
@@ -407,6 +408,29 @@ def _cloud_client(settings: Settings) -> CloudClient | None:
     return CloudClient(
         settings.cloud, ca_file=ca_file, token=token, connect_timeout_s=settings.cloud_connect_timeout_s
     )
+
+
+def _taken(address: str) -> bool:
+    """Whether somebody listens at one of the addresses of a name. gRPC is content where another one of them is free:
+    both would then get some of the calls.
+    """
+    if address.startswith("unix:"):
+        return False
+    host, port = split_address(address)
+    with suppress(socket.gaierror):  # gRPC may know the name all the same
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        return any(_in_use(family, place) for family, _, _, _, place in found)
+    return False
+
+
+def _in_use(family: int, place: Any) -> bool:
+    try:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does
+            probe.bind(place)
+    except OSError as error:
+        return error.errno == errno.EADDRINUSE
+    return False
 
 
 def _check_socket(path: Path) -> None:

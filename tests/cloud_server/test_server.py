@@ -199,9 +199,12 @@ async def test_reflection_lists_the_service(running: Running) -> None:
     assert {"routet2i.cloud.v1.CloudServerService", "grpc.health.v1.Health"} <= set(names)
 
 
-def test_a_taken_port_is_said_with_exit_code_2(start: Start, model_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])  # which is [::1], too, and that is free
+def test_a_taken_port_is_said_with_exit_code_2(
+    start: Start, model_folder: Path, tmp_path: Path, host: str
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        address = f"{host}:{taken.getsockname()[1]}"
         process = start("--listen", address, "--model", model_folder, "--state", tmp_path / "state")
         assert process.popen.wait(60) == 2
     assert f"cannot listen on {address}" in process.text

@@ -225,6 +225,8 @@ def test_a_port_in_use_is_refused(folder: Path, refused: Refused) -> None:
         taken.listen()
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         assert f"cannot listen on {address}" in refused("--listen", address)
+        by_name = address.replace("127.0.0.1", "localhost")  # also [::1], which is free
+        assert f"cannot listen on {by_name}" in refused("--listen", by_name)
 
 
 def test_the_command_says_why_it_cannot_start_without_a_traceback(folder: Path) -> None:
