@@ -127,7 +127,7 @@ class Daemon:
             self._service.agent = self.agent
             self.agent.models.rest()
             await self._set_health(health_pb2.HealthCheckResponse.SERVING)
-            _log_serving(self.agent)
+            self._log_serving()
             self._begin_warm_up(self.agent.models)
             await stopped
         finally:
@@ -208,7 +208,7 @@ class Daemon:
             assert self.agent is not None  # noqa: S101  # the service asks for it before
             self._service.agent = self.agent = self.agent.succeeded_by(models)
             models.rest()
-            _log_serving(self.agent)
+            self._log_serving()
             self._begin_warm_up(models)
             return self.agent
 
@@ -261,6 +261,20 @@ class Daemon:
         working = asyncio.wrap_future(outcome)
         self._working = [*(each for each in self._working if not each.done()), working]
         return working
+
+    def _log_serving(self) -> None:
+        assert self.agent is not None  # noqa: S101  # which has been made
+        bundle, named = self.agent.reader.bundle, self.settings.models and not self.settings.bundle
+        fields: dict[str, Any] = {"bundle": bundle.folder, "digest": bundle.model_digest}
+        log.info("serving", extra={"fields": fields | {"calibrated": self.agent.calibrated}})
+        advice = list(self.agent.advice)
+        if named and not self.settings.store.there:  # it may be misspelt
+            advice.append(
+                f"the models folder {self.settings.store.folder} is not there, so the starter serves: get models with "
+                "`edge-agent models pull`, or name another folder with --models"
+            )
+        for each in advice:
+            log.warning("advice", extra={"fields": {"do": each}})
 
     async def _set_health(self, status: Any) -> None:
         for service in ("", SERVICE):
@@ -375,14 +389,6 @@ def _open_better(settings: Settings, generator: Generator, choice: Choice, bundl
             raise
         shutil.rmtree(cache)
         return opened()
-
-
-def _log_serving(agent: Agent) -> None:
-    bundle = agent.reader.bundle
-    fields: dict[str, Any] = {"bundle": bundle.folder, "digest": bundle.model_digest}
-    log.info("serving", extra={"fields": fields | {"calibrated": agent.calibrated}})
-    for advice in agent.advice:
-        log.warning("advice", extra={"fields": {"do": advice}})
 
 
 def _cloud_client(settings: Settings) -> CloudClient | None:

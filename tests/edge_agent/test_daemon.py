@@ -229,6 +229,23 @@ def test_a_port_in_use_is_refused(folder: Path, refused: Refused) -> None:
         assert f"cannot listen on {by_name}" in refused("--listen", by_name)
 
 
+def test_a_models_folder_that_is_not_there_is_named_as_the_starter_serves(folder: Path) -> None:
+    process = Process("edge_agent", folder, "--models", folder / "misspelt", "--listen", "127.0.0.1:0")
+    try:
+        process.wait_for("serving")
+        assert process.stop() == 0
+    finally:
+        process.kill()
+    advice = [line["do"] for line in process.lines if line["event"] == "advice"]
+    assert any(f"the models folder {folder}/misspelt is not there" in each for each in advice)
+
+
+def test_a_file_for_a_models_folder_is_refused(folder: Path, refused: Refused) -> None:
+    (folder / "file").touch()
+    words = refused("--models", folder / "file", "--listen", "127.0.0.1:0")
+    assert "file/.current cannot be read: Not a directory; choose another folder with --models" in words
+
+
 def test_the_command_says_why_it_cannot_start_without_a_traceback(folder: Path) -> None:
     finished = subprocess.run(
         [sys.executable, "-m", "edge_agent", "serve", "--bundle", folder / "none"],
