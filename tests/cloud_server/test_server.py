@@ -22,9 +22,11 @@ from cloud_server.__main__ import main
 from cloud_server.errors import StartRefused
 from cloud_server.server import Server
 from cloud_server.settings import STARTER, Settings
+from tests import http2
 from tests.cloud_server.conftest import PRICE, Client, Process, Running, serve
 from tests.hangup import hanging_up
 from tests.miniature import forget
+from tests.running import until
 
 Start = Callable[..., Process]
 
@@ -155,6 +157,23 @@ async def test_under_nohup_and_with_a_log_that_nobody_reads_it_answers_until_it_
             await client.lookup("none")
     process.popen.terminate()
     assert await process.exit_code(30) == 0
+
+
+async def test_a_call_whose_method_is_no_text_ends_neither_the_server_nor_the_calls_under_way(
+    tmp_path: Path, model_folder: Path
+) -> None:
+    """GRPC closes the port for good at such a call, whoever sends it."""
+    async with serve(tmp_path, model_folder) as running:
+        port = running.server.port
+        call = running.client.call(request_id="under-way", steps=50, width=256, height=256)
+        await anext(aiter(call))
+        lost = running.server._server
+        await asyncio.to_thread(http2.call, f"127.0.0.1:{port}", b"/routet2i.\xec/x")
+        await until(lambda: running.server._server is not lost)
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            assert (await Client(channel).generate(request_id="new", steps=1)).result is not None
+        assert (await running.client.read(call)).result is not None
+        assert running.server.port == port
 
 
 async def test_strangers_who_speak_no_tls_hold_up_nothing_where_nobody_reads_the_log(

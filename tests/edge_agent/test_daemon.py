@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +28,7 @@ from edge_agent.quota import Ledger
 from edge_agent.settings import resolve
 from routet2i.edge.v1 import edge_pb2, edge_pb2_grpc
 from routet2i.image.v1 import image_pb2
+from tests import http2
 from tests.edge_agent.test_cloud import make_certificate
 from tests.hangup import hanging_up
 from tests.routed import SLOW_STEPS
@@ -362,6 +364,31 @@ def test_each_request_has_one_line_without_its_prompt(start: Start, folder: Path
     assert {"route", "reason", "prs", "alpha", "sha256", "encode_ms", "denoise_ms", "total_ms"} <= set(made)
     assert bad["outcome"] == "INVALID_ARGUMENT" and "empty" in bad["error"]
     assert "secret" not in process.text
+
+
+def test_a_call_whose_method_is_no_text_ends_neither_the_daemon_nor_the_calls_under_way(
+    start: Start, folder: Path
+) -> None:
+    """GRPC closes the address for good at such a call, whoever sends it."""
+    address = f"unix:{folder}/agent.sock"
+    process = start("--listen", address)
+    process.wait_for("serving")
+    image = image_pb2.ImageRequest(prompt="a cat", steps=SLOW_STEPS)
+    with grpc.insecure_channel(address) as channel:
+        call = edge_pb2_grpc.EdgeAgentServiceStub(channel).Generate(edge_pb2.GenerateRequest(image=image))
+        assert next(call).HasField("decision")
+        for number in (2, 3):
+            http2.call(address, b"/routet2i.\xec/x")
+            end = time.monotonic() + 30
+            while sum(line["event"] == "listening" for line in process.lines) < number:
+                assert time.monotonic() < end, process.text
+                time.sleep(0.02)
+            assert health(address) == "SERVING"
+        *_, last = call
+        assert last.HasField("result")
+    time.sleep(0.5)  # by now gRPC has let go of the lost ones
+    assert health(address) == "SERVING"
+    assert process.stop() == 0
 
 
 def test_a_log_that_nobody_reads_holds_up_neither_calls_nor_the_end(
