@@ -343,6 +343,12 @@ async def run(settings: Settings) -> Daemon:
         await daemon.serve()
     finally:
         await daemon.shutdown()
+    for (
+        number
+    ) in STOP_SIGNALS:  # another one, as the interpreter ends, would make a failure of what has ended well
+        with suppress(NotImplementedError):  # on Windows
+            loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_IGN)
     return daemon
 
 

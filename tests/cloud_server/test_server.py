@@ -176,6 +176,19 @@ async def test_a_call_whose_method_is_no_text_ends_neither_the_server_nor_the_ca
         assert running.server.port == port
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_who_asks_again_while_it_leaves_gets_the_same_exit_code(
+    number: signal.Signals, start: Start, model_folder: Path, tmp_path: Path
+) -> None:
+    process = start("--listen", "127.0.0.1:0", "--model", model_folder, "--state", tmp_path / "state")
+    await process.until('"serving"')
+    while process.popen.poll() is None:
+        process.popen.send_signal(number)
+        await asyncio.sleep(0.01)
+    assert process.popen.wait() == 0
+    assert "Traceback" not in process.text
+
+
 async def test_strangers_who_speak_no_tls_hold_up_nothing_where_nobody_reads_the_log(
     start: Start, model_folder: Path, tmp_path: Path, certificate: tuple[Path, Path]
 ) -> None:

@@ -391,6 +391,17 @@ def test_a_call_whose_method_is_no_text_ends_neither_the_daemon_nor_the_calls_un
     assert process.stop() == 0
 
 
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_who_asks_again_while_it_leaves_gets_the_same_exit_code(start: Start, number: signal.Signals) -> None:
+    process = start("--listen", "127.0.0.1:0")
+    process.wait_for("serving")
+    while process.popen.poll() is None:
+        process.popen.send_signal(number)
+        time.sleep(0.01)
+    assert process.popen.wait() == 0
+    assert "Traceback" not in process.text
+
+
 def test_a_log_that_nobody_reads_holds_up_neither_calls_nor_the_end(
     folder: Path, routed_bundle: Path
 ) -> None:
