@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import errno
 import logging
 import signal
+import socket
 import threading
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -19,7 +22,7 @@ from cloud_server.generator import Generator
 from cloud_server.journal import Journal
 from cloud_server.model import open_model
 from cloud_server.service import CloudServerService, HandOverMalformed, Serving
-from cloud_server.settings import Settings, expanded
+from cloud_server.settings import Settings, expanded, split_address
 from cloud_server.tenants import Tenants
 from routet2i.cloud.v1 import cloud_pb2, cloud_pb2_grpc
 
@@ -46,6 +49,7 @@ CHANNEL_OPTIONS = (
     ("grpc.server.max_pending_requests_hard_limit", 200_000),
 )
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+LISTENS_S = 1.0  # how long the port may be closed before it is noticed
 CLOSE_S = 1.0  # what handlers that were told to stop get to say so before their connections close
 
 
@@ -59,6 +63,9 @@ class Server:
         self._hurry = asyncio.Event()
         self._health = health.aio.HealthServicer()
         self._loading: asyncio.Future[Serving] | None = None
+        self._closing: set[asyncio.Task[None]] = (
+            set()
+        )  # of gRPC's servers that were lost, with calls under way
 
     async def startup(self) -> None:
         """Opens the journal and the port; health says NOT_SERVING. Raises StartRefused."""
@@ -72,20 +79,12 @@ class Server:
                 journal=self._journal,
                 tenants=tenants,
             )
-            self._server = grpc.aio.server(interceptors=(HandOverMalformed(),), options=CHANNEL_OPTIONS)
-            cloud_pb2_grpc.add_CloudServerServiceServicer_to_server(self._service, self._server)
-            health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-            reflection.enable_server_reflection((SERVICE, HEALTH, reflection.SERVICE_NAME), self._server)
             await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-            self.port = self._bind()
-            await self._server.start()
+            await self._listen()
         except BaseException:
             self._journal.close()
             raise
-        log.info(
-            "listening",
-            extra={"fields": {"address": settings.listen, "port": self.port, "tls": settings.tls}},
-        )
+        self._listening = asyncio.create_task(self._keep_listening())
 
     async def serve(self) -> None:
         """Loads the model and serves it until `stop()`. Raises StartRefused when the model cannot be loaded."""
@@ -106,6 +105,7 @@ class Server:
     async def shutdown(self) -> None:
         """Drains: health NOT_SERVING, new requests refused, those in flight get the grace period to finish."""
         self._service.draining = True
+        self._listening.cancel()
         await self._health.enter_graceful_shutdown()
         log.info("draining", extra={"fields": {"in_flight": self._service.in_flight}})
         idle = asyncio.ensure_future(self._service.idle())
@@ -115,7 +115,7 @@ class Server:
         hurry.cancel()
         self._service.cut_off()
         await self._service.idle()  # a request that is cut off leaves the model at its next step
-        await self._server.stop(CLOSE_S)
+        await asyncio.gather(self._server.stop(CLOSE_S), *self._closing)
         self._journal.close()
         if self._service.serving is not None:
             self._service.serving.generator.close()
@@ -136,22 +136,68 @@ class Server:
         """Whether a thread is loading the model, which nothing can interrupt."""
         return self._loading is not None and not self._loading.done()
 
-    def _bind(self) -> int:
-        settings = self.settings
+    async def _listen(self) -> None:
+        server = grpc.aio.server(interceptors=(HandOverMalformed(),), options=CHANNEL_OPTIONS)
+        cloud_pb2_grpc.add_CloudServerServiceServicer_to_server(self._service, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection((SERVICE, HEALTH, reflection.SERVICE_NAME), server)
+        self.port = self._bind(server)
+        await server.start()
+        self._server = server
+        fields = {"address": self.settings.listen, "port": self.port, "tls": self.settings.tls}
+        log.info("listening", extra={"fields": fields})
+
+    async def _keep_listening(self) -> None:
+        """Listens anew where gRPC gave up: a call whose method is no UTF-8 has it close the port for good.
+
+        Calls under way go on where they began.
+        """
+        while (error := await self._lost()) is not None:
+            log.warning("listener lost", extra={"fields": {"error": error}})
+            await self._listen_anew()
+
+    async def _lost(self) -> Exception | None:
+        """Why gRPC gave up, once it has; None where it was told to stop."""
         try:
-            if not settings.tls:
-                port = self._server.add_insecure_port(settings.listen)
+            while await self._server.wait_for_termination(LISTENS_S):
+                pass
+        except Exception as error:
+            return error
+        return None
+
+    async def _listen_anew(self) -> None:
+        lost = self._server
+        try:
+            await self._listen()
+        except StartRefused as refusal:  # somebody was faster
+            log.error("listener lost", extra={"fields": {"error": refusal.message}})
+            await asyncio.sleep(LISTENS_S)
+        else:
+            closing = asyncio.create_task(lost.stop(self.settings.grace_s))
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+
+    def _bind(self, server: grpc.aio.Server) -> int:
+        settings = self.settings
+        address = settings.listen
+        if self.port:  # which was found, and stays
+            address = f"{address.rpartition(':')[0]}:{self.port}"
+        try:
+            if _taken(address):
+                port = 0
+            elif not settings.tls:
+                port = server.add_insecure_port(address)
             else:
                 key, chain = expanded(settings.tls_key).read_bytes(), expanded(settings.tls_cert).read_bytes()
                 credentials = grpc.ssl_server_credentials([(key, chain)])
-                port = self._server.add_secure_port(settings.listen, credentials)
-        except (RuntimeError, OSError) as error:
+                port = server.add_secure_port(address, credentials)
+        except (RuntimeError, OSError):
+            port = 0
+        if port == 0:
             raise StartRefused(
                 f"cannot listen on {settings.listen}: the port is taken, or the address is not this "
                 "machine's. Stop what uses it, or choose another with --listen"
-            ) from error
-        if port == 0:
-            raise StartRefused(f"cannot listen on {settings.listen}; choose another address with --listen")
+            )
         return port
 
     def _load(self) -> asyncio.Future[Serving]:
@@ -206,4 +252,31 @@ async def run(settings: Settings) -> Server:
         await server.serve()
     finally:
         await server.shutdown()
+    for (
+        number
+    ) in STOP_SIGNALS:  # another one, as the interpreter ends, would make a failure of what has ended well
+        with suppress(NotImplementedError):  # on Windows
+            loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_IGN)
     return server
+
+
+def _taken(address: str) -> bool:
+    """Whether somebody listens at one of the addresses of a name. gRPC is content where another one of them is free:
+    both would then get some of the calls.
+    """
+    host, port = split_address(address)
+    with suppress(socket.gaierror):  # gRPC may know the name all the same
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        return any(_in_use(family, place) for family, _, _, _, place in found)
+    return False
+
+
+def _in_use(family: int, place: Any) -> bool:
+    try:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does
+            probe.bind(place)
+    except OSError as error:
+        return error.errno == errno.EADDRINUSE
+    return False

@@ -16,6 +16,10 @@ def _interrupted(*_: object) -> None:
     os._exit(INTERRUPTED)
 
 
+# Read by gRPC when it is imported. It has words of its own, such as for a stranger's handshake that fails, which are no
+# lines of our log, and where nobody reads standard error the threads that serve would wait there.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
 _before = signal.signal(signal.SIGINT, _interrupted)
 try:
     import argparse

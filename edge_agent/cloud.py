@@ -116,8 +116,10 @@ _HUNG_UP = ("Socket closed", "Connection reset")
 """GRPC's words for a peer that takes a connection and ends it at once."""
 
 _UNTRUSTED = "CERTIFICATE_VERIFY_FAILED"
+_OUT_OF_DATE = ("certificate has expired", "certificate is not yet valid")
 _MISNAMED = "Hostname Verification Check failed"
-"""GRPC's words for a certificate of an authority that we do not trust, and for one that names another host."""
+"""GRPC's words for a certificate of an authority that we do not trust, and of one that we do, for one that is not valid
+today, and for one that names another host."""
 
 
 @dataclass(frozen=True)
@@ -388,6 +390,8 @@ class CloudClient:
                 check = "check the address and that the cloud server runs"
                 if not self._secure and any(words in reason for words in _HUNG_UP):
                     check = "a server that speaks TLS does so: if this one does, name its authority with --cloud-ca"
+                elif any(words in reason for words in _OUT_OF_DATE):
+                    check = "renew its certificate, or set the clock of this machine if that is wrong"
                 elif _UNTRUSTED in reason:
                     check = (
                         "its certificate is not trusted: name the authority that signed it with --cloud-ca"

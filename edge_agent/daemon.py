@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -62,6 +63,9 @@ CHANNEL_OPTIONS = (
     ("grpc.server.max_pending_requests_hard_limit", 200_000),
 )
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+LISTENS_S = 1.0
+"""How long the address may be closed before it is noticed."""
+
 CLOSE_S = 1.0
 """What handlers that were told to stop get to say so before their connections close."""
 
@@ -83,6 +87,9 @@ class Daemon:
         self._warming = asyncio.Lock()  # two at a time would share a cache, which one may throw away
         self._reloading = asyncio.Lock()
         self._reloads: set[asyncio.Task[Agent]] = set()  # which end whether or not their callers stay
+        self._closing: set[asyncio.Task[None]] = (
+            set()
+        )  # of gRPC's servers that were lost, with calls under way
         self.agent: Agent | None = None  # once the models are loaded
 
     async def startup(self) -> None:
@@ -99,17 +106,12 @@ class Daemon:
                 _clear_socket(socket_file)
             self._purchases = Purchases(ledger, _cloud_client(settings))
             self._service = EdgeAgentService(self.reload)
-            self._server = grpc.aio.server(interceptors=(HandOverMalformed(),), options=CHANNEL_OPTIONS)
-            edge_pb2_grpc.add_EdgeAgentServiceServicer_to_server(self._service, self._server)
-            health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-            reflection.enable_server_reflection((SERVICE, HEALTH, reflection.SERVICE_NAME), self._server)
             await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-            self.address = self._bind()
-            await self._server.start()
+            await self._listen()
         except BaseException:
             ledger.close()
             raise
-        log.info("listening", extra={"fields": {"address": self.address}})
+        self._listening = asyncio.create_task(self._keep_listening())
 
     async def serve(self) -> None:
         """Loads the bundle and serves it until `stop()`. Raises StartRefused, BundleError or LedgerError."""
@@ -126,7 +128,7 @@ class Daemon:
             self._service.agent = self.agent
             self.agent.models.rest()
             await self._set_health(health_pb2.HealthCheckResponse.SERVING)
-            _log_serving(self.agent)
+            self._log_serving()
             self._begin_warm_up(self.agent.models)
             await stopped
         finally:
@@ -148,6 +150,7 @@ class Daemon:
     async def shutdown(self) -> None:
         """Drains: health NOT_SERVING, new requests refused, those in flight get the grace period to finish."""
         self._service.draining = True
+        self._listening.cancel()
         await self._health.enter_graceful_shutdown()
         log.info("draining", extra={"fields": {"in_flight": self._service.in_flight}})
         idle = asyncio.ensure_future(self._service.idle())
@@ -156,7 +159,7 @@ class Daemon:
         idle.cancel()
         hurry.cancel()
         self._service.cut_off()
-        await self._server.stop(CLOSE_S)
+        await asyncio.gather(self._server.stop(CLOSE_S), *self._closing)
         await self._service.idle()  # a cancelled image leaves the device at once
         for task in (*self._reloads, *self._warm_ups):
             task.cancel()
@@ -182,11 +185,51 @@ class Daemon:
         """Whether a thread is loading models or warming them up, which nothing can interrupt."""
         return any(not working.done() for working in self._working)
 
-    def _bind(self) -> str:
-        address = self.settings.address
+    async def _listen(self) -> None:
+        server = grpc.aio.server(interceptors=(HandOverMalformed(),), options=CHANNEL_OPTIONS)
+        edge_pb2_grpc.add_EdgeAgentServiceServicer_to_server(self._service, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection((SERVICE, HEALTH, reflection.SERVICE_NAME), server)
+        self.address = self._bind(server)
+        await server.start()
+        self._server = server
+        log.info("listening", extra={"fields": {"address": self.address}})
+
+    async def _keep_listening(self) -> None:
+        """Listens anew where gRPC gave up: a call whose method is no UTF-8 has it close the address for good.
+
+        Calls under way go on where they began.
+        """
+        while (error := await self._lost()) is not None:
+            log.warning("listener lost", extra={"fields": {"error": error}})
+            await self._listen_anew()
+
+    async def _lost(self) -> Exception | None:
+        """Why gRPC gave up, once it has; None where it was told to stop."""
+        try:
+            while await self._server.wait_for_termination(LISTENS_S):
+                pass
+        except Exception as error:
+            return error
+        return None
+
+    async def _listen_anew(self) -> None:
+        lost = self._server
+        try:
+            await self._listen()
+        except StartRefused as refusal:  # somebody was faster
+            log.error("listener lost", extra={"fields": {"error": refusal.message}})
+            await asyncio.sleep(LISTENS_S)
+        else:
+            closing = asyncio.create_task(lost.stop(self.settings.grace_s))
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+
+    def _bind(self, server: grpc.aio.Server) -> str:
+        address = self.address
         before = os.umask(0o177)  # a socket file that only its owner may connect to
         try:
-            port = self._server.add_insecure_port(address)
+            port = 0 if _taken(address) else server.add_insecure_port(address)
         except RuntimeError:
             port = 0
         finally:
@@ -207,7 +250,7 @@ class Daemon:
             assert self.agent is not None  # noqa: S101  # the service asks for it before
             self._service.agent = self.agent = self.agent.succeeded_by(models)
             models.rest()
-            _log_serving(self.agent)
+            self._log_serving()
             self._begin_warm_up(models)
             return self.agent
 
@@ -261,6 +304,20 @@ class Daemon:
         self._working = [*(each for each in self._working if not each.done()), working]
         return working
 
+    def _log_serving(self) -> None:
+        assert self.agent is not None  # noqa: S101  # which has been made
+        bundle, named = self.agent.reader.bundle, self.settings.models and not self.settings.bundle
+        fields: dict[str, Any] = {"bundle": bundle.folder, "digest": bundle.model_digest}
+        log.info("serving", extra={"fields": fields | {"calibrated": self.agent.calibrated}})
+        advice = list(self.agent.advice)
+        if named and not self.settings.store.there:  # it may be misspelt
+            advice.append(
+                f"the models folder {self.settings.store.folder} is not there, so the starter serves: get models with "
+                "`edge-agent models pull`, or name another folder with --models"
+            )
+        for each in advice:
+            log.warning("advice", extra={"fields": {"do": each}})
+
     async def _set_health(self, status: Any) -> None:
         for service in ("", SERVICE):
             await self._health.set(service, status)
@@ -286,6 +343,12 @@ async def run(settings: Settings) -> Daemon:
         await daemon.serve()
     finally:
         await daemon.shutdown()
+    for (
+        number
+    ) in STOP_SIGNALS:  # another one, as the interpreter ends, would make a failure of what has ended well
+        with suppress(NotImplementedError):  # on Windows
+            loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_IGN)
     return daemon
 
 
@@ -376,14 +439,6 @@ def _open_better(settings: Settings, generator: Generator, choice: Choice, bundl
         return opened()
 
 
-def _log_serving(agent: Agent) -> None:
-    bundle = agent.reader.bundle
-    fields: dict[str, Any] = {"bundle": bundle.folder, "digest": bundle.model_digest}
-    log.info("serving", extra={"fields": fields | {"calibrated": agent.calibrated}})
-    for advice in agent.advice:
-        log.warning("advice", extra={"fields": {"do": advice}})
-
-
 def _cloud_client(settings: Settings) -> CloudClient | None:
     if not settings.cloud:
         return None
@@ -407,6 +462,29 @@ def _cloud_client(settings: Settings) -> CloudClient | None:
     return CloudClient(
         settings.cloud, ca_file=ca_file, token=token, connect_timeout_s=settings.cloud_connect_timeout_s
     )
+
+
+def _taken(address: str) -> bool:
+    """Whether somebody listens at one of the addresses of a name. gRPC is content where another one of them is free:
+    both would then get some of the calls.
+    """
+    if address.startswith("unix:"):
+        return False
+    host, port = split_address(address)
+    with suppress(socket.gaierror):  # gRPC may know the name all the same
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        return any(_in_use(family, place) for family, _, _, _, place in found)
+    return False
+
+
+def _in_use(family: int, place: Any) -> bool:
+    try:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does
+            probe.bind(place)
+    except OSError as error:
+        return error.errno == errno.EADDRINUSE
+    return False
 
 
 def _check_socket(path: Path) -> None:

@@ -83,8 +83,12 @@ _ADVICE = (
     ("disk I/O", "cannot be read or written: check the disk (full, failing, removed?) and try again"),
     ("locked", "is in use by another edge-agent: stop that one, or use another --state"),
     ("unable to open", "cannot be opened: check the path and its permissions, or use another --state"),
+    ("File exists", "has no folder: what lies in its place is a file; name a folder with --state"),
+    ("Not a directory", "has no folder: what lies in its place is a file; name a folder with --state"),
+    ("Permission denied", "cannot be reached: check the permissions of its folder, or use another --state"),
 )
-"""SQLite's words, and what to do about each. By text, because error codes came with Python 3.11 only."""
+"""SQLite's words, and the system's of the folder, and what to do about each. By text, because SQLite's error codes came
+with Python 3.11 only."""
 
 
 @dataclass(frozen=True)

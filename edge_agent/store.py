@@ -103,7 +103,7 @@ class Store:
         with self.explained("read"):
             try:
                 name = (self.folder / _CURRENT).read_text(encoding="utf-8", errors="replace").strip()
-            except (FileNotFoundError, NotADirectoryError):
+            except FileNotFoundError:
                 return STARTER_NAME
         if not _is_name(name):
             raise StoreError(

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from cloud_server.__main__ import main
 from cloud_server.errors import StartRefused
 from cloud_server.server import Server
 from cloud_server.settings import STARTER, Settings
+from tests import http2
 from tests.cloud_server.conftest import PRICE, Client, Process, Running, serve
 from tests.hangup import hanging_up
 from tests.miniature import forget
+from tests.running import until
 
 Start = Callable[..., Process]
 
@@ -156,6 +159,58 @@ async def test_under_nohup_and_with_a_log_that_nobody_reads_it_answers_until_it_
     assert await process.exit_code(30) == 0
 
 
+async def test_a_call_whose_method_is_no_text_ends_neither_the_server_nor_the_calls_under_way(
+    tmp_path: Path, model_folder: Path
+) -> None:
+    """GRPC closes the port for good at such a call, whoever sends it."""
+    async with serve(tmp_path, model_folder) as running:
+        port = running.server.port
+        call = running.client.call(request_id="under-way", steps=50, width=256, height=256)
+        await anext(aiter(call))
+        lost = running.server._server
+        await asyncio.to_thread(http2.call, f"127.0.0.1:{port}", b"/routet2i.\xec/x")
+        await until(lambda: running.server._server is not lost)
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            assert (await Client(channel).generate(request_id="new", steps=1)).result is not None
+        assert (await running.client.read(call)).result is not None
+        assert running.server.port == port
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_who_asks_again_while_it_leaves_gets_the_same_exit_code(
+    number: signal.Signals, start: Start, model_folder: Path, tmp_path: Path
+) -> None:
+    process = start("--listen", "127.0.0.1:0", "--model", model_folder, "--state", tmp_path / "state")
+    await process.until('"serving"')
+    while process.popen.poll() is None:
+        process.popen.send_signal(number)
+        await asyncio.sleep(0.01)
+    assert process.popen.wait() == 0
+    assert "Traceback" not in process.text
+
+
+async def test_strangers_who_speak_no_tls_hold_up_nothing_where_nobody_reads_the_log(
+    start: Start, model_folder: Path, tmp_path: Path, certificate: tuple[Path, Path]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        host, port = free.getsockname()
+    chain, key = certificate
+    (tmp_path / "tokens").write_text("acme 0123456789abcdef\n")
+    tls = ("--tls-cert", chain, "--tls-key", key, "--tokens", tmp_path / "tokens")
+    flags = ("--model", model_folder, "--state", tmp_path / "state")
+    process = start("--listen", f"{host}:{port}", *tls, *flags, stderr=subprocess.PIPE)
+    trusted = grpc.ssl_channel_credentials(chain.read_bytes())
+    async with grpc.aio.secure_channel(f"localhost:{port}", trusted) as channel:
+        await asyncio.wait_for(channel.channel_ready(), 60)
+    for _ in range(600):  # gRPC has 200 bytes to say of each, and a pipe holds 64 KiB
+        with socket.create_connection((host, port), timeout=10) as stranger:
+            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            with suppress(ConnectionError):
+                stranger.recv(100)
+    process.popen.terminate()
+    assert await process.exit_code(30) == 0
+
+
 async def test_threads_sleep_while_they_wait_unless_the_environment_says_otherwise(
     start: Start, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,9 +231,12 @@ async def test_reflection_lists_the_service(running: Running) -> None:
     assert {"routet2i.cloud.v1.CloudServerService", "grpc.health.v1.Health"} <= set(names)
 
 
-def test_a_taken_port_is_said_with_exit_code_2(start: Start, model_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])  # which is [::1], too, and that is free
+def test_a_taken_port_is_said_with_exit_code_2(
+    start: Start, model_folder: Path, tmp_path: Path, host: str
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        address = f"{host}:{taken.getsockname()[1]}"
         process = start("--listen", address, "--model", model_folder, "--state", tmp_path / "state")
         assert process.popen.wait(60) == 2
     assert f"cannot listen on {address}" in process.text

@@ -737,6 +737,25 @@ def make_certificate(folder: Path) -> tuple[Path, Path]:
     return key, pem
 
 
+def make_expired_certificate(folder: Path) -> tuple[Path, Path]:
+    """A key, and a certificate for 127.0.0.1 that was valid on the first day of 2020."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs the program openssl")
+    key, pem = folder / "key.pem", folder / "certificate.pem"
+    (folder / "index").touch()
+    (folder / "ca").write_text(
+        f"[ca]\ndefault_ca = here\n[here]\ndatabase = {folder}/index\nnew_certs_dir = {folder}\nrand_serial = yes\n"
+        "default_md = sha256\npolicy = any\ncopy_extensions = copy\n[any]\ncommonName = supplied\n"
+    )
+    make = "openssl req -new -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=cloud"
+    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(folder / "wish")]
+    subprocess.run([*make.split(), *names], check=True, capture_output=True)
+    sign = "openssl ca -batch -selfsign -notext -startdate 20200101000000Z -enddate 20200102000000Z"
+    files = ["-config", folder / "ca", "-keyfile", key, "-in", folder / "wish", "-out", pem]
+    subprocess.run([*sign.split(), *map(str, files)], check=True, capture_output=True)
+    return key, pem
+
+
 @asynccontextmanager
 async def over_tls(cloud: Cloud, certificate: tuple[Path, Path]) -> AsyncIterator[str]:
     """The address of `cloud` behind that key and certificate."""
@@ -772,6 +791,18 @@ async def test_over_tls_only_a_cloud_with_a_trusted_certificate_gets_the_prompt(
             assert error.never_ran
             assert words in error.message
         assert len(cloud.received) == 1
+
+
+async def test_a_certificate_that_has_expired_is_called_that_and_not_one_of_a_stranger(
+    tmp_path: Path,
+) -> None:
+    expired = make_expired_certificate(tmp_path)
+    async with over_tls(Cloud(script=honest(png())), expired) as address:
+        error = await failure(CloudClient(address, ca_file=expired[1]))
+    assert error.never_ran
+    assert error.message.endswith(
+        "; renew its certificate, or set the clock of this machine if that is wrong"
+    )
 
 
 async def test_no_proxy_stands_between_us_and_a_cloud_on_this_machine(

@@ -11,7 +11,9 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ from edge_agent.quota import Ledger
 from edge_agent.settings import resolve
 from routet2i.edge.v1 import edge_pb2, edge_pb2_grpc
 from routet2i.image.v1 import image_pb2
+from tests import http2
+from tests.edge_agent.test_cloud import make_certificate
 from tests.hangup import hanging_up
 from tests.routed import SLOW_STEPS
 from tests.running import SERVICE, Process, process_environment, short_folder, until
@@ -223,6 +227,25 @@ def test_a_port_in_use_is_refused(folder: Path, refused: Refused) -> None:
         taken.listen()
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         assert f"cannot listen on {address}" in refused("--listen", address)
+        by_name = address.replace("127.0.0.1", "localhost")  # also [::1], which is free
+        assert f"cannot listen on {by_name}" in refused("--listen", by_name)
+
+
+def test_a_models_folder_that_is_not_there_is_named_as_the_starter_serves(folder: Path) -> None:
+    process = Process("edge_agent", folder, "--models", folder / "misspelt", "--listen", "127.0.0.1:0")
+    try:
+        process.wait_for("serving")
+        assert process.stop() == 0
+    finally:
+        process.kill()
+    advice = [line["do"] for line in process.lines if line["event"] == "advice"]
+    assert any(f"the models folder {folder}/misspelt is not there" in each for each in advice)
+
+
+def test_a_file_for_a_models_folder_is_refused(folder: Path, refused: Refused) -> None:
+    (folder / "file").touch()
+    words = refused("--models", folder / "file", "--listen", "127.0.0.1:0")
+    assert "file/.current cannot be read: Not a directory; choose another folder with --models" in words
 
 
 def test_the_command_says_why_it_cannot_start_without_a_traceback(folder: Path) -> None:
@@ -343,6 +366,42 @@ def test_each_request_has_one_line_without_its_prompt(start: Start, folder: Path
     assert "secret" not in process.text
 
 
+def test_a_call_whose_method_is_no_text_ends_neither_the_daemon_nor_the_calls_under_way(
+    start: Start, folder: Path
+) -> None:
+    """GRPC closes the address for good at such a call, whoever sends it."""
+    address = f"unix:{folder}/agent.sock"
+    process = start("--listen", address)
+    process.wait_for("serving")
+    image = image_pb2.ImageRequest(prompt="a cat", steps=SLOW_STEPS)
+    with grpc.insecure_channel(address) as channel:
+        call = edge_pb2_grpc.EdgeAgentServiceStub(channel).Generate(edge_pb2.GenerateRequest(image=image))
+        assert next(call).HasField("decision")
+        for number in (2, 3):
+            http2.call(address, b"/routet2i.\xec/x")
+            end = time.monotonic() + 30
+            while sum(line["event"] == "listening" for line in process.lines) < number:
+                assert time.monotonic() < end, process.text
+                time.sleep(0.02)
+            assert health(address) == "SERVING"
+        *_, last = call
+        assert last.HasField("result")
+    time.sleep(0.5)  # by now gRPC has let go of the lost ones
+    assert health(address) == "SERVING"
+    assert process.stop() == 0
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_who_asks_again_while_it_leaves_gets_the_same_exit_code(start: Start, number: signal.Signals) -> None:
+    process = start("--listen", "127.0.0.1:0")
+    process.wait_for("serving")
+    while process.popen.poll() is None:
+        process.popen.send_signal(number)
+        time.sleep(0.01)
+    assert process.popen.wait() == 0
+    assert "Traceback" not in process.text
+
+
 def test_a_log_that_nobody_reads_holds_up_neither_calls_nor_the_end(
     folder: Path, routed_bundle: Path
 ) -> None:
@@ -363,6 +422,35 @@ def test_a_log_that_nobody_reads_holds_up_neither_calls_nor_the_end(
             assert daemon.wait(20) == 0
         finally:
             daemon.kill()
+
+
+def test_what_grpc_has_to_say_of_a_cloud_that_speaks_no_tls_is_no_line_of_the_log(
+    start: Start, tmp_path: Path
+) -> None:
+    """It would be of another form, and where nobody reads the log gRPC's own threads would wait for it to be read."""
+    pem = make_certificate(tmp_path)[1]
+    with socket.create_server(("127.0.0.1", 0)) as cloud:
+        host, port = cloud.getsockname()
+        process = start("--listen", "127.0.0.1:0", "--cloud", f"{host}:{port}", "--cloud-ca", pem)
+        address = process.wait_for("listening")["address"]
+        process.wait_for("serving")
+        threading.Thread(target=_answer_in_plain_text, args=(cloud,), daemon=True).start()
+        with grpc.insecure_channel(address) as channel:
+            image = image_pb2.ImageRequest(prompt="a cat")
+            request = edge_pb2.GenerateRequest(image=image, routing=edge_pb2.ROUTING_CLOUD_ONLY)
+            with pytest.raises(grpc.RpcError, match=r"TLS|SSL|andshake"):
+                list(edge_pb2_grpc.EdgeAgentServiceStub(channel).Generate(request, timeout=60))
+        assert process.stop() == 0
+    assert [line for line in process.text.splitlines() if not line.startswith("{")] == []
+
+
+def _answer_in_plain_text(server: socket.socket) -> None:
+    with suppress(OSError):  # it is closed
+        while True:
+            caller, _ = server.accept()
+            with caller, suppress(ConnectionError):
+                caller.recv(65_536)
+                caller.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
 
 
 def _served(stub: Any, request: edge_pb2.RouteRequest) -> bool:

@@ -657,10 +657,17 @@ def test_a_read_only_ledger_is_refused_at_opening() -> None:
 def test_a_folder_that_cannot_be_written_is_refused_with_its_path() -> None:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o555)
-        with pytest.raises(LedgerError, match=f"{folder}/state/quota"):
+        with pytest.raises(LedgerError, match=f"{folder}/state/quota.* check the permissions"):
             Ledger.open(Path(folder) / "state" / "quota.sqlite", (DAY,))
         with pytest.raises(LedgerError, match="check the path and its permissions"):
             Ledger.open(Path(folder) / "quota.sqlite", (DAY,))
+
+
+def test_a_file_in_place_of_the_folder_is_called_one(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "state"):
+        with pytest.raises(LedgerError, match="what lies in its place is a file; name a folder with --state"):
+            Ledger.open(folder / "quota.sqlite", (DAY,))
 
 
 def test_a_ledger_in_use_is_refused_to_a_second_opener(path: Path, open_ledger: Open) -> None:
