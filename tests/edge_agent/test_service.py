@@ -243,6 +243,8 @@ async def test_previews_come_when_asked_for(app: App) -> None:
         ({"steps": 0}, "steps", "4, 8"),
         ({"guidance_scale": -1.0}, "guidance_scale", "between"),
         ({"guidance_scale": float("nan")}, "guidance_scale", "between"),
+        ({"guidance_scale": 50.00001}, "guidance_scale", "50.00001"),
+        ({"resume_offset": -1}, "resume_offset", "between"),
         ({"media_type": "image/jpeg"}, "media_type", "image/png"),
         ({"media_type": "x" * 20_000}, "media_type", "xxx"),
         ({"media_type": "猫" * 20_000}, "media_type", "猫"),
@@ -325,7 +327,8 @@ async def test_python_s_own_want_of_memory_is_told_as_such(
 
 
 async def test_the_rest_of_an_image_is_not_kept_here(app: App) -> None:
-    assert (await app.generate(resume_offset=10)).code == "NOT_FOUND"
+    answer = await app.generate(resume_offset=10)
+    assert answer.code == "NOT_FOUND" and "resume_offset 0" in answer.message
 
 
 async def test_a_deadline_that_is_past_or_passes_ends_the_work(here: Here) -> None:
