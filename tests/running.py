@@ -308,8 +308,8 @@ class ScriptedCloud(cloud_pb2_grpc.CloudServerServiceServicer):
     """A cloud server without a model, which keeps honest books and misbehaves as a test tells it to.
 
     `manner` is honest, refuse, break (after some progress), hang (the same, and then nothing), flood (previews without
-    end), previews (many, then the image), lie (about the hash), text (which is no image) or large (an image of another
-    size).
+    end), previews (many, then the image), lie (about the hash), text (which is no image), large (an image of
+    another size), linger (a moment, after the image) or stay (without end).
     """
 
     PRICE = 5_000
@@ -379,6 +379,11 @@ class ScriptedCloud(cloud_pb2_grpc.CloudServerServiceServicer):
                 result=cloud_pb2.Result(request_id=wish.request_id, image=info, charged_micro_usd=self.PRICE)
             )
         )
+        try:
+            await asyncio.sleep({"linger": 0.2, "stay": 3600}.get(self.manner, 0))
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
 
     async def GetModel(self, request: cloud_pb2.GetModelRequest, context: Any) -> cloud_pb2.GetModelResponse:
         return cloud_pb2.GetModelResponse(model_digest=self.digest)

@@ -122,6 +122,15 @@ async def test_the_pixels_are_the_clouds_and_large_images_come_in_small_chunks(b
     )
 
 
+async def test_the_cloud_ends_the_call_for_an_image_unless_it_stays(both: Both) -> None:
+    before = both.cloud.cancelled
+    for manner, cancelled in (("linger", 0), ("stay", 1)):
+        both.cloud.manner = manner
+        assert (await both.app.generate(CLOUD_PROMPT)).served_by == "cloud"
+        await asyncio.sleep(0.5)  # longer than it lingers
+        assert both.cloud.cancelled - before == cancelled
+
+
 async def test_route_answers_and_reserves_sends_and_draws_nothing(both: Both) -> None:
     before, connections = await both.app.budget(), both.cloud.connections
     decision = await both.app.route(CLOUD_PROMPT)
