@@ -49,6 +49,9 @@ MAX_PREVIEW_BYTES = 2**18
 ASK_S = 2.0
 """How long the edge, which could begin to draw, waits to hear whether an image that broke off is paid for."""
 
+GOODBYE_S = 0.5
+"""How long a server that has sent its image gets to end the call."""
+
 STAGES = ("queue", "generate", "png")
 """Of an image in the cloud, as its server names them; others' timings are not passed on."""
 
@@ -281,6 +284,8 @@ class CloudClient:
                     if event is not None:
                         yield event
                     if isinstance(event, CloudImage):
+                        # Hung up on before it has said that all went well, the server would count a call as cancelled.
+                        await asyncio.wait({asyncio.ensure_future(call.code())}, timeout=GOODBYE_S)
                         return
             except grpc.aio.AioRpcError as error:
                 accepted = stream.accepted is not None

@@ -55,6 +55,9 @@ HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 CHANNEL_OPTIONS = (
     # Without it two daemons share a port in silence, each getting some of the calls.
     ("grpc.so_reuseport", 0),
+    # Many apps ping to see that we are there. After a few pings in silence, as in the queue, gRPC would close the
+    # connection and end its calls: for Node with RESOURCE_EXHAUSTED, "Bandwidth exhausted".
+    ("grpc.http2.max_ping_strikes", 0),
     # A request is a prompt and a few numbers.
     ("grpc.max_receive_message_length", 256 * 1024),
     # Past a thousand calls that Python has not looked at yet, gRPC would cancel some by itself, with neither a line in

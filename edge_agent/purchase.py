@@ -13,6 +13,7 @@ import hashlib
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from datetime import datetime, timezone
@@ -269,8 +270,11 @@ class Purchase:
         self._sent = False
         self._concluded = False
 
-    async def images(self) -> CloudEvents:
-        """The cloud's events; the image comes when it is settled. Raises CloudError."""
+    def images(self) -> CloudEvents:
+        """The cloud's events, however slowly they are taken; the image comes when it is settled. Raises CloudError."""
+        return _read_ahead(self._events())
+
+    async def _events(self) -> CloudEvents:
         timeout_s = max(0.0, self._deadline - time.monotonic())
         calling = self._cloud.generate(self._request, self._ceiling_micro_usd, timeout_s, self._goes_out)
         async with aclosing(calling) as events:
@@ -300,3 +304,34 @@ class Purchase:
                 self._purchases.concluded(key)
             else:
                 self._purchases.hand_over(key, sent=self._sent)
+
+
+async def _read_ahead(events: CloudEvents) -> CloudEvents:
+    """`events`, read as they come. Of progress that was not taken before the next one came only the newest is left.
+
+    Else a caller who reads slowly would hold up the image, which is paid for, until the time for the call is over.
+    """
+    unread = deque[CloudAccepted | CloudProgress | CloudImage]()
+    news = asyncio.Event()
+
+    async def read() -> None:
+        async with aclosing(events):
+            async for event in events:
+                if isinstance(event, CloudProgress) and unread and isinstance(unread[-1], CloudProgress):
+                    unread.pop()
+                unread.append(event)
+                news.set()
+
+    reading = asyncio.create_task(read())
+    reading.add_done_callback(lambda _: news.set())
+    try:
+        while unread or not reading.done():
+            if unread:
+                yield unread.popleft()
+            else:
+                await news.wait()
+                news.clear()
+        reading.result()
+    finally:
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)

@@ -68,6 +68,9 @@ _LOCK_WAIT_S = 1.0
 _CLOCK_SLIPS_S = 60.0
 """How far a clock that is kept right may be put back."""
 
+_HELD_RETRY_S = 5.0
+"""When to come back where only calls under way fill a budget: they hold the most they may cost, and most cost less."""
+
 _EFFECTIVE_IDS = os.access in os.supports_effective_ids
 
 _MAX_INTEGER = 2**63 - 1
@@ -456,12 +459,19 @@ class Ledger:
             if closed or overdrawn or ceiling_micro_usd > state.remaining_micro_usd:
                 _, end = window_bounds(state.window, now)
                 fits_later = not closed and ceiling_micro_usd <= state.cap_micro_usd and end is not None
+                retry_after_s = end - now if fits_later and end is not None else None
                 left, cap = dollars(state.remaining_micro_usd), dollars(state.cap_micro_usd)
+                held = ""
+                if not closed and state.spent_micro_usd + ceiling_micro_usd <= state.cap_micro_usd:
+                    held = (
+                        f"; {dollars(state.reserved_micro_usd)} is set aside for other calls until they end"
+                    )
+                    retry_after_s = _HELD_RETRY_S
                 return QuotaExhausted(
                     f"the budget {state.name!r} ({state.window}) has {left} left of {cap}, "
-                    f"and this call may cost {dollars(ceiling_micro_usd)}",
+                    f"and this call may cost {dollars(ceiling_micro_usd)}{held}",
                     budget=state.name,
-                    retry_after_s=end - now if fits_later and end is not None else None,
+                    retry_after_s=retry_after_s,
                 )
         for rate, reserved_at in zip(self._rates, account.recent, strict=True):
             recent = _recent(rate, reserved_at, now)

@@ -153,7 +153,7 @@ def validate(
     guidance = request.guidance_scale
     if guidance is not None and not 0 <= guidance <= limits.max_guidance:  # also refuses NaN
         raise InvalidRequest(
-            f"guidance_scale must be between 0 and {limits.max_guidance:g}, not {guidance:g}",
+            f"guidance_scale must be between 0 and {limits.max_guidance:g}, not {guidance:.9g}",
             field="guidance_scale",
         )
     seed = draw_seed() if request.seed is None else request.seed

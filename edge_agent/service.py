@@ -125,8 +125,8 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
         async with self._counted(), self._call(request, context, line) as agent:
             wish = _image_request(request.image, request.routing, context, preview=request.preview)
             line |= _who(wish)
-            if wish.resume_offset:
-                raise NotKept("the edge keeps no images; ask for the whole one, under a new request_id")
+            if wish.resume_offset > 0:
+                raise NotKept("the edge keeps no images; ask for the whole one, with resume_offset 0")
             async with aclosing(agent.generate(wish)) as events:
                 async for event in events:
                     if isinstance(event, Decision):

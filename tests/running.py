@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
+import itertools
 import json
 import os
 import signal
@@ -32,6 +33,7 @@ from routet2i.image.v1 import image_pb2
 
 ROOT = Path(__file__).parents[1]
 SERVICE = "routet2i.edge.v1.EdgeAgentService"
+PREVIEWS = 150  # of a scripted cloud that sends many
 DETAILS = (error_details_pb2.BadRequest, error_details_pb2.QuotaFailure, error_details_pb2.RetryInfo)
 LOCAL, CLOUD = edge_pb2.ROUTING_LOCAL_ONLY, edge_pb2.ROUTING_CLOUD_ONLY
 
@@ -306,7 +308,8 @@ class ScriptedCloud(cloud_pb2_grpc.CloudServerServiceServicer):
     """A cloud server without a model, which keeps honest books and misbehaves as a test tells it to.
 
     `manner` is honest, refuse, break (after some progress), hang (the same, and then nothing), flood (previews without
-    end), lie (about the hash), text (which is no image) or large (an image of another size).
+    end), previews (many, then the image), lie (about the hash), text (which is no image), large (an image of
+    another size), linger (a moment, after the image) or stay (without end).
     """
 
     PRICE = 5_000
@@ -344,12 +347,12 @@ class ScriptedCloud(cloud_pb2_grpc.CloudServerServiceServicer):
         try:
             if self.manner == "hang":
                 await asyncio.sleep(3600)
-            while self.manner == "flood":
-                noise = Image.effect_noise((400, 400), 100)
+            if self.manner in ("flood", "previews"):
                 file = io.BytesIO()
-                noise.save(file, "PNG")
+                Image.effect_noise((400, 400), 100).save(file, "PNG")
                 progress = image_pb2.Progress(step=3, steps=3, preview=file.getvalue())
-                await context.write(cloud_pb2.GenerateResponse(progress=progress))
+                for _ in itertools.count() if self.manner == "flood" else range(PREVIEWS):
+                    await context.write(cloud_pb2.GenerateResponse(progress=progress))
             if self.manner == "break":
                 self.charged[wish.request_id] = self.PRICE  # it was made; only the way back broke
                 await context.abort(grpc.StatusCode.INTERNAL, "the server broke")
@@ -377,6 +380,11 @@ class ScriptedCloud(cloud_pb2_grpc.CloudServerServiceServicer):
                 result=cloud_pb2.Result(request_id=wish.request_id, image=info, charged_micro_usd=self.PRICE)
             )
         )
+        try:
+            await asyncio.sleep({"linger": 0.2, "stay": 3600}.get(self.manner, 0))
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
 
     async def GetModel(self, request: cloud_pb2.GetModelRequest, context: Any) -> cloud_pb2.GetModelResponse:
         self.asked += 1

@@ -29,6 +29,7 @@ from tests.running import (
     CLOUD_PROMPT,
     EDGE_PROMPT,
     LOCAL,
+    PREVIEWS,
     App,
     Here,
     ScriptedCloud,
@@ -121,6 +122,15 @@ async def test_the_pixels_are_the_clouds_and_large_images_come_in_small_chunks(b
     assert [chunk.offset for chunk in answer.chunks] == list(
         np.cumsum([0] + [len(chunk.data) for chunk in answer.chunks[:-1]])
     )
+
+
+async def test_the_cloud_ends_the_call_for_an_image_unless_it_stays(both: Both) -> None:
+    before = both.cloud.cancelled
+    for manner, cancelled in (("linger", 0), ("stay", 1)):
+        both.cloud.manner = manner
+        assert (await both.app.generate(CLOUD_PROMPT)).served_by == "cloud"
+        await asyncio.sleep(0.5)  # longer than it lingers
+        assert both.cloud.cancelled - before == cancelled
 
 
 async def test_route_answers_and_reserves_sends_and_draws_nothing(both: Both) -> None:
@@ -549,3 +559,18 @@ async def test_a_caller_who_reads_nothing_is_dropped_and_holds_up_no_shutdown(
             await until(lambda: not here.daemon._service.in_flight, timeout_s=10)
             assert not call.done()
             call.cancel()
+
+
+async def test_a_caller_who_reads_slowly_does_not_hold_up_the_image_that_is_paid_for(
+    routed_bundle: Path, digest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "STALLED_READER_S", 600.0)  # however busy the machine is, it is only slow
+    async with scripted_cloud(digest) as cloud:
+        cloud.manner = "previews"
+        async with daemon_here(routed_bundle, tmp_path, cloud=cloud.address) as here:
+            call = here.app.call(CLOUD_PROMPT, preview=True)
+            await here.app.read(call, until="decision")
+            await until(lambda: cloud.charged)
+            answer = await here.app.read(call)
+            assert answer.picture and answer.served_by == "cloud"
+            assert len(answer.progress) < PREVIEWS  # the newest is news enough

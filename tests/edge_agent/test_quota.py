@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import settings
@@ -20,7 +21,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from edge_agent.errors import DuplicateRequest, LedgerError, QuotaExhausted
-from edge_agent.quota import Budget, BudgetState, Ledger, Rate, RateState, Reservation, dollars, window_bounds
+from edge_agent.quota import (
+    Budget,
+    BudgetState,
+    Ledger,
+    Rate,
+    RateState,
+    Reservation,
+    Window,
+    dollars,
+    window_bounds,
+)
 
 NOON = datetime(2026, 11, 23, 12, 30, tzinfo=timezone.utc).timestamp()
 DAY = Budget("daily", "day", 100)
@@ -117,8 +128,22 @@ def test_a_call_that_would_exceed_the_cap_is_refused_with_budget_time_and_amount
     with pytest.raises(QuotaExhausted, match=r"'daily' \(day\) has \$0.000039 left of \$0.0001,") as refused:
         ledger.reserve("b", "app", 40)
     assert refused.value.budget == "daily"
-    assert refused.value.retry_after_s == 11.5 * 3600
     assert [call.request_id for call in ledger.unresolved()] == ["a"]
+    ledger.settle("a", 61)
+    with pytest.raises(QuotaExhausted, match=r"cost \$0.00004$") as refused:
+        ledger.reserve("b", "app", 40)
+    assert refused.value.retry_after_s == 11.5 * 3600
+
+
+@pytest.mark.parametrize("window", get_args(Window))
+def test_what_only_calls_under_way_keep_out_may_come_back_soon(open_ledger: Open, window: Window) -> None:
+    ledger = open_ledger(Budget("all", window, 100))
+    ledger.reserve("a", "app", 61)
+    with pytest.raises(QuotaExhausted, match=r"\$0.000061 is set aside for other calls") as refused:
+        ledger.reserve("b", "app", 40)
+    assert refused.value.retry_after_s == 5
+    ledger.settle("a", 60)
+    ledger.reserve("b", "app", 40)
 
 
 def test_what_is_left_is_told_while_a_write_waits_for_the_disk(open_ledger: Open) -> None:

@@ -40,6 +40,7 @@ from tests.running import (
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 MAX_QUEUE = 3
+SETTINGS, PING, GOAWAY = 4, 6, 7  # of HTTP/2's frames
 STAGES = {"tokenize", "encode", "predict", "decide", "total"}
 
 
@@ -242,6 +243,8 @@ async def test_previews_come_when_asked_for(app: App) -> None:
         ({"steps": 0}, "steps", "4, 8"),
         ({"guidance_scale": -1.0}, "guidance_scale", "between"),
         ({"guidance_scale": float("nan")}, "guidance_scale", "between"),
+        ({"guidance_scale": 50.00001}, "guidance_scale", "50.00001"),
+        ({"resume_offset": -1}, "resume_offset", "between"),
         ({"media_type": "image/jpeg"}, "media_type", "image/png"),
         ({"media_type": "x" * 20_000}, "media_type", "xxx"),
         ({"media_type": "猫" * 20_000}, "media_type", "猫"),
@@ -324,7 +327,8 @@ async def test_python_s_own_want_of_memory_is_told_as_such(
 
 
 async def test_the_rest_of_an_image_is_not_kept_here(app: App) -> None:
-    assert (await app.generate(resume_offset=10)).code == "NOT_FOUND"
+    answer = await app.generate(resume_offset=10)
+    assert answer.code == "NOT_FOUND" and "resume_offset 0" in answer.message
 
 
 async def test_a_deadline_that_is_past_or_passes_ends_the_work(here: Here) -> None:
@@ -395,6 +399,22 @@ async def test_reflection_lists_the_services_and_health_serves(app: App) -> None
     names = {service.name for service in answers[0].list_services_response.service}
     assert {SERVICE, "grpc.health.v1.Health"} <= names
     assert await app.health() == await app.health("") == "SERVING"
+
+
+async def test_an_app_may_ping_as_often_as_it_likes(here: Here) -> None:
+    def frame(kind: int, payload: bytes = b"") -> bytes:
+        return len(payload).to_bytes(3, "big") + bytes([kind]) + bytes(5) + payload
+
+    reader, writer = await asyncio.open_connection(*here.daemon.address.split(":"))
+    writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(SETTINGS))
+    for number in range(20):
+        ping, answer = number.to_bytes(8, "big"), b""
+        writer.write(frame(PING, ping))
+        while answer != ping:
+            head = await asyncio.wait_for(reader.readexactly(9), 30)
+            answer = await reader.readexactly(int.from_bytes(head[:3], "big"))
+            assert head[3] != GOAWAY, answer
+    writer.close()
 
 
 async def test_health_serves_only_once_the_models_are_loaded(routed_bundle: Path, tmp_path: Path) -> None:
