@@ -63,9 +63,8 @@ class Server:
         self._hurry = asyncio.Event()
         self._health = health.aio.HealthServicer()
         self._loading: asyncio.Future[Serving] | None = None
-        self._closing: set[asyncio.Task[None]] = (
-            set()
-        )  # of gRPC's servers that were lost, with calls under way
+        # Of gRPC's servers that were lost, with calls under way.
+        self._closing: set[asyncio.Task[None]] = set()
 
     async def startup(self) -> None:
         """Opens the journal and the port; health says NOT_SERVING. Raises StartRefused."""
@@ -252,9 +251,8 @@ async def run(settings: Settings) -> Server:
         await server.serve()
     finally:
         await server.shutdown()
-    for (
-        number
-    ) in STOP_SIGNALS:  # another one, as the interpreter ends, would make a failure of what has ended well
+    # Another one, as the interpreter ends, would make a failure of what has ended well.
+    for number in STOP_SIGNALS:
         with suppress(NotImplementedError):  # on Windows
             loop.remove_signal_handler(number)
         signal.signal(number, signal.SIG_IGN)

@@ -596,9 +596,7 @@ def _check_png(png: bytes, sha256: str, width: int, height: int) -> None:
         raise CloudLied("what the cloud sent is not a PNG image", never_ran=False) from error
     except Exception as error:  # a decoder fed with garbage may raise anything
         raise CloudLied(f"what the cloud sent is not a PNG image: {error}", never_ran=False) from error
-    if (
-        png[12:16] != b"IHDR"
-    ):  # which decoders forgive, and what is written behind the first chunk would be misplaced
+    if png[12:16] != b"IHDR":  # which decoders forgive
         raise CloudLied(
             "what the cloud sent is not a PNG image: it does not begin with IHDR", never_ran=False
         )

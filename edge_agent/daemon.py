@@ -90,9 +90,8 @@ class Daemon:
         self._warming = asyncio.Lock()  # two at a time would share a cache, which one may throw away
         self._reloading = asyncio.Lock()
         self._reloads: set[asyncio.Task[Agent]] = set()  # which end whether or not their callers stay
-        self._closing: set[asyncio.Task[None]] = (
-            set()
-        )  # of gRPC's servers that were lost, with calls under way
+        # Of gRPC's servers that were lost, with calls under way.
+        self._closing: set[asyncio.Task[None]] = set()
         self.agent: Agent | None = None  # once the models are loaded
 
     async def startup(self) -> None:
@@ -346,9 +345,8 @@ async def run(settings: Settings) -> Daemon:
         await daemon.serve()
     finally:
         await daemon.shutdown()
-    for (
-        number
-    ) in STOP_SIGNALS:  # another one, as the interpreter ends, would make a failure of what has ended well
+    # Another one, as the interpreter ends, would make a failure of what has ended well.
+    for number in STOP_SIGNALS:
         with suppress(NotImplementedError):  # on Windows
             loop.remove_signal_handler(number)
         signal.signal(number, signal.SIG_IGN)

@@ -311,13 +311,13 @@ async def _read_ahead(events: CloudEvents) -> CloudEvents:
 
     Else a caller who reads slowly would hold up the image, which is paid for, until the time for the call is over.
     """
-    unread = deque[CloudAccepted | CloudProgress | CloudImage]()
+    unread = deque[CloudAccepted | Progress | CloudImage]()
     news = asyncio.Event()
 
     async def read() -> None:
         async with aclosing(events):
             async for event in events:
-                if isinstance(event, CloudProgress) and unread and isinstance(unread[-1], CloudProgress):
+                if isinstance(event, Progress) and unread and isinstance(unread[-1], Progress):
                     unread.pop()
                 unread.append(event)
                 news.set()
