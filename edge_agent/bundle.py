@@ -221,7 +221,8 @@ class Bundle:
             ) from error
         try:
             if not root.is_dir():
-                raise BundleError(f"no bundle at {root}: the folder does not exist")
+                why = "it is a file, not a folder" if root.exists() else "the folder does not exist"
+                raise BundleError(f"no bundle at {root}: {why}")
             _refuse_links(root, MANIFEST)
             with (root / MANIFEST).open("rb") as file:
                 text = file.read(MAX_MANIFEST_BYTES + 1)

@@ -195,9 +195,8 @@ def _seconds(value: str) -> float:
 
 def _seconds_or_none(value: str) -> float:
     with suppress(ValueError):
-        if float(value) == 0:
-            return 0.0
-    return _seconds(value)
+        return 0.0 if float(value) == 0 else _seconds(value)
+    raise ValueError("a number of seconds is expected, or 0 for good")
 
 
 def _switch(value: str) -> bool:

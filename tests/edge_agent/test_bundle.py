@@ -201,6 +201,9 @@ def test_a_manifest_that_is_not_json_is_named(bundle_copy: Path, content: bytes)
 
 
 def test_a_folder_that_is_no_bundle_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(BundleError, match="it is a file, not a folder"):
+        Bundle.open(tmp_path / "file")
     with pytest.raises(BundleError, match="does not exist"):
         Bundle.open(tmp_path / "nothing")
     with pytest.raises(NotABundle, match=r"has no manifest\.json"):
