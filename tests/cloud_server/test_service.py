@@ -435,7 +435,6 @@ async def test_a_token_names_the_tenant_and_tenants_do_not_see_each_other(
     tmp_path: Path, model_folder: Path
 ) -> None:
     tokens = tmp_path / "tokens.txt"
-    # Saved with a byte order mark, as editors of Windows do.
     lines = (
         "acme acme-token-0123456789\nacme new-token-0123456789\n\n# others\nglobex globex-token-0123456789\n"
     )

@@ -728,32 +728,35 @@ def certificate(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def make_certificate(folder: Path) -> tuple[Path, Path]:
-    if shutil.which("openssl") is None:
-        pytest.skip("needs the program openssl")
     key, pem = folder / "key.pem", folder / "certificate.pem"
-    make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=cloud"
-    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(pem)]
-    subprocess.run([*make.split(), *names], check=True, capture_output=True)
+    openssl("req -x509 -days 2", *new_key(key), "-out", pem)
     return key, pem
 
 
 def make_expired_certificate(folder: Path) -> tuple[Path, Path]:
     """A key, and a certificate for 127.0.0.1 that was valid on the first day of 2020."""
-    if shutil.which("openssl") is None:
-        pytest.skip("needs the program openssl")
     key, pem = folder / "key.pem", folder / "certificate.pem"
     (folder / "index").touch()
     (folder / "ca").write_text(
         f"[ca]\ndefault_ca = here\n[here]\ndatabase = {folder}/index\nnew_certs_dir = {folder}\nrand_serial = yes\n"
         "default_md = sha256\npolicy = any\ncopy_extensions = copy\n[any]\ncommonName = supplied\n"
     )
-    make = "openssl req -new -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=cloud"
-    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(folder / "wish")]
-    subprocess.run([*make.split(), *names], check=True, capture_output=True)
-    sign = "openssl ca -batch -selfsign -notext -startdate 20200101000000Z -enddate 20200102000000Z"
-    files = ["-config", folder / "ca", "-keyfile", key, "-in", folder / "wish", "-out", pem]
-    subprocess.run([*sign.split(), *map(str, files)], check=True, capture_output=True)
+    openssl("req -new", *new_key(key), "-out", folder / "wish")
+    past = "-startdate 20200101000000Z -enddate 20200102000000Z"
+    files = ("-config", folder / "ca", "-keyfile", key, "-in", folder / "wish", "-out", pem)
+    openssl(f"ca -batch -selfsign -notext {past}", *files)
     return key, pem
+
+
+def new_key(file: Path) -> tuple[str | Path, ...]:
+    kind = "-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=cloud -addext subjectAltName=IP:127.0.0.1"
+    return (*kind.split(), "-keyout", file)
+
+
+def openssl(command: str, *arguments: str | Path) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("needs the program openssl")
+    subprocess.run(["openssl", *command.split(), *arguments], check=True, capture_output=True)
 
 
 @asynccontextmanager
