@@ -15,6 +15,7 @@ import enum
 import importlib.util
 import io
 import json
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,6 +46,9 @@ PREFERENCE = tuple(_FULL_NAMES)
 
 SLOW_TO_OPEN = frozenset({"tensorrt", "coreml", "openvino"})
 """Providers that compile a graph for the device when its session is opened: seconds, with TensorRT many minutes."""
+
+_PLACE = re.compile(r"^\S+\.(cc|cpp|h|cu)(:\d+|\(\d+\)\S*)\s+(onnxruntime::\S+\s+)?")
+"""What an exception begins with that names the line of onnxruntime's source, and on Windows the function."""
 
 _LOG_NOTHING, _LOG_WARNINGS = 4, 2  # severities of onnxruntime; the second is its default
 
@@ -323,4 +327,4 @@ def _missing_library(name: str) -> str:
 def _phrase(error: Exception) -> str:
     """What an exception of onnxruntime says, without the place in its source and at a length people read."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[-1][-300:]
+    return _PLACE.sub("", lines[-1])[-300:]

@@ -29,9 +29,10 @@ LARGE_BYTES = 100_000_000  # of the graph and the weights beside it
 
 RELOAD_RETRY_S = 1.0
 
-_ONE_AT_A_TIME = frozenset({"WebGpuExecutionProvider"})
-"""Providers whose sessions share what they record commands with, so that two that run or open at once fail, or crash
-the process: microsoft/onnxruntime#32561."""
+_ONE_AT_A_TIME = frozenset({"DmlExecutionProvider", "WebGpuExecutionProvider"})
+"""Providers on which what runs or opens at once disturbs each other. DirectML takes one run of a session at a time, says
+its documentation, and several sessions have stalled each other (microsoft/onnxruntime#20713). WebGPU's sessions share
+what they record commands with, so that two fail, or crash the process (microsoft/onnxruntime#32561)."""
 
 _TURN = threading.Lock()
 

@@ -10,6 +10,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
+from edge_agent.diffusion import plugins
 from edge_agent.diffusion.providers import (
     _GRAPH,
     CPU,
@@ -158,3 +159,16 @@ def test_the_cpu_works_and_what_onnxruntime_does_not_have_fails_with_a_reason() 
     with contextlib.redirect_stdout(printed), pytest.warns(UserWarning, match="not in available provider"):
         assert "NoSuchExecutionProvider" in probe("NoSuchExecutionProvider")
     assert printed.getvalue() == ""
+
+
+def test_people_are_told_what_is_wrong_and_not_where_onnxruntime_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError(  # as DirectML does where Windows lacks it
+            r"E:\_work\1\s\onnxruntime\core\providers\dml\dml_provider_factory.cc:338 "
+            "onnxruntime::DMLProviderFactoryCreator::CreateFromDeviceOptions DXCore is not available on this platform."
+        )
+
+    monkeypatch.setattr(plugins, "session", fail)
+    assert probe("directml") == "DXCore is not available on this platform."
