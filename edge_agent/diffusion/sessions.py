@@ -30,8 +30,8 @@ LARGE_BYTES = 100_000_000  # of the graph and the weights beside it
 RELOAD_RETRY_S = 1.0
 
 _ONE_AT_A_TIME = frozenset({"DmlExecutionProvider", "WebGpuExecutionProvider"})
-"""Providers on which what runs or opens at once disturbs each other. DirectML takes one run of a session at a time, says
-its documentation, and several sessions have stalled each other (microsoft/onnxruntime#20713). WebGPU's sessions share
+"""Providers on which what runs or opens at once disturbs each other. DirectML takes one run of a session at a time, its
+documentation says, and several sessions have stalled each other (microsoft/onnxruntime#20713). WebGPU's sessions share
 what they record commands with, so that two fail, or crash the process (microsoft/onnxruntime#32561)."""
 
 _TURN = threading.Lock()
