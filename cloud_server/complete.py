@@ -32,6 +32,8 @@ LIBRARIES = {
 }
 _WEIGHTS = ("safetensors", "bin")
 _HALF = {"variant": "fp16"}
+# How version 4 of transformers begins the names of the weights of CLIP's text encoder, and version 5 does not.
+_NESTED = "text_model."
 # Of Stable Diffusion 3, which was trained to do without; diffusers wants to be told that they are left out.
 _DISPENSABLE = ("text_encoder_3", "tokenizer_3")
 # What diffusers and transformers write then, they themselves do not read.
@@ -111,6 +113,10 @@ def part(kind: Any, model: str | os.PathLike[str], **options: Any) -> Any:
         if not any(file.suffix == ".safetensors" for file in whole or weights):
             options["use_safetensors"] = False  # else diffusers calls it an error that it must look further
     made, found = _loaded(kind, model, output_loading_info=True, **options)
+    nested = {_NESTED + name for name in found["unexpected_keys"]}
+    if found["missing_keys"] and nested.issuperset(found["missing_keys"]):
+        options["key_mapping"] = {"^": _NESTED}
+        made, found = _loaded(kind, model, output_loading_info=True, **options)
     if missing := sorted(found["missing_keys"]):
         where = options.get("subfolder") or Path(model).name
         if any(".base_layer." in name for name in found["unexpected_keys"]):

@@ -24,7 +24,13 @@ def hub(folder: Path) -> Iterator[str]:
             path = urlsplit(self.path).path
             name = path.removeprefix("/owner/name/resolve/").partition("/")[2]
             headers = {"X-Repo-Commit": COMMIT}
-            if path.startswith("/api/models/owner/name"):
+            if path.startswith("/api/models/owner/name/tree/"):  # which newer versions ask for
+                tree = [
+                    {"type": "file", "path": each, "size": file.stat().st_size, "oid": each}
+                    for each, file in files.items()
+                ]
+                code, body = 200, json.dumps(tree).encode()
+            elif path.startswith("/api/models/owner/name"):
                 about = {
                     "id": "owner/name",
                     "sha": COMMIT,

@@ -31,7 +31,7 @@ from diffusers import (
 )
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-from transformers.models.clip.tokenization_clip import bytes_to_unicode
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 TOKENS = 77
 HIDDEN = 32

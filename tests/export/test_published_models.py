@@ -139,6 +139,20 @@ def test_a_tokenizer_of_transformers_5_becomes_that_of_a_bundle(tmp_path: Path) 
     export(model, tmp_path)
 
 
+@pytest.mark.parametrize("make", [miniature_pipeline, miniature_xl])
+def test_weights_that_transformers_5_named_are_those_they_were(tmp_path: Path, make: Any) -> None:
+    """It leaves out of CLIP's the name of the module that holds them all."""
+    pipeline = make()
+    pipeline.save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "text_encoder" / "model.safetensors"
+    renamed = {name.removeprefix("text_model."): weight for name, weight in load_file(file).items()}
+    save_file(renamed, file, {"format": "pt"})
+    loaded = complete.pipeline(tmp_path / "model", torch.float32)  # as the cloud server does, too
+    for name, weight in pipeline.text_encoder.state_dict().items():
+        assert torch.equal(loaded.text_encoder.state_dict()[name], weight)
+    export(tmp_path / "model", tmp_path)
+
+
 @pytest.mark.parametrize(
     ("make", "entries"),
     [
