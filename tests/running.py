@@ -42,6 +42,15 @@ LOCAL, CLOUD = edge_pb2.ROUTING_LOCAL_ONLY, edge_pb2.ROUTING_CLOUD_ONLY
 EDGE_PROMPT, CLOUD_PROMPT = "a cat", "two dogs on the beach"
 
 
+if sys.platform == "win32":
+    # SIGTERM would end it. Ctrl-Break asks it to stop, but only in a group of its own: else it would ask us, too.
+    STOP: int = signal.CTRL_BREAK_EVENT
+    STOPPABLE = subprocess.CREATE_NEW_PROCESS_GROUP
+else:
+    STOP = signal.SIGTERM
+    STOPPABLE = 0
+
+
 @dataclass
 class Answer:
     """A Generate stream, read to its end, good or bad."""
@@ -226,12 +235,17 @@ class Process:
         command = [sys.executable, "-m", package, "serve", "--log-format", "json", *map(str, flags)]
         with self.log.open("wb") as file:
             self.popen = subprocess.Popen(
-                command, stdout=file, stderr=file, cwd=folder, env=process_environment(folder, **environment)
+                command,
+                stdout=file,
+                stderr=file,
+                cwd=folder,
+                env=process_environment(folder, **environment),
+                creationflags=STOPPABLE,
             )
 
     @property
     def text(self) -> str:
-        return self.log.read_text()
+        return self.log.read_text(errors="backslashreplace")
 
     @property
     def calls(self) -> list[dict[str, Any]]:
@@ -267,7 +281,7 @@ class Process:
         """Whether it has gone without a traceback or an error in its log."""
         return "Traceback" not in self.text and '"level": "error"' not in self.text
 
-    def stop(self, number: int = signal.SIGTERM, timeout_s: float = 60.0) -> int:
+    def stop(self, number: int = STOP, timeout_s: float = 60.0) -> int:
         """Sends the signal; returns the exit code."""
         self.popen.send_signal(number)
         return self.popen.wait(timeout_s)
@@ -286,6 +300,8 @@ def process_environment(folder: Path, **extra: str) -> dict[str, str]:
     }
     paths = {
         "HOME": folder,
+        "USERPROFILE": folder,
+        "LOCALAPPDATA": folder,
         "XDG_CACHE_HOME": folder / "cache",
         "XDG_STATE_HOME": folder / "state",
         "XDG_DATA_HOME": folder / "data",
