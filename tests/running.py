@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import io
 import itertools
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -193,7 +196,7 @@ class Here:
 
 
 @asynccontextmanager
-async def daemon_here(bundle: Path, state: Path, **settings: Any) -> AsyncIterator[Here]:
+async def daemon_here(bundle: Path | str, state: Path, **settings: Any) -> AsyncIterator[Here]:
     """A daemon in this process on a real socket, ready to serve, with a budget of $1 a day and cents as prices."""
     flags = {"listen": "127.0.0.1:0", "threads": "1", "grace_s": "20"}
     flags |= {"bundle": str(bundle), "state": str(state)}
@@ -307,12 +310,29 @@ def process_environment(folder: Path, **extra: str) -> dict[str, str]:
         "XDG_DATA_HOME": folder / "data",
         "XDG_RUNTIME_DIR": folder,
     }
+    if os.name == "nt":  # where the default address is the same for all
+        address = f"127.0.0.1:{_port_of(folder)}"
+        kept |= {"EDGE_AGENT_LISTEN": address, "EDGE_AGENT_ADDRESS": address}
     return kept | {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'protos'}",
         "OMP_NUM_THREADS": "1",
         **{name: str(path) for name, path in paths.items()},
         **extra,
     }
+
+
+@functools.cache
+def _port_of(folder: Path) -> int:
+    """A port that was free when the folder's first process began."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def as_shown(path: str) -> str:
+    """A pattern for what messages call the path on this system."""
+    return re.escape(str(Path(path)))
 
 
 def short_folder() -> Path:
