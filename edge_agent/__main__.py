@@ -24,6 +24,7 @@ _before = signal.signal(signal.SIGINT, _interrupted)
 try:
     import argparse
     import asyncio
+    import errno
     import io
     import logging
     import stat
@@ -266,6 +267,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.filename is not None or command == "serve":
             raise
         _drop_output()
+        if os.name == "nt" and error.errno == errno.EINVAL:  # as Windows calls a pipe whose reader is gone
+            return DONE
         return _complain(f"the output cannot be written: {error.strerror}; send it elsewhere", BAD_INPUT)
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -594,7 +597,7 @@ def _target(output: str | None) -> Path | None:
         except OSError as error:  # a name too long, a folder that one may not enter
             raise _cannot_be_written(target, error) from error
         folder = target.parent
-        if stat.S_ISDIR(mode) or output.endswith("/"):
+        if stat.S_ISDIR(mode) or output.endswith(("/", os.sep)):
             raise InvalidRequest(f"{target} is a folder; name a file in it with -o")
         if not stat.S_ISREG(mode):  # a pipe or a device, which the image would replace
             raise InvalidRequest(
