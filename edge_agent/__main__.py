@@ -27,6 +27,7 @@ try:
     import errno
     import io
     import logging
+    import secrets
     import stat
     import tempfile
     from collections import Counter
@@ -585,6 +586,9 @@ def _target(output: str | None) -> Path | None:
         folder, target = Path(), None
     else:
         target = Path(output)
+        # With a colon, which a request id may have, it would be a stream in another file.
+        if os.name == "nt" and (":" in target.name or len(target.name) > 255):
+            raise InvalidRequest(f"{target.name} is no name of a file on Windows; choose another with -o")
         try:
             if target.is_symlink():  # what it leads to is written, and the link stays
                 target = Path(os.path.realpath(target))  # which leaves a loop of links to `stat`
@@ -603,11 +607,24 @@ def _target(output: str | None) -> Path | None:
             raise InvalidRequest(
                 f"{target} is no regular file; name one with -o, or write to a pipe with -o -"
             )
-    if output != "-" and not (folder.is_dir() and os.access(folder, os.W_OK)):
+    if output != "-" and not _takes_files(folder):
         raise InvalidRequest(
             f"nothing can be written into the folder {folder.absolute()}; choose another with -o"
         )
     return Path("-") if output == "-" else target
+
+
+def _takes_files(folder: Path) -> bool:
+    """Whether a file can be put into the folder. On Windows os.access knows of no permissions, so one is."""
+    if os.name == "posix":
+        return folder.is_dir() and os.access(folder, os.W_OK)
+    probe = folder / f".edge-agent-{secrets.token_hex(8)}"  # tempfile would try for ever where it may not
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError:
+        return False
+    return True
 
 
 def _is_output(found: os.stat_result) -> bool:
