@@ -64,6 +64,7 @@ try:
         check_request_id,
         validate,
     )
+    from edge_agent.store import patiently
     from edge_agent.superiority import METRICS
     from edge_agent.terminal import (
         add_command,
@@ -647,7 +648,7 @@ def _write(received: Received, target: Path | None) -> str:
         with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".edge-agent-", delete=False) as part:
             part.write(received.png)
         os.chmod(part.name, _mode(target))  # noqa: PTH101
-        os.replace(part.name, target)
+        patiently(os.replace, part.name, target)
     except BaseException as error:
         if part is not None:
             Path(part.name).unlink(missing_ok=True)

@@ -340,9 +340,8 @@ async def run(settings: Settings) -> Daemon:
     try:
         for number in STOP_SIGNALS:
             loop.add_signal_handler(number, daemon.stop)
-        if (
-            sys.platform != "win32" and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
-        ):  # as nohup has it
+        # Under nohup it is ignored, and stays so.
+        if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
             loop.add_signal_handler(signal.SIGHUP, daemon.drain)
     except NotImplementedError:  # on Windows
         for number in STOP_SIGNALS:

@@ -109,7 +109,7 @@ class Store:
         with self.explained("read"):
             file = self.folder / _CURRENT
             try:
-                text = _patiently(file.read_text, encoding="utf-8", errors="replace")
+                text = patiently(file.read_text, encoding="utf-8", errors="replace")
             except FileNotFoundError:
                 if self.folder.is_file():  # Windows finds nothing below a file, either
                     raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), file) from None
@@ -243,7 +243,7 @@ class Store:
             self.must_be_free(name)
             for folder, _, _ in os.walk(partial):
                 _sync(Path(folder))
-            _patiently(os.replace, partial, target)
+            patiently(os.replace, partial, target)
             _sync(self.folder)
         return Bundle.open(target, verify=False)
 
@@ -272,7 +272,7 @@ class Store:
                 shutil.rmtree(left, ignore_errors=True)  # what it left is no reason to keep another model
             away = tempfile.mkdtemp(prefix=_REMOVED, dir=self.folder)
             try:
-                _patiently(os.replace, path, Path(away) / path.name)
+                patiently(os.replace, path, Path(away) / path.name)
             finally:
                 shutil.rmtree(away)
             return freed
@@ -360,14 +360,14 @@ def _write_durably(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        _patiently(os.replace, part, path)
+        patiently(os.replace, part, path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
     _sync(path.parent)
 
 
-def _patiently(work: Callable[..., Found], *arguments: Any, **named: Any) -> Found:
+def patiently(work: Callable[..., Found], *arguments: Any, **named: Any) -> Found:
     """What `work` returns. Windows keeps it from what another program reads, replaces or scans for viruses, which takes
     moments: it is tried again there.
     """
@@ -396,7 +396,7 @@ def lock_file(path: Path, *, wait: bool) -> int:
     Raises BlockingIOError when another process has the lock and `wait` is false.
     """
     while True:
-        descriptor = _patiently(os.open, path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = patiently(os.open, path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             _lock_descriptor(descriptor, wait)
             with suppress(FileNotFoundError):
