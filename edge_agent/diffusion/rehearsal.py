@@ -74,7 +74,7 @@ def rehearse(session: Session, runtime: Runtime) -> None:
             f"the process that tried {session.path} was ended from outside, or for want of memory"
         )
     if done.returncode < 0 or done.returncode >= _FIRST_EXCEPTION:
-        how = f"signal {-done.returncode}" if done.returncode < 0 else f"{done.returncode:#X}"
+        how = f"signal {-done.returncode}" if done.returncode < 0 else f"0x{done.returncode:X}"
         crash = f"the process that tried {session.path} crashed with {how}"
         raise GenerationFailed(f"{crash}: {_fit(said)}" if said else crash)
     with suppress(ValueError, TypeError, KeyError):  # of what a library printed last
