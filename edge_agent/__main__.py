@@ -24,8 +24,10 @@ _before = signal.signal(signal.SIGINT, _interrupted)
 try:
     import argparse
     import asyncio
+    import errno
     import io
     import logging
+    import secrets
     import stat
     import tempfile
     from collections import Counter
@@ -62,6 +64,7 @@ try:
         check_request_id,
         validate,
     )
+    from edge_agent.store import patiently
     from edge_agent.superiority import METRICS
     from edge_agent.terminal import (
         add_command,
@@ -266,6 +269,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.filename is not None or command == "serve":
             raise
         _drop_output()
+        if os.name == "nt" and error.errno == errno.EINVAL:  # as Windows calls a pipe whose reader is gone
+            return DONE
         return _complain(f"the output cannot be written: {error.strerror}; send it elsewhere", BAD_INPUT)
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -582,6 +587,9 @@ def _target(output: str | None) -> Path | None:
         folder, target = Path(), None
     else:
         target = Path(output)
+        # With a colon, which a request id may have, it would be a stream in another file.
+        if os.name == "nt" and (":" in target.name or len(target.name) > 255):
+            raise InvalidRequest(f"{target.name} is no name of a file on Windows; choose another with -o")
         try:
             if target.is_symlink():  # what it leads to is written, and the link stays
                 target = Path(os.path.realpath(target))  # which leaves a loop of links to `stat`
@@ -594,17 +602,30 @@ def _target(output: str | None) -> Path | None:
         except OSError as error:  # a name too long, a folder that one may not enter
             raise _cannot_be_written(target, error) from error
         folder = target.parent
-        if stat.S_ISDIR(mode) or output.endswith("/"):
+        if stat.S_ISDIR(mode) or output.endswith(("/", os.sep)):
             raise InvalidRequest(f"{target} is a folder; name a file in it with -o")
         if not stat.S_ISREG(mode):  # a pipe or a device, which the image would replace
             raise InvalidRequest(
                 f"{target} is no regular file; name one with -o, or write to a pipe with -o -"
             )
-    if output != "-" and not (folder.is_dir() and os.access(folder, os.W_OK)):
+    if output != "-" and not _takes_files(folder):
         raise InvalidRequest(
             f"nothing can be written into the folder {folder.absolute()}; choose another with -o"
         )
     return Path("-") if output == "-" else target
+
+
+def _takes_files(folder: Path) -> bool:
+    """Whether a file can be put into the folder. On Windows os.access knows of no permissions, so one is."""
+    if os.name == "posix":
+        return folder.is_dir() and os.access(folder, os.W_OK)
+    probe = folder / f".edge-agent-{secrets.token_hex(8)}"  # tempfile would try for ever where it may not
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError:
+        return False
+    return True
 
 
 def _is_output(found: os.stat_result) -> bool:
@@ -627,7 +648,7 @@ def _write(received: Received, target: Path | None) -> str:
         with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".edge-agent-", delete=False) as part:
             part.write(received.png)
         os.chmod(part.name, _mode(target))  # noqa: PTH101
-        os.replace(part.name, target)
+        patiently(os.replace, part.name, target)
     except BaseException as error:
         if part is not None:
             Path(part.name).unlink(missing_ok=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ class AgentClient:
     def reachable(self) -> bool:
         """Whether something listens there. Raises InvalidRequest when the address is not one."""
         try:
-            if self.address.startswith("unix:"):
+            if sys.platform != "win32" and self.address.startswith("unix:"):
                 with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
                     probe.settimeout(CONNECT_S)
                     probe.connect(self.address.removeprefix("unix:"))

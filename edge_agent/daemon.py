@@ -12,6 +12,7 @@ import signal
 import socket
 import ssl
 import stat
+import sys
 import threading
 import time
 import traceback
@@ -65,7 +66,11 @@ CHANNEL_OPTIONS = (
     ("grpc.server.max_pending_requests", 100_000),
     ("grpc.server.max_pending_requests_hard_limit", 200_000),
 )
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+if sys.platform == "win32":
+    # Ctrl-Break is what another program can send there: its SIGTERM would be the end at once.
+    STOP_SIGNALS: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGINT, signal.SIGBREAK)
+else:
+    STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 LISTENS_S = 1.0
 """How long the address may be closed before it is noticed."""
 
@@ -326,7 +331,7 @@ class Daemon:
 
 
 async def run(settings: Settings) -> Daemon:
-    """Starts a daemon and serves until SIGTERM, SIGINT or SIGHUP; a second one of the first two cuts the grace short.
+    """Starts a daemon and serves until one of `STOP_SIGNALS`, a second one of which cuts the grace short, or SIGHUP.
 
     Returns the stopped daemon. Raises StartRefused, BundleError or LedgerError.
     """
@@ -335,7 +340,8 @@ async def run(settings: Settings) -> Daemon:
     try:
         for number in STOP_SIGNALS:
             loop.add_signal_handler(number, daemon.stop)
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+        # Under nohup it is ignored, and stays so.
+        if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
             loop.add_signal_handler(signal.SIGHUP, daemon.drain)
     except NotImplementedError:  # on Windows
         for number in STOP_SIGNALS:
@@ -481,7 +487,8 @@ def _taken(address: str) -> bool:
 def _in_use(family: int, place: Any) -> bool:
     try:
         with socket.socket(family) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does
+            if os.name == "posix":  # as gRPC does; on Windows it would share the address
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(place)
     except OSError as error:
         return error.errno == errno.EADDRINUSE

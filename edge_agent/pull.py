@@ -50,7 +50,7 @@ from edge_agent.errors import (
     printable,
 )
 from edge_agent.settings import expanded
-from edge_agent.store import Store, check_name, name_from
+from edge_agent.store import Store, check_name, name_from, patiently
 
 HUB = "https://huggingface.co"
 """The hub, unless HF_ENDPOINT names another."""
@@ -251,7 +251,7 @@ def _prepare(partial: Path, text: bytes, kept: set[str]) -> None:
     with new.open("wb") as file:
         file.write(text)
         _settle(file)
-    os.replace(new, partial / MANIFEST)
+    patiently(os.replace, new, partial / MANIFEST)
 
 
 def _left(partial: Path, manifest: Manifest, name: str, error: RouteT2IError) -> str:

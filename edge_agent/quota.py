@@ -556,8 +556,10 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
 
 
 def _explained(path: Path, error: Exception) -> LedgerError:
+    # Windows has words of its own, in the language of its user.
+    said = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
     for words, advice in _ADVICE:
-        if words in str(error):
+        if words in said:
             return LedgerError(f"the quota ledger {path} {advice} ({error})")
     return LedgerError(f"the quota ledger {path} cannot be used: {error}")
 

@@ -10,7 +10,6 @@ import argparse
 import difflib
 import ipaddress
 import os
-import socket
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -57,22 +56,29 @@ def expanded(path: str) -> Path:
 
 def default_state_folder() -> Path:
     """Where the ledger lies unless --state says otherwise: under XDG_STATE_HOME."""
-    return expanded(os.environ.get("XDG_STATE_HOME") or "~/.local/state") / "routet2i" / "edge-agent"
+    return _base_folder("XDG_STATE_HOME", "~/.local/state") / "routet2i" / "edge-agent"
 
 
 def default_models_folder() -> Path:
     """Where installed models lie unless --models says otherwise: under XDG_DATA_HOME."""
-    return expanded(os.environ.get("XDG_DATA_HOME") or "~/.local/share") / "routet2i" / "models"
+    return _base_folder("XDG_DATA_HOME", "~/.local/share") / "routet2i" / "models"
 
 
 def default_cache_folder() -> Path:
     """Where what can be made again lies unless --cache says otherwise: under XDG_CACHE_HOME."""
-    return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "routet2i" / "edge-agent"
+    folder = _base_folder("XDG_CACHE_HOME", "~/.cache") / "routet2i" / "edge-agent"
+    return folder / "cache" if os.name == "nt" else folder  # there it may be the ledger's folder
+
+
+def _base_folder(variable: str, otherwise: str) -> Path:
+    """The user's folder that XDG's variable names. Windows has one for all kinds, which stays on the machine."""
+    local = os.environ.get("LOCALAPPDATA") if os.name == "nt" else None
+    return expanded(os.environ.get(variable) or local or otherwise)
 
 
 def default_address() -> str:
     """The socket that daemon and clients agree on unless told otherwise; loopback where there are no Unix sockets."""
-    if not hasattr(socket, "AF_UNIX"):
+    if os.name == "nt":
         return "127.0.0.1:50051"
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     folder = Path(runtime) / "edge-agent" if runtime else default_state_folder() / "socket"
@@ -83,6 +89,8 @@ def socket_address(path: str) -> str:
     """The address of a Unix socket: unix: and its absolute path. Raises ValueError when there can be none."""
     if not path:
         raise ValueError("unix:PATH needs a path")
+    if os.name == "nt":
+        raise ValueError("Python has no Unix sockets on Windows; use a loopback address: 127.0.0.1:50051")
     absolute = expanded(path).absolute()
     if len(os.fsencode(absolute)) > SOCKET_PATH_BYTES:
         raise ValueError(
@@ -317,7 +325,8 @@ class Settings:
         _listen,
         "unix:PATH|HOST:PORT",
         "where apps reach the daemon: a Unix socket, or a loopback address (port 0: a free one); default: "
-        "$XDG_RUNTIME_DIR/edge-agent/agent.sock, without that ~/.local/state/routet2i/edge-agent/socket/agent.sock",
+        "$XDG_RUNTIME_DIR/edge-agent/agent.sock, without that ~/.local/state/routet2i/edge-agent/socket/agent.sock; "
+        "on Windows 127.0.0.1:50051",
     )
     cloud: str = _setting(
         "", _cloud, "HOST:PORT", "the cloud server; without one every prompt stays on the edge"
@@ -349,7 +358,8 @@ class Settings:
         "",
         _path,
         "DIR",
-        "folder of installed models; default: routet2i/models under $XDG_DATA_HOME or ~/.local/share",
+        "folder of installed models; default: routet2i/models under $XDG_DATA_HOME or ~/.local/share, or on Windows "
+        "LOCALAPPDATA",
     )
     routing_rate: float = _setting(
         "0.5", _share, "RHO", "wanted share of prompts in the cloud, 0 to 1; the true share can stay below it"
@@ -385,7 +395,8 @@ class Settings:
         "",
         _path,
         "DIR",
-        "folder of the quota ledger; default: routet2i/edge-agent under $XDG_STATE_HOME or ~/.local/state",
+        "folder of the quota ledger; default: routet2i/edge-agent under $XDG_STATE_HOME or ~/.local/state, or on "
+        "Windows LOCALAPPDATA",
     )
     apps: tuple[str, ...] = _setting(
         "", _apps, "APP,APP", "the apps that may call; default: every app, under any name"
@@ -414,7 +425,7 @@ class Settings:
         _path,
         "DIR",
         "folder of what can be made again, such as TensorRT's engines; default: routet2i/edge-agent under "
-        "$XDG_CACHE_HOME or ~/.cache",
+        "$XDG_CACHE_HOME or ~/.cache, on Windows routet2i/edge-agent/cache under LOCALAPPDATA",
     )
     keep_alive_s: float = _setting(
         "300",

@@ -18,12 +18,16 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, TypeVar
 
 from edge_agent.bundle import MANIFEST, Bundle
 from edge_agent.errors import Busy, StoreError
+
+Found = TypeVar("Found")
 
 STARTER_NAME = "starter"
 RESERVED = (STARTER_NAME, "edge", "cloud")
@@ -40,6 +44,8 @@ _CURRENT = ".current"
 _PARTIAL = ".partial"
 _REMOVED = ".removed-"
 _LOCK = ".lock"
+
+_PATIENCE_S = 1.0  # with other programs, on Windows
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -101,10 +107,14 @@ class Store:
     def current(self) -> str:
         """The name of the chosen model. It may have been deleted since; `current_folder` looks."""
         with self.explained("read"):
+            file = self.folder / _CURRENT
             try:
-                name = (self.folder / _CURRENT).read_text(encoding="utf-8", errors="replace").strip()
+                text = patiently(file.read_text, encoding="utf-8", errors="replace")
             except FileNotFoundError:
+                if self.folder.is_file():  # Windows finds nothing below a file, either
+                    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), file) from None
                 return STARTER_NAME
+        name = text.strip()
         if not _is_name(name):
             raise StoreError(
                 f"{self.folder / _CURRENT} holds no model's name; choose one with `edge-agent models use NAME`"
@@ -204,12 +214,15 @@ class Store:
         try:
             yield folder
         finally:
-            # Still under the lock, and only by who holds it: whoever opened this file before sees in `_lock` that it is
-            # gone, and locks the new one.
+            # Still under the lock, and only by who holds it: whoever opened this file before sees in `lock_file` that
+            # it is gone, and locks the new one. Windows itself takes away no file that somebody has open, us included.
+            if os.name == "nt":
+                os.close(descriptor)
             with suppress(OSError):  # a file that stays harms nobody, and must not hide what went wrong
                 if not folder.exists():  # installed, removed or never begun: nothing is left to be locked
                     lock.unlink(missing_ok=True)
-            os.close(descriptor)
+            if os.name != "nt":
+                os.close(descriptor)
 
     def must_be_free(self, name: str) -> None:
         """Raises StoreError when something lies where the model `name` would be installed."""
@@ -230,7 +243,7 @@ class Store:
             self.must_be_free(name)
             for folder, _, _ in os.walk(partial):
                 _sync(Path(folder))
-            os.rename(partial, target)  # noqa: PTH104  # like os.replace: it says what it is
+            patiently(os.replace, partial, target)
             _sync(self.folder)
         return Bundle.open(target, verify=False)
 
@@ -258,8 +271,10 @@ class Store:
             for left in self.folder.glob(_REMOVED + "*"):  # by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)  # what it left is no reason to keep another model
             away = tempfile.mkdtemp(prefix=_REMOVED, dir=self.folder)
-            os.replace(path, Path(away) / path.name)
-            shutil.rmtree(away)
+            try:
+                patiently(os.replace, path, Path(away) / path.name)
+            finally:
+                shutil.rmtree(away)
             return freed
 
     @contextmanager
@@ -284,11 +299,11 @@ class Store:
             yield
         except OSError as error:
             place = error.filename or self.folder
-            cure = (
-                "make room, or choose another folder with --models"
-                if error.errno in DISK_FULL
-                else "choose another folder with --models, or mend this one"
-            )
+            cure = "choose another folder with --models, or mend this one"
+            if error.errno in DISK_FULL:
+                cure = "make room, or choose another folder with --models"
+            elif os.name == "nt" and isinstance(error, PermissionError):  # also of what is in use
+                cure = "stop the program that has it open, or choose another folder with --models"
             # A folder that was to be made: "File exists" would say the opposite of what is wrong.
             why = "it is no folder" if isinstance(error, FileExistsError) else error.strerror or error
             raise StoreError(f"{place} cannot be {done}: {why}; {cure}") from error
@@ -345,11 +360,23 @@ def _write_durably(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        patiently(os.replace, part, path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
     _sync(path.parent)
+
+
+def patiently(work: Callable[..., Found], *arguments: Any, **named: Any) -> Found:
+    """What `work` returns. Windows keeps it from what another program reads, replaces or scans for viruses, which takes
+    moments: it is tried again there.
+    """
+    until = time.monotonic() + _PATIENCE_S
+    while os.name == "nt" and time.monotonic() < until:
+        with suppress(PermissionError):
+            return work(*arguments, **named)
+        time.sleep(0.01)
+    return work(*arguments, **named)
 
 
 def _sync(folder: Path) -> None:
@@ -369,7 +396,7 @@ def lock_file(path: Path, *, wait: bool) -> int:
     Raises BlockingIOError when another process has the lock and `wait` is false.
     """
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = patiently(os.open, path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             _lock_descriptor(descriptor, wait)
             with suppress(FileNotFoundError):
@@ -384,9 +411,17 @@ def lock_file(path: Path, *, wait: bool) -> int:
 if sys.platform == "win32":
     import msvcrt
 
+    _LOCK_S = 10.0
+
     def _lock_descriptor(descriptor: int, wait: bool) -> None:
-        try:  # LK_LOCK gives up after ten seconds, and nothing holds a lock that is waited for nearly as long
-            msvcrt.locking(descriptor, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+        # Nothing holds a lock that is waited for nearly as long. LK_LOCK would look but once a second.
+        until = time.monotonic() + (_LOCK_S if wait else 0.0)
+        while time.monotonic() < until:
+            with suppress(OSError):
+                return msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+            time.sleep(0.01)
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
         except OSError as error:
             raise BlockingIOError(error.errno, error.strerror) from error
 else:

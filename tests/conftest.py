@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 for variable in ("no_proxy", "no_grpc_proxy"):
     others = [host for host in (os.environ.get(variable), "127.0.0.1", "localhost", "::1") if host]
     os.environ[variable] = ",".join(others)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips what the marker `posix` says has nothing to test here."""
+    if os.name != "posix" and item.get_closest_marker("posix"):
+        pytest.skip("POSIX only")
 
 
 @pytest.fixture(scope="session")
@@ -70,6 +77,8 @@ def routed_bundle(
 @pytest.fixture
 def ordinary_user() -> Iterator[None]:
     """Permissions bind: as root, become nobody for the length of a test."""
+    if sys.platform == "win32":
+        pytest.skip("POSIX only")
     if os.geteuid() != 0:
         yield
         return

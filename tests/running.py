@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import io
 import itertools
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -40,6 +43,15 @@ LOCAL, CLOUD = edge_pb2.ROUTING_LOCAL_ONLY, edge_pb2.ROUTING_CLOUD_ONLY
 # With the predictor of random weights that tests.routed makes: PRS 0.4946 and 0.4761, alpha 0.4927 at a routing
 # rate of one half. test_the_prompts_are_what_their_names_say fails where that changes.
 EDGE_PROMPT, CLOUD_PROMPT = "a cat", "two dogs on the beach"
+
+
+if sys.platform == "win32":
+    # SIGTERM would end it. Ctrl-Break asks it to stop, but only in a group of its own: else it would ask us, too.
+    STOP: int = signal.CTRL_BREAK_EVENT
+    STOPPABLE = subprocess.CREATE_NEW_PROCESS_GROUP
+else:
+    STOP = signal.SIGTERM
+    STOPPABLE = 0
 
 
 @dataclass
@@ -184,7 +196,7 @@ class Here:
 
 
 @asynccontextmanager
-async def daemon_here(bundle: Path, state: Path, **settings: Any) -> AsyncIterator[Here]:
+async def daemon_here(bundle: Path | str, state: Path, **settings: Any) -> AsyncIterator[Here]:
     """A daemon in this process on a real socket, ready to serve, with a budget of $1 a day and cents as prices."""
     flags = {"listen": "127.0.0.1:0", "threads": "1", "grace_s": "20"}
     flags |= {"bundle": str(bundle), "state": str(state)}
@@ -226,12 +238,17 @@ class Process:
         command = [sys.executable, "-m", package, "serve", "--log-format", "json", *map(str, flags)]
         with self.log.open("wb") as file:
             self.popen = subprocess.Popen(
-                command, stdout=file, stderr=file, cwd=folder, env=process_environment(folder, **environment)
+                command,
+                stdout=file,
+                stderr=file,
+                cwd=folder,
+                env=process_environment(folder, **environment),
+                creationflags=STOPPABLE,
             )
 
     @property
     def text(self) -> str:
-        return self.log.read_text()
+        return self.log.read_text(errors="backslashreplace")
 
     @property
     def calls(self) -> list[dict[str, Any]]:
@@ -267,7 +284,7 @@ class Process:
         """Whether it has gone without a traceback or an error in its log."""
         return "Traceback" not in self.text and '"level": "error"' not in self.text
 
-    def stop(self, number: int = signal.SIGTERM, timeout_s: float = 60.0) -> int:
+    def stop(self, number: int = STOP, timeout_s: float = 60.0) -> int:
         """Sends the signal; returns the exit code."""
         self.popen.send_signal(number)
         return self.popen.wait(timeout_s)
@@ -286,17 +303,36 @@ def process_environment(folder: Path, **extra: str) -> dict[str, str]:
     }
     paths = {
         "HOME": folder,
+        "USERPROFILE": folder,
+        "LOCALAPPDATA": folder,
         "XDG_CACHE_HOME": folder / "cache",
         "XDG_STATE_HOME": folder / "state",
         "XDG_DATA_HOME": folder / "data",
         "XDG_RUNTIME_DIR": folder,
     }
+    if os.name == "nt":  # where the default address is the same for all
+        address = f"127.0.0.1:{_port_of(folder)}"
+        kept |= {"EDGE_AGENT_LISTEN": address, "EDGE_AGENT_ADDRESS": address}
     return kept | {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'protos'}",
         "OMP_NUM_THREADS": "1",
         **{name: str(path) for name, path in paths.items()},
         **extra,
     }
+
+
+@functools.cache
+def _port_of(folder: Path) -> int:
+    """A port that was free when the folder's first process began."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def as_shown(path: str) -> str:
+    """A pattern for what messages call the path on this system."""
+    return re.escape(str(Path(path)))
 
 
 def short_folder() -> Path:

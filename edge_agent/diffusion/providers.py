@@ -310,17 +310,16 @@ def _missing_library(name: str) -> str:
 
     onnxruntime loads it when a session asks for the provider, and tells its log alone what went wrong.
     """
-    if not sys.platform.startswith("linux"):
-        return ""
-    folder = Path(ort.__file__).parent / "capi"
-    library = folder / f"libonnxruntime_providers_{name}.so"
-    if not library.is_file():
-        return ""
-    try:
-        ctypes.CDLL(str(folder / "libonnxruntime_providers_shared.so"), ctypes.RTLD_GLOBAL)
-        ctypes.CDLL(str(library))
-    except OSError as error:
-        return str(error)  # libcublasLt.so.12: cannot open shared object file: No such file or directory
+    if sys.platform == "linux":
+        folder = Path(ort.__file__).parent / "capi"
+        library = folder / f"libonnxruntime_providers_{name}.so"
+        if library.is_file():
+            try:
+                ctypes.CDLL(str(folder / "libonnxruntime_providers_shared.so"), ctypes.RTLD_GLOBAL)
+                ctypes.CDLL(str(library))
+            except OSError as error:
+                # libcublasLt.so.12: cannot open shared object file: No such file or directory
+                return str(error)
     return ""
 
 

@@ -27,8 +27,14 @@ from edge_agent.errors import GenerationFailed, OutOfMemory, RehearsalEnded, Rou
 
 _PARENT_DEATH_SIGNAL = 1  # of Linux's prctl
 _NICE = 10  # compilers take every core for minutes, and images are made meanwhile
-_NO_MEMORY = 3  # the exit status
+_NO_MEMORY = 4  # the exit status; 3 is what Windows' abort() may leave
+_FIRST_EXCEPTION = 0xC000_0000  # from here on the exit status on Windows is that of what crashed the process
 _LONGEST_REASON = 300  # characters of what a library says
+
+if sys.platform == "win32":  # as `_yield_to_images` and a new session do elsewhere
+    _CREATION_FLAGS = subprocess.BELOW_NORMAL_PRIORITY_CLASS | subprocess.CREATE_NO_WINDOW
+else:
+    _CREATION_FLAGS = 0
 
 
 def rehearse(session: Session, runtime: Runtime) -> None:
@@ -58,16 +64,18 @@ def rehearse(session: Session, runtime: Runtime) -> None:
         errors="replace",
         check=False,
         start_new_session=True,  # a Ctrl-C is the daemon's
+        creationflags=_CREATION_FLAGS,
     )
     if done.returncode == 0:
         return
     said = _last_line(done.stderr)
-    if -done.returncode in (signal.SIGTERM, signal.SIGKILL):
+    if sys.platform != "win32" and -done.returncode in (signal.SIGTERM, signal.SIGKILL):
         raise RehearsalEnded(
             f"the process that tried {session.path} was ended from outside, or for want of memory"
         )
-    if done.returncode < 0:
-        crash = f"the process that tried {session.path} crashed with signal {-done.returncode}"
+    if done.returncode < 0 or done.returncode >= _FIRST_EXCEPTION:
+        how = f"signal {-done.returncode}" if done.returncode < 0 else f"0x{done.returncode:X}"
+        crash = f"the process that tried {session.path} crashed with {how}"
         raise GenerationFailed(f"{crash}: {_fit(said)}" if said else crash)
     with suppress(ValueError, TypeError, KeyError):  # of what a library printed last
         said = json.loads(_last_line(done.stdout))["failed"]

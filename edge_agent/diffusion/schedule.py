@@ -72,7 +72,7 @@ class Schedule:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the schedule as JSON; Python's floats are written in full."""
-        Path(path).write_text(json.dumps({"format": FORMAT, **asdict(self)}) + "\n")
+        Path(path).write_bytes(json.dumps({"format": FORMAT, **asdict(self)}).encode() + b"\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Schedule:

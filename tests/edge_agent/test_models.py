@@ -202,10 +202,12 @@ def test_verify_reads_every_byte_and_list_does_not(run: Run, home: Path, models:
     damaged = run("verify")
     assert damaged.code == 2
     assert "starter: whole\n" in damaged.out
-    assert f"{DENOISER} does not match its sha256" in damaged.out and "models remove hollow" in damaged.out
+    assert (
+        f"{Path(DENOISER)} does not match its sha256" in damaged.out and "models remove hollow" in damaged.out
+    )
     assert run("verify", "starter").code == 0
     (found,) = run("verify", "hollow", "--json").objects
-    assert (found["name"], found["ok"]) == ("hollow", False) and DENOISER in found["error"]
+    assert (found["name"], found["ok"]) == ("hollow", False) and str(Path(DENOISER)) in found["error"]
     assert run("verify", "none").code == 2
 
 
@@ -229,7 +231,7 @@ def test_a_damaged_model_is_listed_with_what_is_wrong_and_not_chosen(
     run("pull", hollow_bundle(home / "tiny"))
     (models / "hollow" / DENOISER).unlink()
     listed = names(run("list", "--json"))["hollow"]
-    assert f"{DENOISER} is missing" in listed["error"] and listed["digest"] is None
+    assert f"{Path(DENOISER)} is missing" in listed["error"] and listed["digest"] is None
     assert run("list").code == 0
     used = run("use", "hollow")
     assert used.code == 2 and "is missing" in used.err
@@ -305,8 +307,6 @@ def test_an_unfinished_pull_is_listed_and_can_be_removed(run: Run, home: Path) -
     [
         (("pull", "nothing"), 2, "hf:OWNER/NAME"),
         (("pull", ""), 2, "the source is empty"),
-        (("pull", "~nosuchuser/b"), 2, "no home folder"),
-        (("list", "--models", "~nosuchuser/m"), 2, "no home folder"),
         (("pull", "hf:nobody"), 2, "hf:OWNER/NAME"),
         (("pull", "ftp://host/b"), 2, "http"),
         (("pull", "hf:someone/model"), 3, "cannot be reached"),
@@ -320,11 +320,18 @@ def test_an_unfinished_pull_is_listed_and_can_be_removed(run: Run, home: Path) -
         (("remove", "none"), 2, "there is no model"),
         (("show",), 2, "NAME"),
         ((), 2, "ACTION"),
-        (("list", "--models", "/dev/null"), 2, "cannot be read"),
-        (
-            ("use", "starter", "--models", "/dev/null"),
-            2,
-            "/dev/null cannot be written: it is no folder; choose",
+        *(
+            pytest.param(*case, marks=pytest.mark.posix)
+            for case in (
+                (("pull", "~nosuchuser/b"), 2, "no home folder"),
+                (("list", "--models", "~nosuchuser/m"), 2, "no home folder"),
+                (("list", "--models", "/dev/null"), 2, "cannot be read"),
+                (
+                    ("use", "starter", "--models", "/dev/null"),
+                    2,
+                    "/dev/null cannot be written: it is no folder; choose",
+                ),
+            )
         ),
     ],
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -459,7 +458,7 @@ def test_what_a_killed_process_had_been_promised_is_still_there(path: Path, open
     lines = [child.stdout.readline() for _ in range(30)]
     with pytest.raises(LedgerError, match="in use by another edge-agent"):
         open_ledger()
-    child.send_signal(signal.SIGKILL)
+    child.kill()
     lines += child.stdout.read().splitlines(keepends=True)
     child.wait()
     child.stdout.close()

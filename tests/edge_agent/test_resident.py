@@ -28,10 +28,20 @@ from edge_agent.diffusion.sessions import Runtime, Session
 from edge_agent.errors import BundleError
 from edge_agent.reader import Reader
 from edge_agent.settings import STARTER
+from edge_agent.store import Store
 from routet2i.edge.v1 import edge_pb2
 from tests.external import move_weights
 from tests.routed import SLOW_STEPS
-from tests.running import LOCAL, Answer, Here, daemon_here, process_environment, short_folder, until
+from tests.running import (
+    LOCAL,
+    Answer,
+    Here,
+    as_shown,
+    daemon_here,
+    process_environment,
+    short_folder,
+    until,
+)
 
 CYCLES = int(os.environ.get("ROUTET2I_CYCLES", "12"))
 """Unloads in the memory test. 200 take some minutes."""
@@ -75,16 +85,18 @@ def other_bundle(tmp_path_factory: pytest.TempPathFactory, routed_bundle: Path) 
 
 
 @pytest.fixture
-def chosen(tmp_path: Path, routed_bundle: Path) -> Path:
-    """A link that leads to the routed bundle until a test lets it lead elsewhere."""
-    link = tmp_path / "chosen"
-    choose(link, routed_bundle)
-    return link
+def store(tmp_path: Path, routed_bundle: Path, other_bundle: Path) -> Store:
+    """With both bundles, the routed one chosen until a test chooses another."""
+    store = Store(tmp_path / "models", STARTER)
+    for name, bundle in (("routed", routed_bundle), ("other", other_bundle)):
+        shutil.copytree(bundle, store.folder / name)
+    store.choose("routed")
+    return store
 
 
 @pytest_asyncio.fixture
-async def here(chosen: Path, tmp_path: Path) -> AsyncIterator[Here]:
-    async with daemon_here(chosen, tmp_path / "state") as here:
+async def here(store: Store, tmp_path: Path) -> AsyncIterator[Here]:
+    async with daemon_here("", tmp_path / "state", models=store.folder) as here:
         yield here
 
 
@@ -93,12 +105,6 @@ def folder() -> Iterator[Path]:
     made = short_folder()
     yield made
     shutil.rmtree(made)
-
-
-def choose(link: Path, bundle: Path) -> None:
-    new = link.with_name("new")
-    new.symlink_to(bundle)
-    new.replace(link)
 
 
 async def reload(here: Here) -> edge_pb2.ReloadModelResponse:
@@ -166,9 +172,7 @@ async def test_no_request_is_dropped_while_the_models_come_and_go(
         assert await disturbing > 2
 
 
-async def test_the_empty_negative_prompt_is_read_once_for_each_bundle(
-    here: Here, chosen: Path, other_bundle: Path
-) -> None:
+async def test_the_empty_negative_prompt_is_read_once_for_each_bundle(here: Here, store: Store) -> None:
     """Its states outlive the graphs, and do not pass over to other models."""
     agent = here.daemon.agent
     assert agent is not None
@@ -178,22 +182,20 @@ async def test_the_empty_negative_prompt_is_read_once_for_each_bundle(
     await asyncio.to_thread(agent.models.unload)
     await here.app.generate()
     assert agent._nothing_negative is kept
-    choose(chosen, other_bundle)
+    store.choose("other")
     await reload(here)
     assert here.daemon.agent._nothing_negative is None
     await here.app.generate()
     assert here.daemon.agent._nothing_negative is not kept
 
 
-async def test_what_an_image_takes_is_measured_anew_for_other_models(
-    here: Here, chosen: Path, other_bundle: Path
-) -> None:
+async def test_what_an_image_takes_is_measured_anew_for_other_models(here: Here, store: Store) -> None:
     agent = here.daemon.agent
     assert agent is not None
     guess = agent.device.expected_s()
     await here.app.generate()
     assert agent.device.expected_s() != guess
-    choose(chosen, other_bundle)
+    store.choose("other")
     await reload(here)
     assert agent.device.expected_s() == guess
 
@@ -211,7 +213,7 @@ def test_files_that_changed_meanwhile_are_not_loaded(bundle_copy: Path) -> None:
     session = Session(path, ["latent_sample"], ["sample"], Runtime(threads=1))
     session.unload()
     path.write_bytes(path.read_bytes())
-    with pytest.raises(BundleError, match=r"vae_decoder/model\.onnx has changed since"):
+    with pytest.raises(BundleError, match=f"{as_shown(DECODER)} has changed since"):
         session.run({"latent_sample": [[[[0.0]]]]})  # type: ignore[dict-item]
 
 
@@ -229,7 +231,7 @@ def test_only_the_graph_and_its_weights_have_to_stay_as_they_were(bundle_copy: P
         decoder.decode(latents)
     session.unload()
     weights.write_bytes(weights.read_bytes())
-    with pytest.raises(BundleError, match=r"vae_decoder/model\.onnx has changed since"):
+    with pytest.raises(BundleError, match=f"{as_shown(DECODER)} has changed since"):
         decoder.decode(latents)
 
 
@@ -255,7 +257,7 @@ def test_files_that_changed_before_the_first_load_or_the_warm_up_are_not_loaded(
         lambda: Decoder(bundle, Runtime()),
         lambda: generator.on(Runtime(threads=1), Runtime(threads=1)),
     ):
-        with pytest.raises(BundleError, match=r"vae_decoder/model\.onnx has changed since"):
+        with pytest.raises(BundleError, match=f"{as_shown(DECODER)} has changed since"):
             load()
 
 
@@ -285,11 +287,9 @@ def test_idle_memory_stays_small_and_the_same(folder: Path) -> None:
 # Another bundle
 
 
-async def test_a_new_bundle_is_taken_up_while_requests_run(
-    here: Here, chosen: Path, routed_bundle: Path, other_bundle: Path
-) -> None:
+async def test_a_new_bundle_is_taken_up_while_requests_run(here: Here, store: Store) -> None:
     """Those that began before end on the old models, which go then; those that come after get the new."""
-    old, new = (Bundle.open(path, verify=False).model_digest for path in (routed_bundle, other_bundle))
+    old, new = (Bundle.open(path, verify=False).model_digest for path in map(store.path, ("routed", "other")))
     agent = here.daemon.agent
     assert agent is not None
     slow = here.app.call(steps=SLOW_STEPS, seed=1)
@@ -298,10 +298,10 @@ async def test_a_new_bundle_is_taken_up_while_requests_run(
     waiting = [asyncio.create_task(here.app.generate(seed=seed)) for seed in range(4)]
     await until(lambda: agent.device.images == 5)
 
-    choose(chosen, other_bundle)
+    store.choose("other")
     answered = await reload(here)
     assert answered.edge_model_digest == new
-    assert Path(answered.bundle) == other_bundle
+    assert Path(answered.bundle) == store.path("other")
     after = asyncio.create_task(here.app.generate(seed=9))
     rest = await here.app.read(slow)
     before = await asyncio.gather(*waiting)
@@ -321,7 +321,7 @@ async def test_a_new_bundle_is_taken_up_while_requests_run(
 
 
 async def test_models_without_room_are_refused_and_what_was_loaded_of_them_goes_at_once(
-    here: Here, chosen: Path, other_bundle: Path, monkeypatch: pytest.MonkeyPatch
+    here: Here, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error, which the caller's call still holds, would keep the graphs before the one that has no room."""
     loaded, left = [], []
@@ -340,7 +340,7 @@ async def test_models_without_room_are_refused_and_what_was_loaded_of_them_goes_
     monkeypatch.setattr(
         memory, "give_back", lambda: given_back.append(sum(graph() is not None for graph in loaded))
     )
-    choose(chosen, other_bundle)
+    store.choose("other")
     with pytest.raises(grpc.aio.AioRpcError, match="0 MB can be had") as refused:
         await reload(here)
     assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -349,24 +349,35 @@ async def test_models_without_room_are_refused_and_what_was_loaded_of_them_goes_
     assert (await here.app.generate()).code == "OK"
 
 
-async def test_a_reload_whose_caller_goes_away_is_finished_all_the_same(
-    here: Here, chosen: Path, other_bundle: Path
-) -> None:
+async def test_a_reload_whose_caller_goes_away_is_finished_all_the_same(here: Here, store: Store) -> None:
     """Else the models that were loaded would be nobody's to serve or to unload."""
     old = here.daemon.agent
     assert old is not None
-    choose(chosen, other_bundle)
+    store.choose("other")
     leaving = here.app.stub.ReloadModel(edge_pb2.ReloadModelRequest(), timeout=60)
     await until(lambda: here.daemon._reloading.locked())
     leaving.cancel()
     await until(lambda: here.daemon.agent is not old)
-    assert Path((await here.app.status()).bundle) == other_bundle
+    assert Path((await here.app.status()).bundle) == store.path("other")
     await until(lambda: not old.models.loaded)
     assert here.daemon._reloads == set()
 
 
-async def test_a_shutdown_does_not_wait_for_a_reload(chosen: Path, tmp_path: Path) -> None:
-    async with daemon_here(chosen, tmp_path / "state") as here:
+@pytest.mark.posix
+async def test_what_a_link_led_to_is_served_until_a_reload(
+    routed_bundle: Path, store: Store, tmp_path: Path
+) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(routed_bundle)
+    async with daemon_here(link, tmp_path / "state") as here:
+        link.unlink()
+        link.symlink_to(store.path("other"))
+        assert Path((await here.app.status()).bundle) == routed_bundle
+        assert Path((await reload(here)).bundle) == store.path("other")
+
+
+async def test_a_shutdown_does_not_wait_for_a_reload(routed_bundle: Path, tmp_path: Path) -> None:
+    async with daemon_here(routed_bundle, tmp_path) as here:
         reloading = asyncio.create_task(reload(here))
         await until(lambda: here.daemon._reloading.locked())
     assert here.daemon._reloads == set()
@@ -374,9 +385,7 @@ async def test_a_shutdown_does_not_wait_for_a_reload(chosen: Path, tmp_path: Pat
     assert isinstance((await asyncio.gather(reloading, return_exceptions=True))[0], BaseException)
 
 
-async def test_streams_without_end_see_no_gap_while_bundles_change(
-    here: Here, chosen: Path, routed_bundle: Path, other_bundle: Path
-) -> None:
+async def test_streams_without_end_see_no_gap_while_bundles_change(here: Here, store: Store) -> None:
     over = asyncio.Event()
 
     async def ask(seed: int) -> list[Answer]:
@@ -386,8 +395,8 @@ async def test_streams_without_end_see_no_gap_while_bundles_change(
         return answers
 
     asking = [asyncio.create_task(ask(seed)) for seed in range(3)]
-    for bundle in (other_bundle, routed_bundle, other_bundle):
-        choose(chosen, bundle)
+    for name in ("other", "routed", "other"):
+        store.choose(name)
         await reload(here)
         served = (await here.app.status()).served_by_edge
         await until(lambda served=served: here.daemon.agent.tally.served["edge"] > served + 3)  # type: ignore
@@ -403,19 +412,21 @@ async def test_streams_without_end_see_no_gap_while_bundles_change(
 
 
 async def test_a_corrupt_bundle_is_refused_by_its_file_and_the_old_one_goes_on(
-    here: Here, chosen: Path, other_bundle: Path, routed_bundle: Path, tmp_path: Path
+    here: Here, store: Store
 ) -> None:
     expected = (await here.app.generate(seed=5)).png
-    corrupt = Path(shutil.copytree(other_bundle, tmp_path / "corrupt"))
-    data = bytearray((corrupt / DENOISER).read_bytes())
+    damaged = store.path("other") / DENOISER
+    data = bytearray(damaged.read_bytes())
     data[len(data) // 2] ^= 1
-    (corrupt / DENOISER).write_bytes(data)
-    choose(chosen, corrupt)
-    with pytest.raises(grpc.aio.AioRpcError, match=r"unet/model\.onnx does not match its sha256") as refused:
+    damaged.write_bytes(data)
+    store.choose("other")
+    with pytest.raises(
+        grpc.aio.AioRpcError, match=f"{as_shown(DENOISER)} does not match its sha256"
+    ) as refused:
         await reload(here)
     assert refused.value.code() is grpc.StatusCode.DATA_LOSS
     status = await here.app.status()
-    assert Path(status.bundle) == routed_bundle
+    assert Path(status.bundle) == store.path("routed")
     assert status.loaded
     assert (await here.app.generate(seed=5)).png == expected
 

@@ -88,14 +88,14 @@ def test_padding_is_what_the_file_says(bundle_copy: Path, direction: str) -> Non
 
 def test_a_tokenizer_without_a_length_is_refused(bundle_copy: Path) -> None:
     path = bundle_copy / "tokenizer" / "tokenizer.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"truncation": None}))
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"truncation": None}))
     with pytest.raises(BundleError, match=r"tokenizer\.json must pad and truncate"):
         Tokenizer.load(path.parent)
 
 
 def edit(folder: Path, part: str, **changes: Any) -> None:
     path = folder / "tokenizer.json"
-    document = json.loads(path.read_text())
+    document = json.loads(path.read_bytes())
     path.write_text(json.dumps(document | {part: document[part] | changes}))
 
 

@@ -275,6 +275,7 @@ def test_a_cache_that_cannot_be_used_is_made_anew_and_a_fault_of_the_models_is_n
         models.open_better()
 
 
+@pytest.mark.posix
 def test_what_was_compiled_is_kept_where_trying_it_was_ended_from_outside(
     routed_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -10,12 +11,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from edge_agent.bundle import Bundle
+from edge_agent.bundle import DECODER, Bundle
 from edge_agent.diffusion.decoder import Decoder
 from edge_agent.diffusion.rehearsal import rehearse
 from edge_agent.diffusion.sessions import Runtime, Session
 from edge_agent.errors import GenerationFailed, RehearsalEnded
-from tests.running import process_environment, until
+from tests.running import as_shown, process_environment, until
 
 HERE = Runtime(threads=1, sizes={"batch_size": 1, "latent_height": 8, "latent_width": 8})
 
@@ -31,7 +32,7 @@ def test_a_graph_that_runs_is_no_trouble(session: Session) -> None:
 
 
 def test_what_the_runtime_refuses_is_said_in_its_words(session: Session) -> None:
-    with pytest.raises(GenerationFailed, match=r"vae_decoder/model\.onnx.*NoExecutionProvider"):
+    with pytest.raises(GenerationFailed, match=f"{as_shown(DECODER)}.*NoExecutionProvider"):
         rehearse(session, Runtime(providers=("NoExecutionProvider",), sizes=HERE.sizes))
 
 
@@ -43,6 +44,16 @@ def stand_in(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(sys, "executable", str(python))
 
 
+def test_a_crash_is_told(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = subprocess.run
+    crash = [sys.executable, "-c", "import faulthandler; faulthandler._read_null()"]
+    monkeypatch.setattr(subprocess, "run", lambda _, **how: run(crash, **how))
+    how = "0xC0000005" if os.name == "nt" else "signal 11"
+    with pytest.raises(GenerationFailed, match=f"{as_shown(DECODER)} crashed with {how}"):
+        rehearse(session, HERE)
+
+
+@pytest.mark.posix
 @pytest.mark.parametrize(
     ("script", "said"),
     [
@@ -71,6 +82,7 @@ def test_a_process_that_fails_or_crashes_is_not_ours_and_what_it_said_last_is_th
     assert not isinstance(failed.value, RehearsalEnded)
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("number", ["TERM", "KILL"])
 def test_a_process_that_is_ended_from_outside_says_nothing_of_the_graph(
     session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: str
@@ -80,6 +92,7 @@ def test_a_process_that_is_ended_from_outside_says_nothing_of_the_graph(
         rehearse(session, HERE)
 
 
+@pytest.mark.posix
 def test_a_process_that_runs_out_of_memory_says_nothing_of_the_graph(
     session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
