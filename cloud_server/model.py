@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,7 @@ def locate(model: str) -> Path:
     """
     folder = expanded(model)
     try:
-        found, there = (folder / INDEX_FILE).is_file(), folder.exists()
+        found, there = stat.S_ISREG(_mode(folder / INDEX_FILE)), bool(_mode(folder))
     except OSError as error:  # a name too long, a folder that one may not enter
         raise StartRefused(f"the model {folder} cannot be read: {error.strerror}. {_WHAT_TO_DO}") from error
     if found:
@@ -105,6 +106,16 @@ def locate(model: str) -> Path:
 _WHAT_TO_DO = (
     "Give --model a folder saved by a diffusers pipeline's save_pretrained(), or a hub id such as owner/name."
 )
+
+
+def _mode(path: Path) -> int:
+    """The mode of what is there; 0 where nothing is. Raises OSError where that cannot be seen, as Path.exists and its
+    like did before Python 3.14.
+    """
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
 
 
 def open_model(model: str) -> Model:

@@ -20,6 +20,7 @@ import json
 import math
 import os
 import re
+import stat
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
@@ -220,8 +221,8 @@ class Bundle:
                 f"{str(root)!r} is not a path in UTF-8; move the bundle to one that is"
             ) from error
         try:
-            if not root.is_dir():
-                why = "it is a file, not a folder" if root.exists() else "the folder does not exist"
+            if not stat.S_ISDIR(mode := mode_of(root)):
+                why = "it is a file, not a folder" if mode else "the folder does not exist"
                 raise BundleError(f"no bundle at {root}: {why}")
             _refuse_links(root, MANIFEST)
             with (root / MANIFEST).open("rb") as file:
@@ -556,9 +557,10 @@ def _check(root: Path, name: str, entry: FileEntry, verify: bool) -> FileState:
     """The file's state from before its bytes are read, so that whatever changes later shows."""
     path = root / name
     _refuse_links(root, name)
-    if not path.exists():
+    mode = mode_of(path)
+    if not mode:
         raise BundleError(f"{path} is missing; fetch or export the bundle again")
-    if not path.is_file():
+    if not stat.S_ISREG(mode):
         raise BundleError(f"{path} is not a plain file")
     state = _state(path)
     if state[1] != entry.bytes:
@@ -601,6 +603,16 @@ def file_states(files: Iterable[Path]) -> dict[Path, FileState]:
         with suppress(OSError):
             found[file] = _state(file)
     return found
+
+
+def mode_of(path: Path) -> int:
+    """The mode of what is there; 0 where nothing is. Raises OSError where that cannot be seen, as Path.exists and its
+    like did before Python 3.14.
+    """
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last for a null character
+        return 0
 
 
 def _state(file: Path) -> FileState:

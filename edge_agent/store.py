@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from edge_agent.bundle import MANIFEST, Bundle
+from edge_agent.bundle import MANIFEST, Bundle, mode_of
 from edge_agent.errors import Busy, StoreError
 
 Found = TypeVar("Found")
@@ -60,7 +60,7 @@ class Store:
     def names(self) -> list[str]:
         """The starter, then what is installed, by name. Whether it is whole is for `Bundle.open` to say."""
         with self.explained("read"):
-            if not self.folder.exists():
+            if not self.there:
                 return [STARTER_NAME]
             return [STARTER_NAME, *sorted(path.name for path in self.folder.iterdir() if _is_model(path))]
 
@@ -68,12 +68,12 @@ class Store:
     def there(self) -> bool:
         """Whether the folder exists. Only a pull makes it."""
         with self.explained("read"):
-            return self.folder.exists()
+            return bool(mode_of(self.folder))
 
     def misnamed(self) -> list[str]:
         """Folders that somebody put there under names that no model can have."""
         with self.explained("read"):
-            found = sorted(self.folder.iterdir()) if self.folder.exists() else []
+            found = sorted(self.folder.iterdir()) if self.there else []
             return [
                 path.name
                 for path in found
