@@ -175,7 +175,7 @@ class Run:
             if now - saved > CHECKPOINT_EVERY:
                 self._save()
                 saved = now
-            if self.seconds is not None and now - started > self.seconds:
+            if self.seconds is not None and now - started >= self.seconds:
                 break
         self._save()
         return self.done
