@@ -24,6 +24,7 @@ _before = signal.signal(signal.SIGINT, _interrupted)
 try:
     import argparse
     import asyncio
+    import errno
     import logging
     from contextlib import suppress
 
@@ -51,7 +52,7 @@ examples:
       for other machines; tokens.txt has a line 'TENANT TOKEN' for each caller
 
 SIGTERM, Ctrl-C and a terminal that closes let requests in flight finish (--grace-s); a second SIGTERM or
-Ctrl-C stops them at their next step.
+Ctrl-C stops them at their next step. On Windows Ctrl-Break does what SIGTERM does elsewhere.
 Exit codes: 0 stopped when told to, 1 a fault of the program itself, 2 bad usage or could not start (the message says
 why), 130 Ctrl-C in its first moments.
 """
@@ -101,8 +102,8 @@ def _print(line: str) -> int:
         print(line, flush=True)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in its buffer
-        if isinstance(error, BrokenPipeError):  # whoever read it has enough
-            return 0
+        if isinstance(error, BrokenPipeError) or (os.name == "nt" and error.errno == errno.EINVAL):
+            return 0  # whoever read it has enough; the second is what Windows calls it
         return _complain(f"the output cannot be written: {error.strerror}")
     return 0
 

@@ -85,7 +85,7 @@ def locate(model: str) -> Path:
         )
     if there:
         raise StartRefused(f"{folder} has no {INDEX_FILE}, so it is not a diffusers pipeline. {_WHAT_TO_DO}")
-    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+    if model.count("/") != 1 or model.startswith((".", "~")) or Path(model).anchor:
         raise StartRefused(f"there is no model folder {folder}. {_WHAT_TO_DO}")
     try:
         from huggingface_hub import hf_hub_download

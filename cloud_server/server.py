@@ -6,8 +6,10 @@ import asyncio
 import concurrent.futures
 import errno
 import logging
+import os
 import signal
 import socket
+import sys
 import threading
 from contextlib import suppress
 from typing import Any
@@ -48,7 +50,11 @@ CHANNEL_OPTIONS = (
     ("grpc.server.max_pending_requests", 100_000),
     ("grpc.server.max_pending_requests_hard_limit", 200_000),
 )
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+if sys.platform == "win32":
+    # Ctrl-Break is what another program can send there: its SIGTERM would be the end at once.
+    STOP_SIGNALS: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGINT, signal.SIGBREAK)
+else:
+    STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 LISTENS_S = 1.0  # how long the port may be closed before it is noticed
 CLOSE_S = 1.0  # what handlers that were told to stop get to say so before their connections close
 
@@ -232,20 +238,20 @@ class Server:
 
 
 async def run(settings: Settings) -> Server:
-    """Starts a server and serves until SIGTERM, SIGINT or SIGHUP; a second one of the first two cuts the grace short.
+    """Starts a server and serves until one of `STOP_SIGNALS`, a second one of which cuts the grace short, or SIGHUP.
 
     Returns the stopped server. Raises StartRefused.
     """
     server = Server(settings)
     loop = asyncio.get_running_loop()
-    try:
+    if sys.platform == "win32":  # whose loops know no signals
+        for number in STOP_SIGNALS:
+            signal.signal(number, lambda *_: loop.call_soon_threadsafe(server.stop))
+    else:
         for number in STOP_SIGNALS:
             loop.add_signal_handler(number, server.stop)
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
             loop.add_signal_handler(signal.SIGHUP, server.drain)
-    except NotImplementedError:  # on Windows
-        for number in STOP_SIGNALS:
-            signal.signal(number, lambda *_: loop.call_soon_threadsafe(server.stop))
     await server.startup()
     try:
         await server.serve()
@@ -253,7 +259,7 @@ async def run(settings: Settings) -> Server:
         await server.shutdown()
     # Another one, as the interpreter ends, would make a failure of what has ended well.
     for number in STOP_SIGNALS:
-        with suppress(NotImplementedError):  # on Windows
+        if sys.platform != "win32":
             loop.remove_signal_handler(number)
         signal.signal(number, signal.SIG_IGN)
     return server
@@ -273,7 +279,8 @@ def _taken(address: str) -> bool:
 def _in_use(family: int, place: Any) -> bool:
     try:
         with socket.socket(family) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does
+            if os.name == "posix":  # as gRPC does; on Windows it would share the address
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(place)
     except OSError as error:
         return error.errno == errno.EADDRINUSE

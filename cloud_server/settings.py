@@ -45,8 +45,11 @@ def expanded(path: str) -> Path:
 
 
 def default_state_folder() -> Path:
-    """Where the journal lies unless --state says otherwise: under XDG_STATE_HOME."""
-    return expanded(os.environ.get("XDG_STATE_HOME") or "~/.local/state") / "routet2i" / "cloud-server"
+    """Where the journal lies unless --state says otherwise: under XDG_STATE_HOME, or on Windows LOCALAPPDATA."""
+    local = os.environ.get("LOCALAPPDATA") if os.name == "nt" else None
+    return (
+        expanded(os.environ.get("XDG_STATE_HOME") or local or "~/.local/state") / "routet2i" / "cloud-server"
+    )
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,11 @@ class Settings:
         "file with a line 'TENANT TOKEN' for each caller; without it, loopback only, tenant 'default'",
     )
     state: str = _setting(
-        "", str, "DIR", "folder of the journal; default: $XDG_STATE_HOME/routet2i/cloud-server"
+        "",
+        str,
+        "DIR",
+        "folder of the journal; default: routet2i/cloud-server under $XDG_STATE_HOME or ~/.local/state, or on Windows "
+        "LOCALAPPDATA",
     )
     keep_images_s: float = _setting(
         3_600.0, float, "SECONDS", "how long a finished image is kept, so that a broken stream can be resumed"

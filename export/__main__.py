@@ -6,6 +6,7 @@ Each stage is also a module of its own: `edge-export train` is `python -m export
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 from collections.abc import Callable, Sequence
 
@@ -52,6 +53,8 @@ def usage() -> str:
 
 def run(stage: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
     """Run a stage's `main`; what it refuses becomes one line and exit code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # of characters that its encoding lacks
     try:
         return stage(argv)
     except (ExportError, RouteT2IError) as error:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from edge_agent.store import patiently
 from export.errors import ExportError
 
 
@@ -28,15 +28,17 @@ def check_output(file: Path, *inputs: Path, option: str = "--out") -> None:
 
     ExportError when that cannot be, when something else than a file lies in its place, or one of ``inputs``.
     """
+    if file.is_dir():
+        raise ExportError(f"{option} {file} is a folder; name a file")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=file.resolve().parent).close()  # where `replacing` writes
+        partial = _beside(file)  # not tempfile's, which tries for ever where Windows lets nobody write
+        partial.touch()
+        partial.unlink()
     except OSError as error:
         raise ExportError(
             f"{option} {file}: {file.parent} cannot be made or written to: {error.strerror}"
         ) from error
-    if file.is_dir():
-        raise ExportError(f"{option} {file} is a folder; name a file")
     if file.exists() and not file.is_file():  # a pipe or a device, which the result would replace
         raise ExportError(f"{option} {file} is no regular file; name one")
     if file.exists() and any(other.exists() and file.samefile(other) for other in inputs):
@@ -67,19 +69,23 @@ def replacing(file: Path) -> Iterator[Path]:
 
     Until then, and after an error, such as that of a full disk, ``file`` is as it was.
     """
-    target = file.resolve()  # a link stays one
-    partial = target.with_name(f".{os.getpid()}-{target.name}")  # its ending tells some writers the format
+    partial = _beside(file)
     try:
         yield partial
-        partial.replace(target)
+        patiently(os.replace, partial, file.resolve())  # a link stays one
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _beside(file: Path) -> Path:
+    target = file.resolve()
+    return target.with_name(f".{os.getpid()}-{target.name}")  # its ending tells some writers the format
 
 
 def write_output(file: Path, text: str) -> None:
     """Write ``text``, `replacing` what the file holds."""
     with replacing(file) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", newline="\n")  # everywhere, as `default_output` reads it
 
 
 def shown(path: Path) -> str:

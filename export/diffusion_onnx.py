@@ -40,7 +40,7 @@ from edge_agent.bundle import (
     write_manifest,
 )
 from edge_agent.errors import BundleError, GenerationFailed, StoreError
-from edge_agent.store import DISK_FULL, lock_file, name_from
+from edge_agent.store import DISK_FULL, lock_file, name_from, patiently
 from export import graphs, tokenizer_json
 from export import pipeline as pipelines
 from export.errors import ExportError
@@ -160,7 +160,9 @@ def export_bundle(
             schedule.save(path)
         for part, tokenizer in tokenizers.items():
             # Not its `save`, which says of a full disk what no OSError says.
-            (partial / part / tokens.FILE).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+            (partial / part / tokens.FILE).write_text(
+                tokenizer.to_str(pretty=True), encoding="utf-8", newline="\n"
+            )
         preview = fit_preview(references)
         shown = preview.explained >= WORTH_SHOWING
         report(
@@ -234,9 +236,13 @@ def _beside(target: Path, report: Report) -> Iterator[Path]:
 
 
 def _unlock(lock: Path, descriptor: int) -> None:
+    """The file goes while it is locked, or it could be another's by then. Windows removes none that is open."""
+    if os.name != "posix":
+        os.close(descriptor)
     with suppress(OSError):  # a file that stays is locked by nobody
         lock.unlink()
-    os.close(descriptor)
+    if os.name == "posix":
+        os.close(descriptor)
 
 
 def _remove_dead(target: Path, report: Report) -> None:
@@ -344,13 +350,18 @@ def _open_to_all(folder: Path) -> None:
 
 
 def _move(partial: Path, target: Path) -> None:
-    if not target.exists() or not any(target.iterdir()):
-        partial.replace(target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
-    target.replace(old)
-    partial.replace(target)
-    shutil.rmtree(old, ignore_errors=True)
+    """Windows moves nothing to where a folder is, be it empty."""
+    if not target.exists():
+        patiently(os.replace, partial, target)
+    elif not any(target.iterdir()):
+        target.rmdir()
+        patiently(os.replace, partial, target)
+    else:
+        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
+        old.rmdir()
+        patiently(os.replace, target, old)
+        patiently(os.replace, partial, target)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _counts(text: str) -> tuple[int, ...]:

@@ -418,7 +418,7 @@ def _refuse_mistyped(model: str | os.PathLike[str], what: str) -> None:
         raise ExportError(
             f"a name of '' cannot be loaded as {what}: name a folder that diffusers saved, or a hub id"
         )
-    path_like = text.startswith((".", "/", "~")) or text.replace(os.sep, "/").count("/") > 1
+    path_like = text.startswith((".", "~")) or bool(Path(text).anchor) or text.count("/") > 1 or "\\" in text
     if path_like and not Path(model).exists():
         raise ExportError(f"{text} cannot be loaded as {what}: there is no such folder")
 
@@ -573,6 +573,6 @@ def _from_hub(error: Exception) -> str:
 def drop_origin(folder: Path) -> None:
     """Take out of the configs in `folder` where the weights lay on the exporting machine: nobody's business."""
     for path in (folder / "model_index.json", *folder.glob("*/config.json")):
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
         config.pop("_name_or_path", None)
-        path.write_text(json.dumps(config, indent=2) + "\n")
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8", newline="\n")

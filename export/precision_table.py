@@ -56,8 +56,13 @@ from edge_agent.diffusion.generator import Generator
 bundle = Bundle.open(sys.argv[1])
 generator, facts = Generator(bundle), bundle.manifest
 loaded = time.perf_counter() - began
-def memory(name):
-    return int(open("/proc/self/status").read().split(name + ":")[1].split()[0]) * 1024
+def memory():
+    if sys.platform == "win32":
+        import psutil  # which accelerate needs
+        held = psutil.Process().memory_info()
+        return held.rss, held.peak_wset
+    status = open("/proc/self/status").read()
+    return [int(status.split(name)[1].split()[0]) * 1024 for name in ("VmRSS:", "VmHWM:")]
 import json
 for line in sys.stdin:
     prompt, seed = json.loads(line)
@@ -66,8 +71,8 @@ for line in sys.stdin:
     for _ in generator.generate(states, negative, seed, facts.default_steps, facts.default_guidance):
         pass
     seconds = time.perf_counter() - began
-    idle = memory("VmRSS")  # before the peak, which reading counts to
-    found = {"seconds": seconds, "loaded": loaded, "idle": idle, "peak": memory("VmHWM")}
+    idle, peak = memory()
+    found = {"seconds": seconds, "loaded": loaded, "idle": idle, "peak": peak}
     print(json.dumps(found), flush=True)
 """
 

@@ -9,7 +9,7 @@ The graph takes `states [1, L, d]`, `mask [1, L]` and `ids [1, L]`, and gives `e
 from __future__ import annotations
 
 import argparse
-import tempfile
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,10 +119,13 @@ def install(weights: Path, bundle: Bundle) -> float:
             f"{weights} was trained on another edge model's token states; train it on {bundle.folder}"
         )
     # Inside, as only that is sure to be on the bundle's disk and writable: it may be a link, or its folder another's.
-    with tempfile.TemporaryDirectory(dir=bundle.folder, prefix=".predictor-") as scratch:
-        graph = Path(scratch) / "model.onnx"
+    # Not by tempfile, which tries for ever where Windows lets nobody write.
+    graph = bundle.folder / f".predictor-{os.getpid()}.onnx"
+    try:
         difference = export(ensemble, graph, bundle.manifest.text_tokens)
         put_file(bundle.folder, PREDICTOR, graph, without=CALIBRATION)
+    finally:
+        graph.unlink(missing_ok=True)
     return difference
 
 

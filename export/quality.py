@@ -48,7 +48,7 @@ class Metric:
 def load_metrics(file: Path = METRICS_FILE) -> tuple[Metric, ...]:
     """Read metrics from a JSON file. Raises ValueError when it is not one."""
     try:
-        metrics = tuple(Metric(**entry) for entry in json.loads(file.read_text())["metrics"])
+        metrics = tuple(Metric(**entry) for entry in json.loads(file.read_text(encoding="utf-8"))["metrics"])
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{file} is not a file of metrics: {error}") from error
     if len({metric.name for metric in metrics}) != len(metrics):

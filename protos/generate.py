@@ -27,7 +27,7 @@ def generate(output: Path) -> None:
         sys.exit("protoc-gen-mypy_grpc is missing: install the dev extra (make env)")
     include = Path(grpc_tools.__file__).parent / "_proto"
     common = ["protoc", f"-I{SOURCES}", f"-I{include}"]
-    messages = sorted(str(path.relative_to(SOURCES)) for path in SOURCES.rglob("*.proto"))
+    messages = sorted(path.relative_to(SOURCES).as_posix() for path in SOURCES.rglob("*.proto"))
     for arguments in (
         [f"--python_out={output}", f"--pyi_out={output}", *messages],
         [

@@ -10,6 +10,7 @@ Every prompt is answered every time. Writes the images, a contact sheet, a JSON-
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import signal
 import subprocess
@@ -47,7 +48,8 @@ GALLERY, KIOSK = "gallery", "kiosk"
 
 BROKEN, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGBREAK if sys.platform == "win32" else signal.SIGHUP)
+"""The last is what a terminal that closes makes of it."""
 
 HERE = Path(__file__).parent
 
@@ -140,6 +142,8 @@ class Demo:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the demo; returns its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # of characters that its encoding lacks
     options = parser().parse_args(arguments)
     console = Console(highlight=False, markup=False)
     for number in STOP_SIGNALS:

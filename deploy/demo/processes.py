@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +20,13 @@ START_S = 300.0
 
 STOP_S = 15.0
 """Longer than the grace period the servers get to finish an image."""
+
+if sys.platform == "win32":
+    # There SIGTERM ends a process at once, and Ctrl-Break, which asks it to stop, reaches groups alone.
+    _STOP: int = signal.CTRL_BREAK_EVENT
+    _OWN_GROUP = subprocess.CREATE_NEW_PROCESS_GROUP
+else:
+    _STOP, _OWN_GROUP = signal.SIGTERM, 0
 
 GRACE_S = 5.0
 POLL_S = 0.1
@@ -44,7 +52,9 @@ class Server:
                 stdout=log,
                 stderr=log,
                 env=own_environment(),
-                start_new_session=True,  # Ctrl-C is the demo's, which then stops the servers in order
+                # Ctrl-C is the demo's, which then stops the servers in order.
+                start_new_session=True,
+                creationflags=_OWN_GROUP,
             )
 
     @property
@@ -64,12 +74,12 @@ class Server:
             self._wait_for(lambda: _serving(health))
 
     def terminate(self) -> None:
-        """SIGTERM: it finishes what it is doing. Does not wait."""
-        self._process.terminate()
+        """Told so, it finishes what it is doing. Does not wait."""
+        self._process.send_signal(_STOP)
 
     def stop(self) -> None:
-        """SIGTERM, and SIGKILL where that does not end it in time."""
-        self._process.terminate()
+        """Tells it so, and kills it where that does not end it in time."""
+        self.terminate()
         try:
             self._process.wait(STOP_S)
         except subprocess.TimeoutExpired:

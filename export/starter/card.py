@@ -39,7 +39,7 @@ def write_card(records: dict[str, dict[str, Any]], out: Path) -> None:
         ]
         losses = ", ".join(f"{step}: {loss}" for step, loss in record["losses"])
         lines += ["", f"Loss (smoothed) by step: {losses}."]
-    out.write_text("\n".join(lines) + "\n")
+    out.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def read_records(work: Path, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:

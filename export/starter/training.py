@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -47,7 +48,7 @@ def made_ahead(make: Callable[[int], Made], numbers: Sequence[int]) -> Iterable[
 
     What is made must depend on its number alone, and hold arrays, not tensors: those of a process that ends are gone.
     """
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or sys.platform == "win32":  # which forks no processes
         return map(make, numbers)
     return DataLoader(
         _ByNumber(make),
@@ -174,7 +175,7 @@ class Run:
             if now - saved > CHECKPOINT_EVERY:
                 self._save()
                 saved = now
-            if self.seconds is not None and now - started > self.seconds:
+            if self.seconds is not None and now - started >= self.seconds:
                 break
         self._save()
         return self.done

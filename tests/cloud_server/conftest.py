@@ -24,6 +24,7 @@ from cloud_server.server import Server
 from cloud_server.settings import Settings
 from routet2i.cloud.v1 import cloud_pb2, cloud_pb2_grpc
 from routet2i.image.v1 import image_pb2
+from tests.running import STOPPABLE
 
 PRICE = 4_000  # micro-dollars
 ROOT = Path(__file__).parents[2]
@@ -231,7 +232,12 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
         }
         with log.open("wb") as file:
             popen = subprocess.Popen(
-                command, stderr=stderr or file, stdout=file, cwd=tmp_path, env=environment
+                command,
+                stderr=stderr or file,
+                stdout=file,
+                cwd=tmp_path,
+                env=environment,
+                creationflags=STOPPABLE,
             )
         started.append(Process(popen, log))
         return started[-1]

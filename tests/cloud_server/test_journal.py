@@ -127,6 +127,11 @@ def test_an_image_is_dropped_after_its_time_and_its_charge_is_not(
     journal.begin("t", "later", "f")
     kept = journal._connection.execute("SELECT COUNT(image) FROM generations").fetchone()
     assert kept == (0,), "its bytes are gone from the file as well"
+
+
+@pytest.mark.posix
+def test_the_folder_is_for_its_owner_alone(tmp_path: Path, clock: Clock) -> None:
+    opened(tmp_path, clock)
     assert oct((tmp_path / "state").stat().st_mode)[-3:] == "700"
 
 

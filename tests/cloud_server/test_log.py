@@ -18,6 +18,7 @@ from cloud_server import log
 from cloud_server.log import Lines
 
 
+@pytest.mark.posix
 def test_a_pipe_that_nobody_reads_holds_nobody_up_and_whoever_reads_it_later_is_told_what_was_dropped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -42,6 +43,7 @@ def test_a_pipe_that_nobody_reads_holds_nobody_up_and_whoever_reads_it_later_is_
     assert last["event"] == "last"
 
 
+@pytest.mark.posix
 def test_the_last_lines_get_a_second_and_no_more_to_leave() -> None:
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
@@ -57,6 +59,7 @@ def test_the_last_lines_get_a_second_and_no_more_to_leave() -> None:
     os.close(reading)
 
 
+@pytest.mark.posix
 def test_a_line_longer_than_a_pipe_takes_at_once_arrives_whole() -> None:
     reading, writing = os.pipe()
     writer = log.Writer(writing)

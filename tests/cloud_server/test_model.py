@@ -91,6 +91,7 @@ def test_a_folder_without_a_pipeline_is_refused(tmp_path: Path) -> None:
         open_model(str(tmp_path))
 
 
+@pytest.mark.posix
 def test_a_model_whose_place_cannot_be_looked_at_is_refused() -> None:
     with pytest.raises(StartRefused, match="cannot be read: File name too long"):
         open_model("x" * 5_000)

@@ -96,6 +96,7 @@ def test_help_shows_every_flag_and_examples(capsys: pytest.CaptureFixture[str]) 
     assert "examples:" in text
 
 
+@pytest.mark.posix  # Windows takes it for a folder beside one's own
 @pytest.mark.parametrize("name", ["config", "state", "model", "tokens", "tls"])
 def test_a_home_that_is_not_known_is_refused_without_a_traceback(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -111,7 +112,8 @@ def test_a_home_that_is_not_known_is_refused_without_a_traceback(
 def test_certificate_and_key_may_lie_in_the_home_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(tmp_path))
     (tmp_path / "pem").write_text("no certificate")
     with pytest.raises(StartRefused, match=r"PEM|SSL"):  # it was found and read
         resolve({"tls_cert": "~/pem", "tls_key": "~/pem"}, {})
@@ -121,12 +123,12 @@ def test_certificate_and_key_may_lie_in_the_home_folder(
 def test_ctrl_c_while_a_library_is_being_imported_ends_the_program_quietly(library: str) -> None:
     """Some of them lose the exception that Python makes of it."""
     interrupted = f"""
-import contextlib, os, runpy, signal, sys
+import contextlib, runpy, signal, sys
 class Interrupt:
     def find_spec(self, name, *_):
         if name == "{library}":
             with contextlib.suppress(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
 sys.meta_path.insert(0, Interrupt())
 sys.argv = ["cloud-server", "serve", "--listen", "127.0.0.1:0"]
 runpy.run_module("cloud_server", run_name="__main__")

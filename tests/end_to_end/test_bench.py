@@ -22,6 +22,7 @@ def bench(*arguments: str, out: Path) -> tuple[subprocess.CompletedProcess[str],
     return finished, json.loads(written.read_text()) if written.exists() else {}
 
 
+@pytest.mark.posix  # which tells what memory processes hold
 @pytest.mark.parametrize("group", ["decision", "agent", "idle", "import", "installed"])
 def test_the_edges_rows_are_measured_and_written(group: str, routed_bundle: Path, tmp_path: Path) -> None:
     finished, record = bench("--only", group, "--bundle", str(routed_bundle), out=tmp_path)
@@ -37,6 +38,7 @@ def test_the_edges_rows_are_measured_and_written(group: str, routed_bundle: Path
     assert record["machine"]["versions"]["onnxruntime"]
 
 
+@pytest.mark.posix
 def test_pixels_are_compared_with_those_of_the_same_weights(miniature_bundle: Path, tmp_path: Path) -> None:
     from tests.miniature import save_miniature
 
@@ -79,6 +81,7 @@ def test_full_size_is_stable_diffusions_own(monkeypatch: pytest.MonkeyPatch) -> 
     assert pipeline.unet.config.sample_size * pipeline.vae_scale_factor == 512
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize(
     ("row", "says"),
     [("headroom", "edge-export evaluate"), ("decision", "edge-export train"), ("diffusers", "--model")],

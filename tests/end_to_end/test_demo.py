@@ -21,6 +21,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from tests.running import STOP, STOPPABLE
+
 DEMO = Path(__file__).parents[2] / "deploy" / "demo"
 PRICE_MICRO_USD = 10_000
 PROMPTS = (
@@ -90,19 +92,26 @@ def test_the_demo_answers_every_prompt_in_every_phase_within_its_budget(
 
 def test_ctrl_c_stops_both_servers_and_leaves_no_traceback(command: Sequence[str], tmp_path: Path) -> None:
     record = tmp_path / "out" / "record.jsonl"
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8") as demo:
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        creationflags=STOPPABLE,
+    ) as demo:
         while not record.exists():
             assert demo.poll() is None, demo.communicate()
             time.sleep(0.05)
         servers = psutil.Process(demo.pid).children()
         assert len(servers) == 2
-        demo.send_signal(signal.SIGINT)
+        demo.send_signal(STOP if os.name == "nt" else signal.SIGINT)  # a group gets no Ctrl-C there
         _, complaint = demo.communicate(timeout=60)
     assert demo.returncode == 130
     assert complaint == "demo: stopped; both servers are down\n"
     assert not any(server.is_running() for server in servers)
 
 
+@pytest.mark.posix
 def test_a_terminal_that_is_closed_takes_both_servers_along(command: Sequence[str], tmp_path: Path) -> None:
     record = tmp_path / "out" / "record.jsonl"
     terminal, end = os.openpty()
@@ -156,7 +165,10 @@ def test_a_server_that_does_not_come_up_is_named_with_the_end_of_its_log(
 
 @pytest.mark.parametrize(
     ("option", "value", "complaint"),
-    [("--prompts", "/nowhere.txt", "cannot read the prompts"), ("--bundle", "/nowhere", "/nowhere")],
+    [
+        ("--prompts", "/nowhere.txt", "cannot read the prompts"),
+        ("--bundle", "/nowhere", str(Path("/nowhere"))),
+    ],
 )
 def test_what_the_demo_cannot_use_is_refused_in_words(
     command: list[str], option: str, value: str, complaint: str

@@ -203,4 +203,4 @@ def expected_shape() -> list[list[str]]:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch:
-        PAGE.write_text(page(Parity(Path(scratch))))
+        PAGE.write_text(page(Parity(Path(scratch))), encoding="utf-8")

@@ -122,4 +122,4 @@ def test_a_latent_consistency_model_hears_its_guidance_scale(parity: Parity) -> 
 
 def test_the_page_has_the_cells_that_are_tested() -> None:
     """A row, a column or a dash that changes here must be measured again: run `make parity`."""
-    assert shape(PAGE.read_text()) == expected_shape()
+    assert shape(PAGE.read_text(encoding="utf-8")) == expected_shape()

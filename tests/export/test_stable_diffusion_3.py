@@ -301,7 +301,7 @@ def test_channels_that_the_transformer_leaves_open_are_the_latents(
         (
             "transformer",
             {"sample_size": 7},
-            r"a size of 56x56, as transformer/config\.json names it, does not work: .* such as 64x64",
+            r"a size of 56x56, as transformer[\\/]config\.json names it, does not work: .* such as 64x64",
         ),
         ("transformer", {"sample_size": 26}, "a size of 208x208, .* knows positions up to 192x192"),
         ("transformer", {"pos_embed_max_size": None}, "without a table of positions is not supported"),

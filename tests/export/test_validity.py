@@ -135,7 +135,7 @@ def test_the_report_says_it_all(tmp_path, monkeypatch):
     text = out.read_text()
     assert all(text.count(f"| {name} |") >= 3 for name in METRICS)
     assert "inspector finds" not in text
-    assert f"Made by `edge-export validity {labels}` with the starter judge.\n" in text
+    assert f"Made by `edge-export validity {labels.as_posix()}` with the starter judge.\n" in text
 
 
 def test_the_report_names_the_judge_that_was_asked_for_and_the_labels_from_where_one_works(

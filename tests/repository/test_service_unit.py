@@ -6,6 +6,8 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from edge_agent.client import BAD_INPUT
 from edge_agent.settings import ADDRESS_VARIABLE, ENVIRONMENT_PREFIX, resolve
 
@@ -25,6 +27,7 @@ def test_the_units_environment_is_one_of_settings() -> None:
     assert f"{ADDRESS_VARIABLE}={settings.listen}" in UNIT.read_text(encoding="utf-8")
 
 
+@pytest.mark.posix
 def test_the_install_command_names_the_wheel_with_its_extra(tmp_path: Path) -> None:
     (tmp_path / "routet2i-0.1-py3-none-any.whl").touch()
     for page in (UNIT, ROOT / "docs" / "jetson.md"):

@@ -92,6 +92,7 @@ def test_the_judge_learns_from_pictures_that_the_sketches_painted_anew(work, mon
     assert kept.harm[:, METRICS.index("realism")].max() > 0  # after two steps
 
 
+@pytest.mark.posix
 def test_the_sketches_take_turns_in_painting(work, tmp_path, monkeypatch):
     monkeypatch.setattr(sketch, "NUMBER", 8)
     monkeypatch.setattr(sketch, "BATCH", 2)
@@ -107,6 +108,7 @@ def test_the_sketches_take_turns_in_painting(work, tmp_path, monkeypatch):
     assert changed.tolist() == 2 * [False] + 2 * [True] + 4 * [False]
 
 
+@pytest.mark.posix
 def test_the_judge_needs_sketches_and_says_how_to_make_them(work, tmp_path):
     (tmp_path / "decoder").symlink_to(work / "decoder")
     with pytest.raises(ExportError, match="edge-export starter sketch"):
@@ -146,6 +148,7 @@ def test_a_stage_that_runs_out_of_time_says_so_and_goes_on(tmp_path, monkeypatch
     assert (tmp_path / "autoencoder" / "model" / "config.json").exists()
 
 
+@pytest.mark.posix
 def test_the_stage_of_the_sketches_trains_one_after_the_other_and_goes_on(work, tmp_path, monkeypatch):
     monkeypatch.setattr(denoiser, "SCENES", 64)
     monkeypatch.setattr(sketch, "NUMBER", 8)

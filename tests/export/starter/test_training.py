@@ -28,6 +28,7 @@ def loss_of(run):
     return loss
 
 
+@pytest.mark.posix
 def test_batches_are_made_ahead_by_other_processes_where_there_is_a_gpu(monkeypatch):
     def make(number):
         return os.getpid(), batch_of(number)
