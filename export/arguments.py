@@ -28,9 +28,9 @@ def check_output(file: Path, *inputs: Path, option: str = "--out") -> None:
 
     ExportError when that cannot be, when something else than a file lies in its place, or one of ``inputs``.
     """
-    if file.is_dir():
-        raise ExportError(f"{option} {file} is a folder; name a file")
     try:
+        if file.is_dir():
+            raise ExportError(f"{option} {file} is a folder; name a file")
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = _beside(file)  # not tempfile's, which tries for ever where Windows lets nobody write
         partial.touch()
