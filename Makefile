@@ -59,7 +59,7 @@ node:
 	@npx --version >/dev/null 2>&1 || { echo "buf comes from npm: install Node.js 18 or newer (Debian: apt-get install npm)"; exit 1; }
 
 # torch names the CUDA packages that it wants itself; naming them here too would clash with its other builds.
-constraints: $(ENV)  ## resolve constraints.txt anew, for Python 3.10 to 3.13
+constraints: $(ENV)  ## resolve constraints.txt anew, for Python 3.10 to 3.14
 	@uv=$$(uv --version >/dev/null 2>&1 && echo uv || echo $(BIN)/uv); \
 	{ sed '/^[^#]/,$$d' constraints.txt; \
 	  UV_FIND_LINKS= "$$uv" pip compile --quiet --universal --python-version 3.10 --all-extras --upgrade \
@@ -70,7 +70,7 @@ wheel: $(ENV)  ## build the wheels into dist/: edge and cloud server, and the cl
 	$(BIN)/python -m hatchling build -t wheel
 	cd deploy/cloud-starter && ../../$(BIN)/python -m hatchling build -t wheel -d ../../dist
 
-edge-versions: $(ENV)  ## install the edge alone on Python 3.10, 3.12 and 3.13, and route a prompt on each
+edge-versions: $(ENV)  ## install the edge alone on Python 3.10, 3.12, 3.13 and 3.14, and route a prompt on each
 	@.ci/edge-versions
 
 aarch64-wheels: $(ENV)  ## check that the edge installs on aarch64 without compiling, on Python 3.10 and 3.12
