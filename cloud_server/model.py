@@ -19,6 +19,7 @@ with the defaults that diffusers' own documentation uses.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import stat
@@ -114,7 +115,9 @@ def _mode(path: Path) -> int:
     """
     try:
         return path.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise
         return 0
 
 

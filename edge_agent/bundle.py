@@ -15,6 +15,7 @@ outside the folder is refused by name when the bundle is opened, and so is a gra
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -611,7 +612,11 @@ def mode_of(path: Path) -> int:
     """
     try:
         return path.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last for a null character
+    except ValueError:  # a null character
+        return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise
         return 0
 
 
