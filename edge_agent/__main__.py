@@ -114,7 +114,8 @@ examples:
       another machine's cloud server over TLS, two budgets, and no more than ten calls a minute
 
 SIGTERM, Ctrl-C and a terminal that closes let images in the making finish (--grace-s); a second SIGTERM or
-Ctrl-C stops them at their next step. The exit code is 0 either way.
+Ctrl-C stops them at their next step. The exit code is 0 either way. On Windows Ctrl-Break does what SIGTERM does
+elsewhere.
 """
 
 GENERATE_EPILOG = """\

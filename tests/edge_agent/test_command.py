@@ -221,7 +221,7 @@ def test_a_file_that_is_named_after_the_request_is_looked_at_before_the_image_is
     assert not {"taken", "kept/cat"} & {call["request_id"] for call in daemon.calls}
 
 
-@pytest.mark.skipif(os.name == "posix", reason="stat tells")
+@pytest.mark.skipif(os.name == "posix", reason="Windows only")
 @pytest.mark.parametrize("name", ["order:17.png", "x" * 300])
 def test_a_name_that_no_file_has_on_windows_is_refused_before_the_image_is_made(name: str) -> None:
     with pytest.raises(InvalidRequest, match=f"{name} is no name of a file on Windows"):

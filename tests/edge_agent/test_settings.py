@@ -190,7 +190,7 @@ def test_the_default_socket_lies_in_a_folder_of_its_own(
     assert default_address() == f"unix:{tmp_path}/.local/state/routet2i/edge-agent/socket/agent.sock"
 
 
-@pytest.mark.skipif(os.name == "posix", reason="has Unix sockets")
+@pytest.mark.skipif(os.name == "posix", reason="Windows only")
 def test_where_python_has_no_unix_sockets_it_is_a_loopback_address() -> None:
     assert Settings().address == default_address() == "127.0.0.1:50051"
     with pytest.raises(StartRefused, match=r"no Unix sockets on Windows; use a loopback address"):
