@@ -46,7 +46,7 @@ def downloaded(model: str, **left_out: None) -> Path:
 
     Raises whatever the hub's library raises.
     """
-    with _bars_on_terminals_alone():
+    with bars_on_terminals_alone():
         folder = Path(diffusers.DiffusionPipeline.download(model, **left_out))
         index = json.loads((folder / diffusers.DiffusionPipeline.config_name).read_text(encoding="utf-8"))
         taken = parts_of(index) - left_out.keys()
@@ -80,7 +80,7 @@ def pipeline(folder: Path, torch_dtype: Any, **options: Any) -> Any:
         refuse_faulty(kind, folder / name)
     parts: dict[str, Any] = {}
     newer: dict[str, Any] = {}
-    with _bars_on_terminals_alone():
+    with bars_on_terminals_alone():
         # Networks last: what else is faulty shows in a moment.
         for name, kind in sorted(known.items(), key=lambda one: issubclass(one[1], NETWORKS)):
             if issubclass(kind, NETWORKS):
@@ -329,7 +329,7 @@ def _is_half(weights: Path) -> bool:
 
 
 @contextmanager
-def _bars_on_terminals_alone() -> Iterator[None]:
+def bars_on_terminals_alone() -> Iterator[None]:
     """The libraries' progress bars fill a log, where stderr is no terminal."""
     shown = [logs for logs in (diffusers_logging, transformers_logging) if logs.is_progress_bar_enabled()]
     hub_shown = not are_progress_bars_disabled()

@@ -16,6 +16,7 @@ from export.terminal import console
 
 STAGES = {
     "starter": ("export.starter.__main__", "make the starter world's models"),
+    "convert": ("export.convert", "make a diffusers folder of a single file, or of a model and LoRAs"),
     "diffusion": ("export.diffusion_onnx", "write a diffusers pipeline as a bundle"),
     "precision": (
         "export.precision_table",

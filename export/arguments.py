@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,6 +62,16 @@ def default_output(name: str, begins: str) -> Path:
                 "with --out"
             )
     return file
+
+
+@contextmanager
+def ended_cleanly() -> Iterator[None]:
+    """Whoever ends the process is obeyed as Ctrl-C is: nothing half-made stays behind."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

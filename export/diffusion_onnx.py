@@ -18,12 +18,7 @@ import argparse
 import gc
 import math
 import os
-import re
-import shutil
-import signal
-import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -39,10 +34,11 @@ from edge_agent.bundle import (
     schedule_file,
     write_manifest,
 )
-from edge_agent.errors import BundleError, GenerationFailed, StoreError
-from edge_agent.store import DISK_FULL, lock_file, name_from, patiently
-from export import graphs, tokenizer_json
+from edge_agent.errors import BundleError, StoreError
+from edge_agent.store import name_from
+from export import folder, graphs, tokenizer_json
 from export import pipeline as pipelines
+from export.arguments import ended_cleanly
 from export.errors import ExportError
 from export.preview import WORTH_SHOWING, fit_preview
 from export.prompts import numbered_lines
@@ -123,7 +119,7 @@ def export_bundle(
         if calibration_prompts is None
         else [line for _, line in numbered_lines(Path(calibration_prompts))]
     )
-    with _beside(target, report) as partial:
+    with folder.beside(target, report) as partial:
         loaded, ours = model, isinstance(model, (str, os.PathLike))
         if ours:
             loaded = pipelines.load(model, without_t5=without_t5, report=report)
@@ -192,9 +188,9 @@ def export_bundle(
 
             report(f"turning the bundle into {dtype}")
             precision.shrink(partial, dtype, keep=keep, prompts=prompts, report=report)
-        _open_to_all(partial)
+        folder.open_to_all(partial)
         _refuse_taken(target, force)  # again: a predictor may have been put in meanwhile
-        _move(partial, target)
+        folder.move(partial, target)
     report(f"wrote {target}, which a pull will call {name_from(name)}; --name gives it another name")
     return Bundle.open(target)
 
@@ -207,72 +203,6 @@ def _refuse_name(name: str) -> None:
         name_from(name)
     except StoreError as error:
         raise ExportError(error.message) from error
-
-
-@contextmanager
-def _beside(target: Path, report: Report) -> Iterator[Path]:
-    """A new folder beside `target`, so that the move at the end is one rename on one disk; gone when done.
-
-    Only one export of `target` has it at a time. Raises ExportError when another has, it cannot be written, or the
-    block raises an OSError, whose file is named.
-    """
-    lock = target.with_name(f".{target.name}.lock")
-    with ExitStack() as held:
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            held.callback(_unlock, lock, lock_file(lock, wait=False))
-            _remove_dead(target, report)
-            partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-            held.callback(shutil.rmtree, partial, ignore_errors=True)
-            yield partial
-        except BlockingIOError:
-            raise ExportError(
-                f"another export of {target} is under way; wait for it, or name another folder"
-            ) from None
-        except OSError as error:
-            raise ExportError(_explained(error, target)) from error
-        except (BundleError, GenerationFailed) as error:
-            raise ExportError(error.message) from error
-
-
-def _unlock(lock: Path, descriptor: int) -> None:
-    """The file goes while it is locked, or it could be another's by then. Windows removes none that is open."""
-    if os.name != "posix":
-        os.close(descriptor)
-    with suppress(OSError):  # a file that stays is locked by nobody
-        lock.unlink()
-    if os.name == "posix":
-        os.close(descriptor)
-
-
-def _remove_dead(target: Path, report: Report) -> None:
-    """What exports left that were killed: whoever has the lock knows that none of them lives."""
-    # Eight characters, as mkdtemp draws them: "a.partial-x" may be another's name.
-    left = re.compile(re.escape(f".{target.name}.") + r"(partial|old)-[a-z0-9_]{8}")
-    for folder in sorted(target.parent.iterdir()):
-        found = left.fullmatch(folder.name)
-        # Killed between its two renames, one left the bundle that was there before under the second name.
-        if not found or (found[1] == "old" and not target.exists()):
-            continue
-        shutil.rmtree(folder, ignore_errors=True)
-        report(
-            f"{'could not remove' if folder.exists() else 'removed'} {folder}, left by an export that was killed"
-        )
-
-
-def _explained(error: OSError, target: Path) -> str:
-    if error.filename is not None and error.errno not in DISK_FULL:
-        at = Path(str(error.filename))
-        if at not in target.parents and target.parent not in at.parents:
-            return f"{at}: {error.strerror}"  # nothing that an export writes
-    place = next(path for path in target.parents if path.exists())
-    if not place.is_dir():
-        return f"{target} cannot be made, for {place} is a file; name another folder"
-    where = error.filename or target.parent
-    cure = (
-        "make room, or name a folder on another disk" if error.errno in DISK_FULL else "name another folder"
-    )
-    return f"{where} cannot be written: {error.strerror or error}; {cure}"
 
 
 def _tokenizers(pipeline: Any, model: Any, report: Report) -> dict[str, Any]:
@@ -307,12 +237,7 @@ def _refuse_kept(keep: Collection[str], pipeline: Any, dtype: Dtype) -> None:
 
 
 def _refuse_taken(target: Path, force: bool) -> None:
-    try:
-        str(target).encode()
-    except UnicodeEncodeError as error:  # torch and onnxruntime take no other paths
-        raise ExportError(f"{str(target)!r} is not a path in UTF-8; name one that is") from error
-    if target == Path.cwd():
-        raise ExportError(f"{target} is the folder you are in; name a new folder, which the bundle becomes")
+    folder.refuse_unusable(target, "the bundle")
     for parent in target.parents:
         if (parent / MANIFEST).is_file() and any(
             map(Path.is_file, (parent / DENOISER, parent / TRANSFORMER))
@@ -341,27 +266,6 @@ def _not_exported(bundle: Path) -> list[str]:
     exported = {MANIFEST, *(name for name in listed if name not in (PREDICTOR, CALIBRATION))}
     found = (path for path in sorted(bundle.rglob("*")) if path.is_symlink() or not path.is_dir())
     return [name for path in found if (name := path.relative_to(bundle).as_posix()) not in exported]
-
-
-def _open_to_all(folder: Path) -> None:
-    """A daemon may run as another user, and mkdtemp and onnx's files of weights are for their owner alone."""
-    for path in (folder, *folder.rglob("*")):
-        path.chmod(0o755 if path.is_dir() else 0o644)
-
-
-def _move(partial: Path, target: Path) -> None:
-    """Windows moves nothing to where a folder is, be it empty."""
-    if not target.exists():
-        patiently(os.replace, partial, target)
-    elif not any(target.iterdir()):
-        target.rmdir()
-        patiently(os.replace, partial, target)
-    else:
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
-        old.rmdir()
-        patiently(os.replace, target, old)
-        patiently(os.replace, partial, target)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _counts(text: str) -> tuple[int, ...]:
@@ -458,12 +362,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="replace the bundle at OUT, if it holds nothing but what this command makes",
     )
     options = vars(parser.parse_args(argv))
-    # Whoever ends the process is obeyed as Ctrl-C is: nothing half-made stays behind.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+    with ended_cleanly():
         export_bundle(options.pop("model"), options.pop("out"), **options)
-    finally:
-        signal.signal(signal.SIGTERM, before)
     return 0
 
 

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -93,16 +94,31 @@ def load(
         _refuse_class(index["_class_name"])
         _refuse_t5(index["_class_name"], _names(index, "text_encoder_3"), without_t5)
         made = _CLASSES[index["_class_name"]]
-        left_out = dict.fromkeys(_idle(made))
+        idle = dict.fromkeys(_idle(made))
         with quiet():
-            folder = Path(model) if Path(model).is_dir() else complete.downloaded(str(model), **left_out)
-            _refuse_missing(folder, complete.parts_of(index) - left_out.keys(), index)
-            unmarked = {"add_watermarker": False} if made is StableDiffusionXLPipeline else {}
-            return complete.pipeline(folder, torch.float32, **left_out, **unmarked)
+            folder = Path(model) if Path(model).is_dir() else complete.downloaded(str(model), **idle)
+            _refuse_missing(folder, complete.parts_of(index) - idle.keys(), index)
+            return complete.pipeline(folder, torch.float32, **left_out(made))
     except ExportError:
         raise
     except Exception as error:  # each part's library fails in its own way
         raise ExportError(f"{model} cannot be loaded as a diffusers pipeline: {reason(error)}") from error
+
+
+def class_of(model: str | os.PathLike[str], report: Callable[[str], None] = lambda _: None) -> Any:
+    """The class of the pipeline in `model`, a folder or hub id. Raises ExportError as `load` does."""
+    try:
+        name = _index(model, report)["_class_name"]
+    except OSError as error:
+        raise ExportError(f"{model} cannot be loaded as a diffusers pipeline: {reason(error)}") from error
+    _refuse_class(name)
+    return _CLASSES[name]
+
+
+def left_out(made: type) -> dict[str, Any]:
+    """What diffusers is told so that a pipeline of class `made` comes without the parts that the edge does not run."""
+    unmarked = {"add_watermarker": False} if made is StableDiffusionXLPipeline else {}
+    return dict.fromkeys(_idle(made)) | unmarked
 
 
 def prepared(
@@ -307,10 +323,12 @@ def facts(pipeline: Any, size: tuple[int, int]) -> dict[str, Any]:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Loading and tracing warn of much that is harmless; the comparison of pixels decides instead."""
+def quiet(most: int = logging.WARNING) -> Iterator[None]:
+    """Loading and tracing warn of much that is harmless; the comparison of pixels decides instead. Nothing of the
+    level `most`, or below, is logged.
+    """
     level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(most)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -322,11 +340,11 @@ def quiet() -> Iterator[None]:
 def _index(model: str | os.PathLike[str], report: Callable[[str], None]) -> dict[str, Any]:
     """What the model_index.json of `model` says; its _class_name is some text."""
     folder = Path(model)
-    _refuse_mistyped(model, "a diffusers pipeline")
+    refuse_mistyped(model, "a diffusers pipeline")
     if folder.is_file():
         raise ExportError(
-            f"{folder} is a file, and a pipeline is a folder: make one with diffusers, such as "
-            f"StableDiffusionPipeline.from_single_file({str(folder)!r}).save_pretrained(FOLDER)"
+            f"{folder} is a file, and a pipeline is a folder: make one with "
+            f"edge-export convert {shlex.quote(str(folder))} FOLDER"
         )
     if (folder / MANIFEST).is_file():
         raise ExportError(f"{folder} is a bundle already; name the diffusers folder that it was made from")
@@ -346,7 +364,7 @@ def _index(model: str | os.PathLike[str], report: Callable[[str], None]) -> dict
         if folder.is_dir():
             raise ExportError(f"{folder / 'model_index.json'} cannot be read: {reason(error)}") from error
         raise ExportError(
-            f"{model} cannot be loaded as a diffusers pipeline: it is no folder here, and {_from_hub(error)}"
+            f"{model} cannot be loaded as a diffusers pipeline: it is no folder here, and {from_hub(error)}"
         ) from error
     try:
         complete.check_index(index)
@@ -411,16 +429,21 @@ def refuse_scheduler(pipeline: Any) -> None:
         )
 
 
-def _refuse_mistyped(model: str | os.PathLike[str], what: str) -> None:
+def refuse_mistyped(model: str | os.PathLike[str], what: str) -> None:
     """A name that the hub cannot have is a path, and the connection is not what it lacks."""
     text = os.fspath(model)
     if not text:
         raise ExportError(
             f"a name of '' cannot be loaded as {what}: name a folder that diffusers saved, or a hub id"
         )
-    path_like = text.startswith((".", "~")) or bool(Path(text).anchor) or text.count("/") > 1 or "\\" in text
+    file = Path(text).suffix == ".safetensors"
+    path_like = (
+        file or text.startswith((".", "~")) or bool(Path(text).anchor) or text.count("/") > 1 or "\\" in text
+    )
     if path_like and not Path(model).exists():
-        raise ExportError(f"{text} cannot be loaded as {what}: there is no such folder")
+        raise ExportError(
+            f"{text} cannot be loaded as {what}: there is no such {'file' if file else 'folder'}"
+        )
 
 
 def _tell_of_hub(model: str | os.PathLike[str], report: Callable[[str], None]) -> None:
@@ -430,7 +453,7 @@ def _tell_of_hub(model: str | os.PathLike[str], report: Callable[[str], None]) -
 
 def _load_autoencoder(model: str | os.PathLike[str], report: Callable[[str], None]) -> Any:
     try:
-        _refuse_mistyped(model, "an autoencoder")
+        refuse_mistyped(model, "an autoencoder")
         if Path(model).is_file():
             raise ExportError(
                 f"{model} is a file, and an autoencoder is a folder: make one with diffusers, such as "
@@ -560,9 +583,10 @@ def _nearest(side: int, multiple: int) -> int:
     return max(1, round(side / multiple)) * multiple
 
 
-def _from_hub(error: Exception) -> str:
+def from_hub(error: Exception) -> str:
+    """Why the hub gave nothing."""
     # diffusers says of a hub that does not answer that the model lacks a file.
-    if isinstance(error.__context__, LocalEntryNotFoundError):
+    if isinstance(error, LocalEntryNotFoundError) or isinstance(error.__context__, LocalEntryNotFoundError):
         return (
             f"the hub at {constants.ENDPOINT} cannot be reached and has left no copy here; check the connection, "
             "or name a folder"

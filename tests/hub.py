@@ -15,24 +15,24 @@ COMMIT = "c0ffee" + "0" * 34
 
 
 @contextmanager
-def hub(folder: Path) -> Iterator[str]:
-    """The address of a hub with the one repository owner/name, which holds the files of `folder`."""
+def hub(folder: Path, repository: str = "owner/name") -> Iterator[str]:
+    """The address of a hub with the one repository, which holds the files of `folder`."""
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
             path = urlsplit(self.path).path
-            name = path.removeprefix("/owner/name/resolve/").partition("/")[2]
+            name = path.removeprefix(f"/{repository}/resolve/").partition("/")[2]
             headers = {"X-Repo-Commit": COMMIT}
-            if path.startswith("/api/models/owner/name/tree/"):  # which newer versions ask for
+            if path.startswith(f"/api/models/{repository}/tree/"):  # which newer versions ask for
                 tree = [
                     {"type": "file", "path": each, "size": file.stat().st_size, "oid": each}
                     for each, file in files.items()
                 ]
                 code, body = 200, json.dumps(tree).encode()
-            elif path.startswith("/api/models/owner/name"):
+            elif path.startswith(f"/api/models/{repository}"):
                 about = {
-                    "id": "owner/name",
+                    "id": repository,
                     "sha": COMMIT,
                     "siblings": [{"rfilename": each} for each in files],
                 }

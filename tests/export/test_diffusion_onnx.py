@@ -40,8 +40,9 @@ from edge_agent.diffusion.sessions import Runtime
 from export import diffusion_onnx, graphs
 from export.__main__ import INTERRUPTED
 from export.__main__ import main as edge_export
-from export.diffusion_onnx import _beside, _move, export_bundle, main
+from export.diffusion_onnx import export_bundle, main
 from export.errors import ExportError
+from export.folder import beside, move
 from export.graphs import MASKED
 from export.pipeline import facts, licence_of, load, name_of
 from export.reference import Reference, difference, largest_difference, reference_image, reference_images
@@ -214,7 +215,7 @@ def test_an_empty_folder_becomes_the_bundle(tmp_path: Path) -> None:
     for name in ("made", "bundle"):
         (tmp_path / name).mkdir()
     (tmp_path / "made" / "file").touch()
-    _move(tmp_path / "made", tmp_path / "bundle")
+    move(tmp_path / "made", tmp_path / "bundle")
     assert [path.name for path in tmp_path.rglob("*")] == ["bundle", "file"]
 
 
@@ -577,7 +578,9 @@ def test_a_models_own_size_is_no_larger_than_any_other(
 def test_a_file_of_weights_says_how_to_make_a_folder_of_it(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"x")
-    with pytest.raises(ExportError, match=r"from_single_file\('.*model\.safetensors'\)\.save_pretrained"):
+    with pytest.raises(
+        ExportError, match=r"make one with edge-export convert .*model\.safetensors'? FOLDER$"
+    ):
         export_bundle(file, tmp_path / "bundle", report=silent)
 
 
@@ -982,14 +985,14 @@ def test_only_what_an_export_writes_is_called_unwritable(tmp_path: Path) -> None
     other = tmp_path / "other" / "file"
     with (
         pytest.raises(ExportError, match=f"^{re.escape(str(other))}: No such file or directory$"),
-        _beside(tmp_path / "here" / "bundle", silent),
+        beside(tmp_path / "here" / "bundle", silent),
     ):
         other.read_bytes()
     with (
         pytest.raises(
             ExportError, match=r"here[\\/]\.bundle\.partial-\S+file cannot be written: No such file"
         ),
-        _beside(tmp_path / "here" / "bundle", silent) as partial,
+        beside(tmp_path / "here" / "bundle", silent) as partial,
     ):
         (partial / "none" / "file").write_bytes(b"x")
 
@@ -1015,8 +1018,8 @@ def test_a_full_disk_is_said_in_words(pipeline: StableDiffusionPipeline, tmp_pat
 HOLDING = """
 import sys, time
 from pathlib import Path
-from export.diffusion_onnx import _beside
-with _beside(Path(sys.argv[1]), print) as partial:
+from export.folder import beside
+with beside(Path(sys.argv[1]), print) as partial:
     (partial / "weights").write_bytes(b"x")
     print(partial.name, flush=True)
     time.sleep(600)

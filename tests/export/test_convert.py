@@ -1,0 +1,344 @@
+"""A single file or a LoRA becomes a folder of exactly those weights, or is refused with what does not fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, LCMScheduler
+from safetensors.torch import load_file, save_file
+
+from cloud_server import complete
+from export.__main__ import BAD_INPUT
+from export.__main__ import main as edge_export
+from export.convert import convert
+from export.diffusion_onnx import export_bundle
+from export.errors import ExportError
+from tests.hub import hub
+from tests.miniature import miniature_pipeline, miniature_v3, miniature_xl
+from tests.running import process_environment
+from tests.single_file import save_single_file
+
+MADE = {"1.x": miniature_pipeline, "XL": miniature_xl}
+RANK, ALPHA = 4, 2.0
+
+
+def silent(_line: str) -> None:
+    """A report that nobody reads."""
+
+
+@pytest.fixture(params=MADE)
+def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Path, Path]:
+    """A pipeline, its folder and its single file."""
+    pipeline = MADE[request.param]()
+    pipeline.save_pretrained(tmp_path / "model")
+    return pipeline, tmp_path / "model", save_single_file(pipeline, tmp_path / "fine-tune.safetensors")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    miniature_pipeline().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return save_single_file(miniature_pipeline(), tmp_path / "fine-tune.safetensors")
+
+
+def networks(pipeline: Any) -> dict[str, torch.nn.Module]:
+    return {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+
+
+def weights_of(pipeline: Any) -> dict[str, torch.Tensor]:
+    return {
+        f"{part}.{name}": weight
+        for part, network in networks(pipeline).items()
+        for name, weight in network.state_dict().items()
+    }
+
+
+def weights_at(folder: Path) -> dict[str, torch.Tensor]:
+    return weights_of(complete.pipeline(folder, torch.float32))
+
+
+def differ(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
+    assert one.keys() == other.keys()
+    return [name for name in one if not torch.equal(one[name], other[name])]
+
+
+def lora_for(pipeline: Any, file: Path, **renamed: str) -> dict[str, torch.Tensor]:
+    """Write a LoRA of all layers with attention, under the names that kohya-ss's trainer gives, and return what it
+    adds to which weights.
+    """
+    found, added = {}, {}
+    prefixes = {"text_encoder": "lora_te1" if hasattr(pipeline, "text_encoder_2") else "lora_te"}
+    prefixes |= {"text_encoder_2": "lora_te2", "unet": "lora_unet"}
+    for part, prefix in prefixes.items():
+        for name, layer in getattr(pipeline, part, torch.nn.Module()).named_modules():
+            if isinstance(layer, torch.nn.Linear) and "attn" in name:
+                generator = torch.Generator().manual_seed(len(added))
+                down = torch.randn(RANK, layer.in_features, generator=generator)
+                up = torch.randn(layer.out_features, RANK, generator=generator)
+                full = f"{prefix}_{name.replace('.', '_')}"
+                for ours, theirs in renamed.items():
+                    full = full.replace(ours, theirs)
+                found |= {
+                    f"{full}.lora_down.weight": down,
+                    f"{full}.lora_up.weight": up,
+                    f"{full}.alpha": torch.tensor(ALPHA),
+                }
+                added[f"{part}.{name}.weight"] = ALPHA / RANK * up @ down
+    save_file(found, file)
+    return added
+
+
+def test_a_single_file_becomes_a_folder_of_the_same_weights(
+    saved: tuple[Any, Path, Path], tmp_path: Path
+) -> None:
+    pipeline, model, file = saved
+    out = tmp_path / "folder"
+    assert edge_export(["convert", str(file), str(out), "--base", str(model)]) == 0
+    assert differ(weights_at(out), weights_of(pipeline)) == []
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in model.iterdir())
+    assert str(tmp_path) not in "".join(path.read_text() for path in out.rglob("*.json"))
+
+
+def test_the_folder_of_a_single_file_can_be_exported(saved: tuple[Any, Path, Path], tmp_path: Path) -> None:
+    _, model, file = saved
+    convert(str(file), str(tmp_path / "folder"), base=str(model), report=silent)
+    export_bundle(tmp_path / "folder", tmp_path / "bundle", steps=(2,), report=silent)
+
+
+def test_what_was_in_half_precision_stays_so(model: Path, file: Path, tmp_path: Path) -> None:
+    half = {name: weight.half() for name, weight in load_file(file).items()}
+    save_file(half, file)
+    convert(str(file), str(tmp_path / "folder"), base=str(model), report=silent)
+    found = load_file(tmp_path / "folder" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {weight.dtype for weight in found.values()} == {torch.float16}
+    assert torch.equal(found["conv_in.weight"], half["model.diffusion_model.input_blocks.0.0.weight"])
+
+
+@pytest.mark.parametrize(
+    ("markers", "changed"),
+    [
+        (("v_pred",), {"prediction_type": "v_prediction"}),
+        (
+            ("v_pred", "ztsnr"),
+            {
+                "prediction_type": "v_prediction",
+                "rescale_betas_zero_snr": True,
+                "timestep_spacing": "trailing",
+            },
+        ),
+        (("ztsnr",), {"prediction_type": "epsilon"}),
+    ],
+)
+def test_what_the_denoiser_predicts_is_read_from_the_file(
+    tmp_path: Path, markers: tuple[str, ...], changed: dict[str, Any]
+) -> None:
+    """Under the names of markers without a value, which diffusers passes over."""
+    pipeline = miniature_xl()
+    pipeline.save_pretrained(tmp_path / "model")
+    own = json.loads((tmp_path / "model" / "scheduler" / "scheduler_config.json").read_text())
+    own |= {"_class_name": "EulerDiscreteScheduler", "prediction_type": "epsilon"}
+    (tmp_path / "model" / "scheduler" / "scheduler_config.json").write_text(json.dumps(own))
+    (index := tmp_path / "model" / "model_index.json").write_text(
+        index.read_text().replace("PNDMScheduler", "EulerDiscreteScheduler")
+    )
+    file = save_single_file(
+        pipeline, tmp_path / "x.safetensors", **{name: torch.tensor([]) for name in markers}
+    )
+    convert(str(file), str(tmp_path / "folder"), base=str(tmp_path / "model"), report=silent)
+    found = json.loads((tmp_path / "folder" / "scheduler" / "scheduler_config.json").read_text())
+    assert found | changed == found
+    assert found["beta_start"] == own["beta_start"]
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_a_lora_is_added_to_the_weights_it_changes(
+    saved: tuple[Any, Path, Path], tmp_path: Path, scale: float
+) -> None:
+    pipeline, model, _ = saved
+    added = lora_for(pipeline, tmp_path / "style.safetensors")
+    named = f"{tmp_path / 'style.safetensors'}" + ("" if scale == 1 else f"={scale}")
+    assert edge_export(["convert", str(model), str(tmp_path / "folder"), "--lora", named]) == 0
+    found, before = weights_at(tmp_path / "folder"), weights_of(pipeline)
+    assert sorted(differ(found, before)) == sorted(added)
+    for name, change in added.items():
+        torch.testing.assert_close(found[name], before[name] + scale * change)
+
+
+def test_two_loras_and_a_scheduler_make_one_folder(model: Path, tmp_path: Path) -> None:
+    pipeline = miniature_pipeline()
+    (model / "README.md").write_text("---\nlicense: openrail\n---\n")
+    (model / "routet2i.json").write_text('{"steps": 4}')
+    added = lora_for(pipeline, tmp_path / "a=b.safetensors")  # its own name, and no scale
+    loras = [(str(tmp_path / "a=b.safetensors"), scale) for scale in (1.0, -0.25)]
+    convert(str(model), str(tmp_path / "folder"), loras=loras, scheduler="LCM", report=silent)
+    found, before = weights_at(tmp_path / "folder"), weights_of(pipeline)
+    for name, change in added.items():
+        torch.testing.assert_close(found[name], before[name] + 0.75 * change)
+    assert isinstance(DiffusionPipeline.from_pretrained(tmp_path / "folder").scheduler, LCMScheduler)
+    assert (tmp_path / "folder" / "README.md").read_text() == (model / "README.md").read_text()
+    assert (tmp_path / "folder" / "routet2i.json").read_text() == '{"steps": 4}'
+
+
+def test_a_lora_with_layers_that_the_model_does_not_have_is_refused(model: Path, tmp_path: Path) -> None:
+    """Of them diffusers warns, and fuses the others."""
+    lora = tmp_path / "style.safetensors"
+    lora_for(miniature_pipeline(), lora, down_blocks_0="down_blocks_7")
+    with pytest.raises(
+        ExportError,
+        match=r"style.* cannot be fused .*, which has (\d+) of the (?!\1)\d+ layers that it changes",
+    ):
+        convert(str(model), str(tmp_path / "folder"), loras=[(str(lora), 1.0)], report=silent)
+    assert not (tmp_path / "folder").exists()
+
+
+def test_a_lora_of_another_model_is_refused_in_a_line(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    lora = tmp_path / "style.safetensors"
+    lora_for(miniature_xl(), lora)
+    save_file({name: weight for name, weight in load_file(lora).items() if "lora_unet" in name}, lora)
+    assert edge_export(["convert", str(model), str(tmp_path / "folder"), "--lora", str(lora)]) == BAD_INPUT
+    error = capfd.readouterr().err
+    assert "cannot be fused with this model" in error and "has another size" in error
+    assert len(error.splitlines()) == 1
+
+
+def without(beginning: str) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    return lambda weights: {
+        name: weight for name, weight in weights.items() if not name.startswith(beginning)
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (without("model.diffusion_model.middle_block.1.norm"), "makes no StableDiffusionPipeline .*missing"),
+        (
+            without("cond_stage_model.transformer.text_model.final"),
+            r"no weights text_model\.final_layer_norm\.weight and 1 more of the text_encoder",
+        ),
+        (without("first_stage_model."), "makes no StableDiffusionPipeline .*AutoencoderKL.*missing"),
+        (without("cond_stage_model."), "makes no StableDiffusionPipeline .*CLIPTextModel.*missing"),
+        (lambda _: {"lora_unet_mid.lora_up.weight": torch.zeros(1)}, "is a LoRA, .* this file with --lora"),
+    ],
+)
+def test_a_file_that_is_no_whole_model_is_refused(
+    model: Path, file: Path, tmp_path: Path, change: Any, why: str
+) -> None:
+    save_file(change(load_file(file)), file)
+    with pytest.raises(ExportError, match=why):
+        convert(str(file), str(tmp_path / "folder"), base=str(model), report=silent)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fine-tune.safetensors", "model"]
+
+
+def test_a_base_of_another_family_is_refused_by_what_does_not_fit(file: Path, tmp_path: Path) -> None:
+    miniature_xl().save_pretrained(tmp_path / "xl")
+    with pytest.raises(ExportError, match=r"makes no StableDiffusionXLPipeline with .*: .* has another size"):
+        convert(str(file), str(tmp_path / "folder"), base=str(tmp_path / "xl"), report=silent)
+
+
+@pytest.mark.parametrize(
+    ("name", "bytes_", "why"),
+    [
+        ("model.ckpt", b"x", r"model\.ckpt is no \.safetensors file; .* pickled"),
+        ("model.safetensors", b"", "is cut off or damaged: .*; get it again"),
+        ("model.safetensors", b"\xff" * 64, "is cut off or damaged: .*; get it again"),
+    ],
+)
+def test_a_file_that_holds_no_weights_is_refused(
+    model: Path, tmp_path: Path, name: str, bytes_: bytes, why: str
+) -> None:
+    (tmp_path / name).write_bytes(bytes_)
+    for as_model in (True, False):
+        options: dict[str, Any] = {} if as_model else {"loras": [(str(tmp_path / name), 1.0)]}
+        with pytest.raises(ExportError, match=why):
+            convert(
+                str(tmp_path / name if as_model else model),
+                str(tmp_path / "folder"),
+                report=silent,
+                **options,
+            )
+
+
+@pytest.mark.parametrize("lora", ["style.safetensors", "./style", "owner/name/more"])
+def test_a_mistyped_lora_is_not_looked_for_on_the_hub(model: Path, tmp_path: Path, lora: str) -> None:
+    with pytest.raises(ExportError, match=f"^{lora} cannot be loaded as a LoRA: there is no such f"):
+        convert(str(model), str(tmp_path / "folder"), loras=[(lora, 1.0)], report=silent)
+
+
+def converted_from(address: str, tmp_path: Path, *arguments: str) -> str:
+    """What the command says that finds a hub at `address`; it writes the folder `folder`."""
+    environment = process_environment(tmp_path) | {
+        "HF_ENDPOINT": address,
+        "HF_HOME": str(tmp_path / "cache"),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "export",
+        "convert",
+        arguments[0],
+        str(tmp_path / "folder"),
+        *arguments[1:],
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_configs_of_a_single_file_come_from_the_hub(model: Path, file: Path, tmp_path: Path) -> None:
+    base = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    for weights in model.rglob("*.safetensors"):
+        weights.write_bytes(b"which nobody asks for")
+    with hub(model, base) as address:
+        said = converted_from(address, tmp_path, str(file))
+    assert said.startswith(f"taking configs and tokenizers from {base}; --base names another model's\n")
+    assert differ(weights_at(tmp_path / "folder"), weights_of(miniature_pipeline())) == []
+
+
+def test_a_lora_comes_from_the_hub(model: Path, tmp_path: Path) -> None:
+    (kept := tmp_path / "kept").mkdir()
+    added = lora_for(miniature_pipeline(), kept / "pytorch_lora_weights.safetensors")
+    with hub(kept) as address:
+        converted_from(address, tmp_path, str(model), "--lora", "owner/name")
+    assert sorted(differ(weights_at(tmp_path / "folder"), weights_of(miniature_pipeline()))) == sorted(added)
+
+
+def test_stable_diffusion_3_is_written_without_its_third_text_encoder(tmp_path: Path) -> None:
+    """Which the edge does not run."""
+    pipeline = miniature_v3()
+    pipeline.save_pretrained(tmp_path / "model")
+    convert(str(tmp_path / "model"), str(tmp_path / "folder"), report=silent)
+    assert differ(weights_at(tmp_path / "folder"), weights_of(pipeline)) == []
+
+
+def test_what_is_there_is_kept(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for taken in (tmp_path, model, tmp_path / "file"):
+        (tmp_path / "file").touch()
+        with pytest.raises(ExportError, match="is there; name a new folder"):
+            convert(str(model), str(taken), report=silent)
+    shutil.rmtree(model / "unet")
+    with pytest.raises(ExportError, match="has no unet"):
+        convert(str(model), str(tmp_path / "folder"), report=silent)
+    (empty := tmp_path / "empty").mkdir()
+    monkeypatch.chdir(empty)
+    with pytest.raises(ExportError, match="is the folder you are in"):
+        convert(str(model), ".", report=silent)
+    assert not (tmp_path / "folder").exists()
+
+
+def test_configs_from_elsewhere_are_for_a_single_file(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="--base is for a single file"):
+        convert(str(model), str(tmp_path / "folder"), base=str(model), report=silent)
