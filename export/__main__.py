@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from edge_agent.errors import RouteT2IError
 from export.errors import ExportError
-from export.terminal import console
+from export.terminal import console, say
 
 STAGES = {
     "starter": ("export.starter.__main__", "make the starter world's models"),
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the stage that `argv` (the process's own arguments when None) names; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] in (["-h"], ["--help"]):
-        print(usage())
+        say(usage())
         return 0
     if not arguments or arguments[0] not in STAGES:
         named = f"there is no stage {arguments[0]!r}\n\n" if arguments else ""
