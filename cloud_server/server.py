@@ -19,13 +19,13 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from cloud_server.admission import Admission
+from cloud_server.credentials import Credentials
 from cloud_server.errors import StartRefused
 from cloud_server.generator import Generator
 from cloud_server.journal import Journal
 from cloud_server.model import open_model
 from cloud_server.service import CloudServerService, HandOverMalformed, Serving
-from cloud_server.settings import Settings, expanded, split_address
-from cloud_server.tenants import Tenants
+from cloud_server.settings import Settings, split_address
 from routet2i.cloud.v1 import cloud_pb2, cloud_pb2_grpc
 
 log = logging.getLogger("cloud_server")
@@ -75,14 +75,14 @@ class Server:
     async def startup(self) -> None:
         """Opens the journal and the port; health says NOT_SERVING. Raises StartRefused."""
         settings = self.settings
-        tenants = Tenants.load(settings.tokens) if settings.tokens else Tenants()
+        self._credentials = Credentials(settings)
         self._journal = Journal.open(settings.journal_file, keep_images_s=settings.keep_images_s)
         try:
             self._service = CloudServerService(
                 price_micro_usd=settings.price_micro_usd,
                 admission=Admission(settings.max_queue),
                 journal=self._journal,
-                tenants=tenants,
+                credentials=self._credentials,
             )
             await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
             await self._listen()
@@ -90,6 +90,7 @@ class Server:
             self._journal.close()
             raise
         self._listening = asyncio.create_task(self._keep_listening())
+        self._renewing = asyncio.create_task(self._credentials.keep_current())
 
     async def serve(self) -> None:
         """Loads the model and serves it until `stop()`. Raises StartRefused when the model cannot be loaded."""
@@ -111,6 +112,7 @@ class Server:
         """Drains: health NOT_SERVING, new requests refused, those in flight get the grace period to finish."""
         self._service.draining = True
         self._listening.cancel()
+        self._renewing.cancel()
         await self._health.enter_graceful_shutdown()
         log.info("draining", extra={"fields": {"in_flight": self._service.in_flight}})
         idle = asyncio.ensure_future(self._service.idle())
@@ -188,14 +190,7 @@ class Server:
         if self.port:  # which was found, and stays
             address = f"{address.rpartition(':')[0]}:{self.port}"
         try:
-            if _taken(address):
-                port = 0
-            elif not settings.tls:
-                port = server.add_insecure_port(address)
-            else:
-                key, chain = expanded(settings.tls_key).read_bytes(), expanded(settings.tls_cert).read_bytes()
-                credentials = grpc.ssl_server_credentials([(key, chain)])
-                port = server.add_secure_port(address, credentials)
+            port = 0 if _taken(address) else self._credentials.add_port(server, address)
         except (RuntimeError, OSError):
             port = 0
         if port == 0:

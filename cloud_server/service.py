@@ -17,6 +17,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from cloud_server.admission import Admission
+from cloud_server.credentials import Credentials
 from cloud_server.errors import (
     GRPC_CODES,
     AlreadyExists,
@@ -40,7 +41,6 @@ from cloud_server.request import (
     check_request_id,
     validate,
 )
-from cloud_server.tenants import Tenants
 from routet2i.cloud.v1 import cloud_pb2, cloud_pb2_grpc
 from routet2i.image.v1 import image_pb2
 
@@ -156,7 +156,7 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
     """The service. The server sets `serving` once the model is loaded, and `draining` when it shuts down."""
 
     def __init__(
-        self, *, price_micro_usd: int, admission: Admission, journal: Journal, tenants: Tenants
+        self, *, price_micro_usd: int, admission: Admission, journal: Journal, credentials: Credentials
     ) -> None:
         self.price_micro_usd = price_micro_usd
         self.admission = admission
@@ -168,7 +168,7 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
         self._handlers: set[asyncio.Task[Any]] = set()  # of Generate calls that have not ended
         self._cut_off = False
         self._journal = journal
-        self._tenants = tenants
+        self._credentials = credentials
 
     async def _generate(
         self, tenant: str, wish: Wish, preview: bool, remaining_s: float | None, line: Line, stream: Stream
@@ -363,7 +363,7 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
         line["outcome"] = "OK"
         try:
             metadata = dict(context.invocation_metadata() or ())
-            tenant = line["tenant"] = self._tenants.identify(metadata.get("authorization"))
+            tenant = line["tenant"] = self._credentials.tenants.identify(metadata.get("authorization"))
             if isinstance(request, Malformed):
                 raise InvalidRequest(
                     f"the request cannot be read: {request.reason}; text must be valid UTF-8"

@@ -10,7 +10,6 @@ import argparse
 import difflib
 import ipaddress
 import os
-import ssl
 import sys
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
@@ -254,19 +253,3 @@ def _check(settings: Settings) -> None:
                 f"{settings.listen} can be reached from other machines, and anyone could use the model. "
                 "Give --tokens, or listen on 127.0.0.1"
             )
-    if settings.tls:
-
-        def passphrase() -> str:
-            # OpenSSL would ask for it on the terminal, which a service has not, and gRPC takes no such key.
-            raise StartRefused(
-                f"--tls-key {settings.tls_key} is encrypted; decrypt it first, as with `openssl pkey -in KEY -out NEW`"
-            )
-
-        try:
-            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(
-                expanded(settings.tls_cert), expanded(settings.tls_key), passphrase
-            )
-        except (OSError, ssl.SSLError) as error:
-            raise StartRefused(
-                f"cannot use --tls-cert {settings.tls_cert} with --tls-key {settings.tls_key}: {error}"
-            ) from error

@@ -19,6 +19,7 @@ import grpc
 import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from cloud_server import credentials
 from cloud_server.__main__ import main
 from cloud_server.errors import StartRefused
 from cloud_server.server import STOP_SIGNALS, Server
@@ -331,7 +332,12 @@ def test_without_settings_the_model_is_the_starter() -> None:
 def certificate(tmp_path: Path) -> tuple[Path, Path]:
     if shutil.which("openssl") is None:
         pytest.skip("needs the openssl command to make a certificate")
-    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    return make_certificate(tmp_path)
+
+
+def make_certificate(folder: Path) -> tuple[Path, Path]:
+    """A certificate for localhost and its key."""
+    certificate, key = folder / "cert.pem", folder / "key.pem"
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 1 -subj /CN=localhost"
     names = ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(certificate)]
     subprocess.run([*command.split(), *names], check=True, capture_output=True)
@@ -361,6 +367,69 @@ async def test_beyond_loopback_tls_and_tokens_let_the_right_caller_in(
             untrusting = await Client(channel).generate(timeout=5)
             assert untrusting.error is not None
             assert untrusting.error.code == "UNAVAILABLE", "the certificate is what the caller checks"
+
+
+async def test_a_renewed_certificate_is_shown_to_the_next_caller_and_a_wrong_one_to_none(
+    tmp_path: Path, model_folder: Path, certificate: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The server serves on all the while; a pair is of no use until both its files are there."""
+    (tmp_path / "new").mkdir()
+    chain, key = certificate
+    old, (new, new_key) = chain.read_bytes(), make_certificate(tmp_path / "new")
+    async with serve(tmp_path / "state", model_folder, tls_cert=str(chain), tls_key=str(key)) as running:
+
+        async def served(trusted: bytes) -> bool:
+            channel = grpc.aio.secure_channel(
+                f"localhost:{running.server.port}", grpc.ssl_channel_credentials(trusted)
+            )
+            async with channel:
+                return (await Client(channel).generate(timeout=10)).error is None
+
+        renew = running.server._credentials.renew
+        assert await served(old)
+        shutil.copyfile(new, chain)
+        renew()
+        assert [record.message for record in caplog.records if "renewed" in record.message] == ["not renewed"]
+        assert await served(old)
+        shutil.copyfile(new_key, key)
+        renew()
+        assert await served(new.read_bytes())
+        assert not await served(old)
+        renew()
+        assert [record.message for record in caplog.records if "renewed" in record.message] == [
+            "not renewed",
+            "renewed",
+        ]
+
+
+async def test_tokens_are_read_again_once_their_file_has_changed(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(credentials, "LOOKS_EVERY_S", 0.05)
+    tokens = tmp_path / "tokens.txt"
+    tokens.write_text("acme acme-token-0123456789\n")
+    async with serve(tmp_path / "state", model_folder, tokens=str(tokens)) as running:
+
+        async def outcome(token: str) -> str:
+            metadata = (("authorization", f"Bearer {token}"),)
+            answer = await Client(running.client.channel, metadata).generate(request_id="one")
+            return answer.error.code if answer.error is not None else "OK"
+
+        def renewals() -> list[str]:
+            return [record.message for record in caplog.records if "renewed" in record.message]
+
+        assert await outcome("acme-token-0123456789") == "OK"
+        assert await outcome("acme-token-9876543210") == "UNAUTHENTICATED"
+        tokens.write_text("acme acme-token-9876543210\nacme short\n")
+        await until(lambda: renewals() == ["not renewed"])
+        assert await outcome("acme-token-0123456789") == "OK"
+        tokens.unlink()
+        await until(lambda: renewals() == ["not renewed"] * 2)
+        assert await outcome("acme-token-0123456789") == "OK"
+        tokens.write_text("acme acme-token-9876543210\n")
+        await until(lambda: renewals()[2:] == ["renewed"])
+        assert await outcome("acme-token-0123456789") == "UNAUTHENTICATED"
+        assert await outcome("acme-token-9876543210") == "OK"
 
 
 @pytest.mark.parametrize("form", ["pkcs8 -topk8", "ec -aes256"])

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cloud_server.__main__ import main
+from cloud_server.credentials import Credentials
 from cloud_server.errors import StartRefused
 from cloud_server.settings import Settings, is_loopback, resolve, split_address
 from tests.cloud_server.conftest import ROOT
@@ -116,7 +117,7 @@ def test_certificate_and_key_may_lie_in_the_home_folder(
         monkeypatch.setenv(variable, str(tmp_path))
     (tmp_path / "pem").write_text("no certificate")
     with pytest.raises(StartRefused, match=r"PEM|SSL"):  # it was found and read
-        resolve({"tls_cert": "~/pem", "tls_key": "~/pem"}, {})
+        Credentials(resolve({"tls_cert": "~/pem", "tls_key": "~/pem"}, {}))
 
 
 @pytest.mark.parametrize("library", ["grpc", "cloud_server.server"])
