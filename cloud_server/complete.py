@@ -18,6 +18,7 @@ import transformers
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from packaging import version
 from transformers.utils import logging as transformers_logging
 
 from cloud_server.errors import reason
@@ -34,6 +35,8 @@ _WEIGHTS = ("safetensors", "bin")
 _HALF = {"variant": "fp16"}
 # How version 4 of transformers begins the names of the weights of CLIP's text encoder, and version 5 does not.
 _NESTED = "text_model."
+# Since when they say so; the name they had before goes in diffusers 1.0.
+_SAYS_DTYPE = {"diffusers": "0.40", "transformers": "4.56"}
 # Of Stable Diffusion 3, which was trained to do without; diffusers wants to be told that they are left out.
 _DISPENSABLE = ("text_encoder_3", "tokenizer_3")
 # What diffusers and transformers write then, they themselves do not read.
@@ -62,8 +65,9 @@ def downloaded(model: str, **left_out: None) -> Path:
     return folder
 
 
-def pipeline(folder: Path, torch_dtype: Any, **options: Any) -> Any:
-    """`DiffusionPipeline.from_pretrained` of a folder here. `options` may name parts, to be left out with None.
+def pipeline(folder: Path, dtype: Any, **options: Any) -> Any:
+    """`DiffusionPipeline.from_pretrained` of a folder here, with weights of torch's type `dtype`. `options` may name
+    parts, to be left out with None.
 
     Raises ValueError, naming parts, files or weights that are missing, and whatever the libraries raise.
     """
@@ -84,7 +88,7 @@ def pipeline(folder: Path, torch_dtype: Any, **options: Any) -> Any:
         # Networks last: what else is faulty shows in a moment.
         for name, kind in sorted(known.items(), key=lambda one: issubclass(one[1], NETWORKS)):
             if issubclass(kind, NETWORKS):
-                parts[name] = part(kind, folder, torch_dtype=torch_dtype, subfolder=name)
+                parts[name] = part(kind, folder, dtype, subfolder=name)
             elif fast := _fast(kind, folder / name):
                 # What is special is in tokenizer.json too, and in the config of a form that version 4 cannot read.
                 newer[name] = _loaded(fast, folder, subfolder=name, extra_special_tokens={})
@@ -93,20 +97,21 @@ def pipeline(folder: Path, torch_dtype: Any, **options: Any) -> Any:
         # Of its own class, which alone knows the parts that it can be without.
         made = getattr(diffusers, str(index.get("_class_name")), diffusers.DiffusionPipeline)
         parts |= dict.fromkeys(newer)  # diffusers takes none that is not of the index's class
-        loaded = made.from_pretrained(
-            folder, torch_dtype=torch_dtype, local_files_only=True, **parts, **options
-        )
+        options |= _typed(made, dtype)
+        loaded = made.from_pretrained(folder, local_files_only=True, **parts, **options)
         loaded.register_modules(**newer)
         return loaded
 
 
-def part(kind: Any, model: str | os.PathLike[str], **options: Any) -> Any:
-    """`kind.from_pretrained`. What a file lacks, the libraries draw at random, anew in every process, or leave out.
+def part(kind: Any, model: str | os.PathLike[str], dtype: Any, **options: Any) -> Any:
+    """`kind.from_pretrained` with weights of torch's type `dtype`.
 
-    Of a folder here that holds weights in half precision alone, those are loaded.
+    What a file lacks, the libraries draw at random, anew in every process, or leave out: here it is refused. Of a
+    folder here that holds weights in half precision alone, those are loaded.
 
     Raises ValueError, naming the part and what of it is missing or cannot be read.
     """
+    options |= _typed(kind, dtype)
     if weights := _weights(Path(model, options.get("subfolder", ""))):
         whole = [file for file in weights if not _is_half(file)]
         options |= {} if whole else _HALF
@@ -174,6 +179,13 @@ def refuse_faulty(kind: Any, folder: Path) -> None:
     _refuse_no_object(config)
     if issubclass(kind, NETWORKS) and not _weights(folder):
         raise ValueError(f"{folder} has no weights: no file that ends in .{' or .'.join(_WEIGHTS)}")
+
+
+def _typed(kind: Any, dtype: Any) -> dict[str, Any]:
+    """The option that has `kind` loaded as `dtype`, under the name that its library's version has for it."""
+    library = kind.__module__.partition(".")[0]
+    newer = version.parse(LIBRARIES[library][0].__version__) >= version.parse(_SAYS_DTYPE[library])
+    return {"dtype" if newer else "torch_dtype": dtype}
 
 
 def _fast(kind: Any, folder: Path) -> Any:

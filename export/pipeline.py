@@ -468,7 +468,7 @@ def _load_autoencoder(model: str | os.PathLike[str], report: Callable[[str], Non
             name = AutoencoderKL.load_config(os.fspath(model)).get("_class_name")
             classes = {made.__name__: made for made in (AutoencoderKL, AutoencoderTiny)}
             if name in classes:
-                return complete.part(classes[name], model, torch_dtype=torch.float32)
+                return complete.part(classes[name], model, torch.float32)
     except ExportError:
         raise
     except Exception as error:  # the hub's library fails in its own ways
