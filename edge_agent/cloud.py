@@ -136,6 +136,11 @@ _CHECKS = (
         "what answers there offers no HTTP/2, which gRPC needs: switch it on in the proxy before the cloud server",
     ),
     (
+        ("HTTP proxy returned",),
+        "that is the proxy that this machine's https_proxy names: have it let the call through, or name the cloud "
+        "server in no_proxy",
+    ),
+    (
         ("WRONG_VERSION_NUMBER",),
         "what answers there speaks no TLS: check the port, and the proxy if there is one",
     ),

@@ -901,6 +901,25 @@ async def test_a_proxy_without_http_2_or_without_tls_is_called_that(certificate:
         server.close()
 
 
+async def test_a_proxy_of_this_machines_own_that_refuses_is_called_that(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 407 Proxy Authentication Required\r\ncontent-length: 0\r\n\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(refuse, "127.0.0.1", 0)
+    for name in ("no_proxy", "no_grpc_proxy", "grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("https_proxy", "http_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+    error = await failure(CloudClient("cloud.invalid:443"))
+    assert error.never_ran
+    assert "407; that is the proxy that this machine's https_proxy names" in error.message
+    server.close()
+
+
 async def test_a_cloud_that_takes_calls_and_answers_none_keeps_the_next_prompts_on_the_edge(
     cloud: Cloud,
 ) -> None:
