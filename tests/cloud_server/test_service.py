@@ -289,7 +289,7 @@ async def test_the_queue_holds_what_it_may_and_refuses_the_rest_at_once(running:
 async def test_who_waits_in_the_queue_hears_something_all_the_while(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or a proxy would end the call: nginx, Apache and HAProxy do after a minute of silence."""
+    """Or a proxy would end the call, as HAProxy does after a minute of silence."""
     monkeypatch.setattr(service, "QUIET_S", 0.01)
     first = await begun(running.client)
     kinds = []
