@@ -55,7 +55,7 @@ STOPPED = (
     "the server was stopped before it was done; call again with the same request_id once it is started: nothing is "
     "charged twice"
 )
-QUIET_S = 10.0  # who waits hears something after twice that: some proxies end calls that are silent for a minute
+QUIET_S = 10.0  # who waits hears something after twice that: proxies end what is silent for a minute
 LOADING_RETRY_S = 2.0  # what RetryInfo says while the model is loading
 
 STATES = {
