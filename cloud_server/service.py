@@ -55,6 +55,7 @@ STOPPED = (
     "the server was stopped before it was done; call again with the same request_id once it is started: nothing is "
     "charged twice"
 )
+QUIET_S = 10.0  # who waits hears something after twice that: proxies end what is silent for a minute
 LOADING_RETRY_S = 2.0  # what RetryInfo says while the model is loading
 
 STATES = {
@@ -118,6 +119,15 @@ class Stream:
         self._telling = asyncio.ensure_future(self._tell(response))
         self._telling.add_done_callback(_see)
 
+    @asynccontextmanager
+    async def kept_open(self) -> AsyncIterator[None]:
+        """Tells nothing, in a message without an event, whenever the block has told nothing for a while."""
+        beating = asyncio.create_task(self._beat())
+        try:
+            yield
+        finally:
+            beating.cancel()
+
     async def send(self, response: cloud_pb2.GenerateResponse) -> None:
         """Sends after what was told, and returns once the caller has taken it."""
         if self._telling is not None:
@@ -128,6 +138,13 @@ class Stream:
         """Gives up what the caller has not taken."""
         if self._telling is not None:
             self._telling.cancel()
+
+    async def _beat(self) -> None:
+        while True:
+            told = self._telling
+            await asyncio.sleep(QUIET_S)
+            if self._telling is told and (told is None or (told.done() and not told.exception())):
+                self.tell(cloud_pb2.GenerateResponse())
 
     async def _tell(self, response: cloud_pb2.GenerateResponse) -> None:
         await self._write(response)
@@ -196,6 +213,7 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
             async with (
                 self.admission.enter(spec.shape, spec.steps, remaining_s) as ticket,
                 self._running(tenant, wish),
+                stream.kept_open(),
             ):
                 stream.tell(_accepted(ticket.position, price, digest))
                 await ticket.turn.wait()

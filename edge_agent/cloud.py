@@ -15,8 +15,8 @@ import ipaddress
 import math
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from contextlib import aclosing, asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -118,11 +118,38 @@ _REFUSALS = frozenset(
 _HUNG_UP = ("Socket closed", "Connection reset")
 """GRPC's words for a peer that takes a connection and ends it at once."""
 
-_UNTRUSTED = "CERTIFICATE_VERIFY_FAILED"
-_OUT_OF_DATE = ("certificate has expired", "certificate is not yet valid")
-_MISNAMED = "Hostname Verification Check failed"
-"""GRPC's words for a certificate of an authority that we do not trust, and of one that we do, for one that is not valid
-today, and for one that names another host."""
+_CHECKS = (
+    (
+        ("certificate has expired", "certificate is not yet valid"),
+        "renew its certificate, or set the clock of this machine if that is wrong",
+    ),
+    (
+        ("CERTIFICATE_VERIFY_FAILED",),
+        "its certificate is not trusted: name the authority that signed it with --cloud-ca",
+    ),
+    (
+        ("Hostname Verification Check failed",),
+        "its certificate is for another name: give --cloud the host as the certificate has it",
+    ),
+    (
+        ("NO_APPLICATION_PROTOCOL", "missing selected ALPN"),
+        "what answers there offers no HTTP/2, which gRPC needs: switch it on in the proxy before the cloud server",
+    ),
+    (
+        ("HTTP proxy returned",),
+        "that is the proxy that this machine's https_proxy names: have it let the call through, or name the cloud "
+        "server in no_proxy",
+    ),
+    (
+        ("WRONG_VERSION_NUMBER",),
+        "what answers there speaks no TLS: check the port, and the proxy if there is one",
+    ),
+)
+"""GRPC's words for why there is no connection, and what to do about it; the first that is found counts."""
+
+_PROXYS_WORDS = ("http2 header with status", "END_STREAM flag received", "Received RST_STREAM")
+"""GRPC's words for what no cloud server sends: an answer in plain HTTP, whose status it does not always tell, and a
+call that ends without a word."""
 
 
 @dataclass(frozen=True)
@@ -200,8 +227,9 @@ class CloudClient:
         self._monotonic = monotonic
         self._failures = 0
         self._retry_at = -math.inf
-        # Since when, on `monotonic`, each call has waited for its connection.
-        self._connecting: list[float] = []
+        # Calls that wait for their connection or to be accepted: since when, on `monotonic`, and for how long that
+        # says nothing of the cloud.
+        self._waiting: list[tuple[float, float]] = []
         self._closed = False
 
     @property
@@ -211,8 +239,9 @@ class CloudClient:
         And while a call finds out whether it is back, or already waits for long: the others need not wait with it.
         """
         now = self._monotonic()
-        patience_s = 0.0 if self._failures else SLOW_CONNECTION_S
-        return now >= self._retry_at and all(now - since < patience_s for since in self._connecting)
+        return now >= self._retry_at and not any(
+            self._failures or now - since >= patience_s for since, patience_s in self._waiting
+        )
 
     async def generate(
         self,
@@ -277,16 +306,21 @@ class CloudClient:
                 metadata=self._metadata,
             )
             try:
-                async for response in call:
-                    event = await stream.take(response)
-                    if isinstance(event, (CloudAccepted, CloudImage)):
-                        self._failures, self._retry_at = 0, -math.inf
-                    if event is not None:
-                        yield event
-                    if isinstance(event, CloudImage):
-                        # Hung up on before it has said that all went well, the server would count a call as cancelled.
-                        await asyncio.wait({asyncio.ensure_future(call.code())}, timeout=GOODBYE_S)
-                        return
+                with ExitStack() as unanswered:
+                    # A server accepts at once. Behind a proxy, which takes every connection, only that tells.
+                    unanswered.enter_context(self._waits(self._connect_timeout_s))
+                    async for response in call:
+                        unanswered.close()
+                        event = await stream.take(response)
+                        if isinstance(event, (CloudAccepted, CloudImage)):
+                            self._failures, self._retry_at = 0, -math.inf
+                        if event is not None:
+                            yield event
+                        if isinstance(event, CloudImage):
+                            # Hung up on before it has said that all went well, the server would count a call as
+                            # cancelled.
+                            await asyncio.wait({asyncio.ensure_future(call.code())}, timeout=GOODBYE_S)
+                            return
             except grpc.aio.AioRpcError as error:
                 accepted = stream.accepted is not None
                 raise self._explained(error, accepted=accepted, timeout_s=timeout_s) from error
@@ -351,12 +385,10 @@ class CloudClient:
             # Asked for its error even where a cancellation is faster: asyncio warns of those that nobody asked for.
             ready.add_done_callback(lambda done: done.cancelled() or done.exception())
             patience_s = min(timeout_s, self._connect_timeout_s)
-            since = self._monotonic()
-            self._connecting.append(since)
             try:
-                await asyncio.wait({ready}, timeout=patience_s)
+                with self._waits(SLOW_CONNECTION_S):
+                    await asyncio.wait({ready}, timeout=patience_s)
             finally:
-                self._connecting.remove(since)
                 in_time = ready.done()
                 ready.cancel()
             if not in_time:
@@ -371,6 +403,15 @@ class CloudClient:
             yield channel
         finally:
             await channel.close()  # cancels a call that is still under way
+
+    @contextmanager
+    def _waits(self, patience_s: float) -> Iterator[None]:
+        waiting = self._monotonic(), patience_s
+        self._waiting.append(waiting)
+        try:
+            yield
+        finally:
+            self._waiting.remove(waiting)
 
     async def _channel(self) -> grpc.aio.Channel:
         if not self._secure:
@@ -392,19 +433,10 @@ class CloudClient:
             if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
                 self._failed()
                 reason = await self._reason(channel)
-                check = "check the address and that the cloud server runs"
+                found = (advice for words, advice in _CHECKS if any(word in reason for word in words))
+                check = next(found, "check the address and that the cloud server runs")
                 if not self._secure and any(words in reason for words in _HUNG_UP):
                     check = "a server that speaks TLS does so: if this one does, name its authority with --cloud-ca"
-                elif any(words in reason for words in _OUT_OF_DATE):
-                    check = "renew its certificate, or set the clock of this machine if that is wrong"
-                elif _UNTRUSTED in reason:
-                    check = (
-                        "its certificate is not trusted: name the authority that signed it with --cloud-ca"
-                    )
-                elif _MISNAMED in reason:
-                    check = (
-                        "its certificate is for another name: give --cloud the host as the certificate has it"
-                    )
                 raise CloudUnavailable(
                     f"the cloud at {self.address} is not reached: {reason}; {check}", never_ran=True
                 )
@@ -431,11 +463,21 @@ class CloudClient:
         code, text = error.code(), printable(error.details() or "no reason given")
         status = sent_status(error)
         never_ran = not accepted and status is not None and code in _NOTHING_RAN
+        hint = ""
+        if status is None and any(words in text for words in _PROXYS_WORDS):
+            hint = (
+                "; a proxy before the cloud server, or a network that asks for a login, has answered in its place or "
+                "cut it off: see the proxy's log and timeouts, and whether the cloud server runs"
+            )
+            if not accepted:
+                self._failed()
         if code in _REFUSALS:
-            return CloudRefused(f"the cloud at {self.address} refused: {text}", never_ran=never_ran)
+            return CloudRefused(f"the cloud at {self.address} refused: {text}{hint}", never_ran=never_ran)
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED and status is None:
             return CloudLied(f"the cloud at {self.address} sent too much: {text}", never_ran=False)
         if code is grpc.StatusCode.DEADLINE_EXCEEDED and status is None:
+            if not accepted and timeout_s >= self._connect_timeout_s:
+                self._failed()
             return CloudUnavailable(
                 f"the cloud at {self.address} was not done within {round(timeout_s, 1):g} s", never_ran=False
             )
@@ -445,7 +487,7 @@ class CloudClient:
         elif code is grpc.StatusCode.UNAVAILABLE:
             self._failed()
         return CloudUnavailable(
-            f"the cloud at {self.address} failed: {text} ({code.name})",
+            f"the cloud at {self.address} failed: {text} ({code.name}){hint}",
             never_ran=never_ran,
             retry_after_s=retry_after_s,
         )

@@ -31,6 +31,11 @@ FIRST_RETRY_S = 1.0
 LONGEST_RETRY_S = 60.0
 """The resolver asks again after 1 s, then 2, 4, ... up to a minute, while an outcome is unknown."""
 
+FORGOTTEN = (
+    "the cloud accepted this call and now has never heard of it: does more than one cloud server answer at its "
+    "address, or was its journal deleted?"
+)
+
 CloudEvents = AsyncGenerator[CloudAccepted | Progress | CloudImage, None]
 
 
@@ -41,7 +46,8 @@ class Purchases:
         self.ledger = ledger
         self.cloud = cloud
         self._under_way: set[str] = set()  # ids that a Purchase of this process holds, or the resolver
-        # By when, on time.monotonic(), a call of this process has reached the cloud or never will.
+        # By when, on time.monotonic(), a call of this process has reached the cloud or never will; of one that was
+        # accepted, never: a cloud that has not heard of it is another server than the one that may have charged it.
         self._arrived_by: dict[str, float] = {}
         self._unsent: set[str] = set()  # ids left to the resolver whose call was never opened
         self._wake = asyncio.Event()
@@ -144,6 +150,10 @@ class Purchases:
         whole = "\0".join((self.ledger.device, request.app, request.request_id))
         return hashlib.sha256(whole.encode()).hexdigest()[:32]
 
+    def accepted(self, key: str) -> None:
+        """The cloud has taken the call `key`: from now on it is released only where the cloud knows that it ended."""
+        self._arrived_by[key] = math.inf
+
     def concluded(self, key: str) -> None:
         """Nothing is open under `key` any more."""
         self._under_way.discard(key)
@@ -239,6 +249,8 @@ class Purchases:
         arrived_by = self._arrived_by.get(key, -math.inf)
         may_arrive = self.ledger.clock() < reservation.expires_at or time.monotonic() < arrived_by
         outcome = await self.cloud.lookup(key)
+        if not outcome.arrived and arrived_by == math.inf:
+            log.warning("unresolved", extra={"fields": {"purchase": key, "error": FORGOTTEN}})
         if not outcome.known or (may_arrive and not outcome.arrived):
             return False
         charged = outcome.charged_micro_usd
@@ -280,6 +292,8 @@ class Purchase:
         async with aclosing(calling) as events:
             try:
                 async for event in events:
+                    if isinstance(event, CloudAccepted):
+                        self._purchases.accepted(self._request.request_id)
                     if isinstance(event, CloudImage):
                         self._concluded = await self._purchases.settle(
                             self._request.request_id, event.charged_micro_usd

@@ -1,15 +1,18 @@
-"""One call as bytes, for what no gRPC client sends."""
+"""Calls and answers as bytes, for what no gRPC client or server sends."""
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import struct
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 
 from edge_agent.settings import split_address
 
-_HEADERS, _DATA, _SETTINGS = 1, 0, 4
+_DATA, _HEADERS, _RST_STREAM, _SETTINGS = 0, 1, 3, 4
 _END_STREAM, _END_HEADERS = 1, 4
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 
 def call(address: str, method: bytes) -> None:
@@ -25,13 +28,48 @@ def call(address: str, method: bytes) -> None:
     with _connected(address) as connection:
         connection.settimeout(10)
         connection.sendall(
-            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+            _PREFACE
             + _frame(_SETTINGS, 0, 0, b"")
             + _frame(_HEADERS, _END_HEADERS, 1, b"".join(map(_literal, fields, fields.values())))
             + _frame(_DATA, _END_STREAM, 1, bytes(5))  # an empty message
         )
         with suppress(ConnectionError):
             connection.recv(1000)
+
+
+@asynccontextmanager
+async def proxy(
+    status: int, body: bytes, *, kind: str = "text/html", reset: int | None = None, after_s: float = 0.0
+) -> AsyncIterator[str]:
+    """The address of what answers every call as proxies do: with this status and body, and no trailers.
+
+    With `reset` the call ends with RST_STREAM and that code. `after_s` is how long after the body it ends.
+    """
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            await reader.readexactly(len(_PREFACE))
+            writer.write(_frame(_SETTINGS, 0, 0, b""))
+            while True:
+                head = await reader.readexactly(9)
+                await reader.readexactly(int.from_bytes(head[:3], "big"))
+                if head[3] == _SETTINGS and not head[4]:
+                    writer.write(_frame(_SETTINGS, 1, 0, b""))
+                if head[3] == _HEADERS:
+                    stream = int.from_bytes(head[5:], "big")
+                    fields = _literal(b":status", b"%d" % status) + _literal(b"content-type", kind.encode())
+                    writer.write(_frame(_HEADERS, _END_HEADERS, stream, fields))
+                    writer.write(_frame(_DATA, 0, stream, body))
+                    await asyncio.sleep(after_s)
+                    if reset is None:
+                        writer.write(_frame(_DATA, _END_STREAM, stream, b""))
+                    else:
+                        writer.write(_frame(_RST_STREAM, 0, stream, struct.pack(">I", reset)))
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    server.close()
 
 
 def _connected(address: str) -> socket.socket:

@@ -286,6 +286,23 @@ async def test_the_queue_holds_what_it_may_and_refuses_the_rest_at_once(running:
     assert (await running.client.generate(steps=1)).error is None
 
 
+async def test_who_waits_in_the_queue_hears_something_all_the_while(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a proxy would end the call, as HAProxy does after a minute of silence."""
+    monkeypatch.setattr(service, "QUIET_S", 0.01)
+    first = await begun(running.client)
+    kinds = []
+    async for response in running.client.call(steps=2):
+        kinds.append(response.WhichOneof("event"))
+        if len(kinds) == 4:
+            first.cancel()
+    assert kinds[:4] == ["accepted", None, None, None]
+    assert kinds[-1] == "result"
+    at = kinds.index("image_chunk")
+    assert None not in kinds[at:]
+
+
 async def test_thousands_of_calls_at_once_are_all_served_or_told_when_to_come_back(running: Running) -> None:
     answers = await asyncio.gather(*(running.client.generate(steps=1) for _ in range(3_000)))
     refused = [answer.error for answer in answers if answer.error is not None]

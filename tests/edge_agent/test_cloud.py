@@ -11,6 +11,7 @@ import io
 import math
 import shutil
 import socket
+import ssl
 import struct
 import subprocess
 import time
@@ -46,6 +47,7 @@ from edge_agent.image import Progress
 from edge_agent.request import ImageRequest, Privacy, Routing
 from routet2i.cloud.v1 import cloud_pb2, cloud_pb2_grpc
 from routet2i.image.v1 import image_pb2
+from tests import http2
 from tests.running import until
 
 REQUEST = ImageRequest(
@@ -714,7 +716,7 @@ async def test_a_first_connection_that_takes_long_keeps_the_next_prompts_on_the_
     async with silent_listener() as address:
         client = CloudClient(address, connect_timeout_s=0.5, monotonic=lambda: now)
         connecting = asyncio.create_task(failure(client))
-        await until(lambda: client._connecting)
+        await until(lambda: client._waiting)
         assert client.healthy
         now = SLOW_CONNECTION_S
         assert not client.healthy
@@ -850,6 +852,101 @@ async def test_failures_in_a_row_wait_longer_and_an_accepted_call_ends_the_wait(
     cloud.script = honest(png())
     await collect(client)
     assert client.healthy
+
+
+# A proxy before the cloud
+
+
+@pytest.mark.parametrize("status", [200, 204, 302, 401, 403, 404, 407, 413, 429, 500, 502, 503, 504])
+async def test_an_answer_that_is_no_cloud_servers_is_called_a_proxys_and_the_cloud_left_alone(
+    status: int,
+) -> None:
+    async with http2.proxy(status, b"<html>not what was asked for</html>") as address:
+        client = CloudClient(address)
+        error = await failure(client)
+        assert "a proxy before the cloud server, or a network that asks for a login" in error.message
+        assert not error.never_ran, "a proxy may have passed the call on"
+        assert not client.healthy
+
+
+@pytest.mark.parametrize("reset", [None, 2, 8])
+async def test_an_image_that_a_proxy_cuts_off_says_so_and_nothing_against_the_cloud(
+    reset: int | None,
+) -> None:
+    message = accepted().SerializeToString()
+    body = b"\0" + struct.pack(">I", len(message)) + message
+    async with http2.proxy(200, body, kind="application/grpc", reset=reset, after_s=0.2) as address:
+        client = CloudClient(address)
+        error = await failure(client)
+        assert isinstance(error, CloudUnavailable) and not error.never_ran
+        assert "see the proxy's log and timeouts" in error.message
+        assert client.healthy
+
+
+async def test_a_proxy_without_http_2_or_without_tls_is_called_that(certificate: tuple[Path, Path]) -> None:
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        writer.write(b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n")
+        writer.close()
+
+    key, pem = certificate
+    only_1_1 = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    only_1_1.load_cert_chain(pem, key)
+    for context, words in ((only_1_1, "offers no HTTP/2"), (None, "speaks no TLS")):
+        server = await asyncio.start_server(refuse, "127.0.0.1", 0, ssl=context)
+        address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        error = await failure(CloudClient(address, ca_file=pem))
+        assert error.never_ran
+        assert words in error.message
+        server.close()
+
+
+async def test_a_proxy_of_this_machines_own_that_refuses_is_called_that(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 407 Proxy Authentication Required\r\ncontent-length: 0\r\n\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(refuse, "127.0.0.1", 0)
+    for name in ("no_proxy", "no_grpc_proxy", "grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("https_proxy", "http_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+    error = await failure(CloudClient("cloud.invalid:443"))
+    assert error.never_ran
+    assert "407; that is the proxy that this machine's https_proxy names" in error.message
+    server.close()
+
+
+async def test_a_cloud_that_takes_calls_and_answers_none_keeps_the_next_prompts_on_the_edge(
+    cloud: Cloud,
+) -> None:
+    """As one that has stopped looks behind a proxy, which connects and answers pings in its place."""
+    now = 0.0
+    client = CloudClient(cloud.address, connect_timeout_s=0.5, monotonic=lambda: now)
+    cloud.script = [stall]
+    waiting = asyncio.create_task(failure(client, timeout_s=1.0))
+    await cloud.started.wait()
+    assert client.healthy
+    now = 0.5
+    assert not client.healthy
+    assert not (await waiting).never_ran
+    assert not client.healthy
+    now = 1.5
+    assert client.healthy
+    probing = asyncio.create_task(failure(client, timeout_s=1.0))
+    await until(lambda: not client.healthy)
+    await probing
+
+
+async def test_messages_without_an_event_are_passed_over(cloud: Cloud) -> None:
+    data = png()
+    first, *rest = honest(data)
+    cloud.script = [first, Response(), *rest[:2], Response(), *rest[2:]]
+    *_, image = await collect(CloudClient(cloud.address))
+    assert isinstance(image, CloudImage) and image.png == data
 
 
 # Looking up what became of a request

@@ -252,8 +252,32 @@ async def test_a_clock_set_ahead_does_not_end_the_wait_for_a_call_that_may_still
         await purchases.close()
 
 
+async def test_a_call_that_was_accepted_is_not_released_by_a_server_that_never_heard_of_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As the second one behind a balancer has not, which keeps a journal of its own."""
+    now = 1_800_000_000.0
+    async with scripted_cloud("d" * 64) as cloud:
+        cloud.manner = "break"
+        ledger = Ledger.open(tmp_path / "quota.sqlite3", DAY, clock=lambda: now)
+        purchases = Purchases(ledger, CloudClient(cloud.address))
+        key = purchases.key(request("again"))
+        await broken(await purchases.reserve(request("again"), CEILING, 1.0), cloud)
+        now += 60.0
+        await asyncio.sleep(1.0)  # by either clock it would have arrived by now
+        await purchases.start()
+        await until(lambda: len(cloud.lookups) == 2)
+        await until(lambda: purchases._under_way == set())
+        assert unresolved(purchases) == [key]
+        assert "more than one cloud server" in caplog.records[-1].__dict__["fields"]["error"]
+        cloud.charged[key] = ScriptedCloud.PRICE  # the first one answers again
+        await until(lambda: unresolved(purchases) == [])
+        assert purchases.ledger.states()[0].spent_micro_usd == ScriptedCloud.PRICE
+        await purchases.close()
+
+
 async def broken(purchase: Purchase, cloud: ScriptedCloud) -> None:
-    """Sent, and broken off before the cloud has heard of it."""
+    """Sent, broken off, and forgotten by the cloud."""
     with pytest.raises(CloudError):
         _ = [event async for event in purchase.images()]
     cloud.received.clear()

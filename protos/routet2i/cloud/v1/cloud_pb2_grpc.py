@@ -55,7 +55,8 @@ class CloudServerServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """Makes one image. Stream: one `accepted`, any number of `progress`, the `image_chunk`s, one `result`.
+        """Makes one image. Stream: one `accepted`, any number of `progress`, the `image_chunk`s, one `result`. Between them,
+        messages without an event, to be passed over: they keep proxies from ending a call that waits.
         The charge is made once, when the image is complete; a call that is cancelled or runs past its deadline stops
         at the next denoising step and is not charged.
         """

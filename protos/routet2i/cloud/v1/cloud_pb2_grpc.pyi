@@ -44,7 +44,8 @@ class CloudServerServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> CloudServerServiceAsyncStub: ...
     Generate: _grpc.UnaryStreamMultiCallable[_cloud_pb2.GenerateRequest, _cloud_pb2.GenerateResponse]
-    """Makes one image. Stream: one `accepted`, any number of `progress`, the `image_chunk`s, one `result`.
+    """Makes one image. Stream: one `accepted`, any number of `progress`, the `image_chunk`s, one `result`. Between them,
+    messages without an event, to be passed over: they keep proxies from ending a call that waits.
     The charge is made once, when the image is complete; a call that is cancelled or runs past its deadline stops
     at the next denoising step and is not charged.
     """
@@ -59,7 +60,8 @@ class CloudServerServiceStub:
 class CloudServerServiceAsyncStub(CloudServerServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_cloud_pb2.GenerateRequest, _cloud_pb2.GenerateResponse]  # type: ignore[assignment]
-    """Makes one image. Stream: one `accepted`, any number of `progress`, the `image_chunk`s, one `result`.
+    """Makes one image. Stream: one `accepted`, any number of `progress`, the `image_chunk`s, one `result`. Between them,
+    messages without an event, to be passed over: they keep proxies from ending a call that waits.
     The charge is made once, when the image is complete; a call that is cancelled or runs past its deadline stops
     at the next denoising step and is not charged.
     """
@@ -77,7 +79,8 @@ class CloudServerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _cloud_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_cloud_pb2.GenerateResponse], _abc.AsyncIterator[_cloud_pb2.GenerateResponse]]:
-        """Makes one image. Stream: one `accepted`, any number of `progress`, the `image_chunk`s, one `result`.
+        """Makes one image. Stream: one `accepted`, any number of `progress`, the `image_chunk`s, one `result`. Between them,
+        messages without an event, to be passed over: they keep proxies from ending a call that waits.
         The charge is made once, when the image is complete; a call that is cancelled or runs past its deadline stops
         at the next denoising step and is not charged.
         """
