@@ -6,7 +6,12 @@ import socket
 import struct
 from contextlib import suppress
 
+import grpc
+
 from edge_agent.settings import split_address
+
+CLOSES_THE_ADDRESS = tuple(map(int, grpc.__version__.split(".")[:2])) >= (1, 84)
+"""Whether gRPC does so at a call whose method is no UTF-8; before, that call alone failed."""
 
 _HEADERS, _DATA, _SETTINGS = 1, 0, 4
 _END_STREAM, _END_HEADERS = 1, 4
