@@ -252,6 +252,26 @@ async def test_a_clock_set_ahead_does_not_end_the_wait_for_a_call_that_may_still
         await purchases.close()
 
 
+@pytest.mark.parametrize("restarted", [True, False])
+async def test_a_clock_that_was_ahead_does_not_keep_what_the_cloud_never_heard_of_open_until_then(
+    tmp_path: Path, restarted: bool
+) -> None:
+    now = 1_800_000_000.0
+    async with scripted_cloud("d" * 64) as cloud:
+        cloud.manner = "break"
+        ledger = Ledger.open(tmp_path / "quota.sqlite3", DAY, clock=lambda: now)
+        purchases = Purchases(ledger, CloudClient(cloud.address))
+        await broken(await purchases.reserve(request("again"), CEILING, 1.0), cloud)
+        if restarted:
+            await purchases.close()
+            ledger = Ledger.open(tmp_path / "quota.sqlite3", DAY, clock=lambda: now)
+            purchases = Purchases(ledger, CloudClient(cloud.address))
+        now -= 86_400.0
+        await purchases.start()
+        await until(lambda: not unresolved(purchases))
+        await purchases.close()
+
+
 async def broken(purchase: Purchase, cloud: ScriptedCloud) -> None:
     """Sent, and broken off before the cloud has heard of it."""
     with pytest.raises(CloudError):
