@@ -197,8 +197,10 @@ class Ledger:
         self._rates = rates
         self.clock = clock
         self._uptime = uptime
-        self._zero = self._zero_now()  # what the calls after this row were dated by
-        self._dated_before = _last_row(connection)
+        self._zero = self._zero_now()
+        # The row after which this process's calls begin, and what `_zero` was when they were made; then the same for
+        # each time that the clock was set.
+        self._made = [(_last_row(connection), self._zero)]
         # SQLite before 3.51.3 can corrupt a write-ahead log that two connections use: there is one, and one
         # lock.
         self._lock = threading.Lock()
@@ -428,30 +430,41 @@ class Ledger:
                 raise
 
     def _zero_now(self) -> float:
-        """What the clock said, or would have said as it goes now, when the uptime was 0: moves where it is set."""
+        """What the clock says less the uptime: it moves where the clock is set."""
         return self.clock() - self._uptime() if self._uptime is not None else 0.0
 
     def _clock_was_set(self) -> bool:
         return abs(self._zero_now() - self._zero) > _CLOCK_SLIPS_S
 
     def _follow_clock(self) -> None:
-        """Where the clock was put on, so are the dates of the calls since it last was put back, or since the start.
-
-        Where it was put back they stay: which of both times was right nobody knows, and the later date is stricter.
+        """Where the clock was set, the calls of this process get the dates it would have given them: the later of that
+        which it gave them and that which it would give them as it goes now. Which of both was right nobody knows, and
+        the later one is stricter.
         """
         if not self._clock_was_set():
             return
-        zero = self._zero_now()
-        if zero > self._zero:
-            put_on = zero - self._zero
-            self._connection.execute(
-                "UPDATE calls SET reserved_at = reserved_at + ?, expires_at = expires_at + ? WHERE rowid > ?",
-                (put_on, put_on, self._dated_before),
+        before, now = self._zero, self._zero_now()
+        ends = [row for row, _ in self._made[1:]] + [_MAX_INTEGER]
+        moves = [
+            (max(zero, now) - max(zero, before), row, end)
+            for (row, zero), end in zip(self._made, ends, strict=True)
+        ]
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            self._connection.executemany(
+                "UPDATE calls SET reserved_at = reserved_at + ?, expires_at = expires_at + ? "
+                "WHERE rowid > ? AND rowid <= ?",
+                [(by, by, row, end) for by, row, end in moves if by],
             )
-        else:
-            self._dated_before = _last_row(self._connection)
-        log.warning("clock", extra={"fields": {"set_by_s": round(zero - self._zero)}})
-        self._zero, self._account = zero, None
+            last = _last_row(self._connection)
+            self._connection.execute("COMMIT")
+        except BaseException:
+            with suppress(sqlite3.Error):
+                self._connection.rollback()
+            raise
+        self._zero, self._account = now, None
+        self._made = [(row, zero) for row, zero in self._made if row < last] + [(last, now)]
+        log.warning("clock", extra={"fields": {"set_by_s": round(now - before)}})
 
     def _call(self, connection: sqlite3.Connection, request_id: str) -> tuple[str, int, int]:
         """State, ceiling and cost of a call."""

@@ -375,6 +375,26 @@ def test_calls_made_before_the_clock_was_put_right_count_from_when_they_were_mad
     ledger.close()
 
 
+def test_a_clock_that_is_put_on_and_back_leaves_the_dates_as_they_were(path: Path) -> None:
+    machine = Machine()
+    ledger = machine.open(path, DAY)
+    ledger.reserve("before", "app", 10)
+    machine.now += 86_400 * 400
+    assert remaining(ledger) == [90]
+    ledger.reserve("ahead", "app", 10)
+    machine.now -= 86_400 * 400
+    assert remaining(ledger) == [80]
+    ledger.reserve("after", "app", 10)
+    assert {call.request_id: call.reserved_at for call in ledger.unresolved()} == {
+        "before": NOON,
+        "ahead": NOON + 86_400 * 400,
+        "after": NOON,
+    }
+    machine.pass_time(86_400)
+    assert remaining(ledger) == [90]
+    ledger.close()
+
+
 def test_a_clock_that_is_put_right_as_the_ledger_closes_or_its_last_row_is_made_anew_moves_the_dates_too(
     path: Path,
 ) -> None:
