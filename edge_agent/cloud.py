@@ -324,6 +324,8 @@ class CloudClient:
             except grpc.aio.AioRpcError as error:
                 accepted = stream.accepted is not None
                 raise self._explained(error, accepted=accepted, timeout_s=timeout_s) from error
+            finally:
+                call.cancel()  # which the channel's end is not to it in grpcio before 1.83
             raise CloudUnavailable(
                 f"the cloud at {self.address} broke off after {len(stream.received)} bytes of the image",
                 never_ran=False,

@@ -38,7 +38,7 @@ from edge_agent.diffusion.providers import Choice
 from edge_agent.diffusion.sessions import Runtime
 from edge_agent.errors import BundleError, OutOfMemory, RehearsalEnded, RouteT2IError, StartRefused
 from edge_agent.purchase import Purchases
-from edge_agent.quota import Ledger
+from edge_agent.quota import Ledger, uptime
 from edge_agent.reader import Reader
 from edge_agent.request import Limits
 from edge_agent.resident import Resident
@@ -106,7 +106,7 @@ class Daemon:
         socket_file = None if path == settings.address else Path(path)
         if socket_file is not None:
             _check_socket(socket_file)
-        ledger = Ledger.open(settings.ledger_file, settings.budget, settings.rate)
+        ledger = Ledger.open(settings.ledger_file, settings.budget, settings.rate, uptime=uptime)
         try:
             if socket_file is not None:
                 # Now that the ledger is ours: of two that start at once only one comes here.

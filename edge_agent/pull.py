@@ -72,6 +72,8 @@ SPARE_BYTES = 16 << 20
 
 _MODEL_INDEX = "model_index.json"
 _HUB = re.compile(r"hf:([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(\S+))?", re.ASCII)
+# OpenSSL's numbers of a certificate that is not valid yet, and of one that has expired.
+_OUT_OF_DATE = (9, 10)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # Python reads no number of thousands of digits.
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
@@ -559,6 +561,8 @@ class WebSource:
             cure = _wrong_authorities() or (
                 "if an authority of your own vouches for it, name that authority's PEM file in SSL_CERT_FILE"
             )
+            if reason.verify_code in _OUT_OF_DATE:
+                cure = "its owner has to renew it, unless the clock of this machine is wrong"
             return SourceRefused(
                 f"the certificate of {host} is not to be trusted: {reason.verify_message.rstrip('.')}; {cure}"
             )

@@ -46,6 +46,7 @@ class Purchases:
         self.ledger = ledger
         self.cloud = cloud
         self._under_way: set[str] = set()  # ids that a Purchase of this process holds, or the resolver
+        self._began = time.monotonic()
         # By when, on time.monotonic(), a call of this process has reached the cloud or never will; of one that was
         # accepted, never: a cloud that has not heard of it is another server than the one that may have charged it.
         self._arrived_by: dict[str, float] = {}
@@ -245,17 +246,26 @@ class Purchases:
             return released
         if self.cloud is None or not self._knows(reservation):
             return True  # nobody to ask; the status says so
-        # Before asking, as that takes time. And by both clocks: that of the ledger may have been set ahead.
-        arrived_by = self._arrived_by.get(key, -math.inf)
-        may_arrive = self.ledger.clock() < reservation.expires_at or time.monotonic() < arrived_by
+        may_arrive = self._may_arrive(reservation)  # before asking, as that takes time
         outcome = await self.cloud.lookup(key)
-        if not outcome.arrived and arrived_by == math.inf:
+        if not outcome.arrived and self._arrived_by.get(key) == math.inf:
             log.warning("unresolved", extra={"fields": {"purchase": key, "error": FORGOTTEN}})
         if not outcome.known or (may_arrive and not outcome.arrived):
             return False
         charged = outcome.charged_micro_usd
         log.info("resolved", extra={"fields": {"purchase": key, "charged_micro_usd": charged}})
         return await (self.settle(key, charged) if charged else self.release(key))
+
+    def _may_arrive(self, reservation: Reservation) -> bool:
+        """Whether the call may still be on its way. By no clock that can be set, as far as that can be told.
+
+        One of an earlier run was made before this one began, however far ahead the clock was that dated it.
+        """
+        now = time.monotonic()
+        if (arrived_by := self._arrived_by.get(reservation.request_id)) is not None:
+            return now < arrived_by
+        longest_s = reservation.expires_at - reservation.reserved_at
+        return self.ledger.clock() < reservation.expires_at and now < self._began + longest_s
 
     def _knows(self, reservation: Reservation) -> bool:
         return self.cloud is not None and self.cloud.identity == reservation.cloud

@@ -8,9 +8,10 @@ cap, and no request id is paid for twice.
 Money is whole micro-dollars. A call counts in the window in which it was reserved. Windows are calendar
 hours, days and months in UTC. Calls that bear a later date than now (the clock was set back, or a board
 without a battery booted in 1970) count in the current window too, so that a clock that is wrong or set back
-makes the ledger stricter. One way it is more generous: calls made while the clock is behind bear too early a
-date, and once it is put right the window then current knows nothing of them and has its whole cap. Only a budget
-with the window `total` counts them all the same.
+makes the ledger stricter. Calls made while the clock is behind bear too early a date: once it is put right they get
+the right one, where the process that made them still runs and its `uptime` tells how long ago that was. Those of an
+earlier process keep it, and the window then current knows nothing of them: there the ledger is more generous. Only a
+budget with the window `total` counts them all the same.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ _LOCK_WAIT_S = 1.0
 """How long opening waits for another process to let go of the file: enough for one that is just closing."""
 
 _CLOCK_SLIPS_S = 60.0
-"""How far a clock that is kept right may be put back."""
+"""How far a clock that is kept right may be put back, or on."""
 
 _HELD_RETRY_S = 5.0
 """When to come back where only calls under way fill a budget: they hold the most they may cost, and most cost less."""
@@ -186,6 +187,7 @@ class Ledger:
         budgets: tuple[Budget, ...],
         rates: tuple[Rate, ...],
         clock: Callable[[], float],
+        uptime: Callable[[], float] | None,
     ) -> None:
         self._connection = connection
         self.path = path
@@ -194,6 +196,11 @@ class Ledger:
         self.budgets = budgets
         self._rates = rates
         self.clock = clock
+        self._uptime = uptime
+        self._zero = self._zero_now()
+        # The row after which this process's calls begin, and what `_zero` was when they were made; then the same for
+        # each time that the clock was set.
+        self._made = [(_last_row(connection), self._zero)]
         # SQLite before 3.51.3 can corrupt a write-ahead log that two connections use: there is one, and one
         # lock.
         self._lock = threading.Lock()
@@ -209,8 +216,10 @@ class Ledger:
         rates: tuple[Rate, ...] = (),
         *,
         clock: Callable[[], float] = time.time,
+        uptime: Callable[[], float] | None = None,
     ) -> Ledger:
-        """Open the ledger at `path`; begin a new one where there is none. `clock` gives seconds since 1970.
+        """Open the ledger at `path`; begin a new one where there is none. `clock` gives seconds since 1970, `uptime`
+        seconds since whenever, which nobody sets; without it the clock is taken for right.
 
         Raises LedgerError when the file is no ledger, damaged, not writable or in use by another process, and
         ValueError when two budgets or rates share a name.
@@ -229,7 +238,7 @@ class Ledger:
                 path, timeout=_LOCK_WAIT_S, isolation_level=None, check_same_thread=False
             )
             _prepare(connection, path)
-            return cls(connection, path, tuple(budgets), tuple(rates), clock)
+            return cls(connection, path, tuple(budgets), tuple(rates), clock, uptime)
         except BaseException as error:
             if connection is not None:
                 connection.close()
@@ -267,8 +276,18 @@ class Ledger:
             if refusal is not None:
                 raise refusal
             connection.execute(
-                "INSERT OR REPLACE INTO calls VALUES (?, ?, 'reserved', ?, ?, ?, ?, ?)",
-                (request_id, app, ceiling_micro_usd, ceiling_micro_usd, now, cloud, now + timeout_s),
+                "INSERT OR REPLACE INTO calls (rowid, request_id, app, state, ceiling_micro_usd, cost_micro_usd, "
+                "reserved_at, cloud, expires_at) VALUES (?, ?, ?, 'reserved', ?, ?, ?, ?, ?)",
+                (
+                    _last_row(connection) + 1,
+                    request_id,
+                    app,
+                    ceiling_micro_usd,
+                    ceiling_micro_usd,
+                    now,
+                    cloud,
+                    now + timeout_s,
+                ),
             )
         return Reservation(request_id, app, ceiling_micro_usd, now, cloud, now + timeout_s)
 
@@ -369,6 +388,9 @@ class Ledger:
     def close(self) -> None:
         """Close the file. Closing again does nothing; every other method raises LedgerError from then on."""
         with self._lock:
+            if not self._closed:
+                with suppress(sqlite3.Error):
+                    self._follow_clock()
             self._closed = True
             self._account = None
             self._connection.close()
@@ -380,6 +402,7 @@ class Ledger:
             if self._closed:
                 raise LedgerError(f"the quota ledger {self.path} is closed")
             try:
+                self._follow_clock()
                 yield self._connection
             except sqlite3.Error as error:
                 explained = _explained(self.path, error)
@@ -406,6 +429,43 @@ class Ledger:
                     connection.rollback()
                 raise
 
+    def _zero_now(self) -> float:
+        """What the clock says less the uptime: it moves where the clock is set."""
+        return self.clock() - self._uptime() if self._uptime is not None else 0.0
+
+    def _clock_was_set(self) -> bool:
+        return abs(self._zero_now() - self._zero) > _CLOCK_SLIPS_S
+
+    def _follow_clock(self) -> None:
+        """Where the clock was set, the calls of this process get the dates it would have given them: the later of that
+        which it gave them and that which it would give them as it goes now. Which of both was right nobody knows, and
+        the later one is stricter.
+        """
+        if not self._clock_was_set():
+            return
+        before, now = self._zero, self._zero_now()
+        ends = [row for row, _ in self._made[1:]] + [_MAX_INTEGER]
+        moves = [
+            (max(zero, now) - max(zero, before), row, end)
+            for (row, zero), end in zip(self._made, ends, strict=True)
+        ]
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            self._connection.executemany(
+                "UPDATE calls SET reserved_at = reserved_at + ?, expires_at = expires_at + ? "
+                "WHERE rowid > ? AND rowid <= ?",
+                [(by, by, row, end) for by, row, end in moves if by],
+            )
+            last = _last_row(self._connection)
+            self._connection.execute("COMMIT")
+        except BaseException:
+            with suppress(sqlite3.Error):
+                self._connection.rollback()
+            raise
+        self._zero, self._account = now, None
+        self._made = [(row, zero) for row, zero in self._made if row < last] + [(last, now)]
+        log.warning("clock", extra={"fields": {"set_by_s": round(now - before)}})
+
     def _call(self, connection: sqlite3.Connection, request_id: str) -> tuple[str, int, int]:
         """State, ceiling and cost of a call."""
         row = connection.execute(
@@ -425,7 +485,9 @@ class Ledger:
 
     def _remembered(self, now: float) -> _Account | None:
         account = self._account
-        return account if account is not None and account.as_of <= now < account.until else None
+        if account is None or self._clock_was_set():
+            return None
+        return account if account.as_of <= now < account.until else None
 
     def _counted(self, connection: sqlite3.Connection, now: float) -> _Account:
         """What counts at `now`, from the file."""
@@ -485,6 +547,18 @@ class Ledger:
                     retry_after_s=leaves + rate.per_seconds - now if leaves is not None else None,
                 )
         return None
+
+
+def uptime() -> float:
+    """Seconds since this machine was started, those it slept included where the system counts them."""
+    clock = getattr(time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC", None))
+    return time.clock_gettime(clock) if clock is not None else time.monotonic()
+
+
+def _last_row(connection: sqlite3.Connection) -> int:
+    """The highest number of a row: calls made later have higher ones."""
+    last: int = connection.execute("SELECT COALESCE(MAX(rowid), 0) FROM calls").fetchone()[0]
+    return last
 
 
 def _state(connection: sqlite3.Connection, budget: Budget, start: float) -> BudgetState:

@@ -24,7 +24,7 @@ PROBES = (
     "A photo of an astronaut riding a horse on Mars, highly detailed, 4k",
     "it's the cat's; they'll say I'm here, you've DON'T",
     "  blanks \t\n around   and between  ",
-    "Straße, naïve café, ÅNGSTRÖM, ﬁne ½ Ⅷ İstanbul ΟΔΥΣΣΕΥΣ Σ",
+    "Straße, naïve café, ÅNGSTRÖM, ﬁne ½ Ⅷ İstanbul ΟΔΥΣΣΕΥΣ Σ ǀΣ Α'Σ",
     "cafe\u0301 and a\u0308",
     "一只猫在月亮上 two 猫s ねこ 고양이",
     "кошка на пляже, قطة, חתול, बिल्ली, แมว",
@@ -36,6 +36,9 @@ PROBES = (
     "word " * 300,
     "🐈‍⬛" * 100,
 )
+
+_CASED, _MARK = r"[\p{Cased}&&\P{Case_Ignorable}]", r"\p{Case_Ignorable}"
+_LAST_SIGMA = f"(?<={_CASED}|{_CASED}{_MARK})Σ(?!{_MARK}*{_CASED})"  # Unicode's Final_Sigma
 
 
 def convert(tokenizer: Any) -> Tokenizer:
@@ -65,8 +68,8 @@ def convert(tokenizer: Any) -> Tokenizer:
                     ),
                     normalizers.NFC(),
                     # Python lowers a sigma at the end of a word differently; tokenizers goes letter by
-                    # letter.
-                    normalizers.Replace(Regex(r"(?<=\p{L})Σ(?!\p{L})"), "ς"),
+                    # letter. More than one mark, such as an apostrophe, before it is left out.
+                    normalizers.Replace(Regex(_LAST_SIGMA), "ς"),
                     normalizers.Lowercase(),
                 ]
             )

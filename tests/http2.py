@@ -8,7 +8,12 @@ import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
+import grpc
+
 from edge_agent.settings import split_address
+
+CLOSES_THE_ADDRESS = tuple(map(int, grpc.__version__.split(".")[:2])) >= (1, 84)
+"""Whether gRPC does so at a call whose method is no UTF-8; before, that call alone failed."""
 
 _DATA, _HEADERS, _RST_STREAM, _SETTINGS = 0, 1, 3, 4
 _END_STREAM, _END_HEADERS = 1, 4

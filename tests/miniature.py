@@ -253,7 +253,9 @@ def forget(part: Path, beginning: str) -> None:
     """Take the weights whose names begin so out of the file in the folder `part` of a saved pipeline."""
     file = next(part.glob("*.safetensors"))
     weights = load(file.read_bytes())  # not mapped: Windows writes over no file that is
-    kept = {name: weight for name, weight in weights.items() if not name.startswith(beginning)}
+    # transformers 5 saves without the first part of the name, and knows both.
+    beginnings = (beginning, beginning.removeprefix("text_model."))
+    kept = {name: weight for name, weight in weights.items() if not name.startswith(beginnings)}
     assert len(kept) < len(weights)
     save_file(kept, file, {"format": "pt"})
 

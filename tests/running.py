@@ -343,9 +343,9 @@ def short_folder() -> Path:
 class ScriptedCloud(cloud_pb2_grpc.CloudServerServiceServicer):
     """A cloud server without a model, which keeps honest books and misbehaves as a test tells it to.
 
-    `manner` is honest, refuse, break (after some progress), hang (the same, and then nothing), flood (previews without
-    end), previews (many, then the image), lie (about the hash), text (which is no image), large (an image of
-    another size), linger (a moment, after the image) or stay (without end).
+    `manner` is honest, refuse, drop (before it has accepted), break (after some progress), hang (the same, and then
+    nothing), flood (previews without end), previews (many, then the image), lie (about the hash), text (which is no
+    image), large (an image of another size), linger (a moment, after the image) or stay (without end).
     """
 
     PRICE = 5_000
@@ -374,6 +374,8 @@ class ScriptedCloud(cloud_pb2_grpc.CloudServerServiceServicer):
                 "too dear",
                 (("grpc-status-details-bin", status.SerializeToString()),),
             )
+        if self.manner == "drop":
+            await context.abort(grpc.StatusCode.INTERNAL, "the server broke")
         accepted = cloud_pb2.Accepted(charged_micro_usd=self.PRICE, model_digest=self.digest)
         await context.write(cloud_pb2.GenerateResponse(accepted=accepted))
         for step in (1, 2, 3):

@@ -31,6 +31,15 @@ class Plugin:
     failure: str = ""  # why it has none, in a phrase
 
 
+class _Session(ort.InferenceSession):  # type: ignore[misc]  # ships no types
+    """Without the fallback, which would run everything on the CPU and print that to standard output.
+
+    `enable_fallback=0` says so to onnxruntime from 1.23 on; those before, as Jetsons have them, take no notice of it.
+    """
+
+    _enable_fallback = property(lambda _: False, lambda *_: None)
+
+
 @functools.cache
 def found() -> Mapping[str, Plugin]:
     """The plugins by onnxruntime's names of their providers. The first call registers them."""
@@ -45,17 +54,16 @@ def session(
 ) -> ort.InferenceSession:
     """A session of onnxruntime on `providers`, best first, each with its options; `more` is onnxruntime's.
 
-    It has no fallback, which would run everything on the CPU and print that to standard output. Raises what onnxruntime
-    raises, whose exceptions share no base class.
+    Raises what onnxruntime raises, whose exceptions share no base class.
     """
     if not any(name != CPU_PROVIDER and name in found() for name, _ in providers):
-        return ort.InferenceSession(model, options, providers=list(providers), enable_fallback=0, **more)
+        return _Session(model, options, providers=list(providers), enable_fallback=0, **more)
     for name, given in providers:  # a plugin goes by its device, and then the others have to stand beside it
         if name in found():
             options.add_provider_for_devices([found()[name].device], dict(given))
         elif name != CPU_PROVIDER:  # which onnxruntime adds itself
             options.add_provider(name, dict(given))
-    return ort.InferenceSession(model, options, enable_fallback=0, **more)
+    return _Session(model, options, enable_fallback=0, **more)
 
 
 def _packages() -> list[str]:

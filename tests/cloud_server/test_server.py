@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -173,7 +174,8 @@ async def test_a_call_whose_method_is_no_text_ends_neither_the_server_nor_the_ca
         await anext(aiter(call))
         lost = running.server._server
         await asyncio.to_thread(http2.call, f"127.0.0.1:{port}", b"/routet2i.\xec/x")
-        await until(lambda: running.server._server is not lost)
+        if http2.CLOSES_THE_ADDRESS:
+            await until(lambda: running.server._server is not lost)
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             assert (await Client(channel).generate(request_id="new", steps=1)).result is not None
         assert (await running.client.read(call)).result is not None
@@ -307,8 +309,8 @@ def test_a_model_that_lacks_weights_is_refused_by_their_name(
     flags = ["--listen", "127.0.0.1:0", "--state", str(tmp_path / "state"), "--model", str(incomplete)]
     assert main(["serve", *flags]) == 2
     begins = f"cloud-server: cannot load the model in {incomplete}: "
-    missing = "text_encoder has no weights text_model.final_layer_norm.bias. Save it again with"
-    assert begins + missing in capsys.readouterr().err
+    missing = r"text_encoder has no weights (text_model\.)?final_layer_norm\.bias\. Save it again with"
+    assert re.search(re.escape(begins) + missing, capsys.readouterr().err)
 
 
 def test_a_model_whose_index_names_no_scheduler_is_refused_by_what_it_lacks(

@@ -153,7 +153,10 @@ class Cloud(cloud_pb2_grpc.CloudServerServiceServicer):
                     await step(context)
                 else:
                     yield step
-        except (asyncio.CancelledError, grpc.aio.InternalError):  # or a write and the caller's leaving crossed
+        except (
+            asyncio.CancelledError,
+            grpc.aio.InternalError,
+        ):  # or a write and the caller's leaving crossed
             self.cancelled.set()
             raise
 

@@ -392,7 +392,8 @@ def test_a_call_whose_method_is_no_text_ends_neither_the_daemon_nor_the_calls_un
         for number in (2, 3):
             http2.call(address, b"/routet2i.\xec/x")
             end = time.monotonic() + 30
-            while sum(line["event"] == "listening" for line in process.lines) < number:
+            expected = number if http2.CLOSES_THE_ADDRESS else 1
+            while sum(line["event"] == "listening" for line in process.lines) < expected:
                 assert time.monotonic() < end, process.text
                 time.sleep(0.02)
             assert health(address) == "SERVING"

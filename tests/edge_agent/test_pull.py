@@ -10,11 +10,13 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -837,6 +839,21 @@ def test_over_tls_only_a_trusted_server_is_pulled_from(
         web.misbehave("honest")
         fetch(WebSource(web.address), store)
     assert same(store.folder / "hollow", hollow)
+
+
+@pytest.mark.parametrize(
+    ("code", "says"), [(9, "certificate is not yet valid"), (10, "certificate has expired")]
+)
+def test_a_certificate_that_is_not_valid_today_may_be_the_clocks_fault(code: int, says: str) -> None:
+    """As where a board without a battery has just booted, in 1970."""
+    error = ssl.SSLCertVerificationError(1, "certificate verify failed")
+    error.verify_code, error.verify_message = code, says
+    silence = WebSource("https://models.example")._silence(
+        error, urllib.request.Request("https://models.example/a")
+    )
+    assert silence.message.endswith(
+        f"{says}; its owner has to renew it, unless the clock of this machine is wrong"
+    )
 
 
 @pytest.mark.parametrize("content", [None, "", "no certificate", "-----BEGIN CERTIFICATE-----\n!\n"])

@@ -228,7 +228,7 @@ async def test_what_was_reserved_anew_since_the_resolver_looked_is_not_judged_by
         await purchases.start()
         await until(lambda: cloud.lookups == ["left"])  # both were open when the resolver looked
         await first.aclose()  # never sent, so it is released
-        cloud.manner = "break"
+        cloud.manner = "drop"
         await broken(await purchases.reserve(request("again"), CEILING, 60.0), cloud)
         answered.add("left")
         await until(lambda: key in cloud.lookups)
@@ -241,7 +241,7 @@ async def test_a_clock_set_ahead_does_not_end_the_wait_for_a_call_that_may_still
 ) -> None:
     now = 1_800_000_000.0
     async with scripted_cloud("d" * 64) as cloud:
-        cloud.manner = "break"
+        cloud.manner = "drop"
         ledger = Ledger.open(tmp_path / "quota.sqlite3", DAY, clock=lambda: now)
         purchases = Purchases(ledger, CloudClient(cloud.address))
         await broken(await purchases.reserve(request("again"), CEILING, 60.0), cloud)
@@ -249,6 +249,26 @@ async def test_a_clock_set_ahead_does_not_end_the_wait_for_a_call_that_may_still
         await purchases.start()
         await until(lambda: len(cloud.lookups) == 2)
         assert len(unresolved(purchases)) == 1
+        await purchases.close()
+
+
+@pytest.mark.parametrize("restarted", [True, False])
+async def test_a_clock_that_was_ahead_does_not_keep_what_the_cloud_never_heard_of_open_until_then(
+    tmp_path: Path, restarted: bool
+) -> None:
+    now = 1_800_000_000.0
+    async with scripted_cloud("d" * 64) as cloud:
+        cloud.manner = "drop"
+        ledger = Ledger.open(tmp_path / "quota.sqlite3", DAY, clock=lambda: now)
+        purchases = Purchases(ledger, CloudClient(cloud.address))
+        await broken(await purchases.reserve(request("again"), CEILING, 1.0), cloud)
+        if restarted:
+            await purchases.close()
+            ledger = Ledger.open(tmp_path / "quota.sqlite3", DAY, clock=lambda: now)
+            purchases = Purchases(ledger, CloudClient(cloud.address))
+        now -= 86_400.0
+        await purchases.start()
+        await until(lambda: not unresolved(purchases))
         await purchases.close()
 
 

@@ -29,6 +29,7 @@ from edge_agent.quota import (
     Reservation,
     Window,
     dollars,
+    uptime,
     window_bounds,
 )
 
@@ -327,6 +328,118 @@ def test_a_clock_set_back_does_not_give_the_budget_a_second_time(open_ledger: Op
     ledger.reserve("a", "app", 100)
     clock.now = 0.0  # a board without a battery boots in 1970
     assert not ledger.allows("app", 1)
+
+
+class Machine(Clock):
+    """A machine's clock, which may be wrong, and its uptime, which is not."""
+
+    up = 1_000.0
+
+    def pass_time(self, seconds: float) -> None:
+        self.up += seconds
+        self.now += seconds
+
+    def open(self, path: Path, *limits: Budget | Rate) -> Ledger:
+        budgets = tuple(limit for limit in limits if isinstance(limit, Budget))
+        rates = tuple(limit for limit in limits if isinstance(limit, Rate))
+        return Ledger.open(path, budgets, rates, clock=self, uptime=lambda: self.up)
+
+
+@pytest.mark.parametrize("window", ["hour", "day", "month"])
+def test_calls_made_before_the_clock_was_put_right_count_from_when_they_were_made(
+    path: Path, window: Window
+) -> None:
+    """As on a board without a battery, which hears of the time once it has a network."""
+    machine = Machine(0.0)
+    ledger = machine.open(path, Budget("one", window, 100), Rate("rate", 2, 60.0))
+    ledger.reserve("a", "app", 60, timeout_s=30.0)
+    machine.pass_time(10)
+    machine.now = NOON
+    assert not ledger.at_hand
+    assert remaining(ledger) == [40]
+    assert ledger.rates()[0].calls == 1
+    (call,) = ledger.unresolved()
+    assert (call.reserved_at, call.expires_at) == (NOON - 10, NOON + 20)
+    machine.now -= 86_400 * 40  # and put back and on again: what was made before stays where it is
+    ledger.reserve("b", "app", 40)
+    assert remaining(ledger) == [0]
+    machine.pass_time(5)
+    machine.now += 86_400 * 40
+    assert [call.reserved_at for call in ledger.unresolved()] == [NOON - 10, NOON]
+    assert remaining(ledger) == [0]
+    ledger.close()
+    ledger = machine.open(path, Budget("one", window, 100))
+    assert remaining(ledger) == [0]
+    machine.now += 86_400 * 40  # what an earlier process did is no longer known to be recent
+    assert remaining(ledger) == [100]
+    ledger.close()
+
+
+def test_a_clock_that_is_put_on_and_back_leaves_the_dates_as_they_were(path: Path) -> None:
+    machine = Machine()
+    ledger = machine.open(path, DAY)
+    ledger.reserve("before", "app", 10)
+    machine.now += 86_400 * 400
+    assert remaining(ledger) == [90]
+    ledger.reserve("ahead", "app", 10)
+    machine.now -= 86_400 * 400
+    assert remaining(ledger) == [80]
+    ledger.reserve("after", "app", 10)
+    assert {call.request_id: call.reserved_at for call in ledger.unresolved()} == {
+        "before": NOON,
+        "ahead": NOON + 86_400 * 400,
+        "after": NOON,
+    }
+    machine.pass_time(86_400)
+    assert remaining(ledger) == [90]
+    ledger.close()
+
+
+def test_a_clock_that_is_put_right_as_the_ledger_closes_or_its_last_row_is_made_anew_moves_the_dates_too(
+    path: Path,
+) -> None:
+    machine = Machine(0.0)
+    ledger = machine.open(path, DAY)
+    ledger.reserve("a", "app", 100)
+    ledger.release("a")
+    ledger.close()
+    ledger = machine.open(path, DAY)
+    ledger.reserve("a", "app", 100)  # takes the place of the one before
+    machine.now = NOON
+    ledger.close()
+    ledger = machine.open(path, DAY)
+    assert remaining(ledger) == [0]
+    ledger.close()
+
+
+def test_time_that_passes_and_a_clock_that_slips_move_no_dates(path: Path) -> None:
+    machine = Machine()
+    ledger = machine.open(path, DAY)
+    ledger.reserve("a", "app", 100)
+    for slip in (30, -60, 20):
+        machine.pass_time(3_600)
+        machine.now += slip
+        assert ledger.unresolved()[0].reserved_at == NOON
+    machine.pass_time(86_400)
+    assert remaining(ledger) == [100]
+    ledger.close()
+
+
+def test_a_disk_that_takes_nothing_when_the_clock_is_put_right_is_tried_again(path: Path) -> None:
+    machine = Machine(0.0)
+    ledger = machine.open(path, DAY)
+    ledger.reserve("a", "app", 100)
+    machine.now = NOON
+    ledger._connection.execute("PRAGMA query_only = ON")
+    with pytest.raises(LedgerError):
+        ledger.allows("app", 1)
+    ledger._connection.execute("PRAGMA query_only = OFF")
+    assert not ledger.allows("app", 1)
+    ledger.close()
+
+
+def test_the_uptime_goes_on() -> None:
+    assert 0 < uptime() <= uptime()
 
 
 def test_calls_of_a_clock_that_was_ahead_are_told_apart(open_ledger: Open) -> None:

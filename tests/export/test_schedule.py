@@ -291,6 +291,8 @@ def test_many_steps_are_compiled_in_little_memory() -> None:
 def test_a_scheduler_that_fails_is_refused_in_its_own_words_unless_they_are_about_code(
     name: str, config: dict[str, Any], why: str
 ) -> None:
+    if not hasattr(diffusers, name):
+        pytest.skip("this diffusers does not have it yet")
     made = getattr(diffusers, name)(**config)
     what_to_do = "change its scheduler_config.json, or choose another scheduler with --scheduler"
     with pytest.raises(ExportError, match=f"^{name} cannot be run{why}; {what_to_do}$"):

@@ -26,7 +26,7 @@ from edge_agent.bundle import (
     schedule_file,
     write_manifest,
 )
-from edge_agent.diffusion import denoiser, sessions, text_encoder
+from edge_agent.diffusion import denoiser, plugins, sessions, text_encoder
 from edge_agent.diffusion.denoiser import Denoiser
 from edge_agent.diffusion.generator import Generator, Image, Step
 from edge_agent.diffusion.sessions import Runtime, Session, Stop
@@ -84,13 +84,13 @@ def test_a_small_text_encoder_adds_and_normalises_in_two_steps(
     small: bool, miniature_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Onnxruntime takes any name of what it shall not fuse, also one that it does not know."""
-    optimised, real = tmp_path / "optimised.onnx", sessions.ort.InferenceSession
+    optimised, real = tmp_path / "optimised.onnx", plugins._Session
 
     def noted(path: str, options: Any, **named: Any) -> Any:
         options.optimized_model_filepath = str(optimised)
         return real(path, options, **named)
 
-    monkeypatch.setattr(sessions.ort, "InferenceSession", noted)
+    monkeypatch.setattr(plugins, "_Session", noted)
     if not small:
         monkeypatch.setattr(text_encoder, "SMALL_BYTES", 0)
     sizes = {"batch_size": 1, "sequence_length": 77}
