@@ -153,23 +153,23 @@ async def test_no_request_is_dropped_while_the_models_come_and_go(
         models = here.daemon.agent.models  # type: ignore[union-attr]
         expected = (await here.app.generate(seed=3)).png
         over = asyncio.Event()
+        times = 0
 
-        async def disturb() -> int:
-            times = 0
+        async def disturb() -> None:
+            nonlocal times
             while not over.is_set():
                 await asyncio.to_thread(models.unload)
                 times += 1
                 await asyncio.sleep(0.05)
-            return times
 
         disturbing = asyncio.create_task(disturb())
-        for _ in range(2):
+        while times < 3:
             answers = await asyncio.gather(*(here.app.generate(seed=3) for _ in range(3)))
             assert {answer.code for answer in answers} == {"OK"}
             assert {answer.png for answer in answers} == {expected}
             await here.app.route()
         over.set()
-        assert await disturbing > 2
+        await disturbing
 
 
 async def test_the_empty_negative_prompt_is_read_once_for_each_bundle(here: Here, store: Store) -> None:
