@@ -2,44 +2,43 @@
 
     python -m export.convert MODEL FOLDER [--base MODEL] [--lora FILE[=SCALE]] [--scheduler NAME]
 
-diffusers converts and fuses; this refuses what it passes over: a weight that the file lacks, and layers of a LoRA
-that the model does not have.
+diffusers converts and fuses; this refuses what it passes over: a weight that the file lacks, one that the model has no
+use for, and layers of a LoRA that it does not have.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
+import inspect
 import math
-import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
 from diffusers import StableDiffusion3Pipeline
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
 from huggingface_hub import hf_hub_download
 
 from cloud_server import complete
-from export import folder
+from export import folder, lora
 from export import pipeline as pipelines
 from export.arguments import ended_cleanly
-from export.errors import ExportError, reason
+from export.errors import ExportError, misfit
 from export.scheduler import choose_scheduler
 from export.terminal import say
 
 Report = Callable[[str], None]
 
-CARDS = ("README.md", "routet2i.json")
-"""What a model's folder says of it beside its parts: its licence, and what the cloud server makes by default."""
+CARD = "routet2i.json"  # what the cloud server makes by default
+CARDS = ("README.md", CARD)  # the first has the licence
 
 _HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}
-_OTHER_SIZE = re.compile(r"(?:because|size mismatch for) (\S+?):? (?:expected shape|copying a param)")
-_DOWN = re.compile(r"lora_A\.|\.down\.")  # one of the two matrices of each layer that a LoRA changes
+# How the names of a part's weights begin in a single file; the text encoders have all others of these.
+_DENOISER, _AUTOENCODERS = "model.diffusion_model.", ("first_stage_model.", "vae.")
+_ENCODERS = ("cond_stage_model.", "conditioner.", "text_encoders.")
 
 
 def convert(
@@ -51,7 +50,7 @@ def convert(
     scheduler: str | None = None,
     report: Report = say,
 ) -> None:
-    """Write `model` as a diffusers folder at `out`, in half precision where its weights are.
+    """Write `model` as a diffusers folder at `out`, each part in half precision where its weights are.
 
     Args:
         model: a .safetensors file of a whole model, a folder that diffusers saved, or a hub id.
@@ -70,37 +69,44 @@ def convert(
     folder.refuse_unusable(target, "the model")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ExportError(f"{target} is there; name a new folder")
+    single = Path(model).is_file()
+    if base is not None and not single:
+        raise ExportError(f"--base is for a single file, and {model} is none: it has its own configs")
     with folder.beside(target, report) as partial:
-        if Path(model).is_file():
-            pipeline = _from_single_file(Path(model), base, report)
-        elif base is not None:
-            raise ExportError(f"--base is for a single file, and {model} is none: it has its own configs")
+        files = [(lora.located(name), name, scale) for name, scale in loras]  # before what takes long
+        names = pipelines.names_in(Path(model)) if single else []
+        if single:
+            pipeline = _from_single_file(Path(model), names, base, report)
         else:
-            made = pipelines.class_of(model, report)
-            pipeline = pipelines.load(model, without_t5=made is StableDiffusion3Pipeline, report=report)
+            without_t5 = pipelines.class_of(model) is StableDiffusion3Pipeline
+            pipeline = pipelines.load(model, without_t5=without_t5, report=report)
         if scheduler is not None:
             with pipelines.quiet():
                 pipeline.scheduler = choose_scheduler(pipeline.scheduler, scheduler)
-        dtype = _dtype(Path(model))
-        for lora, scale in loras:
-            report(f"fusing {lora}" + ("" if scale == 1 else f", {scale:g} of it"))
-            _fuse(pipeline, lora, scale)
+        if "v_pred" in names:
+            pipeline.scheduler = _predicting_v(pipeline.scheduler, rescaled="ztsnr" in names)
+        for file, name, scale in files:
+            report(f"fusing {name}" + ("" if scale == 1 else f", {scale:g} of it"))
+            lora.fuse(pipeline, file, scale)
         report(f"writing {type(pipeline).__name__}")
         with pipelines.quiet():
-            pipeline.to(dtype=dtype).save_pretrained(partial)
+            for part, network in pipelines.networks(pipeline).items():
+                network.to(_stored(Path(model) if single else pipelines.origin(pipeline), part))
+            pipeline.save_pretrained(partial)
         pipelines.drop_origin(partial)
-        for card in CARDS:
-            if Path(model, card).is_file():
-                shutil.copyfile(Path(model, card), partial / card)
+        for name in CARDS if not single else ():
+            if card := _card(model, name):
+                shutil.copyfile(card, partial / name)
+        if (partial / CARD).is_file() and (loras or scheduler):
+            report(f"kept {CARD}: look whether its steps and guidance scale still suit the model")
         folder.open_to_all(partial)
         folder.move(partial, target)
     report(f"wrote {target}")
 
 
-def _from_single_file(file: Path, base: str | None, report: Report) -> Any:
-    """The pipeline whose weights `file` holds, on the CPU in float32."""
-    names = _names(file)
-    if all("lora" in name for name in names):
+def _from_single_file(file: Path, names: list[str], base: str | None, report: Report) -> Any:
+    """The pipeline whose weights `file` holds, under `names`, on the CPU in float32."""
+    if names and all("lora" in name for name in names):
         raise ExportError(
             f"{file} is a LoRA, which changes a model: name that model, and this file with --lora"
         )
@@ -108,102 +114,72 @@ def _from_single_file(file: Path, base: str | None, report: Report) -> Any:
         base = fetch_diffusers_config(load_single_file_checkpoint(str(file)))["pretrained_model_name_or_path"]
         report(f"taking configs and tokenizers from {base}; --base names another model's")
     made = pipelines.class_of(base, report)
+    refusal = f"{file} makes no {made.__name__} with the configs of {base}"
     try:
         with pipelines.quiet(), complete.bars_on_terminals_alone():
             pipeline = made.from_single_file(str(file), config=base, **pipelines.left_out(made))
     except Exception as error:  # each part's library fails in its own way
-        raise ExportError(
-            f"{file} makes no {made.__name__} with the configs of {base}: {_why(error)}"
-        ) from error
-    for part, network in pipeline.components.items():
-        if isinstance(network, torch.nn.Module):
-            missing = [name for name, weight in network.named_parameters() if weight.is_meta]
-            if missing:
-                more = f" and {len(missing) - 1} more" if missing[1:] else ""
-                raise ExportError(f"{file} has no weights {missing[0]}{more} of the {part}; get it again")
-    # How files say what no config beside them could.
-    if "v_pred" in names:
-        said = "prediction_type=v_prediction"
-        if "ztsnr" in names:
-            said += ",rescale_betas_zero_snr=true,timestep_spacing=trailing"
-        pipeline.scheduler = choose_scheduler(
-            pipeline.scheduler, f"{type(pipeline.scheduler).__name__}:{said}"
+        raise ExportError(f"{refusal}: {misfit(error)}") from error
+    for part, network in pipelines.networks(pipeline).items():
+        if missing := [name for name, weight in network.named_parameters() if weight.is_meta]:
+            more = f" and {len(missing) - 1} more" if missing[1:] else ""
+            raise ExportError(f"{refusal}: it has no weights {missing[0]}{more} of the {part}")
+    parts = {pipelines.denoiser_of(pipeline)[0]: (_DENOISER,), "vae": _AUTOENCODERS}
+    for part, beginnings in parts.items():
+        held, used = (
+            sum(name.startswith(beginnings) for name in names),
+            len(getattr(pipeline, part).state_dict()),
         )
+        if held > used:
+            raise ExportError(f"{refusal}: it has {held} weights of the {part}, of which they name {used}")
     return pipeline
 
 
-def _fuse(pipeline: Any, lora: str, scale: float) -> None:
-    file = str(_lora_file(lora))
-    try:
-        with pipelines.quiet(logging.ERROR):
-            changes = sum(_DOWN.search(name) is not None for name in pipeline.lora_state_dict(file)[0])
-            pipeline.load_lora_weights(file, adapter_name="lora")
-            changed = sum(
-                "lora" in getattr(layer, "lora_A", {})
-                for network in pipeline.components.values()
-                if isinstance(network, torch.nn.Module)
-                for layer in network.modules()
-            )
-            pipeline.fuse_lora(lora_scale=scale)
-            pipeline.unload_lora_weights()
-    except Exception as error:  # each part's library fails in its own way
-        raise ExportError(f"{lora} cannot be fused with this model: {_why(error)}") from error
-    if changed < changes:
-        raise ExportError(
-            f"{lora} cannot be fused with this model, which has {changed} of the {changes} layers that it changes: it "
-            "was made for another"
+def _predicting_v(scheduler: Any, *, rescaled: bool) -> Any:
+    """For a model that says so by names without a value in its file, which no config beside it could say."""
+    said = "prediction_type=v_prediction"
+    if rescaled:
+        said += ",rescale_betas_zero_snr=true,timestep_spacing=trailing"
+    knows = "rescale_betas_zero_snr" in inspect.signature(type(scheduler)).parameters
+    return choose_scheduler(
+        scheduler, f"{type(scheduler).__name__ if knows or not rescaled else 'DDIM'}:{said}"
+    )
+
+
+def _stored(model: Path, part: str) -> torch.dtype:
+    """The type of the weights of `part` in the file or folder `model`: half precision where none is in float32."""
+    if model.is_file():
+        beginnings = {"unet": (_DENOISER,), "transformer": (_DENOISER,), "vae": _AUTOENCODERS}.get(
+            part, _ENCODERS
         )
-
-
-def _why(error: Exception) -> str:
-    if isinstance(error, NotImplementedError):  # of torch, which cannot copy what is not there
-        return "weights are missing"
-    found = _OTHER_SIZE.search(str(error))
-    return f"{found[1]} has another size" if found else reason(error)
-
-
-def _lora_file(lora: str) -> Path:
-    """Where `lora` lies: itself, or what the repository of that name on the hub holds, under the name diffusers writes.
-
-    Raises ExportError where there is no such file.
-    """
-    file = Path(lora)
-    if not file.exists():
-        pipelines.refuse_mistyped(lora, "a LoRA")
-        try:
-            with pipelines.quiet(), complete.bars_on_terminals_alone():
-                return Path(hf_hub_download(lora, LORA_WEIGHT_NAME_SAFE))
-        except Exception as error:  # the hub's library fails in its own ways
-            raise ExportError(
-                f"{lora} cannot be loaded as a LoRA: it is no file here, and {pipelines.from_hub(error)}"
-            ) from error
-    _names(file)
-    return file
-
-
-def _names(file: Path) -> list[str]:
-    if file.suffix != ".safetensors":
-        raise ExportError(
-            f"{file} is no .safetensors file; one that is pickled, such as a .ckpt, is not read"
-        )
-    try:
-        with safetensors.safe_open(file, "pt") as weights:
-            return list(weights.keys())
-    except safetensors.SafetensorError as error:
-        raise ExportError(f"{file} is cut off or damaged: {reason(error)}; get it again") from error
-
-
-def _dtype(model: Path) -> torch.dtype:
-    """Half precision where no weight is in float32; what is fused is rounded to it."""
-    found = set()
-    for file in [model] if model.is_file() else model.rglob("*.safetensors"):
-        with safetensors.safe_open(file, "pt") as weights:
-            found |= {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118, it is no dict
+        found = _types([model], beginnings)
+    else:
+        found = _types((model / part).glob("*.safetensors"), ("",))
     halves = [_HALVES[name] for name in sorted(found & _HALVES.keys())]
     return halves[0] if halves and "F32" not in found else torch.float32
 
 
-def _lora(text: str) -> tuple[str, float]:
+def _types(files: Iterable[Path], beginnings: tuple[str, ...]) -> set[str]:
+    found = set()
+    for file in files:
+        with safetensors.safe_open(file, "pt") as weights:
+            names = [name for name in weights.keys() if name.startswith(beginnings)]  # noqa: SIM118, it is no dict
+            found |= {weights.get_slice(name).get_dtype() for name in names}
+    return found
+
+
+def _card(model: str, name: str) -> Path | None:
+    """What a folder or repository says of its model beside the parts, where it does."""
+    if Path(model).is_dir():
+        return Path(model, name) if Path(model, name).is_file() else None
+    try:
+        with pipelines.quiet(), complete.bars_on_terminals_alone():
+            return Path(hf_hub_download(model, name))
+    except Exception:  # the hub's library fails in its own ways, and no model needs a card
+        return None
+
+
+def _scaled(text: str) -> tuple[str, float]:
     name, equals, scale = text.rpartition("=")
     if not equals or Path(text).exists():
         return text, 1.0
@@ -235,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--lora",
         action="append",
         default=[],
-        type=_lora,
+        type=_scaled,
         dest="loras",
         metavar="FILE[=SCALE]",
         help="a LoRA to fuse with the model, wholly or to a share such as 0.8: a file, or a hub id; may repeat",

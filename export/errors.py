@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from zipfile import BadZipFile
 
@@ -18,14 +19,27 @@ class ExportError(Exception):
 
 
 def reason(error: Exception) -> str:
-    """What an error of a library's says: its first line, or the file that cannot be read.
+    """What an error of a library's says: its first line, with the next where that ends in a colon, or the file that
+    cannot be read.
 
     Its class, which is Python's word and no user's, comes before what says nothing without it: a word, or nothing.
     """
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename} cannot be read: {error.strerror}"
     kind = type(error).__name__
-    said = next((line.strip()[:LONGEST_REASON] for line in str(error).splitlines() if line.strip()), "")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])[:LONGEST_REASON]
     if " " in said:
         return said
     return f"{kind}: {said}" if said else kind
+
+
+_OTHER_SIZE = re.compile(r"(?:because|size mismatch for) (\S+?):? (?:expected shape|copying a param)")
+
+
+def misfit(error: Exception) -> str:
+    """What keeps weights out of a model, which torch and diffusers say at length; else `reason`."""
+    if isinstance(error, NotImplementedError):  # of torch, which cannot copy what is not there
+        return "weights are missing"
+    found = _OTHER_SIZE.search(str(error))
+    return f"{found[1]} has another size" if found else reason(error)

@@ -10,9 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import safetensors
+
 from edge_agent.errors import RouteT2IError
 from edge_agent.store import DISK_FULL, lock_file, patiently
-from export.errors import ExportError
+from export.errors import ExportError, reason
+
+_MAKE_ROOM = "make room, or name a folder on another disk"
 
 
 def refuse_unusable(target: Path, becomes: str) -> None:
@@ -49,6 +53,8 @@ def beside(target: Path, report: Callable[[str], None]) -> Iterator[Path]:
             raise ExportError(_explained(error, target)) from error
         except RouteT2IError as error:
             raise ExportError(error.message) from error
+        except safetensors.SafetensorError as error:  # of weights that found no room; it is no OSError
+            raise ExportError(f"{partial} cannot be written: {reason(error)}; {_MAKE_ROOM}") from error
 
 
 def _unlock(lock: Path, descriptor: int) -> None:
@@ -85,9 +91,7 @@ def _explained(error: OSError, target: Path) -> str:
     if not place.is_dir():
         return f"{target} cannot be made, for {place} is a file; name another folder"
     where = error.filename or target.parent
-    cure = (
-        "make room, or name a folder on another disk" if error.errno in DISK_FULL else "name another folder"
-    )
+    cure = _MAKE_ROOM if error.errno in DISK_FULL else "name another folder"
     return f"{where} cannot be written: {error.strerror or error}; {cure}"
 
 

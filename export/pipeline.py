@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -119,6 +120,23 @@ def left_out(made: type) -> dict[str, Any]:
     """What diffusers is told so that a pipeline of class `made` comes without the parts that the edge does not run."""
     unmarked = {"add_watermarker": False} if made is StableDiffusionXLPipeline else {}
     return dict.fromkeys(_idle(made)) | unmarked
+
+
+def names_in(file: Path) -> list[str]:
+    """The names of the weights in a .safetensors. Raises ExportError where it is none, or cannot be read."""
+    try:
+        complete.refuse_absent(file)
+    except ValueError as error:
+        raise ExportError(str(error)) from error
+    if file.suffix != ".safetensors":
+        raise ExportError(
+            f"{file} is no .safetensors file; nothing else is read, such as a .ckpt, which is pickled"
+        )
+    try:
+        with safetensors.safe_open(file, "pt") as weights:
+            return list(weights.keys())
+    except safetensors.SafetensorError as error:
+        raise ExportError(f"{file} is cut off or damaged: {reason(error)}; get it again") from error
 
 
 def prepared(
@@ -239,6 +257,16 @@ def denoiser_of(pipeline: Any) -> tuple[str, Any]:
     """The part that is run in every step, by its name and itself."""
     name = next(part for part in kind(pipeline).parts if part in ("unet", "transformer"))
     return name, getattr(pipeline, name)
+
+
+def networks(pipeline: Any) -> dict[str, torch.nn.Module]:
+    """The parts that have weights, by name."""
+    return {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+
+
+def origin(pipeline: Any) -> Path:
+    """The folder that the pipeline was loaded from."""
+    return Path(pipeline.config.get("_name_or_path") or "")
 
 
 def loop_of(pipeline: Any, size: tuple[int, int]) -> Loop:
@@ -576,7 +604,7 @@ def _refuse_tokenizer(pipeline: Any, part: str) -> None:
 
 def _file(pipeline: Any, *names: str) -> Path:
     """A file of the pipeline's, in the folder that it was loaded from where it was."""
-    return Path(pipeline.config.get("_name_or_path") or "", *names)
+    return Path(origin(pipeline), *names)
 
 
 def _nearest(side: int, multiple: int) -> int:
