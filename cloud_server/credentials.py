@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
+import stat
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,28 @@ log = logging.getLogger("cloud_server")
 LOOKS_EVERY_S = 5.0
 """How long a changed file may go unnoticed."""
 
-State = tuple[tuple[int, int, int] | None, ...]
+Stamps = tuple[tuple[int, ...] | None, ...]
+
+
+@dataclass
+class _Renewable:
+    """What is read from files, as they were when it was last read, and why it could not be read since."""
+
+    files: list[Path]
+    read: Callable[[], None]
+    seen: Stamps = ()
+    failure: str = ""
+
+    def renew(self) -> bool:
+        """Reads the files where they have changed, and whether it did. Raises what `read` raises, then and until they
+        can be read: rights may be put right, or a key written, without a file that changes again.
+        """
+        stamps = tuple(map(_stamp, self.files))  # before they are read, so that no change is missed
+        changed = stamps != self.seen
+        if changed:
+            self.read()
+        self.seen, self.failure = stamps, ""
+        return changed
 
 
 class Credentials:
@@ -30,16 +54,14 @@ class Credentials:
         self.tenants = Tenants()
         self._settings = settings
         self._certificate: Any = None
-        self._files: dict[str, tuple[list[Path], Callable[[], None]]] = {}
+        self._renewables: dict[str, _Renewable] = {}
         if settings.tokens:
-            self._files["tokens"] = [expanded(settings.tokens)], self._read_tokens
+            self._renewables["tokens"] = _Renewable([expanded(settings.tokens)], self._read_tokens)
         if settings.tls:
             pair = [expanded(settings.tls_cert), expanded(settings.tls_key)]
-            self._files["certificate"] = pair, self._read_certificate
-        # Before they are read, so that no change is missed.
-        self._seen = {name: _state(files) for name, (files, _) in self._files.items()}
-        for _, read in self._files.values():
-            read()
+            self._renewables["certificate"] = _Renewable(pair, self._read_certificate)
+        for renewable in self._renewables.values():
+            renewable.renew()
 
     def add_port(self, server: grpc.aio.Server, address: str) -> int:
         """Has `server` listen there and returns the port; 0, RuntimeError or OSError where it cannot."""
@@ -61,21 +83,23 @@ class Credentials:
         """Reads again what has changed, for as long as it runs."""
         while True:
             await asyncio.sleep(LOOKS_EVERY_S)
-            await asyncio.to_thread(self.renew)
+            with suppress(RuntimeError):  # no thread is to be had now
+                await asyncio.to_thread(self.renew)
 
     def renew(self) -> None:
-        """Reads again what has changed since it was last looked at."""
-        for name, (files, read) in self._files.items():
-            state = _state(files)
-            if state == self._seen[name]:
-                continue
-            self._seen[name] = state
-            try:
-                read()
-            except StartRefused as refusal:  # half-written, perhaps: then it changes once more
-                log.error("not renewed", extra={"fields": {"what": name, "error": refusal.message}})
-            else:
+        """Reads again what has changed since it was last read. Raises nothing; the log says what came of it."""
+        for name, renewable in self._renewables.items():
+            self._renew(name, renewable)
+
+    def _renew(self, name: str, renewable: _Renewable) -> None:
+        try:
+            if renewable.renew():
                 log.info("renewed", extra={"fields": {"what": name}})
+        except Exception as error:  # StartRefused, or what nobody thought of, which must not end the renewing
+            failure = error.message if isinstance(error, StartRefused) else repr(error)
+            if failure != renewable.failure:  # once, and not every few seconds
+                log.error("not renewed", extra={"fields": {"what": name, "error": failure}})
+            renewable.failure = failure
 
     def _read_tokens(self) -> None:
         self.tenants = Tenants.load(self._settings.tokens)
@@ -100,14 +124,16 @@ class Credentials:
         self._certificate = grpc.ssl_server_certificate_configuration(pairs)
 
 
-def _state(files: list[Path]) -> State:
-    """What changes when a file is written, replaced or taken away."""
-    return tuple(map(_stamp, files))
-
-
-def _stamp(file: Path) -> tuple[int, int, int] | None:
+def _stamp(file: Path) -> tuple[int, ...] | None:
+    """What changes when a file is written, replaced or given other rights; None for one that is none, as a pipe, which
+    can be read but once.
+    """
     try:
         found = file.stat()
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
+    return (
+        (found.st_ctime_ns, found.st_mtime_ns, found.st_size, found.st_ino)
+        if stat.S_ISREG(found.st_mode)
+        else None
+    )

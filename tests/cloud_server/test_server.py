@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -25,11 +26,12 @@ from cloud_server.__main__ import main
 from cloud_server.errors import StartRefused
 from cloud_server.server import STOP_SIGNALS, Server
 from cloud_server.settings import STARTER, Settings
+from cloud_server.tenants import Tenants
 from tests import http2
 from tests.cloud_server.conftest import PRICE, Client, Process, Running, serve
 from tests.hangup import hanging_up
 from tests.miniature import forget
-from tests.running import STOP, until
+from tests.running import STOP, short_folder, until
 
 Start = Callable[..., Process]
 STOPS = [STOP, *([signal.SIGHUP] if sys.platform != "win32" else [])]
@@ -432,6 +434,63 @@ async def test_tokens_are_read_again_once_their_file_has_changed(
         await until(lambda: renewals()[2:] == ["renewed"])
         assert await outcome("acme-token-0123456789") == "UNAUTHENTICATED"
         assert await outcome("acme-token-9876543210") == "OK"
+
+
+@pytest.mark.usefixtures("ordinary_user")
+def test_rights_that_are_put_right_renew_what_could_not_be_read(caplog: pytest.LogCaptureFixture) -> None:
+    """As between the two steps of a script that copies a file and gives it away. A failure is logged once."""
+    caplog.set_level("INFO")
+    folder = short_folder()
+    tokens = folder / "tokens"
+    tokens.write_text("acme acme-token-0123456789\n")
+    known = credentials.Credentials(Settings(tokens=str(tokens)))
+    tokens.write_text("acme acme-token-9876543210\n")
+    tokens.chmod(0o000)
+    known.renew()
+    known.renew()
+    assert [record.message for record in caplog.records] == ["not renewed"]
+    tokens.chmod(0o400)
+    known.renew()
+    assert [record.message for record in caplog.records] == ["not renewed", "renewed"]
+    assert known.tenants.identify("Bearer acme-token-9876543210") == "acme"
+    shutil.rmtree(folder)
+
+
+@pytest.mark.posix
+def test_tokens_from_a_pipe_are_read_once(tmp_path: Path) -> None:
+    """As in --tokens <(fetch-tokens); whoever opened it again would wait for ever."""
+    os.mkfifo(pipe := tmp_path / "tokens")
+    writing = threading.Thread(target=pipe.write_text, args=("acme acme-token-0123456789\n",))
+    writing.start()
+    known = credentials.Credentials(Settings(tokens=str(pipe)))
+    writing.join()
+    known.renew()
+    assert known.tenants.identify("Bearer acme-token-0123456789") == "acme"
+
+
+async def test_renewing_goes_on_after_an_error_that_nobody_thought_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(credentials, "LOOKS_EVERY_S", 0.02)
+    tokens = tmp_path / "tokens"
+    tokens.write_text("acme acme-token-0123456789\n")
+    known = credentials.Credentials(Settings(tokens=str(tokens)))
+    read, attempts = known._renewables["tokens"].read, 0
+
+    def fails_at_first() -> None:
+        nonlocal attempts
+        attempts += 1
+        if attempts == 1:
+            raise MemoryError
+        read()
+
+    known._renewables["tokens"].read = fails_at_first
+    tokens.write_text("acme acme-token-9876543210\n")
+    renewing = asyncio.create_task(known.keep_current())
+    await until(lambda: known.tenants == Tenants.load(str(tokens)))
+    renewing.cancel()
+    assert attempts == 2
+    assert "MemoryError" in caplog.records[0].__dict__["fields"]["error"]
 
 
 @pytest.mark.parametrize("form", ["pkcs8 -topk8", "ec -aes256"])
