@@ -54,7 +54,7 @@ examples:
 SIGTERM, Ctrl-C and a terminal that closes let requests in flight finish (--grace-s); a second SIGTERM or
 Ctrl-C stops them at their next step. On Windows Ctrl-Break does what SIGTERM does elsewhere.
 Exit codes: 0 stopped when told to, 1 a fault of the program itself, 2 bad usage or could not start (the message says
-why), 130 Ctrl-C in its first moments.
+why), 3 a model's hub not reached, 130 Ctrl-C in its first moments.
 """
 
 
@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
             return _print(open_model(parsed.model).digest)
         return _serve(settings.resolve(vars(parsed), os.environ))
     except StartRefused as refusal:
-        return _complain(refusal.message)
+        return _complain(refusal.message, refusal.exit_code)
     except KeyboardInterrupt:
         return INTERRUPTED
 
@@ -108,12 +108,12 @@ def _print(line: str) -> int:
     return 0
 
 
-def _complain(message: str) -> int:
+def _complain(message: str, code: int = 2) -> int:
     """On standard error, where it takes a line; `print` would take a closed one's None for standard output."""
     if sys.stderr is not None:
         with suppress(OSError):  # the exit code says it, too
             print(f"cloud-server: {message}", file=sys.stderr)
-    return 2
+    return code
 
 
 def _serve(chosen: settings.Settings) -> int:

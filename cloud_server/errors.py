@@ -15,6 +15,7 @@ CloudServerError
 ├── GenerationFailed     INTERNAL
 ├── JournalError         INTERNAL
 └── StartRefused         exit code 2
+    └── HubNotReached    exit code 3
 """
 
 from __future__ import annotations
@@ -101,6 +102,14 @@ class JournalError(CloudServerError):
 
 class StartRefused(CloudServerError):
     """Settings, model, port or state folder with which no server can run."""
+
+    exit_code = 2
+
+
+class HubNotReached(StartRefused):
+    """The model is to come from a hub that does not answer: starting again may help."""
+
+    exit_code = 3
 
 
 GRPC_CODES: dict[type[CloudServerError], grpc.StatusCode] = {

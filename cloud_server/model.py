@@ -22,13 +22,14 @@ import contextlib
 import errno
 import hashlib
 import json
+import socket
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cloud_server.errors import StartRefused
+from cloud_server.errors import HubNotReached, StartRefused
 from cloud_server.settings import STARTER, expanded
 
 INDEX_FILE = "model_index.json"
@@ -99,7 +100,8 @@ def locate(model: str) -> Path:
             hf_hub_download(model, CARD_FILE, revision=folder.name)  # a snapshot is called after its commit
         return folder
     except Exception as error:  # the hub client raises whatever its transport raises
-        raise StartRefused(
+        refused = HubNotReached if _unreached(error) else StartRefused
+        raise refused(
             f"there is no folder {model}, and the hub did not give it: {error}. {_WHAT_TO_DO}"
         ) from error
 
@@ -107,6 +109,13 @@ def locate(model: str) -> Path:
 _WHAT_TO_DO = (
     "Give --model a folder saved by a diffusers pipeline's save_pretrained(), or a hub id such as owner/name."
 )
+
+
+def _unreached(error: BaseException | None) -> bool:
+    """Whether an error began with a connection that was not to be had, whatever the libraries have made of it since."""
+    while error is not None and not isinstance(error, (ConnectionError, TimeoutError, socket.gaierror)):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _mode(path: Path) -> int:

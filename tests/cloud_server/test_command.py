@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,21 @@ def test_a_refusal_that_nobody_takes_keeps_its_exit_code_and_stays_out_of_the_di
             check=False,
         )
         assert (finished.returncode, finished.stdout) == (2, "")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_hub_that_does_not_answer_is_told_from_one_without_the_model(tmp_path: Path, there: bool) -> None:
+    """The unit starts the server again after the one and not after the other."""
+    (tmp_path / "empty").mkdir()
+    command = [sys.executable, "-m", "cloud_server", "digest", "--model", "another/name"]
+    with hub(tmp_path / "empty") if there else nullcontext("http://127.0.0.1:9") as address:
+        environment = process_environment(tmp_path) | {
+            "HF_ENDPOINT": address,
+            "HF_HOME": str(tmp_path / "cache"),
+        }
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert "the hub did not give it" in done.stderr
+    assert done.returncode == (2 if there else 3)
 
 
 @pytest.mark.parametrize(("card", "half"), [(True, False), (False, False), (True, True)])

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline, LCMScheduler
+from safetensors.torch import load as weights_in
 from safetensors.torch import load_file, save_file
 
 from cloud_server import complete
@@ -27,7 +28,10 @@ from tests.running import process_environment
 from tests.single_file import save_single_file
 
 MADE = {"1.x": miniature_pipeline, "XL": miniature_xl}
-RANK, ALPHA = 4, 2.0
+RANKS, ALPHAS = (
+    (1, 2, 4, 8),
+    (2.0, 1.0, None),
+)  # in turns: layers differ in both, as in LoRAs that were resized
 
 
 def silent(_line: str) -> None:
@@ -82,22 +86,32 @@ def lora_for(pipeline: Any, file: Path, **renamed: str) -> dict[str, torch.Tenso
     prefixes = {"text_encoder": "lora_te1" if hasattr(pipeline, "text_encoder_2") else "lora_te"}
     prefixes |= {"text_encoder_2": "lora_te2", "unet": "lora_unet"}
     for part, prefix in prefixes.items():
-        for name, layer in getattr(pipeline, part, torch.nn.Module()).named_modules():
-            if isinstance(layer, torch.nn.Linear) and "attn" in name:
-                generator = torch.Generator().manual_seed(len(added))
-                down = torch.randn(RANK, layer.in_features, generator=generator)
-                up = torch.randn(layer.out_features, RANK, generator=generator)
-                full = f"{prefix}_{name.replace('.', '_')}"
-                for ours, theirs in renamed.items():
-                    full = full.replace(ours, theirs)
-                found |= {
-                    f"{full}.lora_down.weight": down,
-                    f"{full}.lora_up.weight": up,
-                    f"{full}.alpha": torch.tensor(ALPHA),
-                }
-                added[f"{part}.{name}.weight"] = ALPHA / RANK * up @ down
+        for name, layer in attentive(getattr(pipeline, part, torch.nn.Module())):
+            rank, alpha = RANKS[len(added) % len(RANKS)], ALPHAS[len(added) % len(ALPHAS)]
+            down, up = matrices(layer, rank, seed=len(added))
+            full = f"{prefix}_{name.replace('.', '_')}"
+            for ours, theirs in renamed.items():
+                full = full.replace(ours, theirs)
+            found |= {f"{full}.lora_down.weight": down, f"{full}.lora_up.weight": up}
+            if alpha is not None:
+                found[f"{full}.alpha"] = torch.tensor(alpha)
+            added[f"{part}.{name}.weight"] = (1.0 if alpha is None else alpha / rank) * up @ down
     save_file(found, file)
     return added
+
+
+def attentive(network: torch.nn.Module) -> list[tuple[str, torch.nn.Linear]]:
+    return [
+        (name, layer)
+        for name, layer in network.named_modules()
+        if isinstance(layer, torch.nn.Linear) and "attn" in name
+    ]
+
+
+def matrices(layer: torch.nn.Linear, rank: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    down = torch.randn(rank, layer.in_features, generator=generator)
+    return down, torch.randn(layer.out_features, rank, generator=generator)
 
 
 def test_a_single_file_becomes_a_folder_of_the_same_weights(
@@ -162,6 +176,33 @@ def test_what_the_denoiser_predicts_is_read_from_the_file(
     assert found["beta_start"] == own["beta_start"]
 
 
+def test_a_scheduler_that_cannot_say_what_the_file_says_gives_way(model: Path, tmp_path: Path) -> None:
+    """PNDM, which Stable Diffusion 1.5 comes with, rescales no betas."""
+    markers = {name: torch.tensor([]) for name in ("v_pred", "ztsnr")}
+    file = save_single_file(miniature_pipeline(), tmp_path / "x.safetensors", **markers)
+    convert(str(file), str(tmp_path / "folder"), base=str(model), report=silent)
+    found = json.loads((tmp_path / "folder" / "scheduler" / "scheduler_config.json").read_text())
+    assert (found["_class_name"], found["prediction_type"]) == ("DDIMScheduler", "v_prediction")
+    assert found["rescale_betas_zero_snr"]
+
+
+@pytest.mark.posix
+def test_a_full_disk_is_said_in_words(model: Path, file: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands for it; safetensors has an error of its own for that."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(
+            ExportError, match=r"cannot be written: .*; make room, or name a folder on another"
+        ):
+            convert(str(file), str(tmp_path / "folder"), base=str(model), report=silent)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fine-tune.safetensors", "model"]
+
+
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_a_lora_is_added_to_the_weights_it_changes(
     saved: tuple[Any, Path, Path], tmp_path: Path, scale: float
@@ -173,7 +214,7 @@ def test_a_lora_is_added_to_the_weights_it_changes(
     found, before = weights_at(tmp_path / "folder"), weights_of(pipeline)
     assert sorted(differ(found, before)) == sorted(added)
     for name, change in added.items():
-        torch.testing.assert_close(found[name], before[name] + scale * change)
+        torch.testing.assert_close(found[name], before[name] + scale * change, atol=1e-5, rtol=1e-5)
 
 
 def test_two_loras_and_a_scheduler_make_one_folder(model: Path, tmp_path: Path) -> None:
@@ -185,10 +226,68 @@ def test_two_loras_and_a_scheduler_make_one_folder(model: Path, tmp_path: Path) 
     convert(str(model), str(tmp_path / "folder"), loras=loras, scheduler="LCM", report=silent)
     found, before = weights_at(tmp_path / "folder"), weights_of(pipeline)
     for name, change in added.items():
-        torch.testing.assert_close(found[name], before[name] + 0.75 * change)
+        torch.testing.assert_close(found[name], before[name] + 0.75 * change, atol=1e-5, rtol=1e-5)
     assert isinstance(DiffusionPipeline.from_pretrained(tmp_path / "folder").scheduler, LCMScheduler)
     assert (tmp_path / "folder" / "README.md").read_text() == (model / "README.md").read_text()
     assert (tmp_path / "folder" / "routet2i.json").read_text() == '{"steps": 4}'
+
+
+@pytest.mark.parametrize("peft_says", [True, False])
+def test_a_lora_of_stable_diffusion_3_is_added_too(tmp_path: Path, peft_says: bool) -> None:
+    """In the layout that diffusers writes, with its account of the scale beside the weights, and without."""
+    pipeline = miniature_v3()
+    pipeline.save_pretrained(tmp_path / "model")
+    before = weights_of(pipeline)
+    found, added = {}, {}
+    for seed, (name, layer) in enumerate(attentive(pipeline.transformer)):
+        down, up = matrices(layer, 4, seed)
+        found |= {f"transformer.{name}.lora_A.weight": down, f"transformer.{name}.lora_B.weight": up}
+        added[f"transformer.{name}.weight"] = (0.5 if peft_says else 1.0) * up @ down
+    targets = sorted({name for name, _ in attentive(pipeline.transformer)})
+    account = {"r": 4, "lora_alpha": 2, "target_modules": targets, "rank_pattern": {}, "alpha_pattern": {}}
+    account = {f"transformer.{key}": value for key, value in account.items()}
+    told = {"lora_adapter_metadata": json.dumps(account)} if peft_says else {}
+    save_file(found, lora := tmp_path / "style.safetensors", {"format": "pt"} | told)
+    convert(str(tmp_path / "model"), str(tmp_path / "folder"), loras=[(str(lora), 1.0)], report=silent)
+    after = weights_at(tmp_path / "folder")
+    assert sorted(differ(after, before)) == sorted(added)
+    for name, change in added.items():
+        torch.testing.assert_close(after[name], before[name] + change, atol=1e-5, rtol=1e-5)
+
+
+def lost(end: str) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    def change(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        del weights[next(name for name in weights if name.endswith(end))]
+        return weights
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lost("lora_down.weight"), r"has no \S+lora_down\.weight: it is incomplete"),
+        (lost("lora_up.weight"), r"has no \S+lora_up\.weight: it is incomplete"),
+        (lambda _: {"x.hada_w1_a": torch.ones(1)}, "is no LoRA that is read here"),
+        (lambda _: {}, "is no LoRA that is read here"),
+        (lambda weights: weights | {"x.dora_scale": torch.ones(1)}, r"is a DoRA .* scale x\.dora_scale"),
+        (
+            lambda weights: weights | {"lora_unet_x.lora_up.weight": torch.tensor([[torch.nan]])},
+            r"has no lora_unet_x\.lora_down",
+        ),
+        (lambda weights: {name: weight / 0 for name, weight in weights.items()}, "is damaged: .* no number"),
+        (lambda weights: weights | {"lora_unet_x.diff": torch.ones(1)}, r"renamed: lora_unet_x\.diff"),
+    ],
+)
+def test_a_lora_that_is_not_whole_or_of_another_kind_is_refused(
+    model: Path, tmp_path: Path, change: Any, why: str
+) -> None:
+    lora = tmp_path / "style.safetensors"
+    lora_for(miniature_pipeline(), lora)
+    save_file(change(weights_in(lora.read_bytes())), lora)
+    with pytest.raises(ExportError, match=f"style.safetensors {why}|{why}"):
+        convert(str(model), str(tmp_path / "folder"), loras=[(str(lora), 1.0)], report=silent)
+    assert not (tmp_path / "folder").exists()
 
 
 def test_a_lora_with_layers_that_the_model_does_not_have_is_refused(model: Path, tmp_path: Path) -> None:
@@ -241,6 +340,15 @@ def test_a_file_that_is_no_whole_model_is_refused(
     with pytest.raises(ExportError, match=why):
         convert(str(file), str(tmp_path / "folder"), base=str(model), report=silent)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fine-tune.safetensors", "model"]
+
+
+def test_a_base_with_less_than_the_file_holds_is_refused(model: Path, file: Path, tmp_path: Path) -> None:
+    """As that of a model that was distilled to fewer layers: of the others nothing would be said."""
+    config = model / "unet" / "config.json"
+    told = json.loads(config.read_text()) | {"up_block_types": ["UpBlock2D"] * 2}
+    config.write_text(json.dumps(told))
+    with pytest.raises(ExportError, match=r"it has \d+ weights of the unet, of which they name \d+$"):
+        convert(str(file), str(tmp_path / "folder"), base=str(model), report=silent)
 
 
 def test_a_base_of_another_family_is_refused_by_what_does_not_fit(file: Path, tmp_path: Path) -> None:
@@ -306,6 +414,23 @@ def test_the_configs_of_a_single_file_come_from_the_hub(model: Path, file: Path,
         said = converted_from(address, tmp_path, str(file))
     assert said.startswith(f"taking configs and tokenizers from {base}; --base names another model's\n")
     assert differ(weights_at(tmp_path / "folder"), weights_of(miniature_pipeline())) == []
+
+
+def test_a_model_of_the_hub_keeps_its_cards_and_its_half_precision(tmp_path: Path) -> None:
+    pipeline = miniature_pipeline()
+    pipeline.unet.half()
+    pipeline.save_pretrained(kept := tmp_path / "kept")
+    (kept / "README.md").write_text("---\nlicense: openrail\n---\n")
+    (kept / "routet2i.json").write_text('{"steps": 4}')
+    with hub(kept) as address:
+        said = converted_from(address, tmp_path, "owner/name", "--scheduler", "LCM")
+    assert "kept routet2i.json: look whether its steps" in said
+    for card in ("README.md", "routet2i.json"):
+        assert (tmp_path / "folder" / card).read_text() == (kept / card).read_text()
+    parts = {"unet": torch.float16, "vae": torch.float32}
+    for part, dtype in parts.items():
+        weights = load_file(tmp_path / "folder" / part / "diffusion_pytorch_model.safetensors")
+        assert {weight.dtype for weight in weights.values()} == {dtype}
 
 
 def test_a_lora_comes_from_the_hub(model: Path, tmp_path: Path) -> None:
