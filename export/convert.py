@@ -36,8 +36,9 @@ CARD = "routet2i.json"  # what the cloud server makes by default
 CARDS = ("README.md", CARD)  # the first has the licence
 
 _HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}
-# How the names of a part's weights begin in a single file; the text encoders have all others of these.
-_DENOISER, _AUTOENCODERS = "model.diffusion_model.", ("first_stage_model.", "vae.")
+# How the names of a part's weights begin in a single file, and those of text encoders.
+_DENOISER = ("model.diffusion_model.",)
+_BEGINNINGS = {"unet": _DENOISER, "transformer": _DENOISER, "vae": ("first_stage_model.", "vae.")}
 _ENCODERS = ("cond_stage_model.", "conditioner.", "text_encoders.")
 
 
@@ -124,12 +125,9 @@ def _from_single_file(file: Path, names: list[str], base: str | None, report: Re
         if missing := [name for name, weight in network.named_parameters() if weight.is_meta]:
             more = f" and {len(missing) - 1} more" if missing[1:] else ""
             raise ExportError(f"{refusal}: it has no weights {missing[0]}{more} of the {part}")
-    parts = {pipelines.denoiser_of(pipeline)[0]: (_DENOISER,), "vae": _AUTOENCODERS}
-    for part, beginnings in parts.items():
-        held, used = (
-            sum(name.startswith(beginnings) for name in names),
-            len(getattr(pipeline, part).state_dict()),
-        )
+    for part in (pipelines.denoiser_of(pipeline)[0], "vae"):
+        held = sum(name.startswith(_BEGINNINGS[part]) for name in names)
+        used = len(getattr(pipeline, part).state_dict())
         if held > used:
             raise ExportError(f"{refusal}: it has {held} weights of the {part}, of which they name {used}")
     return pipeline
@@ -140,19 +138,16 @@ def _predicting_v(scheduler: Any, *, rescaled: bool) -> Any:
     said = "prediction_type=v_prediction"
     if rescaled:
         said += ",rescale_betas_zero_snr=true,timestep_spacing=trailing"
-    knows = "rescale_betas_zero_snr" in inspect.signature(type(scheduler)).parameters
-    return choose_scheduler(
-        scheduler, f"{type(scheduler).__name__ if knows or not rescaled else 'DDIM'}:{said}"
-    )
+    name = type(scheduler).__name__
+    if rescaled and "rescale_betas_zero_snr" not in inspect.signature(type(scheduler)).parameters:
+        name = "DDIM"  # for PNDM and its like, which cannot
+    return choose_scheduler(scheduler, f"{name}:{said}")
 
 
 def _stored(model: Path, part: str) -> torch.dtype:
     """The type of the weights of `part` in the file or folder `model`: half precision where none is in float32."""
     if model.is_file():
-        beginnings = {"unet": (_DENOISER,), "transformer": (_DENOISER,), "vae": _AUTOENCODERS}.get(
-            part, _ENCODERS
-        )
-        found = _types([model], beginnings)
+        found = _types([model], _BEGINNINGS.get(part, _ENCODERS))
     else:
         found = _types((model / part).glob("*.safetensors"), ("",))
     halves = [_HALVES[name] for name in sorted(found & _HALVES.keys())]

@@ -58,12 +58,12 @@ def fuse(pipeline: Any, file: Path, scale: float) -> None:
     try:
         with pipelines.quiet(logging.ERROR):
             pipeline.load_lora_weights(str(file) if scaled_by_peft else weights, adapter_name=_ADAPTER)
+            # The layers that peft has put in the place of plain ones.
             changed = [
                 layer
                 for network in pipelines.networks(pipeline).values()
                 for layer in network.modules()
-                if _ADAPTER
-                in getattr(layer, "lora_A", ())  # a layer that peft has put in the place of a plain one
+                if _ADAPTER in getattr(layer, "lora_A", ())
             ]
             for layer in changed if not scaled_by_peft else ():
                 layer.scaling[_ADAPTER] = 1.0

@@ -604,7 +604,7 @@ def _refuse_tokenizer(pipeline: Any, part: str) -> None:
 
 def _file(pipeline: Any, *names: str) -> Path:
     """A file of the pipeline's, in the folder that it was loaded from where it was."""
-    return Path(origin(pipeline), *names)
+    return origin(pipeline).joinpath(*names)
 
 
 def _nearest(side: int, multiple: int) -> int:

@@ -153,10 +153,8 @@ class Cloud(cloud_pb2_grpc.CloudServerServiceServicer):
                     await step(context)
                 else:
                     yield step
-        except (
-            asyncio.CancelledError,
-            grpc.aio.InternalError,
-        ):  # or a write and the caller's leaving crossed
+        # The second is what comes of a write that the caller's leaving crosses.
+        except (asyncio.CancelledError, grpc.aio.InternalError):
             self.cancelled.set()
             raise
 

@@ -271,10 +271,6 @@ def lost(end: str) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor
         (lambda _: {"x.hada_w1_a": torch.ones(1)}, "is no LoRA that is read here"),
         (lambda _: {}, "is no LoRA that is read here"),
         (lambda weights: weights | {"x.dora_scale": torch.ones(1)}, r"is a DoRA .* scale x\.dora_scale"),
-        (
-            lambda weights: weights | {"lora_unet_x.lora_up.weight": torch.tensor([[torch.nan]])},
-            r"has no lora_unet_x\.lora_down",
-        ),
         (lambda weights: {name: weight / 0 for name, weight in weights.items()}, "is damaged: .* no number"),
         (lambda weights: weights | {"lora_unet_x.diff": torch.ones(1)}, r"renamed: lora_unet_x\.diff"),
     ],
@@ -285,7 +281,7 @@ def test_a_lora_that_is_not_whole_or_of_another_kind_is_refused(
     lora = tmp_path / "style.safetensors"
     lora_for(miniature_pipeline(), lora)
     save_file(change(weights_in(lora.read_bytes())), lora)
-    with pytest.raises(ExportError, match=f"style.safetensors {why}|{why}"):
+    with pytest.raises(ExportError, match=why):
         convert(str(model), str(tmp_path / "folder"), loras=[(str(lora), 1.0)], report=silent)
     assert not (tmp_path / "folder").exists()
 
