@@ -241,10 +241,7 @@ async def test_a_clock_set_ahead_does_not_end_the_wait_for_a_call_that_may_still
 ) -> None:
     now = 1_800_000_000.0
     async with scripted_cloud("d" * 64) as cloud:
-        cloud.manner = "drop"
-        ledger = Ledger.open(tmp_path / "quota.sqlite3", DAY, clock=lambda: now)
-        purchases = Purchases(ledger, CloudClient(cloud.address))
-        await broken(await purchases.reserve(request("again"), CEILING, 60.0), cloud)
+        purchases = await broken_off(tmp_path, cloud, "drop", lambda: now, timeout_s=60.0)
         now += 3_600.0
         await purchases.start()
         await until(lambda: len(cloud.lookups) == 2)
@@ -258,10 +255,7 @@ async def test_a_clock_that_was_ahead_does_not_keep_what_the_cloud_never_heard_o
 ) -> None:
     now = 1_800_000_000.0
     async with scripted_cloud("d" * 64) as cloud:
-        cloud.manner = "drop"
-        ledger = Ledger.open(tmp_path / "quota.sqlite3", DAY, clock=lambda: now)
-        purchases = Purchases(ledger, CloudClient(cloud.address))
-        await broken(await purchases.reserve(request("again"), CEILING, 1.0), cloud)
+        purchases = await broken_off(tmp_path, cloud, "drop", lambda: now, timeout_s=1.0)
         if restarted:
             await purchases.close()
             ledger = Ledger.open(tmp_path / "quota.sqlite3", DAY, clock=lambda: now)
@@ -278,11 +272,8 @@ async def test_a_call_that_was_accepted_is_not_released_by_a_server_that_never_h
     """As the second one behind a balancer has not, which keeps a journal of its own."""
     now = 1_800_000_000.0
     async with scripted_cloud("d" * 64) as cloud:
-        cloud.manner = "break"
-        ledger = Ledger.open(tmp_path / "quota.sqlite3", DAY, clock=lambda: now)
-        purchases = Purchases(ledger, CloudClient(cloud.address))
+        purchases = await broken_off(tmp_path, cloud, "break", lambda: now, timeout_s=1.0)
         key = purchases.key(request("again"))
-        await broken(await purchases.reserve(request("again"), CEILING, 1.0), cloud)
         now += 60.0
         await asyncio.sleep(1.0)  # by either clock it would have arrived by now
         await purchases.start()
@@ -294,6 +285,16 @@ async def test_a_call_that_was_accepted_is_not_released_by_a_server_that_never_h
         await until(lambda: unresolved(purchases) == [])
         assert purchases.ledger.states()[0].spent_micro_usd == ScriptedCloud.PRICE
         await purchases.close()
+
+
+async def broken_off(
+    folder: Path, cloud: ScriptedCloud, manner: str, clock: Callable[[], float], *, timeout_s: float
+) -> Purchases:
+    """With a ledger by `clock`, and one call that the cloud has broken off in this manner."""
+    cloud.manner = manner
+    purchases = Purchases(Ledger.open(folder / "quota.sqlite3", DAY, clock=clock), CloudClient(cloud.address))
+    await broken(await purchases.reserve(request("again"), CEILING, timeout_s), cloud)
+    return purchases
 
 
 async def broken(purchase: Purchase, cloud: ScriptedCloud) -> None:
