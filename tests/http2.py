@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import struct
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 import grpc
 
@@ -40,6 +41,27 @@ def call(address: str, method: bytes) -> None:
         )
         with suppress(ConnectionError):
             connection.recv(1000)
+
+
+@contextmanager
+def freed_memory_watched() -> Iterator[None]:
+    """Fails where a server of gRPC's that has given up writes to memory which it has freed."""
+    watched: list[bytes] = []
+
+    class Refill(logging.Handler):
+        """Has what was freed by the time that gRPC logs why it gives up."""
+
+        def emit(self, record: logging.LogRecord) -> None:
+            watched.extend(b"\xff" * size for size in range(64, 1024, 8) for _ in range(50))
+
+    refill, logger = Refill(), logging.getLogger("grpc._cython.cygrpc")
+    logger.addHandler(refill)
+    try:
+        yield
+    finally:
+        logger.removeHandler(refill)
+    assert bool(watched) == CLOSES_THE_ADDRESS
+    assert not any(each.strip(b"\xff") for each in watched)
 
 
 @asynccontextmanager

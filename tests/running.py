@@ -292,6 +292,7 @@ class Process:
     def kill(self) -> None:
         self.popen.kill()
         self.popen.wait()
+        sys.stdout.write(self.text)  # which pytest shows where the test has failed
 
 
 def process_environment(folder: Path, **extra: str) -> dict[str, str]:

@@ -246,3 +246,4 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
     for process in started:
         process.popen.kill()
         process.popen.wait()
+        sys.stdout.write(process.text)  # which pytest shows where the test has failed

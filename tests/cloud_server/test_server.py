@@ -175,9 +175,10 @@ async def test_a_call_whose_method_is_no_text_ends_neither_the_server_nor_the_ca
         call = running.client.call(request_id="under-way", steps=50, width=256, height=256)
         await anext(aiter(call))
         lost = running.server._server
-        await asyncio.to_thread(http2.call, f"127.0.0.1:{port}", b"/routet2i.\xec/x")
-        if http2.CLOSES_THE_ADDRESS:
-            await until(lambda: running.server._server is not lost)
+        with http2.freed_memory_watched():
+            await asyncio.to_thread(http2.call, f"127.0.0.1:{port}", b"/routet2i.\xec/x")
+            if http2.CLOSES_THE_ADDRESS:
+                await until(lambda: running.server._server is not lost)
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             assert (await Client(channel).generate(request_id="new", steps=1)).result is not None
         assert (await running.client.read(call)).result is not None
