@@ -7,7 +7,7 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -83,16 +83,13 @@ def pipeline(folder: Path, dtype: Any, **options: Any) -> Any:
     for name, kind in known.items():  # of all, before gigabytes of one are read
         refuse_faulty(kind, folder / name)
     parts: dict[str, Any] = {}
-    newer: dict[str, Any] = {}
     with bars_on_terminals_alone():
+        newer = newer_tokenizers(folder, {name: index[name] for name in known})
         # Networks last: what else is faulty shows in a moment.
         for name, kind in sorted(known.items(), key=lambda one: issubclass(one[1], NETWORKS)):
             if issubclass(kind, NETWORKS):
                 parts[name] = part(kind, folder, dtype, subfolder=name)
-            elif fast := _fast(kind, folder / name):
-                # What is special is in tokenizer.json too, and in the config of a form that version 4 cannot read.
-                newer[name] = _loaded(fast, folder, subfolder=name, extra_special_tokens={})
-            else:
+            elif name not in newer:
                 parts[name] = _loaded(kind, folder, subfolder=name)
         # Of its own class, which alone knows the parts that it can be without.
         made = getattr(diffusers, str(index.get("_class_name")), diffusers.DiffusionPipeline)
@@ -101,6 +98,20 @@ def pipeline(folder: Path, dtype: Any, **options: Any) -> Any:
         loaded = made.from_pretrained(folder, local_files_only=True, **parts, **options)
         loaded.register_modules(**newer)
         return loaded
+
+
+def newer_tokenizers(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `index` that transformers 5 saved in `folder`, which version 4 reads with another class. By name.
+
+    Raises ValueError where one cannot be read.
+    """
+    kinds = {name: _kind(made) for name, made in index.items()}
+    return {
+        # What is special is in tokenizer.json too, and in the config of a form that version 4 cannot read.
+        name: _loaded(fast, folder, subfolder=name, extra_special_tokens={})
+        for name, kind in kinds.items()
+        if kind is not None and (fast := _fast(kind, folder / name))
+    }
 
 
 def part(kind: Any, model: str | os.PathLike[str], dtype: Any, **options: Any) -> Any:

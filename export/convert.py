@@ -20,7 +20,7 @@ import safetensors
 import torch
 from diffusers import StableDiffusion3Pipeline
 from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 
 from cloud_server import complete
 from export import folder, lora
@@ -36,6 +36,7 @@ CARD = "routet2i.json"  # what the cloud server makes by default
 CARDS = ("README.md", CARD)  # the first has the licence
 
 _HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}
+_CONFIGS = ("*.json", "*.txt", "*.model")  # in all folders of a repository, tokenizers too
 # How the names of a part's weights begin in a single file, and those of text encoders.
 _DENOISER = ("model.diffusion_model.",)
 _BEGINNINGS = {"unet": _DENOISER, "transformer": _DENOISER, "vae": ("first_stage_model.", "vae.")}
@@ -118,7 +119,10 @@ def _from_single_file(file: Path, names: list[str], base: str | None, report: Re
     refusal = f"{file} makes no {made.__name__} with the configs of {base}"
     try:
         with pipelines.quiet(), complete.bars_on_terminals_alone():
-            pipeline = made.from_single_file(str(file), config=base, **pipelines.left_out(made))
+            configs = base if Path(base).is_dir() else snapshot_download(base, allow_patterns=_CONFIGS)
+            newer = complete.newer_tokenizers(Path(configs), made.load_config(configs))
+            options = newer | pipelines.left_out(made)
+            pipeline = made.from_single_file(str(file), config=configs, **options)
     except Exception as error:  # each part's library fails in its own way
         raise ExportError(f"{refusal}: {misfit(error)}") from error
     for part, network in pipelines.networks(pipeline).items():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,13 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from safetensors.torch import load, save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPTokenizerFast,
+)
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 TOKENS = 77
@@ -247,6 +254,28 @@ def save_miniature(folder: str | Path, seed: int = 0, size: int = 64) -> Path:
     """Write `miniature_pipeline(seed, size)` as a diffusers folder and return it."""
     miniature_pipeline(seed, size).save_pretrained(folder)
     return Path(folder)
+
+
+def as_transformers_5_saves(folder: Path, words: Sequence[str] = ()) -> Any:
+    """The tokenizer in `folder`, with `words` added, which is one tokenizer.json there then.
+
+    Its class has the name that was that of two other files.
+    """
+    tokenizer = CLIPTokenizerFast.from_pretrained(folder)
+    tokenizer.add_tokens(list(words), special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    for name in ("vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"):
+        (folder / name).unlink(missing_ok=True)
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    del config["added_tokens_decoder"]
+    named = {
+        "tokenizer_class": "CLIPTokenizer",
+        "extra_special_tokens": list(words),
+        "backend": "tokenizers",
+    }
+    file.write_text(json.dumps(config | named))
+    return tokenizer
 
 
 def forget(part: Path, beginning: str) -> None:

@@ -23,7 +23,7 @@ from export.convert import convert
 from export.diffusion_onnx import export_bundle
 from export.errors import ExportError
 from tests.hub import hub
-from tests.miniature import miniature_pipeline, miniature_v3, miniature_xl
+from tests.miniature import as_transformers_5_saves, miniature_pipeline, miniature_v3, miniature_xl
 from tests.running import process_environment
 from tests.single_file import save_single_file
 
@@ -345,6 +345,15 @@ def test_a_base_with_less_than_the_file_holds_is_refused(model: Path, file: Path
     config.write_text(json.dumps(told))
     with pytest.raises(ExportError, match=r"it has \d+ weights of the unet, of which they name \d+$"):
         convert(str(file), str(tmp_path / "folder"), base=str(model), report=silent)
+
+
+def test_a_base_that_transformers_5_saved_gives_its_tokenizer(
+    model: Path, file: Path, tmp_path: Path
+) -> None:
+    tokenizer = as_transformers_5_saves(model / "tokenizer")
+    convert(str(file), str(tmp_path / "folder"), base=str(model), report=silent)
+    loaded = complete.pipeline(tmp_path / "folder", torch.float32)
+    assert loaded.tokenizer("a cat!").input_ids == tokenizer("a cat!").input_ids
 
 
 def test_a_base_of_another_family_is_refused_by_what_does_not_fit(file: Path, tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ import torch
 from diffusers import LCMScheduler, UNet2DConditionModel
 from safetensors.torch import load as weights_in
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTokenizerFast
 
 from cloud_server import complete
 from edge_agent.bundle import Bundle
@@ -21,6 +20,7 @@ from export.errors import ExportError
 from export.pipeline import load, prepared
 from tests.miniature import (
     BETAS,
+    as_transformers_5_saves,
     miniature_pipeline,
     miniature_tiny_autoencoder,
     miniature_xl,
@@ -118,22 +118,8 @@ def test_a_folder_of_the_first_diffusers_becomes_a_bundle(
 
 
 def test_a_tokenizer_of_transformers_5_becomes_that_of_a_bundle(tmp_path: Path) -> None:
-    """It is one tokenizer.json, and its class has the name that was that of two other files."""
     model = save_miniature(tmp_path / "model")
-    tokenizer = CLIPTokenizerFast.from_pretrained(model / "tokenizer")
-    tokenizer.add_tokens(["<catty>"], special_tokens=True)
-    tokenizer.save_pretrained(model / "tokenizer")
-    for name in ("vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"):
-        (model / "tokenizer" / name).unlink(missing_ok=True)
-    file = model / "tokenizer" / "tokenizer_config.json"
-    config = json.loads(file.read_text())
-    del config["added_tokens_decoder"]
-    changes = {
-        "tokenizer_class": "CLIPTokenizer",
-        "extra_special_tokens": ["<catty>"],
-        "backend": "tokenizers",
-    }
-    file.write_text(json.dumps(config | changes))
+    tokenizer = as_transformers_5_saves(model / "tokenizer", ["<catty>"])
     loaded = complete.pipeline(model, torch.float32)  # as the cloud server does, too
     assert loaded.tokenizer("a <catty>").input_ids == tokenizer("a <catty>").input_ids
     loaded.text_encoder.resize_token_embeddings(len(tokenizer))
