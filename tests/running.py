@@ -292,7 +292,11 @@ class Process:
     def kill(self) -> None:
         self.popen.kill()
         self.popen.wait()
-        sys.stdout.write(self.text)  # which pytest shows where the test has failed
+
+    def end(self) -> None:
+        """Kills it when a test is done, and gives its log to pytest, which shows it where that test has failed."""
+        self.kill()
+        sys.stdout.write(self.text)
 
 
 def process_environment(folder: Path, **extra: str) -> dict[str, str]:

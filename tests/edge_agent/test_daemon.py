@@ -58,7 +58,7 @@ def start(folder: Path, routed_bundle: Path) -> Iterator[Start]:
 
     yield start
     for process in started:
-        process.kill()
+        process.end()
 
 
 @pytest.fixture

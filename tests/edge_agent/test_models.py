@@ -395,7 +395,7 @@ def start(home: Path) -> Iterator[Callable[..., Process]]:
 
     yield start
     for daemon in started:
-        daemon.kill()
+        daemon.end()
 
 
 def test_a_running_daemon_takes_up_the_chosen_model_and_keeps_it_from_being_removed(

@@ -98,7 +98,7 @@ def world(request: pytest.FixtureRequest) -> Iterator[World]:
         world.start_cloud("127.0.0.1:0")
         yield world
     finally:
-        world.cloud.kill()
+        world.cloud.end()
     shutil.rmtree(folder)
 
 
@@ -130,7 +130,7 @@ def start_edge(world: World, tmp_path: Path) -> Iterator[StartEdge]:
 
     yield start
     for process in started:
-        process.kill()
+        process.end()
 
 
 @pytest.fixture
