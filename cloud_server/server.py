@@ -55,7 +55,6 @@ if sys.platform == "win32":
     STOP_SIGNALS: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGINT, signal.SIGBREAK)
 else:
     STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-LISTENS_S = 1.0  # how long the port may be closed before it is noticed
 CLOSE_S = 1.0  # what handlers that were told to stop get to say so before their connections close
 
 
@@ -69,8 +68,6 @@ class Server:
         self._hurry = asyncio.Event()
         self._health = health.aio.HealthServicer()
         self._loading: asyncio.Future[Serving] | None = None
-        # Of gRPC's servers that were lost, with calls under way.
-        self._closing: set[asyncio.Task[None]] = set()
 
     async def startup(self) -> None:
         """Opens the journal and the port; health says NOT_SERVING. Raises StartRefused."""
@@ -89,7 +86,6 @@ class Server:
         except BaseException:
             self._journal.close()
             raise
-        self._listening = asyncio.create_task(self._keep_listening())
         self._renewing = asyncio.create_task(self._credentials.keep_current())
 
     async def serve(self) -> None:
@@ -111,7 +107,6 @@ class Server:
     async def shutdown(self) -> None:
         """Drains: health NOT_SERVING, new requests refused, those in flight get the grace period to finish."""
         self._service.draining = True
-        self._listening.cancel()
         self._renewing.cancel()
         await self._health.enter_graceful_shutdown()
         log.info("draining", extra={"fields": {"in_flight": self._service.in_flight}})
@@ -122,7 +117,7 @@ class Server:
         hurry.cancel()
         self._service.cut_off()
         await self._service.idle()  # a request that is cut off leaves the model at its next step
-        await asyncio.gather(self._server.stop(CLOSE_S), *self._closing)
+        await self._server.stop(CLOSE_S)
         self._journal.close()
         if self._service.serving is not None:
             self._service.serving.generator.close()
@@ -144,56 +139,19 @@ class Server:
         return self._loading is not None and not self._loading.done()
 
     async def _listen(self) -> None:
-        server = grpc.aio.server(interceptors=(HandOverMalformed(),), options=CHANNEL_OPTIONS)
-        # All methods by name. For each one that is registered gRPC's core holds a request of its own, and writes to it
-        # when a server is lost, as below, though it is freed by then: that ended the process, or broke what lay there.
-        server.add_registered_method_handlers = lambda *_: None  # type: ignore[method-assign]
-        cloud_pb2_grpc.add_CloudServerServiceServicer_to_server(self._service, server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        reflection.enable_server_reflection((SERVICE, HEALTH, reflection.SERVICE_NAME), server)
-        self.port = self._bind(server)
-        await server.start()
-        self._server = server
+        self._server = grpc.aio.server(interceptors=(HandOverMalformed(),), options=CHANNEL_OPTIONS)
+        cloud_pb2_grpc.add_CloudServerServiceServicer_to_server(self._service, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((SERVICE, HEALTH, reflection.SERVICE_NAME), self._server)
+        self.port = self._bind()
+        await self._server.start()
         fields = {"address": self.settings.listen, "port": self.port, "tls": self.settings.tls}
         log.info("listening", extra={"fields": fields})
 
-    async def _keep_listening(self) -> None:
-        """Listens anew where gRPC gave up: a call whose method is no UTF-8 has it close the port for good.
-
-        Calls under way go on where they began.
-        """
-        while (error := await self._lost()) is not None:
-            log.warning("listener lost", extra={"fields": {"error": error}})
-            await self._listen_anew()
-
-    async def _lost(self) -> Exception | None:
-        """Why gRPC gave up, once it has; None where it was told to stop."""
-        try:
-            while await self._server.wait_for_termination(LISTENS_S):
-                pass
-        except Exception as error:
-            return error
-        return None
-
-    async def _listen_anew(self) -> None:
-        lost = self._server
-        try:
-            await self._listen()
-        except StartRefused as refusal:  # somebody was faster
-            log.error("listener lost", extra={"fields": {"error": refusal.message}})
-            await asyncio.sleep(LISTENS_S)
-        else:
-            closing = asyncio.create_task(lost.stop(self.settings.grace_s))
-            self._closing.add(closing)
-            closing.add_done_callback(self._closing.discard)
-
-    def _bind(self, server: grpc.aio.Server) -> int:
+    def _bind(self) -> int:
         settings = self.settings
-        address = settings.listen
-        if self.port:  # which was found, and stays
-            address = f"{address.rpartition(':')[0]}:{self.port}"
         try:
-            port = 0 if _taken(address) else self._credentials.add_port(server, address)
+            port = 0 if _taken(settings.listen) else self._credentials.add_port(self._server, settings.listen)
         except (RuntimeError, OSError):
             port = 0
         if port == 0:

@@ -71,9 +71,6 @@ if sys.platform == "win32":
     STOP_SIGNALS: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGINT, signal.SIGBREAK)
 else:
     STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-LISTENS_S = 1.0
-"""How long the address may be closed before it is noticed."""
-
 CLOSE_S = 1.0
 """What handlers that were told to stop get to say so before their connections close."""
 
@@ -95,8 +92,6 @@ class Daemon:
         self._warming = asyncio.Lock()  # two at a time would share a cache, which one may throw away
         self._reloading = asyncio.Lock()
         self._reloads: set[asyncio.Task[Agent]] = set()  # which end whether or not their callers stay
-        # Of gRPC's servers that were lost, with calls under way.
-        self._closing: set[asyncio.Task[None]] = set()
         self.agent: Agent | None = None  # once the models are loaded
 
     async def startup(self) -> None:
@@ -118,7 +113,6 @@ class Daemon:
         except BaseException:
             ledger.close()
             raise
-        self._listening = asyncio.create_task(self._keep_listening())
 
     async def serve(self) -> None:
         """Loads the bundle and serves it until `stop()`. Raises StartRefused, BundleError or LedgerError."""
@@ -157,7 +151,6 @@ class Daemon:
     async def shutdown(self) -> None:
         """Drains: health NOT_SERVING, new requests refused, those in flight get the grace period to finish."""
         self._service.draining = True
-        self._listening.cancel()
         await self._health.enter_graceful_shutdown()
         log.info("draining", extra={"fields": {"in_flight": self._service.in_flight}})
         idle = asyncio.ensure_future(self._service.idle())
@@ -166,7 +159,7 @@ class Daemon:
         idle.cancel()
         hurry.cancel()
         self._service.cut_off()
-        await asyncio.gather(self._server.stop(CLOSE_S), *self._closing)
+        await self._server.stop(CLOSE_S)
         await self._service.idle()  # a cancelled image leaves the device at once
         for task in (*self._reloads, *self._warm_ups):
             task.cancel()
@@ -193,53 +186,19 @@ class Daemon:
         return any(not working.done() for working in self._working)
 
     async def _listen(self) -> None:
-        server = grpc.aio.server(interceptors=(HandOverMalformed(),), options=CHANNEL_OPTIONS)
-        # All methods by name. For each one that is registered gRPC's core holds a request of its own, and writes to it
-        # when a server is lost, as below, though it is freed by then: that ended the process, or broke what lay there.
-        server.add_registered_method_handlers = lambda *_: None  # type: ignore[method-assign]
-        edge_pb2_grpc.add_EdgeAgentServiceServicer_to_server(self._service, server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        reflection.enable_server_reflection((SERVICE, HEALTH, reflection.SERVICE_NAME), server)
-        self.address = self._bind(server)
-        await server.start()
-        self._server = server
+        self._server = grpc.aio.server(interceptors=(HandOverMalformed(),), options=CHANNEL_OPTIONS)
+        edge_pb2_grpc.add_EdgeAgentServiceServicer_to_server(self._service, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((SERVICE, HEALTH, reflection.SERVICE_NAME), self._server)
+        self.address = self._bind()
+        await self._server.start()
         log.info("listening", extra={"fields": {"address": self.address}})
 
-    async def _keep_listening(self) -> None:
-        """Listens anew where gRPC gave up: a call whose method is no UTF-8 has it close the address for good.
-
-        Calls under way go on where they began.
-        """
-        while (error := await self._lost()) is not None:
-            log.warning("listener lost", extra={"fields": {"error": error}})
-            await self._listen_anew()
-
-    async def _lost(self) -> Exception | None:
-        """Why gRPC gave up, once it has; None where it was told to stop."""
-        try:
-            while await self._server.wait_for_termination(LISTENS_S):
-                pass
-        except Exception as error:
-            return error
-        return None
-
-    async def _listen_anew(self) -> None:
-        lost = self._server
-        try:
-            await self._listen()
-        except StartRefused as refusal:  # somebody was faster
-            log.error("listener lost", extra={"fields": {"error": refusal.message}})
-            await asyncio.sleep(LISTENS_S)
-        else:
-            closing = asyncio.create_task(lost.stop(self.settings.grace_s))
-            self._closing.add(closing)
-            closing.add_done_callback(self._closing.discard)
-
-    def _bind(self, server: grpc.aio.Server) -> str:
-        address = self.address
+    def _bind(self) -> str:
+        address = self.settings.address
         before = os.umask(0o177)  # a socket file that only its owner may connect to
         try:
-            port = 0 if _taken(address) else server.add_insecure_port(address)
+            port = 0 if _taken(address) else self._server.add_insecure_port(address)
         except RuntimeError:
             port = 0
         finally:

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import socket
 import struct
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
-
-import grpc
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 
 from edge_agent.settings import split_address
 
-CLOSES_THE_ADDRESS = tuple(map(int, grpc.__version__.split(".")[:2])) >= (1, 84)
-"""Whether gRPC does so at a call whose method is no UTF-8; before, that call alone failed."""
-
-_DATA, _HEADERS, _RST_STREAM, _SETTINGS = 0, 1, 3, 4
+_DATA, _HEADERS, _RST_STREAM, _SETTINGS, _GOAWAY = 0, 1, 3, 4, 7
 _END_STREAM, _END_HEADERS = 1, 4
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
@@ -43,34 +37,20 @@ def call(address: str, method: bytes) -> None:
             connection.recv(1000)
 
 
-@contextmanager
-def freed_memory_watched() -> Iterator[None]:
-    """Fails where a server of gRPC's that has given up writes to memory which it has freed."""
-    watched: list[bytes] = []
-
-    class Refill(logging.Handler):
-        """Has what was freed by the time that gRPC logs why it gives up."""
-
-        def emit(self, record: logging.LogRecord) -> None:
-            watched.extend(b"\xff" * size for size in range(64, 1024, 8) for _ in range(50))
-
-    refill, logger = Refill(), logging.getLogger("grpc._cython.cygrpc")
-    logger.addHandler(refill)
-    try:
-        yield
-    finally:
-        logger.removeHandler(refill)
-    assert bool(watched) == CLOSES_THE_ADDRESS
-    assert not any(each.strip(b"\xff") for each in watched)
-
-
 @asynccontextmanager
 async def proxy(
-    status: int, body: bytes, *, kind: str = "text/html", reset: int | None = None, after_s: float = 0.0
+    status: int,
+    body: bytes,
+    *,
+    kind: str = "text/html",
+    reset: int | None = None,
+    goaway: int | None = None,
+    after_s: float = 0.0,
 ) -> AsyncIterator[str]:
     """The address of what answers every call as proxies do: with this status and body, and no trailers.
 
-    With `reset` the call ends with RST_STREAM and that code. `after_s` is how long after the body it ends.
+    With `reset` the call ends with RST_STREAM and that code, with `goaway` its connection with that one's. `after_s` is
+    how long after the body it ends.
     """
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -88,6 +68,9 @@ async def proxy(
                     writer.write(_frame(_HEADERS, _END_HEADERS, stream, fields))
                     writer.write(_frame(_DATA, 0, stream, body))
                     await asyncio.sleep(after_s)
+                    if goaway is not None:
+                        writer.write(_frame(_GOAWAY, 0, 0, struct.pack(">II", stream, goaway)))
+                        break
                     if reset is None:
                         writer.write(_frame(_DATA, _END_STREAM, stream, b""))
                     else:

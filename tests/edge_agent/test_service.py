@@ -24,7 +24,6 @@ from edge_agent.settings import resolve
 from edge_agent.superiority import METRICS
 from routet2i.edge.v1 import edge_pb2
 from routet2i.image.v1 import image_pb2
-from tests import http2
 from tests.routed import SLOW_STEPS
 from tests.running import (
     CLOUD,
@@ -416,19 +415,6 @@ async def test_an_app_may_ping_as_often_as_it_likes(here: Here) -> None:
             answer = await reader.readexactly(int.from_bytes(head[:3], "big"))
             assert head[3] != GOAWAY, answer
     writer.close()
-
-
-async def test_a_call_whose_method_is_no_text_has_grpc_write_to_no_freed_memory(
-    routed_bundle: Path, tmp_path: Path
-) -> None:
-    """Which would end the daemon, or break what has that memory by then."""
-    async with daemon_here(routed_bundle, tmp_path) as here:
-        lost = here.daemon._server
-        with http2.freed_memory_watched():
-            await asyncio.to_thread(http2.call, here.daemon.address, b"/routet2i.\xec/x")
-            if http2.CLOSES_THE_ADDRESS:
-                await until(lambda: here.daemon._server is not lost)
-        assert await here.app.health() == "SERVING"
 
 
 async def test_health_serves_only_once_the_models_are_loaded(routed_bundle: Path, tmp_path: Path) -> None:
