@@ -28,7 +28,9 @@ class Lines(logging.Formatter):
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
         line = {"time": stamp, "level": record.levelname.lower(), "event": record.getMessage()}
         line |= getattr(record, "fields", {})
-        trace = self.formatException(record.exc_info) if record.exc_info else ""
+        # gRPC's own are of what a peer sent, which the event tells, and of no fault here.
+        shown = None if (record.name or "").startswith("grpc.") else record.exc_info
+        trace = self.formatException(shown) if shown else ""
         if self._as_json:
             return json.dumps(line | ({"traceback": trace} if trace else {}), default=str)
         return " ".join(f"{name}={_quoted(value)}" for name, value in line.items()) + (

@@ -9,6 +9,7 @@ import signal
 import socket
 import sqlite3
 import stat
+import struct
 import subprocess
 import sys
 import threading
@@ -406,6 +407,21 @@ async def test_a_proxy_that_hangs_up_with_a_code_of_its_own_does_not_end_the_dae
             answer = await App(channel).generate(routing=edge_pb2.ROUTING_CLOUD_ONLY)
             assert answer.code == "UNAVAILABLE"
             assert await App(channel).health() == "SERVING"
+
+
+async def test_bytes_that_are_no_message_leave_no_traceback_whoever_sends_them(start: Start) -> None:
+    junk = b"\xff\xff"
+    body = struct.pack(">BI", 0, len(junk)) + junk
+    async with http2.proxy(200, body, kind="application/grpc", after_s=0.5) as cloud:
+        process = start("--listen", "127.0.0.1:0", "--cloud", cloud)
+        await asyncio.to_thread(process.wait_for, "serving")
+        async with grpc.aio.insecure_channel(process.wait_for("listening")["address"]) as channel:
+            with pytest.raises(grpc.RpcError):
+                await channel.unary_unary("/grpc.health.v1.Health/Check")(junk)
+            answer = await App(channel).generate(routing=edge_pb2.ROUTING_CLOUD_ONLY)
+            assert "cannot be read" in answer.message
+    assert "DecodeError" in process.text and "deserializing" in process.text
+    assert "Traceback" not in process.text
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS if os.name == "posix" else [STOP])
