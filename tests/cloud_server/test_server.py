@@ -181,8 +181,10 @@ async def test_a_call_whose_method_is_no_text_ends_neither_the_server_nor_the_ca
         assert (await running.client.read(call)).result is not None
 
 
-async def test_bytes_that_are_no_message_leave_no_traceback(start: Start, model_folder: Path) -> None:
-    process = start("--listen", "127.0.0.1:0", "--model", model_folder)
+async def test_bytes_that_are_no_message_leave_no_traceback(
+    start: Start, model_folder: Path, tmp_path: Path
+) -> None:
+    process = start("--listen", "127.0.0.1:0", "--model", model_folder, "--state", tmp_path / "state")
     async with grpc.aio.insecure_channel(await process.address()) as channel:
         with pytest.raises(grpc.RpcError):
             await channel.unary_unary("/grpc.health.v1.Health/Check")(b"\xff\xff")
