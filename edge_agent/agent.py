@@ -278,7 +278,7 @@ class Agent:
             routing=request.routing,
             privacy=request.privacy,
             cloud_configured=cloud is not None,
-            cloud_healthy=cloud is not None and cloud.healthy,
+            cloud_healthy=cloud is not None and cloud.healthy and cloud.affordable(self._ceiling(request)),
             quota_allows=quota_allows,
         )
 
@@ -420,7 +420,8 @@ class Agent:
 
     def _own_terms(self, request: ImageRequest, error: CloudError, purchase: Purchase) -> bool:
         """Whether the caller's price or haste is what failed, which says nothing of the cloud."""
-        cheap = isinstance(error, CloudRefused) and self._ceiling(request) < self._terms.max_price_micro_usd
+        price = error.price_micro_usd if isinstance(error, CloudRefused) else None
+        cheap = price is not None and self._ceiling(request) < price <= self._terms.max_price_micro_usd
         return cheap or purchase.timeout_s < SLOW_CONNECTION_S
 
     def _cloud_timeout_s(self, request: ImageRequest) -> float:

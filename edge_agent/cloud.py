@@ -23,7 +23,7 @@ from typing import Any, cast
 
 import grpc
 from google.protobuf.message import DecodeError
-from google.rpc.error_details_pb2 import RetryInfo
+from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 from PIL import Image, UnidentifiedImageError
 
@@ -227,6 +227,7 @@ class CloudClient:
         self._monotonic = monotonic
         self._failures = 0
         self._retry_at = -math.inf
+        self._price_micro_usd, self._price_until = 0, -math.inf
         # Calls that wait for their connection or to be accepted: since when, on `monotonic`, and for how long that
         # says nothing of the cloud.
         self._waiting: list[tuple[float, float]] = []
@@ -242,6 +243,10 @@ class CloudClient:
         return now >= self._retry_at and not any(
             self._failures or now - since >= patience_s for since, patience_s in self._waiting
         )
+
+    def affordable(self, ceiling_micro_usd: int) -> bool:
+        """False for a minute after the cloud has told a price above `ceiling_micro_usd`."""
+        return ceiling_micro_usd >= self._price_micro_usd or self._monotonic() >= self._price_until
 
     async def generate(
         self,
@@ -314,6 +319,8 @@ class CloudClient:
                         event = await stream.take(response)
                         if isinstance(event, (CloudAccepted, CloudImage)):
                             self._failures, self._retry_at = 0, -math.inf
+                        if isinstance(event, CloudAccepted):
+                            self._told(event.charged_micro_usd)
                         if event is not None:
                             yield event
                         if isinstance(event, CloudImage):
@@ -460,6 +467,9 @@ class CloudClient:
             self._retry_at = now + min(LONGEST_RETRY_S, FIRST_RETRY_S * 2.0 ** min(self._failures, 16))
             self._failures += 1
 
+    def _told(self, price_micro_usd: int) -> None:
+        self._price_micro_usd, self._price_until = price_micro_usd, self._monotonic() + LONGEST_RETRY_S
+
     def _explained(self, error: grpc.aio.AioRpcError, *, accepted: bool, timeout_s: float) -> CloudError:
         """A gRPC error of a connected call as one of ours."""
         code, text = error.code(), printable(error.details() or "no reason given")
@@ -474,7 +484,16 @@ class CloudClient:
             if not accepted:
                 self._failed()
         if code in _REFUSALS:
-            return CloudRefused(f"the cloud at {self.address} refused: {text}{hint}", never_ran=never_ran)
+            price = _price_micro_usd(status) if never_ran else None
+            if price is not None:
+                self._told(price)
+            if never_ran and code is grpc.StatusCode.UNAUTHENTICATED:  # so would any other request be
+                self._failed()
+            return CloudRefused(
+                f"the cloud at {self.address} refused: {text}{hint}",
+                never_ran=never_ran,
+                price_micro_usd=price,
+            )
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED and status is None:
             return CloudLied(f"the cloud at {self.address} sent too much: {text}", never_ran=False)
         if code is grpc.StatusCode.DEADLINE_EXCEEDED and status is None:
@@ -681,6 +700,16 @@ def _retry_after_s(status: Status | None) -> float | None:
             if detail.Unpack(retry):
                 milliseconds: int = retry.retry_delay.ToMilliseconds()
                 return max(0.0, milliseconds / 1000)
+    return None
+
+
+def _price_micro_usd(status: Status | None) -> int | None:
+    """What an image costs, where that is why the cloud refused it."""
+    refusal = ErrorInfo()
+    for detail in status.details if status is not None else ():
+        with suppress(DecodeError, ValueError):  # a cloud's bad advice is none
+            if detail.Unpack(refusal) and refusal.reason == "PRICE_ABOVE_CEILING":
+                return int(refusal.metadata["price_micro_usd"])
     return None
 
 

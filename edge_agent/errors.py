@@ -126,7 +126,14 @@ class CloudUnavailable(CloudError):
 
 
 class CloudRefused(CloudError):
-    """The cloud will not serve this request: price, size, credentials."""
+    """The cloud will not serve this request: price, size, credentials.
+
+    `price_micro_usd` is what it asks, where that is why.
+    """
+
+    def __init__(self, message: str, *, never_ran: bool, price_micro_usd: int | None = None) -> None:
+        super().__init__(message, never_ran=never_ran)
+        self.price_micro_usd = price_micro_usd
 
 
 class CloudLied(CloudError):

@@ -25,7 +25,8 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from google.rpc.error_details_pb2 import RetryInfo
+from google.protobuf.message import Message
+from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 from grpc_status.rpc_status import to_status
 from PIL import Image
@@ -216,7 +217,13 @@ async def failure(
 
 
 def abort(
-    code: grpc.StatusCode, text: str, *, details: bool = True, retry_after_s: int = 0, garbled: bool = False
+    code: grpc.StatusCode,
+    text: str,
+    *,
+    details: bool = True,
+    retry_after_s: int = 0,
+    garbled: bool = False,
+    detail: Message | None = None,
 ) -> Callable[..., Any]:
     """Ends the call with this code; with `details`, as cloud servers do, and otherwise as gRPC itself does."""
 
@@ -228,6 +235,8 @@ def abort(
             retry = RetryInfo()
             retry.retry_delay.seconds = retry_after_s
             status.details.add().Pack(retry)
+        if detail is not None:
+            status.details.add().Pack(detail)
         if garbled:
             status.details.add(type_url="type.googleapis.com/google.rpc.RetryInfo", value=b"\xff\xff\xff")
         packed = to_status(status)
@@ -507,6 +516,50 @@ async def test_a_full_cloud_is_left_alone_for_as_long_as_it_asks(cloud: Cloud) -
     now = 106.9
     assert not client.healthy
     now = 107.0
+    assert client.healthy
+
+
+async def test_a_price_that_is_too_high_is_known_for_a_minute(cloud: Cloud) -> None:
+    now = 100.0
+    client = CloudClient(cloud.address, monotonic=lambda: now)
+    assert client.affordable(0)
+    refusal = ErrorInfo(reason="PRICE_ABOVE_CEILING", metadata={"price_micro_usd": str(CEILING + 1)})
+    cloud.script = [abort(grpc.StatusCode.FAILED_PRECONDITION, "too dear", detail=refusal)]
+    assert (await failure(client)).never_ran
+    assert client.healthy and (client.affordable(CEILING), client.affordable(CEILING + 1)) == (False, True)
+    now = 160.0
+    assert client.affordable(CEILING)
+
+
+async def test_the_price_of_an_image_is_known_for_a_minute_and_a_new_one_counts_at_once(cloud: Cloud) -> None:
+    now = 100.0
+    client = CloudClient(cloud.address, monotonic=lambda: now)
+    for price in (CEILING, 10):
+        cloud.script = [accepted(price), *chunks(png()), result(png(), charged=price)]
+        await collect(client)
+        assert (client.affordable(price - 1), client.affordable(price)) == (False, True)
+
+
+@pytest.mark.parametrize("price", ["", "much", "9" * 5000, "-1"])
+async def test_a_price_that_is_none_says_nothing(cloud: Cloud, price: str) -> None:
+    client = CloudClient(cloud.address)
+    refusal = ErrorInfo(reason="PRICE_ABOVE_CEILING", metadata={"price_micro_usd": price})
+    cloud.script = [abort(grpc.StatusCode.FAILED_PRECONDITION, "too dear", detail=refusal)]
+    assert "too dear" in (await failure(client)).message
+    assert client.affordable(0)
+
+
+async def test_a_cloud_that_refuses_the_token_is_left_alone_for_a_while(cloud: Cloud) -> None:
+    now = 100.0
+    client = CloudClient(cloud.address, monotonic=lambda: now)
+    for pause in (1.0, 2.0, 4.0):
+        cloud.script = [abort(grpc.StatusCode.UNAUTHENTICATED, "no such token")]
+        assert isinstance(await failure(client), CloudRefused)
+        assert not client.healthy
+        now += pause
+        assert client.healthy
+    cloud.script = [abort(grpc.StatusCode.INVALID_ARGUMENT, "too many steps")]
+    await failure(client)
     assert client.healthy
 
 

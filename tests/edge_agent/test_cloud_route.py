@@ -205,9 +205,13 @@ async def test_who_asked_for_the_cloud_alone_gets_its_error(both: Both, manner: 
     assert (answer.code, answer.result) == (code, None)
 
 
-async def test_the_status_tells_of_a_cloud_that_refuses_until_an_image_comes_from_it(both: Both) -> None:
+@pytest.mark.parametrize("ceiling", [None, ScriptedCloud.PRICE])
+async def test_the_status_tells_of_a_cloud_that_refuses_until_an_image_comes_from_it(
+    both: Both, ceiling: int | None
+) -> None:
+    """Whatever the caller would have paid: that it is too little, the refusal would say."""
     both.cloud.manner = "refuse"
-    await both.app.generate(CLOUD_PROMPT)
+    await both.app.generate(CLOUD_PROMPT, max_price_micro_usd=ceiling)
     status = await both.app.status()
     assert status.cloud_health == edge_pb2.CLOUD_HEALTH_UNREACHABLE
     (advice,) = status.advice

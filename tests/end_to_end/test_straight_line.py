@@ -85,6 +85,23 @@ async def test_easy_prompts_stay_and_open_no_connection_and_hard_ones_go(
         assert not list(process.folder.rglob("*onnxruntime*"))
 
 
+async def test_who_would_not_pay_the_price_does_not_ask_for_it_each_time(
+    world: World, start_edge: StartEdge, gate: Gate, prompts: tuple[str, str]
+) -> None:
+    edge = start_edge("--cloud", gate.address)
+    async with grpc.aio.insecure_channel(edge.address) as channel:
+        app = App(channel)
+        asked = await app.generate(prompts[1], max_price_micro_usd=PRICE - 1)
+        assert (asked.reason, asked.result.fallback, gate.connections) == ("pareto_cloud", True, 1)
+        assert f"costs {PRICE} micro-USD" in asked.result.fallback_error
+        assert not (await app.status()).advice  # it was the caller's own price
+        again = await app.generate(prompts[1], max_price_micro_usd=PRICE - 1)
+        assert (again.reason, again.result.fallback, gate.connections) == ("cloud_unavailable", False, 1)
+        paid = await app.generate(prompts[1], max_price_micro_usd=PRICE, timeout=120)
+        assert (paid.reason, paid.served_by) == ("pareto_cloud", "cloud"), paid.result
+        assert await app.budget() == (PRICE, 0)
+
+
 async def test_32_prompts_at_once_against_a_budget_for_5_images(
     world: World, start_edge: StartEdge, prompts: tuple[str, str]
 ) -> None:

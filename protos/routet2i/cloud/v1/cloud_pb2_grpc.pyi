@@ -6,8 +6,9 @@ The cloud server: hosts the large model, apart from the edges that call it.
 Errors, besides those that every rpc shares (UNAUTHENTICATED for a missing or wrong token,
 INVALID_ARGUMENT with google.rpc.BadRequest for a bad field, DEADLINE_EXCEEDED, CANCELLED, INTERNAL):
   RESOURCE_EXHAUSTED   the queue is full; google.rpc.RetryInfo says when to try again. Nothing ran.
-  FAILED_PRECONDITION  the price is above max_price_micro_usd, and nothing ran; or the model's own safety checker
-                       withheld the image. Nothing is charged.
+  FAILED_PRECONDITION  the price is above max_price_micro_usd, and nothing ran; google.rpc.ErrorInfo then has the reason
+                       PRICE_ABOVE_CEILING and the price as metadata["price_micro_usd"], which edges remember for a
+                       minute. Or the model's own safety checker withheld the image. Nothing is charged.
   ALREADY_EXISTS       this request_id has been made (or is being made) and its image is not kept, or it made another
                        image; ask LookupGeneration for its outcome. Nothing ran again, nothing is charged again.
   UNAVAILABLE          the server is draining or still loading: the status has details, and nothing ran. Without details:
