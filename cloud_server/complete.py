@@ -14,6 +14,7 @@ from typing import Any
 
 import diffusers
 import safetensors
+import torch
 import transformers
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -63,6 +64,13 @@ def downloaded(model: str, **left_out: None) -> Path:
             except ValueError:  # not in half precision either
                 pass
     return folder
+
+
+def dtype_for(device: str, dtype: str) -> Any:
+    """Torch's type of that name; of "auto" float16 on CUDA, else float32."""
+    if dtype == "auto":
+        dtype = "float16" if device.startswith("cuda") else "float32"
+    return getattr(torch, dtype)
 
 
 def pipeline(folder: Path, dtype: Any, **options: Any) -> Any:

@@ -102,10 +102,8 @@ class Generator:
             logs.enable_propagation()
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        if dtype == "auto":
-            dtype = "float16" if device.startswith("cuda") else "float32"
         try:
-            pipeline = complete.pipeline(model.folder, getattr(torch, dtype)).to(device)
+            pipeline = complete.pipeline(model.folder, complete.dtype_for(device, dtype)).to(device)
         except Exception as error:  # loaders of many formats, each with its own exceptions
             said = reason(error).rstrip(".")
             cure = "Save it again with save_pretrained(), or choose another with --model"

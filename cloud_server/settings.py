@@ -25,6 +25,7 @@ else:
 
 ENVIRONMENT_PREFIX = "CLOUD_SERVER_"
 MAX_THREADS = 1_024  # more than machines have; torch takes down the process over some numbers
+DTYPES = ("auto", "float32", "float16", "bfloat16")
 STARTER = Path(__file__).parent / "starter"
 
 
@@ -75,7 +76,7 @@ class Settings:
         str,
         "DTYPE",
         "number format of the weights: auto (float16 on CUDA, else float32), float32, float16 or bfloat16",
-        ("auto", "float32", "float16", "bfloat16"),
+        DTYPES,
     )
     threads: int = _setting(
         0,

@@ -27,6 +27,7 @@ from PIL import Image
 from cloud_server import complete
 from cloud_server.errors import StartRefused
 from cloud_server.model import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, Model, open_model
+from cloud_server.settings import DTYPES
 from edge_agent.bundle import Bundle
 from edge_agent.diffusion import providers
 from edge_agent.diffusion.generator import Generator
@@ -55,6 +56,7 @@ WITHHELD = "withheld"  # array beside a piece's pictures
 MADE_WITH = "made_with.json"  # in each of these folders: digests of what made its pieces
 OWN_PROMPTS = "prompts.txt"  # beside that folder: those of --prompts, whose places in it give their ids
 PREPROCESSING = "judge_preprocessing"  # fact of a matrix, of which earlier ones say nothing
+CLOUD_DTYPE, EARLIER_DTYPE = "cloud_dtype", "float32"  # another, and what it was then
 
 
 @dataclass(frozen=True)
@@ -98,10 +100,11 @@ class Paints(Protocol):
 class Painter:
     """Generates with a diffusers pipeline, at the size, steps and guidance its model card names, as the cloud does.
 
-    ``batch`` images are made at once. Raises ExportError when ``model`` is no folder of a pipeline.
+    ``batch`` images are made at once. ``dtype`` is one of the cloud server's. Raises ExportError when ``model`` is no
+    folder of a pipeline.
     """
 
-    def __init__(self, model: str, batch: int = BATCH) -> None:
+    def __init__(self, model: str, batch: int = BATCH, dtype: str = "auto") -> None:
         self.model, opened = model, cloud_model(model)
         card = opened.card
         self.steps = DEFAULT_STEPS if card.steps is None else card.steps
@@ -109,15 +112,14 @@ class Painter:
         self.size = {} if None in (card.width, card.height) else {"width": card.width, "height": card.height}
         self.batch = batch
         try:
-            self.pipeline = complete.pipeline(opened.folder, torch.float32)
+            self.pipeline = complete.pipeline(opened.folder, complete.dtype_for(_device(), dtype))
         except Exception as error:  # each part's library fails in its own way
             raise ExportError(
                 f"--cloud {model} cannot be loaded: {_line(error)}; save it again with save_pretrained(), "
                 "or name another"
             ) from error
         self.pipeline.set_progress_bar_config(disable=True)
-        if torch.cuda.is_available():
-            self.pipeline.to("cuda")
+        self.pipeline.to(_device())
 
     def paint(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Picture]:
         """One image a prompt. Noise comes from the CPU, so a seed is the same image on every device."""
@@ -144,6 +146,10 @@ class Painter:
                 for image, blank in zip(output.images, withheld, strict=True)
             ]
         return made
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _line(error: Exception) -> str:
@@ -351,13 +357,11 @@ def take_over(
     Outcomes.read(matrix)
     table = read_table(matrix)
     stated = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
-    other = {
-        name
-        for name, fact in facts.items()
-        if stated.get(name, fact if name == PREPROCESSING else None) != fact
-    }
-    same = [model for model in MODELS if digest_of(model) not in other]
-    if other - set(map(digest_of, MODELS)) or not same:
+    unstated = {PREPROCESSING: facts.get(PREPROCESSING), CLOUD_DTYPE: EARLIER_DTYPE}
+    other = {name for name, fact in facts.items() if (unstated | stated).get(name) != fact}
+    of_models = {"edge": {digest_of("edge")}, "cloud": {digest_of("cloud"), CLOUD_DTYPE}}
+    same = [model for model in MODELS if other.isdisjoint(of_models[model])]
+    if other - set.union(*of_models.values()) or not same:
         raise ExportError(
             f"{matrix} does not have this {' or '.join(sorted(other))}: leave --extend out, and label everything"
         )
@@ -379,10 +383,11 @@ def take_over(
 def _only_of(folder: Path, facts: Mapping[str, str], name: str) -> Path:
     """The folder, made where it is not there yet; ExportError when what it holds was made with something else.
 
-    A fact that was not recorded yet when it was made is taken to be the same.
+    A fact that was not recorded yet when it was made is taken to be the same, but for the cloud's number format.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if facts | (made_with(folder) or {}) != facts:
+    made = made_with(folder)
+    if made is not None and facts | {CLOUD_DTYPE: EARLIER_DTYPE} | made != facts:
         raise ExportError(f"{folder} holds {name}: remove it, or name another --parts")
     write_output(folder / MADE_WITH, json.dumps(facts))
     return folder
@@ -435,6 +440,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=str(STARTER_CLOUD),
         help="the cloud model: a diffusers folder or hub id (default: the starter's); routet2i.json in the folder says "
         f"at how many steps and which guidance scale, else {DEFAULT_STEPS} and {DEFAULT_GUIDANCE_SCALE:g}",
+    )
+    parser.add_argument(
+        "--cloud-dtype",
+        choices=DTYPES,
+        default="auto",
+        help="what the cloud model computes in, as `cloud-server serve --dtype` has it: auto is float16 on CUDA, else "
+        "float32 (default: %(default)s)",
     )
     parser.add_argument(
         "--judge",
@@ -528,14 +540,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     bundle, cloud = Bundle.open(options.bundle), cloud_model(options.cloud)
     prompts = own or router_prompts(counts)
     judge = Judge(options.judge)
-    models = {digest_of("edge"): bundle.model_digest, digest_of("cloud"): cloud.digest}
+    models = {
+        digest_of("edge"): bundle.model_digest,
+        digest_of("cloud"): cloud.digest,
+        CLOUD_DTYPE: str(complete.dtype_for(_device(), options.cloud_dtype)).removeprefix("torch."),
+    }
     measured = {
         "metrics": json.dumps([[metric.name, metric.positive, metric.negative] for metric in judge.metrics]),
         "judge_digest": judge.digest,
         PREPROCESSING: judge.preprocessing,
     }
     _only_for(root, own)
-    images = _only_of(root / IMAGES, models, "images of other models")
+    images = _only_of(root / IMAGES, models, "images of other models, or of the cloud's in another dtype")
     name = f"{judge.digest[:16]}-{ADHERENCE}" if options.adherence else judge.digest[:16]
     parts = _only_of(root / name, models | measured, "measurements of other metrics or preprocessing")
     draws = Draws(options.draws, options.edge_draws, options.measured_draws, options.ceiling_draws)
@@ -552,7 +568,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(threads)
     painters: dict[str, Callable[[], Paints]] = {
         "edge": lambda: BundlePainter(bundle, threads),
-        "cloud": lambda: Painter(options.cloud, options.batch),
+        "cloud": lambda: Painter(options.cloud, options.batch, options.cloud_dtype),
     }
     generate(painters, images, unmeasured)
     judged(images, parts, unmeasured, judge, options.adherence)

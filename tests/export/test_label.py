@@ -253,14 +253,37 @@ def test_pieces_that_were_preprocessed_otherwise_are_not_mixed_in(relabelled, tm
     assert not pq.read_table(out)["detail"].equals(before["detail"])
 
 
-def test_pieces_and_a_matrix_that_say_nothing_of_preprocessing_are_gone_on_with(relabelled, monkeypatch):
-    """As they were made before it was recorded."""
+def test_cloud_images_of_another_number_format_are_not_mixed_in(
+    relabelled, models, miniature_bundle, tmp_path, monkeypatch, capsys
+):
+    out, command, _ = relabelled
+    with pytest.raises(ExportError, match="or of the cloud's in another dtype: remove it"):
+        label.main([*command, "--cloud-dtype", "bfloat16"])
+    again = arguments(models, miniature_bundle, tmp_path / "again.parquet", "--cloud-dtype", "bfloat16")
+    monkeypatch.setattr(label, "BundlePainter", None)  # whoever opens it fails
+    assert label.main([*again, "--extend", str(out)]) == 0
+    assert "another cloud_dtype: the images of the edge alone are taken over" in capsys.readouterr().out
+    files = (out, tmp_path / "again.parquet")
+    assert [pq.read_table(file).schema.metadata[b"cloud_dtype"] for file in files] == [
+        b"float32",
+        b"bfloat16",
+    ]
+    before, after = map(Outcomes.read, files)
+    np.testing.assert_array_equal(after.edge_seeds, before.edge_seeds)
+    assert np.nanmax(np.abs(after.cloud_seeds - before.cloud_seeds)) > 0
+
+
+@pytest.mark.parametrize("fact", [label.PREPROCESSING, label.CLOUD_DTYPE])
+def test_pieces_and_a_matrix_that_say_nothing_of_what_was_not_recorded_yet_are_gone_on_with(
+    relabelled, monkeypatch, fact
+):
+    """On a CPU the cloud's number format was what it still is."""
     out, command, _ = relabelled
     (made_with,) = out.with_suffix(".parts").glob("*[!s]/made_with.json")
     facts = json.loads(made_with.read_text())
-    made_with.write_text(json.dumps({name: facts[name] for name in facts if name != label.PREPROCESSING}))
+    made_with.write_text(json.dumps({name: facts[name] for name in facts if name != fact}))
     table = pq.read_table(out)
-    stated = {name: fact for name, fact in table.schema.metadata.items() if name != b"judge_preprocessing"}
+    stated = {name: told for name, told in table.schema.metadata.items() if name != fact.encode()}
     earlier = out.with_name("earlier.parquet")
     pq.write_table(table.replace_schema_metadata(stated), earlier)
     monkeypatch.setattr(label, "measure", None)
@@ -352,6 +375,16 @@ def test_what_a_safety_checker_blanks_is_told_from_a_black_picture(models):
     painter.pipeline.safety_checker = lambda images, **_: (images, [False, True])
     painter.pipeline.feature_extractor = CLIPImageProcessor()
     assert [one.withheld for one in painter.paint(["a cat", "a dog"], [0, 1])] == [False, True]
+
+
+def test_the_cloud_model_computes_in_what_the_cloud_server_is_told(models):
+    """What it then draws is what is judged."""
+    made = {
+        dtype: label.Painter(str(models / "cloud"), dtype=dtype).paint(["a cat"], [1])[0].pixels
+        for dtype in ("auto", "float32", "bfloat16")
+    }
+    np.testing.assert_array_equal(made["auto"], made["float32"])
+    assert (made["bfloat16"] != made["float32"]).any()
 
 
 def test_only_one_model_is_in_memory_and_makes_few_images_at_once(
