@@ -4,6 +4,7 @@ and sha256.
     manifest.json                       what this module reads and writes
     tokenizer/tokenizer.json ...        `edge_agent.tokens`
     text_encoder/ unet/ vae_decoder/    one `model.onnx` each: `edge_agent.diffusion`
+                                        and a `fused.onnx` beside the denoiser's: `edge_agent.diffusion.denoiser`
     transformer/                        in the place of unet/, in Stable Diffusion 3
     tokenizer_2/ text_encoder_2/        the second of both, in Stable Diffusion XL and 3
     schedules/<steps>.json              compiled schedulers: `edge_agent.diffusion.schedule`
@@ -45,6 +46,9 @@ TEXT_ENCODER_2 = "text_encoder_2/model.onnx"
 DENOISER = "unet/model.onnx"
 TRANSFORMER = "transformer/model.onnx"  # the denoiser of Stable Diffusion 3
 DECODER = "vae_decoder/model.onnx"
+FUSED = "fused.onnx"
+"""Beside the denoiser's graph, where there is one: the same over the same weights, with each attention in one operator,
+which is onnxruntime's own."""
 PREDICTOR = "predictor/model.onnx"
 CALIBRATION = "predictor/calibration.json"
 

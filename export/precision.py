@@ -19,14 +19,13 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
-from onnx.external_data_helper import uses_external_data
 from onnxruntime.quantization import (
     CalibrationDataReader,
     QuantFormat,
@@ -36,10 +35,11 @@ from onnxruntime.quantization import (
 )
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
-from edge_agent.bundle import PREDICTOR, Bundle, write_manifest
+from edge_agent.bundle import DENOISER, FUSED, PREDICTOR, Bundle, write_manifest
 from edge_agent.diffusion.generator import Generator, Image
 from edge_agent.diffusion.sessions import Array, Session
 from edge_agent.errors import GenerationFailed
+from export import attention, graph_file
 from export.errors import ExportError, reason
 from export.terminal import say
 
@@ -81,12 +81,11 @@ HALF_CALLS = 8  # of one graph, to see how large its values grow
 MAX_CALLS = (
     96  # of one graph, spread over all that the calibration prompts make: ranges are known long before
 )
-EXTERNAL_DATA = "model.onnx_data"  # as optimum names the weights beside a graph
-_LARGEST_GRAPH = 1 << 30  # bytes in one file; protobuf itself ends at 2 GiB
 _MASK = (
     1e38  # what is larger stands for infinity: attention masks add the lowest float32, which becomes -65504
 )
 _COMPARISON_SEED = 4000
+_GRAPH = PurePosixPath(DENOISER).name  # in every folder that has one
 
 Report = Callable[[str], None]
 Feeds = dict[str, Array]
@@ -164,15 +163,17 @@ def shrink(
                 pass
     feeds = {path: _spread(found, calls) for path, found in seen.items()}
     for name in graphs:
-        before = _bytes(root / name)
+        before = graph_file.size(root / name)
         _refuse_converted(root / name)
         if dtype == "fp16":
             _to_half(root / name, feeds[bundle.path(name)])
         else:
             _to_eight_bits(root / name, feeds.get(bundle.path(name), []))
-        report(
-            f"{Path(name).parent}: {before / 1e6:.1f} MB in fp32, {_bytes(root / name) / 1e6:.1f} MB in {dtype}"
-        )
+        if (fused := (root / name).with_name(FUSED)).exists():  # over the weights of before
+            fused.unlink()
+            attention.fuse(root / name)
+        after = graph_file.size(root / name)
+        report(f"{Path(name).parent}: {before / 1e6:.1f} MB in fp32, {after / 1e6:.1f} MB in {dtype}")
     write_manifest(
         root, dtypes={**(bundle.manifest.dtypes or {}), **{str(Path(name).parent): dtype for name in graphs}}
     )
@@ -194,7 +195,7 @@ def shrink(
 
 def _graphs(bundle: Bundle, keep: Collection[str]) -> list[str]:
     """Paths of the graphs to convert, relative to the bundle."""
-    every = [name for name in bundle.manifest.files if name.endswith(".onnx") and name != PREDICTOR]
+    every = [name for name in bundle.graphs if name != PREDICTOR and not name.endswith(FUSED)]
     parts = {str(Path(name).parent) for name in every}
     if unknown := sorted(set(keep) - parts):
         raise ExportError(f"the bundle has no {', '.join(unknown)}; its parts are {', '.join(sorted(parts))}")
@@ -226,7 +227,7 @@ def _spread(calls: Sequence[Feeds], most: int) -> Sequence[Feeds]:
 
 @contextmanager
 def _recorded(graphs: Collection[Path]) -> Iterator[Mapping[Path, list[Feeds]]]:
-    """The inputs of every run of `graphs` in this block.
+    """The inputs of every run of `graphs` in this block, or of what runs in their place: a fused one has the same.
 
     The way from a prompt to what a graph is really given is the runtime's own, so the runtime is watched at the one
     place that all its calls pass.
@@ -235,8 +236,9 @@ def _recorded(graphs: Collection[Path]) -> Iterator[Mapping[Path, list[Feeds]]]:
     run = Session.run
 
     def watched(self: Session, inputs: Mapping[str, Array], **options: Any) -> list[Array]:
-        if self.path in graphs:
-            calls.setdefault(self.path, []).append(dict(inputs))
+        path = self.path.with_name(_GRAPH)
+        if path in graphs:
+            calls.setdefault(path, []).append(dict(inputs))
         return run(self, inputs, **options)
 
     Session.run = watched  # type: ignore[method-assign]
@@ -285,7 +287,7 @@ def _to_half(graph: Path, feeds: Sequence[Feeds]) -> None:
             )
         # By its path: shapes of graphs above 2 GiB can only be inferred from a file.
         model = convert_float_to_float16(str(graph), keep_io_types=True)
-        _save(model, graph)
+        graph_file.save(model, graph)
 
 
 def _largest_value(graph: Path, feeds: Sequence[Feeds]) -> float:
@@ -339,7 +341,7 @@ def _write_watcher(graph: Path, watcher: Path) -> None:
 
 def _to_eight_bits(graph: Path, feeds: Sequence[Feeds]) -> None:
     """Matrix products first: the ranges of the convolutions are then those they will meet."""
-    large = _bytes(graph) > _LARGEST_GRAPH
+    large = graph_file.size(graph) > graph_file.LARGEST_GRAPH
     with _rewritten(graph) as scratch, _quiet():
         products = scratch / "products.onnx"
         quantize_dynamic(
@@ -367,7 +369,7 @@ def _to_eight_bits(graph: Path, feeds: Sequence[Feeds]) -> None:
                 weight_type=QuantType.QInt8,
                 use_external_data_format=large,
             )
-        _save(onnx.load(result), graph)
+        graph_file.save(onnx.load(result), graph)
 
 
 @contextmanager
@@ -380,37 +382,8 @@ def _rewritten(graph: Path) -> Iterator[Path]:
             raise  # a full disk says so itself
         except Exception as error:  # protobuf, onnx and onnxruntime fail in many ways
             # Of a full disk they say only that what they wrote is damaged; here it says so itself.
-            (Path(scratch) / "room").write_bytes(bytes(_bytes(graph)))
+            (Path(scratch) / "room").write_bytes(bytes(graph_file.size(graph)))
             raise ExportError(f"{graph} cannot be converted: {reason(error)}") from error
-
-
-def _save(model: onnx.ModelProto, graph: Path) -> None:
-    """Over `graph`; weights that one file cannot hold go into EXTERNAL_DATA beside it."""
-    for stale in _external_files(graph):
-        stale.unlink()
-    partial = graph.with_suffix(".partial")
-    onnx.save_model(model, partial, save_as_external_data=_large(model), location=EXTERNAL_DATA)
-    os.replace(partial, graph)
-
-
-def _large(model: onnx.ModelProto) -> bool:
-    """Whether its weights belong in a file of their own. Counted one by one: protobuf sizes no model above 2 GiB."""
-    return sum(len(tensor.raw_data) for tensor in model.graph.initializer) > _LARGEST_GRAPH
-
-
-def _external_files(graph: Path) -> set[Path]:
-    tensors = onnx.load(graph, load_external_data=False).graph.initializer
-    return {
-        graph.parent / entry.value
-        for tensor in tensors
-        if uses_external_data(tensor)
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-
-
-def _bytes(graph: Path) -> int:
-    return sum(path.stat().st_size for path in (graph, *_external_files(graph)))
 
 
 @contextmanager

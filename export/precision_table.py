@@ -110,8 +110,7 @@ class Measured:
 
 def forms(bundle: Bundle) -> list[Form]:
     """Float32, half precision, eight bits, and eight bits in one part alone."""
-    graphs = [Path(name) for name in bundle.manifest.files if name.endswith(".onnx") and name != PREDICTOR]
-    parts = sorted(graph.parent.as_posix() for graph in graphs)
+    parts = sorted({Path(name).parent.as_posix() for name in bundle.graphs if name != PREDICTOR})
     alone = [Form(f"int8 {one}", "int8", tuple(part for part in parts if part != one)) for one in parts]
     return [*(Form(dtype, dtype) for dtype in DTYPES), *alone]
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+import attention
 import cancellation
 import decision
 import headroom
@@ -48,6 +49,7 @@ GROUPS: dict[str, Callable[[Plan], list[Row]]] = {
     images.DIFFUSERS: images.against_diffusers,
     images.FULL_SIZE: images.full_size_against_optimum,
     images.FULL_SIZE_DIFFUSERS: images.full_size_against_diffusers,
+    attention.GROUP: attention.rows,
     operators.GROUP: operators.rows,
     installed.GROUP: installed.rows,
     imports.GROUP: imports.rows,
@@ -90,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--full-size",
         action="store_true",
-        help="also measure random weights of Stable Diffusion 1.5's size: half an hour and 11 GB of memory",
+        help="also measure random weights of Stable Diffusion 1.5's size: half an hour and 13 GB of memory",
     )
     parser.add_argument(
         "--full-size-models",

@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 
 from cancellation import FREE_MS
 from child import Child, Reply, answer
-from edge_agent.bundle import DECODER, DENOISER, Bundle
+from edge_agent.bundle import DECODER, Bundle
+from edge_agent.diffusion.denoiser import graph_on
+from edge_agent.diffusion.sessions import Runtime
 from estimate import Estimate
 from images import FULL_SIZE, full_size_folders
 from plan import Plan
@@ -68,7 +70,7 @@ def measure(folder: Path, threads: int) -> Reply:
     states = (1, facts.text_tokens, facts.text_hidden)
     return {
         "denoiser_ms": operators_ms(
-            bundle.path(DENOISER),
+            bundle.path(graph_on(bundle, Runtime())),
             {"sample": latents, "timestep": (), "encoder_hidden_states": states},
             threads,
         ),

@@ -15,7 +15,7 @@ import venv
 from pathlib import Path
 from typing import Any
 
-from edge_agent.bundle import Bundle
+from edge_agent.bundle import DECODER, Bundle
 from edge_agent.diffusion.generator import Generator
 from edge_agent.diffusion.sessions import Session
 from edge_agent.errors import BundleError
@@ -60,9 +60,11 @@ def _compiler(folder: Path) -> Path:
 def _compile(python: Path, bundle: Bundle) -> int:
     generator = Generator(bundle)
     refused = 0
-    for session in (*generator.denoiser.sessions, *generator.decoder.sessions):
-        name = f"{bundle.folder.name}/{session.path.relative_to(bundle.folder).parent}"
-        command = [python, Path(__file__).with_name("compile.py"), session.path, json.dumps(_shapes(session))]
+    (drawing,), (decoding,) = generator.denoiser.sessions, generator.decoder.sessions
+    for graph, session in ((bundle.manifest.denoiser, drawing), (DECODER, decoding)):
+        name = f"{bundle.folder.name}/{Path(graph).parent}"
+        compiler = Path(__file__).with_name("compile.py")
+        command = [python, compiler, bundle.path(graph), json.dumps(_shapes(session))]
         found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         told = json.loads(found.stdout.splitlines()[-1])
         if told["refused"]:

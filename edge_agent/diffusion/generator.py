@@ -11,9 +11,9 @@ import onnxruntime as ort
 import PIL.Image
 from numpy.typing import NDArray
 
-from edge_agent.bundle import Bundle, schedule_file
+from edge_agent.bundle import DECODER, Bundle, schedule_file
 from edge_agent.diffusion.decoder import Decoder
-from edge_agent.diffusion.denoiser import Denoiser
+from edge_agent.diffusion.denoiser import Denoiser, graph_on
 from edge_agent.diffusion.noise import TorchNoise
 from edge_agent.diffusion.rehearsal import rehearse
 from edge_agent.diffusion.schedule import Schedule
@@ -98,9 +98,12 @@ class Generator:
             GenerationFailed: they fail there, also in rehearsal, or compute something else.
         """
         denoiser, decoder = _fixed(denoiser, self.denoiser.sessions), _fixed(decoder, self.decoder.sessions)
-        for sessions, runtime in ((self.denoiser.sessions, denoiser), (self.decoder.sessions, decoder)):
-            for session in sessions:
-                rehearse(session, runtime)
+        (drawing,), (decoding,) = self.denoiser.sessions, self.decoder.sessions
+        for session, graph, runtime in (
+            (drawing, graph_on(self._bundle, denoiser), denoiser),
+            (decoding, DECODER, decoder),
+        ):
+            rehearse(self._bundle.path(graph), session.inputs, session.outputs, runtime)
         other = copy.copy(self)
         other.denoiser = Denoiser(self._bundle, denoiser)
         other.decoder = Decoder(self._bundle, decoder)
@@ -199,7 +202,7 @@ class Generator:
 
 
 def _fixed(runtime: Runtime, sessions: tuple[Session, ...]) -> Runtime:
-    """The runtime for sessions of the same graphs and of one size. TensorRT builds anew for each it meets."""
+    """The runtime for sessions with the same inputs and of one size. TensorRT builds anew for each it meets."""
     return replace(
         runtime, sizes={name: size for session in sessions for name, size in session.sizes.items()}
     )

@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -37,8 +38,8 @@ else:
     _CREATION_FLAGS = 0
 
 
-def rehearse(session: Session, runtime: Runtime) -> None:
-    """Open the session's graph on another runtime and run it once on noise; minutes where it has to be compiled.
+def rehearse(graph: Path, inputs: Sequence[str], outputs: Sequence[str], runtime: Runtime) -> None:
+    """Open the graph as a session on that runtime and run it once on noise; minutes where it has to be compiled.
 
     The runtime must leave no size of the inputs open, and its options no relative path.
 
@@ -47,9 +48,9 @@ def rehearse(session: Session, runtime: Runtime) -> None:
         GenerationFailed: the graph cannot be opened or run there, or crashed the process; with what it said last.
     """
     task = {
-        "path": str(session.path.absolute()),
-        "inputs": session.inputs,
-        "outputs": session.outputs,
+        "path": str(graph.absolute()),
+        "inputs": inputs,
+        "outputs": outputs,
         "runtime": asdict(runtime),
         "daemon": os.getpid(),
     }
@@ -70,18 +71,16 @@ def rehearse(session: Session, runtime: Runtime) -> None:
         return
     said = _last_line(done.stderr)
     if sys.platform != "win32" and -done.returncode in (signal.SIGTERM, signal.SIGKILL):
-        raise RehearsalEnded(
-            f"the process that tried {session.path} was ended from outside, or for want of memory"
-        )
+        raise RehearsalEnded(f"the process that tried {graph} was ended from outside, or for want of memory")
     if done.returncode < 0 or done.returncode >= _FIRST_EXCEPTION:
         how = f"signal {-done.returncode}" if done.returncode < 0 else f"0x{done.returncode:X}"
-        crash = f"the process that tried {session.path} crashed with {how}"
+        crash = f"the process that tried {graph} crashed with {how}"
         raise GenerationFailed(f"{crash}: {_fit(said)}" if said else crash)
     with suppress(ValueError, TypeError, KeyError):  # of what a library printed last
         said = json.loads(_last_line(done.stdout))["failed"]
     if done.returncode == _NO_MEMORY:
         raise RehearsalEnded(_fit(said))
-    raise GenerationFailed(_fit(said) or f"the process that tried {session.path} failed and said nothing")
+    raise GenerationFailed(_fit(said) or f"the process that tried {graph} failed and said nothing")
 
 
 def main() -> int:

@@ -254,9 +254,9 @@ def test_weights_that_lie_outside_the_graphs_folder_are_refused_by_name(
 
 
 def test_files_that_no_graph_names_may_lie_in_a_bundle(bundle_copy: Path) -> None:
-    for folder in (bundle_copy, bundle_copy / "unet"):
+    for folder in (bundle_copy, bundle_copy / "vae_decoder"):
         (folder / ".DS_Store").write_bytes(b"x")
-    assert set(Bundle.open(bundle_copy).files_of(DENOISER)) == {bundle_copy / DENOISER}
+    assert set(Bundle.open(bundle_copy).files_of(DECODER)) == {bundle_copy / DECODER}
 
 
 def test_a_file_that_the_manifest_does_not_list_is_not_handed_out(bundle_copy: Path) -> None:

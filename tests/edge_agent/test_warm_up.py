@@ -21,9 +21,9 @@ import onnxruntime as ort
 import pytest
 import pytest_asyncio
 
-from edge_agent.bundle import Bundle, write_manifest
+from edge_agent.bundle import DECODER, DENOISER, FUSED, Bundle, write_manifest
 from edge_agent.daemon import _load_models
-from edge_agent.diffusion import providers
+from edge_agent.diffusion import providers, rehearsal
 from edge_agent.diffusion.generator import Generator, Image
 from edge_agent.diffusion.sessions import Runtime
 from edge_agent.errors import BundleError, GenerationFailed, RehearsalEnded
@@ -201,10 +201,24 @@ def drawn(generator: Generator, bundle: Bundle) -> np.ndarray[Any, Any]:
     return image.colours
 
 
-def test_the_better_generator_has_one_size_the_same_encoder_and_draws_the_same(routed_bundle: Path) -> None:
+def test_the_better_generator_has_one_size_the_same_encoder_and_draws_the_same(
+    routed_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bundle = Bundle.open(routed_bundle)
     generator = Generator(bundle, Runtime(threads=1))
+    rehearsed: list[Path] = []
+    rehearse = rehearsal.rehearse
+
+    def watched(graph: Path, *how: Any) -> None:
+        rehearsed.append(graph)
+        rehearse(graph, *how)
+
+    monkeypatch.setattr("edge_agent.diffusion.generator.rehearse", watched)
     better = generator.on(BETTER, BETTER)
+    # A provider that may not know onnxruntime's own operators gets the graph as it was traced.
+    assert generator.denoiser.sessions[0].path == routed_bundle / "unet" / FUSED
+    assert better.denoiser.sessions[0].path == routed_bundle / DENOISER
+    assert rehearsed == [routed_bundle / DENOISER, routed_bundle / DECODER]
     assert better.text_encoder is generator.text_encoder and better.denoiser is not generator.denoiser
     assert better.denoiser.one_at_a_time and not generator.denoiser.one_at_a_time
     facts = bundle.manifest

@@ -12,10 +12,10 @@ import onnx
 import pytest
 import torch
 
-from edge_agent.bundle import DECODER, DENOISER, TEXT_ENCODER, Bundle, write_manifest
+from edge_agent.bundle import DECODER, DENOISER, FUSED, TEXT_ENCODER, Bundle, write_manifest
 from edge_agent.diffusion.generator import Generator, Image
 from edge_agent.errors import BundleError
-from export import precision
+from export import graph_file, precision
 from export.diffusion_onnx import export_bundle
 from export.errors import ExportError
 from export.precision import BOUNDS, COMPARISON_PROMPTS, Loss, shrink
@@ -74,6 +74,15 @@ def test_weights_are_of_the_type_that_was_asked_for(small: tuple[str, Path, Loss
             assert onnx.TensorProto.INT8 in types
             assert ("DequantizeLinear" in operators) == (name != TEXT_ENCODER)
             assert name == DECODER or "MatMulInteger" in operators
+
+
+def test_its_attention_is_fused_over_the_smaller_weights(small: tuple[str, Path, Loss]) -> None:
+    _, folder, _ = small
+    traced, fused = (onnx.load(folder / "unet" / name) for name in ("model.onnx", FUSED))
+    weights = {tensor.name: tensor for tensor in traced.graph.initializer}
+    assert all(weights[tensor.name] == tensor for tensor in fused.graph.initializer)
+    operators = [node.op_type for node in fused.graph.node]
+    assert operators.count("MultiHeadAttention") == 8 and "Softmax" not in operators
 
 
 def test_what_goes_in_and_out_stays_as_it_was(small: tuple[str, Path, Loss], miniature_bundle: Path) -> None:
@@ -188,7 +197,7 @@ def test_weights_that_one_file_cannot_hold_lie_beside_the_graph(
     bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A tiny limit stands for the two gigabytes at which protobuf ends; what is written is read back again."""
-    monkeypatch.setattr(precision, "_LARGEST_GRAPH", 10_000)
+    monkeypatch.setattr(graph_file, "LARGEST_GRAPH", 10_000)
     shrink(bundle_copy, "fp16", prompts=PROMPTS[:1], report=silent)
     bundle = Bundle.open(bundle_copy)
     assert "unet/model.onnx_data" in bundle.manifest.files
@@ -261,7 +270,7 @@ def test_weights_in_files_of_their_own_are_quantized_and_can_be_read_by_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A daemon may run as another user than the one who exported; onnx writes such files for their owner alone."""
-    monkeypatch.setattr(precision, "_LARGEST_GRAPH", 10_000)
+    monkeypatch.setattr(graph_file, "LARGEST_GRAPH", 10_000)
     bundle = export_bundle(
         miniature_pipeline(),
         tmp_path / "bundle",

@@ -27,13 +27,17 @@ def session(miniature_bundle: Path) -> Session:
     return session
 
 
+def tried(session: Session, runtime: Runtime = HERE) -> None:
+    rehearse(session.path, session.inputs, session.outputs, runtime)
+
+
 def test_a_graph_that_runs_is_no_trouble(session: Session) -> None:
-    rehearse(session, HERE)
+    tried(session)
 
 
 def test_what_the_runtime_refuses_is_said_in_its_words(session: Session) -> None:
     with pytest.raises(GenerationFailed, match=f"{as_shown(DECODER)}.*NoExecutionProvider"):
-        rehearse(session, Runtime(providers=("NoExecutionProvider",), sizes=HERE.sizes))
+        tried(session, Runtime(providers=("NoExecutionProvider",), sizes=HERE.sizes))
 
 
 def stand_in(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,7 +54,7 @@ def test_a_crash_is_told(session: Session, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(subprocess, "run", lambda _, **how: run(crash, **how))
     how = "0xC0000005" if os.name == "nt" else "signal 11"
     with pytest.raises(GenerationFailed, match=f"{as_shown(DECODER)} crashed with {how}"):
-        rehearse(session, HERE)
+        tried(session)
 
 
 @pytest.mark.posix
@@ -77,7 +81,7 @@ def test_a_process_that_fails_or_crashes_is_not_ours_and_what_it_said_last_is_th
 ) -> None:
     stand_in(tmp_path, script, monkeypatch)
     with pytest.raises(GenerationFailed) as failed:
-        rehearse(session, HERE)
+        tried(session)
     assert failed.value.message == said.format(path=session.path)
     assert not isinstance(failed.value, RehearsalEnded)
 
@@ -89,7 +93,7 @@ def test_a_process_that_is_ended_from_outside_says_nothing_of_the_graph(
 ) -> None:
     stand_in(tmp_path, f"kill -{number} $$", monkeypatch)
     with pytest.raises(RehearsalEnded, match="ended from outside, or for want of memory"):
-        rehearse(session, HERE)
+        tried(session)
 
 
 @pytest.mark.posix
@@ -103,7 +107,7 @@ def test_a_process_that_runs_out_of_memory_says_nothing_of_the_graph(
     )
     stand_in(tmp_path, f"exec {sys.executable} -c '{full}' \"$@\"", monkeypatch)
     with pytest.raises(RehearsalEnded, match="0 MB can be had"):
-        rehearse(session, HERE)
+        tried(session)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system cannot be told")
@@ -113,9 +117,9 @@ async def test_a_rehearsal_does_not_outlive_the_daemon_and_comes_after_it_for_me
     """A pipe in the place of the graph has it wait for ever."""
     os.mkfifo(tmp_path / "graph")
     code = (
-        "import sys, pathlib; from types import SimpleNamespace as Session; "
+        "import sys, pathlib; "
         "from edge_agent.diffusion.rehearsal import rehearse; from edge_agent.diffusion.sessions import Runtime; "
-        "rehearse(Session(path=pathlib.Path(sys.argv[1]), inputs=(), outputs=()), Runtime())"
+        "rehearse(pathlib.Path(sys.argv[1]), (), (), Runtime())"
     )
     daemon = psutil.Popen(
         [sys.executable, "-c", code, str(tmp_path / "graph")], env=process_environment(tmp_path)
