@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 for variable in ("no_proxy", "no_grpc_proxy"):
     others = [host for host in (os.environ.get(variable), "127.0.0.1", "localhost", "::1") if host]
     os.environ[variable] = ",".join(others)
+
+# A shell that runs the tests in the background has them ignore Ctrl-C, as what they start and interrupt then would.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -71,6 +76,16 @@ def routed_bundle(
     folder = tmp_path_factory.mktemp("routed") / "bundle"
     shutil.copytree(miniature_bundle, folder)
     make_routed(folder, cloud_model)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sized_bundle(tmp_path_factory: pytest.TempPathFactory, routed_bundle: Path) -> Path:
+    """The calibrated miniature, also for images of 96 x 64 and 64 x 96 pixels. Only to be read."""
+    from edge_agent.bundle import write_manifest
+
+    folder = Path(shutil.copytree(routed_bundle, tmp_path_factory.mktemp("sized") / "bundle"))
+    write_manifest(folder, other_sizes=[(96, 64), (64, 96)])
     return folder
 
 
