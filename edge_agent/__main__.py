@@ -198,8 +198,13 @@ def parser() -> argparse.ArgumentParser:
         "--steps", type=_number(2**32 - 1), metavar="N", help="denoising steps; default: the model's"
     )
     generate.add_argument("--guidance-scale", type=float, metavar="X", help="default: the model's")
-    generate.add_argument("--width", type=_number(2**32 - 1), metavar="PIXELS", help="default: the model's")
-    generate.add_argument("--height", type=_number(2**32 - 1), metavar="PIXELS", help="default: the model's")
+    for side in ("width", "height"):
+        generate.add_argument(
+            f"--{side}",
+            type=_number(2**32 - 1),
+            metavar="PIXELS",
+            help="one that the model makes (`edge-agent models show edge`); default: its first",
+        )
     generate.add_argument("--max-price", type=_money, metavar="USD", help="most that this image may cost")
     generate.add_argument("--request-id", metavar="ID", help="name of this request (default: drawn)")
     _app(generate)
@@ -463,8 +468,9 @@ def _routed_here(options: argparse.Namespace, prompts: Iterable[str]) -> Iterato
     reader = Reader.open(bundle, chosen.routing_rate, Runtime(threads=chosen.threads or None))
     if reader.advice:
         remark(reader.advice)
-    size = (bundle.manifest.width, bundle.manifest.height)
-    limits = Limits((size,), bundle.manifest.steps, max_prompt_chars=chosen.max_prompt_characters)
+    limits = Limits(
+        bundle.manifest.sizes, bundle.manifest.steps, max_prompt_chars=chosen.max_prompt_characters
+    )
     for prompt in prompts:
         validate(ImageRequest(request_id="route", prompt=prompt), limits)
         reading = reader.read(prompt)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from edge_agent import version
 from edge_agent.bundle import CALIBRATE
-from edge_agent.cloud import SLOW_CONNECTION_S, CloudAccepted, CloudClient, CloudImage
+from edge_agent.cloud import SIDES, SLOW_CONNECTION_S, CloudAccepted, CloudClient, CloudImage
 from edge_agent.device import Device, Drawing, Drawn, Job
 from edge_agent.errors import CloudError, CloudRefused, LedgerError, QuotaExhausted
 from edge_agent.image import Progress, with_facts
@@ -272,13 +272,16 @@ class Agent:
         self, request: ImageRequest, prs: float | None, alpha: float | None, *, quota_allows: bool
     ) -> tuple[Route, Reason]:
         cloud = self.purchases.cloud
+        healthy = cloud is not None and (
+            cloud.healthy and cloud.affordable(self._ceiling(request)) and cloud.makes(request)
+        )
         return decide(
             prs,
             alpha,
             routing=request.routing,
             privacy=request.privacy,
             cloud_configured=cloud is not None,
-            cloud_healthy=cloud is not None and cloud.healthy and cloud.affordable(self._ceiling(request)),
+            cloud_healthy=healthy,
             quota_allows=quota_allows,
         )
 
@@ -372,6 +375,7 @@ class Agent:
             seed=request.seed or 0,  # drawn by validate
             steps=request.steps or manifest.default_steps,
             guidance_scale=guidance,
+            size=(request.width or manifest.width, request.height or manifest.height),
             previews=request.preview,
             deadline=request.deadline,
         )
@@ -419,10 +423,13 @@ class Agent:
         return own if request.max_price_micro_usd is None else min(own, request.max_price_micro_usd)
 
     def _own_terms(self, request: ImageRequest, error: CloudError, purchase: Purchase) -> bool:
-        """Whether the caller's price or haste is what failed, which says nothing of the cloud."""
-        price = error.price_micro_usd if isinstance(error, CloudRefused) else None
-        cheap = price is not None and self._ceiling(request) < price <= self._terms.max_price_micro_usd
-        return cheap or purchase.timeout_s < SLOW_CONNECTION_S
+        """Whether the caller's price, size or haste is what failed, which says nothing of the cloud."""
+        cheap = odd = False
+        if isinstance(error, CloudRefused):
+            price, default = error.price_micro_usd, self.models.limits.sizes[0]
+            cheap = price is not None and self._ceiling(request) < price <= self._terms.max_price_micro_usd
+            odd = error.field in SIDES and (request.width, request.height) != default
+        return cheap or odd or purchase.timeout_s < SLOW_CONNECTION_S
 
     def _cloud_timeout_s(self, request: ImageRequest) -> float:
         """How long the cloud may take: within the deadline, and early enough for the edge to step in."""

@@ -68,7 +68,7 @@ MODEL_FOLDERS = (
     "tokenizer_2",
 )
 # The facts that do not.
-_LABELS = ("name", "licence", "latent_to_rgb", "dtypes")
+_LABELS = ("name", "licence", "latent_to_rgb", "dtypes", "other_sizes")
 
 SMALLER_DTYPES = ("fp16", "int8")
 """What a graph computes in besides float32: half precision, or eight bits wherever it multiplies."""
@@ -79,6 +79,7 @@ MAX_FILES = 1000
 MAX_PATH_BYTES = 200  # in UTF-8: file systems count bytes, and take 255 or fewer for a name
 MAX_INT = 2**31 - 1  # of a count
 MAX_SIDE = 1 << 14  # of an image, in pixels: what is larger fills the memory
+MAX_SIZES = 100  # besides the default
 MAX_FILE_BYTES = 2**63 - 1
 # CLIP reads 77, T5 in the largest models 512. A tokenizer pads to as many as it is told, and ends the process where
 # memory does not do.
@@ -113,9 +114,8 @@ class AddedConditioning:
 
     text_output: str  # of the second text encoder; its states stand behind the first's in each token's state
     pooled_output: str  # of the second text encoder: the prompt as one vector
-    time_ids: tuple[
-        float, ...
-    ]  # height and width of the original, top and left of the crop, height and width
+    # Of the default size: height and width of the original, top and left of the crop, height and width.
+    time_ids: tuple[float, ...]
     zero_negative: bool  # an empty negative prompt is all zeros, not what the encoders make of an empty text
 
 
@@ -131,6 +131,10 @@ class JointConditioning:
     # states of a third, which a bundle does without. The rest is zeros.
     positions: int
     hidden: int
+
+
+Size = tuple[int, int]
+"""Width and height of an image, in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,10 +165,27 @@ class Facts:
     # Size of the guidance scale's embedding, where the denoiser takes it as an input instead of a second pass
     # (latent consistency models).
     guidance_embedding: int | None = None
+    # Width and height of images that the same graphs make besides the default's.
+    other_sizes: tuple[Size, ...] | None = None
     # A linear map from latents to colours in 0..1: a row of red, green, blue for each channel, then the constant.
     latent_to_rgb: tuple[tuple[float, float, float], ...] | None = None
     # What graphs compute in, by their folder, where it is not float32.
     dtypes: Mapping[str, str] | None = None
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """The images that there are, the default's first."""
+        return ((self.width, self.height), *(self.other_sizes or ()))
+
+    @property
+    def factor(self) -> int:
+        """Pixels of a side for each latent position."""
+        return self.width // self.latent_width
+
+    def latent_shape(self, size: Size) -> tuple[int, int, int, int]:
+        """Of one image of that size: [1, channels, height, width], in latent positions."""
+        width, height = size
+        return 1, self.latent_channels, height // self.factor, width // self.factor
 
     @property
     def second(self) -> AddedConditioning | JointConditioning | None:
@@ -417,6 +438,7 @@ def _parse(text: bytes, path: Path | str) -> Manifest:
         steps=tuple(sorted(steps)),
         added=_parse_added(document, path),
         joint=_parse_joint(document, facts, path),
+        other_sizes=_parse_sizes(document, path),
         latent_to_rgb=_parse_map(document, facts["latent_channels"], path),
         dtypes=_parse_dtypes(document, path),
         schema_version=version,
@@ -430,11 +452,21 @@ def _parse(text: bytes, path: Path | str) -> Manifest:
             raise BundleError(f"{path}: {name} must be a finite number")
         if kind is str and not getattr(manifest, name).isprintable():  # it is shown on terminals
             raise BundleError(f"{path}: {name} must be printable text on one line")
-    factor = manifest.width // manifest.latent_width
+    factor = manifest.factor
     if (manifest.width, manifest.height) != (factor * manifest.latent_width, factor * manifest.latent_height):
         raise BundleError(
             f"{path}: a decoder makes no {manifest.width} x {manifest.height} pixels of {manifest.latent_width} x "
             f"{manifest.latent_height} latent positions: both sides grow by one whole factor"
+        )
+    if any(side % factor for size in manifest.sizes for side in size):
+        raise BundleError(
+            f"{path}: sides of other_sizes must be multiples of {factor}, as a decoder makes them"
+        )
+    if len(set(manifest.sizes)) < len(manifest.sizes):
+        raise BundleError(f"{path}: other_sizes must be others than width and height, each named once")
+    if manifest.other_sizes and manifest.added and len(manifest.added.time_ids) != 6:
+        raise BundleError(
+            f"{path}: with other_sizes, time_ids must be those of an image's size and crop, six"
         )
     if manifest.latent_scaling == 0.0:
         raise BundleError(f"{path}: latent_scaling must not be zero")
@@ -476,6 +508,20 @@ def _parse_joint(
         if not least <= getattr(joint, name) <= most:
             raise BundleError(f"{path}: {name} of joint must be from {least} to {most}")
     return joint
+
+
+def _parse_sizes(document: dict[str, Any], path: Path | str) -> tuple[Size, ...] | None:
+    if document.get("other_sizes") is None:
+        return None
+    sizes = _typed(document, "other_sizes", list, path)
+    sides = [side for size in sizes for side in (size if isinstance(size, list) and len(size) == 2 else [0])]
+    if not 0 < len(sizes) <= MAX_SIZES or not all(
+        type(side) is int and 0 < side <= MAX_SIDE for side in sides
+    ):
+        raise BundleError(
+            f"{path}: other_sizes must list up to {MAX_SIZES} pairs of width and height, from 1 to {MAX_SIDE}"
+        )
+    return tuple((width, height) for width, height in sizes)
 
 
 def _parse_map(

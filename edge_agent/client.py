@@ -173,10 +173,13 @@ class AgentClient:
         found = []
         for model in answer.models:
             facts = {name: getattr(model, name) for name in model.DESCRIPTOR.fields_by_name}
-            price = model.price_micro_usd if model.HasField("price_micro_usd") else None
-            found.append(
-                facts | {"side": _ROUTES[model.side], "steps": list(model.steps), "price_micro_usd": price}
-            )
+            plain = {
+                "side": _ROUTES[model.side],
+                "steps": list(model.steps),
+                "price_micro_usd": model.price_micro_usd if model.HasField("price_micro_usd") else None,
+                "sizes": [[size.width, size.height] for size in model.sizes],
+            }
+            found.append(facts | plain)
         return found
 
     @contextmanager

@@ -23,7 +23,7 @@ from typing import Any, cast
 
 import grpc
 from google.protobuf.message import DecodeError
-from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 from PIL import Image, UnidentifiedImageError
 
@@ -114,6 +114,9 @@ _REFUSALS = frozenset(
 )
 """Codes with which the same request would be refused again."""
 
+
+SIDES = ("width", "height")
+"""The fields of a request that are an image's size."""
 
 _HUNG_UP = ("Socket closed", "Connection reset")
 """GRPC's words for a peer that takes a connection and ends it at once."""
@@ -228,6 +231,7 @@ class CloudClient:
         self._failures = 0
         self._retry_at = -math.inf
         self._price_micro_usd, self._price_until = 0, -math.inf
+        self._refused_sizes: dict[tuple[int | None, int | None], float] = {}  # until when, on `monotonic`
         # Calls that wait for their connection or to be accepted: since when, on `monotonic`, and for how long that
         # says nothing of the cloud.
         self._waiting: list[tuple[float, float]] = []
@@ -247,6 +251,10 @@ class CloudClient:
     def affordable(self, ceiling_micro_usd: int) -> bool:
         """False for a minute after the cloud has told a price above `ceiling_micro_usd`."""
         return ceiling_micro_usd >= self._price_micro_usd or self._monotonic() >= self._price_until
+
+    def makes(self, request: ImageRequest) -> bool:
+        """False for a minute after the cloud has refused an image of the request's size."""
+        return self._monotonic() >= self._refused_sizes.get((request.width, request.height), -math.inf)
 
     async def generate(
         self,
@@ -330,7 +338,11 @@ class CloudClient:
                             return
             except grpc.aio.AioRpcError as error:
                 accepted = stream.accepted is not None
-                raise self._explained(error, accepted=accepted, timeout_s=timeout_s) from error
+                explained = self._explained(error, accepted=accepted, timeout_s=timeout_s)
+                if isinstance(explained, CloudRefused) and explained.field in SIDES:
+                    size = (stream.request.width, stream.request.height)
+                    self._refused_sizes[size] = self._monotonic() + LONGEST_RETRY_S
+                raise explained from error
             finally:
                 call.cancel()  # which the channel's end is not to it in grpcio before 1.83
             raise CloudUnavailable(
@@ -493,6 +505,7 @@ class CloudClient:
                 f"the cloud at {self.address} refused: {text}{hint}",
                 never_ran=never_ran,
                 price_micro_usd=price,
+                field=_field(status) if never_ran else "",
             )
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED and status is None:
             return CloudLied(f"the cloud at {self.address} sent too much: {text}", never_ran=False)
@@ -518,7 +531,7 @@ class _ImageStream:
     """The answer to one call, checked as it comes in."""
 
     def __init__(self, request: ImageRequest, ceiling_micro_usd: int, max_image_bytes: int) -> None:
-        self._request = request
+        self.request = request
         self._ceiling_micro_usd = ceiling_micro_usd
         self._max_image_bytes = max_image_bytes
         if request.width and request.height:
@@ -531,7 +544,7 @@ class _ImageStream:
     def wire_request(self) -> cloud_pb2.GenerateRequest:
         """What to ask for next: the image, or what is left of it."""
         self._begun = False
-        return _wire_request(self._request, self._ceiling_micro_usd, len(self.received))
+        return _wire_request(self.request, self._ceiling_micro_usd, len(self.received))
 
     async def take(
         self, response: cloud_pb2.GenerateResponse | None
@@ -575,7 +588,7 @@ class _ImageStream:
         """
         if not 1 <= progress.step <= progress.steps:
             return None
-        preview = progress.preview if self._request.preview else b""
+        preview = progress.preview if self.request.preview else b""
         if len(preview) > MAX_PREVIEW_BYTES or not preview.startswith(_PNG_SIGNATURE):
             return Progress(progress.step, progress.steps, None)
         return Progress(progress.step, progress.steps, preview)
@@ -591,7 +604,7 @@ class _ImageStream:
 
     async def _image(self, result: cloud_pb2.Result) -> CloudImage:
         accepted = cast(CloudAccepted, self.accepted)
-        if result.request_id != self._request.request_id:
+        if result.request_id != self.request.request_id:
             raise CloudLied("the cloud's result is another request's", never_ran=False)
         if not 0 <= result.charged_micro_usd <= accepted.charged_micro_usd:
             raise CloudLied(
@@ -601,8 +614,8 @@ class _ImageStream:
             )
         info, png = result.image, bytes(self.received)
         self._check_facts(info, accepted)
-        width = self._request.width or info.width
-        height = self._request.height or info.height
+        width = self.request.width or info.width
+        height = self.request.height or info.height
         # Hashing and decoding take tens of milliseconds for a large image: not on the event loop.
         await asyncio.to_thread(_check_png, png, info.sha256, width, height)
         return CloudImage(
@@ -624,7 +637,7 @@ class _ImageStream:
 
     def _check_facts(self, info: image_pb2.ImageInfo, accepted: CloudAccepted) -> None:
         """Raises CloudLied where the image was not made as it was asked for, or not by the model that accepted it."""
-        asked, guidance = self._request, info.guidance_scale
+        asked, guidance = self.request, info.guidance_scale
         facts = {
             "seed": (info.seed, asked.seed),
             "number of steps": (info.steps, asked.steps),
@@ -701,6 +714,17 @@ def _retry_after_s(status: Status | None) -> float | None:
                 milliseconds: int = retry.retry_delay.ToMilliseconds()
                 return max(0.0, milliseconds / 1000)
     return None
+
+
+def _field(status: Status | None) -> str:
+    """What of the request the cloud does not take, where it names that."""
+    refusal = BadRequest()
+    for detail in status.details if status is not None else ():
+        with suppress(DecodeError):  # a cloud's bad advice is none
+            if detail.Unpack(refusal) and refusal.field_violations:
+                field: str = refusal.field_violations[0].field
+                return field
+    return ""
 
 
 def _price_micro_usd(status: Status | None) -> int | None:

@@ -343,7 +343,7 @@ def _load_models(settings: Settings) -> Resident:
     reader = Reader(bundle, generator.tokenizer, generator.text_encoder, settings.routing_rate, followed)
     manifest = bundle.manifest
     limits = Limits(
-        sizes=((manifest.width, manifest.height),),
+        sizes=manifest.sizes,
         steps=manifest.steps,
         max_prompt_chars=settings.max_prompt_characters,
         apps=frozenset(settings.apps) or None,

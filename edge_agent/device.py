@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 
+from edge_agent.bundle import Size
 from edge_agent.diffusion.generator import Generator, Image
 from edge_agent.diffusion.sessions import Stop
 from edge_agent.diffusion.text_encoder import TextStates
@@ -37,6 +38,7 @@ class Job:
     seed: int
     steps: int
     guidance_scale: float
+    size: Size
     previews: bool
     deadline: float | None  # reading of time.monotonic()
 
@@ -188,6 +190,7 @@ class Device:
                 job.guidance_scale,
                 previews=job.previews,
                 stop=drawing.stopped,
+                size=job.size,
             ):
                 if isinstance(event, Image):
                     decoded = time.perf_counter()

@@ -128,12 +128,16 @@ class CloudUnavailable(CloudError):
 class CloudRefused(CloudError):
     """The cloud will not serve this request: price, size, credentials.
 
-    `price_micro_usd` is what it asks, where that is why.
+    `price_micro_usd` is what it asks, where that is why, and `field` what it does not take of the request, where it
+    names that.
     """
 
-    def __init__(self, message: str, *, never_ran: bool, price_micro_usd: int | None = None) -> None:
+    def __init__(
+        self, message: str, *, never_ran: bool, price_micro_usd: int | None = None, field: str = ""
+    ) -> None:
         super().__init__(message, never_ran=never_ran)
         self.price_micro_usd = price_micro_usd
+        self.field = field
 
 
 class CloudLied(CloudError):

@@ -41,9 +41,10 @@ LIST_EPILOG = """\
 `current` marks the chosen model, `served` the one that a running daemon serves. An `uncalibrated` model makes images
 and routes no prompt to the cloud; `edge-agent models show NAME` says what to run.
 
---json prints one object a line: name, current, served, calibrated, digest, folder, bytes, width, height, steps,
-licence, error. `served` is null where no daemon answers. `error` says what is wrong with a damaged model, of which only
-name and folder are known. For an unfinished pull `bytes` is what it has so far.
+--json prints one object a line: name, current, served, calibrated, digest, folder, bytes, width, height, sizes,
+steps, licence, error. `sizes` are [width, height], the default's first. `served` is null where no daemon answers.
+`error` says what is wrong with a damaged model, of which only name and folder are known. For an unfinished pull
+`bytes` is what it has so far.
 """
 
 SHOW_EPILOG = """\
@@ -159,7 +160,7 @@ def _list(options: argparse.Namespace) -> int:
                     ", ".join(mark for mark in ("current", "served") if model[mark]),
                     model["name"],
                     f"{model['bytes'] / 1e6:.1f}" if model["bytes"] is not None else "",
-                    f"{model['width']}x{model['height']}" if model["width"] else "",
+                    ", ".join(f"{width}x{height}" for width, height in model["sizes"] or ()),
                     ", ".join(map(str, model["steps"] or ())),
                     {True: "calibrated", False: "uncalibrated", None: ""}[model["calibrated"]],
                     model["error"] or model["digest"][:16],
@@ -457,6 +458,7 @@ def _summary(store: Store, name: str, current: str, served: str | None) -> dict[
         "bytes": manifest.total_bytes,
         "width": manifest.width,
         "height": manifest.height,
+        "sizes": list(manifest.sizes),
         "steps": list(manifest.steps),
         "licence": manifest.licence,
         "error": None,
@@ -465,7 +467,7 @@ def _summary(store: Store, name: str, current: str, served: str | None) -> dict[
 
 def _damaged(folder: Path, name: str, error: str) -> dict[str, Any]:
     unknown = dict.fromkeys(
-        ("calibrated", "digest", "folder", "bytes", "width", "height", "steps", "licence")
+        ("calibrated", "digest", "folder", "bytes", "width", "height", "sizes", "steps", "licence")
     )
     return {
         "name": name,

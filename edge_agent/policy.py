@@ -24,7 +24,8 @@ class Reason(Enum):
     QUOTA_EXHAUSTED = "quota_exhausted"
     """PRS < alpha, but a budget or rate has no room."""
     CLOUD_UNAVAILABLE = "cloud_unavailable"
-    """PRS < alpha, but no cloud is configured, or it was lately not reached, or lately asked for a higher price."""
+    """PRS < alpha, but no cloud is configured, or it was lately not reached, or lately asked for a higher price or
+    refused the size."""
     LOCAL_ONLY = "local_only"
     """The caller keeps the prompt on the device."""
     CLOUD_ONLY = "cloud_only"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from edge_agent import memory
@@ -70,7 +70,7 @@ class Resident:
         self.open_better = None  # it holds on to the generator before
         self._warm_up = WarmUp(ready=True)
         if not self._uses:
-            asyncio.get_running_loop().run_in_executor(None, memory.give_back)
+            asyncio.get_running_loop().run_in_executor(None, self._unload, better.spare_sessions)
             self.rest()
 
     def stay(self, failure: str) -> None:
@@ -127,10 +127,13 @@ class Resident:
         """Gives back the memory of every graph, in some milliseconds. A run in progress ends before its graph goes."""
         if any(session.loaded_at is not None for session in self._sessions):
             self._unloaded_at = time.time()
-            for session in self._sessions:
-                session.unload()
-            memory.give_back()
+            self._unload((*self._sessions, *self.generator.spare_sessions))
             log.info("unloaded", extra={"fields": {"bundle": self.reader.bundle.folder}})
+
+    def _unload(self, sessions: Iterable[Session]) -> None:
+        for session in sessions:
+            session.unload()
+        memory.give_back()
 
     def close(self) -> None:
         """No timer is left behind."""

@@ -193,6 +193,7 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
                     default_steps=facts.default_steps,
                     default_guidance_scale=facts.default_guidance,
                     price_micro_usd=0,
+                    sizes=[edge_pb2.ImageSize(width=width, height=height) for width, height in facts.sizes],
                 )
             ]
             cloud, digest = agent.purchases.cloud, _cloud_digest(agent)

@@ -7,10 +7,10 @@ optimum traces the graphs (`export/graphs.py`); this adds the compiled schedules
 tokenizer and the manifest, and then runs the bundle against the torch pipeline. The bundle appears at OUT only
 when their pixels agree; until then it is built beside it. A smaller one (`export/precision.py`) is made of that.
 
-Two images at the smallest step count are compared, one with guidance and a negative prompt and one without, which the
-denoiser draws as it was traced; the others are drawn by its second graph (`export/attention.py`). Where the default is
-another count, one more is compared, with guidance at the default. Other counts differ in their schedule alone, whose
-matrix is checked against the scheduler for each count (`export/schedule.py`).
+Two images of each size at the smallest step count are compared, one with guidance and a negative prompt and one
+without, which the denoiser draws as it was traced; the others are drawn by its second graph (`export/attention.py`).
+Where the default is another count, one more is compared, with guidance at the default. Other counts differ in their
+schedule alone, whose matrix is checked against the scheduler for each count (`export/schedule.py`).
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ from edge_agent.bundle import (
     CALIBRATION,
     DENOISER,
     MANIFEST,
+    MAX_SIZES,
     PREDICTOR,
     TRANSFORMER,
     Bundle,
+    Size,
     parse_manifest,
     schedule_file,
     write_manifest,
@@ -62,7 +64,7 @@ def export_bundle(
     steps: Sequence[int] | None = None,
     guidance: float | None = None,
     scheduler: str | None = None,
-    size: tuple[int, int] | None = None,
+    sizes: Sequence[Size] = (),
     shapes: Shapes = "dynamic",
     dtype: Dtype = "fp32",
     keep: Collection[str] = (),
@@ -82,7 +84,7 @@ def export_bundle(
         steps: the step counts to compile; the first is the default. One that suits the pipeline's class if None.
         guidance: the default guidance scale; the default of the pipeline's class if None.
         scheduler: another than the model's own, see `export.scheduler`.
-        size: width and height in pixels; the model's own if None.
+        sizes: width and height in pixels, of the default first; the model's own if none is named.
         shapes: "fixed" makes the graphs for this size and one image at a time, as TensorRT wants them.
         dtype: "fp16" or "int8" for a smaller bundle, made of the float32 one once that equals the pipeline.
         keep: the parts that stay float32 in it, by folder, such as "vae_decoder".
@@ -113,8 +115,12 @@ def export_bundle(
     _refuse_name(name)
     if licence is not None and (not licence.strip() or not licence.isprintable()):
         raise ExportError(f"a licence of {licence!r} does not work: it must be printable text on one line")
-    if size is not None:
-        pipelines.refuse_large(size)
+    for asked in sizes:
+        pipelines.refuse_large(asked)
+    if len(set(sizes)) > 1 + MAX_SIZES:
+        raise ExportError(f"a bundle makes images of {1 + MAX_SIZES} sizes at most, not {len(set(sizes))}")
+    if shapes == "fixed" and len(set(sizes)) > 1:
+        raise ExportError("graphs of fixed shapes make images of one size: name one with --size")
     prompts = (
         None
         if calibration_prompts is None
@@ -131,7 +137,8 @@ def export_bundle(
         pipelines.refuse_scheduler(pipeline)
         kind = pipelines.kind(pipeline)
         _refuse_kept(keep, pipeline, dtype)
-        size = pipelines.size_of(pipeline, size)
+        sizes = pipelines.sizes_of(pipeline, sizes)
+        size = sizes[0]
         tokenizers = _tokenizers(pipeline, model, report)  # before what takes minutes
         counts = list(dict.fromkeys(steps or (kind.steps,)))
         scale = kind.guidance if guidance is None else float(guidance)
@@ -142,12 +149,13 @@ def export_bundle(
                 for count in sorted(counts, reverse=True)
             ]
         report(f"running {type(pipeline).__name__} in torch, to compare with")
-        references = reference_images(pipeline, min(counts), scale, size)
+        pairs = [reference_images(pipeline, min(counts), scale, each) for each in sizes]
+        guided, unguided = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         if counts[0] > min(counts):
             # One image: they take longer, and differ from the first in their number of steps alone.
-            references += reference_images(pipeline, counts[0], scale, size)[:1]
+            guided += reference_images(pipeline, counts[0], scale, size)[:1]
         report("tracing the graphs")
-        graphs.trace(pipeline, partial, size, report, consume=ours)
+        graphs.trace(pipeline, partial, sizes, report, consume=ours)
         if shapes == "fixed":
             graphs.freeze(partial, pipelines.facts(pipeline, size))
         report(f"compiling {type(pipeline.scheduler).__name__} for {', '.join(map(str, counts))} steps")
@@ -160,7 +168,7 @@ def export_bundle(
             (partial / part / tokens.FILE).write_text(
                 tokenizer.to_str(pretty=True), encoding="utf-8", newline="\n"
             )
-        preview = fit_preview(references)
+        preview = fit_preview([*guided, *unguided])
         shown = preview.explained >= WORTH_SHOWING
         report(
             f"a linear map explains {max(0.0, preview.explained):.0%} of the colours: previews "
@@ -172,21 +180,21 @@ def export_bundle(
             "default_steps": counts[0],
             "default_guidance": scale,
             "steps": sorted(counts),
+            "other_sizes": sizes[1:] or None,
             "latent_to_rgb": preview.rows if shown else None,
         }
         write_manifest(partial, **facts)
         del loaded, pipeline  # for whose memory the bundle has use
         gc.collect()
         report("comparing pixels with the torch pipeline")
-        guided, unguided, *default = references
         bundle = Bundle.open(partial)
-        difference = largest_difference(bundle, [unguided])  # of the graph as it was traced
+        difference = largest_difference(bundle, unguided)  # of the graph as it was traced
         if count := attention.fuse(bundle.path(bundle.manifest.denoiser)):
             report(f"made each of {count} attentions one operator, in a second graph over the same weights")
         else:
             report("no attention is of the kind that can be one operator, so that there is no second graph")
         write_manifest(partial)
-        difference = max(difference, largest_difference(Bundle.open(partial), [guided, *default]))
+        difference = max(difference, largest_difference(Bundle.open(partial), guided))
         report(f"largest difference {difference:.1e} of {PIXEL_TOLERANCE:.0e} allowed")
         if difference > PIXEL_TOLERANCE:
             raise ExportError(
@@ -287,14 +295,17 @@ def _counts(text: str) -> tuple[int, ...]:
     return counts
 
 
-def _size(text: str) -> tuple[int, int]:
-    try:
-        width, height = (int(part) for part in text.lower().split("x"))
-    except ValueError:
-        width = height = 0
-    if min(width, height) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no WIDTHxHEIGHT of at least 1x1, such as 512x512")
-    return width, height
+def _sizes(text: str) -> tuple[Size, ...]:
+    sizes = []
+    for each in text.lower().split(","):
+        try:
+            width, height = (int(part) for part in each.split("x"))
+        except ValueError:
+            width = height = 0
+        if min(width, height) < 1:
+            raise argparse.ArgumentTypeError(f"{each!r} is no WIDTHxHEIGHT of at least 1x1, such as 512x512")
+        sizes.append((width, height))
+    return tuple(sizes)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -320,15 +331,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="another diffusers scheduler, from the model's own config with these changes",
     )
     parser.add_argument(
-        "--size", type=_size, metavar="WIDTHxHEIGHT", help="image size in pixels; the model's own by default"
+        "--size",
+        dest="sizes",
+        type=_sizes,
+        default=(),
+        metavar="WIDTHxHEIGHT",
+        help="image sizes in pixels, the first is the default: 512x512 or 512x512,512x768,768x512; the model's own by "
+        "default. Each is compared with the pipeline",
     )
     parser.add_argument(
         "--shapes",
         choices=("dynamic", "fixed"),
         default="dynamic",
-        help="a bundle makes images of one size either way. dynamic leaves the batch open, so that guidance can run "
-        "both prompts in one pass; fixed: graphs for this size and one image at a time, as TensorRT wants them, which "
-        "optimum's ORTDiffusionPipeline runs only without guidance. Default: %(default)s",
+        help="dynamic: one graph for every size, and for one image or two, so that guidance can run both prompts in "
+        "one pass; fixed: graphs for one size and one image at a time, as TensorRT wants them, which optimum's "
+        "ORTDiffusionPipeline runs only without guidance. Default: %(default)s",
     )
     parser.add_argument(
         "--dtype",

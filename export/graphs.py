@@ -6,7 +6,7 @@ optimum cannot trace an AutoencoderTiny, whose config lacks what it asks for; th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderTiny, StableDiffusionXLPipeline
 from onnx import numpy_helper
 
-from edge_agent.bundle import TRANSFORMER
+from edge_agent.bundle import TRANSFORMER, Size
 from export.errors import ExportError, reason
 from export.pipeline import denoiser_of, drop_origin, quiet
 
@@ -35,19 +35,19 @@ Report = Callable[[str], None]
 
 
 def trace(
-    pipeline: Any, folder: Path, size: tuple[int, int], report: Report, *, consume: bool = False
+    pipeline: Any, folder: Path, sizes: Sequence[Size], report: Report, *, consume: bool = False
 ) -> None:
     """Write the graphs of `pipeline` with their configs, its scheduler and tokenizers into `folder`.
 
-    The graphs run images of other sizes too, but for a transformer, whose positions are those of `size` = width,
-    height. `report` gets one line for each graph, with seconds and size. With `consume` each part loses its weights
-    once they are in its graph, which is there beside the largest part then and not beside all of them.
+    The graphs run images of other sizes too, but for a transformer, which has positions for `sizes` alone. `report`
+    gets one line for each graph, with seconds and size. With `consume` each part loses its weights once they are in its
+    graph, which is there beside the largest part then and not beside all of them.
 
     Raises:
         ExportError: a graph cannot be traced.
         OSError: the disk is full, for one.
     """
-    with quiet(), _made_for(size, pipeline):
+    with quiet(), _made_for(sizes, pipeline):
         # Here, because importing it takes seconds that a refusal should not cost.
         from optimum.exporters.onnx.convert import export
         from optimum.exporters.utils import get_diffusion_models_for_export
@@ -61,7 +61,7 @@ def trace(
     for name, (model, config) in models.items():
         began = time.perf_counter()
         try:
-            with quiet(), _made_for(size, pipeline):
+            with quiet(), _made_for(sizes, pipeline):
                 # Validation is ours: the whole pipeline is compared, not graph by graph on random inputs.
                 export(model, config=config, output=folder / name / "model.onnx")
         except OSError:
@@ -107,23 +107,27 @@ def _mask_mildly(path: Path) -> None:
 
 
 @contextmanager
-def _made_for(size: tuple[int, int], pipeline: Any) -> Iterator[None]:
-    """In this block a transformer is one for images of `size` = width, height. Its config says so, where optimum reads
-    the size to trace it at, and its table of positions, up to a gigabyte, is cut to what they take of it.
+def _made_for(sizes: Sequence[Size], pipeline: Any) -> Iterator[None]:
+    """In this block a transformer is one for images of `sizes`. Its config names the first, where optimum reads the
+    size to trace it at, and its table of positions, up to a gigabyte, is cut to what they take of it.
     """
     name, denoiser = denoiser_of(pipeline)
     if name != "transformer":
         yield
         return
-    width, height = (side // pipeline.vae_scale_factor for side in size)
+    width, height = (side // pipeline.vae_scale_factor for side in sizes[0])
     embedding, own = denoiser.pos_embed, denoiser.config.sample_size
     names = ("pos_embed", "pos_embed_max_size", "height", "width")
     kept = {name: getattr(embedding, name) for name in names}
+    patch, square = embedding.patch_size, None
     positions = embedding.cropped_pos_embed(height, width)
-    sides = (side // embedding.patch_size for side in (height, width))
+    if len(sizes) > 1:  # a square, out of whose middle the graph then cuts those of each size
+        square = max(side for size in sizes for side in size) // (pipeline.vae_scale_factor * patch)
+        square += (embedding.pos_embed_max_size - square) % 2  # else its middle would not be the table's
+        positions = embedding.cropped_pos_embed(square * patch, square * patch)
     denoiser.register_to_config(sample_size=(height, width))
     try:
-        for name, value in zip(names, (positions, None, *sides), strict=True):
+        for name, value in zip(names, (positions, square, height // patch, width // patch), strict=True):
             setattr(embedding, name, value)
         yield
     finally:

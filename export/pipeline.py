@@ -10,7 +10,7 @@ import math
 import os
 import shlex
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +34,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import CLIPTextModelWithProjection
 
 from cloud_server import complete
-from edge_agent.bundle import MANIFEST, AddedConditioning, JointConditioning
+from edge_agent.bundle import MANIFEST, AddedConditioning, JointConditioning, Size
 from export.errors import ExportError, reason
 from export.schedule import PLAIN, Loop
 
@@ -216,7 +216,23 @@ def refuse_large(size: tuple[int, int]) -> None:
         )
 
 
-def size_of(pipeline: Any, size: tuple[int, int] | None) -> tuple[int, int]:
+def sizes_of(pipeline: Any, asked: Sequence[Size]) -> tuple[Size, ...]:
+    """Width and height in pixels: those `asked`, each once, or the pipeline's own.
+
+    Raises ExportError as `size_of` and `loop_of` do, and where the scheduler makes other timesteps for another size,
+    which are compiled for one.
+    """
+    sizes = tuple(dict.fromkeys(size_of(pipeline, size) for size in asked)) or (size_of(pipeline, None),)
+    if len({loop_of(pipeline, size) for size in sizes}) > 1:
+        raise ExportError(
+            f"{type(pipeline.scheduler).__name__} shifts its timesteps by the size, as the model's "
+            "scheduler_config.json asks for with use_dynamic_shifting: name one size with --size, and export the model "
+            "once for each"
+        )
+    return sizes
+
+
+def size_of(pipeline: Any, size: Size | None) -> Size:
     """Width and height in pixels: `size`, or the pipeline's own.
 
     Raises ExportError when the denoiser cannot halve it as often as it does, it is above MAX_SIDE or what a transformer

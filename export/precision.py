@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -104,11 +104,10 @@ class Loss:
         cls, images: Sequence[NDArray[np.float32]], references: Sequence[NDArray[np.float32]]
     ) -> Loss:
         """Of images [H, W, 3] in 0..1, in the same order."""
-        found, wanted = np.stack(images).astype(np.float64), np.stack(references).astype(np.float64)
-        difference = found - wanted
+        wanted = [reference.astype(np.float64) for reference in references]
+        difference = _joined(found - reference for found, reference in zip(images, wanted, strict=True))
         power = float(np.mean(difference**2))
-        about_mean = wanted - wanted.mean(axis=(1, 2), keepdims=True)
-        own = float(np.mean(about_mean**2))
+        own = float(np.mean(_joined(reference - reference.mean(axis=(0, 1)) for reference in wanted) ** 2))
         return cls(
             float(np.abs(difference).max()),
             float("inf") if power == 0 else -10 * float(np.log10(power)),
@@ -119,6 +118,11 @@ class Loss:
         return (
             f"largest difference {self.largest:.1e}, PSNR {self.psnr:.1f} dB, {self.share:.1e} of the picture"
         )
+
+
+def _joined(images: Iterable[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """All their values, [N]; the images may be of several sizes."""
+    return np.concatenate([image.ravel() for image in images])
 
 
 def shrink(
@@ -208,13 +212,15 @@ def _images(bundle: Bundle) -> list[NDArray[np.float32]]:
 
 
 def _drawn(bundle: Bundle, prompts: Sequence[str], seed: int) -> Iterator[NDArray[np.float32]]:
+    """An image of each prompt, of the bundle's sizes in turn."""
     manifest = bundle.manifest
     generator = Generator(bundle)
     negative = generator.encode_negative("")
     for number, prompt in enumerate(prompts):
         _, states = generator.encode(prompt)
         steps, guidance = manifest.default_steps, manifest.default_guidance
-        *_, image = generator.generate(states, negative, seed + number, steps, guidance)
+        size = manifest.sizes[number % len(manifest.sizes)]
+        *_, image = generator.generate(states, negative, seed + number, steps, guidance, size=size)
         assert isinstance(image, Image)
         yield image.colours
 

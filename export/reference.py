@@ -98,7 +98,10 @@ def difference(generator: Generator, reference: Reference) -> float:
     """
     _, states = generator.encode(reference.prompt)
     negative = generator.encode_negative(reference.negative)
-    *_, image = generator.generate(states, negative, reference.seed, reference.steps, reference.guidance)
+    height, width, _ = reference.colours.shape
+    *_, image = generator.generate(
+        states, negative, reference.seed, reference.steps, reference.guidance, size=(width, height)
+    )
     assert isinstance(image, Image)
     return float(np.abs(image.colours - reference.colours).max())
 

@@ -26,6 +26,7 @@ import grpc
 import numpy as np
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
 from PIL import Image
 
 from edge_agent.daemon import Daemon
@@ -358,6 +359,9 @@ class ScriptedCloud(cloud_pb2_grpc.CloudServerServiceServicer):
     def __init__(self, digest: str) -> None:
         self.digest = digest
         self.manner = "honest"
+        self.sizes: tuple[
+            tuple[int, int], ...
+        ] = ()  # width and height of the only images it makes; none: any
         self.received: list[cloud_pb2.GenerateRequest] = []
         self.metadata: list[dict[str, Any]] = []
         self.asked = 0  # which model it has
@@ -379,6 +383,16 @@ class ScriptedCloud(cloud_pb2_grpc.CloudServerServiceServicer):
                 "too dear",
                 (("grpc-status-details-bin", status.SerializeToString()),),
             )
+        if self.sizes and (wish.width, wish.height) not in self.sizes:
+            refused = status_pb2.Status(
+                code=grpc.StatusCode.INVALID_ARGUMENT.value[0], message="not of that size"
+            )
+            violation = error_details_pb2.BadRequest.FieldViolation(
+                field="width", description=refused.message
+            )
+            refused.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+            how = rpc_status.to_status(refused)
+            await context.abort(how.code, how.details, how.trailing_metadata)
         if self.manner == "drop":
             await context.abort(grpc.StatusCode.INTERNAL, "the server broke")
         accepted = cloud_pb2.Accepted(charged_micro_usd=self.PRICE, model_digest=self.digest)

@@ -19,11 +19,10 @@ class Decoder:
             bundle.path(DECODER), ["latent_sample"], ["sample"], runtime, bundle.files_of(DECODER)
         )
         facts = bundle.manifest
-        self._session.expect(
-            latent_sample=(None, facts.latent_channels, facts.latent_height, facts.latent_width),
-            sample=(None, 3, facts.height, facts.width),
-        )
-        self._shape = (1, 3, facts.height, facts.width)
+        for width, height in runtime.sizes_of(facts):
+            latents = facts.latent_shape((width, height))
+            self._session.expect(latent_sample=(None, *latents[1:]), sample=(None, 3, height, width))
+        self._factor = facts.factor
         self._scaling, self._shift = np.float32(facts.latent_scaling), np.float32(facts.latent_shift)
 
     @property
@@ -36,14 +35,15 @@ class Decoder:
 
         Raises:
             Cancelled, GenerationFailed: see `Session.run`.
-            GenerationFailed: what the graph gives is not of the manifest's size, or not finite.
+            GenerationFailed: what the graph gives is not of the size that the latents make, or not finite.
         """
         scaled = latents / self._scaling + self._shift
         (sample,) = self._session.run({"latent_sample": scaled}, stop=stop, shrink=True)
-        if sample.shape != self._shape:  # which a graph that takes any size does not tell before
+        height, width = (side * self._factor for side in latents.shape[2:])
+        if sample.shape != (1, 3, height, width):  # which a graph that takes any size does not tell before
             raise GenerationFailed(
-                f"{self._session.path} gave the shape {sample.shape} where the manifest asks for {self._shape}; export "
-                "the bundle again"
+                f"{self._session.path} gave the shape {sample.shape} where the manifest asks for "
+                f"{(1, 3, height, width)}; export the bundle again"
             )
         if not np.isfinite(sample).all():  # which would be black or white
             raise GenerationFailed(

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.bundle import FUSED, Bundle
+from edge_agent.bundle import FUSED, AddedConditioning, Bundle
 from edge_agent.diffusion.sessions import Runtime, Session, Stop
 from edge_agent.diffusion.text_encoder import TextStates
 from edge_agent.errors import BundleError
@@ -64,12 +64,14 @@ class Denoiser:
             # onnxruntime 1.23 to 1.27 fails where it fuses what it has cast for the CPU.
             runtime = replace(runtime, unfused=("SimplifiedLayerNormFusion",))
         self._session = Session(bundle.path(graph), inputs, [output], runtime, bundle.files_of(graph))
-        latents = (None, facts.latent_channels, facts.latent_height, facts.latent_width)
         states = (None, facts.text_tokens, facts.text_hidden)
         if self._joint is not None:
             states = (None, self._joint.positions, self._joint.hidden)
             self._session.expect(timestep=(None,))
-        self._session.expect(encoder_hidden_states=states, **{self._latents: latents, output: latents})
+        self._session.expect(encoder_hidden_states=states)
+        for size in runtime.sizes_of(facts):
+            latents = (None, *facts.latent_shape(size)[1:])
+            self._session.expect(**{self._latents: latents, output: latents})
         # What a manifest alone says, nobody has weights for: it could ask for more than the memory.
         if (
             self._joint is not None
@@ -81,7 +83,7 @@ class Denoiser:
         if facts.added is not None:
             self._session.expect(time_ids=(None, len(facts.added.time_ids)))
         self._embedding = facts.guidance_embedding
-        self._time_ids = None if facts.added is None else np.asarray([facts.added.time_ids], np.float32)
+        self._facts = facts
         self.one_at_a_time = self._session.shapes[self._latents][0] == 1
         # By size and not by a measurement at each start: both round off differently, and a seed should stay a picture.
         self.passes: Passes = "separate" if self._session.large and runtime.on_cpu else "batch"
@@ -155,9 +157,9 @@ class Denoiser:
         if self._embedding is not None:
             embedding = guidance_embedding(guidance_scale, self._embedding)
             inputs["timestep_cond"] = np.repeat(embedding, count, axis=0)
-        if self._time_ids is not None:
+        if self._facts.added is not None:
             inputs["text_embeds"] = np.concatenate(pooled)
-            inputs["time_ids"] = np.repeat(self._time_ids, count, axis=0)
+            inputs["time_ids"] = np.repeat(self._time_ids(self._facts.added, latents), count, axis=0)
         if self._joint is not None:
             _, tokens, hidden = states.shape
             room = ((0, 0), (0, self._joint.positions - tokens), (0, self._joint.hidden - hidden))
@@ -166,6 +168,14 @@ class Denoiser:
             inputs["pooled_projections"] = np.concatenate(pooled)
         (output,) = self._session.run(inputs, stop=stop, shrink=last)
         return output
+
+    def _time_ids(self, added: AddedConditioning, latents: Floats) -> Floats:
+        """float32 [1, N]. An image of another size than the default's is taken for a whole one as well."""
+        ids = added.time_ids
+        if latents.shape != self._facts.latent_shape(self._facts.sizes[0]):
+            height, width = (float(side * self._facts.factor) for side in latents.shape[2:])
+            ids = (height, width, *ids[2:4], height, width)
+        return np.asarray([ids], np.float32)
 
 
 def graph_on(bundle: Bundle, runtime: Runtime) -> str:

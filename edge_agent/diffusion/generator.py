@@ -11,7 +11,7 @@ import onnxruntime as ort
 import PIL.Image
 from numpy.typing import NDArray
 
-from edge_agent.bundle import DECODER, Bundle, schedule_file
+from edge_agent.bundle import DECODER, Bundle, Size, schedule_file
 from edge_agent.diffusion.decoder import Decoder
 from edge_agent.diffusion.denoiser import Denoiser, graph_on
 from edge_agent.diffusion.noise import TorchNoise
@@ -75,23 +75,30 @@ class Generator:
         for steps, schedule in self._schedules.items():
             if schedule.steps != steps:
                 raise BundleError(f"{bundle.path(schedule_file(steps))} is for {schedule.steps} steps")
-        self._size = (manifest.width, manifest.height)
         self._latent_to_rgb = (
             None if manifest.latent_to_rgb is None else np.asarray(manifest.latent_to_rgb, np.float32)
         )
-        self._latent_shape = (1, manifest.latent_channels, manifest.latent_height, manifest.latent_width)
         self._bundle = bundle
+        # What makes images of other sizes than the default's.
+        self.of_other_sizes = self.denoiser, self.decoder
 
     @property
     def sessions(self) -> tuple[Session, ...]:
-        """Every graph."""
+        """Every graph that an image of the default size takes."""
         return (*self.text_encoder.sessions, *self.denoiser.sessions, *self.decoder.sessions)
 
+    @property
+    def spare_sessions(self) -> tuple[Session, ...]:
+        """Graphs that images of other sizes alone take."""
+        denoiser, decoder = self.of_other_sizes
+        return () if denoiser is self.denoiser else (*denoiser.sessions, *decoder.sessions)
+
     def on(self, denoiser: Runtime, decoder: Runtime) -> Generator:
-        """The same models with denoiser and decoder on other runtimes, opened for one image of the bundle's size.
+        """The same models with denoiser and decoder on other runtimes, opened for one image of the default size.
 
         Tokenizer and text encoder are shared, so that what decisions are made of stays the same. Each graph is
-        rehearsed first. Both denoisers and decoders then compute once and have to agree.
+        rehearsed first. Both denoisers and decoders then compute once and have to agree. Images of other sizes are
+        made as before.
 
         Raises:
             BundleError: they cannot be opened there.
@@ -104,13 +111,16 @@ class Generator:
             (decoding, DECODER, decoder),
         ):
             rehearse(self._bundle.path(graph), session.inputs, session.outputs, runtime)
+        manifest = self._bundle.manifest
         other = copy.copy(self)
         other.denoiser = Denoiser(self._bundle, denoiser)
         other.decoder = Decoder(self._bundle, decoder)
+        if not manifest.other_sizes:
+            other.of_other_sizes = other.denoiser, other.decoder  # nothing holds on to the graphs of before
         _, states = self.encode("")
         schedule = self._schedules[min(self._schedules)]
-        noise = TorchNoise(0).draw(self._latent_shape)
-        guidance = self._bundle.manifest.default_guidance
+        noise = TorchNoise(0).draw(manifest.latent_shape(manifest.sizes[0]))
+        guidance = manifest.default_guidance
         latents = [
             each.denoiser.predict(noise, schedule.timesteps[0], states, states, guidance, last=True)
             for each in (self, other)
@@ -140,6 +150,7 @@ class Generator:
         guidance_scale: float,
         previews: bool = False,
         stop: Stop | None = None,
+        size: Size | None = None,
     ) -> Iterator[Step | Image]:
         """Yields a `Step` after each call of the denoiser, then one `Image`.
 
@@ -154,9 +165,11 @@ class Generator:
             previews: show an image with every step. It costs one run of the decoder where the bundle has no
                 linear map from latents to colours, and next to nothing where it has.
             stop: ends the work within a fraction of a second when set from another thread.
+            size: width and height in pixels, one of the bundle's sizes; the default's if None.
 
         Raises:
-            InvalidRequest: `steps` is not compiled in this bundle, or `seed` is not in 0..2**32-1.
+            InvalidRequest: `steps` is not compiled in this bundle, it has no such `size`, or `seed` is not in
+                0..2**32-1.
             Cancelled: `stop` was set.
             GenerationFailed: onnxruntime failed, or the result is not finite.
         """
@@ -167,20 +180,27 @@ class Generator:
             noise = TorchNoise(seed)
         except ValueError as error:
             raise InvalidRequest(str(error), field="seed") from error
+        manifest = self._bundle.manifest
+        size = size or manifest.sizes[0]
+        if size not in manifest.sizes:
+            known = ", ".join(f"{width}x{height}" for width, height in manifest.sizes)
+            raise InvalidRequest(f"the size must be one of {known}, not {size[0]}x{size[1]}", field="width")
+        default = size == manifest.sizes[0]
+        denoiser, decoder = (self.denoiser, self.decoder) if default else self.of_other_sizes
         schedule = self._schedules[steps]
         stop = stop or Stop()
-        sums = schedule.run(self._latent_shape, noise)
+        sums = schedule.run(manifest.latent_shape(size), noise)
         latents = next(sums)
         for call, timestep in enumerate(schedule.timesteps, start=1):
             last = call == schedule.calls
-            output = self.denoiser.predict(
+            output = denoiser.predict(
                 latents, timestep, states, negative_states, guidance_scale, stop=stop, last=last
             )
             preview = None
             if previews and not last:  # after the last call comes the image itself
                 a, b = schedule.clean[call - 1]
                 clean = np.float32(a) * latents + np.float32(b) * output
-                preview = self._preview(clean, stop)
+                preview = self._preview(clean, decoder, stop)
             try:
                 latents = sums.send(output)
             except StopIteration as final:
@@ -190,15 +210,17 @@ class Generator:
             raise GenerationFailed(
                 "the denoiser gave numbers that are not finite; try another seed or guidance scale"
             )
-        yield Image(self.decoder.decode(latents, stop=stop))
+        yield Image(decoder.decode(latents, stop=stop))
 
-    def _preview(self, latents: Floats, stop: Stop) -> NDArray[np.uint8]:
+    def _preview(self, latents: Floats, decoder: Decoder, stop: Stop) -> NDArray[np.uint8]:
         if self._latent_to_rgb is None:
-            return Image(self.decoder.decode(latents, stop=stop)).pixels
+            return Image(decoder.decode(latents, stop=stop)).pixels
         *channels, constant = self._latent_to_rgb
         colours = np.tensordot(latents[0], np.stack(channels), axes=(0, 0)) + constant
         small = PIL.Image.fromarray(Image(np.clip(colours, 0, 1)).pixels)
-        return np.asarray(small.resize(self._size, PIL.Image.Resampling.BICUBIC))
+        factor = self._bundle.manifest.factor
+        size = (small.width * factor, small.height * factor)
+        return np.asarray(small.resize(size, PIL.Image.Resampling.BICUBIC))
 
 
 def _fixed(runtime: Runtime, sessions: tuple[Session, ...]) -> Runtime:

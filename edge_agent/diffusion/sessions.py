@@ -16,7 +16,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edge_agent import memory
-from edge_agent.bundle import FileState, file_states
+from edge_agent.bundle import Facts, FileState, Size, file_states
 from edge_agent.diffusion import plugins
 from edge_agent.errors import BundleError, Busy, Cancelled, GenerationFailed, OutOfMemory
 
@@ -70,6 +70,12 @@ class Runtime:
     def on_cpu(self) -> bool:
         """Whether nothing but the CPU runs the graphs."""
         return self.providers == (plugins.CPU_PROVIDER,)
+
+    def sizes_of(self, facts: Facts) -> tuple[Size, ...]:
+        """The images that graphs must be able to make here: all of the bundle's, or its default alone where `sizes` are
+        given. The default is the last, so that it is what `Session.expect` then knows of sizes that are left open.
+        """
+        return facts.sizes[:1] if self.sizes else facts.sizes[::-1]
 
 
 class Stop(threading.Event):

@@ -166,6 +166,14 @@ def test_a_newer_schema_says_what_to_do(bundle_copy: Path) -> None:
         ({"guidance_embedding": 2}, "guidance_embedding"),
         ({"dtypes": ["fp16"]}, "dtypes must be"),
         ({"dtypes": {"unet": "bf16"}}, "dtypes must be of fp16, int8, by folder"),
+        ({"other_sizes": []}, "other_sizes must list up to 100 pairs"),
+        ({"other_sizes": [[96]]}, "other_sizes must list up to 100 pairs"),
+        ({"other_sizes": [[96, "64"]]}, "other_sizes must list up to 100 pairs"),
+        ({"other_sizes": [[96, 1 << 20]]}, "other_sizes must list up to 100 pairs"),
+        ({"other_sizes": [[8 * side, 8] for side in range(1, 102)]}, "other_sizes must list up to 100 pairs"),
+        ({"other_sizes": [[96, 60]]}, "other_sizes must be multiples of 8"),
+        ({"other_sizes": [[96, 64], [64, 64]]}, "other_sizes must be others than width and height"),
+        ({"other_sizes": [[96, 64], [96, 64]]}, "other_sizes must .* each named once"),
         ({"latent_to_rgb": [[0.1, 0.2, 0.3]] * 4}, "5 rows"),
         ({"latent_to_rgb": [["red", 0, 0]] * 5}, "latent_to_rgb must list numbers"),
         ({"added": {"text_output": "a", "pooled_output": "b", "time_ids": [1]}}, "zero_negative"),
@@ -297,6 +305,7 @@ def test_the_model_digest_depends_on_every_part_of_the_models(bundle_copy: Path,
         ({"name": "renamed"}, False),
         ({"dtypes": {"unet": "int8"}}, False),  # the file's sha256 tells
         ({"latent_to_rgb": [[0.1, 0.2, 0.3]] * 5}, False),  # previews only
+        ({"other_sizes": [[96, 64]]}, False),  # other pictures
     ],
 )
 def test_the_model_digest_depends_on_the_facts_that_change_the_picture(
@@ -382,6 +391,12 @@ def test_joint_conditioning_that_no_transformer_has_is_refused(
 def test_a_model_has_one_kind_of_conditioning(bundle_copy: Path) -> None:
     with pytest.raises(BundleError, match="no model has joint conditioning besides"):
         write_manifest(bundle_copy, joint=JOINT, guidance_embedding=8)
+
+
+def test_other_sizes_are_for_models_that_can_be_told_of_them(bundle_copy: Path) -> None:
+    added = AddedConditioning("hidden_states.1", "text_embeds", (64.0,) * 5, True)
+    with pytest.raises(BundleError, match="with other_sizes, time_ids must be those of an image's size"):
+        write_manifest(bundle_copy, other_sizes=[[96, 64]], added=added)
 
 
 def test_a_manifest_with_unknown_or_missing_facts_is_not_written(bundle_copy: Path) -> None:

@@ -26,7 +26,7 @@ import grpc
 import numpy as np
 import pytest
 from google.protobuf.message import Message
-from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 from grpc_status.rpc_status import to_status
 from PIL import Image
@@ -538,6 +538,21 @@ async def test_the_price_of_an_image_is_known_for_a_minute_and_a_new_one_counts_
         cloud.script = [accepted(price), *chunks(png()), result(png(), charged=price)]
         await collect(client)
         assert (client.affordable(price - 1), client.affordable(price)) == (False, True)
+
+
+async def test_a_size_that_the_cloud_does_not_make_is_known_for_a_minute(cloud: Cloud) -> None:
+    now = 100.0
+    client = CloudClient(cloud.address, monotonic=lambda: now)
+    assert client.makes(REQUEST)
+    for blamed, known in (("prompt", True), ("height", False)):
+        violation = BadRequest.FieldViolation(field=blamed, description="not here")
+        refusal = BadRequest(field_violations=[violation])
+        cloud.script = [abort(grpc.StatusCode.INVALID_ARGUMENT, "not here", detail=refusal)]
+        assert (await failure(client)).never_ran
+        assert client.makes(REQUEST) is known
+    assert client.healthy and client.makes(REQUEST._replace(width=96))
+    now = 160.0
+    assert client.makes(REQUEST)
 
 
 @pytest.mark.parametrize("price", ["", "much", "9" * 5000, "-1"])

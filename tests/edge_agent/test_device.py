@@ -24,7 +24,9 @@ async def test_an_image_goes_with_whoever_asked_for_it() -> None:
     gc.collect()
     gc.disable()
     try:
-        drawing = device.begin(Job(generator, states, states, 1, 4, 1.0, previews=False, deadline=None))
+        drawing = device.begin(
+            Job(generator, states, states, 1, 4, 1.0, (64, 64), previews=False, deadline=None)
+        )
         async with aclosing(drawing.events()) as events:
             *_, drawn = [event async for event in events]
         assert isinstance(drawn, Drawn)
@@ -43,7 +45,7 @@ async def test_what_was_cancelled_in_the_queue_holds_no_token_states_until_its_t
 
     def job() -> Job:
         _, states = generator.encode("a cat")
-        return Job(generator, states, states, 1, 16, 1.0, previews=False, deadline=None)
+        return Job(generator, states, states, 1, 16, 1.0, (64, 64), previews=False, deadline=None)
 
     first = device.begin(job())
     waiting = device.begin(job())
@@ -67,7 +69,9 @@ async def test_what_an_image_takes_is_forgotten_with_the_models_that_took_it() -
     guess = device.expected_s()
 
     async def draw() -> None:
-        drawing = device.begin(Job(generator, states, states, 1, 4, 1.0, previews=False, deadline=None))
+        drawing = device.begin(
+            Job(generator, states, states, 1, 4, 1.0, (64, 64), previews=False, deadline=None)
+        )
         async with aclosing(drawing.events()) as events:
             async for _ in events:
                 pass
@@ -88,7 +92,9 @@ async def test_the_mean_of_what_an_image_takes_begins_anew_with_the_first_of_ano
     device = Device(max_queue=0)
 
     async def draw(generator: Generator, steps: int) -> float:
-        drawing = device.begin(Job(generator, states, states, 1, steps, 1.0, previews=False, deadline=None))
+        drawing = device.begin(
+            Job(generator, states, states, 1, steps, 1.0, (64, 64), previews=False, deadline=None)
+        )
         async with aclosing(drawing.events()) as events:
             *_, drawn = [event async for event in events]
         assert isinstance(drawn, Drawn)

@@ -35,8 +35,8 @@ from tests.running import Process, process_environment, short_folder
 from tests.web import web_server
 
 LISTED = (
-    "name", "current", "served", "calibrated", "digest", "folder", "bytes", "width", "height", "steps", "licence",
-    "error"
+    "name", "current", "served", "calibrated", "digest", "folder", "bytes", "width", "height", "sizes", "steps",
+    "licence", "error"
 )  # fmt: skip
 PULLED = (
     "name", "folder", "digest", "bytes", "fetched_bytes", "was_installed", "current", "served", "calibrated", "advice"

@@ -21,7 +21,7 @@ import onnxruntime as ort
 import pytest
 import pytest_asyncio
 
-from edge_agent.bundle import DECODER, DENOISER, FUSED, Bundle, write_manifest
+from edge_agent.bundle import DECODER, DENOISER, FUSED, Bundle, Size, write_manifest
 from edge_agent.daemon import _load_models
 from edge_agent.diffusion import providers, rehearsal
 from edge_agent.diffusion.generator import Generator, Image
@@ -169,6 +169,30 @@ async def test_what_a_warm_up_that_failed_has_loaded_is_unloaded_again(
         await until(down)
 
 
+async def test_what_only_other_sizes_take_is_unloaded_once_it_has_warmed_up(
+    gate: Gate, sized_bundle: Path, tmp_path: Path
+) -> None:
+    settings = {"providers": f"{SECOND},cpu", "cache": tmp_path / "cache"}
+    async with daemon_here(sized_bundle, tmp_path / "state", **settings) as here:
+        assert here.daemon.agent is not None
+        models = here.daemon.agent.models
+        before = [await here.app.generate(routing=LOCAL, seed=5, width=width) for width in (64, 96)]
+        gate.open.set()
+        await until(lambda: models.generator.spare_sessions)
+
+        def loaded() -> set[bool]:
+            return {session.loaded_at is not None for session in models.generator.spare_sessions}
+
+        await until(lambda: loaded() == {False})
+        after = [await here.app.generate(routing=LOCAL, seed=5, width=width) for width in (64, 96)]
+        assert [answer.picture.size for answer in after] == [(64, 64), (96, 64)]
+        for one, other in zip(before, after, strict=True):
+            assert np.abs(np.asarray(one.picture, int) - np.asarray(other.picture, int)).max() <= 1
+        assert loaded() == {True}
+        models.unload()
+        assert loaded() == {False}
+
+
 async def test_warm_ups_come_one_after_another_and_those_that_were_overtaken_not_at_all(
     here: Here, gate: Gate
 ) -> None:
@@ -194,10 +218,11 @@ async def test_a_daemon_that_is_stopped_does_not_wait_for_its_warm_up(here: Here
     await until(lambda: not here.daemon.still_loading)
 
 
-def drawn(generator: Generator, bundle: Bundle) -> np.ndarray[Any, Any]:
+def drawn(generator: Generator, size: Size | None = None) -> np.ndarray[Any, Any]:
     _, states = generator.encode("a cat")
     nothing = generator.encode_negative("")
-    (image,) = (event for event in generator.generate(states, nothing, 3, 4, 5.0) if isinstance(event, Image))
+    *_, image = generator.generate(states, nothing, 3, 4, 5.0, size=size)
+    assert isinstance(image, Image)
     return image.colours
 
 
@@ -226,7 +251,23 @@ def test_the_better_generator_has_one_size_the_same_encoder_and_draws_the_same(
         *(1, facts.latent_channels),
         *(facts.latent_height, facts.latent_width),
     )
-    assert np.abs(drawn(better, bundle) - drawn(generator, bundle)).max() < 1e-4
+    assert np.abs(drawn(better) - drawn(generator)).max() < 1e-4
+    assert better.spare_sessions == ()
+
+
+def test_images_of_other_sizes_are_made_as_before_the_better_generator(bundle_copy: Path) -> None:
+    """The better one is compiled for the default's size. What the others take is loaded when one is asked for."""
+    write_manifest(bundle_copy, other_sizes=[(96, 64)])
+    generator = Generator(Bundle.open(bundle_copy), Runtime(threads=1))
+    before = drawn(generator, (96, 64))
+    better = generator.on(BETTER, BETTER)
+    assert better.spare_sessions == (*generator.denoiser.sessions, *generator.decoder.sessions)
+    for session in better.spare_sessions:
+        session.unload()
+    assert drawn(better).shape == (64, 64, 3)
+    assert {session.loaded_at for session in better.spare_sessions} == {None}
+    np.testing.assert_array_equal(drawn(better, (96, 64)), before)
+    assert None not in {session.loaded_at for session in better.spare_sessions}
 
 
 def test_a_provider_that_computes_something_else_is_not_taken_up(

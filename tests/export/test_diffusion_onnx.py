@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from transformers import CLIPImageProcessor
 
 from cloud_server import complete
 from edge_agent.bundle import CALIBRATION, MANIFEST, PREDICTOR, Bundle, write_manifest
+from edge_agent.diffusion.decoder import Decoder
 from edge_agent.diffusion.generator import Generator
 from edge_agent.diffusion.schedule import Schedule
 from edge_agent.diffusion.sessions import Runtime
@@ -361,7 +363,52 @@ def test_a_size_that_the_denoiser_cannot_halve_is_refused_naming_one_near(
     pipeline: StableDiffusionPipeline, tmp_path: Path, size: tuple[int, int], near: str
 ) -> None:
     with pytest.raises(ExportError, match=f"multiples of 16 for this model, such as {near}"):
-        export_bundle(pipeline, tmp_path / "bundle", size=size, report=silent)
+        export_bundle(pipeline, tmp_path / "bundle", sizes=[size], report=silent)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("make", [miniature_pipeline, miniature_xl, miniature_lcm])
+def test_images_of_every_size_equal_the_pipelines(make: Callable[[], Any], tmp_path: Path) -> None:
+    """The second size twice is one; Stable Diffusion XL is told what size it makes."""
+    said: list[str] = []
+    sizes = [(64, 64), (96, 64), (64, 112), (96, 64)]
+    bundle = export_bundle(make(), tmp_path / "bundle", steps=(2,), sizes=sizes, report=said.append)
+    assert bundle.manifest.sizes == ((64, 64), (96, 64), (64, 112))
+    pipeline, generator = make(), Generator(bundle, Runtime(threads=1))
+    for size in bundle.manifest.sizes:
+        for reference in reference_images(pipeline, 2, 4.0, size):
+            assert difference(generator, reference) <= 1e-3
+    one = export_bundle(make(), tmp_path / "one", steps=(2,), report=silent)
+    assert one.model_digest == bundle.model_digest, "what one was calibrated for holds for the other"
+
+
+def test_several_sizes_need_graphs_that_are_made_for_none(
+    pipeline: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    with pytest.raises(ExportError, match="graphs of fixed shapes make images of one size: name one"):
+        export_bundle(
+            pipeline, tmp_path / "bundle", sizes=[(64, 64), (96, 64)], shapes="fixed", report=silent
+        )
+    many = [(16 * side, 16) for side in range(1, 103)]
+    with pytest.raises(ExportError, match="images of 101 sizes at most, not 102"):
+        export_bundle(pipeline, tmp_path / "bundle", sizes=many, report=silent)
+    with pytest.raises(ExportError, match=r"512 does not work: .* multiples of 16"):
+        export_bundle(pipeline, tmp_path / "bundle", sizes=[(64, 64), (500, 512)], report=silent)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bundle_whose_other_sizes_alone_differ_is_not_written(
+    pipeline: StableDiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = Decoder.decode
+
+    def wrong(self: Decoder, latents: Any, **how: Any) -> Any:
+        colours = decode(self, latents, **how)
+        return colours + 0.01 if colours.shape == (64, 96, 3) else colours
+
+    monkeypatch.setattr(Decoder, "decode", wrong)
+    with pytest.raises(ExportError, match=r"differ from the torch pipeline's by 1\.0e-02; not written"):
+        export_bundle(pipeline, tmp_path / "bundle", steps=(2,), sizes=[(64, 64), (96, 64)], report=silent)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -466,12 +513,15 @@ def test_the_options_go_together(
         assert re.search(rf"{graph} +\d+\.\d s +\d+\.\d MB", said)
 
 
-@pytest.mark.parametrize("size", ["512", "512x", "0x64", "axb"])
+@pytest.mark.parametrize("size", ["512", "512x", "0x64", "axb", "512x512,", "512x512,768"])
 def test_sizes_that_are_none_are_refused(size: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["model", "out", "--size", size])
     assert stopped.value.code == 2
-    assert f"{size!r} is no WIDTHxHEIGHT of at least 1x1, such as 512x512" in capsys.readouterr().err
+    assert (
+        f"{size.rpartition(',')[2]!r} is no WIDTHxHEIGHT of at least 1x1, such as 512x512"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -480,7 +530,7 @@ def test_sizes_that_are_none_are_refused(size: str, capsys: pytest.CaptureFixtur
         ({"guidance": float("nan")}, "guidance scale of nan .* at least 0"),
         ({"guidance": -1.0}, "guidance scale of -1"),
         ({"dtype": "fp16", "keep": ["vae"]}, "no vae; its parts are text_encoder, unet, vae_decoder"),
-        ({"size": (64, 1_000_000)}, "size of 64x1000000 does not work: width and height are at most 4096"),
+        ({"sizes": [(64, 1_000_000)]}, "size of 64x1000000 does not work: width and height are at most 4096"),
         (
             {"dtype": "int8", "keep": ["text_encoder", "unet", "vae_decoder"]},
             "names every part, so that nothing would be int8",
@@ -564,7 +614,7 @@ def test_a_size_that_is_none_is_refused_whatever_is_asked_for(model: Path, tmp_p
     with pytest.raises(
         ExportError, match=r"unet[\\/]config\.json: a sample_size of 'x' is none: write .* or null"
     ):
-        export_bundle(model, tmp_path / "bundle", size=(64, 64), report=silent)
+        export_bundle(model, tmp_path / "bundle", sizes=[(64, 64)], report=silent)
 
 
 def test_a_models_own_size_is_no_larger_than_any_other(
@@ -1218,7 +1268,7 @@ def test_the_help_says_what_shapes_are_for(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit):
         main(["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "images of one size either way. dynamic leaves the batch open" in said
+    assert "dynamic: one graph for every size, and for one image or two" in said
     assert "ORTDiffusionPipeline runs only without guidance" in said
 
 

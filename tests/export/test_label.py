@@ -337,7 +337,7 @@ def test_the_clouds_pictures_are_of_the_size_steps_and_guidance_of_its_card(few,
 def test_whatever_the_export_makes_is_labelled_as_it_is(models, tmp_path, kind):
     """With its own default steps, guidance, size and scheduler, none of which the model's folder states."""
     pipeline = miniature_xl() if kind == "xl" else miniature_pipeline()
-    more = {} if kind == "xl" else {"dtype": "fp16", "scheduler": "DPMSolverMultistep", "size": (96, 64)}
+    more = {} if kind == "xl" else {"dtype": "fp16", "scheduler": "DPMSolverMultistep", "sizes": [(96, 64)]}
     bundle = export_bundle(
         pipeline, tmp_path / "bundle", steps=(2,), guidance=3.0, report=lambda _: None, **more
     )

@@ -26,7 +26,7 @@ from export import diffusion_onnx
 from export.diffusion_onnx import export_bundle, main
 from export.errors import ExportError
 from export.pipeline import load, loop_of, prepared
-from export.reference import difference, reference_image
+from export.reference import difference, reference_image, reference_images
 from export.schedule import NotLinear, compile_schedule
 from tests.miniature import miniature_pipeline, miniature_v3
 
@@ -187,7 +187,7 @@ def constants(graph: Path) -> set[tuple[int, ...]]:
 def test_a_size_of_its_own_and_fixed_shapes(pipeline: StableDiffusion3Pipeline, tmp_path: Path) -> None:
     """A transformer's positions are those of one size, which need not be the model's or square."""
     bundle = export_bundle(
-        pipeline, tmp_path / "bundle", steps=(2,), size=(96, 64), shapes="fixed", report=silent
+        pipeline, tmp_path / "bundle", steps=(2,), sizes=[(96, 64)], shapes="fixed", report=silent
     )
     generator = Generator(bundle, Runtime(threads=1))
     shapes = {session.path.parent.name: session.shapes for session in generator.sessions}
@@ -206,6 +206,35 @@ def test_a_size_of_its_own_and_fixed_shapes(pipeline: StableDiffusion3Pipeline, 
     assert (1, 12 * 12, 32) not in constants(bundle.path(TRANSFORMER))
     reference = reference_image(pipeline, "two cats", "dog", 3, 2, 5.0, size=(96, 64))
     assert difference(generator, reference) <= 1e-3
+
+
+@pytest.mark.parametrize(
+    ("sizes", "square"), [([(64, 64), (96, 64)], 6), ([(64, 80), (64, 64)], 6), ([(64, 64), (192, 112)], 12)]
+)
+def test_several_sizes_have_their_positions_out_of_the_middle_of_one_table(
+    pipeline: StableDiffusion3Pipeline, tmp_path: Path, sizes: list[tuple[int, int]], square: int
+) -> None:
+    """Of the model's, which has 12 rows and columns, so that the middle of an odd table would be another."""
+    bundle = export_bundle(pipeline, tmp_path / "bundle", steps=(2,), sizes=sizes, report=silent)
+    assert bundle.manifest.sizes == tuple(sizes)
+    graph = bundle.path(TRANSFORMER)
+    assert any(shape in constants(graph) for shape in ((1, square**2, 32), (1, square, square, 32)))
+    assert pipeline.transformer.pos_embed.pos_embed_max_size == 12
+    generator = Generator(bundle, Runtime(threads=1))
+    for size in sizes:
+        for reference in reference_images(pipeline, 2, 5.0, size):
+            assert difference(generator, reference) <= 1e-3
+
+
+def test_several_sizes_whose_timesteps_differ_are_refused(
+    pipeline: StableDiffusion3Pipeline, tmp_path: Path
+) -> None:
+    pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    with pytest.raises(
+        ExportError, match=r"DiscreteScheduler shifts its timesteps by the size.* once for each"
+    ):
+        export_bundle(pipeline, tmp_path / "bundle", steps=(2,), sizes=[(64, 64), (96, 64)], report=silent)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_with_the_tiny_autoencoder_for_it(pipeline: StableDiffusion3Pipeline, tmp_path: Path) -> None:
@@ -337,8 +366,8 @@ def test_a_text_encoder_that_makes_no_vector_is_refused(
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"size": (72, 64)}, "must be multiples of 16 for this model, such as 64x64"),
-        ({"size": (208, 64)}, "this model knows positions up to 192x192"),
+        ({"sizes": [(72, 64)]}, "must be multiples of 16 for this model, such as 64x64"),
+        ({"sizes": [(208, 64)]}, "this model knows positions up to 192x192"),
         (
             {"scheduler": "EulerDiscrete"},
             "EulerDiscreteScheduler is not for flow matching, .* such as FlowMatch",

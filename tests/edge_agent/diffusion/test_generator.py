@@ -14,6 +14,7 @@ import onnxruntime
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from onnxruntime.tools.onnx_model_utils import make_dim_param_fixed
 
 from edge_agent.bundle import (
     DECODER,
@@ -61,9 +62,10 @@ def events(
     steps: int = 4,
     guidance: float = 5.0,
     previews: bool = False,
+    size: tuple[int, int] | None = None,
 ) -> tuple[list[Step], Image]:
     states, negative_states = generator.encode(prompt)[1], generator.encode_negative(negative)
-    *progress, image = generator.generate(states, negative_states, seed, steps, guidance, previews)
+    *progress, image = generator.generate(states, negative_states, seed, steps, guidance, previews, size=size)
     assert isinstance(image, Image)
     assert all(isinstance(step, Step) for step in progress)
     return progress, image
@@ -75,6 +77,8 @@ def reference(pipeline: StableDiffusionPipeline, prompt: str, negative: str, **o
         negative_prompt=negative,
         num_inference_steps=options["steps"],
         guidance_scale=options["guidance"],
+        width=options.get("width"),
+        height=options.get("height"),
         generator=torch.Generator("cpu").manual_seed(int(options["seed"])),
         output_type="np",
     ).images[0]
@@ -125,6 +129,48 @@ def test_pixels_equal_diffusers(
     assert np.abs(image.colours - expected).max() <= TOLERANCE
     assert image.pixels.dtype == np.uint8
     assert np.abs(image.pixels - np.round(expected * 255)).max() <= 1
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+def test_images_of_other_sizes_equal_diffusers_and_so_do_their_previews_sizes(
+    pipeline: StableDiffusionPipeline, bundle_copy: Path, mapped: bool
+) -> None:
+    rows = [[0.1, 0.2, 0.3]] * 5 if mapped else None
+    write_manifest(bundle_copy, other_sizes=[(96, 64), (64, 112)], latent_to_rgb=rows)
+    generator = Generator(Bundle.open(bundle_copy), Runtime(threads=1))
+    for width, height in ((96, 64), (64, 64), (64, 112)):
+        progress, image = events(generator, size=(width, height), previews=True)
+        expected = reference(
+            *(pipeline, PROMPT, NEGATIVE), seed=42, steps=4, guidance=5.0, width=width, height=height
+        )
+        assert image.colours.shape == (height, width, 3)
+        assert np.abs(image.colours - expected).max() <= TOLERANCE
+        previews = [step.preview.shape for step in progress if step.preview is not None]
+        assert previews and set(previews) == {(height, width, 3)}
+
+
+def test_a_size_that_the_bundle_does_not_have_is_refused_naming_those_it_has(bundle_copy: Path) -> None:
+    write_manifest(bundle_copy, other_sizes=[(96, 64)])
+    generator = Generator(Bundle.open(bundle_copy), Runtime(threads=1))
+    with pytest.raises(InvalidRequest, match="64x64, 96x64, not 64x96") as refused:
+        events(generator, size=(64, 96))
+    assert refused.value.field == "width"
+
+
+@pytest.mark.parametrize("graph", [FUSED_DENOISER, DECODER])
+def test_a_graph_made_for_one_size_is_refused_where_the_manifest_names_others(
+    bundle_copy: Path, graph: str
+) -> None:
+    path = bundle_copy / graph
+    model = onnx.load(path, load_external_data=False)
+    for name in ("height", "width", "latent_height", "latent_width"):
+        make_dim_param_fixed(model.graph, name, 8)
+    onnx.save(model, path)
+    write_manifest(bundle_copy)
+    Generator(Bundle.open(bundle_copy))
+    write_manifest(bundle_copy, other_sizes=[(96, 64)])
+    with pytest.raises(BundleError, match=rf"{as_shown(graph)}: .* has the shape"):
+        Generator(Bundle.open(bundle_copy))
 
 
 def test_every_part_of_a_request_changes_the_image(generator: Generator) -> None:

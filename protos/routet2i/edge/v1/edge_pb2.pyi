@@ -238,7 +238,7 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("side", "name", "digest", "licence", "width", "height", "steps", "default_steps", "default_guidance_scale", "price_micro_usd")
+    __slots__ = ("side", "name", "digest", "licence", "width", "height", "steps", "default_steps", "default_guidance_scale", "price_micro_usd", "sizes")
     SIDE_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -249,6 +249,7 @@ class Model(_message.Message):
     DEFAULT_STEPS_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_GUIDANCE_SCALE_FIELD_NUMBER: _ClassVar[int]
     PRICE_MICRO_USD_FIELD_NUMBER: _ClassVar[int]
+    SIZES_FIELD_NUMBER: _ClassVar[int]
     side: Route
     name: str
     digest: str
@@ -259,7 +260,16 @@ class Model(_message.Message):
     default_steps: int
     default_guidance_scale: float
     price_micro_usd: int
-    def __init__(self, side: _Optional[_Union[Route, str]] = ..., name: _Optional[str] = ..., digest: _Optional[str] = ..., licence: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., steps: _Optional[_Iterable[int]] = ..., default_steps: _Optional[int] = ..., default_guidance_scale: _Optional[float] = ..., price_micro_usd: _Optional[int] = ...) -> None: ...
+    sizes: _containers.RepeatedCompositeFieldContainer[ImageSize]
+    def __init__(self, side: _Optional[_Union[Route, str]] = ..., name: _Optional[str] = ..., digest: _Optional[str] = ..., licence: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., steps: _Optional[_Iterable[int]] = ..., default_steps: _Optional[int] = ..., default_guidance_scale: _Optional[float] = ..., price_micro_usd: _Optional[int] = ..., sizes: _Optional[_Iterable[_Union[ImageSize, _Mapping]]] = ...) -> None: ...
+
+class ImageSize(_message.Message):
+    __slots__ = ("width", "height")
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    width: int
+    height: int
+    def __init__(self, width: _Optional[int] = ..., height: _Optional[int] = ...) -> None: ...
 
 class ReloadModelRequest(_message.Message):
     __slots__ = ()
