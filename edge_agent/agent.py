@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from edge_agent import version
-from edge_agent.bundle import CALIBRATE
+from edge_agent.bundle import CALIBRATE, Size
 from edge_agent.cloud import SIDES, SLOW_CONNECTION_S, CloudAccepted, CloudClient, CloudImage
 from edge_agent.device import Device, Drawing, Drawn, Job
 from edge_agent.errors import CloudError, CloudRefused, LedgerError, QuotaExhausted
@@ -375,7 +375,7 @@ class Agent:
             seed=request.seed or 0,  # drawn by validate
             steps=request.steps or manifest.default_steps,
             guidance_scale=guidance,
-            size=(request.width or manifest.width, request.height or manifest.height),
+            size=self._size(request),
             previews=request.preview,
             deadline=request.deadline,
         )
@@ -431,13 +431,17 @@ class Agent:
             odd = error.field in SIDES and (request.width, request.height) != default
         return cheap or odd or purchase.timeout_s < SLOW_CONNECTION_S
 
+    def _size(self, request: ImageRequest) -> Size:
+        width, height = self.models.limits.sizes[0]  # which `validate` has filled in
+        return request.width or width, request.height or height
+
     def _cloud_timeout_s(self, request: ImageRequest) -> float:
         """How long the cloud may take: within the deadline, and early enough for the edge to step in."""
         if request.deadline is None:
             return self._terms.cloud_timeout_s
         left = request.deadline - time.monotonic()
         if request.routing is not Routing.CLOUD_ONLY:
-            left = min(max(left / 2, left - 2 * self.device.expected_s()), 0.9 * left)
+            left = min(max(left / 2, left - 2 * self.device.expected_s(self._size(request))), 0.9 * left)
         return min(self._terms.cloud_timeout_s, left)
 
     @property

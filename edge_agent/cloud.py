@@ -329,6 +329,7 @@ class CloudClient:
                             self._failures, self._retry_at = 0, -math.inf
                         if isinstance(event, CloudAccepted):
                             self._told(event.charged_micro_usd)
+                            self._refused_sizes.pop((stream.request.width, stream.request.height), None)
                         if event is not None:
                             yield event
                         if isinstance(event, CloudImage):

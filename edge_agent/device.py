@@ -115,20 +115,28 @@ class Drawing:
 
 
 class _Pace:
-    """How long the images of one bundle's models take."""
+    """How long the images of one bundle's models take, by their size."""
 
     def __init__(self) -> None:
-        self.image_s = _GUESS_S
-        # What made the images, which this does not keep in memory.
-        self._measured: weakref.ref[Generator] | None = None
+        # The running mean, and what made the last image, which this does not keep in memory.
+        self._known: dict[Size, tuple[float, weakref.ref[Generator]]] = {}
 
-    def measure(self, image_s: float, generator: Generator) -> None:
+    def image_s(self, size: Size) -> float:
+        """Of an image of that size. By its pixels, while none has been made: rather too long than too short."""
+        if size in self._known:
+            return self._known[size][0]
+        pixels = size[0] * size[1]
+        known = [mean_s * max(1.0, pixels / (w * h)) for (w, h), (mean_s, _) in self._known.items()]
+        return max(known, default=_GUESS_S)
+
+    def measure(self, image_s: float, size: Size, generator: Generator) -> None:
         """Count an image of `generator` in. With the first one of another, which runs the models elsewhere, the mean
         begins anew; until then the one before, of slower images, leaves callers time enough.
         """
-        known = self._measured is not None and self._measured() is generator
-        self.image_s = (1 - _RECENT) * self.image_s + _RECENT * image_s if known else image_s
-        self._measured = weakref.ref(generator)
+        mean_s, by = self._known.get(size, (0.0, None))
+        if by is not None and by() is generator:
+            image_s = (1 - _RECENT) * mean_s + _RECENT * image_s
+        self._known[size] = image_s, weakref.ref(generator)
 
 
 class Device:
@@ -145,9 +153,9 @@ class Device:
         """Images in the queue, without the one in the making."""
         return max(0, self.images - 1)
 
-    def expected_s(self) -> float:
-        """How long an image that came now would take, the queue before it included."""
-        return self._pace.image_s * (self.images + 1)
+    def expected_s(self, size: Size) -> float:
+        """How long an image of that size would take that came now, the queue before it included, as if of its size."""
+        return self._pace.image_s(size) * (self.images + 1)
 
     def measure_anew(self) -> None:
         """Other models make the images that come from now on: what those before took says nothing of theirs."""
@@ -158,7 +166,7 @@ class Device:
         if self.images > self.max_queue:
             raise Busy(
                 f"{self.waiting} images are waiting on this device, as many as its queue holds; try again later",
-                retry_after_s=self._pace.image_s,
+                retry_after_s=self._pace.image_s(job.size),
             )
         drawing = Drawing(job, self.images)
         self.images += 1
@@ -196,7 +204,7 @@ class Device:
                     decoded = time.perf_counter()
                     png = encode_png(event.pixels)
                     done = time.perf_counter()
-                    pace.measure(done - began, job.generator)
+                    pace.measure(done - began, job.size, job.generator)
                     timings_ms = {
                         "queue": (began - asked) * 1e3,
                         "denoise": (stepped - began) * 1e3,

@@ -50,6 +50,7 @@ class Resident:
         self._made_at = time.monotonic()
         self.keep_alive_s = keep_alive_s
         self._uses = 0
+        self._spare_due = False  # what others have taken over is in memory yet
         self._succeeded = False
         self._timer: asyncio.TimerHandle | None = None
         self._unloaded_at: float | None = None
@@ -69,8 +70,8 @@ class Resident:
         self.generator = better
         self.open_better = None  # it holds on to the generator before
         self._warm_up = WarmUp(ready=True)
+        self._spare_due = True
         if not self._uses:
-            asyncio.get_running_loop().run_in_executor(None, self._unload, better.spare_sessions)
             self.rest()
 
     def stay(self, failure: str) -> None:
@@ -86,7 +87,9 @@ class Resident:
 
     @property
     def loaded(self) -> bool:
-        """Whether every graph is in memory. Those that a decision needs may be while the others are not."""
+        """Whether every graph is in memory that an image of the default size takes. Those that a decision needs may be
+        while the others are not.
+        """
         return all(session.loaded_at is not None for session in self._sessions)
 
     @property
@@ -111,6 +114,9 @@ class Resident:
         """Nobody uses them now: from here the keep-alive time counts."""
         self._stop_waiting()
         loop = asyncio.get_running_loop()
+        if self._spare_due:
+            self._spare_due = False
+            loop.run_in_executor(None, self._unload, self.generator.spare_sessions)
         if self._succeeded:
             loop.run_in_executor(None, self.unload)
         elif self.keep_alive_s:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -35,7 +35,7 @@ from onnxruntime.quantization import (
 )
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
-from edge_agent.bundle import DENOISER, FUSED, PREDICTOR, Bundle, write_manifest
+from edge_agent.bundle import DENOISER, FUSED, PREDICTOR, Bundle, Size, write_manifest
 from edge_agent.diffusion.generator import Generator, Image
 from edge_agent.diffusion.sessions import Array, Session
 from edge_agent.errors import GenerationFailed
@@ -103,26 +103,32 @@ class Loss:
     def between(
         cls, images: Sequence[NDArray[np.float32]], references: Sequence[NDArray[np.float32]]
     ) -> Loss:
-        """Of images [H, W, 3] in 0..1, in the same order."""
-        wanted = [reference.astype(np.float64) for reference in references]
-        difference = _joined(found - reference for found, reference in zip(images, wanted, strict=True))
+        """Of images [H, W, 3] in 0..1, in the same order and of one size."""
+        found, wanted = np.stack(images).astype(np.float64), np.stack(references).astype(np.float64)
+        difference = found - wanted
         power = float(np.mean(difference**2))
-        own = float(np.mean(_joined(reference - reference.mean(axis=(0, 1)) for reference in wanted) ** 2))
+        about_mean = wanted - wanted.mean(axis=(1, 2), keepdims=True)
+        own = float(np.mean(about_mean**2))
         return cls(
             float(np.abs(difference).max()),
             float("inf") if power == 0 else -10 * float(np.log10(power)),
             0.0 if power == 0 else power / max(own, np.finfo(np.float64).tiny),
         )
 
+    @classmethod
+    def worst(cls, images: Sequence[NDArray[np.float32]], references: Sequence[NDArray[np.float32]]) -> Loss:
+        """Of the size whose images lost the most."""
+        pairs = list(zip(images, references, strict=True))
+        losses = [
+            cls.between(*zip(*(pair for pair in pairs if pair[1].shape == shape), strict=True))
+            for shape in dict.fromkeys(reference.shape for reference in references)
+        ]
+        return max(losses, key=lambda loss: loss.share)
+
     def __str__(self) -> str:
         return (
             f"largest difference {self.largest:.1e}, PSNR {self.psnr:.1f} dB, {self.share:.1e} of the picture"
         )
-
-
-def _joined(images: Iterable[NDArray[np.float64]]) -> NDArray[np.float64]:
-    """All their values, [N]; the images may be of several sizes."""
-    return np.concatenate([image.ravel() for image in images])
 
 
 def shrink(
@@ -182,7 +188,7 @@ def shrink(
         root, dtypes={**(bundle.manifest.dtypes or {}), **{str(Path(name).parent): dtype for name in graphs}}
     )
     try:
-        loss = Loss.between(_images(Bundle.open(root)), references)
+        loss = Loss.worst(_images(Bundle.open(root)), references)
     except GenerationFailed as error:
         raise ExportError(
             f"in {dtype}: {error.message}; keep the part that overflows in fp32 with --keep"
@@ -207,19 +213,26 @@ def _graphs(bundle: Bundle, keep: Collection[str]) -> list[str]:
 
 
 def _images(bundle: Bundle) -> list[NDArray[np.float32]]:
-    """Of the comparison prompts, as the edge makes them."""
-    return list(_drawn(bundle, COMPARISON_PROMPTS, _COMPARISON_SEED))
+    """Of the comparison prompts, as the edge makes them: at least one of each size."""
+    sizes = bundle.manifest.sizes
+    count = max(len(COMPARISON_PROMPTS), len(sizes))
+    prompts = [COMPARISON_PROMPTS[number % len(COMPARISON_PROMPTS)] for number in range(count)]
+    return list(_drawn(bundle, prompts, _COMPARISON_SEED, sizes))
 
 
-def _drawn(bundle: Bundle, prompts: Sequence[str], seed: int) -> Iterator[NDArray[np.float32]]:
-    """An image of each prompt, of the bundle's sizes in turn."""
+def _drawn(
+    bundle: Bundle, prompts: Sequence[str], seed: int, sizes: Sequence[Size] = ()
+) -> Iterator[NDArray[np.float32]]:
+    """An image of each prompt, of those sizes in turn, or of the default's: ranges that are found in such images make
+    the same weights whatever other sizes there are.
+    """
     manifest = bundle.manifest
     generator = Generator(bundle)
     negative = generator.encode_negative("")
     for number, prompt in enumerate(prompts):
         _, states = generator.encode(prompt)
         steps, guidance = manifest.default_steps, manifest.default_guidance
-        size = manifest.sizes[number % len(manifest.sizes)]
+        size = sizes[number % len(sizes)] if sizes else None
         *_, image = generator.generate(states, negative, seed + number, steps, guidance, size=size)
         assert isinstance(image, Image)
         yield image.colours

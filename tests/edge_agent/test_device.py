@@ -10,7 +10,7 @@ from contextlib import aclosing
 import pytest
 
 from edge_agent.bundle import Bundle
-from edge_agent.device import Device, Drawn, Job
+from edge_agent.device import Device, Drawn, Job, _Pace
 from edge_agent.diffusion.generator import Generator
 from edge_agent.diffusion.sessions import Runtime
 from edge_agent.settings import STARTER
@@ -66,7 +66,7 @@ async def test_what_an_image_takes_is_forgotten_with_the_models_that_took_it() -
     generator = Generator(Bundle.open(STARTER), Runtime(threads=1))
     _, states = generator.encode("a cat")
     device = Device(max_queue=0)
-    guess = device.expected_s()
+    guess = device.expected_s((64, 64))
 
     async def draw() -> None:
         drawing = device.begin(
@@ -77,12 +77,12 @@ async def test_what_an_image_takes_is_forgotten_with_the_models_that_took_it() -
                 pass
 
     await draw()
-    assert device.expected_s() != guess
+    assert device.expected_s((64, 64)) != guess
     late = asyncio.create_task(draw())
     await asyncio.sleep(0)  # it has begun
     device.measure_anew()
     await late
-    assert device.expected_s() == guess
+    assert device.expected_s((64, 64)) == guess
     await device.close()
 
 
@@ -102,7 +102,20 @@ async def test_the_mean_of_what_an_image_takes_begins_anew_with_the_first_of_ano
 
     await draw(slow, 16)
     first = await draw(quick, 4)
-    assert device.expected_s() == pytest.approx(first)
+    assert device.expected_s((64, 64)) == pytest.approx(first)
     second = await draw(quick, 4)
-    assert device.expected_s() == pytest.approx(0.7 * first + 0.3 * second)
+    assert device.expected_s((64, 64)) == pytest.approx(0.7 * first + 0.3 * second)
     await device.close()
+
+
+def test_what_an_image_takes_is_known_by_its_size_and_guessed_by_its_pixels() -> None:
+    """A large one must not be taken for as quick as a small one: what a slow cloud leaves of a deadline hangs on it."""
+
+    class Maker:
+        pass
+
+    pace, maker = _Pace(), Maker()
+    pace.measure(2.0, (64, 64), maker)  # type: ignore[arg-type]
+    assert [pace.image_s(size) for size in ((64, 64), (64, 128), (32, 32))] == [2.0, 4.0, 2.0]
+    pace.measure(3.0, (64, 128), maker)  # type: ignore[arg-type]
+    assert [pace.image_s(size) for size in ((64, 64), (64, 128))] == [2.0, 3.0]

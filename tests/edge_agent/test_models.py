@@ -104,6 +104,7 @@ def test_the_starter_is_there_from_the_beginning_and_nothing_is_made(run: Run, m
     assert tuple(starter) == LISTED
     assert (starter["name"], starter["current"], starter["served"]) == ("starter", True, None)
     assert (starter["calibrated"], starter["width"], starter["licence"]) == (True, 64, "Apache-2.0")
+    assert starter["sizes"] == [[64, 64]]
     assert starter["digest"] == Bundle.open(STARTER, verify=False).model_digest
     assert starter["bytes"] == sum(path.stat().st_size for path in STARTER.rglob("*") if path.is_file()) - (
         (STARTER / "manifest.json").stat().st_size

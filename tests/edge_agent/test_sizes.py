@@ -82,13 +82,14 @@ async def test_a_size_that_the_cloud_does_not_make_is_asked_for_once_a_minute(
 ) -> None:
     """It says nothing of the cloud's state, and holds back no image of another size."""
     monkeypatch.setattr(cloud, "sizes", ((64, 64),))
-    before = len(cloud.received)
+    before, money = len(cloud.received), await here.app.budget()
     answers = [await here.app.generate(CLOUD_PROMPT, width=96) for _ in range(2)]
     assert [answer.reason for answer in answers] == ["pareto_cloud", "cloud_unavailable"]
     assert {answer.served_by for answer in answers} == {"edge"}
     assert all(answer.picture.size == (96, 64) for answer in answers)
     assert answers[0].result is not None and "not of that size" in answers[0].result.fallback_error
     assert len(cloud.received) == before + 1
+    assert await here.app.budget() == money
     assert not (await here.app.status()).advice
     assert (await here.app.generate(CLOUD_PROMPT)).served_by == "cloud"
 

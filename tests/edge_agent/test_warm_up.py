@@ -118,9 +118,9 @@ async def test_it_serves_while_it_warms_up_and_changes_over_between_images(here:
     await until(gone)  # with the memory of its weights
     device = here.daemon.agent.device
     mean_s = 0.7 * made_s(before) + 0.3 * made_s(rest)
-    assert device.expected_s() == pytest.approx(mean_s, rel=1e-4), "nothing better is known yet"
+    assert device.expected_s((64, 64)) == pytest.approx(mean_s, rel=1e-4), "nothing better is known yet"
     after = await here.app.generate(routing=LOCAL, seed=5)
-    assert device.expected_s() == pytest.approx(made_s(after), rel=1e-4)
+    assert device.expected_s((64, 64)) == pytest.approx(made_s(after), rel=1e-4)
     difference = np.asarray(after.picture, int) - np.asarray(before.picture, int)
     assert np.abs(difference).max() <= 1
     assert [each.name for each in (await here.app.status()).providers][:2] == [SECOND, "cpu"]
@@ -169,16 +169,22 @@ async def test_what_a_warm_up_that_failed_has_loaded_is_unloaded_again(
         await until(down)
 
 
+@pytest.mark.parametrize("in_use", [False, True])
 async def test_what_only_other_sizes_take_is_unloaded_once_it_has_warmed_up(
-    gate: Gate, sized_bundle: Path, tmp_path: Path
+    gate: Gate, sized_bundle: Path, tmp_path: Path, in_use: bool
 ) -> None:
     settings = {"providers": f"{SECOND},cpu", "cache": tmp_path / "cache"}
     async with daemon_here(sized_bundle, tmp_path / "state", **settings) as here:
         assert here.daemon.agent is not None
         models = here.daemon.agent.models
         before = [await here.app.generate(routing=LOCAL, seed=5, width=width) for width in (64, 96)]
+        call = here.app.call(routing=LOCAL, steps=SLOW_STEPS, preview=True) if in_use else None
+        if call is not None:
+            await here.app.read(call, until="progress")
         gate.open.set()
         await until(lambda: models.generator.spare_sessions)
+        if call is not None:
+            assert (await here.app.read(call)).result is not None
 
         def loaded() -> set[bool]:
             return {session.loaded_at is not None for session in models.generator.spare_sessions}

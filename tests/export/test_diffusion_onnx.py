@@ -382,6 +382,13 @@ def test_images_of_every_size_equal_the_pipelines(make: Callable[[], Any], tmp_p
     assert one.model_digest == bundle.model_digest, "what one was calibrated for holds for the other"
 
 
+def test_the_command_takes_several_sizes_the_first_is_the_default(tmp_path: Path) -> None:
+    save_miniature(tmp_path / "model")
+    names = [str(tmp_path / part) for part in ("model", "bundle")]
+    assert main([*names, "--steps", "2", "--size", "96x64,64X64,64x96"]) == 0
+    assert Bundle.open(tmp_path / "bundle").manifest.sizes == ((96, 64), (64, 64), (64, 96))
+
+
 def test_several_sizes_need_graphs_that_are_made_for_none(
     pipeline: StableDiffusionPipeline, tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -167,9 +168,9 @@ def test_half_precision_makes_no_images_but_those_that_it_compares(
     drawn: list[str] = []
     draw = precision._drawn
 
-    def counted(bundle: Bundle, prompts: Sequence[str], seed: int) -> Iterator[np.ndarray]:
+    def counted(bundle: Bundle, prompts: Sequence[str], *how: Any) -> Iterator[np.ndarray]:
         drawn.extend(prompts)
-        return draw(bundle, prompts, seed)
+        return draw(bundle, prompts, *how)
 
     monkeypatch.setattr(precision, "_drawn", counted)
     shrink(bundle_copy, "fp16", report=silent)
@@ -242,6 +243,26 @@ def test_the_loss_of_other_pictures_is_twice_their_power() -> None:
     assert Loss.between(list(images[0]), list(images[0])) == Loss(0.0, float("inf"), 0.0)
     eighth = np.round(images[0] * 255) / 255
     assert Loss.between(list(eighth), list(images[0])).psnr == pytest.approx(58.9, abs=0.1)
+
+
+def test_the_loss_is_that_of_the_size_that_lost_the_most() -> None:
+    large, small = np.random.default_rng(0).random((2, 64, 64, 3), np.float32)
+    small = small[:8, :8]
+    references = [large, small, large]
+    assert Loss.worst([large, 1 - small, large], references) == Loss.between([1 - small], [small])
+    assert Loss.worst([large, small, large], references).share == 0.0
+
+
+def test_every_size_is_compared_and_what_calibrates_is_of_the_default(bundle_copy: Path) -> None:
+    """So that more sizes make no other weights, and labels go on holding."""
+    with_more = Path(shutil.copytree(bundle_copy, bundle_copy.with_name("more")))
+    sizes = [(96, 64), (64, 96), (112, 64), (64, 112)]
+    write_manifest(with_more, other_sizes=sizes)
+    shapes = {image.shape for image in precision._images(Bundle.open(with_more))}
+    assert shapes == {(height, width, 3) for width, height in [(64, 64), *sizes]}
+    for folder in (bundle_copy, with_more):
+        shrink(folder, "int8", prompts=PROMPTS[:2], report=silent)
+    assert Bundle.open(with_more).model_digest == Bundle.open(bundle_copy).model_digest
 
 
 def test_an_export_ends_in_the_smaller_bundle_once_the_float32_one_is_proven(tmp_path: Path) -> None:
