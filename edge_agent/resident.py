@@ -50,7 +50,7 @@ class Resident:
         self._made_at = time.monotonic()
         self.keep_alive_s = keep_alive_s
         self._uses = 0
-        self._spare_due = False  # what others have taken over is in memory yet
+        self._spare_due = False  # whether the spare graphs are to be unloaded after the last use
         self._succeeded = False
         self._timer: asyncio.TimerHandle | None = None
         self._unloaded_at: float | None = None
