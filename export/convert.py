@@ -1,6 +1,6 @@
-"""A single file of weights, or a model and LoRAs, becomes a diffusers folder, which all other commands read.
+"""A single file of weights, or a model with a new denoiser or LoRAs, becomes a diffusers folder, as all commands read.
 
-    python -m export.convert MODEL FOLDER [--base MODEL] [--lora FILE[=SCALE]] [--scheduler NAME]
+    python -m export.convert MODEL FOLDER [--base MODEL] [--denoiser MODEL] [--lora FILE[=SCALE]] [--scheduler NAME]
 
 diffusers converts and fuses; this refuses what it passes over: a weight that the file lacks, one that the model has no
 use for, and layers of a LoRA that it does not have.
@@ -12,7 +12,7 @@ import argparse
 import inspect
 import math
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_sin
 from huggingface_hub import hf_hub_download, snapshot_download
 
 from cloud_server import complete
+from export import denoiser as denoisers
 from export import folder, lora
 from export import pipeline as pipelines
 from export.arguments import ended_cleanly
@@ -48,6 +49,7 @@ def convert(
     out: str,
     *,
     base: str | None = None,
+    denoiser: str | None = None,
     loras: Sequence[tuple[str, float]] = (),
     scheduler: str | None = None,
     report: Report = say,
@@ -59,13 +61,14 @@ def convert(
         out: the folder to write.
         base: where configs and tokenizers of a single file come from, a folder or hub id; the hub's, of the model that
             diffusers takes the file to descend from, if None.
+        denoiser: what takes the place of the model's own, see `export.denoiser`.
         loras: files or hub ids, each with the scale that its changes are fused with.
         scheduler: another than the model's own, see `export.scheduler`.
         report: gets one line for each step.
 
     Raises:
-        ExportError: `model` lacks weights or is of an unsupported class, a LoRA does not fit it, the scheduler is none,
-            or `out` is taken or cannot be written. Nothing is left at `out`.
+        ExportError: `model` lacks weights or is of an unsupported class, denoiser or LoRA do not fit it, the scheduler
+            is none, or `out` is taken or cannot be written. Nothing is left at `out`.
     """
     target = Path(out).resolve()
     folder.refuse_unusable(target, "the model")
@@ -77,11 +80,17 @@ def convert(
     with folder.beside(target, report) as partial:
         files = [(lora.located(name), name, scale) for name, scale in loras]  # before what takes long
         names = pipelines.names_in(Path(model)) if single else []
+        base = _base(Path(model), names, base, report) if single else model
+        made = pipelines.class_of(base, report)
+        parts, kept_in = {}, {}
+        if denoiser is not None:
+            part = pipelines.denoiser_part(made)
+            parts[part], kept_in[part] = denoisers.load(denoiser, part, base, report)
         if single:
-            pipeline = _from_single_file(Path(model), names, base, report)
+            pipeline = _from_single_file(Path(model), names, base, made, parts)
         else:
-            without_t5 = pipelines.class_of(model) is StableDiffusion3Pipeline
-            pipeline = pipelines.load(model, without_t5=without_t5, report=report)
+            without_t5 = made is StableDiffusion3Pipeline
+            pipeline = pipelines.load(model, without_t5=without_t5, parts=parts)
         if scheduler is not None:
             with pipelines.quiet():
                 pipeline.scheduler = choose_scheduler(pipeline.scheduler, scheduler)
@@ -93,35 +102,48 @@ def convert(
         report(f"writing {type(pipeline).__name__}")
         with pipelines.quiet():
             for part, network in pipelines.networks(pipeline).items():
-                network.to(_stored(Path(model) if single else pipelines.origin(pipeline), part))
+                whole = Path(model) if single else pipelines.origin(pipeline) / part
+                network.to(_stored(kept_in.get(part, whole), part))
             pipeline.save_pretrained(partial)
         pipelines.drop_origin(partial)
         for name in CARDS if not single else ():
             if card := _card(model, name):
                 shutil.copyfile(card, partial / name)
-        if (partial / CARD).is_file() and (loras or scheduler):
+        if (partial / CARD).is_file() and (denoiser or loras or scheduler):
             report(f"kept {CARD}: look whether its steps and guidance scale still suit the model")
         folder.open_to_all(partial)
         folder.move(partial, target)
     report(f"wrote {target}")
 
 
-def _from_single_file(file: Path, names: list[str], base: str | None, report: Report) -> Any:
-    """The pipeline whose weights `file` holds, under `names`, on the CPU in float32."""
+def _base(file: Path, names: list[str], named: str | None, report: Report) -> str:
+    """Where configs and tokenizers for the weights in `file`, under `names`, come from."""
     if names and all("lora" in name for name in names):
         raise ExportError(
             f"{file} is a LoRA, which changes a model: name that model, and this file with --lora"
         )
-    if base is None:
-        base = fetch_diffusers_config(load_single_file_checkpoint(str(file)))["pretrained_model_name_or_path"]
-        report(f"taking configs and tokenizers from {base}; --base names another model's")
-    made = pipelines.class_of(base, report)
+    if denoisers.is_alone(names):
+        raise ExportError(
+            f"{file} is a denoiser alone: name the model that it was made for, and this file with --denoiser"
+        )
+    if named is not None:
+        return named
+    found = fetch_diffusers_config(load_single_file_checkpoint(str(file)))
+    base = str(found["pretrained_model_name_or_path"])
+    report(f"taking configs and tokenizers from {base}; --base names another model's")
+    return base
+
+
+def _from_single_file(file: Path, names: list[str], base: str, made: Any, parts: Mapping[str, Any]) -> Any:
+    """The pipeline of class `made` whose weights, but for those of `parts`, `file` holds under `names`; on the CPU in
+    float32.
+    """
     refusal = f"{file} makes no {made.__name__} with the configs of {base}"
     try:
         with pipelines.quiet(), complete.bars_on_terminals_alone():
             configs = base if Path(base).is_dir() else snapshot_download(base, allow_patterns=_CONFIGS)
             newer = complete.newer_tokenizers(Path(configs), made.load_config(configs))
-            options = newer | pipelines.left_out(made)
+            options = newer | pipelines.left_out(made) | parts
             pipeline = made.from_single_file(str(file), config=configs, **options)
     except Exception as error:  # each part's library fails in its own way
         raise ExportError(f"{refusal}: {misfit(error)}") from error
@@ -129,7 +151,7 @@ def _from_single_file(file: Path, names: list[str], base: str | None, report: Re
         if missing := [name for name, weight in network.named_parameters() if weight.is_meta]:
             more = f" and {len(missing) - 1} more" if missing[1:] else ""
             raise ExportError(f"{refusal}: it has no weights {missing[0]}{more} of the {part}")
-    for part in (pipelines.denoiser_of(pipeline)[0], "vae"):
+    for part in {pipelines.denoiser_part(made), "vae"} - parts.keys():
         held = sum(name.startswith(_BEGINNINGS[part]) for name in names)
         used = len(getattr(pipeline, part).state_dict())
         if held > used:
@@ -148,12 +170,10 @@ def _predicting_v(scheduler: Any, *, rescaled: bool) -> Any:
     return choose_scheduler(scheduler, f"{name}:{said}")
 
 
-def _stored(model: Path, part: str) -> torch.dtype:
-    """The type of the weights of `part` in the file or folder `model`: half precision where none is in float32."""
-    if model.is_file():
-        found = _types([model], _BEGINNINGS.get(part, _ENCODERS))
-    else:
-        found = _types((model / part).glob("*.safetensors"), ("",))
+def _stored(where: Path, part: str) -> torch.dtype:
+    """The type of the weights of `part` in a file or folder: half precision where none is in float32."""
+    files = [where] if where.is_file() else list(where.glob("*.safetensors"))
+    found = _types(files, _BEGINNINGS.get(part, _ENCODERS)) or _types(files, ("",))
     halves = [_HALVES[name] for name in sorted(found & _HALVES.keys())]
     return halves[0] if halves and "F32" not in found else torch.float32
 
@@ -197,7 +217,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="a fine-tune's .safetensors file, or, to fuse LoRAs with, a folder that diffusers saved or a hub id",
+        help="a fine-tune's .safetensors file, or, to give it another denoiser or LoRAs, the folder or hub id of a "
+        "diffusers pipeline",
     )
     parser.add_argument("out", metavar="FOLDER", help="folder to write, of a diffusers pipeline")
     parser.add_argument(
@@ -205,6 +226,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="MODEL",
         help="folder or hub id of the model that a single file descends from, whose configs and tokenizers it shares; "
         "by default found out from its weights, and fetched from the hub",
+    )
+    parser.add_argument(
+        "--denoiser",
+        metavar="MODEL",
+        help="a denoiser that takes the place of the model's own, such as one distilled to few steps: a .safetensors "
+        "file of its weights alone, a folder that diffusers saved, or a hub id",
     )
     parser.add_argument(
         "--lora",

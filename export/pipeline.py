@@ -10,7 +10,7 @@ import math
 import os
 import shlex
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -79,12 +79,17 @@ has it."""
 
 
 def load(
-    model: str | os.PathLike[str], *, without_t5: bool = False, report: Callable[[str], None] = lambda _: None
+    model: str | os.PathLike[str],
+    *,
+    without_t5: bool = False,
+    parts: Mapping[str, Any] = {},
+    report: Callable[[str], None] = lambda _: None,
 ) -> Any:
     """The pipeline in `model`, a folder that diffusers saved or a hub id, on the CPU in float32.
 
     Args:
         without_t5: leave out the third text encoder of Stable Diffusion 3.
+        parts: what takes the place of the model's own, which is not loaded, by name.
         report: gets a line before the hub is asked, which may take long.
 
     Raises:
@@ -95,11 +100,11 @@ def load(
         _refuse_class(index["_class_name"])
         _refuse_t5(index["_class_name"], _names(index, "text_encoder_3"), without_t5)
         made = _CLASSES[index["_class_name"]]
-        idle = dict.fromkeys(_idle(made))
+        others = dict.fromkeys((*_idle(made), *parts))
         with quiet():
-            folder = Path(model) if Path(model).is_dir() else complete.downloaded(str(model), **idle)
-            _refuse_missing(folder, complete.parts_of(index) - idle.keys(), index)
-            return complete.pipeline(folder, torch.float32, **left_out(made))
+            folder = Path(model) if Path(model).is_dir() else complete.downloaded(str(model), **others)
+            _refuse_missing(folder, complete.parts_of(index) - others.keys(), index)
+            return complete.pipeline(folder, torch.float32, **left_out(made), **parts)
     except ExportError:
         raise
     except Exception as error:  # each part's library fails in its own way
@@ -271,8 +276,13 @@ def size_of(pipeline: Any, size: Size | None) -> Size:
 
 def denoiser_of(pipeline: Any) -> tuple[str, Any]:
     """The part that is run in every step, by its name and itself."""
-    name = next(part for part in kind(pipeline).parts if part in ("unet", "transformer"))
+    name = denoiser_part(type(pipeline))
     return name, getattr(pipeline, name)
+
+
+def denoiser_part(made: type) -> str:
+    """The name of the part that pipelines of class `made` run in every step."""
+    return next(part for part in KINDS[made].parts if part in ("unet", "transformer"))
 
 
 def networks(pipeline: Any) -> dict[str, torch.nn.Module]:
@@ -496,28 +506,51 @@ def _tell_of_hub(model: str | os.PathLike[str], report: Callable[[str], None]) -
 
 
 def _load_autoencoder(model: str | os.PathLike[str], report: Callable[[str], None]) -> Any:
+    if Path(model).is_file():
+        raise ExportError(
+            f"{model} is a file, and an autoencoder is a folder: make one with diffusers, such as "
+            f"AutoencoderKL.from_single_file({os.fspath(model)!r}).save_pretrained(FOLDER)"
+        )
+    return load_part(model, "vae", "an autoencoder", (AutoencoderKL, AutoencoderTiny), report)
+
+
+def load_part(
+    model: str | os.PathLike[str],
+    part: str,
+    what: str,
+    classes: Sequence[Any],
+    report: Callable[[str], None],
+) -> Any:
+    """A network by itself, of one of `classes`, on the CPU in float32.
+
+    Args:
+        model: a folder that diffusers saved, or a hub id.
+        part: what it is called in a pipeline.
+        what: what it is called here.
+        report: gets a line before the hub is asked for it.
+
+    Raises:
+        ExportError: it is not there, incomplete, of another class, or the hub cannot be reached.
+    """
     try:
-        refuse_mistyped(model, "an autoencoder")
-        if Path(model).is_file():
-            raise ExportError(
-                f"{model} is a file, and an autoencoder is a folder: make one with diffusers, such as "
-                f"AutoencoderKL.from_single_file({os.fspath(model)!r}).save_pretrained(FOLDER)"
-            )
+        refuse_mistyped(model, what)
         if Path(model, "model_index.json").is_file():
-            raise ExportError(f"{model} holds a whole pipeline: name its autoencoder, {Path(model, 'vae')}")
+            raise ExportError(
+                f"{model} holds a whole pipeline: name its {what.split()[-1]}, {Path(model, part)}"
+            )
         _tell_of_hub(model, report)
         with quiet():
             if Path(model).is_dir():
-                complete.refuse_faulty(AutoencoderKL, Path(model))
-            name = AutoencoderKL.load_config(os.fspath(model)).get("_class_name")
-            classes = {made.__name__: made for made in (AutoencoderKL, AutoencoderTiny)}
-            if name in classes:
-                return complete.part(classes[name], model, torch.float32)
+                complete.refuse_faulty(classes[0], Path(model))
+            name = classes[0].load_config(os.fspath(model)).get("_class_name")
+            known = {made.__name__: made for made in classes}
+            if name in known:
+                return complete.part(known[name], model, torch.float32)
     except ExportError:
         raise
     except Exception as error:  # the hub's library fails in its own ways
-        raise ExportError(f"{model} cannot be loaded as an autoencoder: {reason(error)}") from error
-    raise ExportError(f"{model} holds a {name}; {' and '.join(classes)} are supported as autoencoders")
+        raise ExportError(f"{model} cannot be loaded as {what}: {reason(error)}") from error
+    raise ExportError(f"{model} holds a {name}; as {what}, {' or '.join(known)} is wanted here")
 
 
 def _refuse_class(name: str) -> None:

@@ -22,6 +22,7 @@ from export.__main__ import main as edge_export
 from export.convert import convert
 from export.diffusion_onnx import export_bundle
 from export.errors import ExportError
+from export.pipeline import denoiser_of
 from tests.hub import hub
 from tests.miniature import as_transformers_5_saves, miniature_pipeline, miniature_v3, miniature_xl
 from tests.running import process_environment
@@ -444,6 +445,130 @@ def test_a_lora_comes_from_the_hub(model: Path, tmp_path: Path) -> None:
     with hub(kept) as address:
         converted_from(address, tmp_path, str(model), "--lora", "owner/name")
     assert sorted(differ(weights_at(tmp_path / "folder"), weights_of(miniature_pipeline()))) == sorted(added)
+
+
+def another(pipeline: Any, **changes: Any) -> Any:
+    """A denoiser for `pipeline` with weights of its own, and these changes to its config."""
+    _, own = denoiser_of(pipeline)
+    config = {key: value for key, value in own.config.items() if not key.startswith("_")}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        return type(own)(**(config | changes)).eval()
+
+
+@pytest.mark.parametrize("make", [miniature_pipeline, miniature_xl, miniature_v3])
+def test_a_denoiser_from_a_file_takes_the_place_of_the_models_own(tmp_path: Path, make: Any) -> None:
+    """In the half precision that it has, beside parts that are in float32."""
+    pipeline = make()
+    pipeline.save_pretrained(tmp_path / "model")
+    part, _ = denoiser_of(pipeline)
+    denoiser = another(pipeline).half()
+    save_file(denoiser.state_dict(), file := tmp_path / "few-steps.safetensors")
+    for weights in (tmp_path / "model" / part).glob("*.safetensors"):
+        weights.write_bytes(b"which nobody reads")
+    arguments = ["convert", str(tmp_path / "model"), str(out := tmp_path / "folder"), "--denoiser", str(file)]
+    assert edge_export(arguments) == 0
+    setattr(pipeline, part, denoiser.float())
+    assert differ(weights_at(out), weights_of(pipeline)) == []
+    kept = {
+        name: {weight.dtype for weight in weights_in(file.read_bytes()).values()}
+        for name in (part, "vae")
+        for file in (out / name).glob("*.safetensors")
+    }
+    assert kept == {part: {torch.float16}, "vae": {torch.float32}}
+
+
+@pytest.fixture
+def latent_consistency(tmp_path: Path) -> Path:
+    """A denoiser as that of XL is published, which takes the guidance scale as an input, beside a folder `model`."""
+    pipeline = miniature_xl()
+    pipeline.save_pretrained(tmp_path / "model")
+    another(pipeline, time_cond_proj_dim=16).half().save_pretrained(tmp_path / "lcm")
+    return tmp_path / "lcm"
+
+
+def test_a_denoiser_with_a_config_of_its_own_makes_a_model_that_can_be_exported(
+    latent_consistency: Path, tmp_path: Path
+) -> None:
+    model, out = (str(tmp_path / name) for name in ("model", "folder"))
+    convert(model, out, denoiser=str(latent_consistency), scheduler="LCM", report=silent)
+    made = export_bundle(out, tmp_path / "bundle", steps=(2,), guidance=3.0, report=silent)
+    assert made.manifest.guidance_embedding == 16
+
+
+def test_a_denoiser_comes_from_the_hub(latent_consistency: Path, tmp_path: Path) -> None:
+    with hub(latent_consistency) as address:
+        said = converted_from(address, tmp_path, str(tmp_path / "model"), "--denoiser", "owner/name")
+    assert said.startswith(f"owner/name is no folder here: asking the hub at {address}\n")
+    name = "diffusion_pytorch_model.safetensors"
+    found = load_file(tmp_path / "folder" / "unet" / name)
+    assert {weight.dtype for weight in found.values()} == {torch.float16}
+    assert differ(found, load_file(latent_consistency / name)) == []
+
+
+def test_a_single_file_gets_another_denoiser_and_loras(saved: tuple[Any, Path, Path], tmp_path: Path) -> None:
+    pipeline, model, file = saved
+    pipeline.unet = another(pipeline)
+    save_file(pipeline.unet.state_dict(), denoiser := tmp_path / "few-steps.safetensors")
+    added = lora_for(pipeline, lora := tmp_path / "style.safetensors")
+    convert(
+        str(file),
+        str(tmp_path / "folder"),
+        base=str(model),
+        denoiser=str(denoiser),
+        loras=[(str(lora), 1.0)],
+        report=silent,
+    )
+    assert sorted(differ(weights_at(tmp_path / "folder"), weights_of(pipeline))) == sorted(added)
+
+
+def renamed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {"model." + name: weight for name, weight in weights.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lost("norm1.weight"), r"no UNet2DConditionModel of .*: it has no weights \S+norm1\.weight$"),
+        (lambda weights: weights | {"x": torch.ones(1)}, "no UNet2DConditionModel of .* has no place for x$"),
+        (renamed, r".* it has no weights \S+ and \d+ more$"),
+        (lambda _: {}, r".* it has no weights \S+ and \d+ more$"),
+        (
+            lambda weights: weights | {"conv_in.bias": torch.ones(3)},
+            r"no UNet2DConditionModel of .*: conv_in\.bias has another size$",
+        ),
+    ],
+)
+def test_a_file_that_is_no_denoiser_of_the_model_is_refused(
+    model: Path, tmp_path: Path, change: Any, why: str
+) -> None:
+    save_file(change(another(miniature_pipeline()).state_dict()), file := tmp_path / "few-steps.safetensors")
+    with pytest.raises(ExportError, match=f"^{file} is {why}"):
+        convert(str(model), str(tmp_path / "folder"), denoiser=str(file), report=silent)
+    assert not (tmp_path / "folder").exists()
+
+
+def test_a_folder_that_is_no_denoiser_of_the_model_is_refused(model: Path, tmp_path: Path) -> None:
+    xl, v3 = miniature_xl(), miniature_v3()
+    for pipeline, name in ((xl, "xl"), (v3, "v3")):
+        another(pipeline).save_pretrained(tmp_path / name)
+    (tmp_path / "empty").mkdir()
+    for name, why in (
+        ("xl", r"xl does not suit \S+model: its cross_attention_dim is \d+, and \d+ is wanted$"),
+        ("v3", "v3 holds a SD3Transformer2DModel; as a denoiser, UNet2DConditionModel is wanted here$"),
+        ("model", r"model holds a whole pipeline: name its denoiser, \S+unet$"),
+        ("empty", r"cannot be loaded as a denoiser: \S+empty has no config\.json$"),
+        ("absent.safetensors", "cannot be loaded as a denoiser: there is no such file$"),
+    ):
+        with pytest.raises(ExportError, match=why):
+            convert(str(model), str(tmp_path / "folder"), denoiser=str(tmp_path / name), report=silent)
+    assert not (tmp_path / "folder").exists()
+
+
+def test_a_denoiser_alone_is_no_model(tmp_path: Path) -> None:
+    save_file(another(miniature_xl()).state_dict(), file := tmp_path / "few-steps.safetensors")
+    with pytest.raises(ExportError, match=r"is a denoiser alone: .* this file with --denoiser$"):
+        convert(str(file), str(tmp_path / "folder"), report=silent)
 
 
 def test_stable_diffusion_3_is_written_without_its_third_text_encoder(tmp_path: Path) -> None:

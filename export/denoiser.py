@@ -1,0 +1,98 @@
+"""Denoisers by themselves: weights that take the place of a model's own, such as of one distilled to few steps."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate import init_empty_weights
+from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file
+
+from cloud_server import complete
+from export import pipeline as pipelines
+from export.errors import ExportError, misfit
+
+CLASSES: dict[str, Any] = {"unet": UNet2DConditionModel, "transformer": SD3Transformer2DModel}
+"""By the part's name in a pipeline."""
+
+_FITTING = (
+    "in_channels",
+    "out_channels",
+    "cross_attention_dim",
+    "addition_embed_type",
+    "projection_class_embeddings_input_dim",
+    "joint_attention_dim",
+    "pooled_projection_dim",
+)
+"""What of its config has to suit the pipeline's other parts."""
+
+_FIRST = ("conv_in.weight", "pos_embed.proj.weight")
+"""Of each class, the weights that the latents meet first. No other part of a pipeline has any of these names."""
+
+
+def load(
+    model: str, part: str, base: str | Path, report: Callable[[str], None] = lambda _: None
+) -> tuple[Any, Path]:
+    """A denoiser for the pipeline at `base`, on the CPU in float32, and the file or folder that its weights are in.
+
+    Args:
+        model: a .safetensors file of weights by diffusers' names, for the config that `base` has; or a folder that
+            diffusers saved, or a hub id, with a config of its own.
+        part: its name in the pipeline.
+        base: folder or hub id of that pipeline.
+        report: gets a line before the hub is asked for the denoiser.
+
+    Raises:
+        ExportError: it is not there, incomplete, does not suit the pipeline, or the hub cannot be reached.
+    """
+    made = CLASSES[part]
+    try:
+        with pipelines.quiet(), complete.bars_on_terminals_alone():
+            config = made.load_config(base, subfolder=part)
+    except Exception as error:  # the hub's library fails in its own ways
+        raise ExportError(
+            f"the {part} of {base} has no config that can be read: {pipelines.from_hub(error)}"
+        ) from error
+    if Path(model).is_file():
+        return _from_file(Path(model), made, config), Path(model)
+    with complete.bars_on_terminals_alone():
+        denoiser = pipelines.load_part(model, part, "a denoiser", (made,), report)
+    defaults = {name: one.default for name, one in inspect.signature(made).parameters.items()}
+    for name in _FITTING:
+        own, wanted = denoiser.config.get(name), config.get(name, defaults.get(name))
+        if own != wanted:
+            raise ExportError(f"{model} does not suit {base}: its {name} is {own}, and {wanted} is wanted")
+    folder = Path(model) if Path(model).is_dir() else Path(hf_hub_download(model, made.config_name)).parent
+    return denoiser, folder
+
+
+def is_alone(names: list[str]) -> bool:
+    """Whether these are the names that diffusers gives the weights of a denoiser, and of nothing else."""
+    return any(name in names for name in _FIRST)
+
+
+def _from_file(file: Path, made: Any, config: Any) -> Any:
+    """The denoiser of class `made` whose weights `file` holds."""
+    names = set(pipelines.names_in(file))
+    with init_empty_weights():
+        denoiser = made.from_config(config)
+    own = set(denoiser.state_dict())
+    refusal = f"{file} is no {made.__name__} of this model's config"
+    if lacking := sorted(own - names):
+        raise ExportError(f"{refusal}: it has no weights {_some(lacking)}")
+    if others := sorted(names - own):
+        raise ExportError(f"{refusal}, which has no place for {_some(others)}")
+    try:
+        weights = {name: weight.float() for name, weight in load_file(file).items()}
+        denoiser.load_state_dict(weights, assign=True)
+    except Exception as error:  # torch says at length what is of another size
+        raise ExportError(f"{refusal}: {misfit(error)}") from error
+    return denoiser.eval()
+
+
+def _some(names: list[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if names[1:] else "")
