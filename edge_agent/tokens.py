@@ -59,6 +59,7 @@ class Tokenizer:
         self._tokenizer = tokenizer
         self._second = second
         self.length = length
+        self._concepts = _concepts(tokenizer, length)
 
     @classmethod
     def open(cls, bundle: Bundle) -> Tokenizer:
@@ -121,6 +122,9 @@ class Tokenizer:
 
         A character made of several tokens, such as an emoji, is the text of each of them.
         """
+        ids_2 = self._second.encode(prompt).ids if self._second else None
+        if any(concept in prompt for concept in self._concepts):
+            prompt = self._written_out(prompt)
         encoding = self._tokenizer.encode(prompt)
         found, ids = encoding.ids, self._nothing.copy()
         first = self.length - len(found) if self._at_the_end else 0
@@ -132,8 +136,30 @@ class Tokenizer:
             if not special:
                 own.append(position)
                 texts.append(prompt[start:end])
-        ids_2 = self._second.encode(prompt).ids if self._second else None
         return Tokens(ids, own, texts, bool(encoding.overflowing), ids_2)
+
+    def _written_out(self, prompt: str) -> str:
+        """`prompt` with the tokens of all vectors of a concept in the place of its name, as diffusers reads it."""
+        encoding = self._tokenizer.encode(prompt)
+        read = {token for part in (encoding, *encoding.overflowing) for token in part.tokens}
+        for concept in read & self._concepts.keys():
+            prompt = prompt.replace(concept, self._concepts[concept], self.length)  # more do not fit
+        return prompt
+
+
+def _concepts(tokenizer: TokenizersTokenizer, length: int) -> dict[str, str]:
+    """What is written for each concept that was learnt as several vectors: its name, a token that was added, stands for
+    the first, and name_1, name_2, ... for the others. At most `length`, since more do not fit.
+    """
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    found = {}
+    for name in added:
+        vectors = [name]
+        while len(vectors) < length and (following := f"{name}_{len(vectors)}") in added:
+            vectors.append(following)
+        if len(vectors) > 1:
+            found[name] = " ".join(vectors)
+    return found
 
 
 @contextmanager

@@ -1,6 +1,7 @@
-"""A single file of weights, or a model with a new denoiser or LoRAs, becomes a diffusers folder, as all commands read.
+"""A single file of weights, or a model with what was made for it, becomes a diffusers folder, as all commands read.
 
-    python -m export.convert MODEL FOLDER [--base MODEL] [--denoiser MODEL] [--lora FILE[=SCALE]] [--scheduler NAME]
+    python -m export.convert MODEL FOLDER [--base MODEL] [--denoiser MODEL] [--lora FILE[=SCALE]]
+        [--embedding FILE[=NAME]] [--scheduler NAME]
 
 diffusers converts and fuses; this refuses what it passes over: a weight that the file lacks, one that the model has no
 use for, and layers of a LoRA that it does not have.
@@ -24,7 +25,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 
 from cloud_server import complete
 from export import denoiser as denoisers
-from export import folder, lora
+from export import embedding, folder, lora
 from export import pipeline as pipelines
 from export.arguments import ended_cleanly
 from export.errors import ExportError, misfit
@@ -51,6 +52,7 @@ def convert(
     base: str | None = None,
     denoiser: str | None = None,
     loras: Sequence[tuple[str, float]] = (),
+    embeddings: Sequence[tuple[str, str | None]] = (),
     scheduler: str | None = None,
     report: Report = say,
 ) -> None:
@@ -63,11 +65,12 @@ def convert(
             diffusers takes the file to descend from, if None.
         denoiser: what takes the place of the model's own, see `export.denoiser`.
         loras: files or hub ids, each with the scale that its changes are fused with.
+        embeddings: files or hub ids, each with the name that is to stand for it in prompts, None for its own.
         scheduler: another than the model's own, see `export.scheduler`.
         report: gets one line for each step.
 
     Raises:
-        ExportError: `model` lacks weights or is of an unsupported class, denoiser or LoRA do not fit it, the scheduler
+        ExportError: `model` lacks weights or is of an unsupported class, what is added does not fit it, the scheduler
             is none, or `out` is taken or cannot be written. Nothing is left at `out`.
     """
     target = Path(out).resolve()
@@ -78,7 +81,9 @@ def convert(
     if base is not None and not single:
         raise ExportError(f"--base is for a single file, and {model} is none: it has its own configs")
     with folder.beside(target, report) as partial:
-        files = [(lora.located(name), name, scale) for name, scale in loras]  # before what takes long
+        # Before what takes long.
+        changes = [(lora.located(name), name, scale) for name, scale in loras]
+        concepts = [(embedding.located(name), name, known_as) for name, known_as in embeddings]
         names = pipelines.names_in(Path(model)) if single else []
         base = _base(Path(model), names, base, report) if single else model
         made = pipelines.class_of(base, report)
@@ -96,9 +101,11 @@ def convert(
                 pipeline.scheduler = choose_scheduler(pipeline.scheduler, scheduler)
         if "v_pred" in names:
             pipeline.scheduler = _predicting_v(pipeline.scheduler, rescaled="ztsnr" in names)
-        for file, name, scale in files:
+        for file, name, scale in changes:
             report(f"fusing {name}" + ("" if scale == 1 else f", {scale:g} of it"))
             lora.fuse(pipeline, file, scale)
+        for file, name, known_as in concepts:
+            report(f"adding {name}: write {embedding.add(pipeline, file, known_as)} in prompts")
         report(f"writing {type(pipeline).__name__}")
         with pipelines.quiet():
             for part, network in pipelines.networks(pipeline).items():
@@ -211,14 +218,22 @@ def _scaled(text: str) -> tuple[str, float]:
     return name, share
 
 
+def _named(text: str) -> tuple[str, str | None]:
+    file, equals, name = text.rpartition("=")
+    if not equals or Path(text).exists():
+        return text, None
+    if not name.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} names nothing; write FILE=NAME, or FILE alone")
+    return file, name.strip()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of this stage; returns the exit code. Raises ExportError for what it refuses."""
     parser = argparse.ArgumentParser(prog="edge-export convert", description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="a fine-tune's .safetensors file, or, to give it another denoiser or LoRAs, the folder or hub id of a "
-        "diffusers pipeline",
+        help="a fine-tune's .safetensors file, or, to add to it, the folder or hub id of a diffusers pipeline",
     )
     parser.add_argument("out", metavar="FOLDER", help="folder to write, of a diffusers pipeline")
     parser.add_argument(
@@ -241,6 +256,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         dest="loras",
         metavar="FILE[=SCALE]",
         help="a LoRA to fuse with the model, wholly or to a share such as 0.8: a file, or a hub id; may repeat",
+    )
+    parser.add_argument(
+        "--embedding",
+        action="append",
+        default=[],
+        type=_named,
+        dest="embeddings",
+        metavar="FILE[=NAME]",
+        help="a concept that was learnt by textual inversion, a file or a hub id, and the name that stands for it in "
+        "prompts, if not its own; may repeat",
     )
     parser.add_argument(
         "--scheduler",

@@ -13,10 +13,8 @@ from typing import Any
 import safetensors
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
-from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 
-from cloud_server import complete
 from export import pipeline as pipelines
 from export.errors import ExportError, misfit
 
@@ -34,18 +32,7 @@ def located(lora: str) -> Path:
 
     Raises ExportError where there is no such file, or it is damaged.
     """
-    file = Path(lora)
-    if not file.exists():
-        pipelines.refuse_mistyped(lora, "a LoRA")
-        try:
-            with pipelines.quiet(), complete.bars_on_terminals_alone():
-                file = Path(hf_hub_download(lora, LORA_WEIGHT_NAME_SAFE))
-        except Exception as error:  # the hub's library fails in its own ways
-            raise ExportError(
-                f"{lora} cannot be loaded as a LoRA: it is no file here, and {pipelines.from_hub(error)}"
-            ) from error
-    pipelines.names_in(file)
-    return file
+    return pipelines.located(lora, "a LoRA", LORA_WEIGHT_NAME_SAFE)
 
 
 def fuse(pipeline: Any, file: Path, scale: float) -> None:

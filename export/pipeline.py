@@ -28,8 +28,9 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
+from diffusers.loaders import TextualInversionLoaderMixin
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import ModelCard, constants, hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import CLIPTextModelWithProjection
 
@@ -500,6 +501,25 @@ def refuse_mistyped(model: str | os.PathLike[str], what: str) -> None:
         )
 
 
+def located(name: str, what: str, in_repository: str) -> Path:
+    """The file of weights `name`, or the file `in_repository` of the hub's repository of this name.
+
+    Raises ExportError, calling it `what`, where there is no such file, or it is damaged.
+    """
+    file = Path(name)
+    if not file.exists():
+        refuse_mistyped(name, what)
+        try:
+            with quiet(), complete.bars_on_terminals_alone():
+                file = Path(hf_hub_download(name, in_repository))
+        except Exception as error:  # the hub's library fails in its own ways
+            raise ExportError(
+                f"{name} cannot be loaded as {what}: it is no file here, and {from_hub(error)}"
+            ) from error
+    names_in(file)
+    return file
+
+
 def _tell_of_hub(model: str | os.PathLike[str], report: Callable[[str], None]) -> None:
     if not Path(model).is_dir():
         report(f"{model} is no folder here: asking the hub at {constants.ENDPOINT}")
@@ -624,11 +644,12 @@ def _refuse_unsupported(pipeline: Any) -> None:
 def _refuse_tokenizer(pipeline: Any, part: str) -> None:
     tokenizer, encoder = getattr(pipeline, part), getattr(pipeline, part.replace("tokenizer", "text_encoder"))
     added = tokenizer.added_tokens_encoder
-    # diffusers writes such a token out as all of its vectors' before it reads a prompt; the edge does not.
-    if several := [token for token in added if f"{token}_1" in added]:
+    # The edge writes such a token out as all of its vectors' before it reads a prompt; diffusers does so elsewhere.
+    several = [token for token in added if f"{token}_1" in added]
+    if several and not isinstance(pipeline, TextualInversionLoaderMixin):
         raise ExportError(
-            f"the {part}'s {several[0]!r} is an embedding of several vectors, which is not supported: load one of "
-            "a single vector, or export the model without it"
+            f"the {part}'s {several[0]!r} is an embedding of several vectors, which {type(pipeline).__name__} does not "
+            "read as such: export the model without it"
         )
     file = _file(pipeline, part, "tokenizer_config.json")
     length, positions = tokenizer.model_max_length, encoder.config.max_position_embeddings

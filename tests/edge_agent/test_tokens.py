@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as TokenizersTokenizer
 
 from edge_agent.bundle import Bundle, write_manifest
@@ -55,6 +56,29 @@ def test_an_empty_prompt_has_no_tokens_of_its_own(tokenizer: Tokenizer) -> None:
     tokens = tokenizer.encode("")
     assert tokens.own == tokens.texts == []
     assert tokens.ids.shape == (1, 77)
+
+
+def test_a_concept_of_several_vectors_is_as_many_tokens(miniature_bundle: Path) -> None:
+    """In every place of its name, as far as they fit; names that only begin alike are left alone."""
+    file = TokenizersTokenizer.from_file(str(miniature_bundle / "tokenizer" / "tokenizer.json"))
+    named = ["<catty>", *(f"<catty>_{number}" for number in range(1, 30)), "<cat>"]
+    file.add_tokens([AddedToken(name, normalized=False) for name in named])
+    reader = Tokenizer(file, 77)
+    id_of = file.get_vocab()
+    tokens = reader.encode("the<catty> moon <cat>")
+    assert tokens.texts == ["the", *named[:30], "moon", "<cat>"]
+    assert tokens.ids[0, 2:32].tolist() == [id_of[name] for name in named[:30]]
+    assert reader.encode("moon").texts == ["moon"]
+    often = reader.encode("<catty>" * 1_000)
+    assert often.truncated and often.texts == (named[:30] * 3)[:75]
+
+
+def test_a_name_that_ends_in_one_and_stands_for_nothing_is_a_token_like_others(
+    miniature_bundle: Path,
+) -> None:
+    file = TokenizersTokenizer.from_file(str(miniature_bundle / "tokenizer" / "tokenizer.json"))
+    file.add_tokens([AddedToken("<catty>_1", normalized=False)])
+    assert Tokenizer(file, 77).encode("<catty>_1 moon").texts == ["<catty>_1", "moon"]
 
 
 def test_an_emoji_is_the_text_of_each_of_its_tokens(tokenizer: Tokenizer) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, LCMScheduler
@@ -22,7 +23,8 @@ from export.__main__ import main as edge_export
 from export.convert import convert
 from export.diffusion_onnx import export_bundle
 from export.errors import ExportError
-from export.pipeline import denoiser_of
+from export.pipeline import denoiser_of, load, prepared
+from export.reference import largest_difference, reference_image
 from tests.hub import hub
 from tests.miniature import as_transformers_5_saves, miniature_pipeline, miniature_v3, miniature_xl
 from tests.running import process_environment
@@ -77,6 +79,11 @@ def weights_at(folder: Path) -> dict[str, torch.Tensor]:
 def differ(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
     assert one.keys() == other.keys()
     return [name for name in one if not torch.equal(one[name], other[name])]
+
+
+def without_tokens(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Whose matrix has another size where tokens were added."""
+    return {name: weight for name, weight in weights.items() if not name.endswith("token_embedding.weight")}
 
 
 def lora_for(pipeline: Any, file: Path, **renamed: str) -> dict[str, torch.Tensor]:
@@ -439,12 +446,119 @@ def test_a_model_of_the_hub_keeps_its_cards_and_its_half_precision(tmp_path: Pat
         assert {weight.dtype for weight in weights.values()} == {dtype}
 
 
-def test_a_lora_comes_from_the_hub(model: Path, tmp_path: Path) -> None:
+def test_a_lora_and_an_embedding_come_from_the_hub(model: Path, tmp_path: Path) -> None:
+    pipeline = miniature_pipeline()
     (kept := tmp_path / "kept").mkdir()
-    added = lora_for(miniature_pipeline(), kept / "pytorch_lora_weights.safetensors")
+    added = lora_for(pipeline, kept / "pytorch_lora_weights.safetensors")
+    vector = concept(pipeline, kept / "learned_embeds.safetensors", vectors=1, stated="<catty>")[0]
     with hub(kept) as address:
-        converted_from(address, tmp_path, str(model), "--lora", "owner/name")
-    assert sorted(differ(weights_at(tmp_path / "folder"), weights_of(miniature_pipeline()))) == sorted(added)
+        options = ("--lora", "owner/name", "--embedding", "owner/name=<dotty>")
+        said = converted_from(address, tmp_path, str(model), *options)
+    assert "adding owner/name: write <dotty> in prompts\n" in said
+    made = complete.pipeline(tmp_path / "folder", torch.float32)
+    assert torch.equal(learnt(made.tokenizer, made.text_encoder, "<dotty>"), vector)
+    assert set(added) <= set(differ(*map(without_tokens, (weights_of(made), weights_of(pipeline)))))
+
+
+def concept(
+    pipeline: Any, file: Path, *, vectors: int = 3, stated: str = "emb_params", halved: bool = False
+) -> list[torch.Tensor]:
+    """Write a concept of so many vectors for each text encoder to `file`, and return them, in float32."""
+    encoders = [part for name, part in networks(pipeline).items() if name.startswith("text_encoder")]
+    made = []
+    for seed, encoder in enumerate(encoders):
+        generator = torch.Generator().manual_seed(seed)
+        hidden = encoder.get_input_embeddings().embedding_dim
+        made.append(
+            torch.randn(vectors, hidden, generator=generator).to(torch.float16 if halved else torch.float32)
+        )
+    names = (stated,) if len(made) == 1 else ("clip_l", "clip_g")
+    save_file(dict(zip(names, made, strict=True)), file)
+    return [one.float() for one in made]
+
+
+def learnt(tokenizer: Any, encoder: Any, name: str) -> torch.Tensor:
+    """The vectors that the encoder has for the tokens of `name`."""
+    return encoder.get_input_embeddings().weight[tokenizer(name, add_special_tokens=False).input_ids]
+
+
+@pytest.mark.parametrize("make", MADE.values(), ids=MADE)
+def test_a_concept_of_several_vectors_is_drawn_as_diffusers_draws_it(tmp_path: Path, make: Any) -> None:
+    """In the prompt and in the negative one, which most of what is passed around is for; under the file's name."""
+    pipeline = make()
+    pipeline.save_pretrained(tmp_path / "model")
+    concept(pipeline, file := tmp_path / "EasyCatty.safetensors", halved=True)
+    arguments = [
+        "convert",
+        str(tmp_path / "model"),
+        str(out := tmp_path / "folder"),
+        "--embedding",
+        str(file),
+    ]
+    assert edge_export(arguments) == 0
+    bundle = export_bundle(out, tmp_path / "bundle", steps=(2,), report=silent)
+    diffusers = prepared(load(out))
+    drawn = {
+        wish: reference_image(diffusers, wish, "dark, EasyCatty", seed=7, steps=2, guidance=3.0)
+        for wish in ("two EasyCatty and a dog,EasyCatty", "two easycatty and a dog")
+    }
+    assert largest_difference(bundle, list(drawn.values())) < 1e-3
+    one, other = (reference.colours for reference in drawn.values())
+    assert np.abs(one - other).max() > 1e-2, "the vectors say nothing"
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "why"),
+    [
+        (
+            lambda weights: weights | {"x": torch.ones(1)},
+            None,
+            "holds emb_params and x, and an embedding for Stable",
+        ),
+        (lambda _: {}, None, "holds nothing, and an embedding for StableDiffusionPipeline holds emb_params"),
+        (
+            lambda weights: {"clip_g": weights["emb_params"], "clip_l": weights["emb_params"].clone()},
+            None,
+            "holds clip_g and clip_l, .* it was made for another model",
+        ),
+        (
+            lambda _: {"emb_params": torch.ones(2, 3)},
+            None,
+            r"holds 2x3 numbers, and the text_encoder .* of \d+$",
+        ),
+        (lambda _: {"emb_params": torch.ones(())}, None, "was made for another model"),
+        (
+            lambda weights: {"emb_params": weights["emb_params"] / 0},
+            None,
+            "is damaged: it holds what is no number",
+        ),
+        (
+            lambda weights: weights,
+            "<|endoftext|>",
+            r"cannot be added as '<\|endoftext\|>': Token .* already in",
+        ),
+    ],
+)
+def test_what_is_no_embedding_for_the_model_is_refused(
+    model: Path, tmp_path: Path, change: Any, name: str | None, why: str
+) -> None:
+    concept(miniature_pipeline(), file := tmp_path / "catty.safetensors")
+    save_file(change(weights_in(file.read_bytes())), file)
+    with pytest.raises(ExportError, match=why):
+        convert(str(model), str(tmp_path / "folder"), embeddings=[(str(file), name)], report=silent)
+    assert not (tmp_path / "folder").exists()
+
+
+def test_an_embedding_without_a_name_and_one_for_stable_diffusion_3_are_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    concept(miniature_pipeline(), file := tmp_path / "catty.safetensors")
+    with pytest.raises(SystemExit):
+        edge_export(["convert", str(model), str(tmp_path / "folder"), "--embedding", f"{file}= "])
+    assert "names nothing; write FILE=NAME, or FILE alone" in capsys.readouterr().err
+    miniature_v3().save_pretrained(tmp_path / "v3")
+    with pytest.raises(ExportError, match=r"^StableDiffusion3Pipeline reads no embeddings"):
+        convert(str(tmp_path / "v3"), str(tmp_path / "folder"), embeddings=[(str(file), None)], report=silent)
 
 
 def another(pipeline: Any, **changes: Any) -> Any:

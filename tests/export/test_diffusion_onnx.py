@@ -55,6 +55,7 @@ from tests.miniature import (
     miniature_lcm,
     miniature_pipeline,
     miniature_tiny_autoencoder,
+    miniature_v3,
     miniature_xl,
     save_miniature,
 )
@@ -1165,13 +1166,15 @@ def test_a_network_that_takes_or_gives_something_else_is_refused(
 
 
 @pytest.mark.parametrize("part", ["tokenizer", "tokenizer_2"])
-def test_an_embedding_of_several_vectors_is_refused(tmp_path: Path, part: str) -> None:
-    """For it diffusers rewrites the prompt, so that the bundle would draw another picture of it and nothing else."""
-    pipeline = miniature_xl()
+def test_an_embedding_of_several_vectors_is_refused_where_diffusers_reads_none(
+    tmp_path: Path, part: str
+) -> None:
+    """The edge would read all of its vectors, and diffusers the first."""
+    pipeline = miniature_v3()
     number = part.removeprefix("tokenizer")
     tokenizer, encoder = (getattr(pipeline, name + number) for name in ("tokenizer", "text_encoder"))
-    learnt = {"<catty>": torch.randn(2, encoder.config.hidden_size)}
-    pipeline.load_textual_inversion(learnt, tokenizer=tokenizer, text_encoder=encoder)
+    tokenizer.add_tokens(["<catty>", "<catty>_1"])
+    encoder.resize_token_embeddings(len(tokenizer))
     with pytest.raises(ExportError, match=f"the {part}'s '<catty>' is an embedding of several vectors"):
         export_bundle(pipeline, tmp_path / "bundle", report=silent)
     assert list(tmp_path.iterdir()) == []
