@@ -91,6 +91,8 @@ def convert(
         if denoiser is not None:
             part = pipelines.denoiser_part(made)
             parts[part], kept_in[part] = denoisers.load(denoiser, part, base, report)
+            if loras:
+                parts[part].float()
         if single:
             pipeline = _from_single_file(Path(model), names, base, made, parts)
         else:

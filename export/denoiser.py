@@ -37,7 +37,8 @@ _FIRST = ("conv_in.weight", "pos_embed.proj.weight")
 def load(
     model: str, part: str, base: str | Path, report: Callable[[str], None] = lambda _: None
 ) -> tuple[Any, Path]:
-    """A denoiser for the pipeline at `base`, on the CPU in float32, and the file or folder that its weights are in.
+    """A denoiser for the pipeline at `base`, on the CPU, and the file or folder that its weights are in. Those of a
+    file stay in the type that they have, as they are large; of a folder they are in float32.
 
     Args:
         model: a .safetensors file of weights by diffusers' names, for the config that `base` has; or a folder that
@@ -87,8 +88,7 @@ def _from_file(file: Path, made: Any, config: Any) -> Any:
     if others := sorted(names - own):
         raise ExportError(f"{refusal}, which has no place for {_some(others)}")
     try:
-        weights = {name: weight.float() for name, weight in load_file(file).items()}
-        denoiser.load_state_dict(weights, assign=True)
+        denoiser.load_state_dict(load_file(file), assign=True)
     except Exception as error:  # torch says at length what is of another size
         raise ExportError(f"{refusal}: {misfit(error)}") from error
     return denoiser.eval()
