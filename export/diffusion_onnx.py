@@ -17,9 +17,11 @@ from __future__ import annotations
 
 import argparse
 import gc
+import inspect
 import math
 import os
 from collections.abc import Callable, Collection, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -46,7 +48,7 @@ from export.errors import ExportError
 from export.preview import WORTH_SHOWING, fit_preview
 from export.prompts import numbered_lines
 from export.reference import largest_difference, reference_images
-from export.schedule import compile_schedule
+from export.schedule import Steps, compile_schedule, number_of
 from export.scheduler import choose_scheduler
 from export.terminal import say
 
@@ -61,7 +63,7 @@ def export_bundle(
     model: Any,
     out: str | os.PathLike[str],
     *,
-    steps: Sequence[int] | None = None,
+    steps: Sequence[Steps] = (),
     guidance: float | None = None,
     scheduler: str | None = None,
     sizes: Sequence[Size] = (),
@@ -81,7 +83,8 @@ def export_bundle(
     Args:
         model: a pipeline, a folder that diffusers saved, or a hub id. A pipeline is left as it is, but for being on
             the CPU in float32, and for what tracing notes in its configs.
-        steps: the step counts to compile; the first is the default. One that suits the pipeline's class if None.
+        steps: the step counts to compile, the default first, each as a number or as the timesteps of its steps; one
+            that suits the pipeline's class if none is named.
         guidance: the default guidance scale; the default of the pipeline's class if None.
         scheduler: another than the model's own, see `export.scheduler`.
         sizes: width and height in pixels, of the default first; the model's own if none is named.
@@ -140,20 +143,21 @@ def export_bundle(
         sizes = pipelines.sizes_of(pipeline, sizes)
         size = sizes[0]
         tokenizers = _tokenizers(pipeline, model, report)  # before what takes minutes
-        counts = list(dict.fromkeys(steps or (kind.steps,)))
+        by_count = _by_count(steps or (kind.steps,), pipeline)
+        counts = list(by_count)
         scale = kind.guidance if guidance is None else float(guidance)
         # The most steps first: where they are too many, nothing is compiled.
         with pipelines.quiet():
             schedules = [
-                compile_schedule(pipeline.scheduler, count, pipelines.loop_of(pipeline, size))
+                compile_schedule(pipeline.scheduler, by_count[count], pipelines.loop_of(pipeline, size))
                 for count in sorted(counts, reverse=True)
             ]
         report(f"running {type(pipeline).__name__} in torch, to compare with")
-        pairs = [reference_images(pipeline, min(counts), scale, each) for each in sizes]
+        pairs = [reference_images(pipeline, by_count[min(counts)], scale, each) for each in sizes]
         guided, unguided = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         if counts[0] > min(counts):
             # One image: they take longer, and differ from the first in their number of steps alone.
-            guided += reference_images(pipeline, counts[0], scale, size)[:1]
+            guided += reference_images(pipeline, by_count[counts[0]], scale, size)[:1]
         report("tracing the graphs")
         graphs.trace(pipeline, partial, sizes, report, consume=ours)
         if shapes == "fixed":
@@ -285,6 +289,27 @@ def _not_exported(bundle: Path) -> list[str]:
     return [name for path in found if (name := path.relative_to(bundle).as_posix()) not in exported]
 
 
+def _by_count(steps: Sequence[Steps], pipeline: Any) -> dict[int, Steps]:
+    """`steps` by how many they are. Raises ExportError where a count has two schedules, or the pipeline takes none."""
+    found: dict[int, Steps] = {}
+    for each in dict.fromkeys(steps):
+        if found.setdefault(number := number_of(each), each) != each:
+            raise ExportError(f"a bundle has one schedule of {number} steps: leave one of two out")
+        if not isinstance(each, int) and "timesteps" not in inspect.signature(pipeline.__call__).parameters:
+            raise ExportError(f"{type(pipeline).__name__} takes no --timesteps: name --steps")
+    return found
+
+
+def _timesteps(text: str) -> tuple[int, ...]:
+    try:
+        timesteps = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        timesteps = ()
+    if not timesteps or min(timesteps) < 0 or any(later >= one for one, later in pairwise(timesteps)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of falling timesteps, such as 999,749,499,249")
+    return timesteps
+
+
 def _counts(text: str) -> tuple[int, ...]:
     try:
         counts = tuple(int(part) for part in text.split(","))
@@ -316,8 +341,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--steps",
         type=_counts,
+        default=(),
         help="step counts to compile, the first is the default: 25,50, or 1,2,4 for SD-Turbo; by default 25, for "
         "Stable Diffusion 3 28, for latent consistency models 4",
+    )
+    parser.add_argument(
+        "--timesteps",
+        action="append",
+        default=[],
+        type=_timesteps,
+        metavar="T,T,...",
+        help="the timesteps of each step, as they were found for some models to need few steps, in place of what the "
+        "scheduler chooses for their number; may repeat. The default where there are no --steps",
     )
     parser.add_argument(
         "--guidance",
@@ -388,6 +423,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="replace the bundle at OUT, if it holds nothing but what this command makes",
     )
     options = vars(parser.parse_args(argv))
+    options["steps"] = (*options["steps"], *options.pop("timesteps"))
     with ended_cleanly():
         export_bundle(options.pop("model"), options.pop("out"), **options)
     return 0

@@ -15,6 +15,7 @@ from edge_agent.diffusion.generator import Generator, Image
 from edge_agent.diffusion.sessions import Runtime
 from export.errors import ExportError, reason
 from export.pipeline import kind, quiet
+from export.schedule import Steps, number_of
 
 # Compared with the torch pipeline after an export: prompt, negative prompt, seed, guided or not. One guided image
 # has a negative prompt and the other, where nobody said otherwise, an empty one.
@@ -42,11 +43,11 @@ def reference_image(
     prompt: str,
     negative: str,
     seed: int,
-    steps: int,
+    steps: Steps,
     guidance: float,
     size: tuple[int, int] | None = None,
 ) -> Reference:
-    """One image of `pipeline`, of `size` = width, height or of its own.
+    """One image of `pipeline`, of `size` = width, height or of its own, in `steps`, or at these timesteps.
 
     Raises ExportError when the pipeline cannot make it, or when it has numbers that are not finite.
     """
@@ -59,6 +60,9 @@ def reference_image(
 
     # None and empty differ in Stable Diffusion XL; the edge's empty negative prompt is none.
     negatives = {"negative_prompt": negative or None} if kind(pipeline).takes_negative else {}
+    timed: dict[str, Any] = (
+        {"num_inference_steps": steps} if isinstance(steps, int) else {"timesteps": list(steps)}
+    )
     try:
         with quiet():
             colours = pipeline(
@@ -66,7 +70,7 @@ def reference_image(
                 **negatives,
                 width=width,
                 height=height,
-                num_inference_steps=steps,
+                **timed,
                 guidance_scale=guidance,
                 generator=torch.Generator("cpu").manual_seed(seed),
                 callback_on_step_end=keep,
@@ -76,11 +80,11 @@ def reference_image(
         raise ExportError(f"{type(pipeline).__name__} itself makes no image: {reason(error)}") from error
     if not np.isfinite(colours).all():
         raise ExportError("the torch pipeline gives numbers that are not finite in float32")
-    return Reference(prompt, negative, seed, steps, guidance, seen[0][0].numpy(), colours)
+    return Reference(prompt, negative, seed, number_of(steps), guidance, seen[0][0].numpy(), colours)
 
 
 def reference_images(
-    pipeline: Any, steps: int, guidance: float, size: tuple[int, int] | None = None
+    pipeline: Any, steps: Steps, guidance: float, size: tuple[int, int] | None = None
 ) -> list[Reference]:
     """Images of `pipeline`: with `guidance` and a negative prompt, and without. Raises ExportError, see above."""
     return [

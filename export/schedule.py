@@ -54,12 +54,21 @@ class Loop:
 PLAIN = Loop()
 """Stable Diffusion's."""
 
+Steps = int | tuple[int, ...]
+"""A number of steps, whose timesteps the scheduler chooses, or the timesteps themselves."""
 
-def compile_schedule(scheduler: Any, steps: int, loop: Loop = PLAIN) -> Schedule:
-    """The scheduler's matrix for `steps` steps.
+
+def number_of(steps: Steps) -> int:
+    """How many steps there are."""
+    return steps if isinstance(steps, int) else len(steps)
+
+
+def compile_schedule(scheduler: Any, steps: Steps, loop: Loop = PLAIN) -> Schedule:
+    """The scheduler's matrix.
 
     Args:
         scheduler: any diffusers scheduler; it is copied through its config and left as it is.
+        steps: how many, or the timesteps of each.
         loop: how the pipeline drives it.
 
     Raises:
@@ -71,7 +80,8 @@ def compile_schedule(scheduler: Any, steps: int, loop: Loop = PLAIN) -> Schedule
     # Timesteps that lead are moved up by an offset, so that as many as were trained end beyond the last.
     leading = scheduler.config.get("timestep_spacing") == "leading"
     offset = (scheduler.config.get("steps_offset") or 0) if leading else 0
-    if trained is not None and steps > trained - offset:  # some repeat timesteps instead, and take minutes
+    # Some repeat timesteps instead, and take minutes.
+    if isinstance(steps, int) and trained is not None and steps > trained - offset:
         why = f" and its steps_offset is {offset}" if offset else ""
         raise ExportError(
             f"{name} has no schedule of {steps} steps: its model was trained on {trained}{why}; name "
@@ -94,33 +104,44 @@ def compile_schedule(scheduler: Any, steps: int, loop: Loop = PLAIN) -> Schedule
         noise.append(_solve(drawn, without))
     schedule = Schedule(
         scheduler=name,
-        steps=steps,
+        steps=number_of(steps),
         timesteps=tuple(float(timestep) for timestep in timesteps),
         signal=tuple(signal),
         noise=tuple(noise),
         clean=tuple(_clean(fresh, call) for call in range(calls)),
     )
     for scale in (1.0, 1e3):  # a clip at one leaves small values alone, a clip at a hundred larger ones
-        _check(scheduler, schedule, scale, loop)
+        _check(scheduler, steps, schedule, scale, loop)
     return schedule
 
 
-def _fresh(scheduler: Any, steps: int, loop: Loop) -> Any:
+def _fresh(scheduler: Any, steps: Steps, loop: Loop) -> Any:
     # With every value as it is: of those that were not in the model's file, diffusers keeps a list, and would take the
     # defaults again, where the pipeline has corrected them, as it does for the configs of its first versions.
     config = {name: value for name, value in scheduler.config.items() if name != "_use_default_values"}
     copy = type(scheduler).from_config(config)
+    given: dict[str, Any] = {} if loop.mu is None else {"mu": loop.mu}
+    said = f"{steps} steps"
+    if not isinstance(steps, int):
+        said = f"the timesteps {', '.join(map(str, steps))}"
+        if "timesteps" not in inspect.signature(copy.set_timesteps).parameters:
+            raise ExportError(
+                f"{type(copy).__name__} chooses its timesteps by itself; {_OTHER}, such as EulerDiscrete"
+            )
     try:
-        copy.set_timesteps(steps, **({} if loop.mu is None else {"mu": loop.mu}))
+        if isinstance(steps, int):
+            copy.set_timesteps(steps, **given)
+        else:
+            copy.set_timesteps(timesteps=list(steps), **given)
     except Exception as error:  # each scheduler fails in its own way
         raise _explained(
-            error, scheduler, f"has no schedule of {steps} steps", f"name other steps, {_CHANGE}"
+            error, scheduler, f"has no schedule of {said}", f"name other steps, {_CHANGE}"
         ) from error
     return copy
 
 
 def _drive(
-    scheduler: Any, steps: int, inputs: Sequence[Doubles], seed: int, loop: Loop
+    scheduler: Any, steps: Steps, inputs: Sequence[Doubles], seed: int, loop: Loop
 ) -> tuple[list[Doubles], list[tuple[int, Doubles]]]:
     """Run the pipeline's loop on initial noise inputs[0] and model outputs inputs[1:].
 
@@ -189,11 +210,11 @@ def _solve(drawn: list[Doubles], total: Doubles) -> tuple[float, ...]:
     return tuple(float(value) for value in coefficients)
 
 
-def _check(scheduler: Any, schedule: Schedule, scale: float, loop: Loop) -> None:
+def _check(scheduler: Any, steps: Steps, schedule: Schedule, scale: float, loop: Loop) -> None:
     random = np.random.default_rng(1)
     width = 4 * schedule.calls + 16
     inputs = [scale * random.standard_normal(width) for _ in range(schedule.calls + 1)]
-    seen, draws = _drive(scheduler, schedule.steps, inputs, 1, loop)
+    seen, draws = _drive(scheduler, steps, inputs, 1, loop)
     for call, values in enumerate(seen):
         expected = np.asarray(schedule.signal[call]) @ np.stack(inputs[: call + 1])
         drawn = [draw for after, draw in draws if after < call]

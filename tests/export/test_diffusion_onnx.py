@@ -34,7 +34,7 @@ from onnx import numpy_helper
 from transformers import CLIPImageProcessor
 
 from cloud_server import complete
-from edge_agent.bundle import CALIBRATION, MANIFEST, PREDICTOR, Bundle, write_manifest
+from edge_agent.bundle import CALIBRATION, MANIFEST, PREDICTOR, Bundle, schedule_file, write_manifest
 from edge_agent.diffusion.decoder import Decoder
 from edge_agent.diffusion.generator import Generator
 from edge_agent.diffusion.schedule import Schedule
@@ -388,6 +388,52 @@ def test_the_command_takes_several_sizes_the_first_is_the_default(tmp_path: Path
     names = [str(tmp_path / part) for part in ("model", "bundle")]
     assert main([*names, "--steps", "2", "--size", "96x64,64X64,64x96"]) == 0
     assert Bundle.open(tmp_path / "bundle").manifest.sizes == ((96, 64), (64, 64), (64, 96))
+
+
+def test_steps_may_be_named_by_their_timesteps(tmp_path: Path) -> None:
+    """Which the torch pipeline is given, too, to compare with."""
+    save_miniature(tmp_path / "model")
+    names = [str(tmp_path / part) for part in ("model", "bundle")]
+    steps = ["--steps", "3", "--timesteps", "999,845,310,53", "--timesteps", "800"]
+    assert main([*names, *steps, "--scheduler", "DPMSolverMultistep"]) == 0
+    bundle = Bundle.open(tmp_path / "bundle")
+    assert (bundle.manifest.default_steps, bundle.manifest.steps) == (3, (1, 3, 4))
+    own = {count: Schedule.load(bundle.path(schedule_file(count))).timesteps for count in (1, 4)}
+    assert own == {1: (800.0,), 4: (999.0, 845.0, 310.0, 53.0)}
+
+
+@pytest.mark.parametrize(
+    ("make", "scheduler", "steps", "why"),
+    [
+        (miniature_pipeline, "LCM", [2, (999, 499)], "has one schedule of 2 steps: leave one of two out"),
+        (
+            miniature_pipeline,
+            "DDIM:clip_sample=false",
+            [(999, 499)],
+            "DDIMScheduler chooses its timesteps by itself",
+        ),
+        (
+            miniature_pipeline,
+            "LCM",
+            [(5000, 499)],
+            "no schedule of the timesteps 5000, 499: .* must start before",
+        ),
+        (miniature_v3, None, [(999, 499)], "StableDiffusion3Pipeline takes no --timesteps: name --steps"),
+    ],
+)
+def test_timesteps_that_nobody_could_take_are_refused(
+    tmp_path: Path, make: Callable[[], Any], scheduler: str | None, steps: list[Any], why: str
+) -> None:
+    with pytest.raises(ExportError, match=why):
+        export_bundle(make(), tmp_path / "bundle", steps=steps, scheduler=scheduler, report=silent)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["", "5,10", "999,999", "999,-1", "999;1", "999.5"])
+def test_what_is_no_list_of_timesteps_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["model", "bundle", f"--timesteps={text}"])
+    assert "is no list of falling timesteps, such as 999,749,499,249" in capsys.readouterr().err
 
 
 def test_several_sizes_need_graphs_that_are_made_for_none(
