@@ -60,6 +60,7 @@ class Tokenizer:
         self._second = second
         self.length = length
         self._concepts = _concepts(tokenizer, length)
+        self._concept_of = {vector: name for name, vectors in self._concepts.items() for vector in vectors}
 
     @classmethod
     def open(cls, bundle: Bundle) -> Tokenizer:
@@ -120,7 +121,7 @@ class Tokenizer:
     def encode(self, prompt: str) -> Tokens:
         """Tokens of `prompt`, which must be valid Unicode (`edge_agent.request` refuses lone surrogates).
 
-        A character made of several tokens, such as an emoji, is the text of each of them.
+        What is made of several tokens, such as an emoji, or a concept of several vectors, is the text of each of them.
         """
         ids_2 = self._second.encode(prompt).ids if self._second else None
         if any(concept in prompt for concept in self._concepts):
@@ -135,21 +136,23 @@ class Tokenizer:
         for position, (special, (start, end)) in enumerate(marked, first):
             if not special:
                 own.append(position)
-                texts.append(prompt[start:end])
+                text = prompt[start:end]
+                texts.append(self._concept_of.get(text, text))
         return Tokens(ids, own, texts, bool(encoding.overflowing), ids_2)
 
     def _written_out(self, prompt: str) -> str:
         """`prompt` with the tokens of all vectors of a concept in the place of its name, as diffusers reads it."""
         encoding = self._tokenizer.encode(prompt)
         read = {token for part in (encoding, *encoding.overflowing) for token in part.tokens}
-        for concept in read & self._concepts.keys():
-            prompt = prompt.replace(concept, self._concepts[concept], self.length)  # more do not fit
+        for concept in sorted(read & self._concepts.keys()):
+            vectors = " ".join(self._concepts[concept])
+            prompt = prompt.replace(concept, vectors, self.length)  # more do not fit
         return prompt
 
 
-def _concepts(tokenizer: TokenizersTokenizer, length: int) -> dict[str, str]:
-    """What is written for each concept that was learnt as several vectors: its name, a token that was added, stands for
-    the first, and name_1, name_2, ... for the others. At most `length`, since more do not fit.
+def _concepts(tokenizer: TokenizersTokenizer, length: int) -> dict[str, list[str]]:
+    """The tokens of each concept that was learnt as several vectors: its name, a token that was added, stands for the
+    first, and name_1, name_2, ... for the others. At most `length`, since more do not fit.
     """
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     found = {}
@@ -158,7 +161,7 @@ def _concepts(tokenizer: TokenizersTokenizer, length: int) -> dict[str, str]:
         while len(vectors) < length and (following := f"{name}_{len(vectors)}") in added:
             vectors.append(following)
         if len(vectors) > 1:
-            found[name] = " ".join(vectors)
+            found[name] = vectors
     return found
 
 

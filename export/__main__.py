@@ -16,7 +16,10 @@ from export.terminal import console, say
 
 STAGES = {
     "starter": ("export.starter.__main__", "make the starter world's models"),
-    "convert": ("export.convert", "make a diffusers folder of a single file, or of a model and LoRAs"),
+    "convert": (
+        "export.convert",
+        "make a diffusers folder of a single file, or of a model and LoRAs, embeddings, a denoiser",
+    ),
     "diffusion": ("export.diffusion_onnx", "write a diffusers pipeline as a bundle"),
     "precision": (
         "export.precision_table",

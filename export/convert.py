@@ -87,6 +87,8 @@ def convert(
         names = pipelines.names_in(Path(model)) if single else []
         base = _base(Path(model), names, base, report) if single else model
         made = pipelines.class_of(base, report)
+        if embeddings:
+            embedding.refuse_class(made)
         parts, kept_in = {}, {}
         if denoiser is not None:
             part = pipelines.denoiser_part(made)
@@ -112,7 +114,9 @@ def convert(
         with pipelines.quiet():
             for part, network in pipelines.networks(pipeline).items():
                 whole = Path(model) if single else pipelines.origin(pipeline) / part
-                network.to(_stored(kept_in.get(part, whole), part))
+                dtype = _stored(kept_in.get(part, whole), part)
+                network.to(dtype)
+                _refuse_infinite(network, part, dtype)
             pipeline.save_pretrained(partial)
         pipelines.drop_origin(partial)
         for name in CARDS if not single else ():
@@ -177,6 +181,15 @@ def _predicting_v(scheduler: Any, *, rescaled: bool) -> Any:
     if rescaled and "rescale_betas_zero_snr" not in inspect.signature(type(scheduler)).parameters:
         name = "DDIM"  # for PNDM and its like, which cannot
     return choose_scheduler(scheduler, f"{name}:{said}")
+
+
+def _refuse_infinite(network: torch.nn.Module, part: str, dtype: torch.dtype) -> None:
+    held = "in half precision " if dtype is not torch.float32 else ""
+    for name, weight in network.named_parameters():
+        if not weight.isfinite().all():
+            raise ExportError(
+                f"the {part}'s {name} is {held}no finite number: a file is damaged, or what it adds is too large"
+            )
 
 
 def _stored(where: Path, part: str) -> torch.dtype:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ _FITTING = (
 )
 """What of its config has to suit the pipeline's other parts."""
 
-_FIRST = ("conv_in.weight", "pos_embed.proj.weight")
-"""Of each class, the weights that the latents meet first. No other part of a pipeline has any of these names."""
+_ENDS = (("conv_in.weight", "conv_out.weight"), ("pos_embed.proj.weight", "proj_out.weight"))
+"""Of each class, weights that the latents meet first and last. No other network has both."""
 
 
 def load(
@@ -52,16 +53,16 @@ def load(
     """
     made = CLASSES[part]
     try:
-        with pipelines.quiet(), complete.bars_on_terminals_alone():
+        with pipelines.quiet(logging.ERROR), complete.bars_on_terminals_alone():
             config = made.load_config(base, subfolder=part)
-    except Exception as error:  # the hub's library fails in its own ways
-        raise ExportError(
-            f"the {part} of {base} has no config that can be read: {pipelines.from_hub(error)}"
-        ) from error
-    if Path(model).is_file():
-        return _from_file(Path(model), made, config), Path(model)
-    with complete.bars_on_terminals_alone():
-        denoiser = pipelines.load_part(model, part, "a denoiser", (made,), report)
+            if Path(model).is_file():
+                return _from_file(Path(model), made, config), Path(model)
+    except ExportError:
+        raise
+    except Exception as error:  # each library fails in its own ways
+        why = pipelines.why_not(base, error)
+        raise ExportError(f"the config of the {part} of {base} makes no {made.__name__}: {why}") from error
+    denoiser = pipelines.load_part(model, part, "a denoiser", (made,), report, of_file="")
     defaults = {name: one.default for name, one in inspect.signature(made).parameters.items()}
     for name in _FITTING:
         own, wanted = denoiser.config.get(name), config.get(name, defaults.get(name))
@@ -71,27 +72,47 @@ def load(
     return denoiser, folder
 
 
-def is_alone(names: list[str]) -> bool:
+def is_alone(names: Collection[str]) -> bool:
     """Whether these are the names that diffusers gives the weights of a denoiser, and of nothing else."""
-    return any(name in names for name in _FIRST)
+    return any(all(name in names for name in ends) for ends in _ENDS)
 
 
 def _from_file(file: Path, made: Any, config: Any) -> Any:
     """The denoiser of class `made` whose weights `file` holds."""
     names = set(pipelines.names_in(file))
+    refusal = f"{file} is no {made.__name__} of this model's config"
     with init_empty_weights():
         denoiser = made.from_config(config)
     own = set(denoiser.state_dict())
-    refusal = f"{file} is no {made.__name__} of this model's config"
+    if not names & own:
+        raise ExportError(f"{refusal}: {_mistaken(names)}")
     if lacking := sorted(own - names):
         raise ExportError(f"{refusal}: it has no weights {_some(lacking)}")
     if others := sorted(names - own):
         raise ExportError(f"{refusal}, which has no place for {_some(others)}")
+    weights = load_file(file)
+    if kinds := {weight.dtype for weight in weights.values() if not weight.is_floating_point()}:
+        raise ExportError(
+            f"{file} holds weights of {kinds.pop()}, which are not read: get it in half precision"
+        )
     try:
-        denoiser.load_state_dict(load_file(file), assign=True)
-    except Exception as error:  # torch says at length what is of another size
+        denoiser.load_state_dict(weights, assign=True)
+    except RuntimeError as error:  # torch says at length what is of another size
         raise ExportError(f"{refusal}: {misfit(error)}") from error
     return denoiser.eval()
+
+
+def _mistaken(names: Collection[str]) -> str:
+    """What a file of these names is instead, as far as that can be told."""
+    if any("lora" in name for name in names):
+        return "it is a LoRA; name it with --lora"
+    if any(name.startswith(("first_stage_model.", "model.diffusion_model.")) for name in names):
+        return "its weights have the names of a whole model in one file; name it as MODEL"
+    return (
+        f"none of its weights has a name of diffusers', as {_some(sorted(names))}"
+        if names
+        else "it holds none"
+    )
 
 
 def _some(names: list[str]) -> str:

@@ -514,7 +514,7 @@ def located(name: str, what: str, in_repository: str) -> Path:
                 file = Path(hf_hub_download(name, in_repository))
         except Exception as error:  # the hub's library fails in its own ways
             raise ExportError(
-                f"{name} cannot be loaded as {what}: it is no file here, and {from_hub(error)}"
+                f"{name} cannot be loaded as {what}: it is no file here, and {from_hub(error)} (its {in_repository})"
             ) from error
     names_in(file)
     return file
@@ -526,12 +526,9 @@ def _tell_of_hub(model: str | os.PathLike[str], report: Callable[[str], None]) -
 
 
 def _load_autoencoder(model: str | os.PathLike[str], report: Callable[[str], None]) -> Any:
-    if Path(model).is_file():
-        raise ExportError(
-            f"{model} is a file, and an autoencoder is a folder: make one with diffusers, such as "
-            f"AutoencoderKL.from_single_file({os.fspath(model)!r}).save_pretrained(FOLDER)"
-        )
-    return load_part(model, "vae", "an autoencoder", (AutoencoderKL, AutoencoderTiny), report)
+    made = f"AutoencoderKL.from_single_file({os.fspath(model)!r}).save_pretrained(FOLDER)"
+    advice = f"make one with diffusers, such as {made}"
+    return load_part(model, "vae", "an autoencoder", (AutoencoderKL, AutoencoderTiny), report, of_file=advice)
 
 
 def load_part(
@@ -540,6 +537,8 @@ def load_part(
     what: str,
     classes: Sequence[Any],
     report: Callable[[str], None],
+    *,
+    of_file: str,
 ) -> Any:
     """A network by itself, of one of `classes`, on the CPU in float32.
 
@@ -548,28 +547,31 @@ def load_part(
         part: what it is called in a pipeline.
         what: what it is called here.
         report: gets a line before the hub is asked for it.
+        of_file: what to do where it is a file.
 
     Raises:
         ExportError: it is not there, incomplete, of another class, or the hub cannot be reached.
     """
+    known = {made.__name__: made for made in classes}
     try:
         refuse_mistyped(model, what)
+        if Path(model).is_file():
+            raise ExportError(f"{model} is a file, and {what} is a folder: {of_file}")
         if Path(model, "model_index.json").is_file():
             raise ExportError(
                 f"{model} holds a whole pipeline: name its {what.split()[-1]}, {Path(model, part)}"
             )
         _tell_of_hub(model, report)
-        with quiet():
+        with quiet(logging.ERROR), complete.bars_on_terminals_alone():
             if Path(model).is_dir():
                 complete.refuse_faulty(classes[0], Path(model))
             name = classes[0].load_config(os.fspath(model)).get("_class_name")
-            known = {made.__name__: made for made in classes}
             if name in known:
                 return complete.part(known[name], model, torch.float32)
     except ExportError:
         raise
     except Exception as error:  # the hub's library fails in its own ways
-        raise ExportError(f"{model} cannot be loaded as {what}: {reason(error)}") from error
+        raise ExportError(f"{model} cannot be loaded as {what}: {why_not(model, error)}") from error
     raise ExportError(f"{model} holds a {name}; as {what}, {' or '.join(known)} is wanted here")
 
 
@@ -645,11 +647,16 @@ def _refuse_tokenizer(pipeline: Any, part: str) -> None:
     tokenizer, encoder = getattr(pipeline, part), getattr(pipeline, part.replace("tokenizer", "text_encoder"))
     added = tokenizer.added_tokens_encoder
     # The edge writes such a token out as all of its vectors' before it reads a prompt; diffusers does so elsewhere.
-    several = [token for token in added if f"{token}_1" in added]
+    several = concepts(added)
     if several and not isinstance(pipeline, TextualInversionLoaderMixin):
         raise ExportError(
-            f"the {part}'s {several[0]!r} is an embedding of several vectors, which {type(pipeline).__name__} does not "
-            "read as such: export the model without it"
+            f"the {part}'s {next(iter(several))!r} is an embedding of several vectors, which {type(pipeline).__name__} "
+            "does not read as such: export the model without it"
+        )
+    if several != concepts(pipeline.tokenizer.added_tokens_encoder):
+        raise ExportError(
+            "the two tokenizers have embeddings of different numbers of vectors, which is not supported: export the "
+            "model without them"
         )
     file = _file(pipeline, part, "tokenizer_config.json")
     length, positions = tokenizer.model_max_length, encoder.config.max_position_embeddings
@@ -672,6 +679,20 @@ def _refuse_tokenizer(pipeline: Any, part: str) -> None:
         )
 
 
+def concepts(added: Collection[str]) -> dict[str, int]:
+    """Of the tokens that were `added` to a tokenizer, those that stand for several vectors, and for how many: those of
+    the others are called name_1, name_2, ...
+    """
+    found = {}
+    for name in added:
+        number = 1
+        while f"{name}_{number}" in added:
+            number += 1
+        if number > 1:
+            found[name] = number
+    return found
+
+
 def _file(pipeline: Any, *names: str) -> Path:
     """A file of the pipeline's, in the folder that it was loaded from where it was."""
     return origin(pipeline).joinpath(*names)
@@ -679,6 +700,14 @@ def _file(pipeline: Any, *names: str) -> Path:
 
 def _nearest(side: int, multiple: int) -> int:
     return max(1, round(side / multiple)) * multiple
+
+
+def why_not(model: str | os.PathLike[str], error: Exception) -> str:
+    """Why nothing came of `model`, a folder or hub id."""
+    names_file = isinstance(error, OSError) and error.filename is not None
+    if names_file or Path(model).is_dir():
+        return reason(error)
+    return f"it is no folder here, and {from_hub(error)}"
 
 
 def from_hub(error: Exception) -> str:
