@@ -1,7 +1,7 @@
 """A single file of weights, or a model with what was made for it, becomes a diffusers folder, as all commands read.
 
     python -m export.convert MODEL FOLDER [--base MODEL] [--denoiser MODEL] [--lora FILE[=SCALE]]
-        [--embedding FILE[=NAME]] [--scheduler NAME]
+        [--embedding FILE[=NAME]] [--clip-skip N] [--scheduler NAME]
 
 diffusers converts and fuses; this refuses what it passes over: a weight that the file lacks, one that the model has no
 use for, and layers of a LoRA that it does not have.
@@ -53,6 +53,7 @@ def convert(
     denoiser: str | None = None,
     loras: Sequence[tuple[str, float]] = (),
     embeddings: Sequence[tuple[str, str | None]] = (),
+    clip_skip: int = 1,
     scheduler: str | None = None,
     report: Report = say,
 ) -> None:
@@ -66,6 +67,8 @@ def convert(
         denoiser: what takes the place of the model's own, see `export.denoiser`.
         loras: files or hub ids, each with the scale that its changes are fused with.
         embeddings: files or hub ids, each with the name that is to stand for it in prompts, None for its own.
+        clip_skip: the layer of the text encoder that is to drive the denoiser, counted from the last, which is 1; those
+            after it are left out.
         scheduler: another than the model's own, see `export.scheduler`.
         report: gets one line for each step.
 
@@ -89,6 +92,8 @@ def convert(
         made = pipelines.class_of(base, report)
         if embeddings:
             embedding.refuse_class(made)
+        if clip_skip != 1 and "text_encoder_2" in pipelines.KINDS[made].parts:
+            raise ExportError(f"--clip-skip is for models of one text encoder, and {made.__name__} has two")
         parts, kept_in = {}, {}
         if denoiser is not None:
             part = pipelines.denoiser_part(made)
@@ -110,6 +115,8 @@ def convert(
             lora.fuse(pipeline, file, scale)
         for file, name, known_as in concepts:
             report(f"adding {name}: write {embedding.add(pipeline, file, known_as)} in prompts")
+        if clip_skip != 1:
+            _skip(pipeline.text_encoder, clip_skip - 1)
         report(f"writing {type(pipeline).__name__}")
         with pipelines.quiet():
             for part, network in pipelines.networks(pipeline).items():
@@ -183,6 +190,18 @@ def _predicting_v(scheduler: Any, *, rescaled: bool) -> Any:
     return choose_scheduler(scheduler, f"{name}:{said}")
 
 
+def _skip(encoder: Any, last: int) -> None:
+    """Leave out so many of its last layers. Its last norm remains, as where diffusers is told to skip some."""
+    stack = next(
+        part for part in encoder.modules() if isinstance(getattr(part, "layers", None), torch.nn.ModuleList)
+    )
+    kept = len(stack.layers) - last
+    if kept < 1:
+        raise ExportError(f"the text encoder has {len(stack.layers)} layers: --clip-skip goes from 1 to that")
+    stack.layers = stack.layers[:kept]
+    encoder.config.num_hidden_layers = kept
+
+
 def _refuse_infinite(network: torch.nn.Module, part: str, dtype: torch.dtype) -> None:
     held = "in half precision " if dtype is not torch.float32 else ""
     for name, weight in network.named_parameters():
@@ -242,6 +261,12 @@ def _named(text: str) -> tuple[str, str | None]:
     return file, name.strip()
 
 
+def _layer(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no layer counted from the last, such as 2")
+    return int(text)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of this stage; returns the exit code. Raises ExportError for what it refuses."""
     parser = argparse.ArgumentParser(prog="edge-export convert", description=(__doc__ or "").split("\n")[0])
@@ -281,6 +306,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="FILE[=NAME]",
         help="a concept that was learnt by textual inversion, a file or a hub id, and the name that stands for it in "
         "prompts, if not its own; may repeat",
+    )
+    parser.add_argument(
+        "--clip-skip",
+        type=_layer,
+        default=1,
+        metavar="N",
+        help="the layer of the text encoder that drives the model, counted from the last as fine-tunes' pages do: 2 "
+        "leaves the last one out. Default: %(default)s",
     )
     parser.add_argument(
         "--scheduler",

@@ -620,6 +620,35 @@ def test_what_half_precision_cannot_hold_is_refused(model: Path, tmp_path: Path)
     assert not (tmp_path / "folder").exists()
 
 
+def test_layers_that_are_to_be_skipped_are_left_out(model: Path, tmp_path: Path) -> None:
+    """So that no program that runs the model need be told; diffusers counts from 0."""
+    out = tmp_path / "folder"
+    assert edge_export(["convert", str(model), str(out), "--clip-skip", "2"]) == 0
+    shorter, whole = (complete.pipeline(folder, torch.float32) for folder in (out, model))
+    asked = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    expected = whole.encode_prompt("two cats", **asked, clip_skip=1)[0]
+    assert torch.equal(shorter.encode_prompt("two cats", **asked)[0], expected)
+    assert not torch.equal(whole.encode_prompt("two cats", **asked)[0], expected)
+    export_bundle(out, tmp_path / "bundle", steps=(2,), report=silent)
+
+
+def test_more_layers_than_there_are_and_those_of_two_text_encoders_are_not_skipped(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    miniature_xl().save_pretrained(tmp_path / "xl")
+    for name, clip_skip, why in (
+        ("model", 99, r"the text encoder has \d+ layers: --clip-skip goes from 1 to that"),
+        ("xl", 2, "--clip-skip is for models of one text encoder, and StableDiffusionXLPipeline has two"),
+    ):
+        with pytest.raises(ExportError, match=why):
+            convert(str(tmp_path / name), str(tmp_path / "folder"), clip_skip=clip_skip, report=silent)
+    for text in ("0", "-1", "two", ""):
+        with pytest.raises(SystemExit):
+            edge_export(["convert", str(model), str(tmp_path / "folder"), f"--clip-skip={text}"])
+        assert "is no layer counted from the last, such as 2" in capsys.readouterr().err
+    assert not (tmp_path / "folder").exists()
+
+
 def test_an_embedding_without_a_name_and_one_for_stable_diffusion_3_are_refused(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
