@@ -25,7 +25,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 
 from cloud_server import complete
 from export import denoiser as denoisers
-from export import embedding, folder, lora
+from export import embedding, folder, lora, source
 from export import pipeline as pipelines
 from export.arguments import ended_cleanly
 from export.errors import ExportError, misfit
@@ -87,7 +87,7 @@ def convert(
         # Before what takes long.
         changes = [(lora.located(name), name, scale) for name, scale in loras]
         concepts = [(embedding.located(name), name, known_as) for name, known_as in embeddings]
-        names = pipelines.names_in(Path(model)) if single else []
+        names = source.names_in(Path(model)) if single else []
         base = _base(Path(model), names, base, report) if single else model
         made = pipelines.class_of(base, report)
         if embeddings:
@@ -106,7 +106,7 @@ def convert(
             without_t5 = made is StableDiffusion3Pipeline
             pipeline = pipelines.load(model, without_t5=without_t5, parts=parts)
         if scheduler is not None:
-            with pipelines.quiet():
+            with source.quiet():
                 pipeline.scheduler = choose_scheduler(pipeline.scheduler, scheduler)
         if "v_pred" in names:
             pipeline.scheduler = _predicting_v(pipeline.scheduler, rescaled="ztsnr" in names)
@@ -118,7 +118,7 @@ def convert(
         if clip_skip != 1:
             _skip(pipeline.text_encoder, clip_skip - 1)
         report(f"writing {type(pipeline).__name__}")
-        with pipelines.quiet():
+        with source.quiet():
             for part, network in pipelines.networks(pipeline).items():
                 whole = Path(model) if single else pipelines.origin(pipeline) / part
                 dtype = _stored(kept_in.get(part, whole), part)
@@ -160,7 +160,7 @@ def _from_single_file(file: Path, names: list[str], base: str, made: Any, parts:
     """
     refusal = f"{file} makes no {made.__name__} with the configs of {base}"
     try:
-        with pipelines.quiet(), complete.bars_on_terminals_alone():
+        with source.quiet(), complete.bars_on_terminals_alone():
             configs = base if Path(base).is_dir() else snapshot_download(base, allow_patterns=_CONFIGS)
             newer = complete.newer_tokenizers(Path(configs), made.load_config(configs))
             options = newer | pipelines.left_out(made) | parts
@@ -233,7 +233,7 @@ def _card(model: str, name: str) -> Path | None:
     if Path(model).is_dir():
         return Path(model, name) if Path(model, name).is_file() else None
     try:
-        with pipelines.quiet(), complete.bars_on_terminals_alone():
+        with source.quiet(), complete.bars_on_terminals_alone():
             return Path(hf_hub_download(model, name))
     except Exception:  # the hub's library fails in its own ways, and no model needs a card
         return None

@@ -14,7 +14,7 @@ from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 
 from cloud_server import complete
-from export import pipeline as pipelines
+from export import source
 from export.errors import ExportError, misfit
 
 CLASSES: dict[str, Any] = {"unet": UNet2DConditionModel, "transformer": SD3Transformer2DModel}
@@ -53,16 +53,16 @@ def load(
     """
     made = CLASSES[part]
     try:
-        with pipelines.quiet(logging.ERROR), complete.bars_on_terminals_alone():
+        with source.quiet(logging.ERROR), complete.bars_on_terminals_alone():
             config = made.load_config(base, subfolder=part)
             if Path(model).is_file():
                 return _from_file(Path(model), made, config), Path(model)
     except ExportError:
         raise
     except Exception as error:  # each library fails in its own ways
-        why = pipelines.why_not(base, error)
+        why = source.why_not(base, error)
         raise ExportError(f"the config of the {part} of {base} makes no {made.__name__}: {why}") from error
-    denoiser = pipelines.load_part(model, part, "a denoiser", (made,), report, of_file="")
+    denoiser = source.load_part(model, part, "a denoiser", (made,), report)
     defaults = {name: one.default for name, one in inspect.signature(made).parameters.items()}
     for name in _FITTING:
         own, wanted = denoiser.config.get(name), config.get(name, defaults.get(name))
@@ -79,7 +79,7 @@ def is_alone(names: Collection[str]) -> bool:
 
 def _from_file(file: Path, made: Any, config: Any) -> Any:
     """The denoiser of class `made` whose weights `file` holds."""
-    names = set(pipelines.names_in(file))
+    names = set(source.names_in(file))
     refusal = f"{file} is no {made.__name__} of this model's config"
     with init_empty_weights():
         denoiser = made.from_config(config)

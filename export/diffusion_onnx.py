@@ -41,7 +41,7 @@ from edge_agent.bundle import (
 )
 from edge_agent.errors import BundleError, StoreError
 from edge_agent.store import name_from
-from export import attention, folder, graphs, tokenizer_json
+from export import attention, folder, graphs, source, tokenizer_json
 from export import pipeline as pipelines
 from export.arguments import ended_cleanly
 from export.errors import ExportError
@@ -92,7 +92,7 @@ def export_bundle(
         dtype: "fp16" or "int8" for a smaller bundle, made of the float32 one once that equals the pipeline.
         keep: the parts that stay float32 in it, by folder, such as "vae_decoder".
         calibration_prompts: a file, one prompt a line: what the ranges of int8 are found with.
-        autoencoder: folder or hub id of an autoencoder that takes the place of the model's own.
+        autoencoder: folder, hub id or file of an autoencoder that takes the place of the model's own.
         without_t5: leave out the third text encoder of Stable Diffusion 3, which the edge does not run.
         name, licence: what the manifest says of the models; what they are called, and what their card says, if None.
         force: replace a bundle that is there and holds nothing but what an export makes.
@@ -135,7 +135,7 @@ def export_bundle(
             loaded = pipelines.load(model, without_t5=without_t5, report=report)
         pipeline = pipelines.prepared(loaded, autoencoder, without_t5=without_t5, report=report)
         if scheduler is not None:
-            with pipelines.quiet():
+            with source.quiet():
                 pipeline.scheduler = choose_scheduler(pipeline.scheduler, scheduler)
         pipelines.refuse_scheduler(pipeline)
         kind = pipelines.kind(pipeline)
@@ -147,7 +147,7 @@ def export_bundle(
         counts = list(by_count)
         scale = kind.guidance if guidance is None else float(guidance)
         # The most steps first: where they are too many, nothing is compiled.
-        with pipelines.quiet():
+        with source.quiet():
             schedules = [
                 compile_schedule(pipeline.scheduler, by_count[count], pipelines.loop_of(pipeline, size))
                 for count in sorted(counts, reverse=True)
@@ -404,7 +404,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--autoencoder",
         metavar="MODEL",
-        help="folder or hub id of an autoencoder to decode with, such as a tiny one; the model's own by default",
+        help="folder, hub id or file of an autoencoder to decode with, such as a tiny one; the model's own by default",
     )
     parser.add_argument(
         "--without-t5",

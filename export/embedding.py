@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from tokenizers import AddedToken
 
 from export import pipeline as pipelines
+from export import source
 from export.errors import ExportError
 
 # How the vectors for each text encoder are called in files that people pass around; diffusers gives them the concept's
@@ -31,7 +32,7 @@ def located(embedding: str) -> Path:
 
     Raises ExportError where there is no such file, or it is damaged.
     """
-    return pipelines.located(embedding, "an embedding", TEXT_INVERSION_NAME_SAFE)
+    return source.located(embedding, "an embedding", TEXT_INVERSION_NAME_SAFE)
 
 
 def refuse_class(made: type) -> None:
@@ -79,7 +80,7 @@ def add(pipeline: Any, file: Path, name: str | None = None) -> str:
         # Not normalized: found as it is written, before the text is put into small letters.
         tokenizer.add_tokens([AddedToken(one, normalized=False) for one in names])
         known = encoder.get_input_embeddings().num_embeddings
-        with pipelines.quiet():
+        with source.quiet():
             encoder.resize_token_embeddings(max(known, len(tokenizer)), mean_resizing=False)
         encoder.get_input_embeddings().weight.data[tokenizer.convert_tokens_to_ids(names)] = vectors
     return name

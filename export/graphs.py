@@ -19,7 +19,8 @@ from onnx import numpy_helper
 
 from edge_agent.bundle import TRANSFORMER, Size
 from export.errors import ExportError, reason
-from export.pipeline import denoiser_of, drop_origin, quiet
+from export.pipeline import denoiser_of, drop_origin
+from export.source import quiet
 
 # What a bundle takes of a pipeline besides its graphs, so that optimum's own pipeline loads it too.
 _COMPANIONS = ("scheduler", "tokenizer", "tokenizer_2")

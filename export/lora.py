@@ -16,6 +16,7 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_N
 from safetensors.torch import load_file
 
 from export import pipeline as pipelines
+from export import source
 from export.errors import ExportError, misfit
 
 # How the names of both matrices of a layer end: as kohya-ss's trainer, peft, and the first diffusers write them.
@@ -32,7 +33,7 @@ def located(lora: str) -> Path:
 
     Raises ExportError where there is no such file, or it is damaged.
     """
-    return pipelines.located(lora, "a LoRA", LORA_WEIGHT_NAME_SAFE)
+    return source.located(lora, "a LoRA", LORA_WEIGHT_NAME_SAFE)
 
 
 def fuse(pipeline: Any, file: Path, scale: float) -> None:
@@ -43,7 +44,7 @@ def fuse(pipeline: Any, file: Path, scale: float) -> None:
     weights, scaled_by_peft = _read(file)
     layers = sum(name.endswith(down) for name in weights for down, _ in _PAIRS)
     try:
-        with pipelines.quiet(logging.ERROR):
+        with source.quiet(logging.ERROR):
             pipeline.load_lora_weights(str(file) if scaled_by_peft else weights, adapter_name=_ADAPTER)
             # The layers that peft has put in the place of plain ones.
             changed = [

@@ -5,22 +5,16 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-import logging
 import math
 import os
 import shlex
-import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from diffusers import (
-    AutoencoderKL,
-    AutoencoderTiny,
     DiffusionPipeline,
     LatentConsistencyModelPipeline,
     LCMScheduler,
@@ -30,12 +24,13 @@ from diffusers import (
 )
 from diffusers.loaders import TextualInversionLoaderMixin
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
-from huggingface_hub import ModelCard, constants, hf_hub_download
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub import ModelCard
 from transformers import CLIPTextModelWithProjection
 
 from cloud_server import complete
 from edge_agent.bundle import MANIFEST, AddedConditioning, JointConditioning, Size
+from export import autoencoder as autoencoders
+from export import source
 from export.errors import ExportError, reason
 from export.schedule import PLAIN, Loop
 
@@ -102,7 +97,7 @@ def load(
         _refuse_t5(index["_class_name"], _names(index, "text_encoder_3"), without_t5)
         made = _CLASSES[index["_class_name"]]
         others = dict.fromkeys((*_idle(made), *parts))
-        with quiet():
+        with source.quiet():
             folder = Path(model) if Path(model).is_dir() else complete.downloaded(str(model), **others)
             _refuse_missing(folder, complete.parts_of(index) - others.keys(), index)
             return complete.pipeline(folder, torch.float32, **left_out(made), **parts)
@@ -128,23 +123,6 @@ def left_out(made: type) -> dict[str, Any]:
     return dict.fromkeys(_idle(made)) | unmarked
 
 
-def names_in(file: Path) -> list[str]:
-    """The names of the weights in a .safetensors. Raises ExportError where it is none, or cannot be read."""
-    try:
-        complete.refuse_absent(file)
-    except ValueError as error:
-        raise ExportError(str(error)) from error
-    if file.suffix != ".safetensors":
-        raise ExportError(
-            f"{file} is no .safetensors file; nothing else is read, such as a .ckpt, which is pickled"
-        )
-    try:
-        with safetensors.safe_open(file, "pt") as weights:
-            return list(weights.keys())
-    except safetensors.SafetensorError as error:
-        raise ExportError(f"{file} is cut off or damaged: {reason(error)}; get it again") from error
-
-
 def prepared(
     pipeline: Any,
     autoencoder: str | os.PathLike[str] | None = None,
@@ -155,7 +133,7 @@ def prepared(
     """A copy that shares the weights of `pipeline`, ready to be exported: a part can be replaced in it.
 
     Args:
-        autoencoder: folder or hub id of an autoencoder that takes the place of the pipeline's own.
+        autoencoder: what takes the place of the pipeline's own, see `export.autoencoder`.
         without_t5: leave out the third text encoder of Stable Diffusion 3.
         report: gets a line before the hub is asked for the autoencoder.
 
@@ -167,12 +145,12 @@ def prepared(
     _refuse_t5(type(pipeline).__name__, getattr(pipeline, "text_encoder_3", None) is not None, without_t5)
     for part in _idle(type(pipeline)):
         setattr(pipeline, part, None)
-    with quiet():
+    with source.quiet():
         pipeline.to("cpu", torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.watermark = None  # an invisible one that diffusers puts on where a package for it is installed
     if autoencoder is not None:
-        pipeline.vae = _load_autoencoder(autoencoder, report)
+        pipeline.vae = autoencoders.load(autoencoder, pipeline.vae, report)
     _refuse_unsupported(pipeline)
     return pipeline
 
@@ -200,7 +178,7 @@ def licence_of(model: Any) -> str:
     if Path(model).is_dir() and not file.is_file():
         return UNKNOWN
     try:
-        with quiet():
+        with source.quiet():
             said = ModelCard.load(file if file.is_file() else os.fspath(model)).data.to_dict()
     except Exception:  # the hub's library fails in its own ways; a card is prose, and no export fails for it
         return UNKNOWN
@@ -377,25 +355,10 @@ def facts(pipeline: Any, size: tuple[int, int]) -> dict[str, Any]:
     return stated
 
 
-@contextmanager
-def quiet(most: int = logging.WARNING) -> Iterator[None]:
-    """Loading and tracing warn of much that is harmless; the comparison of pixels decides instead. Nothing of the
-    level `most`, or below, is logged.
-    """
-    level = logging.root.manager.disable
-    logging.disable(most)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
-
-
 def _index(model: str | os.PathLike[str], report: Callable[[str], None]) -> dict[str, Any]:
     """What the model_index.json of `model` says; its _class_name is some text."""
     folder = Path(model)
-    refuse_mistyped(model, "a diffusers pipeline")
+    source.refuse_mistyped(model, "a diffusers pipeline")
     if folder.is_file():
         raise ExportError(
             f"{folder} is a file, and a pipeline is a folder: make one with "
@@ -409,9 +372,9 @@ def _index(model: str | os.PathLike[str], report: Callable[[str], None]) -> dict
         raise ExportError(
             f"{folder} has no model_index.json: name a folder that diffusers saved, or a hub id"
         )
-    _tell_of_hub(model, report)
+    source.tell_of_hub(model, report)
     try:
-        with quiet():
+        with source.quiet():
             index = DiffusionPipeline.load_config(os.fspath(model))
     except Exception as error:  # the hub's library fails in its own ways
         if isinstance(error, OSError) and error.filename is not None:
@@ -419,7 +382,7 @@ def _index(model: str | os.PathLike[str], report: Callable[[str], None]) -> dict
         if folder.is_dir():
             raise ExportError(f"{folder / 'model_index.json'} cannot be read: {reason(error)}") from error
         raise ExportError(
-            f"{model} cannot be loaded as a diffusers pipeline: it is no folder here, and {from_hub(error)}"
+            f"{model} cannot be loaded as a diffusers pipeline: it is no folder here, and {source.from_hub(error)}"
         ) from error
     try:
         complete.check_index(index)
@@ -482,97 +445,6 @@ def refuse_scheduler(pipeline: Any) -> None:
             f"{type(pipeline.scheduler).__name__} does not go with {type(pipeline).__name__}, which has its scheduler "
             "scale noise and input; name another with --scheduler, such as EulerDiscrete"
         )
-
-
-def refuse_mistyped(model: str | os.PathLike[str], what: str) -> None:
-    """A name that the hub cannot have is a path, and the connection is not what it lacks."""
-    text = os.fspath(model)
-    if not text:
-        raise ExportError(
-            f"a name of '' cannot be loaded as {what}: name a folder that diffusers saved, or a hub id"
-        )
-    file = Path(text).suffix == ".safetensors"
-    path_like = (
-        file or text.startswith((".", "~")) or bool(Path(text).anchor) or text.count("/") > 1 or "\\" in text
-    )
-    if path_like and not Path(model).exists():
-        raise ExportError(
-            f"{text} cannot be loaded as {what}: there is no such {'file' if file else 'folder'}"
-        )
-
-
-def located(name: str, what: str, in_repository: str) -> Path:
-    """The file of weights `name`, or the file `in_repository` of the hub's repository of this name.
-
-    Raises ExportError, calling it `what`, where there is no such file, or it is damaged.
-    """
-    file = Path(name)
-    if not file.exists():
-        refuse_mistyped(name, what)
-        try:
-            with quiet(), complete.bars_on_terminals_alone():
-                file = Path(hf_hub_download(name, in_repository))
-        except Exception as error:  # the hub's library fails in its own ways
-            raise ExportError(
-                f"{name} cannot be loaded as {what}: it is no file here, and {from_hub(error)} (its {in_repository})"
-            ) from error
-    names_in(file)
-    return file
-
-
-def _tell_of_hub(model: str | os.PathLike[str], report: Callable[[str], None]) -> None:
-    if not Path(model).is_dir():
-        report(f"{model} is no folder here: asking the hub at {constants.ENDPOINT}")
-
-
-def _load_autoencoder(model: str | os.PathLike[str], report: Callable[[str], None]) -> Any:
-    made = f"AutoencoderKL.from_single_file({os.fspath(model)!r}).save_pretrained(FOLDER)"
-    advice = f"make one with diffusers, such as {made}"
-    return load_part(model, "vae", "an autoencoder", (AutoencoderKL, AutoencoderTiny), report, of_file=advice)
-
-
-def load_part(
-    model: str | os.PathLike[str],
-    part: str,
-    what: str,
-    classes: Sequence[Any],
-    report: Callable[[str], None],
-    *,
-    of_file: str,
-) -> Any:
-    """A network by itself, of one of `classes`, on the CPU in float32.
-
-    Args:
-        model: a folder that diffusers saved, or a hub id.
-        part: what it is called in a pipeline.
-        what: what it is called here.
-        report: gets a line before the hub is asked for it.
-        of_file: what to do where it is a file.
-
-    Raises:
-        ExportError: it is not there, incomplete, of another class, or the hub cannot be reached.
-    """
-    known = {made.__name__: made for made in classes}
-    try:
-        refuse_mistyped(model, what)
-        if Path(model).is_file():
-            raise ExportError(f"{model} is a file, and {what} is a folder: {of_file}")
-        if Path(model, "model_index.json").is_file():
-            raise ExportError(
-                f"{model} holds a whole pipeline: name its {what.split()[-1]}, {Path(model, part)}"
-            )
-        _tell_of_hub(model, report)
-        with quiet(logging.ERROR), complete.bars_on_terminals_alone():
-            if Path(model).is_dir():
-                complete.refuse_faulty(classes[0], Path(model))
-            name = classes[0].load_config(os.fspath(model)).get("_class_name")
-            if name in known:
-                return complete.part(known[name], model, torch.float32)
-    except ExportError:
-        raise
-    except Exception as error:  # the hub's library fails in its own ways
-        raise ExportError(f"{model} cannot be loaded as {what}: {why_not(model, error)}") from error
-    raise ExportError(f"{model} holds a {name}; as {what}, {' or '.join(known)} is wanted here")
 
 
 def _refuse_class(name: str) -> None:
@@ -700,25 +572,6 @@ def _file(pipeline: Any, *names: str) -> Path:
 
 def _nearest(side: int, multiple: int) -> int:
     return max(1, round(side / multiple)) * multiple
-
-
-def why_not(model: str | os.PathLike[str], error: Exception) -> str:
-    """Why nothing came of `model`, a folder or hub id."""
-    names_file = isinstance(error, OSError) and error.filename is not None
-    if names_file or Path(model).is_dir():
-        return reason(error)
-    return f"it is no folder here, and {from_hub(error)}"
-
-
-def from_hub(error: Exception) -> str:
-    """Why the hub gave nothing."""
-    # diffusers says of a hub that does not answer that the model lacks a file.
-    if isinstance(error, LocalEntryNotFoundError) or isinstance(error.__context__, LocalEntryNotFoundError):
-        return (
-            f"the hub at {constants.ENDPOINT} cannot be reached and has left no copy here; check the connection, "
-            "or name a folder"
-        )
-    return f"not to be had from the hub: {reason(error)}"
 
 
 def drop_origin(folder: Path) -> None:

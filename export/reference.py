@@ -14,8 +14,9 @@ from edge_agent.bundle import Bundle
 from edge_agent.diffusion.generator import Generator, Image
 from edge_agent.diffusion.sessions import Runtime
 from export.errors import ExportError, reason
-from export.pipeline import kind, quiet
+from export.pipeline import kind
 from export.schedule import Steps, number_of
+from export.source import quiet
 
 # Compared with the torch pipeline after an export: prompt, negative prompt, seed, guided or not. One guided image
 # has a negative prompt and the other, where nobody said otherwise, an empty one.

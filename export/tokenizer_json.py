@@ -18,7 +18,8 @@ from transformers.convert_slow_tokenizer import CLIPConverter
 
 from edge_agent import tokens
 from export.errors import ExportError
-from export.pipeline import concepts, quiet
+from export.pipeline import concepts
+from export.source import quiet
 
 # What the written file is compared on: cases, contractions, digits, scripts, combining marks, emoji, blanks,
 # controls, the names of special tokens, more than fits.

@@ -53,7 +53,7 @@ def save_single_file(pipeline: Any, file: Path, **more: torch.Tensor) -> Path:
     xl = hasattr(pipeline, "text_encoder_2")
     first = "conditioner.embedders.0.transformer." if xl else "cond_stage_model.transformer."
     weights = _under("model.diffusion_model.", _denoiser(pipeline.unet))
-    weights |= _under("first_stage_model.", _autoencoder(pipeline.vae))
+    weights |= _under("first_stage_model.", autoencoder_weights(pipeline.vae))
     weights |= _under(first, pipeline.text_encoder.state_dict())
     if xl:
         weights |= _under("conditioner.embedders.1.model.", _open_clip(pipeline.text_encoder_2))
@@ -109,7 +109,8 @@ def _split(name: str, kind: str) -> tuple[str, str, str]:
     return ".".join(parts[:end]), ".", ".".join(parts[end:])
 
 
-def _autoencoder(vae: Any) -> Weights:
+def autoencoder_weights(vae: Any) -> Weights:
+    """Under their names in a single file, without what all of them begin with there."""
     levels = len(vae.config.block_out_channels)
     names = {"encoder.conv_norm_out": "encoder.norm_out", "decoder.conv_norm_out": "decoder.norm_out"}
     for half in ("encoder", "decoder"):

@@ -26,6 +26,7 @@ from tests.miniature import (
     miniature_xl,
     save_miniature,
 )
+from tests.single_file import autoencoder_weights
 
 STEPS = 2
 
@@ -211,12 +212,60 @@ def test_an_autoencoder_in_half_precision_alone_takes_the_place_of_a_models_own(
     assert all(torch.equal(found[name], weights.float()) for name, weights in vae.state_dict().items())
 
 
-def test_an_autoencoder_in_a_file_or_in_a_pipeline_says_how_to_name_it(tmp_path: Path) -> None:
-    model = save_miniature(tmp_path / "model")
-    file = model / "vae" / "diffusion_pytorch_model.safetensors"
-    for named, why in (
-        (file, r"is a file, .* AutoencoderKL\.from_single_file\('.*'\)\.save_pretrained\(FOLDER\)$"),
-        (model, "holds a whole pipeline: name its autoencoder, .*model[\\\\/]vae$"),
+def save_autoencoder(weights: dict[str, torch.Tensor], file: Path, prefix: str = "") -> Path:
+    save_file({prefix + name: weight.contiguous() for name, weight in weights.items()}, file)
+    return file
+
+
+@pytest.mark.parametrize("names", ["diffusers'", "first code's", "single file's"])
+def test_an_autoencoder_in_a_file_takes_the_place_of_a_models_own(tmp_path: Path, names: str) -> None:
+    """As those are passed around that fine-tunes go with, often in half precision."""
+    vae = miniature_pipeline(seed=3).vae.half()
+    weights = vae.state_dict() if names == "diffusers'" else autoencoder_weights(vae)
+    prefix = "first_stage_model." if names == "single file's" else ""
+    pipeline = miniature_pipeline()
+    found = prepared(pipeline, save_autoencoder(weights, tmp_path / "vae-ft-mse.safetensors", prefix)).vae
+    assert all(torch.equal(found.state_dict()[name], one.float()) for name, one in vae.state_dict().items())
+    assert found.config.scaling_factor == pipeline.vae.config.scaling_factor
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda _: {}, ""),
+        (lambda _: {"lora_unet.lora_up.weight": torch.ones(1)}, ""),
+        (lambda whole: {name: one for name, one in whole.items() if "mid" not in name}, ""),
+        (lambda whole: {name: one for name, one in whole.items() if "quant" not in name}, ""),
+        (lambda whole: whole | {"decoder.up.9.block.0.conv1.bias": torch.ones(1)}, "it has "),
+        (
+            lambda whole: whole | {"decoder.conv_in.weight": torch.ones(1)},
+            ".*conv_in.weight has another size",
+        ),
+    ],
+)
+def test_a_file_that_is_no_autoencoder_of_the_models_kind_is_refused(
+    tmp_path: Path, change: Any, why: str
+) -> None:
+    pipeline = miniature_pipeline()
+    file = save_autoencoder(change(autoencoder_weights(pipeline.vae)), tmp_path / "vae.safetensors")
+    with pytest.raises(ExportError, match=f"is no autoencoder of this model's config: {why}"):
+        prepared(pipeline, file)
+
+
+def test_a_file_without_a_config_goes_with_that_of_an_ordinary_autoencoder(tmp_path: Path) -> None:
+    pipeline = miniature_pipeline()
+    file = save_autoencoder(autoencoder_weights(pipeline.vae), tmp_path / "vae.safetensors")
+    (tmp_path / "vae.pt").write_bytes(b"x")
+    with pytest.raises(ExportError, match=r"vae\.pt is no \.safetensors file"):
+        prepared(pipeline, tmp_path / "vae.pt")
+    pipeline.vae = miniature_tiny_autoencoder()
+    with pytest.raises(
+        ExportError, match="which has no config, and that of the model's own is AutoencoderTiny's"
     ):
-        with pytest.raises(ExportError, match=why):
-            prepared(miniature_pipeline(), named)
+        prepared(pipeline, file)
+
+
+def test_a_pipeline_that_is_named_as_an_autoencoder_says_how_to_name_its_own(tmp_path: Path) -> None:
+    model = save_miniature(tmp_path / "model")
+    with pytest.raises(ExportError, match=r"holds a whole pipeline: name its autoencoder, .*model[\\/]vae$"):
+        prepared(miniature_pipeline(), model)

@@ -1,0 +1,151 @@
+"""Where models come from: folders that diffusers saved, files of weights, the hub; and why nothing comes of some."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from cloud_server import complete
+from export.errors import ExportError, reason
+
+
+def located(name: str, what: str, in_repository: str) -> Path:
+    """The file of weights `name`, or the file `in_repository` of the hub's repository of this name.
+
+    Raises ExportError, calling it `what`, where there is no such file, or it is damaged.
+    """
+    file = Path(name)
+    if not file.exists():
+        refuse_mistyped(name, what)
+        try:
+            with quiet(), complete.bars_on_terminals_alone():
+                file = Path(hf_hub_download(name, in_repository))
+        except Exception as error:  # the hub's library fails in its own ways
+            raise ExportError(
+                f"{name} cannot be loaded as {what}: it is no file here, and {from_hub(error)} (its {in_repository})"
+            ) from error
+    names_in(file)
+    return file
+
+
+def load_part(
+    model: str | os.PathLike[str],
+    part: str,
+    what: str,
+    classes: Sequence[Any],
+    report: Callable[[str], None],
+) -> Any:
+    """A network by itself, of one of `classes`, on the CPU in float32.
+
+    Args:
+        model: a folder that diffusers saved, or a hub id.
+        part: what it is called in a pipeline.
+        what: what it is called here.
+        report: gets a line before the hub is asked for it.
+
+    Raises:
+        ExportError: it is not there, incomplete, of another class, or the hub cannot be reached.
+    """
+    known = {made.__name__: made for made in classes}
+    try:
+        refuse_mistyped(model, what)
+        if Path(model).is_dir() and Path(model, "model_index.json").is_file():
+            raise ExportError(
+                f"{model} holds a whole pipeline: name its {what.split()[-1]}, {Path(model, part)}"
+            )
+        tell_of_hub(model, report)
+        with quiet(logging.ERROR), complete.bars_on_terminals_alone():
+            if Path(model).is_dir():
+                complete.refuse_faulty(classes[0], Path(model))
+            name = classes[0].load_config(os.fspath(model)).get("_class_name")
+            if name in known:
+                return complete.part(known[name], model, torch.float32)
+    except ExportError:
+        raise
+    except Exception as error:  # the hub's library fails in its own ways
+        raise ExportError(f"{model} cannot be loaded as {what}: {why_not(model, error)}") from error
+    raise ExportError(f"{model} holds a {name}; as {what}, {' or '.join(known)} is wanted here")
+
+
+def names_in(file: Path) -> list[str]:
+    """The names of the weights in a .safetensors. Raises ExportError where it is none, or cannot be read."""
+    try:
+        complete.refuse_absent(file)
+    except ValueError as error:
+        raise ExportError(str(error)) from error
+    if file.suffix != ".safetensors":
+        raise ExportError(
+            f"{file} is no .safetensors file; nothing else is read, such as a .ckpt, which is pickled"
+        )
+    try:
+        with safetensors.safe_open(file, "pt") as weights:
+            return list(weights.keys())
+    except safetensors.SafetensorError as error:
+        raise ExportError(f"{file} is cut off or damaged: {reason(error)}; get it again") from error
+
+
+def refuse_mistyped(model: str | os.PathLike[str], what: str) -> None:
+    """Raises ExportError for a name that the hub cannot have: it is a path, and the connection is not what it lacks."""
+    text = os.fspath(model)
+    if not text:
+        raise ExportError(
+            f"a name of '' cannot be loaded as {what}: name a folder that diffusers saved, or a hub id"
+        )
+    file = Path(text).suffix == ".safetensors"
+    path_like = (
+        file or text.startswith((".", "~")) or bool(Path(text).anchor) or text.count("/") > 1 or "\\" in text
+    )
+    if path_like and not Path(model).exists():
+        raise ExportError(
+            f"{text} cannot be loaded as {what}: there is no such {'file' if file else 'folder'}"
+        )
+
+
+def tell_of_hub(model: str | os.PathLike[str], report: Callable[[str], None]) -> None:
+    """A line before the hub is asked for `model`, which may take long."""
+    if not Path(model).is_dir():
+        report(f"{model} is no folder here: asking the hub at {constants.ENDPOINT}")
+
+
+def why_not(model: str | os.PathLike[str], error: Exception) -> str:
+    """Why nothing came of `model`, a folder or hub id."""
+    names_file = isinstance(error, OSError) and error.filename is not None
+    if names_file or Path(model).is_dir():
+        return reason(error)
+    return f"it is no folder here, and {from_hub(error)}"
+
+
+def from_hub(error: Exception) -> str:
+    """Why the hub gave nothing."""
+    # diffusers says of a hub that does not answer that the model lacks a file.
+    if isinstance(error, LocalEntryNotFoundError) or isinstance(error.__context__, LocalEntryNotFoundError):
+        return (
+            f"the hub at {constants.ENDPOINT} cannot be reached and has left no copy here; check the connection, "
+            "or name a folder"
+        )
+    return f"not to be had from the hub: {reason(error)}"
+
+
+@contextmanager
+def quiet(most: int = logging.WARNING) -> Iterator[None]:
+    """Loading and tracing warn of much that is harmless; the comparison of pixels decides instead. Nothing of the
+    level `most`, or below, is logged.
+    """
+    level = logging.root.manager.disable
+    logging.disable(most)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
