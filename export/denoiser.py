@@ -84,7 +84,7 @@ def _from_file(file: Path, made: Any, config: Any) -> Any:
     with init_empty_weights():
         denoiser = made.from_config(config)
     own = set(denoiser.state_dict())
-    if not names & own:
+    if names and not names & own:
         raise ExportError(f"{refusal}: {_mistaken(names)}")
     if lacking := sorted(own - names):
         raise ExportError(f"{refusal}: it has no weights {_some(lacking)}")
@@ -108,11 +108,7 @@ def _mistaken(names: Collection[str]) -> str:
         return "it is a LoRA; name it with --lora"
     if any(name.startswith(("first_stage_model.", "model.diffusion_model.")) for name in names):
         return "its weights have the names of a whole model in one file; name it as MODEL"
-    return (
-        f"none of its weights has a name of diffusers', as {_some(sorted(names))}"
-        if names
-        else "it holds none"
-    )
+    return f"none of its weights has a name of diffusers', as {_some(sorted(names))}"
 
 
 def _some(names: list[str]) -> str:

@@ -746,7 +746,7 @@ def renamed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         (lost("norm1.weight"), r"no UNet2DConditionModel of .*: it has no weights \S+norm1\.weight$"),
         (lambda weights: weights | {"x": torch.ones(1)}, "no UNet2DConditionModel of .* has no place for x$"),
         (renamed, r".* none of its weights has a name of diffusers', as \S+ and \d+ more$"),
-        (lambda _: {}, ".*: it holds none$"),
+        (lambda _: {}, r".* has no weights \S+ and \d+ more$"),
         (lambda weights: {"conv_in.bias": weights["conv_in.bias"]}, r".* has no weights \S+ and \d+ more$"),
         (lambda _: {"lora_unet_x.lora_up.weight": torch.ones(1)}, ".*: it is a LoRA; name it with --lora$"),
         (
