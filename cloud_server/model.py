@@ -22,7 +22,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import socket
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -93,6 +92,7 @@ def locate(model: str) -> Path:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError
 
+        from cloud_server import hub
         from cloud_server.complete import downloaded
 
         folder = downloaded(model).resolve()
@@ -100,22 +100,14 @@ def locate(model: str) -> Path:
             hf_hub_download(model, CARD_FILE, revision=folder.name)  # a snapshot is called after its commit
         return folder
     except Exception as error:  # the hub client raises whatever its transport raises
-        refused = HubNotReached if _unreached(error) else StartRefused
-        raise refused(
-            f"there is no folder {model}, and the hub did not give it: {error}. {_WHAT_TO_DO}"
-        ) from error
+        refused = HubNotReached if hub.may_recover(error) else StartRefused
+        told = hub.why(model, error) or f"the hub did not give it: {error}. {_WHAT_TO_DO}"
+        raise refused(f"there is no folder {model}, and {told}") from error
 
 
 _WHAT_TO_DO = (
     "Give --model a folder saved by a diffusers pipeline's save_pretrained(), or a hub id such as owner/name."
 )
-
-
-def _unreached(error: BaseException | None) -> bool:
-    """Whether an error began with a connection that was not to be had, whatever the libraries have made of it since."""
-    while error is not None and not isinstance(error, (ConnectionError, TimeoutError, socket.gaierror)):
-        error = error.__cause__ or error.__context__
-    return error is not None
 
 
 def _mode(path: Path) -> int:

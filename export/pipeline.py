@@ -382,7 +382,7 @@ def _index(model: str | os.PathLike[str], report: Callable[[str], None]) -> dict
         if folder.is_dir():
             raise ExportError(f"{folder / 'model_index.json'} cannot be read: {reason(error)}") from error
         raise ExportError(
-            f"{model} cannot be loaded as a diffusers pipeline: it is no folder here, and {source.from_hub(error)}"
+            f"{model} cannot be loaded as a diffusers pipeline: {source.why_not(model, error)}"
         ) from error
     try:
         complete.check_index(index)

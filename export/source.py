@@ -13,9 +13,9 @@ from typing import Any
 import safetensors
 import torch
 from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from cloud_server import complete
+from cloud_server import complete, hub
 from export.errors import ExportError, reason
 
 
@@ -31,9 +31,9 @@ def located(name: str, what: str, in_repository: str) -> Path:
             with quiet(), complete.bars_on_terminals_alone():
                 file = Path(hf_hub_download(name, in_repository))
         except Exception as error:  # the hub's library fails in its own ways
-            raise ExportError(
-                f"{name} cannot be loaded as {what}: it is no file here, and {from_hub(error)} (its {in_repository})"
-            ) from error
+            absent = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
+            told = f"has no {in_repository} on the hub" if absent else from_hub(name, error)
+            raise ExportError(f"{name} cannot be loaded as {what}: it is no file here, and {told}") from error
     names_in(file)
     return file
 
@@ -122,11 +122,13 @@ def why_not(model: str | os.PathLike[str], error: Exception) -> str:
     names_file = isinstance(error, OSError) and error.filename is not None
     if names_file or Path(model).is_dir():
         return reason(error)
-    return f"it is no folder here, and {from_hub(error)}"
+    return f"it is no folder here, and {from_hub(os.fspath(model), error)}"
 
 
-def from_hub(error: Exception) -> str:
-    """Why the hub gave nothing."""
+def from_hub(model: str, error: Exception) -> str:
+    """Why the hub gave no `model`."""
+    if told := hub.why(model, error):
+        return told
     # diffusers says of a hub that does not answer that the model lacks a file.
     if isinstance(error, LocalEntryNotFoundError) or isinstance(error.__context__, LocalEntryNotFoundError):
         return (

@@ -62,3 +62,27 @@ def hub(folder: Path, repository: str = "owner/name") -> Iterator[str]:
             yield f"http://127.0.0.1:{server.server_port}"
         finally:
             server.shutdown()
+
+
+@contextmanager
+def refusing_hub(status: int, code: str = "") -> Iterator[str]:
+    """The address of a hub that answers everything with this status of HTTP and this code of its own."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            for header, value in {"X-Error-Code": code, "Content-Length": "0"}.items():
+                self.send_header(header, value)
+            self.end_headers()
+
+        do_HEAD = do_GET  # noqa: N815  # their names in the base class
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # its name in the base class
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()

@@ -1,0 +1,54 @@
+"""Why the hub gave no model, from what its own library and those above it make of that."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    RepositoryNotFoundError,
+)
+
+_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+
+
+def why(model: str, error: BaseException) -> str:
+    """What the hub answered, and what to do about it; empty where it did not answer, or has the model."""
+    hub = f"the hub at {constants.ENDPOINT}"
+    for each in _behind(error):
+        if isinstance(each, GatedRepoError):
+            terms = f"{constants.ENDPOINT}/{model}"
+            return (
+                f"{hub} gives it to those alone who have agreed to its terms: do so at {terms}, and {_LOG_IN}"
+            )
+        if isinstance(each, RepositoryNotFoundError):
+            return f"{hub} has no such model, or not for everybody: look at the name; for one that is private {_LOG_IN}"
+        if status := _status(each):
+            return f"{hub} answers with an error, {status}: try again later"
+    return ""
+
+
+def may_recover(error: BaseException) -> bool:
+    """Whether the hub was not reached, or had no answer for now, whatever the libraries have made of it since."""
+    return any(
+        isinstance(each, (ConnectionError, TimeoutError, socket.gaierror)) or _status(each) >= 429
+        for each in _behind(error)
+    )
+
+
+def _status(error: BaseException) -> int:
+    """What the hub answered in HTTP, where that says nothing of one file; otherwise 0."""
+    if not isinstance(error, HfHubHTTPError) or isinstance(error, EntryNotFoundError):
+        return 0
+    return error.response.status_code if error.response is not None else 0
+
+
+def _behind(error: BaseException | None) -> Iterator[BaseException]:
+    """`error`, what it came of, what that came of."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -1,0 +1,61 @@
+"""What a hub answers is said in words that help, however many libraries its answer went through."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from diffusers import DiffusionPipeline
+from huggingface_hub import constants, file_download, hf_hub_download
+
+from cloud_server import hub
+from tests.hub import refusing_hub
+
+ASKING: dict[str, Callable[[], Any]] = {
+    "its library": lambda: hf_hub_download("owner/name", "model_index.json"),
+    "diffusers": lambda: DiffusionPipeline.load_config("owner/name"),
+}
+
+
+@pytest.mark.parametrize("asked_by", ASKING)
+@pytest.mark.parametrize(
+    ("status", "code", "told", "recovers"),
+    [
+        (401, "GatedRepo", r"agreed to its terms: do so at http\S+/owner/name, and log in with", False),
+        (403, "GatedRepo", r"agreed to its terms: do so at http\S+/owner/name, and log in with", False),
+        (
+            401,
+            "RepoNotFound",
+            "has no such model, or not for everybody: look at the name; .* HF_TOKEN$",
+            False,
+        ),
+        (
+            404,
+            "RepoNotFound",
+            "has no such model, or not for everybody: look at the name; .* HF_TOKEN$",
+            False,
+        ),
+        (429, "", "answers with an error, 429: try again later$", True),
+        (404, "EntryNotFound", "^$", False),
+    ],
+)
+def test_an_answer_says_what_to_do(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    asked_by: str,
+    status: int,
+    code: str,
+    told: str,
+    recovers: bool,
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with refusing_hub(status, code) as address:
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        with pytest.raises(Exception) as caught:  # each library raises its own
+            ASKING[asked_by]()
+    assert re.search(told, hub.why("owner/name", caught.value))
+    assert hub.may_recover(caught.value) is recovers
