@@ -180,8 +180,9 @@ def check_index(index: Any) -> None:
             )
 
 
-def refuse_faulty(kind: Any, folder: Path) -> None:
-    """Raises ValueError where `folder` lacks a file without which no network or scheduler of class `kind` is whole.
+def refuse_faulty(kind: Any, folder: Path, *, weights: bool = True) -> None:
+    """Raises ValueError where `folder` lacks a file without which no network or scheduler of class `kind` is whole, its
+    `weights` among them where they are wanted.
 
     transformers would take a config that is not there for the one that its class has by default.
     """
@@ -196,7 +197,7 @@ def refuse_faulty(kind: Any, folder: Path) -> None:
         raise ValueError(f"{folder} {_UNFUSED}")
     refuse_absent(config)
     _refuse_no_object(config)
-    if issubclass(kind, NETWORKS) and not _weights(folder):
+    if weights and issubclass(kind, NETWORKS) and not _weights(folder):
         raise ValueError(f"{folder} has no weights: no file that ends in .{' or .'.join(_WEIGHTS)}")
 
 

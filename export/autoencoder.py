@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
 
+from cloud_server import complete
 from export import source
 from export.errors import ExportError, misfit
 
-_PREFIX = "first_stage_model."
-_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+_FIRST_CODE = "encoder.down."
+"""How the names of some weights begin in the first code, and none of diffusers'."""
 
 
 def load(model: str | os.PathLike[str], own: Any, report: Callable[[str], None] = lambda _: None) -> Any:
@@ -34,19 +39,35 @@ def load(model: str | os.PathLike[str], own: Any, report: Callable[[str], None] 
 
 
 def _from_file(file: Path, own: Any) -> Any:
-    names = [name.removeprefix(_PREFIX) for name in source.names_in(file)]
     if not isinstance(own, AutoencoderKL):
+        kind = type(own).__name__
         raise ExportError(
-            f"{file} is a file, which has no config, and that of the model's own is {type(own).__name__}'s"
+            f"{file} is a file, which has no config, and that of the model's own is of an {kind}"
         )
-    refusal = f"{file} is no autoencoder of this model's config"
+    weights = {_alone(name): weight for name, weight in source.weights_in(file).items()}
+    if not all(weight.float().isfinite().all() for weight in weights.values()):
+        raise ExportError(f"{file} is damaged: it holds what is no number; get it again")
     try:
-        with TemporaryDirectory() as folder, source.quiet():
-            own.save_config(folder)
-            made = AutoencoderKL.from_single_file(str(file), config=folder)
+        if any(name.startswith(_FIRST_CODE) for name in weights):
+            return source.from_first_code(AutoencoderKL, own, weights).float()
+        return _from_diffusers(own, weights)
     except Exception as error:  # diffusers fails in its own ways
-        raise ExportError(f"{refusal}: {misfit(error)}") from error
-    held = sum(name.startswith(_PARTS) for name in names)
-    if any(weight.is_meta for weight in made.parameters()) or held != len(made.state_dict()):
-        raise ExportError(f"{refusal}: it has {held} weights of one, of {len(made.state_dict())}")
-    return made.float().eval()
+        raise ExportError(f"{file} is no autoencoder of this model's config: {misfit(error)}") from error
+
+
+def _from_diffusers(own: Any, weights: dict[str, torch.Tensor]) -> Any:
+    """Through a folder, as diffusers knows what it called some weights earlier for those alone."""
+    with TemporaryDirectory() as folder, source.quiet(logging.ERROR):
+        own.save_config(it := Path(folder, "it"))
+        save_file(weights, it / SAFETENSORS_WEIGHTS_NAME)
+        made = complete.part(AutoencoderKL, it, torch.float32)
+    if len(weights) > (held := len(made.state_dict())):
+        raise ValueError(f"it has {len(weights)} weights, of which the config names {held}")
+    return made
+
+
+def _alone(name: str) -> str:
+    """A weight's name without what it begins with in a whole model's file."""
+    for beginning in source.BEGINNINGS["vae"]:
+        name = name.removeprefix(beginning)
+    return name

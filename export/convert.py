@@ -39,10 +39,6 @@ CARDS = ("README.md", CARD)  # the first has the licence
 
 _HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}
 _CONFIGS = ("*.json", "*.txt", "*.model")  # in all folders of a repository, tokenizers too
-# How the names of a part's weights begin in a single file, and those of text encoders.
-_DENOISER = ("model.diffusion_model.",)
-_BEGINNINGS = {"unet": _DENOISER, "transformer": _DENOISER, "vae": ("first_stage_model.", "vae.")}
-_ENCODERS = ("cond_stage_model.", "conditioner.", "text_encoders.")
 
 
 def convert(
@@ -146,6 +142,11 @@ def _base(file: Path, names: list[str], named: str | None, report: Report) -> st
         raise ExportError(
             f"{file} is a denoiser alone: name the model that it was made for, and this file with --denoiser"
         )
+    if not any(name.startswith(source.ENCODERS) for name in names):
+        raise ExportError(
+            f"{file} is no whole model: it has no weights of a text encoder; an autoencoder is for "
+            "--autoencoder, when a model is exported"
+        )
     if named is not None:
         return named
     found = fetch_diffusers_config(load_single_file_checkpoint(str(file)))
@@ -169,10 +170,9 @@ def _from_single_file(file: Path, names: list[str], base: str, made: Any, parts:
         raise ExportError(f"{refusal}: {misfit(error)}") from error
     for part, network in pipelines.networks(pipeline).items():
         if missing := [name for name, weight in network.named_parameters() if weight.is_meta]:
-            more = f" and {len(missing) - 1} more" if missing[1:] else ""
-            raise ExportError(f"{refusal}: it has no weights {missing[0]}{more} of the {part}")
+            raise ExportError(f"{refusal}: it has no weights {source.listed(missing)} of the {part}")
     for part in {pipelines.denoiser_part(made), "vae"} - parts.keys():
-        held = sum(name.startswith(_BEGINNINGS[part]) for name in names)
+        held = sum(name.startswith(source.BEGINNINGS[part]) for name in names)
         used = len(getattr(pipeline, part).state_dict())
         if held > used:
             raise ExportError(f"{refusal}: it has {held} weights of the {part}, of which they name {used}")
@@ -214,7 +214,7 @@ def _refuse_infinite(network: torch.nn.Module, part: str, dtype: torch.dtype) ->
 def _stored(where: Path, part: str) -> torch.dtype:
     """The type of the weights of `part` in a file or folder: half precision where none is in float32."""
     files = [where] if where.is_file() else list(where.glob("*.safetensors"))
-    found = _types(files, _BEGINNINGS.get(part, _ENCODERS)) or _types(files, ("",))
+    found = _types(files, source.BEGINNINGS.get(part, source.ENCODERS)) or _types(files, ("",))
     halves = [_HALVES[name] for name in sorted(found & _HALVES.keys())]
     return halves[0] if halves and "F32" not in found else torch.float32
 

@@ -11,7 +11,6 @@ from typing import Any
 from accelerate import init_empty_weights
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from huggingface_hub import hf_hub_download
-from safetensors.torch import load_file
 
 from cloud_server import complete
 from export import source
@@ -34,6 +33,9 @@ _FITTING = (
 _ENDS = (("conv_in.weight", "conv_out.weight"), ("pos_embed.proj.weight", "proj_out.weight"))
 """Of each class, weights that the latents meet first and last. No other network has both."""
 
+_FIRST_CODE = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out.")
+"""How the names of an UNet's weights begin there."""
+
 
 def load(
     model: str, part: str, base: str | Path, report: Callable[[str], None] = lambda _: None
@@ -42,8 +44,8 @@ def load(
     file stay in the type that they have, as they are large; of a folder they are in float32.
 
     Args:
-        model: a .safetensors file of weights by diffusers' names, for the config that `base` has; or a folder that
-            diffusers saved, or a hub id, with a config of its own.
+        model: a .safetensors file of weights for the config that `base` has; or a folder that diffusers saved, or a
+            hub id, with a config of its own.
         part: its name in the pipeline.
         base: folder or hub id of that pipeline.
         report: gets a line before the hub is asked for the denoiser.
@@ -54,6 +56,8 @@ def load(
     made = CLASSES[part]
     try:
         with source.quiet(logging.ERROR), complete.bars_on_terminals_alone():
+            if Path(base).is_dir():
+                complete.refuse_faulty(made, Path(base, part), weights=False)
             config = made.load_config(base, subfolder=part)
             if Path(model).is_file():
                 return _from_file(Path(model), made, config), Path(model)
@@ -73,28 +77,30 @@ def load(
 
 
 def is_alone(names: Collection[str]) -> bool:
-    """Whether these are the names that diffusers gives the weights of a denoiser, and of nothing else."""
-    return any(all(name in names for name in ends) for ends in _ENDS)
+    """Whether weights of these names are a denoiser's and nothing else: as diffusers names them, or the first code."""
+    if any(all(name in names for name in ends) for ends in _ENDS):
+        return True
+    return bool(names) and all(name.startswith((source.DENOISER, *_FIRST_CODE)) for name in names)
 
 
 def _from_file(file: Path, made: Any, config: Any) -> Any:
     """The denoiser of class `made` whose weights `file` holds."""
-    names = set(source.names_in(file))
     refusal = f"{file} is no {made.__name__} of this model's config"
     with init_empty_weights():
         denoiser = made.from_config(config)
-    own = set(denoiser.state_dict())
-    if names and not names & own:
-        raise ExportError(f"{refusal}: {_mistaken(names)}")
-    if lacking := sorted(own - names):
-        raise ExportError(f"{refusal}: it has no weights {_some(lacking)}")
-    if others := sorted(names - own):
-        raise ExportError(f"{refusal}, which has no place for {_some(others)}")
-    weights = load_file(file)
-    if kinds := {weight.dtype for weight in weights.values() if not weight.is_floating_point()}:
-        raise ExportError(
-            f"{file} holds weights of {kinds.pop()}, which are not read: get it in half precision"
-        )
+    own, weights = set(denoiser.state_dict()), source.weights_in(file)
+    if is_alone(weights) and not own & weights.keys():
+        weights = {source.DENOISER + name.removeprefix(source.DENOISER): one for name, one in weights.items()}
+        try:
+            return source.from_first_code(made, denoiser, weights)
+        except Exception as error:  # diffusers fails in its own ways
+            raise ExportError(f"{refusal}: {misfit(error)}") from error
+    if mistaken := _mistaken(weights):
+        raise ExportError(f"{file} is no denoiser alone: {mistaken}")
+    if lacking := sorted(own - weights.keys()):
+        raise ExportError(f"{refusal}: it has no weights {source.listed(lacking)}")
+    if others := sorted(weights.keys() - own):
+        raise ExportError(f"{refusal}, which has no place for {source.listed(others)}")
     try:
         denoiser.load_state_dict(weights, assign=True)
     except RuntimeError as error:  # torch says at length what is of another size
@@ -106,10 +112,8 @@ def _mistaken(names: Collection[str]) -> str:
     """What a file of these names is instead, as far as that can be told."""
     if any("lora" in name for name in names):
         return "it is a LoRA; name it with --lora"
-    if any(name.startswith(("first_stage_model.", "model.diffusion_model.")) for name in names):
-        return "its weights have the names of a whole model in one file; name it as MODEL"
-    return f"none of its weights has a name of diffusers', as {_some(sorted(names))}"
-
-
-def _some(names: list[str]) -> str:
-    return names[0] + (f" and {len(names) - 1} more" if names[1:] else "")
+    if any(name.startswith(source.ENCODERS) for name in names):
+        return "it is a whole model; name it as MODEL"
+    if any(name.startswith(("decoder.", *source.BEGINNINGS["vae"])) for name in names):
+        return "it is an autoencoder; name it with --autoencoder when you export the model"
+    return ""

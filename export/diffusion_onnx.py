@@ -1,7 +1,7 @@
 """A diffusers text-to-image pipeline becomes a bundle that the edge runs without torch.
 
-    python -m export.diffusion_onnx MODEL OUT [--steps 25,50] [--guidance 7.5] [--scheduler NAME] [--size 512x512]
-        [--dtype fp32|fp16|int8]
+    python -m export.diffusion_onnx MODEL OUT [--steps 25,50] [--timesteps 999,...] [--guidance 7.5] [--scheduler NAME]
+        [--size 512x512] [--dtype fp32|fp16|int8]
 
 optimum traces the graphs (`export/graphs.py`); this adds the compiled schedules, a tokenizer.json for each
 tokenizer and the manifest, and then runs the bundle against the torch pipeline. The bundle appears at OUT only
@@ -301,23 +301,25 @@ def _by_count(steps: Sequence[Steps], pipeline: Any) -> dict[int, Steps]:
 
 
 def _timesteps(text: str) -> tuple[int, ...]:
-    try:
-        timesteps = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        timesteps = ()
+    timesteps = _whole_numbers(text)
     if not timesteps or min(timesteps) < 0 or any(later >= one for one, later in pairwise(timesteps)):
         raise argparse.ArgumentTypeError(f"{text!r} is no list of falling timesteps, such as 999,749,499,249")
     return timesteps
 
 
 def _counts(text: str) -> tuple[int, ...]:
-    try:
-        counts = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        counts = ()
+    counts = _whole_numbers(text)
     if not counts or min(counts) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of step counts of at least 1, such as 25,50")
     return counts
+
+
+def _whole_numbers(text: str) -> tuple[int, ...]:
+    """Those between commas; none where something else is there."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        return ()
 
 
 def _sizes(text: str) -> tuple[Size, ...]:

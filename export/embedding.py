@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from diffusers.loaders import TextualInversionLoaderMixin
 from diffusers.loaders.textual_inversion import TEXT_INVERSION_NAME_SAFE
-from safetensors.torch import load_file
 from tokenizers import AddedToken
 
 from export import pipeline as pipelines
@@ -47,7 +46,7 @@ def add(pipeline: Any, file: Path, name: str | None = None) -> str:
 
     Raises ExportError where the file holds no vectors for these text encoders, or the name is taken.
     """
-    weights = load_file(file)
+    weights = source.weights_in(file)
     two = "text_encoder_2" in pipelines.kind(pipeline).parts
     wanted = _OF_TWO if two else _OF_ONE
     if not two and len(weights) == 1 and not weights.keys() & {*_OF_ONE, *_OF_TWO}:

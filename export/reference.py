@@ -15,7 +15,7 @@ from edge_agent.diffusion.generator import Generator, Image
 from edge_agent.diffusion.sessions import Runtime
 from export.errors import ExportError, reason
 from export.pipeline import kind
-from export.schedule import Steps, number_of
+from export.schedule import Steps, asked, number_of
 from export.source import quiet
 
 # Compared with the torch pipeline after an export: prompt, negative prompt, seed, guided or not. One guided image
@@ -61,9 +61,6 @@ def reference_image(
 
     # None and empty differ in Stable Diffusion XL; the edge's empty negative prompt is none.
     negatives = {"negative_prompt": negative or None} if kind(pipeline).takes_negative else {}
-    timed: dict[str, Any] = (
-        {"num_inference_steps": steps} if isinstance(steps, int) else {"timesteps": list(steps)}
-    )
     try:
         with quiet():
             colours = pipeline(
@@ -71,7 +68,7 @@ def reference_image(
                 **negatives,
                 width=width,
                 height=height,
-                **timed,
+                **asked(steps),
                 guidance_scale=guidance,
                 generator=torch.Generator("cpu").manual_seed(seed),
                 callback_on_step_end=keep,

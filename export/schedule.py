@@ -63,6 +63,11 @@ def number_of(steps: Steps) -> int:
     return steps if isinstance(steps, int) else len(steps)
 
 
+def asked(steps: Steps) -> dict[str, Any]:
+    """`steps` as diffusers' pipelines and schedulers are asked for them."""
+    return {"num_inference_steps": steps} if isinstance(steps, int) else {"timesteps": list(steps)}
+
+
 def compile_schedule(scheduler: Any, steps: Steps, loop: Loop = PLAIN) -> Schedule:
     """The scheduler's matrix.
 
@@ -87,6 +92,8 @@ def compile_schedule(scheduler: Any, steps: Steps, loop: Loop = PLAIN) -> Schedu
             f"{name} has no schedule of {steps} steps: its model was trained on {trained}{why}; name "
             f"{trained - offset} at most"
         )
+    if not isinstance(steps, int) and trained is not None and max(steps) >= trained:
+        raise ExportError(f"the model was trained on the timesteps 0 to {trained - 1}: name none beyond")
     fresh = _fresh(scheduler, steps, loop)
     timesteps = fresh.timesteps
     calls = len(timesteps)
@@ -120,23 +127,17 @@ def _fresh(scheduler: Any, steps: Steps, loop: Loop) -> Any:
     # defaults again, where the pipeline has corrected them, as it does for the configs of its first versions.
     config = {name: value for name, value in scheduler.config.items() if name != "_use_default_values"}
     copy = type(scheduler).from_config(config)
-    given: dict[str, Any] = {} if loop.mu is None else {"mu": loop.mu}
-    said = f"{steps} steps"
+    wanted, what, cure = asked(steps), f"{steps} steps", "name other steps"
     if not isinstance(steps, int):
-        said = f"the timesteps {', '.join(map(str, steps))}"
-        if "timesteps" not in inspect.signature(copy.set_timesteps).parameters:
+        what, cure = f"the timesteps {', '.join(map(str, steps))}", "name --steps instead"
+        if not wanted.keys() & inspect.signature(copy.set_timesteps).parameters.keys():
             raise ExportError(
                 f"{type(copy).__name__} chooses its timesteps by itself; {_OTHER}, such as EulerDiscrete"
             )
     try:
-        if isinstance(steps, int):
-            copy.set_timesteps(steps, **given)
-        else:
-            copy.set_timesteps(timesteps=list(steps), **given)
+        copy.set_timesteps(**wanted, **({} if loop.mu is None else {"mu": loop.mu}))
     except Exception as error:  # each scheduler fails in its own way
-        raise _explained(
-            error, scheduler, f"has no schedule of {said}", f"name other steps, {_CHANGE}"
-        ) from error
+        raise _explained(error, scheduler, f"has no schedule of {what}", f"{cure}, {_CHANGE}") from error
     return copy
 
 

@@ -5,18 +5,29 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import safetensors
 import torch
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors.torch import load_file
 
 from cloud_server import complete, hub
 from export.errors import ExportError, reason
+
+DENOISER = "model.diffusion_model."
+"""How the names of a denoiser's weights begin in a single file of a whole model."""
+
+BEGINNINGS = {"unet": (DENOISER,), "transformer": (DENOISER,), "vae": ("first_stage_model.", "vae.")}
+"""The same of its parts."""
+
+ENCODERS = ("cond_stage_model.", "conditioner.", "text_encoders.")
+"""The same of text encoders."""
 
 
 def located(name: str, what: str, in_repository: str) -> Path:
@@ -92,6 +103,37 @@ def names_in(file: Path) -> list[str]:
             return list(weights.keys())
     except safetensors.SafetensorError as error:
         raise ExportError(f"{file} is cut off or damaged: {reason(error)}; get it again") from error
+
+
+def weights_in(file: Path) -> dict[str, torch.Tensor]:
+    """The weights in a .safetensors. Raises ExportError as `names_in` does, and where they are whole numbers."""
+    names_in(file)
+    weights = load_file(file)
+    if kinds := {weight.dtype for weight in weights.values() if not weight.is_floating_point()}:
+        raise ExportError(
+            f"{file} holds weights of {kinds.pop()}, which are not read: get it in half precision"
+        )
+    return weights
+
+
+def from_first_code(made: Any, own: Any, weights: Mapping[str, torch.Tensor]) -> Any:
+    """A network of class `made` with the config of `own`, whose `weights` are named as in the first code.
+
+    Raises ValueError where it is not whole, and whatever diffusers raises.
+    """
+    with TemporaryDirectory() as folder, quiet(logging.ERROR):
+        own.save_config(folder)
+        network = made.from_single_file(dict(weights), config=folder)
+    if missing := [name for name, weight in network.named_parameters() if weight.is_meta]:
+        raise ValueError(f"it has no weights {listed(missing)}")
+    if len(weights) > (held := len(network.state_dict())):
+        raise ValueError(f"it has {len(weights)} weights, of which the config names {held}")
+    return network.eval()
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first, and how many more."""
+    return names[0] + (f" and {len(names) - 1} more" if names[1:] else "")
 
 
 def refuse_mistyped(model: str | os.PathLike[str], what: str) -> None:
