@@ -13,6 +13,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+_LATER = 429
+"""In HTTP, too many requests; those above are the server's own trouble."""
+
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
@@ -28,14 +31,16 @@ def why(model: str, error: BaseException) -> str:
         if isinstance(each, RepositoryNotFoundError):
             return f"{hub} has no such model, or not for everybody: look at the name; for one that is private {_LOG_IN}"
         if status := _status(each):
-            return f"{hub} answers with an error, {status}: try again later"
+            return f"{hub} answers with the error {status}" + (
+                ": try again later" if status >= _LATER else ""
+            )
     return ""
 
 
 def may_recover(error: BaseException) -> bool:
     """Whether the hub was not reached, or had no answer for now, whatever the libraries have made of it since."""
     return any(
-        isinstance(each, (ConnectionError, TimeoutError, socket.gaierror)) or _status(each) >= 429
+        isinstance(each, (ConnectionError, TimeoutError, socket.gaierror)) or _status(each) >= _LATER
         for each in _behind(error)
     )
 

@@ -38,7 +38,7 @@ ASKING: dict[str, Callable[[], Any]] = {
             "has no such model, or not for everybody: look at the name; .* HF_TOKEN$",
             False,
         ),
-        (429, "", "answers with an error, 429: try again later$", True),
+        (429, "", "answers with the error 429: try again later$", True),
         (404, "EntryNotFound", "^$", False),
     ],
 )
