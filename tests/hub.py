@@ -11,6 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import pytest
+from huggingface_hub import constants, file_download, hf_api
+
 COMMIT = "c0ffee" + "0" * 34
 
 
@@ -62,6 +65,20 @@ def hub(folder: Path, repository: str = "owner/name") -> Iterator[str]:
             yield f"http://127.0.0.1:{server.server_port}"
         finally:
             server.shutdown()
+
+
+@contextmanager
+def asked_here(address: str, cache: Path) -> Iterator[None]:
+    """This process's own library asks the hub at `address`, and keeps what it gets in `cache`, where else two variables
+    of the environment say so before it is imported.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "ENDPOINT", address)
+        patch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        patch.setattr(hf_api.api, "endpoint", address)
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        patch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield
 
 
 @contextmanager

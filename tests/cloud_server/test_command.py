@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from cloud_server.__main__ import main
 from cloud_server.model import CARD_FILE, open_model
-from tests.hub import hub
+from tests.hub import asked_here, hub
 from tests.running import process_environment
 
 
@@ -75,7 +76,7 @@ def test_a_hub_that_does_not_answer_is_told_from_one_without_the_model(tmp_path:
 
 @pytest.mark.parametrize(("card", "half"), [(True, False), (False, False), (True, True)])
 def test_a_model_of_the_hub_is_downloaded_with_its_card_and_in_half_precision_where_that_is_all_there_is(
-    model_folder: Path, tmp_path: Path, card: bool, half: bool
+    model_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], card: bool, half: bool
 ) -> None:
     """Left to itself diffusers brings the files it knows, and none of another variant than it is asked for."""
     folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
@@ -84,13 +85,8 @@ def test_a_model_of_the_hub_is_downloaded_with_its_card_and_in_half_precision_wh
     if half:
         for weights in folder.rglob("*.safetensors"):
             weights.rename(weights.with_suffix(".fp16.safetensors"))
-    with hub(folder) as address:
-        finished = subprocess.run(
-            [sys.executable, "-m", "cloud_server", "digest", "--model", "owner/name"],
-            capture_output=True,
-            text=True,
-            env=process_environment(tmp_path) | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache")},
-            check=False,
-        )
-    assert finished.stdout.strip() == open_model(str(folder)).digest, finished.stderr
-    assert "B/s" not in finished.stderr and "it/s" not in finished.stderr  # no bars outside of terminals
+    with hub(folder) as address, asked_here(address, tmp_path / "cache"):
+        code = main(["digest", "--model", "owner/name"])
+    said = capfd.readouterr()
+    assert (code, said.out.strip()) == (0, open_model(str(folder)).digest), said.err
+    assert "B/s" not in said.err and "it/s" not in said.err  # no bars outside of terminals

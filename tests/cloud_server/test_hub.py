@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 from diffusers import DiffusionPipeline
-from huggingface_hub import constants, file_download, hf_hub_download
+from huggingface_hub import hf_hub_download
 
 from cloud_server import hub
-from tests.hub import refusing_hub
+from tests.hub import asked_here, refusing_hub
 
 ASKING: dict[str, Callable[[], Any]] = {
     "its library": lambda: hf_hub_download("owner/name", "model_index.json"),
@@ -44,18 +44,17 @@ ASKING: dict[str, Callable[[], Any]] = {
 )
 def test_an_answer_says_what_to_do(
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     asked_by: str,
     status: int,
     code: str,
     told: str,
     recovers: bool,
 ) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with refusing_hub(status, code) as address:
-        template = address + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        with pytest.raises(Exception) as caught:  # each library raises its own
-            ASKING[asked_by]()
+    with (
+        refusing_hub(status, code) as address,
+        asked_here(address, tmp_path),
+        pytest.raises(Exception) as caught,  # each library raises its own
+    ):
+        ASKING[asked_by]()
     assert re.search(told, hub.why("owner/name", caught.value))
     assert hub.may_recover(caught.value) is recovers

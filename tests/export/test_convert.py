@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,9 +25,8 @@ from export.diffusion_onnx import export_bundle
 from export.errors import ExportError
 from export.pipeline import denoiser_of, load, prepared
 from export.reference import largest_difference, reference_image
-from tests.hub import hub
+from tests.hub import asked_here, hub
 from tests.miniature import as_transformers_5_saves, miniature_pipeline, miniature_v3, miniature_xl
-from tests.running import process_environment
 from tests.single_file import save_single_file
 
 MADE = {"1.x": miniature_pipeline, "XL": miniature_xl}
@@ -402,32 +399,21 @@ def test_a_mistyped_lora_is_not_looked_for_on_the_hub(model: Path, tmp_path: Pat
         convert(str(model), str(tmp_path / "folder"), loras=[(lora, 1.0)], report=silent)
 
 
-def converted_from(address: str, tmp_path: Path, *arguments: str) -> str:
-    """What the command says that finds a hub at `address`; it writes the folder `folder`."""
-    environment = process_environment(tmp_path) | {
-        "HF_ENDPOINT": address,
-        "HF_HOME": str(tmp_path / "cache"),
-    }
-    command = [
-        sys.executable,
-        "-m",
-        "export",
-        "convert",
-        arguments[0],
-        str(tmp_path / "folder"),
-        *arguments[1:],
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def converted_from(
+    kept: Path, tmp_path: Path, model: str, repository: str = "owner/name", **options: Any
+) -> str:
+    """What is reported with a hub that has the folder `kept` as this repository; writes the folder `folder`."""
+    lines: list[str] = []
+    with hub(kept, repository) as address, asked_here(address, tmp_path / "cache"):
+        convert(model, str(tmp_path / "folder"), report=lines.append, **options)
+    return "\n".join(lines)
 
 
 def test_the_configs_of_a_single_file_come_from_the_hub(model: Path, file: Path, tmp_path: Path) -> None:
     base = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     for weights in model.rglob("*.safetensors"):
         weights.write_bytes(b"which nobody asks for")
-    with hub(model, base) as address:
-        said = converted_from(address, tmp_path, str(file))
+    said = converted_from(model, tmp_path, str(file), base)
     assert said.startswith(f"taking configs and tokenizers from {base}; --base names another model's\n")
     assert differ(weights_at(tmp_path / "folder"), weights_of(miniature_pipeline())) == []
 
@@ -438,8 +424,7 @@ def test_a_model_of_the_hub_keeps_its_cards_and_its_half_precision(tmp_path: Pat
     pipeline.save_pretrained(kept := tmp_path / "kept")
     (kept / "README.md").write_text("---\nlicense: openrail\n---\n")
     (kept / "routet2i.json").write_text('{"steps": 4}')
-    with hub(kept) as address:
-        said = converted_from(address, tmp_path, "owner/name", "--scheduler", "LCM")
+    said = converted_from(kept, tmp_path, "owner/name", scheduler="LCM")
     assert "kept routet2i.json: look whether its steps" in said
     for card in ("README.md", "routet2i.json"):
         assert (tmp_path / "folder" / card).read_text() == (kept / card).read_text()
@@ -454,9 +439,8 @@ def test_a_lora_and_an_embedding_come_from_the_hub(model: Path, tmp_path: Path) 
     (kept := tmp_path / "kept").mkdir()
     added = lora_for(pipeline, kept / "pytorch_lora_weights.safetensors")
     vector = concept(pipeline, kept / "learned_embeds.safetensors", vectors=1, stated="<catty>")[0]
-    with hub(kept) as address:
-        options = ("--lora", "owner/name", "--embedding", "owner/name=<dotty>")
-        said = converted_from(address, tmp_path, str(model), *options)
+    options = {"loras": [("owner/name", 1.0)], "embeddings": [("owner/name", "<dotty>")]}
+    said = converted_from(kept, tmp_path, str(model), **options)
     assert "adding owner/name: write <dotty> in prompts\n" in said
     made = complete.pipeline(tmp_path / "folder", torch.float32)
     assert torch.equal(learnt(made.tokenizer, made.text_encoder, "<dotty>"), vector)
@@ -712,9 +696,8 @@ def test_a_denoiser_with_a_config_of_its_own_makes_a_model_that_can_be_exported(
 
 
 def test_a_denoiser_comes_from_the_hub(latent_consistency: Path, tmp_path: Path) -> None:
-    with hub(latent_consistency) as address:
-        said = converted_from(address, tmp_path, str(tmp_path / "model"), "--denoiser", "owner/name")
-    assert said.startswith(f"owner/name is no folder here: asking the hub at {address}\n")
+    said = converted_from(latent_consistency, tmp_path, str(tmp_path / "model"), denoiser="owner/name")
+    assert said.startswith("owner/name is no folder here: asking the hub at http://127.0.0.1:")
     name = "diffusion_pytorch_model.safetensors"
     found = load_file(tmp_path / "folder" / "unet" / name)
     assert {weight.dtype for weight in found.values()} == {torch.float16}

@@ -49,7 +49,7 @@ from export.graphs import MASKED
 from export.pipeline import facts, licence_of, load, name_of
 from export.reference import Reference, difference, largest_difference, reference_image, reference_images
 from export.schedule import compile_schedule
-from tests.hub import hub
+from tests.hub import asked_here, hub
 from tests.miniature import (
     forget,
     miniature_lcm,
@@ -59,7 +59,6 @@ from tests.miniature import (
     miniature_xl,
     save_miniature,
 )
-from tests.running import process_environment
 
 
 def silent(_line: str) -> None:
@@ -330,14 +329,8 @@ def test_a_model_of_the_hub_is_exported_also_where_it_is_in_half_precision_alone
         weights.rename(weights.with_suffix(".fp16.safetensors"))
     (model / "README.md").write_text("---\nlicense: other\nlicense_name: research-only\n---\n# A model\n")
     out = tmp_path / "bundle"
-    command = [sys.executable, "-m", "export", "diffusion", "owner/name", str(out), "--steps", "2"]
-    with hub(model) as address:
-        environment = process_environment(tmp_path) | {
-            "HF_ENDPOINT": address,
-            "HF_HOME": str(tmp_path / "cache"),
-        }
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
+    with hub(model) as address, asked_here(address, tmp_path / "cache"):
+        assert main(["owner/name", str(out), "--steps", "2"]) == 0
     manifest = Bundle.open(out).manifest
     assert (manifest.name, manifest.licence) == ("name", "research-only")
 
