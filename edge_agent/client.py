@@ -78,6 +78,15 @@ class Received:
     timings_ms: dict[str, float]
 
 
+_OPTIONS = (
+    # A proxy for the world outside must not stand between two processes of this machine.
+    ("grpc.enable_http_proxy", 0),
+    # Else a thread of gRPC's reads the stream, and a Ctrl-C before it has begun leaves a channel that waits for it to
+    # end when it is closed.
+    ("SingleThreadedUnaryStream", 1),
+)
+
+
 class AgentClient:
     """One daemon at `address` (unix:PATH or HOST:PORT). Every method raises CallFailed."""
 
@@ -190,8 +199,7 @@ class AgentClient:
                 "with --agent",
                 UNREACHABLE,
             )
-        # A proxy for the world outside must not stand between two processes of this machine.
-        with grpc.insecure_channel(self.address, options=(("grpc.enable_http_proxy", 0),)) as channel:
+        with grpc.insecure_channel(self.address, options=_OPTIONS) as channel:
             yield EdgeAgentServiceStub(channel)
 
 

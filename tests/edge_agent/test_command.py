@@ -23,6 +23,7 @@ from typing import Any
 import grpc
 import PIL.Image
 import pytest
+from grpc import _channel as grpc_channel
 
 from edge_agent.__main__ import _drop_output, _print_explained, _target, main
 from edge_agent.bundle import DECODER
@@ -207,6 +208,17 @@ def test_a_folder_that_one_may_not_enter_is_refused_before_the_image_is_made() -
         closed.mkdir(0o600)
         with pytest.raises(InvalidRequest, match="cannot be written: Permission denied"):
             _target(str(closed / "cat.png"))
+
+
+@pytest.mark.usefixtures("daemon")
+def test_no_thread_has_to_begin_for_a_call_to_end(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Ctrl-C between a call and the thread that gRPC reads it with would leave a channel that never closes."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(grpc_channel, "_run_channel_spin_thread", interrupted)
+    assert run("generate", EDGE_PROMPT, "-o", "cat.png").code == 0
 
 
 def test_a_file_that_is_named_after_the_request_is_looked_at_before_the_image_is_made(
