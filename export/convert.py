@@ -214,6 +214,7 @@ def _refuse_infinite(network: torch.nn.Module, part: str, dtype: torch.dtype) ->
 def _stored(where: Path, part: str) -> torch.dtype:
     """The type of the weights of `part` in a file or folder: half precision where none is in float32."""
     files = [where] if where.is_file() else list(where.glob("*.safetensors"))
+    # Only in a whole model's file do names begin with their part's.
     found = _types(files, source.BEGINNINGS.get(part, source.ENCODERS)) or _types(files, ("",))
     halves = [_HALVES[name] for name in sorted(found & _HALVES.keys())]
     return halves[0] if halves and "F32" not in found else torch.float32

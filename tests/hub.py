@@ -17,12 +17,27 @@ from huggingface_hub import constants, file_download, hf_api
 COMMIT = "c0ffee" + "0" * 34
 
 
+class _Silent(http.server.BaseHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # its name in the base class
+        pass
+
+
+@contextmanager
+def _served(handler: type[_Silent]) -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+
+
 @contextmanager
 def hub(folder: Path, repository: str = "owner/name") -> Iterator[str]:
     """The address of a hub with the one repository, which holds the files of `folder`."""
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Handler(_Silent):
         def do_HEAD(self) -> None:
             path = urlsplit(self.path).path
             name = path.removeprefix(f"/{repository}/resolve/").partition("/")[2]
@@ -56,15 +71,8 @@ def hub(folder: Path, repository: str = "owner/name") -> Iterator[str]:
         def do_GET(self) -> None:
             self.do_HEAD()
 
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # its name in the base class
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
+    with _served(Handler) as address:
+        yield address
 
 
 @contextmanager
@@ -85,7 +93,7 @@ def asked_here(address: str, cache: Path) -> Iterator[None]:
 def refusing_hub(status: int, code: str = "") -> Iterator[str]:
     """The address of a hub that answers everything with this status of HTTP and this code of its own."""
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Handler(_Silent):
         def do_GET(self) -> None:
             self.send_response(status)
             for header, value in {"X-Error-Code": code, "Content-Length": "0"}.items():
@@ -94,12 +102,5 @@ def refusing_hub(status: int, code: str = "") -> Iterator[str]:
 
         do_HEAD = do_GET  # noqa: N815  # their names in the base class
 
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # its name in the base class
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
+    with _served(Handler) as address:
+        yield address
