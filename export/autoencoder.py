@@ -15,7 +15,7 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
 from cloud_server import complete
-from export import source
+from export import source, weights_file
 from export.errors import ExportError, misfit
 
 _FIRST_CODE = "encoder.down."
@@ -26,7 +26,7 @@ def load(model: str | os.PathLike[str], own: Any, report: Callable[[str], None] 
     """An autoencoder, on the CPU in float32.
 
     Args:
-        model: a folder that diffusers saved, a hub id, or a .safetensors file of weights for the config of `own`.
+        model: a folder that diffusers saved, a hub id, or a file of weights for the config of `own`.
         own: the one whose place it takes.
         report: gets a line before the hub is asked for it.
 
@@ -44,7 +44,7 @@ def _from_file(file: Path, own: Any) -> Any:
         raise ExportError(
             f"{file} is a file, which has no config, and that of the model's own is of an {kind}"
         )
-    weights = {_alone(name): weight for name, weight in source.weights_in(file).items()}
+    weights = {_alone(name): weight for name, weight in weights_file.read_floating(file).items()}
     if not all(weight.float().isfinite().all() for weight in weights.values()):
         raise ExportError(f"{file} is damaged: it holds what is no number; get it again")
     try:

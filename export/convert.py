@@ -13,19 +13,18 @@ import argparse
 import inspect
 import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from diffusers import StableDiffusion3Pipeline
-from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
+from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from huggingface_hub import hf_hub_download, snapshot_download
 
 from cloud_server import complete
 from export import denoiser as denoisers
-from export import embedding, folder, lora, source
+from export import embedding, folder, lora, source, weights_file
 from export import pipeline as pipelines
 from export.arguments import ended_cleanly
 from export.errors import ExportError, misfit
@@ -37,7 +36,6 @@ Report = Callable[[str], None]
 CARD = "routet2i.json"  # what the cloud server makes by default
 CARDS = ("README.md", CARD)  # the first has the licence
 
-_HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}
 _CONFIGS = ("*.json", "*.txt", "*.model")  # in all folders of a repository, tokenizers too
 
 
@@ -56,7 +54,7 @@ def convert(
     """Write `model` as a diffusers folder at `out`, each part in half precision where its weights are.
 
     Args:
-        model: a .safetensors file of a whole model, a folder that diffusers saved, or a hub id.
+        model: a file with the weights of a whole model, a folder that diffusers saved, or a hub id.
         out: the folder to write.
         base: where configs and tokenizers of a single file come from, a folder or hub id; the hub's, of the model that
             diffusers takes the file to descend from, if None.
@@ -83,7 +81,7 @@ def convert(
         # Before what takes long.
         changes = [(lora.located(name), name, scale) for name, scale in loras]
         concepts = [(embedding.located(name), name, known_as) for name, known_as in embeddings]
-        names = source.names_in(Path(model)) if single else []
+        names = list(weights_file.types(Path(model))) if single else []
         base = _base(Path(model), names, base, report) if single else model
         made = pipelines.class_of(base, report)
         if embeddings:
@@ -149,7 +147,7 @@ def _base(file: Path, names: list[str], named: str | None, report: Report) -> st
         )
     if named is not None:
         return named
-    found = fetch_diffusers_config(load_single_file_checkpoint(str(file)))
+    found = fetch_diffusers_config(weights_file.read(file))
     base = str(found["pretrained_model_name_or_path"])
     report(f"taking configs and tokenizers from {base}; --base names another model's")
     return base
@@ -165,7 +163,8 @@ def _from_single_file(file: Path, names: list[str], base: str, made: Any, parts:
             configs = base if Path(base).is_dir() else snapshot_download(base, allow_patterns=_CONFIGS)
             newer = complete.newer_tokenizers(Path(configs), made.load_config(configs))
             options = newer | pipelines.left_out(made) | parts
-            pipeline = made.from_single_file(str(file), config=configs, **options)
+            with weights_file.alone(file):
+                pipeline = made.from_single_file(str(file), config=configs, **options)
     except Exception as error:  # each part's library fails in its own way
         raise ExportError(f"{refusal}: {misfit(error)}") from error
     for part, network in pipelines.networks(pipeline).items():
@@ -213,20 +212,16 @@ def _refuse_infinite(network: torch.nn.Module, part: str, dtype: torch.dtype) ->
 
 def _stored(where: Path, part: str) -> torch.dtype:
     """The type of the weights of `part` in a file or folder: half precision where none is in float32."""
-    files = [where] if where.is_file() else list(where.glob("*.safetensors"))
+    files = [where]
+    if where.is_dir():
+        found = (list(where.glob(f"*model*{suffix}")) for suffix in weights_file.SUFFIXES)
+        files = next((some for some in found if some), [])
+    held = {name: dtype for file in files for name, dtype in weights_file.types(file).items()}
     # Only in a whole model's file do names begin with their part's.
-    found = _types(files, source.BEGINNINGS.get(part, source.ENCODERS)) or _types(files, ("",))
-    halves = [_HALVES[name] for name in sorted(found & _HALVES.keys())]
-    return halves[0] if halves and "F32" not in found else torch.float32
-
-
-def _types(files: Iterable[Path], beginnings: tuple[str, ...]) -> set[str]:
-    found = set()
-    for file in files:
-        with safetensors.safe_open(file, "pt") as weights:
-            names = [name for name in weights.keys() if name.startswith(beginnings)]  # noqa: SIM118, it is no dict
-            found |= {weights.get_slice(name).get_dtype() for name in names}
-    return found
+    beginnings = source.BEGINNINGS.get(part, source.ENCODERS)
+    types = {dtype for name, dtype in held.items() if name.startswith(beginnings)} or set(held.values())
+    halves = [dtype for dtype in (torch.bfloat16, torch.float16) if dtype in types]
+    return halves[0] if halves and torch.float32 not in types else torch.float32
 
 
 def _card(model: str, name: str) -> Path | None:
@@ -274,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="a fine-tune's .safetensors file, or, to add to it, the folder or hub id of a diffusers pipeline",
+        help="a fine-tune's .safetensors or .ckpt file, or, to add to it, the folder or hub id of a diffusers pipeline",
     )
     parser.add_argument("out", metavar="FOLDER", help="folder to write, of a diffusers pipeline")
     parser.add_argument(
@@ -286,8 +281,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--denoiser",
         metavar="MODEL",
-        help="a denoiser that takes the place of the model's own, such as one distilled to few steps: a .safetensors "
-        "file of its weights alone, a folder that diffusers saved, or a hub id",
+        help="a denoiser that takes the place of the model's own, such as one distilled to few steps: a file "
+        "of its weights alone, a folder that diffusers saved, or a hub id",
     )
     parser.add_argument(
         "--lora",

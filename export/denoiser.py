@@ -13,7 +13,7 @@ from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from huggingface_hub import hf_hub_download
 
 from cloud_server import complete
-from export import source
+from export import source, weights_file
 from export.errors import ExportError, misfit
 
 CLASSES: dict[str, Any] = {"unet": UNet2DConditionModel, "transformer": SD3Transformer2DModel}
@@ -44,7 +44,7 @@ def load(
     file stay in the type that they have, as they are large; of a folder they are in float32.
 
     Args:
-        model: a .safetensors file of weights for the config that `base` has; or a folder that diffusers saved, or a
+        model: a file of weights for the config that `base` has; or a folder that diffusers saved, or a
             hub id, with a config of its own.
         part: its name in the pipeline.
         base: folder or hub id of that pipeline.
@@ -88,7 +88,7 @@ def _from_file(file: Path, made: Any, config: Any) -> Any:
     refusal = f"{file} is no {made.__name__} of this model's config"
     with init_empty_weights():
         denoiser = made.from_config(config)
-    own, weights = set(denoiser.state_dict()), source.weights_in(file)
+    own, weights = set(denoiser.state_dict()), weights_file.read_floating(file)
     if is_alone(weights) and not own & weights.keys():
         weights = {source.DENOISER + name.removeprefix(source.DENOISER): one for name, one in weights.items()}
         try:

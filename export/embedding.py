@@ -13,25 +13,25 @@ from typing import Any
 
 import torch
 from diffusers.loaders import TextualInversionLoaderMixin
-from diffusers.loaders.textual_inversion import TEXT_INVERSION_NAME_SAFE
+from diffusers.loaders.textual_inversion import TEXT_INVERSION_NAME, TEXT_INVERSION_NAME_SAFE
 from tokenizers import AddedToken
 
 from export import pipeline as pipelines
-from export import source
+from export import source, weights_file
 from export.errors import ExportError
 
-# How the vectors for each text encoder are called in files that people pass around; diffusers gives them the concept's
-# name, in a file for a single encoder.
-_OF_ONE = ("emb_params",)
+# How the vectors for each text encoder are called in files that people pass around. Where there is but one encoder they
+# have one of two names, or the concept's, which diffusers gives them.
+_OF_ONE = ("emb_params", "*")
 _OF_TWO = ("clip_l", "clip_g")
 
 
 def located(embedding: str) -> Path:
-    """The file `embedding`, or that of the hub's repository of this name, under the name that diffusers gives it.
+    """The file `embedding`, or that of the hub's repository of this name, under the names that diffusers gives it.
 
     Raises ExportError where there is no such file, or it is damaged.
     """
-    return source.located(embedding, "an embedding", TEXT_INVERSION_NAME_SAFE)
+    return source.located(embedding, "an embedding", TEXT_INVERSION_NAME_SAFE, TEXT_INVERSION_NAME)
 
 
 def refuse_class(made: type) -> None:
@@ -46,12 +46,12 @@ def add(pipeline: Any, file: Path, name: str | None = None) -> str:
 
     Raises ExportError where the file holds no vectors for these text encoders, or the name is taken.
     """
-    weights = source.weights_in(file)
+    weights = weights_file.read_floating(file)
     two = "text_encoder_2" in pipelines.kind(pipeline).parts
-    wanted = _OF_TWO if two else _OF_ONE
-    if not two and len(weights) == 1 and not weights.keys() & {*_OF_ONE, *_OF_TWO}:
+    wanted = _OF_TWO if two else _OF_ONE[:1]
+    if not two and len(weights) == 1 and not weights.keys() & {*_OF_TWO}:
         wanted = tuple(weights)
-        name = name or wanted[0]
+        name = name or (None if wanted[0] in _OF_ONE else wanted[0])
     name = (name or file.stem).strip()
     if not name or not name.isprintable():
         raise ExportError(

@@ -1,7 +1,8 @@
-"""LoRAs: files of pairs of small matrices, whose products are added to a model's weights.
+"""LoRAs: files of small matrices that are multiplied and added to a model's weights.
 
-diffusers reads their many layouts. What it passes over is refused here, and what scales a layer is taken from the file:
-where layers differ in their alpha, diffusers takes that of most of them for all.
+Those in the layout of kohya-ss's trainer are `export.kohya`'s; diffusers reads the others. What it passes over is
+refused here, and what scales a layer is taken from the file: where layers differ in their alpha, it takes that of most
+of them for all.
 """
 
 from __future__ import annotations
@@ -10,42 +11,55 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
-from safetensors.torch import load_file
+from diffusers.loaders.lora_base import (
+    LORA_ADAPTER_METADATA_KEY,
+    LORA_WEIGHT_NAME,
+    LORA_WEIGHT_NAME_SAFE,
+)
 
+from export import kohya, source, weights_file
 from export import pipeline as pipelines
-from export import source
 from export.errors import ExportError, misfit
 
-# How the names of both matrices of a layer end: as kohya-ss's trainer, peft, and the first diffusers write them.
+# How the names of both matrices of a layer end: as peft, the first diffusers and some others write them.
 _PAIRS = (
-    ("lora_down.weight", "lora_up.weight"),
     ("lora_A.weight", "lora_B.weight"),
     (".down.weight", ".up.weight"),
+    ("lora_down.weight", "lora_up.weight"),
 )
 _ADAPTER = "lora"
 
 
 def located(lora: str) -> Path:
-    """The file `lora`, or that of the hub's repository of this name, under the name that diffusers gives it.
+    """The file `lora`, or that of the hub's repository of this name, under the names that diffusers gives it.
 
     Raises ExportError where there is no such file, or it is damaged.
     """
-    return source.located(lora, "a LoRA", LORA_WEIGHT_NAME_SAFE)
+    return source.located(lora, "a LoRA", LORA_WEIGHT_NAME_SAFE, LORA_WEIGHT_NAME)
 
 
 def fuse(pipeline: Any, file: Path, scale: float) -> None:
     """Add what `file` holds, times `scale`, to the weights of `pipeline`, which are in float32.
 
-    Raises ExportError where it is no whole LoRA, of a kind that diffusers does not know, or was made for another model.
+    Raises ExportError where it is no whole LoRA, of a kind that is not known, or was made for another model.
     """
-    weights, scaled_by_peft = _read(file)
-    layers = sum(name.endswith(down) for name in weights for down, _ in _PAIRS)
+    weights = {name: weight.float() for name, weight in weights_file.read(file).items()}
+    if odd := [name for name, weight in weights.items() if not weight.isfinite().all()]:
+        raise ExportError(f"{file} is damaged: {odd[0]} holds what is no number; get it again")
+    if weights and all(name.startswith(kohya.BEGINNING) for name in weights):
+        kohya.fuse(pipeline, file, weights, scale)
+    else:
+        _fuse_by_peft(pipeline, file, weights, scale)
+
+
+def _fuse_by_peft(pipeline: Any, file: Path, weights: dict[str, torch.Tensor], scale: float) -> None:
+    # Newer files hold peft's own account of what scales the layers, which diffusers and peft follow.
+    accounted = LORA_ADAPTER_METADATA_KEY in weights_file.metadata(file)
+    layers = _scaled(file, weights, by_alpha=not accounted)
     try:
         with source.quiet(logging.ERROR):
-            pipeline.load_lora_weights(str(file) if scaled_by_peft else weights, adapter_name=_ADAPTER)
+            pipeline.load_lora_weights(str(file) if accounted else weights, adapter_name=_ADAPTER)
             # The layers that peft has put in the place of plain ones.
             changed = [
                 layer
@@ -53,7 +67,7 @@ def fuse(pipeline: Any, file: Path, scale: float) -> None:
                 for layer in network.modules()
                 if _ADAPTER in getattr(layer, "lora_A", ())
             ]
-            for layer in changed if not scaled_by_peft else ():
+            for layer in changed if not accounted else ():
                 layer.scaling[_ADAPTER] = 1.0
             pipeline.fuse_lora(lora_scale=scale, safe_fusing=True)
             pipeline.unload_lora_weights()
@@ -67,31 +81,24 @@ def fuse(pipeline: Any, file: Path, scale: float) -> None:
         )
 
 
-def _read(file: Path) -> tuple[dict[str, torch.Tensor], bool]:
-    """Its matrices in float32, each layer's alpha worked into them, and whether peft's own account scales them instead,
-    which diffusers and peft leave in newer files and diffusers follows.
-    """
-    with safetensors.safe_open(file, "pt") as held:
-        scaled_by_peft = LORA_ADAPTER_METADATA_KEY in (held.metadata() or {})
-    weights = {name: weight.float() for name, weight in load_file(file).items()}
+def _scaled(file: Path, weights: dict[str, torch.Tensor], *, by_alpha: bool) -> int:
+    """How many layers `weights` change, once each one's alpha was worked into them, where that scales them."""
     if dora := next((name for name in weights if name.endswith("dora_scale")), None):
         raise ExportError(
             f"{file} is a DoRA in a layout of which diffusers reads but half: it has the scale {dora}"
         )
-    found = False
+    layers = 0
     for down, up in _PAIRS:
         stems = {name.removesuffix(end) for end in (down, up) for name in weights if name.endswith(end)}
         for stem in sorted(stems):
-            found = True
+            layers += 1
             if lacking := [stem + end for end in (down, up) if stem + end not in weights]:
                 raise ExportError(f"{file} has no {lacking[0]}: it is incomplete; get it again")
-            alpha = None if scaled_by_peft else weights.pop(stem.removesuffix(".") + ".alpha", None)
+            alpha = weights.pop(stem.removesuffix(".") + ".alpha", None) if by_alpha else None
             if alpha is not None:
                 weights[stem + up] *= alpha / weights[stem + down].shape[0]  # by its rank
-    if not found:
+    if not layers:
         raise ExportError(
             f"{file} is no LoRA that is read here: none of its names ends in {' or '.join(down for down, _ in _PAIRS)}"
         )
-    if odd := [name for name, weight in weights.items() if not weight.isfinite().all()]:
-        raise ExportError(f"{file} is damaged: {odd[0]} holds what is no number; get it again")
-    return weights, scaled_by_peft
+    return layers

@@ -11,13 +11,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import safetensors
 import torch
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from safetensors.torch import load_file
 
 from cloud_server import complete, hub
+from export import weights_file
 from export.errors import ExportError, reason
 
 DENOISER = "model.diffusion_model."
@@ -30,8 +29,8 @@ ENCODERS = ("cond_stage_model.", "conditioner.", "text_encoders.")
 """The same of text encoders."""
 
 
-def located(name: str, what: str, in_repository: str) -> Path:
-    """The file of weights `name`, or the file `in_repository` of the hub's repository of this name.
+def located(name: str, what: str, *in_repository: str) -> Path:
+    """The file of weights `name`, or the first of the files `in_repository` that the hub's repository of this name has.
 
     Raises ExportError, calling it `what`, where there is no such file, or it is damaged.
     """
@@ -40,13 +39,22 @@ def located(name: str, what: str, in_repository: str) -> Path:
         refuse_mistyped(name, what)
         try:
             with quiet(), complete.bars_on_terminals_alone():
-                file = Path(hf_hub_download(name, in_repository))
+                file = _from_repository(name, *in_repository)
         except Exception as error:  # the hub's library fails in its own ways
             absent = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
-            told = f"has no {in_repository} on the hub" if absent else from_hub(name, error)
+            told = f"has no {' or '.join(in_repository)} on the hub" if absent else from_hub(name, error)
             raise ExportError(f"{name} cannot be loaded as {what}: it is no file here, and {told}") from error
-    names_in(file)
+    weights_file.types(file)
     return file
+
+
+def _from_repository(name: str, first: str, *others: str) -> Path:
+    try:
+        return Path(hf_hub_download(name, first))
+    except EntryNotFoundError as error:
+        if not others or isinstance(error, LocalEntryNotFoundError):  # the connection broke
+            raise
+    return _from_repository(name, *others)
 
 
 def load_part(
@@ -88,34 +96,6 @@ def load_part(
     raise ExportError(f"{model} holds a {name}; as {what}, {' or '.join(known)} is wanted here")
 
 
-def names_in(file: Path) -> list[str]:
-    """The names of the weights in a .safetensors. Raises ExportError where it is none, or cannot be read."""
-    try:
-        complete.refuse_absent(file)
-    except ValueError as error:
-        raise ExportError(str(error)) from error
-    if file.suffix != ".safetensors":
-        raise ExportError(
-            f"{file} is no .safetensors file; nothing else is read, such as a .ckpt, which is pickled"
-        )
-    try:
-        with safetensors.safe_open(file, "pt") as weights:
-            return list(weights.keys())
-    except safetensors.SafetensorError as error:
-        raise ExportError(f"{file} is cut off or damaged: {reason(error)}; get it again") from error
-
-
-def weights_in(file: Path) -> dict[str, torch.Tensor]:
-    """The weights in a .safetensors. Raises ExportError as `names_in` does, and where they are whole numbers."""
-    names_in(file)
-    weights = load_file(file)
-    if kinds := {weight.dtype for weight in weights.values() if not weight.is_floating_point()}:
-        raise ExportError(
-            f"{file} holds weights of {kinds.pop()}, which are not read: get it in half precision"
-        )
-    return weights
-
-
 def from_first_code(made: Any, own: Any, weights: Mapping[str, torch.Tensor]) -> Any:
     """A network of class `made` with the config of `own`, whose `weights` are named as in the first code.
 
@@ -143,7 +123,7 @@ def refuse_mistyped(model: str | os.PathLike[str], what: str) -> None:
         raise ExportError(
             f"a name of '' cannot be loaded as {what}: name a folder that diffusers saved, or a hub id"
         )
-    file = Path(text).suffix == ".safetensors"
+    file = Path(text).suffix in weights_file.SUFFIXES
     path_like = (
         file or text.startswith((".", "~")) or bool(Path(text).anchor) or text.count("/") > 1 or "\\" in text
     )

@@ -10,28 +10,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from export import first_code
+
 Weights = dict[str, torch.Tensor]
 
-_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-_TIME = {
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-    "conv_in": "input_blocks.0.0",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-    "mid_block.resnets.0": "middle_block.0",
-    "mid_block.attentions.0": "middle_block.1",
-    "mid_block.resnets.1": "middle_block.2",
-}
 _ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 _OPEN_CLIP = {
     "layer_norm1": "ln_1",
@@ -55,6 +37,9 @@ def save_single_file(pipeline: Any, file: Path, **more: torch.Tensor) -> Path:
     weights = _under("model.diffusion_model.", _denoiser(pipeline.unet))
     weights |= _under("first_stage_model.", autoencoder_weights(pipeline.vae))
     weights |= _under(first, pipeline.text_encoder.state_dict())
+    if not xl:  # which transformers kept with the weights then
+        positions = torch.arange(pipeline.text_encoder.config.max_position_embeddings)
+        weights[f"{first}text_model.embeddings.position_ids"] = positions[None]
     if xl:
         weights |= _under("conditioner.embedders.1.model.", _open_clip(pipeline.text_encoder_2))
     save_file({name: weight.contiguous() for name, weight in (weights | more).items()}, file)
@@ -73,30 +58,11 @@ def _renamed(name: str, names: dict[str, str]) -> str:
 
 
 def _denoiser(unet: Any) -> Weights:
-    names = dict(_TIME)
-    row = 1
-    for level, block in enumerate(unet.down_blocks):
-        for place in range(len(block.resnets)):
-            names[f"down_blocks.{level}.resnets.{place}"] = f"input_blocks.{row}.0"
-            names[f"down_blocks.{level}.attentions.{place}"] = f"input_blocks.{row}.1"
-            row += 1
-        if block.downsamplers:
-            names[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{row}.0.op"
-            row += 1
-    row = 0
-    for level, block in enumerate(unet.up_blocks):
-        attends = hasattr(block, "attentions")
-        for place in range(len(block.resnets)):
-            names[f"up_blocks.{level}.resnets.{place}"] = f"output_blocks.{row}.0"
-            names[f"up_blocks.{level}.attentions.{place}"] = f"output_blocks.{row}.1"
-            row += 1
-        if block.upsamplers:
-            at = 2 if attends else 1
-            names[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{row - 1}.{at}.conv"
+    names = first_code.unet_names(unet)
     found = {}
     for name, weight in unet.state_dict().items():
-        block, dot, rest = _split(name, "resnets")
-        found[_renamed(block, names) + dot + _renamed(rest, _RESNET)] = weight
+        layer, _, kind = name.rpartition(".")
+        found[f"{names[layer]}.{kind}"] = weight
     return found
 
 

@@ -279,7 +279,14 @@ def lost(end: str) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor
         (lambda _: {}, "is no LoRA that is read here"),
         (lambda weights: weights | {"x.dora_scale": torch.ones(1)}, r"is a DoRA .* scale x\.dora_scale"),
         (lambda weights: {name: weight / 0 for name, weight in weights.items()}, "is damaged: .* no number"),
-        (lambda weights: weights | {"lora_unet_x.diff": torch.ones(1)}, r"renamed: lora_unet_x\.diff"),
+        (
+            lambda weights: weights | {"lora_unet_x.diff": torch.ones(1)},
+            r"has 40 of the 41 layers .* lora_unet_x:",
+        ),
+        (
+            lambda weights: weights | {next(iter(weights)).partition(".")[0] + ".a1.weight": torch.ones(1)},
+            r"holds \S+\.a1\.weight, a kind of change that is not known here",
+        ),
     ],
 )
 def test_a_lora_that_is_not_whole_or_of_another_kind_is_refused(
@@ -373,7 +380,12 @@ def test_a_base_of_another_family_is_refused_by_what_does_not_fit(file: Path, tm
 @pytest.mark.parametrize(
     ("name", "bytes_", "why"),
     [
-        ("model.ckpt", b"x", r"model\.ckpt is no \.safetensors file; .* pickled"),
+        ("model.gguf", b"x", r"model\.gguf is no file of weights that is read here: .*\.safetensors, \.ckpt"),
+        (
+            "model.ckpt",
+            b"x",
+            r"model\.ckpt is cut off or damaged, or no file of weights; .* as \.safetensors",
+        ),
         ("model.safetensors", b"", "is cut off or damaged: .*; get it again"),
         ("model.safetensors", b"\xff" * 64, "is cut off or damaged: .*; get it again"),
     ],
@@ -434,11 +446,15 @@ def test_a_model_of_the_hub_keeps_its_cards_and_its_half_precision(tmp_path: Pat
         assert {weight.dtype for weight in weights.values()} == {dtype}
 
 
-def test_a_lora_and_an_embedding_come_from_the_hub(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("pickled", [True, False])
+def test_a_lora_and_an_embedding_come_from_the_hub(model: Path, tmp_path: Path, pickled: bool) -> None:
     pipeline = miniature_pipeline()
     (kept := tmp_path / "kept").mkdir()
     added = lora_for(pipeline, kept / "pytorch_lora_weights.safetensors")
     vector = concept(pipeline, kept / "learned_embeds.safetensors", vectors=1, stated="<catty>")[0]
+    for file in [*kept.iterdir()] if pickled else ():
+        torch.save(load_file(file), file.with_suffix(".bin"))
+        file.unlink()
     options = {"loras": [("owner/name", 1.0)], "embeddings": [("owner/name", "<dotty>")]}
     said = converted_from(kept, tmp_path, str(model), **options)
     assert "adding owner/name: write <dotty> in prompts\n" in said

@@ -1,0 +1,124 @@
+"""Files of weights: .safetensors, and what torch pickled before there were any, of which only the weights are read."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file
+
+from cloud_server import complete
+from export.errors import ExportError, reason
+
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+
+# Under which names weights lie in a file that says more, such as how they were trained: a model's, and those of an
+# embedding of the WebUI.
+_INNER = ("state_dict", "string_to_param")
+_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}  # as safetensors calls them
+
+
+class _Inert:
+    """Stands for what a pickled file holds beside weights: takes what it is given, and does nothing with it."""
+
+    def __init__(self, *_values: Any) -> None:
+        pass
+
+    def __setstate__(self, _state: Any) -> None:
+        pass
+
+
+def types(file: Path) -> dict[str, torch.dtype | None]:
+    """By the names of the weights in `file` what they are held in; None for what is neither half nor single precision.
+
+    Raises ExportError where it is no file of weights, or cannot be read.
+    """
+    _refuse_other(file)
+    if _is_pickled(file):
+        return {name: weight.dtype for name, weight in _unpickled(file).items()}
+    with _opened(file) as weights:
+        return {name: _TYPES.get(weights.get_slice(name).get_dtype()) for name in weights.keys()}  # noqa: SIM118, it is no dict
+
+
+def read(file: Path) -> dict[str, torch.Tensor]:
+    """The weights in `file`, by name. Raises ExportError as `types` does."""
+    _refuse_other(file)
+    if _is_pickled(file):
+        return _unpickled(file)
+    with _opened(file):
+        return load_file(file)
+
+
+def read_floating(file: Path) -> dict[str, torch.Tensor]:
+    """The weights in `file`, by name. Raises ExportError as `types` does, and where some are whole numbers."""
+    weights = read(file)
+    if kinds := {weight.dtype for weight in weights.values() if not weight.is_floating_point()}:
+        raise ExportError(
+            f"{file} holds weights of {kinds.pop()}, which are not read: get it in half precision"
+        )
+    return weights
+
+
+def metadata(file: Path) -> dict[str, str]:
+    """What `file`, which can be read, says beside its weights."""
+    if _is_pickled(file):
+        return {}
+    with _opened(file) as weights:
+        return dict(weights.metadata() or {})
+
+
+@contextmanager
+def alone(file: Path) -> Iterator[None]:
+    """Within, torch's unpickler for weights alone passes over what else is in a `file` for which it would refuse it."""
+    others = []
+    if _is_pickled(file) and zipfile.is_zipfile(file):
+        others = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    with torch.serialization.safe_globals([(_Inert, name) for name in others]):
+        yield
+
+
+def _refuse_other(file: Path) -> None:
+    try:
+        complete.refuse_absent(file)
+    except ValueError as error:
+        raise ExportError(str(error)) from error
+    if file.suffix not in SUFFIXES:
+        raise ExportError(f"{file} is no file of weights that is read here: these are {', '.join(SUFFIXES)}")
+
+
+def _is_pickled(file: Path) -> bool:
+    return file.suffix != SUFFIXES[0]
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safetensors.safe_open(file, "pt") as weights:
+            yield weights
+    except safetensors.SafetensorError as error:
+        raise ExportError(f"{file} is cut off or damaged: {reason(error)}; get it again") from error
+
+
+def _unpickled(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        with alone(file):
+            held = torch.load(file, "cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception as error:  # torch fails in many ways, and says at length how to run what a file holds
+        raise ExportError(
+            f"{file} is cut off or damaged, or no file of weights; get it again, as .safetensors where there is one"
+        ) from error
+    while isinstance(held, dict) and (inner := [name for name in _INNER if isinstance(held.get(name), dict)]):
+        held = held[inner[0]]
+    weights = (
+        {name: one for name, one in held.items() if isinstance(one, torch.Tensor)}
+        if isinstance(held, dict)
+        else {}
+    )
+    if not weights:
+        raise ExportError(f"{file} holds no weights")
+    return weights
