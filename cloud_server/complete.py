@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
 import os
+import re
 import stat
 import sys
 from collections.abc import Iterator, Mapping
@@ -32,7 +34,13 @@ LIBRARIES = {
         (transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase),
     ),
 }
-_WEIGHTS = ("safetensors", "bin")
+_SAFETENSORS = ".safetensors"
+# How the libraries name what they read. Others lie beside, such as openvino_model.bin.
+_READ = re.compile(
+    r"(diffusion_pytorch_model|pytorch_model|model)(\.fp16)?(-\d+-of-\d+)?(\.fp16)?\.(safetensors|bin)"
+)
+# What git leaves in the place of a large file where its extension for these is not installed.
+_POINTER = b"version https://git-lfs"
 _HALF = {"variant": "fp16"}
 # How version 4 of transformers begins the names of the weights of CLIP's text encoder, and version 5 does not.
 _NESTED = "text_model."
@@ -56,7 +64,7 @@ def downloaded(model: str, **left_out: None) -> Path:
         taken = parts_of(index) - left_out.keys()
         kinds = {name: _kind(made) for name, made in index.items() if name in taken}
         networks = [name for name, kind in kinds.items() if kind is not None and issubclass(kind, NETWORKS)]
-        if not all(_weights(folder / name) for name in networks):
+        if not all(weights_at(folder / name) for name in networks):
             try:
                 folder = Path(diffusers.DiffusionPipeline.download(model, **_HALF, **left_out))
             except LocalEntryNotFoundError:  # the connection broke
@@ -131,10 +139,9 @@ def part(kind: Any, model: str | os.PathLike[str], dtype: Any, **options: Any) -
     Raises ValueError, naming the part and what of it is missing or cannot be read.
     """
     options |= _typed(kind, dtype)
-    if weights := _weights(Path(model, options.get("subfolder", ""))):
-        whole = [file for file in weights if not _is_half(file)]
-        options |= {} if whole else _HALF
-        if not any(file.suffix == ".safetensors" for file in whole or weights):
+    if weights := weights_at(Path(model, options.get("subfolder", ""))):
+        options |= _HALF if _is_half(weights[0]) else {}
+        if weights[0].suffix != _SAFETENSORS:
             options["use_safetensors"] = False  # else diffusers calls it an error that it must look further
     made, found = _loaded(kind, model, output_loading_info=True, **options)
     nested = {_NESTED + name for name in found["unexpected_keys"]}
@@ -173,11 +180,24 @@ def check_index(index: Any) -> None:
                 f"{file} names {made[1]} as {name}, which {made[0]} {library[0].__version__} does not have: name "
                 f"another class,{instead} or install a version that has it"
             )
+        if _is_pair(made) and made[0] is not None and not _is_there(made[0]):
+            raise ValueError(
+                f"{file} names {made[1]} of {made[0]} as {name}, a library that is not installed: install it, or name "
+                "a class of diffusers or transformers"
+            )
         if not absent and not _is_pair(made):
             raise ValueError(
                 f'{file}: {name} must be a library and a class, such as ["diffusers", "PNDMScheduler"], or for none '
                 f"[null, null], not {json.dumps(made):.60}"
             )
+
+
+def _is_there(library: str) -> bool:
+    """Whether diffusers finds what an index names as a part's library: a folder of its pipelines, or one installed."""
+    try:
+        return hasattr(diffusers.pipelines, library) or importlib.util.find_spec(library) is not None
+    except (ImportError, ValueError):  # of a part of what is not there
+        return False
 
 
 def refuse_faulty(kind: Any, folder: Path, *, weights: bool = True) -> None:
@@ -191,14 +211,22 @@ def refuse_faulty(kind: Any, folder: Path, *, weights: bool = True) -> None:
             f"there is no folder {folder}, which {diffusers.DiffusionPipeline.config_name} names"
         )
     if issubclass(kind, transformers.PreTrainedTokenizerBase):
-        return  # which of its files a tokenizer needs, it knows alone
+        for file in folder.iterdir():  # which of its files a tokenizer needs, it knows alone
+            if file.is_file():
+                refuse_absent(file)
+        return
     config = folder / (getattr(kind, "config_name", None) or transformers.CONFIG_NAME)
     if not config.is_file() and (folder / "adapter_config.json").is_file():
         raise ValueError(f"{folder} {_UNFUSED}")
     refuse_absent(config)
-    _refuse_no_object(config)
-    if weights and issubclass(kind, NETWORKS) and not _weights(folder):
-        raise ValueError(f"{folder} has no weights: no file that ends in .{' or .'.join(_WEIGHTS)}")
+    refuse_no_object(config)
+    if not weights or not issubclass(kind, NETWORKS):
+        return
+    for file in (found := weights_at(folder)):
+        refuse_absent(file)
+    if not found:
+        stem = "diffusion_pytorch_model" if issubclass(kind, diffusers.ModelMixin) else "model"
+        raise ValueError(f"{folder} has no weights for torch, such as {stem}.safetensors")
 
 
 def _typed(kind: Any, dtype: Any) -> dict[str, Any]:
@@ -243,11 +271,21 @@ def refuse_absent(file: Path) -> None:
     try:
         if not stat.S_ISREG(file.stat().st_mode):
             raise ValueError(f"{file} is not a file")
-        file.open("rb").close()
+        with file.open("rb") as held:
+            pointer = held.read(len(_POINTER)) == _POINTER
     except OSError as error:
         if isinstance(error, FileNotFoundError) and not file.is_symlink():  # a link may lead nowhere
             raise ValueError(f"{file.parent} has no {file.name}") from error
+        if isinstance(error, FileNotFoundError):
+            raise ValueError(
+                f"{file} is a link to {file.readlink()}, which is not there; copy from the hub's cache with `cp -rL`"
+            ) from error
         raise ValueError(f"{file} cannot be read: {error.strerror}") from error
+    if pointer:
+        raise ValueError(
+            f"{file} is a pointer, which git leaves in the place of a large file: run `git lfs pull` in the clone, or "
+            "get the model with `hf download`"
+        )
 
 
 def _refuse_unreadable(folder: Path) -> None:
@@ -260,10 +298,9 @@ def _refuse_unreadable(folder: Path) -> None:
     except OSError as error:
         raise ValueError(f"{folder} cannot be read: {error.strerror}") from error
     for file in files:
-        weights = file.suffix.removeprefix(".") in _WEIGHTS
-        if weights or not file.is_dir():
+        if _READ.fullmatch(file.name) or not file.is_dir():
             refuse_absent(file)
-        if file.suffix == ".safetensors":
+        if file.suffix == _SAFETENSORS:
             try:
                 with safetensors.safe_open(file, "pt"):  # reads where each weight lies
                     pass
@@ -280,7 +317,7 @@ def _explain_tokenizer(kind: Any, folder: Path) -> None:
         raise ValueError(f"{folder} has no {' and no '.join(missing)}")
     for name in ("tokenizer_config.json", "tokenizer.json", *names):
         if name.endswith(".json") and (folder / name).is_file():
-            _refuse_no_object(folder / name)
+            refuse_no_object(folder / name)
 
 
 def _explain_scheduler(kind: Any, file: Path) -> None:
@@ -288,7 +325,7 @@ def _explain_scheduler(kind: Any, file: Path) -> None:
 
     What torch says of it is longer than a line and names no value.
     """
-    _refuse_no_object(file)
+    refuse_no_object(file)
     held = json.loads(file.read_text(encoding="utf-8"))
     for name, parameter in inspect.signature(kind).parameters.items():
         value = held.get(name, parameter.default)
@@ -302,7 +339,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _refuse_no_object(file: Path) -> None:
+def refuse_no_object(file: Path) -> None:
+    """Raises ValueError, saying where it ends, where `file` holds no JSON object."""
     try:
         held = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -351,8 +389,13 @@ def _named(index: dict[str, Any]) -> set[str]:
     return {name for name, made in index.items() if made not in (None, [None, None], (None, None))}
 
 
-def _weights(folder: Path) -> list[Path]:
-    return [file for ending in _WEIGHTS for file in folder.glob(f"*.{ending}")]
+def weights_at(folder: Path) -> list[Path]:
+    """The files of weights in `folder` that are loaded: of those in half precision and others the others, of those that
+    are pickled and others the others.
+    """
+    found = sorted(file for file in folder.glob("*") if _READ.fullmatch(file.name))
+    whole = [file for file in found if not _is_half(file)] or found
+    return [file for file in whole if file.suffix == _SAFETENSORS] or whole
 
 
 def _is_half(weights: Path) -> bool:

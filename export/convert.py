@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from huggingface_hub import hf_hub_download, snapshot_download
 
@@ -94,6 +94,9 @@ def convert(
             parts[part], kept_in[part] = denoisers.load(denoiser, part, base, report)
             if loras:
                 parts[part].float()
+        if single and not any(name.startswith(source.BEGINNINGS["vae"]) for name in names):
+            report(f"{model} has no autoencoder: taking that of {base}")
+            parts["vae"] = _autoencoder(base)
         if single:
             pipeline = _from_single_file(Path(model), names, base, made, parts)
         else:
@@ -178,6 +181,14 @@ def _from_single_file(file: Path, names: list[str], base: str, made: Any, parts:
     return pipeline
 
 
+def _autoencoder(base: str) -> Any:
+    try:
+        with source.quiet(), complete.bars_on_terminals_alone():
+            return complete.part(AutoencoderKL, base, torch.float32, subfolder="vae")
+    except Exception as error:  # each library fails in its own ways
+        raise ExportError(f"{base} gives no autoencoder: {source.why_not(base, error)}") from error
+
+
 def _predicting_v(scheduler: Any, *, rescaled: bool) -> Any:
     """For a model that says so by names without a value in its file, which no config beside it could say."""
     said = "prediction_type=v_prediction"
@@ -185,7 +196,8 @@ def _predicting_v(scheduler: Any, *, rescaled: bool) -> Any:
         said += ",rescale_betas_zero_snr=true,timestep_spacing=trailing"
     name = type(scheduler).__name__
     if rescaled and "rescale_betas_zero_snr" not in inspect.signature(type(scheduler)).parameters:
-        name = "DDIM"  # for PNDM and its like, which cannot
+        # For PNDM and its like, which cannot. It would clip, as these do not.
+        name, said = "DDIM", said + ",clip_sample=false"
     return choose_scheduler(scheduler, f"{name}:{said}")
 
 
@@ -212,10 +224,7 @@ def _refuse_infinite(network: torch.nn.Module, part: str, dtype: torch.dtype) ->
 
 def _stored(where: Path, part: str) -> torch.dtype:
     """The type of the weights of `part` in a file or folder: half precision where none is in float32."""
-    files = [where]
-    if where.is_dir():
-        found = (list(where.glob(f"*model*{suffix}")) for suffix in weights_file.SUFFIXES)
-        files = next((some for some in found if some), [])
+    files = [where] if where.is_file() else complete.weights_at(where)
     held = {name: dtype for file in files for name, dtype in weights_file.types(file).items()}
     # Only in a whole model's file do names begin with their part's.
     beginnings = source.BEGINNINGS.get(part, source.ENCODERS)

@@ -53,6 +53,7 @@ from export.scheduler import choose_scheduler
 from export.terminal import say
 
 PIXEL_TOLERANCE = 1e-3  # largest difference of any colour in 0..1, before rounding
+_EARLY_DEFAULT = (256, 256)  # of diffusers, when Stable Diffusion 1.x was saved
 
 Report = Callable[[str], None]
 Shapes = Literal["dynamic", "fixed"]
@@ -140,8 +141,13 @@ def export_bundle(
         pipelines.refuse_scheduler(pipeline)
         kind = pipelines.kind(pipeline)
         _refuse_kept(keep, pipeline, dtype)
-        sizes = pipelines.sizes_of(pipeline, sizes)
+        asked, sizes = bool(sizes), pipelines.sizes_of(pipeline, sizes)
         size = sizes[0]
+        if size == _EARLY_DEFAULT and not asked:
+            report(
+                "images of 256x256 pixels, as the model's config has it; many that say so were trained for 512x512: "
+                "then name --size 512x512"
+            )
         tokenizers = _tokenizers(pipeline, model, report)  # before what takes minutes
         by_count = _by_count(steps or (kind.steps,), pipeline)
         counts = list(by_count)

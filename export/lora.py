@@ -28,6 +28,8 @@ _PAIRS = (
     (".down.weight", ".up.weight"),
     ("lora_down.weight", "lora_up.weight"),
 )
+# Until its version 0.16 diffusers trained the attention of a denoiser alone, and left out which part that is.
+_PROCESSOR, _PARTS = ".processor.", ("unet.", "text_encoder.")
 _ADAPTER = "lora"
 
 
@@ -45,6 +47,8 @@ def fuse(pipeline: Any, file: Path, scale: float) -> None:
     Raises ExportError where it is no whole LoRA, of a kind that is not known, or was made for another model.
     """
     weights = {name: weight.float() for name, weight in weights_file.read(file).items()}
+    if all(_PROCESSOR in name for name in weights) and not any(name.startswith(_PARTS) for name in weights):
+        weights = {f"unet.{name}": weight for name, weight in weights.items()}
     if odd := [name for name, weight in weights.items() if not weight.isfinite().all()]:
         raise ExportError(f"{file} is damaged: {odd[0]} holds what is no number; get it again")
     if weights and all(name.startswith(kohya.BEGINNING) for name in weights):

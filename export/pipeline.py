@@ -7,6 +7,7 @@ import inspect
 import json
 import math
 import os
+import re
 import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +31,7 @@ from transformers import CLIPTextModelWithProjection
 from cloud_server import complete
 from edge_agent.bundle import MANIFEST, AddedConditioning, JointConditioning, Size
 from export import autoencoder as autoencoders
-from export import source
+from export import source, weights_file
 from export.errors import ExportError, reason
 from export.schedule import PLAIN, Loop
 
@@ -164,7 +165,10 @@ def name_of(model: Any) -> str:
     """The model's own name: the last part of where it was loaded from."""
     where = model.config.get("_name_or_path") if isinstance(model, DiffusionPipeline) else os.fspath(model)
     # Of "." too. Not `resolve`: a link's own name is the model's.
-    return Path(os.path.abspath(where or "unnamed")).name  # noqa: PTH100
+    path = Path(os.path.abspath(where or "unnamed"))  # noqa: PTH100
+    if path.parent.name == "snapshots" and path.parents[1].name.startswith("models--"):  # in the hub's cache
+        return path.parents[1].name.rpartition("--")[2]
+    return path.name
 
 
 UNKNOWN = "unknown"
@@ -359,6 +363,10 @@ def _index(model: str | os.PathLike[str], report: Callable[[str], None]) -> dict
     """What the model_index.json of `model` says; its _class_name is some text."""
     folder = Path(model)
     source.refuse_mistyped(model, "a diffusers pipeline")
+    if folder.is_file() and folder.suffix not in weights_file.SUFFIXES:
+        raise ExportError(
+            f"{folder} is a file, and a pipeline is a folder: name one, such as {folder.parent}"
+        )
     if folder.is_file():
         raise ExportError(
             f"{folder} is a file, and a pipeline is a folder: make one with "
@@ -366,12 +374,16 @@ def _index(model: str | os.PathLike[str], report: Callable[[str], None]) -> dict
         )
     if (folder / MANIFEST).is_file():
         raise ExportError(f"{folder} is a bundle already; name the diffusers folder that it was made from")
-    if folder.is_dir() and not (folder / "model_index.json").is_file():
-        if os.path.lexists(folder / "model_index.json"):
-            complete.refuse_absent(folder / "model_index.json")
+    if folder.is_dir() and not os.path.lexists(folder / "model_index.json"):
         raise ExportError(
-            f"{folder} has no model_index.json: name a folder that diffusers saved, or a hub id"
+            f"{folder} has no model_index.json: name {_instead(folder) or 'a folder that diffusers saved, or a hub id'}"
         )
+    if folder.is_dir():
+        try:
+            complete.refuse_absent(folder / "model_index.json")
+            complete.refuse_no_object(folder / "model_index.json")
+        except ValueError as error:
+            raise ExportError(str(error)) from error
     source.tell_of_hub(model, report)
     try:
         with source.quiet():
@@ -389,11 +401,25 @@ def _index(model: str | os.PathLike[str], report: Callable[[str], None]) -> dict
     except ValueError as error:
         raise ExportError(f"{model} cannot be loaded as a diffusers pipeline: {error}") from error
     made = index.get("_class_name")
+    if isinstance(made, (list, tuple)) and len(made) == 2:  # a file beside the index, and a class in it
+        raise ExportError(
+            f"{model} is of the class {made[1]}, code of its own that is not run; {', '.join(_CLASSES)} are supported"
+        )
     if not isinstance(made, str) or not made:
         raise ExportError(
             f"{model}: the _class_name in model_index.json must be a pipeline's class, not {made!r:.40}"
         )
     return dict(index)
+
+
+def _instead(folder: Path) -> str:
+    """What was meant by `folder`, where that is plain: a snapshot in the hub's cache, the pipeline it is a part of."""
+    snapshots = sorted(folder.glob("snapshots/*/model_index.json"), key=lambda file: file.stat().st_mtime)
+    if snapshots:
+        return f"what the hub's cache has in it, {snapshots[-1].parent}"
+    if (folder.parent / "model_index.json").is_file():
+        return f"the whole pipeline, {folder.parent}"
+    return ""
 
 
 def _refuse_missing(folder: Path, parts: Collection[str], index: dict[str, Any]) -> None:
@@ -454,7 +480,24 @@ def _refuse_class(name: str) -> None:
             f"{name} is not supported yet: it needs {_MISSING[name]}; {supported} are supported"
         )
     if name not in _CLASSES:
-        raise ExportError(f"{name} is not supported; {supported} are")
+        raise ExportError(f"{name} is not supported{_instead_of(name)}; {supported} are")
+
+
+def _instead_of(name: str) -> str:
+    """What to do about a model of the class `name`, where that can be told."""
+    if "Onnx" in name or name.startswith("ORT"):
+        return ": it holds ONNX graphs; name the model that they were made from"
+    if name.startswith("Flax"):
+        return ": it holds weights for JAX; name the model with those for torch"
+    plain = re.sub("Img2Img|PAG", "", name)
+    if plain in _CLASSES:
+        return (
+            f": it has the parts of a {plain}; where the model draws from a prompt alone too, write that into its "
+            "model_index.json"
+        )
+    if re.search("Img2Img|Inpaint|Pix2Pix|Upscale|Variation|ControlNet", name):
+        return ": it wants a picture, and the edge draws from a prompt alone"
+    return ""
 
 
 def _idle(made: type) -> set[str]:
@@ -471,6 +514,12 @@ def _refuse_unsupported(pipeline: Any) -> None:
     denoiser, vae = denoiser_of(pipeline)[1].config, pipeline.vae.config
     xl, v3 = (isinstance(pipeline, made) for made in (StableDiffusionXLPipeline, StableDiffusion3Pipeline))
     encoders = [pipeline.text_encoder] + ([pipeline.text_encoder_2] if xl or v3 else [])
+    if denoiser.in_channels != vae.latent_channels:
+        raise ExportError(
+            f"{_file(pipeline, denoiser_of(pipeline)[0], 'config.json')}: the denoiser takes {denoiser.in_channels} "
+            f"channels, and the latents have {vae.latent_channels}: it wants a picture too, as models for inpainting "
+            "do, and the edge draws from a prompt alone"
+        )
     checks: dict[str, Callable[[], Any]] = {
         "a text encoder that masks padding": lambda: any(
             getattr(encoder.config, "use_attention_mask", None) for encoder in encoders
@@ -493,7 +542,6 @@ def _refuse_unsupported(pipeline: Any) -> None:
         "tokenizers of different lengths": lambda: (
             (xl or v3) and pipeline.tokenizer.model_max_length != pipeline.tokenizer_2.model_max_length
         ),
-        "input channels other than the latents'": lambda: denoiser.in_channels != vae.latent_channels,
         "a predicted variance": lambda: (
             (denoiser.out_channels or denoiser.in_channels) != denoiser.in_channels
         ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,10 @@ BEGINNINGS = {"unet": (DENOISER,), "transformer": (DENOISER,), "vae": ("first_st
 
 ENCODERS = ("cond_stage_model.", "conditioner.", "text_encoders.")
 """The same of text encoders."""
+
+
+# Where people have a model's id from.
+_OF_HUB = re.compile(r"(?:https?://(?:huggingface\.co|hf\.co)/|hf:)([^/@]+/[^/@]+)")
 
 
 def located(name: str, what: str, *in_repository: str) -> Path:
@@ -123,6 +128,8 @@ def refuse_mistyped(model: str | os.PathLike[str], what: str) -> None:
         raise ExportError(
             f"a name of '' cannot be loaded as {what}: name a folder that diffusers saved, or a hub id"
         )
+    if named := _OF_HUB.match(text):
+        raise ExportError(f"{text} cannot be loaded as {what}: a model of the hub goes by its id, {named[1]}")
     file = Path(text).suffix in weights_file.SUFFIXES
     path_like = (
         file or text.startswith((".", "~")) or bool(Path(text).anchor) or text.count("/") > 1 or "\\" in text
@@ -136,7 +143,12 @@ def refuse_mistyped(model: str | os.PathLike[str], what: str) -> None:
 def tell_of_hub(model: str | os.PathLike[str], report: Callable[[str], None]) -> None:
     """A line before the hub is asked for `model`, which may take long."""
     if not Path(model).is_dir():
-        report(f"{model} is no folder here: asking the hub at {constants.ENDPOINT}")
+        where = (
+            "looking into the hub's cache"
+            if constants.HF_HUB_OFFLINE
+            else f"asking the hub at {constants.ENDPOINT}"
+        )
+        report(f"{model} is no folder here: {where}")
 
 
 def why_not(model: str | os.PathLike[str], error: Exception) -> str:

@@ -190,7 +190,7 @@ def test_a_scheduler_that_cannot_say_what_the_file_says_gives_way(model: Path, t
     convert(str(file), str(tmp_path / "folder"), base=str(model), report=silent)
     found = json.loads((tmp_path / "folder" / "scheduler" / "scheduler_config.json").read_text())
     assert (found["_class_name"], found["prediction_type"]) == ("DDIMScheduler", "v_prediction")
-    assert found["rescale_betas_zero_snr"]
+    assert found["rescale_betas_zero_snr"] and not found["clip_sample"]
 
 
 @pytest.mark.posix
@@ -257,6 +257,26 @@ def test_a_lora_of_stable_diffusion_3_is_added_too(tmp_path: Path, peft_says: bo
     save_file(found, lora := tmp_path / "style.safetensors", {"format": "pt"} | told)
     convert(str(tmp_path / "model"), str(tmp_path / "folder"), loras=[(str(lora), 1.0)], report=silent)
     after = weights_at(tmp_path / "folder")
+    assert sorted(differ(after, before)) == sorted(added)
+    for name, change in added.items():
+        torch.testing.assert_close(after[name], before[name] + change, atol=1e-5, rtol=1e-5)
+
+
+def test_a_lora_of_the_first_diffusers_names_no_part(model: Path, tmp_path: Path) -> None:
+    """It held matrices for the attention of the denoiser, and nothing else."""
+    pipeline = miniature_pipeline()
+    found, added = {}, {}
+    for seed, (name, layer) in enumerate(attentive(pipeline.unet)):
+        if not name.endswith(("to_q", "to_k", "to_v")):
+            continue
+        down, up = matrices(layer, 4, seed)
+        block, _, kind = name.rpartition(".")
+        stem = f"{block}.processor.{kind}_lora"
+        found |= {f"{stem}.down.weight": down, f"{stem}.up.weight": up}
+        added[f"unet.{name}.weight"] = up @ down
+    torch.save(found, lora := tmp_path / "pytorch_lora_weights.bin")
+    convert(str(model), str(tmp_path / "folder"), loras=[(str(lora), 1.0)], report=silent)
+    after, before = weights_at(tmp_path / "folder"), weights_of(pipeline)
     assert sorted(differ(after, before)) == sorted(added)
     for name, change in added.items():
         torch.testing.assert_close(after[name], before[name] + change, atol=1e-5, rtol=1e-5)
@@ -338,7 +358,10 @@ def without(beginning: str) -> Callable[[dict[str, torch.Tensor]], dict[str, tor
             without("cond_stage_model.transformer.text_model.final"),
             r"no weights text_model\.final_layer_norm\.weight and 1 more of the text_encoder",
         ),
-        (without("first_stage_model."), "makes no StableDiffusionPipeline .*AutoencoderKL.*missing"),
+        (
+            without("first_stage_model.decoder.mid"),
+            "makes no StableDiffusionPipeline .* weights are missing",
+        ),
         (without("cond_stage_model."), "is no whole model: it has no weights of a text encoder"),
         (lambda _: {"lora_unet_mid.lora_up.weight": torch.zeros(1)}, "is a LoRA, .* this file with --lora"),
         (lambda _: {}, "is no whole model: it has no weights of a text encoder; .* --autoencoder"),
@@ -351,6 +374,21 @@ def test_a_file_that_is_no_whole_model_is_refused(
     with pytest.raises(ExportError, match=why):
         convert(str(file), str(tmp_path / "folder"), base=str(model), report=silent)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fine-tune.safetensors", "model"]
+
+
+def test_a_file_without_an_autoencoder_gets_that_of_its_base(model: Path, file: Path, tmp_path: Path) -> None:
+    save_file(without("first_stage_model.")(load_file(file)), file)
+    said: list[str] = []
+    convert(str(file), str(tmp_path / "folder"), base=str(model), report=said.append)
+    assert said[0] == f"{file} has no autoencoder: taking that of {model}"
+    assert differ(weights_at(tmp_path / "folder"), weights_of(miniature_pipeline())) == []
+
+
+def test_a_base_without_an_autoencoder_gives_none(model: Path, file: Path, tmp_path: Path) -> None:
+    save_file(without("first_stage_model.")(load_file(file)), file)
+    (model / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ExportError, match=f"^{model} gives no autoencoder: "):
+        convert(str(file), str(tmp_path / "folder"), base=str(model), report=silent)
 
 
 def test_a_base_with_less_than_the_file_holds_is_refused(model: Path, file: Path, tmp_path: Path) -> None:

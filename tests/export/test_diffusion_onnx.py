@@ -46,7 +46,7 @@ from export.diffusion_onnx import export_bundle, main
 from export.errors import ExportError
 from export.folder import beside, move
 from export.graphs import MASKED
-from export.pipeline import facts, licence_of, load, name_of
+from export.pipeline import class_of, facts, licence_of, load, name_of
 from export.reference import Reference, difference, largest_difference, reference_image, reference_images
 from export.schedule import compile_schedule
 from tests.hub import asked_here, hub
@@ -778,7 +778,7 @@ def test_a_folder_with_half_precision_files_alone_is_loaded(tmp_path: Path, larg
 def test_an_index_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     save_miniature(tmp_path)
     (tmp_path / "model_index.json").write_text('{"_class_name"')
-    with pytest.raises(ExportError, match=r"model_index\.json cannot be read: .*not a valid JSON"):
+    with pytest.raises(ExportError, match=r"model_index\.json is not JSON: .* line 1 column 15"):
         load(tmp_path)
 
 
@@ -853,7 +853,11 @@ FAULTY = [
     ),
     ("vae", ("config.json", None), r"vae has no config\.json"),
     ("vae", ("config.json", "[]"), r"vae/config\.json must hold a JSON object"),
-    ("unet", ("*.safetensors", None), r"unet has no weights: no file that ends in \.safetensors or \.bin"),
+    (
+        "unet",
+        ("*.safetensors", None),
+        r"unet has no weights for torch, such as diffusion_pytorch_model\.safetensors",
+    ),
     (
         "unet",
         ("*.safetensors", "cut"),
@@ -918,7 +922,7 @@ def test_weights_that_are_cut_off_are_refused_by_their_file(model: Path, name: s
 def test_a_folder_in_the_place_of_a_file_is_called_what_it_is(model: Path, name: str) -> None:
     (model / name).unlink()
     (model / name).mkdir()
-    with pytest.raises(ExportError, match=f": {re.escape(str(model / name))} is not a file$"):
+    with pytest.raises(ExportError, match=f"(^|: ){re.escape(str(model / name))} is not a file$"):
         load(model)
 
 
@@ -930,10 +934,10 @@ def test_a_file_that_cannot_be_opened_is_refused_by_its_name(model: Path, name: 
     """A link that leads nowhere, as a hub's cache may hold it; by whoever loads it, too."""
     (model / name).unlink()
     (model / name).symlink_to("gone")
-    why = re.escape(f"{model / name} cannot be read: No such file or directory")
-    with pytest.raises(ExportError, match=f": {why}$"):
+    why = re.escape(f"{model / name} is a link to gone, which is not there; copy")
+    with pytest.raises(ExportError, match=f": {why}"):
         load(model)
-    with pytest.raises(ValueError, match=f"^{why}$"):
+    with pytest.raises(ValueError, match=f"^{why}"):
         complete.pipeline(model, torch.float32)
 
 
@@ -941,10 +945,9 @@ def test_a_file_that_cannot_be_opened_is_refused_by_its_name(model: Path, name: 
 def test_an_index_that_cannot_be_opened_is_not_called_missing(model: Path) -> None:
     (model / "model_index.json").unlink()
     (model / "model_index.json").symlink_to("gone")
-    with pytest.raises(
-        ExportError, match=r": \S+/model_index\.json cannot be read: No such file or directory$"
-    ):
-        load(model)
+    for read in load, class_of:
+        with pytest.raises(ExportError, match=r"/model_index\.json is a link to gone, which is not there"):
+            read(model)
 
 
 def test_an_autoencoder_without_its_config_is_refused_by_its_folder(
@@ -1198,7 +1201,11 @@ def test_a_model_folder_without_a_part_is_refused(tmp_path: Path, part: str) -> 
     [
         ("unet", {"addition_embed_type": "text_time"}, "added conditioning"),
         ("unet", {"encoder_hid_dim_type": "text_proj"}, "added conditioning"),
-        ("unet", {"in_channels": 9}, "input channels"),
+        (
+            "unet",
+            {"in_channels": 9},
+            r"config\.json: the denoiser takes 9 channels, .* 4: it wants a picture too",
+        ),
         ("unet", {"out_channels": 8}, "variance"),
     ],
 )

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from cloud_server import complete
 from edge_agent.bundle import Bundle
+from export.convert import convert
 from export.diffusion_onnx import export_bundle
 from export.errors import ExportError
-from export.pipeline import load, prepared
+from export.pipeline import class_of, load, name_of, prepared
 from tests.miniature import (
     BETAS,
     as_transformers_5_saves,
@@ -29,6 +30,10 @@ from tests.miniature import (
 from tests.single_file import autoencoder_weights
 
 STEPS = 2
+
+
+def silent(_line: str) -> None:
+    """A report that nobody reads."""
 
 
 def rewrite(file: Path, **changes: Any) -> None:
@@ -267,13 +272,135 @@ def test_a_file_without_a_config_goes_with_that_of_an_ordinary_autoencoder(tmp_p
     pipeline = miniature_pipeline()
     file = save_autoencoder(autoencoder_weights(pipeline.vae), tmp_path / "vae.safetensors")
     (tmp_path / "vae.pt").write_bytes(b"x")
-    with pytest.raises(ExportError, match=r"vae\.pt is no \.safetensors file"):
+    with pytest.raises(ExportError, match=r"vae\.pt is cut off or damaged, or no file of weights"):
         prepared(pipeline, tmp_path / "vae.pt")
     pipeline.vae = miniature_tiny_autoencoder()
     with pytest.raises(
         ExportError, match="which has no config, and that of the model's own is of an AutoencoderTiny"
     ):
         prepared(pipeline, file)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model_index.json",
+        "unet/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+        "tokenizer/merges.txt",
+    ],
+)
+def test_what_git_leaves_in_the_place_of_a_large_file_is_called_that(tmp_path: Path, name: str) -> None:
+    save_miniature(tmp_path)
+    (tmp_path / name).write_text(POINTER)
+    with pytest.raises(
+        ExportError, match=f"{Path(name).name} is a pointer, .* run `git lfs pull` in the clone, or"
+    ):
+        load(tmp_path)
+
+
+def test_a_pointer_in_the_place_of_a_single_file_is_called_that(tmp_path: Path) -> None:
+    (file := tmp_path / "fine-tune.safetensors").write_text(POINTER)
+    with pytest.raises(ExportError, match=r"^\S+fine-tune\.safetensors is a pointer, "):
+        convert(str(file), str(tmp_path / "folder"), report=silent)
+
+
+def test_files_that_lie_beside_the_weights_are_left_alone(tmp_path: Path) -> None:
+    """Of other runtimes and of training, beside weights in half precision alone."""
+    pipeline = miniature_pipeline().to(torch.float16)
+    pipeline.save_pretrained(tmp_path, variant="fp16")
+    for name in (
+        "unet/openvino_model.bin",
+        "unet/diffusion_pytorch_model.non_ema.safetensors",
+        "vae/optimizer.bin",
+    ):
+        (tmp_path / name).write_text(POINTER)
+    found = load(tmp_path)
+    wanted = pipeline.to(torch.float32).unet.state_dict()
+    assert all(torch.equal(weight, wanted[name]) for name, weight in found.unet.state_dict().items())
+    convert(str(tmp_path), str(tmp_path / "folder"), scheduler="LCM", report=silent)
+    kept = load_file(tmp_path / "folder" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {weight.dtype for weight in kept.values()} == {torch.float16}
+
+
+@pytest.mark.parametrize(
+    ("made", "why"),
+    [
+        ("OnnxStableDiffusionPipeline", "is not supported: it holds ONNX graphs; name the model that they"),
+        ("FlaxStableDiffusionPipeline", "is not supported: it holds weights for JAX"),
+        ("StableDiffusionXLImg2ImgPipeline", "has the parts of a StableDiffusionXLPipeline; where the model"),
+        ("StableDiffusionInstructPix2PixPipeline", "wants a picture, and the edge draws from a prompt alone"),
+        ("AudioLDMPipeline", "AudioLDMPipeline is not supported; StableDiffusionPipeline, .* are$"),
+        (["pipeline_mine", "MinePipeline"], "is of the class MinePipeline, code of its own that is not run;"),
+    ],
+)
+def test_a_class_that_is_not_supported_is_refused_saying_what_to_do(
+    tmp_path: Path, made: Any, why: str
+) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": made}))
+    for read in load, class_of:
+        with pytest.raises(ExportError, match=why):
+            read(tmp_path)
+
+
+def test_a_part_of_a_library_that_is_not_installed_is_refused_by_it(tmp_path: Path) -> None:
+    save_miniature(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"unet": ["mine.models", "MineUNet"]}))
+    with pytest.raises(
+        ExportError, match=r"names MineUNet of mine\.models as unet, a library that is not installed"
+    ):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("named", "why"),
+    [
+        ("https://huggingface.co/owner/name", "a model of the hub goes by its id, owner/name$"),
+        ("https://huggingface.co/owner/name/tree/main", "a model of the hub goes by its id, owner/name$"),
+        ("hf:owner/name", "a model of the hub goes by its id, owner/name$"),
+        ("model/model_index.json", r"is a file, and a pipeline is a folder: name one, such as \S+model$"),
+        ("model/unet", r"has no model_index\.json: name the whole pipeline, \S+model$"),
+        (
+            "models--owner--name",
+            r"has no model_index\.json: name what the hub's cache has in it, \S+snapshots\S+c0ffee$",
+        ),
+    ],
+)
+def test_what_people_name_instead_is_put_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str, why: str
+) -> None:
+    save_miniature(tmp_path / "model")
+    save_miniature(tmp_path / "models--owner--name" / "snapshots" / "c0ffee")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ExportError, match=why):
+        load(tmp_path / named if (tmp_path / named).exists() else named)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_model_that_says_it_is_smaller_than_it_was_trained_for_is_pointed_out(
+    tmp_path: Path, asked: bool
+) -> None:
+    """Fine-tunes of Stable Diffusion 1.x say so, whose first converted form left their size out."""
+    pipeline = miniature_pipeline()
+    pipeline.save_pretrained(tmp_path / "model")
+    rewrite(tmp_path / "model" / "unet" / "config.json", sample_size=256 // pipeline.vae_scale_factor)
+    said: list[str] = []
+    sizes = ((256, 256),) if asked else ()
+    export_bundle(
+        tmp_path / "model", tmp_path / "bundle", steps=(STEPS,), sizes=sizes, guidance=0, report=said.append
+    )
+    assert any("trained for 512x512: then name --size" in line for line in said) != asked
+    assert Bundle.open(tmp_path / "bundle").manifest.sizes == ((256, 256),)
+
+
+def test_a_snapshot_of_the_hubs_cache_has_its_models_name(tmp_path: Path) -> None:
+    folder = tmp_path / "models--owner--tidy-model" / "snapshots" / "c0ffee"
+    save_miniature(folder)
+    assert name_of(folder) == "tidy-model"
 
 
 def test_a_pipeline_that_is_named_as_an_autoencoder_says_how_to_name_its_own(tmp_path: Path) -> None:
