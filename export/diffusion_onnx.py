@@ -8,9 +8,10 @@ tokenizer and the manifest, and then runs the bundle against the torch pipeline.
 when their pixels agree; until then it is built beside it. A smaller one (`export/precision.py`) is made of that.
 
 Two images of each size at the smallest step count are compared, one with guidance and a negative prompt and one
-without, which the denoiser draws as it was traced; the others are drawn by its second graph (`export/attention.py`).
-Where the default is another count, one more is compared, with guidance at the default. Other counts differ in their
-schedule alone, whose matrix is checked against the scheduler for each count (`export/schedule.py`).
+without guidance, which the denoiser draws as it was traced; the others are drawn by its second graph
+(`export/attention.py`). One more of the default size has guidance and no negative prompt, as most requests do. Where
+the default is another count, one is compared at that, with guidance. Other counts differ in their schedule alone, whose
+matrix is checked against the scheduler for each count (`export/schedule.py`).
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from export.arguments import ended_cleanly
 from export.errors import ExportError
 from export.preview import WORTH_SHOWING, fit_preview
 from export.prompts import numbered_lines
-from export.reference import largest_difference, reference_images
+from export.reference import COMPARISONS, largest_difference, reference_images
 from export.schedule import Steps, compile_schedule, number_of
 from export.scheduler import choose_scheduler
 from export.terminal import say
@@ -159,11 +160,15 @@ def export_bundle(
                 for count in sorted(counts, reverse=True)
             ]
         report(f"running {type(pipeline).__name__} in torch, to compare with")
-        pairs = [reference_images(pipeline, by_count[min(counts)], scale, each) for each in sizes]
+        fewest = by_count[min(counts)]
+        pairs = [reference_images(pipeline, fewest, scale, each, COMPARISONS[:2]) for each in sizes]
         guided, unguided = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         if counts[0] > min(counts):
             # One image: they take longer, and differ from the first in their number of steps alone.
-            guided += reference_images(pipeline, by_count[counts[0]], scale, size)[:1]
+            guided += reference_images(pipeline, by_count[counts[0]], scale, size, COMPARISONS[:1])
+        fitted = [*guided, *unguided]  # without the next, so that previews stay those of earlier exports
+        if kind.takes_negative:  # of one size: what no negative prompt is does not depend on it
+            guided += reference_images(pipeline, fewest, scale, size, COMPARISONS[2:])
         report("tracing the graphs")
         graphs.trace(pipeline, partial, sizes, report, consume=ours)
         if shapes == "fixed":
@@ -178,7 +183,7 @@ def export_bundle(
             (partial / part / tokens.FILE).write_text(
                 tokenizer.to_str(pretty=True), encoding="utf-8", newline="\n"
             )
-        preview = fit_preview([*guided, *unguided])
+        preview = fit_preview(fitted)
         shown = preview.explained >= WORTH_SHOWING
         report(
             f"a linear map explains {max(0.0, preview.explained):.0%} of the colours: previews "

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -717,7 +718,21 @@ def test_the_default_number_of_steps_is_compared_too(
     monkeypatch.setattr(diffusion_onnx, "largest_difference", nothing)
     with pytest.raises(ExportError, match="differ"):
         export_bundle(pipeline, tmp_path / "bundle", steps=(3, 2, 4), report=silent)
-    assert compared == [(2, False), (2, True), (3, True)]
+    assert compared == [(2, False), (2, True), (3, True), (2, True)]
+
+
+def test_guidance_without_a_negative_prompt_is_compared_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stable Diffusion XL guides away from zeros then: a bundle that encodes an empty text draws something else."""
+
+    def inverted(pipeline: Any, size: tuple[int, int]) -> dict[str, Any]:
+        found: dict[str, Any] = facts(pipeline, size)
+        return found | {"added": replace(found["added"], zero_negative=not found["added"].zero_negative)}
+
+    monkeypatch.setattr(diffusion_onnx.pipelines, "facts", inverted)
+    with pytest.raises(ExportError, match="pixels differ"):
+        export_bundle(miniature_xl(), tmp_path / "bundle", steps=(2,), guidance=7.5, report=silent)
 
 
 @pytest.mark.parametrize("there", [(), ("feature_extractor",)])
