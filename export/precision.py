@@ -142,8 +142,9 @@ def shrink(
 ) -> Loss:
     """Turn the graphs of the float32 bundle in `folder` into `dtype`, in place, and state them in its manifest.
 
-    Work on a copy: where this raises, some graphs are converted and others not. A predictor stays as it is. The model
-    digest changes, so a calibration that was in the bundle no longer is for it.
+    A graph whose values half precision could not hold stays float32, as if `keep` named it. Work on a copy: where this
+    raises, some graphs are converted and others not. A predictor stays as it is. The model digest changes, so a
+    calibration that was in the bundle no longer is for it.
 
     Args:
         dtype: "fp16" or "int8".
@@ -155,8 +156,8 @@ def shrink(
 
     Raises:
         BundleError: the bundle cannot be opened.
-        ExportError: a graph is not float32 or cannot be converted, `keep` names a part that is not there, or the
-            images are grossly off or not finite.
+        ExportError: a graph is not float32 or cannot be converted, `keep` names a part that is not there, no graph
+            can be in half precision, or the images are grossly off or not finite.
     """
     root = Path(folder)
     bundle = Bundle.open(root)
@@ -172,21 +173,31 @@ def shrink(
             for _ in _drawn(bundle, prompts or CALIBRATION_PROMPTS, seed=0):
                 pass
     feeds = {path: _spread(found, calls) for path, found in seen.items()}
+    shrunk: list[str] = []
     for name in graphs:
         before = graph_file.size(root / name)
         _refuse_converted(root / name)
+        part = str(Path(name).parent)
         if dtype == "fp16":
-            _to_half(root / name, feeds[bundle.path(name)])
+            try:
+                _to_half(root / name, feeds[bundle.path(name)])
+            except _BeyondHalf as beyond:
+                report(f"{part} stays in float32: {beyond}")
+                continue
         else:
             _to_eight_bits(root / name, feeds.get(bundle.path(name), []))
         if (fused := (root / name).with_name(FUSED)).exists():  # over the weights of before
             fused.unlink()
             attention.fuse(root / name)
         after = graph_file.size(root / name)
-        report(f"{Path(name).parent}: {before / 1e6:.1f} MB in fp32, {after / 1e6:.1f} MB in {dtype}")
-    write_manifest(
-        root, dtypes={**(bundle.manifest.dtypes or {}), **{str(Path(name).parent): dtype for name in graphs}}
-    )
+        report(f"{part}: {before / 1e6:.1f} MB in fp32, {after / 1e6:.1f} MB in {dtype}")
+        shrunk.append(part)
+    if not shrunk:
+        raise ExportError(
+            f"no part can be in {dtype}: what --keep does not name computes with values that half precision does not "
+            "hold; leave --dtype out"
+        )
+    write_manifest(root, dtypes={**(bundle.manifest.dtypes or {}), **dict.fromkeys(shrunk, dtype)})
     try:
         loss = Loss.worst(_images(Bundle.open(root)), references)
     except GenerationFailed as error:
@@ -198,7 +209,7 @@ def shrink(
     if not loss.share <= allowed:
         raise ExportError(
             f"in {dtype} the images lose {loss.share:.1e} of the picture where {allowed:.0e} is allowed; keep a part "
-            f"({', '.join(str(Path(name).parent) for name in graphs)}) in fp32 with --keep"
+            f"({', '.join(shrunk)}) in fp32 with --keep"
         )
     return loss
 
@@ -296,13 +307,16 @@ def _refuse_converted(graph: Path) -> None:
             raise ExportError(f"{graph} is not float32: export the model again with --dtype fp32")
 
 
+class _BeyondHalf(Exception):
+    """A graph computes with values that half precision may not hold; the message says which."""
+
+
 def _to_half(graph: Path, feeds: Sequence[Feeds]) -> None:
+    """Raises _BeyondHalf, and leaves the graph as it was."""
     with _rewritten(graph), _quiet():
         if feeds and (largest := _largest_value(graph, feeds)) > HALF_RANGE:
-            part = graph.parent.name
-            raise ExportError(
-                f"{part} computes with values up to {largest:.2g}, too close to 65504, where half precision ends; "
-                f"keep it in fp32 with --keep {part}"
+            raise _BeyondHalf(
+                f"it computes with values up to {largest:.2g}, above half of 65504, where half precision ends"
             )
         # By its path: shapes of graphs above 2 GiB can only be inferred from a file.
         model = convert_float_to_float16(str(graph), keep_io_types=True)
@@ -397,7 +411,7 @@ def _rewritten(graph: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=graph.parents[1]) as scratch:
         try:
             yield Path(scratch)
-        except (OSError, ExportError):
+        except (OSError, ExportError, _BeyondHalf):
             raise  # a full disk says so itself
         except Exception as error:  # protobuf, onnx and onnxruntime fail in many ways
             # Of a full disk they say only that what they wrote is damaged; here it says so itself.

@@ -138,11 +138,11 @@ def test_what_loses_too_much_is_refused_with_a_way_out(bundle_copy: Path) -> Non
         shrink(bundle_copy, "int8", keep=("unet",), prompts=PROMPTS[:1], bound=0.0, report=silent)
 
 
-def test_values_beyond_half_precision_are_found_although_the_cpu_shows_none(bundle_copy: Path) -> None:
-    """The first layer's outputs grow by a million and the second's weights shrink by as much: nothing changes in
+def _with_large_values(bundle: Path) -> None:
+    """The decoder's first layer's outputs grow by a million and shrink by as much before the second: nothing changes in
     float32, nor in half precision on a CPU, which computes in float32 all the same.
     """
-    model = onnx.load(bundle_copy / DECODER)
+    model = onnx.load(bundle / DECODER)
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     first = next(node for node in model.graph.node if node.op_type == "Conv")
     for name in first.input[1:]:
@@ -153,12 +153,35 @@ def test_values_beyond_half_precision_are_found_although_the_cpu_shows_none(bund
     place = list(model.graph.node).index(first)
     first.output[0] = "grown"
     model.graph.node.insert(place + 1, shrunk)
-    onnx.save(model, bundle_copy / DECODER)
-    write_manifest(bundle_copy)
-    for prompts in (None, PROMPTS[:1]):
-        with pytest.raises(ExportError, match=r"vae_decoder computes with values up to .*--keep vae_decoder"):
-            shrink(bundle_copy, "fp16", keep=("text_encoder", "unet"), prompts=prompts, report=silent)
+    onnx.save(model, bundle / DECODER)
+    write_manifest(bundle)
+
+
+def test_a_part_whose_values_half_precision_does_not_hold_stays_float32(
+    bundle_copy: Path, miniature_bundle: Path
+) -> None:
+    """Although a CPU's pictures do not show it; the other parts are smaller all the same."""
+    _with_large_values(bundle_copy)
+    decoder = (bundle_copy / DECODER).read_bytes()
+    said: list[str] = []
+    loss = shrink(bundle_copy, "fp16", report=said.append)
+    assert any(
+        line.startswith("vae_decoder stays in float32: it computes with values up to ") for line in said
+    )
+    assert (bundle_copy / DECODER).read_bytes() == decoder
+    bundle = Bundle.open(bundle_copy)
+    assert bundle.manifest.dtypes == {"text_encoder": "fp16", "unet": "fp16"}
+    assert bundle.manifest.dtype(DECODER) == "fp32"
+    assert 0 < loss.share <= BOUNDS["fp16"]
+    assert 0 < np.abs(colours(bundle_copy) - colours(miniature_bundle)).max() <= 4 * loss.largest
     assert not list(bundle_copy.rglob("watched.onnx"))
+
+
+def test_where_no_part_can_be_in_half_precision_the_bundle_is_refused(bundle_copy: Path) -> None:
+    _with_large_values(bundle_copy)
+    for prompts in (None, PROMPTS[:1]):
+        with pytest.raises(ExportError, match=r"no part can be in fp16: .*leave --dtype out"):
+            shrink(bundle_copy, "fp16", keep=("text_encoder", "unet"), prompts=prompts, report=silent)
 
 
 def test_half_precision_makes_no_images_but_those_that_it_compares(
