@@ -36,7 +36,7 @@ from edge_agent.diffusion.sessions import Runtime
 from edge_agent.superiority import METRICS
 from export.__main__ import run
 from export.arguments import at_least, check_output, write_output
-from export.errors import DAMAGED_NPZ, ExportError
+from export.errors import DAMAGED_NPZ, ExportError, reason
 from export.negatives import hard_negatives
 from export.outcomes import ADHERENCE, COLUMNS, INSPECTION, INSPECTOR, Outcomes, read_table, write_table
 from export.prompts import CEILING_PROMPTS, PROMPTS, SHARES, Prompt, own_prompts, router_prompts
@@ -100,29 +100,36 @@ class Paints(Protocol):
 class Painter:
     """Generates with a diffusers pipeline, at the size, steps and guidance its model card names, as the cloud does.
 
-    ``batch`` images are made at once. ``dtype`` is one of the cloud server's. Raises ExportError when ``model`` is no
-    folder of a pipeline.
+    ``batch`` images are made at once. ``dtype`` is one of the cloud server's. Raises ExportError when the pipeline
+    cannot be loaded.
     """
 
-    def __init__(self, model: str, batch: int = BATCH, dtype: str = "auto") -> None:
-        self.model, opened = model, cloud_model(model)
-        card = opened.card
+    def __init__(self, model: Model, batch: int = BATCH, dtype: str = "auto") -> None:
+        self.model, card = model.folder, model.card
         self.steps = DEFAULT_STEPS if card.steps is None else card.steps
         self.guidance_scale = DEFAULT_GUIDANCE_SCALE if card.guidance_scale is None else card.guidance_scale
         self.size = {} if None in (card.width, card.height) else {"width": card.width, "height": card.height}
         self.batch = batch
         try:
-            self.pipeline = complete.pipeline(opened.folder, complete.dtype_for(_device(), dtype))
+            self.pipeline = complete.pipeline(model.folder, complete.dtype_for(_device(), dtype))
         except Exception as error:  # each part's library fails in its own way
             raise ExportError(
-                f"--cloud {model} cannot be loaded: {_line(error)}; save it again with save_pretrained(), "
+                f"--cloud {self.model} cannot be loaded: {reason(error)}; save it again with save_pretrained(), "
                 "or name another"
             ) from error
         self.pipeline.set_progress_bar_config(disable=True)
-        self.pipeline.to(_device())
+        try:
+            self.pipeline.to(_device())
+        except torch.OutOfMemoryError as error:
+            raise ExportError(
+                f"--cloud {self.model} does not fit the GPU's memory: free some, or name another with --cloud"
+            ) from error
 
     def paint(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Picture]:
-        """One image a prompt. Noise comes from the CPU, so a seed is the same image on every device."""
+        """One image a prompt. Noise comes from the CPU, so a seed is the same image on every device.
+
+        Raises ExportError for a model that makes no image of a prompt, or not so many at once.
+        """
         made: list[Picture] = []
         for start in range(0, len(prompts), self.batch):
             chosen = slice(start, start + self.batch)
@@ -135,10 +142,20 @@ class Painter:
                     generator=noise,
                     **self.size,
                 )
+            except torch.OutOfMemoryError as error:
+                way_out = (
+                    f"name a smaller --batch than {self.batch}"
+                    if self.batch > 1
+                    else "free some, or name another"
+                )
+                raise ExportError(
+                    f"--cloud {self.model}: the GPU's memory does not hold what {len(noise)} images at once need; "
+                    f"{way_out}. Finished pieces are kept"
+                ) from error
             except (TypeError, ValueError) as error:  # of a class that wants more than a prompt, or less
                 raise ExportError(
                     f"--cloud {self.model}: a {type(self.pipeline).__name__} makes no image of a prompt: "
-                    f"{_line(error)}"
+                    f"{reason(error)}"
                 ) from error
             withheld = getattr(output, "nsfw_content_detected", None) or [False] * len(output.images)
             made += [
@@ -150,10 +167,6 @@ class Painter:
 
 def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class BundlePainter:
@@ -318,7 +331,14 @@ def judged(images: Path, parts: Path, wanted: Sequence[Piece], judge: Judge, adh
     missing = [piece for piece in wanted if measurements(parts, piece) is None]
     with progress() as bar:
         for piece in bar.track(missing, description="judge"):
-            write_table(measure(piece, images, judge, adherence), measured_file(parts, piece))
+            try:
+                measured = measure(piece, images, judge, adherence)
+            except torch.OutOfMemoryError as error:
+                raise ExportError(
+                    f"--judge: the GPU's memory does not hold what {len(piece.prompts)} pictures at once need; free "
+                    "some, or name a smaller CLIP. Finished pieces are kept"
+                ) from error
+            write_table(measured, measured_file(parts, piece))
 
 
 def measured_file(parts: Path, piece: Piece) -> Path:
@@ -568,7 +588,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(threads)
     painters: dict[str, Callable[[], Paints]] = {
         "edge": lambda: BundlePainter(bundle, threads),
-        "cloud": lambda: Painter(options.cloud, options.batch, options.cloud_dtype),
+        "cloud": lambda: Painter(cloud, options.batch, options.cloud_dtype),
     }
     generate(painters, images, unmeasured)
     judged(images, parts, unmeasured, judge, options.adherence)
@@ -593,9 +613,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _share(text: str) -> tuple[int, int]:
-    k, n = map(int, text.split("/"))
+    try:
+        k, n = map(int, text.split("/"))
+    except ValueError:
+        k = n = 0
     if not 1 <= k <= n:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is no share K/N with K from 1 to N, such as 1/4")
     return k, n
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPProcessor, CLIPTextConfig, PreTrainedTokenizerBase
 
-from export.errors import ExportError
+from export.errors import ExportError, reason
 
 METRICS_FILE = Path(__file__).parent / "metrics.json"
 STARTER_JUDGE = Path(__file__).parent / "starter" / "weights" / "judge"
@@ -66,7 +66,12 @@ class Judge:
         self.metrics = tuple(metrics) if metrics is not None else load_metrics()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         clip, self.processor = _open(model)
-        self.clip = clip.to(self.device).eval()
+        try:
+            self.clip = clip.to(self.device).eval()
+        except torch.OutOfMemoryError as error:
+            raise ExportError(
+                f"{model} does not fit the GPU's memory: free some, or name a smaller CLIP"
+            ) from error
         self.digest = _digest(self.clip)
         texts = [text for metric in self.metrics for text in (metric.positive, metric.negative)]
         read = self._read(texts)
@@ -75,7 +80,7 @@ class Judge:
             self.quality([Image.new("RGB", (64, 64))])
         except (ValueError, RuntimeError) as error:
             raise ExportError(
-                f"{model}: its image processor makes pictures that its vision model does not take ({error})"
+                f"{model}: its image processor makes pictures that its vision model does not take ({reason(error)})"
             ) from error
         self.preprocessing = _preprocessing(self.processor, texts)
 
@@ -143,11 +148,12 @@ class Judge:
 
 def _open(model: Path | str) -> tuple[CLIPModel, CLIPProcessor]:
     try:
-        clip, found = CLIPModel.from_pretrained(model, torch_dtype=torch.float32, output_loading_info=True)
+        clip, found = CLIPModel.from_pretrained(model, output_loading_info=True)
+        clip = clip.float()  # the option that says so is called otherwise in transformers 4 and 5
         processor = CLIPProcessor.from_pretrained(model, use_fast=False)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # each part's library fails in its own way
         raise ExportError(
-            f"{model} cannot be opened as a CLIP ({str(error).splitlines()[0]}): name a folder or hub id with a CLIP, "
+            f"{model} cannot be opened as a CLIP ({reason(error)}): name a folder or hub id with a CLIP, "
             "its tokenizer and its image processor"
         ) from error
     if missing := sorted(found["missing_keys"]):  # transformers would draw them at random

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from export.arguments import check_output, replacing
-from export.label import STARTER_CLOUD, STARTER_EDGE, Painter
+from export.label import STARTER_CLOUD, STARTER_EDGE, Painter, cloud_model
 from export.prompts import router_prompts
 
 PROMPTS = 24
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     prompts = graded_prompts()
     seeds = [SEED] * len(prompts)
     pictures = [
-        [Image.fromarray(picture.pixels) for picture in Painter(model).paint(prompts, seeds)]
+        [Image.fromarray(picture.pixels) for picture in Painter(cloud_model(model)).paint(prompts, seeds)]
         for model in (options.edge, options.cloud)
     ]
     with replacing(options.out) as partial:

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from edge_agent.superiority import METRICS
 from export.arguments import check_output, default_output, write_output
 from export.evaluate import RESAMPLES, Estimate, estimate, resampled
-from export.label import STARTER_CLOUD, STARTER_EDGE, Painter
+from export.label import STARTER_CLOUD, STARTER_EDGE, Painter, cloud_model
 from export.outcomes import Outcomes
 from export.prompts import scenes_by_text, scenes_of
 from export.terminal import progress
@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     outcomes = Outcomes.read(options.labels)
     scenes = scenes_of(outcomes.prompts, scenes_by_text(outcomes.splits.tolist()))
     quality = qualities(outcomes.split("test"), scenes[outcomes.splits == "test"])
-    edge, cloud = costs([Painter(str(STARTER_EDGE)), Painter(str(STARTER_CLOUD))])
+    edge, cloud = costs([Painter(cloud_model(str(model))) for model in (STARTER_EDGE, STARTER_CLOUD)])
     text = report(edge, cloud, quality, len(outcomes.split("test")))
     write_output(out, text)
     print(f"written to {out}")

@@ -14,6 +14,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPProcessor
 
+from cloud_server import model as cloud_models
 from edge_agent.bundle import Bundle
 from edge_agent.diffusion.generator import Generator
 from edge_agent.superiority import METRICS
@@ -371,7 +372,7 @@ def test_a_prompt_whose_picture_the_cloud_withholds_is_left_out_of_both_models(
 
 
 def test_what_a_safety_checker_blanks_is_told_from_a_black_picture(models):
-    painter = label.Painter(str(models / "cloud"))
+    painter = label.Painter(label.cloud_model(str(models / "cloud")))
     painter.pipeline.safety_checker = lambda images, **_: (images, [False, True])
     painter.pipeline.feature_extractor = CLIPImageProcessor()
     assert [one.withheld for one in painter.paint(["a cat", "a dog"], [0, 1])] == [False, True]
@@ -379,8 +380,9 @@ def test_what_a_safety_checker_blanks_is_told_from_a_black_picture(models):
 
 def test_the_cloud_model_computes_in_what_the_cloud_server_is_told(models):
     """What it then draws is what is judged."""
+    cloud = label.cloud_model(str(models / "cloud"))
     made = {
-        dtype: label.Painter(str(models / "cloud"), dtype=dtype).paint(["a cat"], [1])[0].pixels
+        dtype: label.Painter(cloud, dtype=dtype).paint(["a cat"], [1])[0].pixels
         for dtype in ("auto", "float32", "bfloat16")
     }
     np.testing.assert_array_equal(made["auto"], made["float32"])
@@ -514,7 +516,34 @@ def test_a_cloud_model_that_wants_more_than_a_prompt_is_named(models, tmp_path):
     index["_class_name"] = "StableDiffusionImg2ImgPipeline"
     (folder / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ExportError, match="a StableDiffusionImg2ImgPipeline makes no image of a prompt: "):
-        label.Painter(str(folder)).paint(["a cat"], [1])
+        label.Painter(label.cloud_model(str(folder))).paint(["a cat"], [1])
+
+
+def test_memory_that_does_not_suffice_is_told_with_the_option_that_needs_less(
+    models, miniature_bundle, tmp_path, monkeypatch
+):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    painter = label.Painter(label.cloud_model(str(models / "cloud")), batch=2)
+    monkeypatch.setattr(type(painter.pipeline), "__call__", full)
+    with pytest.raises(
+        ExportError, match=r"2 images at once need; name a smaller --batch than 2\. Finished pieces"
+    ):
+        painter.paint(["a cat", "a dog", "a cow"], [0, 1, 2])
+    monkeypatch.undo()
+    monkeypatch.setattr(Judge, "look", full)
+    monkeypatch.setattr(Judge, "quality", lambda *_: None)
+    with pytest.raises(ExportError, match=r"--judge: .* name a smaller CLIP\. Finished pieces"):
+        label.main(arguments(models, miniature_bundle, tmp_path / "labels.parquet"))
+
+
+def test_the_cloud_model_is_read_for_its_digest_once(models, miniature_bundle, tmp_path, monkeypatch):
+    """Gigabytes, for most."""
+    taken, digest = [], cloud_models.digest
+    monkeypatch.setattr(cloud_models, "digest", lambda folder: taken.append(folder) or digest(folder))
+    assert label.main(arguments(models, miniature_bundle, tmp_path / "labels.parquet")) == 0
+    assert len(taken) == 1
 
 
 def test_a_cloud_model_that_is_not_there_is_refused_in_one_line(tmp_path, capsys):
@@ -545,10 +574,11 @@ def test_numbers_that_make_no_labels_are_refused(arguments, words, capsys):
 
 
 @pytest.mark.parametrize("share", ["0/2", "3/2", "half"])
-def test_a_share_that_is_none_is_refused(share):
+def test_a_share_that_is_none_is_refused(share, capsys):
     with pytest.raises(SystemExit) as refusal:
         label.main(["--share", share])
     assert refusal.value.code == 2
+    assert f"'{share}' is no share K/N with K from 1 to N, such as 1/4" in capsys.readouterr().err
 
 
 def test_a_quality_of_one_view_is_the_sigmoid_of_the_difference_of_two_scaled_cosines(models, monkeypatch):

@@ -6,6 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from edge_agent.superiority import METRICS
@@ -99,6 +100,42 @@ def test_the_same_weights_with_other_preprocessing_are_told_apart(file, change, 
     (folder / file).write_text(json.dumps(config | change))
     after = Judge(folder)
     assert after.digest == before.digest and after.preprocessing != before.preprocessing
+
+
+def test_a_damaged_clip_is_refused_in_a_line(tmp_path):
+    folder = save_clip(tmp_path)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(
+        ExportError, match=r"cannot be opened as a CLIP \(.*\): name a folder or hub id"
+    ) as refused:
+        Judge(folder)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("error", [ValueError(), KeyError("clip")])
+def test_an_error_that_says_little_is_told_by_its_kind(error, monkeypatch, tmp_path):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(CLIPModel, "from_pretrained", fail)
+    with pytest.raises(ExportError, match=type(error).__name__):
+        Judge(tmp_path)
+
+
+def test_a_clip_in_half_precision_measures_in_float32(tmp_path):
+    folder = save_clip(tmp_path)
+    CLIPModel.from_pretrained(folder).half().save_pretrained(folder)
+    assert {weight.dtype for weight in Judge(folder).clip.parameters()} == {torch.float32}
+
+
+def test_a_clip_without_some_of_its_weights_is_refused(tmp_path):
+    folder = save_clip(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    del weights["logit_scale"], weights["visual_projection.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ExportError, match="it has no weights logit_scale and 1 more"):
+        Judge(folder)
 
 
 def test_an_image_processor_of_another_size_is_refused(tmp_path):
