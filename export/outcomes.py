@@ -16,7 +16,7 @@ from edge_agent.bundle import Bundle
 from edge_agent.superiority import METRICS
 from export.arguments import replacing
 from export.errors import ExportError
-from export.prompts import as_read, of_ceiling
+from export.prompts import as_read, of_ceiling, scenes_by_text, scenes_of
 from export.terminal import console
 
 SPLITS = ("train", "validation", "calibration", "test", "combinations", "wording", "free-form")
@@ -134,6 +134,10 @@ class Outcomes:
                 f"the labels are of edge model {stated[:16]}, and {bundle.folder} holds {bundle.model_digest[:16]}: "
                 "name the bundle they were made with, or label again"
             )
+
+    def scenes(self) -> NDArray[np.int64]:
+        """[N]: prompts that say the same have the same number, see `scenes_of`."""
+        return scenes_of(self.prompts, scenes_by_text(self.ids, self.splits))
 
     @classmethod
     def read(cls, path: Path) -> Outcomes:

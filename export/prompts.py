@@ -44,6 +44,7 @@ REPEATING = 2800
 scene share what it gains, so a router learns from scenes."""
 CEILING_PROMPTS = 300
 """The first of the split test, of which `edge-export label` makes more images than of the others."""
+IDS_A_SPLIT = 100_000  # of the starter's prompts; each split's begin at a multiple of it, none at 0
 HELD_OUT_PAIRS = 10  # one in so many pairs of objects appears in `combinations` alone
 
 
@@ -60,15 +61,20 @@ class Prompt:
     """What its picture must show; None for a prompt that asks for what the world does not have."""
 
 
-def router_prompts(number: Mapping[str, int] = PROMPTS, seed: int = SEED) -> list[Prompt]:
+def router_prompts(number: Mapping[str, int] = PROMPTS) -> list[Prompt]:
     """``number`` distinct prompts a split. A larger number keeps the prompts of a smaller one, with their ids."""
     prompts = []
     for index, split in enumerate(PROMPTS):
         wanted = number.get(split, 0)
-        drawn = _free_form(wanted) if split == "free-form" else _drawn(split, wanted, (seed, index))
+        drawn = _free_form(wanted) if split == "free-form" else _drawn(split, wanted, (SEED, index))
         for place, (text, objects, scene) in enumerate(drawn):
-            prompts.append(Prompt((index + 1) * 100_000 + place, text, split, objects, scene))
+            prompts.append(Prompt(_first_id(index) + place, text, split, objects, scene))
     return prompts
+
+
+def _first_id(index: int) -> int:
+    """Of the starter's prompts of the split that stands at ``index`` in PROMPTS."""
+    return (index + 1) * IDS_A_SPLIT
 
 
 def own_prompts(file: Path) -> list[Prompt]:
@@ -111,7 +117,7 @@ def of_ceiling(ids: NDArray[np.int64]) -> NDArray[np.bool_]:
     """[N]: whether test prompts are of the first CEILING_PROMPTS: ids, of whatever prompts, count a split from a round
     number.
     """
-    return np.asarray(ids % 100_000 < CEILING_PROMPTS)
+    return np.asarray(ids % IDS_A_SPLIT < CEILING_PROMPTS)
 
 
 def numbered_lines(file: Path) -> list[tuple[int, str]]:
@@ -141,9 +147,18 @@ def _split_of(text: str) -> str:
     raise AssertionError(place)
 
 
-def scenes_by_text(splits: Sequence[str]) -> dict[str, Scene | None]:
-    """What the starter's prompts say; ``splits``, one a prompt of a matrix, say how many of each there are."""
-    return {prompt.text: prompt.scene for prompt in router_prompts(Counter(splits))}
+def scenes_by_text(ids: NDArray[np.int64], splits: NDArray[np.str_]) -> dict[str, Scene | None]:
+    """What the prompts of a matrix say, by their text, where they are the starter's; else nothing.
+
+    ``ids`` and ``splits`` are [N]. The starter's prompts are drawn anew, which takes longer the more there are.
+    """
+    number = {}
+    for index, split in enumerate(PROMPTS):
+        places = ids[splits == split] - _first_id(index)
+        if ((places < 0) | (places >= IDS_A_SPLIT)).any():  # prompts of one's own count from other numbers
+            return {}
+        number[split] = int(places.max(initial=-1)) + 1
+    return {prompt.text: prompt.scene for prompt in router_prompts(number)}
 
 
 def scenes_of(texts: Sequence[str], known: Mapping[str, Scene | None]) -> NDArray[np.int64]:

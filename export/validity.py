@@ -31,7 +31,6 @@ from export.arguments import check_output, default_output, shown, write_output
 from export.evaluate import resampled, spearman
 from export.negatives import FAULTS, hard_negatives
 from export.outcomes import ADHERENCE, Outcomes
-from export.prompts import scenes_by_text, scenes_of
 from export.quality import STARTER_JUDGE, Judge
 from export.starter.damage import Sample, damage, render_samples
 from export.starter.foreign_damage import foreign_damage
@@ -131,7 +130,7 @@ def preferred(labels: Path) -> tuple[dict[str, list[str]], int]:
     names = [name for name in (*METRICS, ADHERENCE) if name in table.column_names]
     values = np.stack([table[name].to_numpy().astype(np.float64) for name in names], axis=1)
     outcomes = Outcomes.read(labels)
-    said = scenes_of(outcomes.prompts, scenes_by_text(outcomes.splits.tolist()))
+    said = outcomes.scenes()
     scene = dict(zip(outcomes.ids.tolist(), said.tolist(), strict=True))
     ids, model = table["prompt_id"].to_numpy(), table["model"].to_numpy()
     judged = np.flatnonzero(~np.isnan(verdicts) & ~np.isnan(values).any(axis=1))
@@ -200,7 +199,7 @@ def report(judge: Judge, labels: Path, name: Path | str = STARTER_JUDGE) -> str:
     by_severity = own_falls(judge, foreign_damage, render_samples(others, np.random.default_rng(SEED)))
     edge, cloud = complete(test)
     count, seeds, _ = edge.shape
-    said = scenes_of(test.prompts, scenes_by_text(test.splits.tolist()))
+    said = test.scenes()
     components = {
         "edge image": with_interval(lambda rows: reliability(edge[rows]), said),
         "cloud image": with_interval(lambda rows: reliability(cloud[rows]), said),

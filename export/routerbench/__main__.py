@@ -303,7 +303,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cache = options.out / "cache"
     cache.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(1) as pool:
-        naming = pool.submit(scenes_by_text, outcomes.splits.tolist())
+        naming = pool.submit(scenes_by_text, outcomes.ids, outcomes.splits)
         keep_states(outcomes.split("train"), bundle, cache)  # meanwhile
         known = naming.result()
     scenes = scenes_of(outcomes.prompts, known)

@@ -29,7 +29,7 @@ from export.calibrate import scale_of
 from export.errors import ExportError
 from export.label import STARTER_BUNDLE
 from export.outcomes import Outcomes
-from export.prompts import never_learnt, scenes_by_text, scenes_of
+from export.prompts import never_learnt
 from export.routerbench.__main__ import (
     LABELS,
     blamed_on,
@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     outcomes.must_be_of(bundle)
     digest = hashlib.sha256(options.labels.read_bytes()).hexdigest()[:16]
     measured = _measured(options.out, digest)
-    scenes = scenes_of(outcomes.prompts, scenes_by_text(outcomes.splits.tolist()))
+    scenes = outcomes.scenes()
     outcomes = outcomes.where(never_learnt(outcomes.splits, scenes))
     for split in ("train", *COMPARED):
         outcomes.split(split)  # ExportError where there is none

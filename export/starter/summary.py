@@ -27,7 +27,6 @@ from export.arguments import check_output, default_output, write_output
 from export.evaluate import RESAMPLES, Estimate, estimate, resampled
 from export.label import STARTER_CLOUD, STARTER_EDGE, Painter, cloud_model
 from export.outcomes import Outcomes
-from export.prompts import scenes_by_text, scenes_of
 from export.terminal import progress
 
 OUT, BEGINS = "docs/starter.md", "# The starter's models"
@@ -164,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = options.out or default_output(OUT, BEGINS)
     check_output(out, options.labels)
     outcomes = Outcomes.read(options.labels)
-    scenes = scenes_of(outcomes.prompts, scenes_by_text(outcomes.splits.tolist()))
+    scenes = outcomes.scenes()
     quality = qualities(outcomes.split("test"), scenes[outcomes.splits == "test"])
     edge, cloud = costs([Painter(cloud_model(str(model))) for model in (STARTER_EDGE, STARTER_CLOUD)])
     text = report(edge, cloud, quality, len(outcomes.split("test")))

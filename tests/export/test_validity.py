@@ -106,7 +106,7 @@ def test_the_report_s_intervals_are_over_the_scenes_that_prompts_say(tmp_path, m
     labels = write_labels(tmp_path / "labels.parquet", 24)
     (scene,) = sample_scenes("test", 1, seed=0)
     monkeypatch.setattr(
-        validity, "scenes_by_text", lambda _: dict.fromkeys(Outcomes.read(labels).prompts, scene)
+        "export.outcomes.scenes_by_text", lambda *_: dict.fromkeys(Outcomes.read(labels).prompts, scene)
     )
     text = validity.report(Judge(), labels)
     rows = text.split("## Reliability")[1].split("## Adherence")[0].splitlines()[-len(METRICS) - 1 :]

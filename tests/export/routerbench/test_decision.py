@@ -34,7 +34,7 @@ class Routed:
         assert main(["predictor", str(self.cache / "predictor.safetensors"), str(bundle)]) == 0
         assert main(["calibrate", str(labels), str(bundle)]) == 0
         self.bundle, self.outcomes = Bundle.open(bundle), Outcomes.read(labels)
-        scenes = scenes_of(self.outcomes.prompts, scenes_by_text(self.outcomes.splits.tolist()))
+        scenes = self.outcomes.scenes()
         self.scenes = {
             split: scenes[self.outcomes.splits == split] for split in ("train", "calibration", "test")
         }
@@ -112,6 +112,7 @@ def test_labels_without_calibration_prompts_have_no_decisions_to_measure(routed:
 
 def test_sentences_of_one_scene_share_its_number_and_strangers_have_their_own() -> None:
     prompts = router_prompts({"train": 60})
-    numbers = scenes_of([*(one.text for one in prompts), "a stranger"], scenes_by_text(["train"] * 60))
+    ids, splits = np.array([one.prompt_id for one in prompts]), np.array([one.split for one in prompts])
+    numbers = scenes_of([*(one.text for one in prompts), "a stranger"], scenes_by_text(ids, splits))
     assert len(set(numbers)) == len({one.scene for one in prompts}) + 1
     assert len({one.scene for one in prompts}) < 60

@@ -20,7 +20,6 @@ from export.__main__ import main
 from export.errors import ExportError
 from export.evaluate import Estimate
 from export.outcomes import Outcomes
-from export.prompts import scenes_by_text, scenes_of
 from export.routerbench import routers
 from export.routerbench.__main__ import Data, _longest_first, ending, fit, worth
 from export.routerbench.measure import (
@@ -50,7 +49,7 @@ class World:
         self.folder, self.bundle = folder, write_bundle(folder / "bundle")
         self.labels = write_labels(folder / "labels.parquet", 240)
         self.outcomes = Outcomes.read(self.labels)
-        self.scenes = scenes_of(self.outcomes.prompts, scenes_by_text(self.outcomes.splits.tolist()))
+        self.scenes = self.outcomes.scenes()
         self.data = Data.of(self.outcomes, self.bundle, self.scenes, folder)
         self.test = self.outcomes.split("test")
 

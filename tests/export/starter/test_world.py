@@ -3,7 +3,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from export import prompts as prompts_of_routers
-from export.prompts import PROMPTS, holds_held_out_pair, never_learnt, router_prompts, scenes_of
+from export.prompts import (
+    PROMPTS,
+    holds_held_out_pair,
+    never_learnt,
+    own_prompts,
+    router_prompts,
+    scenes_by_text,
+    scenes_of,
+)
 from export.routerbench.__main__ import LABELS
 from export.starter.sprites import CELL, COLUMNS, OBJECTS, PACK, sprite
 from export.starter.world import (
@@ -172,6 +180,27 @@ def test_asking_for_more_prompts_keeps_the_ones_there_were():
     assert set(few) <= set(many)
     assert len({prompt.text for prompt in many}) == len(many)
     assert all(prompt.scene.split == prompt.split for prompt in many)
+
+
+def test_the_starters_prompts_are_known_by_their_ids_even_where_some_are_left_out():
+    drawn = [
+        one for one in router_prompts({"train": 20, "test": 5}) if one.prompt_id not in (100_003, 400_000)
+    ]
+    ids, splits = np.array([one.prompt_id for one in drawn]), np.array([one.split for one in drawn])
+    known = scenes_by_text(ids, splits)
+    assert all(known[one.text] == one.scene for one in drawn)
+
+
+def test_of_prompts_of_ones_own_nothing_is_drawn(tmp_path, monkeypatch):
+    """Which took a minute for 70,000, and could find nothing."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("".join(f"a picture number {number}\n" for number in range(200)))
+    own = own_prompts(file)
+    monkeypatch.setattr(prompts_of_routers, "router_prompts", None)
+    ids, splits = np.array([one.prompt_id for one in own]), np.array([one.split for one in own])
+    assert scenes_by_text(ids, splits) == {}
+    for split in set(splits):
+        assert scenes_by_text(ids[splits == split], splits[splits == split]) == {}
 
 
 def test_training_prompts_say_scenes_of_their_own_once_many_were_drawn(monkeypatch):
