@@ -44,7 +44,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from export.errors import ExportError
+from export.errors import ExportError, reason
 
 WORDS, SENTENCE = 16, 128
 """Length of the embedding of its own that experts read of a token (32 and 64 ranked validation prompts of earlier
@@ -288,11 +288,14 @@ class Ensemble(nn.Module):
                 shape = Shape(**json.loads(facts["shape"]))
                 ensemble = cls([Mixture(shape) for _ in range(int(facts["members"]))])
                 ensemble.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+                record = json.loads(facts["record"])
+            if not isinstance(record, dict):
+                raise ValueError("its record is no JSON object")
         except (OSError, SafetensorError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ExportError(
-                f"{path}: not a trained predictor ({error}); make it with `edge-export train`"
+                f"{path}: not a trained predictor ({reason(error)}); make it with `edge-export train`"
             ) from error
-        return ensemble.eval(), json.loads(facts["record"])
+        return ensemble.eval(), record
 
 
 def _qualities(terms: Tensor, bias: Tensor, own: Own) -> tuple[Tensor, Tensor, Tensor]:

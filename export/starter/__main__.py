@@ -41,7 +41,6 @@ from pathlib import Path
 from export import calibrate, diffusion_onnx, evaluate, inspection, label, predictor_onnx
 from export import train as train_predictor
 from export.__main__ import run
-from export.errors import ExportError
 from export.label import STARTER_BUNDLE, STARTER_CLOUD, STARTER_EDGE
 from export.quality import STARTER_JUDGE
 from export.starter import (
@@ -58,7 +57,7 @@ from export.starter import (
 from export.starter.card import read_records, write_card
 from export.starter.inspector import STARTER_INSPECTOR
 from export.starter.size import EDGE, SKETCHES
-from export.starter.training import UNFINISHED
+from export.starter.training import UNFINISHED, needed
 
 EDGE_STEPS = f"{EDGE.inference_steps},8,16"  # step counts compiled into the bundle, the default first
 OUTCOMES = STARTER_EDGE.parent / "labels.parquet"
@@ -78,11 +77,7 @@ def install(work: Path) -> int:
     }
     shared = ("autoencoder", "decoder")
     for name in (*shared, "edge-text", "cloud-text", *SKETCHED, *places):
-        if not (work / name / "record.json").exists():
-            stage = "sketch" if name in SKETCHED else name
-            raise ExportError(
-                f"the model {name!r} is not finished: run `edge-export starter {stage} --work {work}`"
-            )
+        needed(work, name, "sketch" if name in SKETCHED else None)
     cloud = read_records(work, (*shared, "cloud-text", "cloud"))
     others = read_records(work, (*shared, "edge-text", "edge", *SKETCHED, "judge", "inspector"))
     for name, place in places.items():

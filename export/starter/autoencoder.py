@@ -18,7 +18,8 @@ from diffusers import AutoencoderKL
 from torch.nn import functional as F
 
 from export.arguments import at_least
-from export.starter.training import UNFINISHED, Run, write_record
+from export.errors import ExportError
+from export.starter.training import UNFINISHED, Run, needed, write_record
 from export.starter.world import render, sample_scenes
 
 STEPS, BATCH, LEARNING_RATE, SEED = 2200, 96, 2e-3, 1
@@ -103,8 +104,9 @@ def train(work: Path, *, steps: int | None = None, seconds: float | None = None)
 def train_decoder(work: Path, *, steps: int | None = None, seconds: float | None = None) -> bool:
     """Train the decoder on, alone; True when done, and then ``work/decoder/model`` holds the whole autoencoder."""
     folder = work / "decoder"
+    trained = needed(work, "autoencoder") / "model"
     torch.manual_seed(SEED)
-    model = AutoencoderKL.from_pretrained(work / "autoencoder" / "model")
+    model = AutoencoderKL.from_pretrained(trained)
     model.encoder.requires_grad_(False)
     model.quant_conv.requires_grad_(False)
     run = Run(
@@ -137,6 +139,18 @@ def train_decoder(work: Path, *, steps: int | None = None, seconds: float | None
     return True
 
 
+def autoencoder_folder(work: Path, named: Path | None) -> Path:
+    """Of the autoencoder that pictures are taken through: the one that was ``named``, or the recipe's under ``work``.
+
+    Raises ExportError where there is none.
+    """
+    if named is None:
+        return needed(work, "decoder") / "model"
+    if not (named / "config.json").exists():
+        raise ExportError(f"no autoencoder in {named}: name another with --autoencoder, or leave it out")
+    return named
+
+
 def held_out_psnr(model: AutoencoderKL) -> float:
     """Peak signal-to-noise ratio in dB of MEASURED reconstructed pictures of held-out scenes."""
     images = pixels(pictures("validation", MEASURED, seed=8), model.device)
@@ -160,4 +174,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from export.__main__ import run
+
+    raise SystemExit(run(main))

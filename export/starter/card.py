@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from export.starter.training import RECORD
+
 PURPOSE = {
     "autoencoder": "Pictures of 64 x 64 pixels to latents of 4 x 16 x 16 and back; part of both pipelines.",
     "decoder": "The autoencoder's decoder, trained on alone with the encoder fixed.",
@@ -44,4 +46,4 @@ def write_card(records: dict[str, dict[str, Any]], out: Path) -> None:
 
 def read_records(work: Path, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     """The records that finished runs left under ``work``."""
-    return {name: json.loads((work / name / "record.json").read_text()) for name in names}
+    return {name: json.loads((work / name / RECORD).read_text()) for name in names}

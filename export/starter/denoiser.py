@@ -30,7 +30,7 @@ from export.arguments import at_least
 from export.starter.autoencoder import pixels
 from export.starter.size import SIZES, Size
 from export.starter.tokenizer import token_ids
-from export.starter.training import UNFINISHED, Run, made_ahead, write_record
+from export.starter.training import UNFINISHED, Run, made_ahead, needed, write_record
 from export.starter.world import Scene, caption, render, sample_scenes
 
 SCENES = 60_000  # of the generators' split, rendered and encoded once
@@ -103,17 +103,17 @@ def encode_scenes(autoencoder: AutoencoderKL, scenes: list[Scene], file: Path, s
 
 def train(work: Path, size: Size, *, steps: int | None = None, seconds: float | None = None) -> bool:
     """Train or go on training ``size``; True when done, and then ``work/<name>/model`` holds the pipeline."""
+    decoder, text_folder = needed(work, "decoder"), needed(work, size.text)
     folder = work / size.name
     folder.mkdir(parents=True, exist_ok=True)
-    autoencoder = AutoencoderKL.from_pretrained(work / "decoder" / "model").eval()
+    autoencoder = AutoencoderKL.from_pretrained(decoder / "model").eval()
     if torch.cuda.is_available():
         autoencoder.to("cuda")
-    text_folder = work / size.text
     tokenizer = CLIPTokenizer.from_pretrained(text_folder / "tokenizer")
     fast = CLIPTokenizerFast.from_pretrained(text_folder / "tokenizer")
     text_encoder = CLIPTextModel.from_pretrained(text_folder / "model")
     scenes = sample_scenes("generators", SCENES, seed=3)
-    latents = encode_scenes(autoencoder, scenes, work / "decoder" / f"latents-{SCENES}.pt", seed=4)
+    latents = encode_scenes(autoencoder, scenes, decoder / f"latents-{SCENES}.pt", seed=4)
 
     torch.manual_seed(size.seed)
     run = Run(
@@ -207,4 +207,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from export.__main__ import run
+
+    raise SystemExit(run(main))

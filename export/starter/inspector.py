@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 from export.arguments import at_least
 from export.errors import ExportError
+from export.starter.autoencoder import autoencoder_folder
 from export.starter.sprites import OBJECTS
 from export.starter.training import UNFINISHED, Run, write_record
 from export.starter.world import BACKGROUNDS, SIZE, Scene, as_picture, backdrop, place, sample_scenes, stamp
@@ -285,9 +286,7 @@ def train(
     ``autoencoder`` is the one pictures are taken through (default: the recipe's, ``work/decoder/model``).
     """
     folder = work / "inspector"
-    source = autoencoder or work / "decoder" / "model"
-    if not (source / "config.json").exists():
-        raise ExportError(f"no autoencoder in {source}: run `edge-export starter decoder`, or name one")
+    source = autoencoder_folder(work, autoencoder)
     scenes = sample_scenes("inspector", SCENES, SEED)
     torch.manual_seed(SEED)
     run = Run(

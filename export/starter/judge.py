@@ -33,9 +33,9 @@ from transformers import (
 
 from edge_agent.superiority import METRICS
 from export.arguments import at_least
-from export.errors import ExportError
 from export.negatives import hard_negatives
 from export.quality import Metric, load_metrics
+from export.starter.autoencoder import autoencoder_folder
 from export.starter.damage import SIDE_EFFECTS, Sample, damage, render_samples
 from export.starter.sketch import Sketches, sketches
 from export.starter.tokenizer import token_ids, train_tokenizer
@@ -185,9 +185,7 @@ def train(
     ``autoencoder`` is the one pictures are taken through (default: the recipe's, ``work/decoder/model``).
     """
     folder = work / "judge"
-    source = autoencoder or work / "decoder" / "model"
-    if not (source / "config.json").exists():
-        raise ExportError(f"no autoencoder in {source}: run `edge-export starter decoder`, or name one")
+    source = autoencoder_folder(work, autoencoder)
     metrics = load_metrics()
     rng = np.random.default_rng(SEED)
     corpus = [caption(scene, rng) for scene in sample_scenes("judge", 5000, seed=SEED)]

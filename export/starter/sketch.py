@@ -14,12 +14,11 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 
-from export.errors import ExportError
 from export.starter.autoencoder import pixels
 from export.starter.damage import render_samples
 from export.starter.faults import Shown, faults
 from export.starter.size import SKETCHES
-from export.starter.training import made_ahead
+from export.starter.training import made_ahead, needed
 from export.starter.world import Scene, caption, sample_scenes
 
 NUMBER, SEED = 40_000, 61  # pictures of the judge's split
@@ -48,8 +47,7 @@ def sketches(work: Path) -> Sketches:
     Raises ExportError when a model is not trained yet.
     """
     for size in SKETCHES:
-        if not (work / size.name / "record.json").exists():
-            raise ExportError(f"no {size.name} in {work}: run `edge-export starter sketch --work {work}`")
+        needed(work, size.name, "sketch")
     file = work / "sketch" / f"sketches-{NUMBER}.npz"
     if not file.exists():
         arrays = _painted(work, sample_scenes("judge", NUMBER, SEED))

@@ -137,4 +137,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from export.__main__ import run
+
+    raise SystemExit(run(main))

@@ -26,6 +26,7 @@ Made = TypeVar("Made")
 
 UNFINISHED = 75  # exit code of a stage that ran out of its --seconds; calling it again goes on (EX_TEMPFAIL)
 
+RECORD = "record.json"  # beside a checkpoint, once the run came to its end
 WARM_UP = 100  # steps of linearly rising learning rate
 CHECKPOINT_EVERY = 120.0  # seconds
 AVERAGE_DECAY = 0.999  # of the averaged (EMA) weights once enough steps have been made
@@ -255,6 +256,19 @@ def hardware() -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
 
 
+def needed(work: Path, name: str, stage: str | None = None) -> Path:
+    """The folder of the finished run ``name`` under ``work``, whose ``model`` another stage builds on.
+
+    Raises ExportError that names the stage to run first; it is called as the run unless ``stage`` says otherwise.
+    """
+    folder = work / name
+    if not (folder / RECORD).exists():
+        raise ExportError(
+            f"the model {name!r} is not finished: run `edge-export starter {stage or name} --work {work}`"
+        )
+    return folder
+
+
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Keep a run's record beside its checkpoint, for the model card."""
-    (folder / "record.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from export.errors import ExportError
 from export.mixture import Ensemble, Mixture, Shape
@@ -162,6 +164,18 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
     assert read.shape == SHAPE
     for ours, theirs in zip(ensemble(*prompt(10, 7)), read(*prompt(10, 7)), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("record", [None, "[", "[]"])
+def test_a_predictor_without_a_record_of_its_making_is_refused(tmp_path: Path, record: str | None) -> None:
+    file = tmp_path / "w.safetensors"
+    Ensemble([made_up(SHAPE)]).save(file, {})
+    with safe_open(file, framework="pt") as opened:
+        facts = {name: fact for name, fact in opened.metadata().items() if name != "record"}
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    save_file(tensors, file, facts | ({} if record is None else {"record": record}))
+    with pytest.raises(ExportError, match="not a trained predictor"):
+        Ensemble.load(file)
 
 
 def test_a_pickle_is_not_opened(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """The recipe itself, cut down to two steps a stage: that its parts fit together, not that they learn."""
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from edge_agent.superiority import METRICS
+from export.__main__ import main as edge_export
 from export.errors import ExportError
 from export.quality import Judge
 from export.starter import __main__ as chain
@@ -164,6 +167,44 @@ def test_the_stage_of_the_sketches_trains_one_after_the_other_and_goes_on(work, 
     assert [record["seed"] for record in records.values()] == [size.seed for size in SKETCHES]
     assert [record["steps"] for record in records.values()] == [2, 2, 2]
     assert (tmp_path / "sketch" / "sketches-8.npz").exists()  # painted already when the judge asks for them
+
+
+@pytest.mark.parametrize(
+    ("stage", "before"),
+    [
+        ("decoder", "autoencoder"),
+        ("edge", "decoder"),
+        ("cloud", "decoder"),
+        ("sketch", "decoder"),
+        ("judge", "decoder"),
+        ("inspector", "decoder"),
+        ("install", "autoencoder"),
+    ],
+)
+def test_a_stage_out_of_order_names_the_one_before_it(stage, before, tmp_path, capsys):
+    """And asks no hub for a model that is called as its folder."""
+    assert edge_export(["starter", stage, "--work", str(tmp_path)]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"the model '{before}' is not finished: run `edge-export starter {before} --work" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_denoiser_needs_its_text_encoder(work, tmp_path):
+    shutil.copytree(work / "decoder", tmp_path / "decoder")
+    with pytest.raises(ExportError, match="run `edge-export starter edge-text --work "):
+        denoiser.train(tmp_path, EDGE, steps=1)
+
+
+def test_an_autoencoder_that_is_not_there_is_refused(tmp_path):
+    for train in (judge.train, inspector.train):
+        with pytest.raises(ExportError, match="name another with --autoencoder"):
+            train(tmp_path, autoencoder=tmp_path / "none", steps=1)
+
+
+@pytest.mark.parametrize("module", ["autoencoder", "denoiser", "text_encoder", "contact_sheet", "sprites"])
+def test_every_stage_that_is_run_as_a_module_refuses_in_a_line(module):
+    text = (Path(chain.__file__).parent / f"{module}.py").read_text(encoding="utf-8")
+    assert "raise SystemExit(run(main))" in text
 
 
 def test_an_unknown_stage_is_refused_with_the_ones_there_are(capsys):

@@ -24,7 +24,9 @@ def work(tmp_path):
 @pytest.mark.parametrize("missing", SKETCHES, ids=lambda size: size.name)
 def test_every_model_has_to_be_trained_and_the_one_that_is_not_is_named(work, missing):
     (work / missing.name / "record.json").unlink()
-    with pytest.raises(ExportError, match=f"no {missing.name} in .*: run `edge-export starter sketch "):
+    with pytest.raises(
+        ExportError, match=f"'{missing.name}' is not finished: run `edge-export starter sketch "
+    ):
         sketches(work)
 
 
