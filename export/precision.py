@@ -13,8 +13,9 @@ that calibrated nothing, and one that is grossly off is refused.
 
 from __future__ import annotations
 
-import logging
+import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,7 +40,7 @@ from edge_agent.bundle import DENOISER, FUSED, PREDICTOR, Bundle, Size, write_ma
 from edge_agent.diffusion.generator import Generator, Image
 from edge_agent.diffusion.sessions import Array, Session
 from edge_agent.errors import GenerationFailed
-from export import attention, graph_file
+from export import attention, graph_file, source
 from export.errors import ExportError, reason
 from export.terminal import say
 
@@ -170,7 +171,7 @@ def shrink(
         references = _images(bundle)
     if dtype == "int8" or prompts is not None:
         with _recorded(paths) as seen:
-            for _ in _drawn(bundle, prompts or CALIBRATION_PROMPTS, seed=0):
+            for _ in drawn(bundle, prompts or CALIBRATION_PROMPTS, seed=0):
                 pass
     feeds = {path: _spread(found, calls) for path, found in seen.items()}
     shrunk: list[str] = []
@@ -228,10 +229,10 @@ def _images(bundle: Bundle) -> list[NDArray[np.float32]]:
     sizes = bundle.manifest.sizes
     count = max(len(COMPARISON_PROMPTS), len(sizes))
     prompts = [COMPARISON_PROMPTS[number % len(COMPARISON_PROMPTS)] for number in range(count)]
-    return list(_drawn(bundle, prompts, _COMPARISON_SEED, sizes))
+    return list(drawn(bundle, prompts, _COMPARISON_SEED, sizes))
 
 
-def _drawn(
+def drawn(
     bundle: Bundle, prompts: Sequence[str], seed: int, sizes: Sequence[Size] = ()
 ) -> Iterator[NDArray[np.float32]]:
     """An image of each prompt, of those sizes in turn, or of the default's: ranges that are found in such images make
@@ -313,7 +314,7 @@ class _BeyondHalf(Exception):
 
 def _to_half(graph: Path, feeds: Sequence[Feeds]) -> None:
     """Raises _BeyondHalf, and leaves the graph as it was."""
-    with _rewritten(graph), _quiet():
+    with _rewritten(graph), source.quiet():
         if feeds and (largest := _largest_value(graph, feeds)) > HALF_RANGE:
             raise _BeyondHalf(
                 f"it computes with values up to {largest:.2g}, above half of 65504, where half precision ends"
@@ -375,7 +376,7 @@ def _write_watcher(graph: Path, watcher: Path) -> None:
 def _to_eight_bits(graph: Path, feeds: Sequence[Feeds]) -> None:
     """Matrix products first: the ranges of the convolutions are then those they will meet."""
     large = graph_file.size(graph) > graph_file.LARGEST_GRAPH
-    with _rewritten(graph) as scratch, _quiet():
+    with _rewritten(graph) as scratch, source.quiet():
         products = scratch / "products.onnx"
         quantize_dynamic(
             graph,
@@ -414,17 +415,7 @@ def _rewritten(graph: Path) -> Iterator[Path]:
         except (OSError, ExportError, _BeyondHalf):
             raise  # a full disk says so itself
         except Exception as error:  # protobuf, onnx and onnxruntime fail in many ways
-            # Of a full disk they say only that what they wrote is damaged; here it says so itself.
-            (Path(scratch) / "room").write_bytes(bytes(graph_file.size(graph)))
+            # Of a full disk they say only that what they wrote is damaged.
+            if shutil.disk_usage(scratch).free < graph_file.size(graph):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(graph)) from error
             raise ExportError(f"{graph} cannot be converted: {reason(error)}") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The tools advise through the root logger what is decided here, a line for every graph and some for nodes."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(level)

@@ -25,13 +25,13 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edge_agent.bundle import PREDICTOR, Bundle
-from edge_agent.diffusion.generator import Generator, Image
+from edge_agent.diffusion.generator import Image
 from edge_agent.reader import Reader
 from edge_agent.superiority import METRICS, relative_superiority
 from export.arguments import at_least, check_output, default_output, write_output
 from export.errors import ExportError
 from export.label import STARTER_BUNDLE
-from export.precision import CALIBRATION_PROMPTS, DTYPES, Loss, shrink
+from export.precision import CALIBRATION_PROMPTS, DTYPES, Loss, drawn, shrink
 from export.prompts import router_prompts
 from export.quality import STARTER_JUDGE, Judge
 from export.terminal import console, progress
@@ -144,7 +144,7 @@ def measure(
         for form, folder, cost in bar.track(
             list(zip(wanted, folders, costs, strict=True)), description="make and judge"
         ):
-            images = _images(folder, prompts)
+            images = list(drawn(Bundle.open(folder), prompts, SEED))
             references = references or images
             pictures = [Image(colours).pixels for colours in images]
             quality = _judged(judge, pictures)
@@ -195,21 +195,6 @@ def _asked(painter: subprocess.Popen[str], prompt: str, seed: int) -> dict[str, 
         raise ExportError("a form cannot be measured; what its process said stands above")
     answer: dict[str, float] = json.loads(line)
     return answer
-
-
-def _images(folder: Path, prompts: Sequence[str]) -> list[NDArray[np.float32]]:
-    bundle = Bundle.open(folder)
-    generator, facts = Generator(bundle), bundle.manifest
-    negative = generator.encode_negative("")
-    images = []
-    for number, prompt in enumerate(prompts):
-        _, states = generator.encode(prompt)
-        *_, image = generator.generate(
-            states, negative, SEED + number, facts.default_steps, facts.default_guidance
-        )
-        assert isinstance(image, Image)
-        images.append(image.colours)
-    return images
 
 
 def _judged(judge: Judge, pictures: Sequence[NDArray[np.uint8]]) -> Floats:

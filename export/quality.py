@@ -62,8 +62,8 @@ class Judge:
     Raises ExportError where it is none, or its parts do not belong together.
     """
 
-    def __init__(self, model: Path | str = STARTER_JUDGE, metrics: Sequence[Metric] | None = None) -> None:
-        self.metrics = tuple(metrics) if metrics is not None else load_metrics()
+    def __init__(self, model: Path | str = STARTER_JUDGE) -> None:
+        self.metrics = load_metrics()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         clip, self.processor = _open(model)
         try:

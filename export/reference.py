@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from edge_agent.bundle import Bundle
 from edge_agent.diffusion.generator import Generator, Image
-from edge_agent.diffusion.sessions import Runtime
 from export.errors import ExportError, reason
 from export.pipeline import kind
 from export.schedule import Steps, asked, number_of
@@ -114,9 +113,7 @@ def difference(generator: Generator, reference: Reference) -> float:
     return float(np.abs(image.colours - reference.colours).max())
 
 
-def largest_difference(
-    bundle: Bundle, references: Sequence[Reference], runtime: Runtime | None = None
-) -> float:
+def largest_difference(bundle: Bundle, references: Sequence[Reference]) -> float:
     """The largest `difference` between the images of `bundle` and `references`."""
-    generator = Generator(bundle, runtime)
+    generator = Generator(bundle)
     return max(difference(generator, reference) for reference in references)

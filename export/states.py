@@ -51,6 +51,7 @@ class TokenStates:
         return states, mask, ids
 
 
+SHORTER_SEED = 0  # draws the token that a shorter prompt lacks
 Arrays = Mapping[str, NDArray[Any]]
 Encoded = Iterator[tuple[NDArray[np.float32], list[int], NDArray[np.int64]]]
 """States [1, L, d], positions of the own tokens and ids [1, L] of one prompt after the other."""
@@ -68,15 +69,15 @@ def of_prompts(cache: Path, bundle: Bundle, prompts: Sequence[str]) -> TokenStat
 
 
 def of_shorter_prompts(
-    cache: Path, bundle: Bundle, prompts: Sequence[str], seed: int = 0
+    cache: Path, bundle: Bundle, prompts: Sequence[str]
 ) -> tuple[TokenStates, NDArray[np.int64]]:
-    """The same of each prompt without one of its own tokens, and which [N] that is, counted from 0; ``seed`` draws it.
+    """The same of each prompt without one of its own tokens, and which [N] that is, counted from 0.
 
     A prompt without any stays as it is.
     """
 
     def make() -> Arrays:
-        draw = np.random.default_rng(seed)
+        draw = np.random.default_rng(SHORTER_SEED)
         tokens = _tokenized(bundle, prompts)
         deleted = [int(draw.integers(max(1, len(one.own)))) for one in tokens]
         pairs = zip(tokens, deleted, strict=True)
@@ -84,7 +85,7 @@ def of_shorter_prompts(
         made = _encoded(bundle, shorter, "token states of shorter prompts")
         return {**_joined(made), "deleted": np.array(deleted)}
 
-    kept = _kept(_file(cache, f"shorter-{seed}", bundle, prompts), make)
+    kept = _kept(_file(cache, f"shorter-{SHORTER_SEED}", bundle, prompts), make)
     return TokenStates(kept["tokens"], kept["ids"], kept["starts"]), kept["deleted"]
 
 

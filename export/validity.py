@@ -49,11 +49,9 @@ Floats = NDArray[np.float64]
 Spoil = Callable[[Sample, str, float, np.random.Generator], np.ndarray]
 
 
-def falls(
-    judge: Judge, spoil: Spoil, samples: Sequence[Sample], severity: float = SEVERITY, seed: int = SEED
-) -> Floats:
+def falls(judge: Judge, spoil: Spoil, samples: Sequence[Sample], severity: float = SEVERITY) -> Floats:
     """[damages, metrics]: the share of pictures whose metric is lower once spoiled, damages in the order of metrics."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(SEED)
     names = [metric.name for metric in judge.metrics]
     before = _judged(judge, [sample.picture for sample in samples])
     shares = []

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import grpc
 
-from child import Child, Reply, answer
+from child import Child, Reply, answer, held_bytes
 from edge_agent.daemon import Daemon
 from edge_agent.settings import resolve
 from errors import BenchError
@@ -99,7 +99,7 @@ async def measure(folder: Path, threads: int, cancellations: int) -> Reply:
             for number in range(cancellations):
                 if number % LOADING_EVERY == 0:
                     await asyncio.to_thread(agent.models.unload)
-                    found["idle_mb"].append(rss_mb())
+                    found["idle_mb"].append(held_bytes() / 1e6)
                 calling = call(number + 1)
                 reading = asyncio.ensure_future(calling.read())
                 await asyncio.sleep(draw.uniform(0, longest_s))
@@ -120,11 +120,6 @@ async def until(holds: Callable[[], bool]) -> None:
     """Returns once it holds, to a millisecond."""
     while not holds():  # noqa: ASYNC110  # nobody sets an event for it
         await asyncio.sleep(_POLL_S)
-
-
-def rss_mb() -> float:
-    """What this process holds now."""
-    return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) / 1e3
 
 
 if __name__ == "__main__":

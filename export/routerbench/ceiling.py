@@ -26,6 +26,7 @@ from export.routerbench.router import Floats
 from export.starter.world import Scene
 
 ITERATIONS = 15
+SEED = 0  # draws the scenes that are left out
 KINDS = ("words, adding up", "pairs of words", "the scene's own", "the image's seed")
 
 
@@ -72,9 +73,7 @@ def pairs(scene: Scene) -> dict[str, float]:
     return found
 
 
-def ceiling(
-    train: Sequence[Scene], gain: Floats, single: Floats, asked: Sequence[Scene], seed: int = 0
-) -> Ceiling:
+def ceiling(train: Sequence[Scene], gain: Floats, single: Floats, asked: Sequence[Scene]) -> Ceiling:
     """From training prompts' scenes and gains [N]; ``asked`` are the prompts to score.
 
     Components are those of the first REPEATING training prompts, which were drawn as ``asked`` were. They are shares of
@@ -83,7 +82,7 @@ def ceiling(
     centre, spread = float(gain.mean()), float(gain.std())
     target = (gain - centre) / spread
     names, number = np.unique([repr(scene) for scene in train], return_inverse=True)
-    order = np.random.default_rng(seed).permutation(len(names))
+    order = np.random.default_rng(SEED).permutation(len(names))
     every = [*train, *asked]
     tables = [_table(every, features) for features in (words, pairs)]
     _, said = np.unique([repr(scene) for scene in every], return_inverse=True)

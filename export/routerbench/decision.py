@@ -37,6 +37,7 @@ from export.states import of_prompts
 EXPLAINED = 800  # test prompts whose tokens are deleted, one after the other
 BINS = 8  # of predicted PRS, with equally many prompts
 STREAM, EARLY = 1000, 100
+SEED = 0
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ class Decider:
 
 
 def decisions(
-    bundle: Bundle, outcomes: Outcomes, scenes: Mapping[str, NDArray[np.int64]], cache: Path, seed: int = 0
+    bundle: Bundle, outcomes: Outcomes, scenes: Mapping[str, NDArray[np.int64]], cache: Path
 ) -> Decisions | None:
     """Measure them; None where the bundle has no predictor or no calibration for these labels' models, or they hold no
     calibration prompts.
@@ -185,7 +186,7 @@ def decisions(
     }
     measured = [split for split in scenes if split != "train"]
     made = {split: [decider.decide(one) for one in tokens[split]] for split in measured}
-    explanations = _explanations(decider, tokens["test"][:EXPLAINED], scenes["test"][:EXPLAINED], seed)
+    explanations = _explanations(decider, tokens["test"][:EXPLAINED], scenes["test"][:EXPLAINED])
     predicted = {split: np.array([prs for prs, _, _ in rows]) for split, rows in made.items()}
     realised = {
         split: np.array(
@@ -195,14 +196,14 @@ def decisions(
     }
     middles = {split: np.stack([middle for _, _, middle in rows]) for split, rows in made.items()}
     middles["train"] = of_prompts(cache, bundle, parts["train"].prompts).means()
-    bins, slope, offset = _reliability(predicted["test"], realised["test"], scenes["test"], seed)
+    bins, slope, offset = _reliability(predicted["test"], realised["test"], scenes["test"])
     return Decisions(
         rates={
-            split: _rates(calibration, predicted, scenes, split, seed)
+            split: _rates(calibration, predicted, scenes, split)
             for split in measured
             if split != "calibration"
         },
-        followed={split: _followed(calibration, predicted[split], seed) for split in measured},
+        followed={split: _followed(calibration, predicted[split]) for split in measured},
         reachable={split: realised_rate(predicted[split], ALPHA_BOUND) for split in measured},
         bins=bins,
         slope=slope,
@@ -218,7 +219,7 @@ def decisions(
                     np.array(
                         [
                             spearman(predicted[split][rows], realised[split][rows])
-                            for rows in _samples(scenes[split], seed)
+                            for rows in _samples(scenes[split])
                         ]
                     )
                 ),
@@ -228,7 +229,7 @@ def decisions(
     )
 
 
-def _samples(scenes: NDArray[np.int64], seed: int) -> list[NDArray[np.int64]]:
+def _samples(scenes: NDArray[np.int64], seed: int = SEED) -> list[NDArray[np.int64]]:
     """The prompts themselves, and their bootstrap samples."""
     return [np.arange(len(scenes)), *resampled(scenes, RESAMPLES, seed)]
 
@@ -238,11 +239,10 @@ def _rates(
     predicted: Mapping[str, Floats],
     scenes: Mapping[str, NDArray[np.int64]],
     split: str,
-    seed: int,
 ) -> list[Rate]:
     """Both the calibration prompts and the split's are samples: both are drawn again for the interval."""
-    here = [predicted[split][rows] for rows in _samples(scenes[split], seed)]
-    there = [predicted["calibration"][rows] for rows in _samples(scenes["calibration"], seed + 1)]
+    here = [predicted[split][rows] for rows in _samples(scenes[split])]
+    there = [predicted["calibration"][rows] for rows in _samples(scenes["calibration"], SEED + 1)]
     rates = []
     for wanted in RATES:
         alphas = [largest_alpha(scores, wanted) for scores in there]
@@ -252,8 +252,8 @@ def _rates(
     return rates
 
 
-def _followed(calibration: Calibration, predicted: Floats, seed: int) -> Followed:
-    stream = np.random.default_rng(seed).choice(predicted, STREAM)
+def _followed(calibration: Calibration, predicted: Floats) -> Followed:
+    stream = np.random.default_rng(SEED).choice(predicted, STREAM)
     recent, routed = Recent(calibration, 0.5, follow=True), []
     for prs in stream.tolist():
         routed.append(prs < recent.alpha)
@@ -263,9 +263,9 @@ def _followed(calibration: Calibration, predicted: Floats, seed: int) -> Followe
 
 
 def _reliability(
-    predicted: Floats, realised: Floats, scenes: NDArray[np.int64], seed: int
+    predicted: Floats, realised: Floats, scenes: NDArray[np.int64]
 ) -> tuple[list[Bin], Estimate, Estimate]:
-    samples = _samples(scenes, seed)
+    samples = _samples(scenes)
     edges = np.quantile(predicted, np.linspace(0, 1, BINS + 1)[1:-1])
     number = np.searchsorted(edges, predicted, side="right")
     bins = []
@@ -282,9 +282,7 @@ def _reliability(
     return bins, estimate(np.array(slopes)), estimate(np.array(offsets))
 
 
-def _explanations(
-    decider: Decider, prompts: Sequence[Tokens], scenes: NDArray[np.int64], seed: int
-) -> Explanations:
+def _explanations(decider: Decider, prompts: Sequence[Tokens], scenes: NDArray[np.int64]) -> Explanations:
     named, others, most, kept = [], [], [], []
     for row, tokens in enumerate(prompts):
         own = tokens.own
@@ -297,7 +295,7 @@ def _explanations(
         others.append((np.delete(moved, first).mean(), moved.mean()))
         most.append((moved.max(), np.delete(moved, moved.argmax()).mean()))
         kept.append(row)
-    samples = _samples(scenes[kept], seed)
+    samples = _samples(scenes[kept])
     columns = np.column_stack([named, others, most])  # [prompts, 5]
     means = np.array([columns[rows].mean(axis=0) for rows in samples])
     return Explanations(

@@ -29,6 +29,7 @@ RESAMPLES = 400
 DELTA_P = (40, 50, 60)
 """Percent of dP at which the paper counts the cloud calls that are saved."""
 
+MOST = 0.9  # of the variance of gaps
 SMALL = 0.2
 """Standard deviations: Cohen's small effect. A gain divided by the mean gap of a metric on which the models differ by
 less is a number about that division: a few hundred test scenes cannot tell such a gap from zero."""
@@ -40,15 +41,15 @@ def counted_metrics(train: Outcomes) -> NDArray[np.bool_]:
     return np.asarray(np.abs(gap.mean(axis=0)) > SMALL * gap.std(axis=0))
 
 
-def directions(gaps: NDArray[np.float32], share: float = 0.9) -> int:
-    """How many principal directions of ``gaps`` [N, M], each in units of its own deviation, have so much of their
+def directions(gaps: NDArray[np.float32]) -> int:
+    """How many principal directions of ``gaps`` [N, M], each in units of its own deviation, have MOST of their
     variance.
     """
     moving = gaps[:, np.ptp(gaps, axis=0) > 0]
     if not moving.shape[1]:
         return 0
     variances = np.linalg.eigvalsh(np.atleast_2d(np.corrcoef(moving.T)))[::-1]
-    return 1 + int(np.searchsorted(np.cumsum(variances), share * variances.sum()))
+    return 1 + int(np.searchsorted(np.cumsum(variances), MOST * variances.sum()))
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,6 @@ class Bench:
         superiority: Floats,
         counted: NDArray[np.bool_],
         scenes: NDArray[np.int64],
-        seed: int = 0,
     ) -> None:
         """``superiority`` [N, S] is the PRS of every pair of images, ``counted`` [M] see `counted_metrics`, ``scenes``
         [N] numbers what each prompt says. Raises ExportError where there is nothing to choose between.
@@ -110,7 +110,7 @@ class Bench:
                 test.edge_inspected[:, :count].astype(np.float64),
                 test.cloud_inspected[:, :count].astype(np.float64),
             )
-        self.resamples = [np.arange(len(self.gaps)), *resampled(scenes, RESAMPLES, seed)]
+        self.resamples = [np.arange(len(self.gaps)), *resampled(scenes, RESAMPLES)]
         self.full = np.array([self.gaps[rows].mean(axis=0) for rows in self.resamples])  # [R, M]
         edge, cloud = (one.astype(np.float64).mean(axis=1) for one in (test.edge, test.cloud))
         self.edge = np.array([edge[rows].mean() for rows in self.resamples])  # [R]

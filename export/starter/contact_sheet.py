@@ -36,11 +36,11 @@ def sheet(prompts: Sequence[str], edge: Sequence[Image.Image], cloud: Sequence[I
     return page
 
 
-def graded_prompts(number: int = PROMPTS) -> list[str]:
+def graded_prompts() -> list[str]:
     """Test prompts from one object to many: none was seen in training."""
-    candidates = router_prompts({"test": 10 * number})
+    candidates = router_prompts({"test": 10 * PROMPTS})
     candidates.sort(key=lambda prompt: (len(prompt.scene.groups) if prompt.scene else 0, prompt.objects))
-    return [prompt.text for prompt in candidates[:: len(candidates) // number][:number]]
+    return [prompt.text for prompt in candidates[:: len(candidates) // PROMPTS][:PROMPTS]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

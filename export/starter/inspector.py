@@ -40,6 +40,7 @@ WEIGHTS = "inspector.safetensors"
 STEPS, BATCH, LEARNING_RATE, SEED = 2500, 48, 2e-3, 51
 SCENES = 20_000  # of the inspector's split, each loosened anew whenever it is drawn
 NAMES = tuple(OBJECTS)
+WIDTH = 64  # channels of the detector
 GRID = 16  # cells a side; the middles of any two sprites of a scene are at least two cells apart
 CELL = SIZE // GRID  # pixels
 NOTHING = len(NAMES)  # class of a cell without an object's middle
@@ -61,16 +62,16 @@ LATENT_NOISE = 0.15  # largest standard deviation put on latents, of their own
 class Detector(nn.Module):
     """Pixels [B, 3, 64, 64] in [-1, 1] to what each cell holds, how big it is, and where it all is."""
 
-    def __init__(self, width: int = 64) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.first = nn.Conv2d(3 * CELL * CELL, width, 3, padding=1)
-        self.fine = nn.Sequential(Block(width), Block(width))
-        self.down = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
-        self.coarse = nn.Sequential(Block(2 * width), Block(2 * width))
-        self.up = nn.Conv2d(2 * width, width, 1)
-        self.last = Block(width)
-        self.head = nn.Conv2d(width, len(NAMES) + 2, 1)  # the objects, NOTHING, the size
-        self.background = nn.Linear(2 * width, len(BACKGROUNDS))
+        self.first = nn.Conv2d(3 * CELL * CELL, WIDTH, 3, padding=1)
+        self.fine = nn.Sequential(Block(WIDTH), Block(WIDTH))
+        self.down = nn.Conv2d(WIDTH, 2 * WIDTH, 3, stride=2, padding=1)
+        self.coarse = nn.Sequential(Block(2 * WIDTH), Block(2 * WIDTH))
+        self.up = nn.Conv2d(2 * WIDTH, WIDTH, 1)
+        self.last = Block(WIDTH)
+        self.head = nn.Conv2d(WIDTH, len(NAMES) + 2, 1)  # the objects, NOTHING, the size
+        self.background = nn.Linear(2 * WIDTH, len(BACKGROUNDS))
         with torch.no_grad():
             self.head.bias[NOTHING] = 8.0  # nearly every cell holds none: begin from there
 

@@ -100,11 +100,10 @@ def make_batch(
     metrics: tuple[Metric, ...],
     sketched: int = 0,
     painted: Sketches | None = None,
-    split: str = "judge",
 ) -> Batch:
     """``ruled`` scenes, each undamaged and spoiled in one or two ways, and then ``sketched`` of those ``painted``."""
     rng = np.random.default_rng(seed)
-    scenes = sample_scenes(split, ruled, seed)
+    scenes = sample_scenes("judge", ruled, seed)
     samples = render_samples(scenes, rng)
     undamaged = [sample.picture for sample in samples]
     spoiled, harm, blamed = [], [], []

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -189,13 +190,13 @@ def test_half_precision_makes_no_images_but_those_that_it_compares(
 ) -> None:
     """On a CPU, at Stable Diffusion 1.5's size in 25 steps, each takes minutes."""
     drawn: list[str] = []
-    draw = precision._drawn
+    draw = precision.drawn
 
     def counted(bundle: Bundle, prompts: Sequence[str], *how: Any) -> Iterator[np.ndarray]:
         drawn.extend(prompts)
         return draw(bundle, prompts, *how)
 
-    monkeypatch.setattr(precision, "_drawn", counted)
+    monkeypatch.setattr(precision, "drawn", counted)
     shrink(bundle_copy, "fp16", report=silent)
     assert drawn == 2 * list(COMPARISON_PROMPTS)
 
@@ -240,21 +241,22 @@ def test_what_a_killed_conversion_leaves_lies_in_the_bundle_that_the_next_export
     assert not scratch.exists()
 
 
-@pytest.mark.posix
-def test_a_full_disk_is_not_called_a_damaged_graph(bundle_copy: Path) -> None:
-    """A limit on the size of files stands for it: onnxruntime reads back what it wrote, and finds it cut off."""
-    import resource
+@pytest.mark.parametrize(
+    ("free", "refusal", "said"), [(0, OSError, "No space left"), (10**12, ExportError, "bad magic")]
+)
+def test_a_full_disk_is_not_called_a_damaged_graph(
+    bundle_copy: Path, monkeypatch: pytest.MonkeyPatch, free: int, refusal: type[Exception], said: str
+) -> None:
+    """Onnxruntime reads back what it wrote and finds it cut off; and nothing large is written to find out why."""
 
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    size = (bundle_copy / DENOISER).stat().st_size
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, before[1]))
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            shrink(
-                bundle_copy, "int8", keep=("text_encoder", "vae_decoder"), prompts=PROMPTS[:1], report=silent
-            )
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    def cut_off(*_: Any, **__: Any) -> None:
+        raise RuntimeError("bad magic number in products.onnx")
+
+    monkeypatch.setattr(precision, "quantize_dynamic", cut_off)
+    monkeypatch.setattr(precision.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    monkeypatch.setattr(Path, "write_bytes", None)
+    with pytest.raises(refusal, match=said):
+        shrink(bundle_copy, "int8", keep=("text_encoder", "vae_decoder"), prompts=PROMPTS[:1], report=silent)
 
 
 def test_the_loss_of_other_pictures_is_twice_their_power() -> None:
