@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -110,9 +110,13 @@ class Measured:
 
 def forms(bundle: Bundle) -> list[Form]:
     """Float32, half precision, eight bits, and eight bits in one part alone."""
-    parts = sorted({Path(name).parent.as_posix() for name in bundle.graphs if name != PREDICTOR})
+    parts = _parts(bundle)
     alone = [Form(f"int8 {one}", "int8", tuple(part for part in parts if part != one)) for one in parts]
     return [*(Form(dtype, dtype) for dtype in DTYPES), *alone]
+
+
+def _parts(bundle: Bundle) -> list[str]:
+    return sorted({Path(name).parent.as_posix() for name in bundle.graphs if name != PREDICTOR})
 
 
 def measure(
@@ -123,11 +127,15 @@ def measure(
     judge: Judge,
     turns: int = TURNS,
 ) -> list[Measured]:
-    """Make forms of the bundle at `source`, measure, and throw away; the others are compared to the first."""
+    """Make forms of the bundle at `source`, measure, and throw away; the others are compared to the first. The name of
+    one says which parts stayed float32 because half precision cannot hold their values.
+    """
     with tempfile.TemporaryDirectory() as scratch, progress() as bar:
         folders = [Path(scratch) / str(number) for number in range(len(wanted))]
+        made: list[Form] = []
         for form, folder in bar.track(list(zip(wanted, folders, strict=True)), description="convert"):
             shutil.copytree(source, folder)
+            made.append(form)
             if form.dtype != DTYPES[0]:
                 # No bound: a form that is grossly off belongs in the table all the more.
                 shrink(
@@ -138,11 +146,14 @@ def measure(
                     bound=float("inf"),
                     report=lambda _line: None,
                 )
+                bundle = Bundle.open(folder)
+                if stayed := sorted(set(_parts(bundle)) - set(form.keep) - set(bundle.manifest.dtypes or {})):
+                    made[-1] = replace(form, name=f"{form.name}, {' and '.join(stayed)} in fp32")
         costs = _costs(folders, prompts, turns)
         found: list[Measured] = []
         references: list[NDArray[np.float32]] = []
         for form, folder, cost in bar.track(
-            list(zip(wanted, folders, costs, strict=True)), description="make and judge"
+            list(zip(made, folders, costs, strict=True)), description="make and judge"
         ):
             images = list(drawn(Bundle.open(folder), prompts, SEED))
             references = references or images

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from edge_agent.bundle import Bundle
 from edge_agent.superiority import METRICS
-from export import precision_table
+from export import precision, precision_table
 from export.errors import ExportError
 from export.precision_table import Form, Measured, forms, interval, measure, report
 from export.quality import Judge
@@ -55,6 +56,21 @@ def test_the_report_names_every_form_and_metric(measured: list[Measured], routed
     for name in ("fp32", "fp16", *METRICS):
         assert f"| {name} |" in text
     assert Bundle.open(routed_bundle).model_digest[:16] in text
+
+
+def test_a_form_says_which_parts_half_precision_does_not_hold(
+    routed_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = precision._to_half
+
+    def decoder_overflows(graph: Path, feeds: Any) -> None:
+        if graph.parent.name == "vae_decoder":
+            raise precision._BeyondHalf("it computes with values up to 1.5e+06")
+        half(graph, feeds)
+
+    monkeypatch.setattr(precision, "_to_half", decoder_overflows)
+    (_, found) = measure(routed_bundle, (FP32, FP16), PROMPTS, PROMPTS, Judge(), turns=1)
+    assert found.form.name == "fp16, vae_decoder in fp32"
 
 
 def test_forms_are_all_parts_and_each_alone(routed_bundle: Path) -> None:
