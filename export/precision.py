@@ -195,8 +195,7 @@ def shrink(
         shrunk.append(part)
     if not shrunk:
         raise ExportError(
-            f"no part can be in {dtype}: what --keep does not name computes with values that half precision does not "
-            "hold; leave --dtype out"
+            f"no part is left to be in {dtype}, beside those that stay in float32; leave --dtype out"
         )
     write_manifest(root, dtypes={**(bundle.manifest.dtypes or {}), **dict.fromkeys(shrunk, dtype)})
     try:

@@ -181,7 +181,7 @@ def test_a_part_whose_values_half_precision_does_not_hold_stays_float32(
 def test_where_no_part_can_be_in_half_precision_the_bundle_is_refused(bundle_copy: Path) -> None:
     _with_large_values(bundle_copy)
     for prompts in (None, PROMPTS[:1]):
-        with pytest.raises(ExportError, match=r"no part can be in fp16: .*leave --dtype out"):
+        with pytest.raises(ExportError, match=r"no part is left to be in fp16, .*leave --dtype out"):
             shrink(bundle_copy, "fp16", keep=("text_encoder", "unet"), prompts=prompts, report=silent)
 
 
