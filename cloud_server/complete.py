@@ -10,7 +10,7 @@ import re
 import stat
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,8 @@ def pipeline(folder: Path, dtype: Any, **options: Any) -> Any:
     if missing := sorted(_parameters(index)[0] - options.keys() - _named(index)):
         raise ValueError(f"{diffusers.DiffusionPipeline.config_name} names no {' and no '.join(missing)}")
     taken = parts_of(index)
+    for name in sorted((taken & index.keys()) - options.keys()):
+        _refuse_foreign(name, index[name])
     kinds = {name: _kind(made) for name, made in index.items() if name in taken and name not in options}
     known = {name: kind for name, kind in kinds.items() if kind is not None}
     for name, kind in known.items():  # of all, before gigabytes of one are read
@@ -180,11 +182,6 @@ def check_index(index: Any) -> None:
                 f"{file} names {made[1]} as {name}, which {made[0]} {library[0].__version__} does not have: name "
                 f"another class,{instead} or install a version that has it"
             )
-        if _is_pair(made) and made[0] is not None and not _is_there(made[0]):
-            raise ValueError(
-                f"{file} names {made[1]} of {made[0]} as {name}, a library that is not installed: install it, or name "
-                "a class of diffusers or transformers"
-            )
         if not absent and not _is_pair(made):
             raise ValueError(
                 f'{file}: {name} must be a library and a class, such as ["diffusers", "PNDMScheduler"], or for none '
@@ -192,12 +189,18 @@ def check_index(index: Any) -> None:
             )
 
 
-def _is_there(library: str) -> bool:
-    """Whether diffusers finds what an index names as a part's library: a folder of its pipelines, or one installed."""
-    try:
-        return hasattr(diffusers.pipelines, library) or importlib.util.find_spec(library) is not None
-    except (ImportError, ValueError):  # of a part of what is not there
-        return False
+def _refuse_foreign(name: str, made: Any) -> None:
+    """Raises ValueError where the index names a part's library that diffusers would not find."""
+    if not _is_pair(made) or made[0] is None:
+        return
+    for library in f"{diffusers.pipelines.__name__}.{made[0]}", made[0]:
+        with suppress(ImportError, ValueError):  # of a part of what is not there
+            if importlib.util.find_spec(library) is not None:
+                return
+    raise ValueError(
+        f"{diffusers.DiffusionPipeline.config_name} names {made[1]} of {made[0]} as {name}: that is no library that is "
+        "installed, or code beside the weights, which is not run; name a class of diffusers or transformers"
+    )
 
 
 def refuse_faulty(kind: Any, folder: Path, *, weights: bool = True) -> None:

@@ -96,7 +96,7 @@ def convert(
                 parts[part].float()
         if single and not any(name.startswith(source.BEGINNINGS["vae"]) for name in names):
             report(f"{model} has no autoencoder: taking that of {base}")
-            parts["vae"] = _autoencoder(base)
+            parts["vae"], kept_in["vae"] = _autoencoder(base), Path(base, "vae")
         if single:
             pipeline = _from_single_file(Path(model), names, base, made, parts)
         else:

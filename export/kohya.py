@@ -17,6 +17,7 @@ from export import pipeline as pipelines
 from export.errors import ExportError
 
 Held = dict[str, torch.Tensor]
+Product = tuple[torch.Tensor, int | None]
 
 BEGINNING = "lora_"
 """How all names in such a file begin."""
@@ -28,7 +29,7 @@ _BEGINNINGS = {
     "text_encoder": ("lora_te_", "lora_te1_"),
     "text_encoder_2": ("lora_te2_",),
     "unet": ("lora_unet_",),
-    "transformer": ("lora_unet_",),
+    "transformer": ("lora_unet_", "lora_transformer_"),
 }
 
 
@@ -78,30 +79,36 @@ def _layers(pipeline: Any) -> dict[str, torch.nn.Module]:
 def _change(layer: Any, held: Held, scale: float) -> None:
     """Change the weights of `layer` by what it takes out of `held`, which is all where it is known.
 
-    Raises KeyError, naming what `held` lacks, and whatever torch raises where it is of another size.
+    Raises KeyError, naming what `held` lacks, and otherwise where it is of another size.
     """
     weight = layer.weight.data
     whole = [kind for kind in _WHOLE if kind in held]
     for kind in whole:
         own = getattr(layer, _WHOLE[kind]).data
-        own += scale * held.pop(kind).reshape(own.shape)
+        own += scale * _shaped(held.pop(kind), own)
     alpha = held.pop("alpha", None)
     products = [made for product in (_lora, _loha, _lokr) if (made := product(held)) is not None]
     if not products and not whole and not held:
         raise KeyError("lora_up.weight")
     for change, rank in products:
-        # Where there is no alpha, and where kohya-ss's trainer wrote 0, it is the rank.
-        change = change.reshape(weight.shape) * (float(alpha) / rank if alpha and rank else 1.0)
+        change = _shaped(change, weight) * (1.0 if alpha is None or rank is None else float(alpha) / rank)
         if (length := held.pop("dora_scale", None)) is not None:
             change = _stretched(weight + change, length) - weight
         weight += scale * change
+
+
+def _shaped(change: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`change` in the shape of `weight`. Raises ValueError or RuntimeError where it is for other outputs or inputs."""
+    if len(change) != len(weight):
+        raise ValueError(f"{len(change)} outputs in place of {len(weight)}")
+    return change.reshape(weight.shape)
 
 
 # Each makes a change, with the weights' elements in order, and its rank of factors that it takes out of what is held;
 # None where there are none of its own. LoHa is the product of two changes' elements, LoKr Kronecker's product.
 
 
-def _lora(held: Held) -> tuple[torch.Tensor, int] | None:
+def _lora(held: Held) -> Product | None:
     if not {"lora_down.weight", "lora_up.weight"} & held.keys():
         return None
     up, down = held.pop("lora_up.weight").flatten(1), held.pop("lora_down.weight").flatten(1)
@@ -109,20 +116,20 @@ def _lora(held: Held) -> tuple[torch.Tensor, int] | None:
     return _joined(up if core is None else up.T, down, core), len(down)
 
 
-def _loha(held: Held) -> tuple[torch.Tensor, int] | None:
+def _loha(held: Held) -> Product | None:
     if not any(kind.startswith("hada_") for kind in held):
         return None
     rank = len(held["hada_w1_b"])
     return _factor(held, "hada", 1) * _factor(held, "hada", 2), rank
 
 
-def _lokr(held: Held) -> tuple[torch.Tensor, int] | None:
+def _lokr(held: Held) -> Product | None:
     if not any(kind.startswith("lokr_") for kind in held):
         return None
     ranks = [len(held[kind]) for kind in ("lokr_w1_b", "lokr_w2_b") if kind in held]
     first, second = _factor(held, "lokr", 1), _factor(held, "lokr", 2)
-    made = torch.kron(first.reshape(*first.shape, *[1] * (second.dim() - 2)), second)
-    return made, ranks[0] if ranks else 0  # whole factors have no rank, and are not scaled
+    made = torch.kron(first.reshape(*first.shape, *[1] * (second.dim() - 2)), second.contiguous())
+    return made, ranks[0] if ranks else None  # whole factors have no rank, and are not scaled
 
 
 def _factor(held: Held, way: str, number: int) -> torch.Tensor:

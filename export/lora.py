@@ -49,6 +49,10 @@ def fuse(pipeline: Any, file: Path, scale: float) -> None:
     weights = {name: weight.float() for name, weight in weights_file.read(file).items()}
     if all(_PROCESSOR in name for name in weights) and not any(name.startswith(_PARTS) for name in weights):
         weights = {f"unet.{name}": weight for name, weight in weights.items()}
+    if any(name.startswith("bundle_emb.") for name in weights):
+        raise ExportError(
+            f"{file} holds embeddings beside a LoRA: save each by itself, and add it with --embedding"
+        )
     if odd := [name for name, weight in weights.items() if not weight.isfinite().all()]:
         raise ExportError(f"{file} is damaged: {odd[0]} holds what is no number; get it again")
     if weights and all(name.startswith(kohya.BEGINNING) for name in weights):

@@ -364,9 +364,8 @@ def _index(model: str | os.PathLike[str], report: Callable[[str], None]) -> dict
     folder = Path(model)
     source.refuse_mistyped(model, "a diffusers pipeline")
     if folder.is_file() and folder.suffix not in weights_file.SUFFIXES:
-        raise ExportError(
-            f"{folder} is a file, and a pipeline is a folder: name one, such as {folder.parent}"
-        )
+        instead = f"name its folder, {folder.parent}" if folder.name == "model_index.json" else "name one"
+        raise ExportError(f"{folder} is a file, and a pipeline is a folder: {instead}")
     if folder.is_file():
         raise ExportError(
             f"{folder} is a file, and a pipeline is a folder: make one with "
@@ -515,10 +514,14 @@ def _refuse_unsupported(pipeline: Any) -> None:
     xl, v3 = (isinstance(pipeline, made) for made in (StableDiffusionXLPipeline, StableDiffusion3Pipeline))
     encoders = [pipeline.text_encoder] + ([pipeline.text_encoder_2] if xl or v3 else [])
     if denoiser.in_channels != vae.latent_channels:
+        why = (
+            "it wants a picture too, as models for inpainting do, and the edge draws from a prompt alone"
+            if denoiser.in_channels > vae.latent_channels
+            else "the autoencoder is another model's"
+        )
         raise ExportError(
             f"{_file(pipeline, denoiser_of(pipeline)[0], 'config.json')}: the denoiser takes {denoiser.in_channels} "
-            f"channels, and the latents have {vae.latent_channels}: it wants a picture too, as models for inpainting "
-            "do, and the edge draws from a prompt alone"
+            f"input channels, and the latents have {vae.latent_channels}: {why}"
         )
     checks: dict[str, Callable[[], Any]] = {
         "a text encoder that masks padding": lambda: any(

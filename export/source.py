@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from cloud_server import complete, hub
@@ -31,7 +31,7 @@ ENCODERS = ("cond_stage_model.", "conditioner.", "text_encoders.")
 
 
 # Where people have a model's id from.
-_OF_HUB = re.compile(r"(?:https?://(?:huggingface\.co|hf\.co)/|hf:)([^/@]+/[^/@]+)")
+_OF_HUB = re.compile(r"(?:https?://(?:huggingface\.co|hf\.co)/|hf:)([^/@?#]+/[^/@?#]+)(/(?:resolve|blob)/)?")
 
 
 def located(name: str, what: str, *in_repository: str) -> Path:
@@ -57,9 +57,11 @@ def _from_repository(name: str, first: str, *others: str) -> Path:
     try:
         return Path(hf_hub_download(name, first))
     except EntryNotFoundError as error:
-        if not others or isinstance(error, LocalEntryNotFoundError):  # the connection broke
+        unreached = isinstance(error, LocalEntryNotFoundError)
+        kept = [file for file in others if isinstance(try_to_load_from_cache(name, file), str)]
+        if not others or (unreached and not kept):
             raise
-    return _from_repository(name, *others)
+    return _from_repository(name, *(kept if unreached else others))
 
 
 def load_part(
@@ -128,8 +130,12 @@ def refuse_mistyped(model: str | os.PathLike[str], what: str) -> None:
         raise ExportError(
             f"a name of '' cannot be loaded as {what}: name a folder that diffusers saved, or a hub id"
         )
-    if named := _OF_HUB.match(text):
+    if (named := _OF_HUB.match(text)) and named[2]:
+        raise ExportError(f"{text} cannot be loaded as {what}: download that file, and name it")
+    if named:
         raise ExportError(f"{text} cannot be loaded as {what}: a model of the hub goes by its id, {named[1]}")
+    if "://" in text:
+        raise ExportError(f"{text} cannot be loaded as {what}: download it, and name the file or folder")
     file = Path(text).suffix in weights_file.SUFFIXES
     path_like = (
         file or text.startswith((".", "~")) or bool(Path(text).anchor) or text.count("/") > 1 or "\\" in text

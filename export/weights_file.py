@@ -20,6 +20,7 @@ SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 # Under which names weights lie in a file that says more, such as how they were trained: a model's, and those of an
 # embedding of the WebUI.
 _INNER = ("state_dict", "string_to_param")
+_DEEPEST = 3
 _TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}  # as safetensors calls them
 
 
@@ -110,15 +111,28 @@ def _unpickled(file: Path) -> dict[str, torch.Tensor]:
             held = torch.load(file, "cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # torch fails in many ways, and says at length how to run what a file holds
         raise ExportError(
-            f"{file} is cut off or damaged, or no file of weights; get it again, as .safetensors where there is one"
+            f"{file} is cut off or damaged, no file of weights, or holds among them what is not read: get it again, as "
+            ".safetensors where there is one"
         ) from error
-    while isinstance(held, dict) and (inner := [name for name in _INNER if isinstance(held.get(name), dict)]):
-        held = held[inner[0]]
-    weights = (
-        {name: one for name, one in held.items() if isinstance(one, torch.Tensor)}
-        if isinstance(held, dict)
-        else {}
-    )
-    if not weights:
+    if not (weights := _named(held, _DEEPEST)):
         raise ExportError(f"{file} holds no weights")
     return weights
+
+
+def _named(held: Any, deepest: int) -> dict[str, torch.Tensor]:
+    """The weights in what was pickled, so deep within it at most; none where it goes on, as it may hold itself."""
+    if not isinstance(held, dict):
+        return {}
+    for name in _INNER:
+        if isinstance(held.get(name), dict):
+            return _named(held[name], deepest - 1) if deepest else {}
+    return {name: one.detach() for name, one in held.items() if _is_plain(one)}
+
+
+def _is_plain(one: Any) -> bool:
+    """Whether that is a tensor whose numbers are there one by one."""
+    return (
+        isinstance(one, torch.Tensor)
+        and one.layout is torch.strided
+        and not (one.is_meta or one.is_quantized)
+    )

@@ -377,11 +377,17 @@ def test_a_file_that_is_no_whole_model_is_refused(
 
 
 def test_a_file_without_an_autoencoder_gets_that_of_its_base(model: Path, file: Path, tmp_path: Path) -> None:
-    save_file(without("first_stage_model.")(load_file(file)), file)
+    weights = without("first_stage_model.")(load_file(file))
+    save_file({name: weight.half() for name, weight in weights.items()}, file)
     said: list[str] = []
     convert(str(file), str(tmp_path / "folder"), base=str(model), report=said.append)
     assert said[0] == f"{file} has no autoencoder: taking that of {model}"
-    assert differ(weights_at(tmp_path / "folder"), weights_of(miniature_pipeline())) == []
+    kept = load_file(tmp_path / "folder" / "vae" / "diffusion_pytorch_model.safetensors")
+    assert {weight.dtype for weight in kept.values()} == {torch.float32}  # as the base has it, not the file
+    assert all(
+        "vae." not in name
+        for name in differ(weights_at(tmp_path / "folder"), weights_of(miniature_pipeline()))
+    )
 
 
 def test_a_base_without_an_autoencoder_gives_none(model: Path, file: Path, tmp_path: Path) -> None:
@@ -422,7 +428,7 @@ def test_a_base_of_another_family_is_refused_by_what_does_not_fit(file: Path, tm
         (
             "model.ckpt",
             b"x",
-            r"model\.ckpt is cut off or damaged, or no file of weights; .* as \.safetensors",
+            r"model\.ckpt is cut off or damaged, no file of weights, .* as \.safetensors",
         ),
         ("model.safetensors", b"", "is cut off or damaged: .*; get it again"),
         ("model.safetensors", b"\xff" * 64, "is cut off or damaged: .*; get it again"),
@@ -495,6 +501,9 @@ def test_a_lora_and_an_embedding_come_from_the_hub(model: Path, tmp_path: Path, 
         file.unlink()
     options = {"loras": [("owner/name", 1.0)], "embeddings": [("owner/name", "<dotty>")]}
     said = converted_from(kept, tmp_path, str(model), **options)
+    with asked_here("http://127.0.0.1:9", tmp_path / "cache"):  # from where it was kept, with no hub
+        convert(str(model), str(tmp_path / "again"), report=silent, **options)
+    assert differ(weights_at(tmp_path / "again"), weights_at(tmp_path / "folder")) == []
     assert "adding owner/name: write <dotty> in prompts\n" in said
     made = complete.pipeline(tmp_path / "folder", torch.float32)
     assert torch.equal(learnt(made.tokenizer, made.text_encoder, "<dotty>"), vector)

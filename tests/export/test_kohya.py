@@ -81,6 +81,29 @@ def lokr(weight: torch.Tensor) -> tuple[Held, torch.Tensor]:
     return {"lokr_w1": first, "lokr_w2": second, "alpha": torch.tensor(7.0)}, torch.cat(rows)
 
 
+def loha_with_core(weight: torch.Tensor) -> tuple[Held, torch.Tensor]:
+    held, change = {}, 1.0
+    for number in 1, 2:
+        factors, part = lora_with_core(weight * number)
+        held[f"hada_w{number}_a"] = number * factors["lora_up.weight"].flatten(1).T
+        held[f"hada_w{number}_b"] = factors["lora_down.weight"].flatten(1)
+        held[f"hada_t{number}"] = factors["lora_mid.weight"]
+        change = change * number * part
+    return held, change
+
+
+def lokr_with_core(weight: torch.Tensor) -> tuple[Held, torch.Tensor]:
+    first = some(2, 2)
+    factors, second = lora_with_core(weight[::2, ::2])
+    held = {
+        "lokr_w1": first,
+        "lokr_w2_a": factors["lora_up.weight"].flatten(1).T,
+        "lokr_w2_b": factors["lora_down.weight"].flatten(1),
+        "lokr_t2": factors["lora_mid.weight"],
+    }
+    return held, torch.cat([torch.cat([number * second for number in row], dim=1) for row in first])
+
+
 def lokr_in_parts(weight: torch.Tensor) -> tuple[Held, torch.Tensor]:
     a, b = some(2, RANK), some(RANK, 2)
     c, d = some(len(weight) // 2, RANK), some(RANK, weight[0].numel() // 2)
@@ -108,7 +131,7 @@ KINDS: list[Callable[[torch.Tensor], tuple[Held, torch.Tensor]]] = [lora, loha, 
 def test_a_layer_is_changed_by_what_its_factors_make(pipeline: Any, kind: Any, name: str) -> None:
     before = layer_of(pipeline, name).weight.data
     held, change = kind(before)
-    for alpha, share in (None, 1.0), (0, 1.0), (2, 2 / RANK), (1.5, 1.5 / RANK):
+    for alpha, share in (None, 1.0), (0.0, 0.0), (2, 2 / RANK), (1.5, 1.5 / RANK):
         told = held if alpha is None else {"alpha": torch.tensor(alpha)} | held
         if kind in (lokr, whole):
             told, share = held, 1.0  # which have no rank
@@ -116,9 +139,10 @@ def test_a_layer_is_changed_by_what_its_factors_make(pipeline: Any, kind: Any, n
         torch.testing.assert_close(after, before + 0.5 * share * change.reshape(before.shape))
 
 
-def test_a_convolution_in_three_is_one(pipeline: Any) -> None:
+@pytest.mark.parametrize("kind", [lora_with_core, loha_with_core, lokr_with_core])
+def test_a_convolution_may_have_a_core_between_its_factors(pipeline: Any, kind: Any) -> None:
     before = layer_of(pipeline, CONVOLUTION).weight.data
-    held, change = lora_with_core(before)
+    held, change = kind(before)
     after = layer_of(fused(pipeline, {f"lora_unet_{CONVOLUTION}": held}), CONVOLUTION).weight.data
     torch.testing.assert_close(after, before + change)
 
@@ -204,7 +228,10 @@ def test_a_bias_for_a_layer_that_has_none_is_refused(pipeline: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_change_of_another_size_is_refused(pipeline: Any, kind: Any) -> None:
-    held, _ = kind(torch.ones(6, 6))
-    with pytest.raises(ExportError, match=f"whose lora_unet_{LINEAR} has another size"):
-        fused(pipeline, {f"lora_unet_{LINEAR}": held})
+@pytest.mark.parametrize("transposed", [True, False])
+def test_a_change_of_another_size_is_refused(pipeline: Any, kind: Any, transposed: bool) -> None:
+    """Even where it has as many weights."""
+    name = LINEAR.replace("attn1_to_q", "ff_net_2")
+    held, _ = kind(layer_of(pipeline, name).weight.data.T if transposed else torch.ones(6, 6))
+    with pytest.raises(ExportError, match=f"whose lora_unet_{name} has another size"):
+        fused(pipeline, {f"lora_unet_{name}": held})

@@ -272,7 +272,7 @@ def test_a_file_without_a_config_goes_with_that_of_an_ordinary_autoencoder(tmp_p
     pipeline = miniature_pipeline()
     file = save_autoencoder(autoencoder_weights(pipeline.vae), tmp_path / "vae.safetensors")
     (tmp_path / "vae.pt").write_bytes(b"x")
-    with pytest.raises(ExportError, match=r"vae\.pt is cut off or damaged, or no file of weights"):
+    with pytest.raises(ExportError, match=r"vae\.pt is cut off or damaged, no file of weights, or"):
         prepared(pipeline, tmp_path / "vae.pt")
     pipeline.vae = miniature_tiny_autoencoder()
     with pytest.raises(
@@ -350,10 +350,15 @@ def test_a_part_of_a_library_that_is_not_installed_is_refused_by_it(tmp_path: Pa
     save_miniature(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     (tmp_path / "model_index.json").write_text(json.dumps(index | {"unet": ["mine.models", "MineUNet"]}))
-    with pytest.raises(
-        ExportError, match=r"names MineUNet of mine\.models as unet, a library that is not installed"
-    ):
+    with pytest.raises(ExportError, match=r"names MineUNet of mine\.models as unet: that is no library that"):
         load(tmp_path)
+
+
+def test_a_part_that_is_left_out_may_be_of_any_library(tmp_path: Path) -> None:
+    save_miniature(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"safety_checker": ["mine", "Checker"]}))
+    assert load(tmp_path).safety_checker is None
 
 
 @pytest.mark.parametrize(
@@ -361,8 +366,14 @@ def test_a_part_of_a_library_that_is_not_installed_is_refused_by_it(tmp_path: Pa
     [
         ("https://huggingface.co/owner/name", "a model of the hub goes by its id, owner/name$"),
         ("https://huggingface.co/owner/name/tree/main", "a model of the hub goes by its id, owner/name$"),
+        (
+            "https://huggingface.co/owner/name?library=diffusers",
+            "a model of the hub goes by its id, owner/name$",
+        ),
+        ("https://huggingface.co/owner/name/resolve/main/x.safetensors", "download that file, and name it$"),
+        ("https://example.com/x.safetensors", "download it, and name the file or folder$"),
         ("hf:owner/name", "a model of the hub goes by its id, owner/name$"),
-        ("model/model_index.json", r"is a file, and a pipeline is a folder: name one, such as \S+model$"),
+        ("model/model_index.json", r"is a file, and a pipeline is a folder: name its folder, \S+model$"),
         ("model/unet", r"has no model_index\.json: name the whole pipeline, \S+model$"),
         (
             "models--owner--name",

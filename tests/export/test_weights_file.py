@@ -88,6 +88,21 @@ def test_a_pickled_file_without_weights_is_refused(tmp_path: Path, held: Any, wh
         weights_file.read_floating(file)
 
 
+def test_a_pickled_file_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    held: dict[str, Any] = dict(WEIGHTS)
+    held["state_dict"] = held
+    torch.save(held, file := tmp_path / "x.ckpt")
+    with pytest.raises(ExportError, match=r"x\.ckpt holds no weights"):
+        weights_file.types(file)
+
+
+def test_tensors_whose_numbers_are_not_there_are_passed_over(tmp_path: Path) -> None:
+    odd = {"meta": torch.ones(2, device="meta"), "sparse": torch.eye(2).to_sparse()}
+    torch.save(odd | {"a": torch.nn.Parameter(WEIGHTS["a"])}, file := tmp_path / "x.pt")
+    found = weights_file.read(file)
+    assert found.keys() == {"a"} and not found["a"].requires_grad
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("left", [0, 1, 300])
 def test_a_pickled_file_that_is_cut_off_is_refused(tmp_path: Path, left: int, zipped: bool) -> None:
