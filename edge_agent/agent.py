@@ -184,7 +184,7 @@ class Agent:
         if failure is not None:
             check = "--cloud, --cloud-ca and whether the cloud server runs"
             if isinstance(failure, CloudRefused):
-                check = "--max-price, --cloud-token and the cloud server's own settings"
+                check = "--cloud, --max-price, --cloud-token and the cloud server's own settings"
             found.append(f"{failure.message}; no image has come from it since: if it goes on, check {check}")
         if ledger_failure := self.purchases.ledger.failure:
             found.append(

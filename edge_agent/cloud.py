@@ -19,10 +19,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, M
 from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import grpc
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 from PIL import Image, UnidentifiedImageError
@@ -33,6 +33,8 @@ from edge_agent.request import ImageRequest
 from routet2i.cloud.v1 import cloud_pb2
 from routet2i.cloud.v1.cloud_pb2_grpc import CloudServerServiceStub
 from routet2i.image.v1 import image_pb2
+
+Detail = TypeVar("Detail", bound=Message)
 
 MAX_MESSAGE_BYTES = 4 * 2**20
 """Largest message taken: image chunks are at most 64 KiB, previews are small images."""
@@ -496,6 +498,11 @@ class CloudClient:
             )
             if not accepted:
                 self._failed()
+        elif status is None and code is grpc.StatusCode.UNIMPLEMENTED:
+            # A gRPC server that has no such service says so, and ran nothing.
+            hint = "; what answers there is no cloud server: check --cloud"
+            never_ran = not accepted
+            self._failed()
         if code in _REFUSALS:
             price = _price_micro_usd(status) if never_ran else None
             if price is not None:
@@ -708,34 +715,36 @@ def _wire_request(
 
 
 def _retry_after_s(status: Status | None) -> float | None:
-    retry = RetryInfo()
-    for detail in status.details if status is not None else ():
-        with suppress(DecodeError):  # a cloud's bad advice is none
-            if detail.Unpack(retry):
-                milliseconds: int = retry.retry_delay.ToMilliseconds()
-                return max(0.0, milliseconds / 1000)
-    return None
+    retry = _detail(status, RetryInfo)
+    if not retry.HasField("retry_delay"):
+        return None
+    milliseconds: int = retry.retry_delay.ToMilliseconds()
+    return max(0.0, milliseconds / 1000)
 
 
 def _field(status: Status | None) -> str:
     """What of the request the cloud does not take, where it names that."""
-    refusal = BadRequest()
-    for detail in status.details if status is not None else ():
-        with suppress(DecodeError):  # a cloud's bad advice is none
-            if detail.Unpack(refusal) and refusal.field_violations:
-                field: str = refusal.field_violations[0].field
-                return field
-    return ""
+    violations = _detail(status, BadRequest).field_violations
+    return violations[0].field if violations else ""
 
 
 def _price_micro_usd(status: Status | None) -> int | None:
     """What an image costs, where that is why the cloud refused it."""
-    refusal = ErrorInfo()
-    for detail in status.details if status is not None else ():
-        with suppress(DecodeError, ValueError):  # a cloud's bad advice is none
-            if detail.Unpack(refusal) and refusal.reason == "PRICE_ABOVE_CEILING":
-                return int(refusal.metadata["price_micro_usd"])
+    refusal = _detail(status, ErrorInfo)
+    if refusal.reason == "PRICE_ABOVE_CEILING":
+        with suppress(ValueError):  # a cloud's bad advice is none
+            return int(refusal.metadata["price_micro_usd"])
     return None
+
+
+def _detail(status: Status | None, kind: type[Detail]) -> Detail:
+    """The status's detail of this kind; an empty one where it has none that can be read."""
+    for packed in status.details if status is not None else ():
+        detail = kind()
+        with suppress(DecodeError):  # a cloud's bad advice is none
+            if packed.Unpack(detail):
+                return detail
+    return kind()
 
 
 def is_local(address: str) -> bool:

@@ -923,6 +923,28 @@ async def test_failures_in_a_row_wait_longer_and_an_accepted_call_ends_the_wait(
     assert client.healthy
 
 
+# No cloud server
+
+
+async def test_a_server_of_another_kind_is_called_that_ran_nothing_and_is_left_alone() -> None:
+    server = grpc.aio.server()
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    now = 0.0
+    client = CloudClient(address, monotonic=lambda: now)
+    error = await failure(client)
+    assert isinstance(error, CloudRefused) and error.never_ran
+    assert "what answers there is no cloud server: check --cloud" in error.message
+    assert not client.healthy
+    now = 1.0
+    assert client.healthy
+    with pytest.raises(CloudRefused, match="check --cloud") as unanswered:
+        await client.lookup("r-1")
+    assert not unanswered.value.never_ran, "a call of before may have reached another server there"
+    assert not client.healthy
+    await server.stop(None)
+
+
 # A proxy before the cloud
 
 
