@@ -32,6 +32,23 @@ NO_MEMORY = ("allocate memory", "out of memory", "bad_alloc", "memoryerror")
 MIN_SIDE_MULTIPLE = 8  # diffusers' pipelines refuse sizes that are not multiples of 8 pixels
 
 
+def check_device(device: str) -> None:
+    """Raises StartRefused where torch has no such device, which takes none of the model to say."""
+    if device == "auto":
+        return
+    try:
+        import torch
+
+        torch.empty(0, device=device)
+    except ImportError:
+        return  # `Generator.load` says what to install
+    except Exception as error:  # torch's backends each raise their own
+        said = reason(error).rstrip(".")
+        raise StartRefused(
+            f"--device {device} cannot be used: {said}. Give auto, cpu, or a device that torch has here"
+        ) from error
+
+
 @dataclass(frozen=True)
 class Step:
     """Denoising step `step` of `steps` is done. `preview`: PNG of the image as it stands, if asked for."""
@@ -199,6 +216,8 @@ class Generator:
             "generator": torch.Generator("cpu").manual_seed(spec.seed),
             "callback_on_step_end": on_step_end,
         }
+        if "output_type" in self._parameters:
+            arguments["output_type"] = "np"  # a finished picture no longer shows what was no number
         if spec.negative_prompt:
             arguments["negative_prompt"] = spec.negative_prompt
         if stop.is_set():
@@ -213,7 +232,7 @@ class Generator:
         if any(getattr(output, "nsfw_content_detected", None) or ()):
             raise ImageWithheld("the model's safety checker withheld the image; nothing is charged")
         generated = time.perf_counter()
-        png = _png(output.images[0])
+        png = _png(self._picture(output.images[0]))
         return Image(
             png=png,
             sha256=hashlib.sha256(png).hexdigest(),
@@ -223,6 +242,18 @@ class Generator:
             else None,
             png_s=time.perf_counter() - generated,
         )
+
+    def _picture(self, image: Any) -> Any:
+        """The PIL image of what the pipeline gave: that, or colours [H, W, C] from 0 to 1. Raises GenerationFailed."""
+        import numpy as np
+
+        if not isinstance(image, np.ndarray):
+            return image
+        if not np.isfinite(image).all():  # which would be drawn in black
+            raise GenerationFailed(
+                "the model gave numbers that are not finite; try another seed or --dtype float32"
+            )
+        return self._pipeline.numpy_to_pil(image)[0]
 
     def _latent_factor(self) -> int:
         return int(getattr(self._pipeline, "vae_scale_factor", MIN_SIDE_MULTIPLE))

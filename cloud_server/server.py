@@ -20,10 +20,11 @@ from grpc_reflection.v1alpha import reflection
 
 from cloud_server.admission import Admission
 from cloud_server.credentials import Credentials
-from cloud_server.errors import StartRefused
-from cloud_server.generator import Generator
+from cloud_server.errors import InvalidRequest, StartRefused
+from cloud_server.generator import Generator, check_device
 from cloud_server.journal import Journal
-from cloud_server.model import open_model
+from cloud_server.model import CARD_FILE, INDEX_FILE, open_model
+from cloud_server.request import Wish, validate
 from cloud_server.service import CloudServerService, HandOverMalformed, Serving
 from cloud_server.settings import Settings, split_address
 from routet2i.cloud.v1 import cloud_pb2, cloud_pb2_grpc
@@ -176,17 +177,23 @@ class Server:
 
     def _open_model(self) -> Serving:
         settings = self.settings
+        check_device(settings.device)  # before all of the model is read for its digest
         generator = Generator.load(
             open_model(settings.model), settings.device, settings.dtype, settings.threads
         )
-        return Serving(
-            generator,
-            generator.limits(
-                max_side=settings.max_side,
-                max_steps=settings.max_steps,
-                max_prompt_characters=settings.max_prompt_characters,
-            ),
+        limits = generator.limits(
+            max_side=settings.max_side,
+            max_steps=settings.max_steps,
+            max_prompt_characters=settings.max_prompt_characters,
         )
+        try:
+            validate(Wish(request_id="default", app="", prompt="a"), limits, drawn_seed=0)
+        except InvalidRequest as error:
+            raise StartRefused(
+                f"the model's own defaults are not served: {error.message}. Write others to {CARD_FILE} beside its "
+                f"{INDEX_FILE}, or raise the setting that bounds them"
+            ) from error
+        return Serving(generator, limits)
 
     async def _set_health(self, status: Any) -> None:
         for service in ("", SERVICE):

@@ -209,9 +209,10 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
                     "raise max_price_micro_usd or stay on the edge",
                     facts={"price_micro_usd": str(price)},
                 )
+            shape = (*spec.shape, preview)  # decoding one takes longer than many a step
             # Nothing in here waits for the caller, or one that reads slowly would keep the model from all others.
             async with (
-                self.admission.enter(spec.shape, spec.steps, remaining_s) as ticket,
+                self.admission.enter(shape, spec.steps, remaining_s) as ticket,
                 self._running(tenant, wish),
                 stream.kept_open(),
             ):
@@ -226,7 +227,7 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
                         else:
                             image = event
                 if image.step_s is not None:
-                    self.admission.record(spec.shape, image.step_s)
+                    self.admission.record(shape, image.step_s)
                 timings |= {"generate": image.generate_s, "png": image.png_s}
                 finished = Finished(price, image.sha256, digest, spec, image.png)
                 await asyncio.to_thread(self._journal.finish, tenant, wish.request_id, finished)

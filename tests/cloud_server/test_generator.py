@@ -1,7 +1,8 @@
-"""How many threads a model runs on."""
+"""How many threads a model runs on, and that its pictures are those of diffusers."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import torch
 
 from cloud_server import complete, generator
 from cloud_server.errors import StartRefused
-from cloud_server.generator import Generator
-from cloud_server.model import open_model
+from cloud_server.generator import Generator, Image
+from cloud_server.model import Card, Model, open_model
+from cloud_server.request import Spec
+from tests.miniature import miniature_lcm, miniature_pipeline
 
 
 @pytest.fixture
@@ -38,6 +41,41 @@ def test_a_small_denoiser_runs_on_one_thread_and_a_large_one_on_those_that_torch
 def test_the_setting_beats_the_choice(three_threads: None, model_folder: Path) -> None:
     Generator.load(open_model(str(model_folder)), "cpu", "float32", threads=2).close()
     assert torch.get_num_threads() == 2
+
+
+class Features:
+    """What a safety checker is shown."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        self.pixel_values = torch.zeros(1, 3, 8, 8)
+
+    def to(self, _device: object) -> Features:
+        return self
+
+
+def passes(images: torch.Tensor, clip_input: object) -> tuple[torch.Tensor, list[bool]]:
+    """A safety checker without objections."""
+    return images, [False] * len(images)
+
+
+@pytest.mark.parametrize("kind", ["plain", "checked", "consistency", "pictures only"])
+async def test_the_picture_is_the_one_that_diffusers_makes(kind: str) -> None:
+    pipeline: Any = miniature_lcm() if kind == "consistency" else miniature_pipeline()
+    if kind == "checked":
+        pipeline.safety_checker, pipeline.feature_extractor = passes, Features
+    made_by = Generator(pipeline, Model("m", "", Path(), "0" * 64, Card()))
+    if kind == "pictures only":
+        made_by._parameters -= {"output_type"}
+    *_, image = [event async for event in made_by.generate(Spec("a cat", "", 7, 64, 64, 4, 3.0))]
+    noise = torch.Generator("cpu").manual_seed(7)
+    size = {"width": 64, "height": 64}
+    expected = pipeline(
+        prompt="a cat", **size, num_inference_steps=4, guidance_scale=3.0, generator=noise
+    ).images[0]
+    file = io.BytesIO()
+    expected.save(file, format="PNG")
+    assert isinstance(image, Image) and image.png == file.getvalue()
+    made_by.close()
 
 
 @pytest.mark.parametrize(

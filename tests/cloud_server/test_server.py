@@ -21,7 +21,7 @@ import grpc
 import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from cloud_server import credentials
+from cloud_server import credentials, server
 from cloud_server.__main__ import main
 from cloud_server.errors import StartRefused
 from cloud_server.server import STOP_SIGNALS, Server
@@ -309,6 +309,43 @@ def test_a_model_that_cannot_be_loaded_is_refused_by_its_folder(
     error = capsys.readouterr().err
     assert f"cannot load the model in {broken}" in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("card", "flags", "words"),
+    [
+        ({}, ["--max-steps", "5"], "steps is 25; 1 to 5 are served"),
+        ({"steps": 8}, ["--max-steps", "5"], "steps is 8; 1 to 5 are served"),
+        ({"guidance_scale": 200}, [], "guidance_scale must lie between 0 and 100"),
+        ({"width": 60, "height": 64}, [], "width is 60; served are multiples of 8"),
+    ],
+)
+def test_a_model_whose_own_defaults_would_be_refused_is_not_served(
+    tmp_path: Path,
+    model_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    card: object,
+    flags: list[str],
+    words: str,
+) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    (folder / "routet2i.json").write_text(json.dumps(card))
+    where = ["--listen", "127.0.0.1:0", "--state", str(tmp_path / "state"), "--model", str(folder)]
+    assert main(["serve", *where, *flags]) == 2
+    assert f"cloud-server: the model's own defaults are not served: {words}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:99"])
+def test_a_device_that_is_not_here_is_refused_before_the_model_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    def read(_: str) -> None:
+        raise AssertionError("the model was read first")
+
+    monkeypatch.setattr(server, "open_model", read)
+    where = ["--listen", "127.0.0.1:0", "--state", str(tmp_path / "state")]
+    assert main(["serve", *where, "--device", device]) == 2
+    assert f"cloud-server: --device {device} cannot be used: " in capsys.readouterr().err
 
 
 def test_a_model_that_lacks_weights_is_refused_by_their_name(

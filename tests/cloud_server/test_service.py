@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
+import time
 import tracemalloc
 import uuid
 from collections.abc import AsyncIterator
@@ -18,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cloud_server import service
+from cloud_server import generator, service
 from cloud_server.journal import Finished
 from cloud_server.request import Spec
 from tests.cloud_server.conftest import PRICE, Client, Running, serve
@@ -334,6 +335,18 @@ async def test_a_call_whose_deadline_would_pass_is_refused_before_it_runs(runnin
     assert await running.client.state("hopeless") == "UNKNOWN"
 
 
+async def test_who_wants_previews_does_not_make_an_image_without_them_seem_slow(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(*_: Any) -> None:
+        time.sleep(1.0)
+
+    monkeypatch.setattr(generator, "_preview", slow)
+    wish = {"width": 96, "height": 96}
+    assert (await running.client.generate(**wish, steps=2, preview=True)).error is None
+    assert (await running.client.generate(**wish, steps=8, timeout=5.0)).error is None
+
+
 async def test_a_request_id_is_charged_once_and_its_image_is_sent_again(running: Running) -> None:
     wish: dict[str, Any] = {"request_id": "twice", "width": 256, "height": 256}
     first = await running.client.generate(**wish)
@@ -433,6 +446,23 @@ async def test_a_pipeline_that_breaks_charges_nothing_and_the_next_call_is_serve
     assert answer.error.message == "the pipeline failed: CUDA error: out of memory"
     assert await running.client.state(request_id) == "FAILED"
     assert (await running.client.generate(request_id=request_id)).error is None
+
+
+async def test_an_image_of_what_is_no_number_is_neither_sent_nor_charged(running: Running) -> None:
+    """It would be black."""
+
+    def overflow(_module: Any, _arguments: Any, output: Any) -> Any:
+        return tuple(each * float("nan") for each in output)
+
+    hook = running.pipeline.unet.register_forward_hook(overflow)
+    answer = await running.client.generate(request_id="no-number")
+    hook.remove()
+    assert answer.error is not None
+    assert answer.error.code == "INTERNAL"
+    assert "not finite; try another seed or --dtype float32" in answer.error.message
+    assert await running.client.state("no-number") == "FAILED"
+    assert not (await running.client.lookup("no-number")).charged
+    assert (await running.client.generate(request_id="no-number")).error is None
 
 
 async def test_get_model_says_what_is_served_and_for_how_much(running: Running) -> None:
