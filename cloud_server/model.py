@@ -151,7 +151,7 @@ def _model_files(folder: Path) -> list[Path]:
     if (folder / CARD_FILE).is_file():
         files.append(folder / CARD_FILE)
     for component in index:
-        if not component.startswith("_"):
+        if component not in ("", "..") and Path(component).name == component and component[0] != "_":
             files += [path for path in (folder / component).rglob("*") if path.is_file()]
     return sorted(files, key=lambda path: path.relative_to(folder).as_posix())
 

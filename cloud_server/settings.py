@@ -10,6 +10,7 @@ import argparse
 import difflib
 import ipaddress
 import os
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
@@ -220,6 +221,8 @@ def _parse(setting: Field[Any], value: Any, where: str) -> Any:
         or (kind is int and type(value) is float)
     ):
         raise wrong
+    if isinstance(value, str) and ("_" in value or (kind is int and not re.fullmatch("[0-9]+", value))):
+        raise wrong  # Python takes 1_0 for 10
     try:
         number = kind(value)
     except (ValueError, OverflowError):

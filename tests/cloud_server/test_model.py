@@ -11,7 +11,7 @@ from huggingface_hub import constants
 
 from cloud_server.__main__ import main
 from cloud_server.errors import StartRefused
-from cloud_server.model import open_model
+from cloud_server.model import _model_files, open_model
 
 
 @pytest.fixture
@@ -31,6 +31,19 @@ def test_the_digest_is_that_of_what_decides_the_pixels(folder: Path, model_folde
     (folder / "tokenizer" / "extra.txt").write_text("")
     seen.add(open_model(str(folder)).digest)
     assert len(seen) == 6
+
+
+@pytest.mark.parametrize("name", ["/etc", "../..", "..", ".", "", "unet/../..", "a\0b"])
+def test_nothing_outside_the_folder_is_read_for_the_digest(folder: Path, name: str) -> None:
+    expected = sorted(_model_files(folder))
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(
+        json.dumps(index | {name: ["diffusers", "UNet2DConditionModel"]})
+    )
+    (folder.parent / "beside.txt").write_text("not of the model")
+    (folder / "README.md").write_text("prose")
+    assert sorted(_model_files(folder)) == expected
+    assert open_model(str(folder)).digest
 
 
 def test_the_command_prints_the_digest(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,6 +42,8 @@ def test_flags_beat_the_environment_and_the_environment_beats_the_file(tmp_path:
         ("price_micro_usd = -1", "must be a whole number, 0 or more"),
         ("grace_s = inf", "must be a number of seconds"),
         ('max_queue = "many"', "must be a whole number"),
+        ('price_micro_usd = "1_0"', "must be a whole number"),
+        ('grace_s = "1_0"', "must be a number of seconds"),
         ("model = 7", "model in .* must be text"),
         ('dtype = "int3"', "one of auto, float32"),
         ("max_steps = 0", "at least 1"),
