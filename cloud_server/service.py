@@ -179,9 +179,6 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
         self.admission = admission
         self.serving: Serving | None = None
         self.draining = False
-        self.in_flight = 0  # Generate calls that have not ended
-        self._idle = asyncio.Event()
-        self._idle.set()
         self._handlers: set[asyncio.Task[Any]] = set()  # of Generate calls that have not ended
         self._cut_off = False
         self._journal = journal
@@ -299,9 +296,15 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
                 sha256=finished.sha256 if finished else "",
             )
 
+    @property
+    def in_flight(self) -> int:
+        """Generate calls that have not ended."""
+        return len(self._handlers)
+
     async def idle(self) -> None:
         """Returns once no Generate call is in flight."""
-        await self._idle.wait()
+        while self._handlers:
+            await asyncio.wait(self._handlers)
 
     def cut_off(self) -> None:
         """Ends the Generate calls in flight at their next step; their callers are told that the server was stopped."""
@@ -345,16 +348,11 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
     async def _counted(self) -> AsyncIterator[None]:
         handler = asyncio.current_task()
         assert handler is not None  # noqa: S101  # a coroutine runs in a task
-        self.in_flight += 1
         self._handlers.add(handler)
-        self._idle.clear()
         try:
             yield
         finally:
             self._handlers.discard(handler)
-            self.in_flight -= 1
-            if not self.in_flight:
-                self._idle.set()
 
     @asynccontextmanager
     async def _running(self, tenant: str, wish: Wish) -> AsyncIterator[None]:

@@ -199,7 +199,6 @@ GRPC_CODES: dict[type[RouteT2IError], grpc.StatusCode] = {
     NotKept: grpc.StatusCode.NOT_FOUND,
     DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
     Busy: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    OutOfMemory: grpc.StatusCode.RESOURCE_EXHAUSTED,
     QuotaExhausted: grpc.StatusCode.RESOURCE_EXHAUSTED,
     PolicyConflict: grpc.StatusCode.FAILED_PRECONDITION,
     Cancelled: grpc.StatusCode.CANCELLED,
@@ -210,19 +209,14 @@ GRPC_CODES: dict[type[RouteT2IError], grpc.StatusCode] = {
     CloudLied: grpc.StatusCode.UNAVAILABLE,
     StartRefused: grpc.StatusCode.FAILED_PRECONDITION,
     BundleError: grpc.StatusCode.DATA_LOSS,
-    NotABundle: grpc.StatusCode.DATA_LOSS,
-    NewerBundle: grpc.StatusCode.DATA_LOSS,
     LedgerError: grpc.StatusCode.FAILED_PRECONDITION,
     StoreError: grpc.StatusCode.FAILED_PRECONDITION,
     PullFailed: grpc.StatusCode.UNAVAILABLE,
-    SourceUnreachable: grpc.StatusCode.UNAVAILABLE,
     SourceRefused: grpc.StatusCode.FAILED_PRECONDITION,
-    SourceLied: grpc.StatusCode.UNAVAILABLE,
     GenerationFailed: grpc.StatusCode.INTERNAL,
-    RehearsalEnded: grpc.StatusCode.INTERNAL,
 }
-"""The one table from errors to gRPC status codes. A cloud error reaches the wire only for a caller who asked
-for `cloud_only`; for everyone else the edge makes the image."""
+"""The one table from errors to gRPC status codes; a class that is not in it has its base's. A cloud error reaches the
+wire only for a caller who asked for `cloud_only`; for everyone else the edge makes the image."""
 
 
 MAX_MESSAGE_BYTES = 1_000

@@ -295,8 +295,7 @@ class Ledger:
         """Record what a reserved call was charged; returns the micro-dollars that count from now on.
 
         That is never more than the reserved ceiling, because more was never agreed to: a higher charge is
-        logged as an error and counted as the ceiling. (The cloud client has refused such an answer before
-        it comes to this.) Settling again at the same amount changes nothing.
+        logged as an error and counted as the ceiling. Settling again at the same amount changes nothing.
 
         Raises LedgerError when the call was never reserved, was released, or was settled at another amount.
         """

@@ -110,11 +110,8 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
         self._reload = reload
         self.agent: Agent | None = None
         self.draining = False
-        self.in_flight = 0  # Generate and Route calls that have not ended
-        self._handlers: set[asyncio.Task[Any]] = set()  # theirs
+        self._handlers: set[asyncio.Task[Any]] = set()  # of Generate and Route calls that have not ended
         self._cut_off = False
-        self._idle = asyncio.Event()
-        self._idle.set()
         self._started = time.monotonic()
 
     async def Generate(self, request: edge_pb2.GenerateRequest, context: Any) -> None:  # type: ignore[override]
@@ -260,9 +257,15 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
                 calibrated=agent.calibrated,
             )
 
+    @property
+    def in_flight(self) -> int:
+        """Generate and Route calls that have not ended."""
+        return len(self._handlers)
+
     async def idle(self) -> None:
         """Returns once no Generate or Route call is in flight."""
-        await self._idle.wait()
+        while self._handlers:
+            await asyncio.wait(self._handlers)
 
     def cut_off(self) -> None:
         """Ends the Generate and Route calls in flight; their callers are told that the daemon was stopped."""
@@ -280,16 +283,11 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
     async def _counted(self) -> AsyncIterator[None]:
         handler = asyncio.current_task()
         assert handler is not None  # noqa: S101  # a coroutine runs in a task
-        self.in_flight += 1
         self._handlers.add(handler)
-        self._idle.clear()
         try:
             yield
         finally:
             self._handlers.discard(handler)
-            self.in_flight -= 1
-            if not self.in_flight:
-                self._idle.set()
 
     @asynccontextmanager
     async def _call(self, request: Any, context: Any, line: Line) -> AsyncIterator[Agent]:
