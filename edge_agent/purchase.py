@@ -51,6 +51,7 @@ class Purchases:
         # accepted, never: a cloud that has not heard of it is another server than the one that may have charged it.
         self._arrived_by: dict[str, float] = {}
         self._unsent: set[str] = set()  # ids left to the resolver whose call was never opened
+        self._asked: set[str] = set()  # ids that the cloud was asked about since the resolver last paused
         self._wake = asyncio.Event()
         self._resolver: asyncio.Task[None] | None = None
 
@@ -162,6 +163,7 @@ class Purchases:
     def hand_over(self, key: str, *, sent: bool) -> None:
         """From now on the reservation `key`, if it is still open, is the resolver's."""
         self._under_way.discard(key)
+        self._asked.discard(key)
         if not sent:
             self._unsent.add(key)
         self._wake.set()
@@ -190,12 +192,15 @@ class Purchases:
         return True
 
     async def _resolve(self) -> None:
+        loop = asyncio.get_running_loop()
         pause = FIRST_RETRY_S
         timer: asyncio.TimerHandle | None = None
+        due: float | None = None  # when on the loop's clock the cloud is asked about the same ids again
 
         def again() -> None:
-            nonlocal pause
-            pause = min(2 * pause, LONGEST_RETRY_S)
+            nonlocal pause, due
+            pause, due = min(2 * pause, LONGEST_RETRY_S), None
+            self._asked.clear()
             self._wake.set()
 
         while True:
@@ -204,9 +209,12 @@ class Purchases:
             if timer is not None:
                 timer.cancel()
             if await self._all_resolved():
-                pause, timer = FIRST_RETRY_S, None
+                pause, timer, due = FIRST_RETRY_S, None, None
+                self._asked.clear()
             else:
-                timer = asyncio.get_running_loop().call_later(pause, again)
+                # However often it is woken meanwhile: that neither asks again sooner nor puts it off.
+                due = loop.time() + pause if due is None else due
+                timer = loop.call_at(due, again)
 
     async def _all_resolved(self) -> bool:
         """Go once through the open reservations; False when some have to be asked for again later."""
@@ -217,6 +225,9 @@ class Purchases:
             for reservation in sorted(found, key=lambda left: left.request_id not in self._unsent):
                 key = reservation.request_id
                 if key in self._under_way:
+                    continue
+                if key in self._asked:
+                    later += 1
                     continue
                 # Or it could be reserved anew before the answer comes, and be released.
                 self._under_way.add(key)
@@ -247,6 +258,7 @@ class Purchases:
         if self.cloud is None or not self._knows(reservation):
             return True  # nobody to ask; the status says so
         may_arrive = self._may_arrive(reservation)  # before asking, as that takes time
+        self._asked.add(key)
         outcome = await self.cloud.lookup(key)
         if not outcome.arrived and self._arrived_by.get(key) == math.inf:
             log.warning("unresolved", extra={"fields": {"purchase": key, "error": FORGOTTEN}})

@@ -118,9 +118,9 @@ class Resident:
             self._spare_due = False
             loop.run_in_executor(None, self._unload, self.generator.spare_sessions)
         if self._succeeded:
-            loop.run_in_executor(None, self.unload)
+            loop.run_in_executor(None, self._go)
         elif self.keep_alive_s:
-            self._timer = loop.call_later(self.keep_alive_s, lambda: loop.run_in_executor(None, self.unload))
+            self._timer = loop.call_later(self.keep_alive_s, lambda: loop.run_in_executor(None, self._go))
 
     def succeed(self) -> None:
         """Others are used from now on: go after the last use."""
@@ -128,6 +128,10 @@ class Resident:
         self._succeeded = True
         if not self._uses:
             self.rest()
+
+    def _go(self) -> None:
+        if not self._uses:  # one that has begun since comes here again when it ends
+            self.unload()
 
     def unload(self) -> None:
         """Gives back the memory of every graph, in some milliseconds. A run in progress ends before its graph goes."""

@@ -108,6 +108,30 @@ async def test_a_call_that_was_sent_is_asked_about_also_where_an_earlier_one_of_
         assert purchases.ledger.states()[0].spent_micro_usd == ScriptedCloud.PRICE
 
 
+async def test_what_is_handed_over_is_asked_about_at_once_and_the_others_not_with_it(
+    begin: Begin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor are they put off by it."""
+    monkeypatch.setattr("edge_agent.purchase.FIRST_RETRY_S", 3.0)
+    async with scripted_cloud("d" * 64) as cloud:
+        cloud.answerable = lambda _: True
+        purchases = begin(cloud.address)
+        await purchases.start()
+        keys = []
+        for number in range(6):
+            wish = request(f"r-{number}")
+            keys.append(purchases.key(wish))
+            await purchases.reserve(wish, CEILING, 60.0)  # so long the call may still arrive
+            purchases.hand_over(keys[-1], sent=True)
+            await until(lambda: keys[-1] in cloud.lookups)
+        assert all(cloud.lookups.count(key) == 1 for key in keys)
+        asked = len(cloud.lookups)
+        await asyncio.sleep(1.5)
+        purchases.hand_over("nobody", sent=True)
+        await until(lambda: all(cloud.lookups.count(key) == 2 for key in keys), timeout_s=2.5)
+        assert asked + len(keys) == len(cloud.lookups)
+
+
 async def test_an_id_that_is_used_again_is_refused_by_the_name_that_its_app_gave(begin: Begin) -> None:
     purchases = begin("127.0.0.1:1")
     wish = request("again")._replace(app="kiosk")

@@ -9,8 +9,10 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import weakref
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +137,27 @@ async def test_idle_models_are_unloaded_and_the_next_request_has_them_loaded_aga
         again = await here.app.generate(seed=7)
         assert again.png == first.png
         assert (await here.app.status()).loaded_since > idle.loaded_since
+
+
+async def test_a_request_that_begins_as_the_time_is_over_keeps_the_models(here: Here) -> None:
+    """Between the timer and the thread that unloads them."""
+    assert here.daemon.agent is not None
+    models, loop = here.daemon.agent.models, asyncio.get_running_loop()
+    await here.app.generate()
+    await here.restless()
+    go_on = threading.Event()
+    one = ThreadPoolExecutor(1)
+    loop.set_default_executor(one)
+    busy = loop.run_in_executor(None, go_on.wait, 60)
+    models.keep_alive_s = 0.01
+    models.rest()
+    await asyncio.sleep(0.1)  # the timer has fired, and its work waits for the thread
+    with models:
+        go_on.set()
+        await busy
+        await asyncio.to_thread(lambda: None)  # after it
+        assert models.loaded
+    await until(lambda: not models.loaded)
 
 
 async def test_a_decision_loads_no_more_than_it_reads(routed_bundle: Path, tmp_path: Path) -> None:
