@@ -226,7 +226,8 @@ class Agent:
     async def _read(self, request: ImageRequest) -> tuple[Reading, Decision]:
         """The prompt considered: at once where that takes no longer than turning to another thread and back."""
         quick = self._reading_ms < SHORT_READING_MS and len(request.prompt) <= SHORT_PROMPT
-        if quick and self.reader.loaded and self.purchases.ledger.at_hand:
+        at_hand = self.reader.loaded and not self.reader.takes_turns
+        if quick and at_hand and self.purchases.ledger.at_hand:
             reading, decision = self._consider(request)
         else:
             reading, decision = await self._beside(self._consider, request)
@@ -373,7 +374,7 @@ class Agent:
             states=reading.states,
             negative_states=await self._negative_states(request, reading, guidance),
             seed=request.seed or 0,  # drawn by validate
-            steps=request.steps or manifest.default_steps,
+            steps=self._steps(request),
             guidance_scale=guidance,
             size=self._size(request),
             previews=request.preview,
@@ -435,13 +436,17 @@ class Agent:
         width, height = self.models.limits.sizes[0]  # which `validate` has filled in
         return request.width or width, request.height or height
 
+    def _steps(self, request: ImageRequest) -> int:
+        return request.steps or self.reader.bundle.manifest.default_steps
+
     def _cloud_timeout_s(self, request: ImageRequest) -> float:
         """How long the cloud may take: within the deadline, and early enough for the edge to step in."""
         if request.deadline is None:
             return self._terms.cloud_timeout_s
         left = request.deadline - time.monotonic()
         if request.routing is not Routing.CLOUD_ONLY:
-            left = min(max(left / 2, left - 2 * self.device.expected_s(self._size(request))), 0.9 * left)
+            own_s = self.device.expected_s(self._size(request), self._steps(request))
+            left = min(max(left / 2, left - 2 * own_s), 0.9 * left)
         return min(self._terms.cloud_timeout_s, left)
 
     @property

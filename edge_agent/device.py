@@ -22,10 +22,10 @@ PROGRESS_EVERY_S = 0.05
 previews, which were asked for, every step is told."""
 
 _GUESS_S = 1.0
-"""How long an image takes, for the first caller who is told when to come back. From then on it is measured."""
+"""How long an image takes, until one has been made. From then on it is measured."""
 
 _RECENT = 0.3
-"""Weight of the newest image in the running mean of what an image takes."""
+"""Weight of the newest image in the running mean of what a step takes."""
 
 
 @dataclass(frozen=True)
@@ -115,28 +115,31 @@ class Drawing:
 
 
 class _Pace:
-    """How long the images of one bundle's models take, by their size."""
+    """How long the images of one bundle's models take, by their size, in proportion to their steps."""
 
     def __init__(self) -> None:
-        # The running mean, and what made the last image, which this does not keep in memory.
+        # The running mean of a step's share of an image, s, and what made the last, which this does not keep in memory.
         self._known: dict[Size, tuple[float, weakref.ref[Generator]]] = {}
 
-    def image_s(self, size: Size) -> float:
-        """Of an image of that size. By its pixels, while none has been made: rather too long than too short."""
+    def image_s(self, size: Size, steps: int) -> float:
+        """Of an image of that size and so many steps. By its pixels, while none of its size has been made: rather too
+        long than too short.
+        """
         if size in self._known:
-            return self._known[size][0]
+            return steps * self._known[size][0]
         pixels = size[0] * size[1]
-        known = [mean_s * max(1.0, pixels / (w * h)) for (w, h), (mean_s, _) in self._known.items()]
-        return max(known, default=_GUESS_S)
+        known = [step_s * max(1.0, pixels / (w * h)) for (w, h), (step_s, _) in self._known.items()]
+        return steps * max(known) if known else _GUESS_S
 
-    def measure(self, image_s: float, size: Size, generator: Generator) -> None:
+    def measure(self, image_s: float, size: Size, steps: int, generator: Generator) -> None:
         """Count an image of `generator` in. With the first one of another, which runs the models elsewhere, the mean
         begins anew; until then the one before, of slower images, leaves callers time enough.
         """
+        step_s = image_s / steps
         mean_s, by = self._known.get(size, (0.0, None))
         if by is not None and by() is generator:
-            image_s = (1 - _RECENT) * mean_s + _RECENT * image_s
-        self._known[size] = image_s, weakref.ref(generator)
+            step_s = (1 - _RECENT) * mean_s + _RECENT * step_s
+        self._known[size] = step_s, weakref.ref(generator)
 
 
 class Device:
@@ -153,9 +156,11 @@ class Device:
         """Images in the queue, without the one in the making."""
         return max(0, self.images - 1)
 
-    def expected_s(self, size: Size) -> float:
-        """How long an image of that size would take that came now, the queue before it included, as if of its size."""
-        return self._pace.image_s(size) * (self.images + 1)
+    def expected_s(self, size: Size, steps: int) -> float:
+        """How long an image of that size and so many steps would take that came now, the queue before it included, as
+        if of its kind.
+        """
+        return self._pace.image_s(size, steps) * (self.images + 1)
 
     def measure_anew(self) -> None:
         """Other models make the images that come from now on: what those before took says nothing of theirs."""
@@ -166,7 +171,7 @@ class Device:
         if self.images > self.max_queue:
             raise Busy(
                 f"{self.waiting} images are waiting on this device, as many as its queue holds; try again later",
-                retry_after_s=self._pace.image_s(job.size),
+                retry_after_s=self._pace.image_s(job.size, job.steps),
             )
         drawing = Drawing(job, self.images)
         self.images += 1
@@ -204,7 +209,7 @@ class Device:
                     decoded = time.perf_counter()
                     png = encode_png(event.pixels)
                     done = time.perf_counter()
-                    pace.measure(done - began, job.size, job.generator)
+                    pace.measure(done - began, job.size, job.steps, job.generator)
                     timings_ms = {
                         "queue": (began - asked) * 1e3,
                         "denoise": (stepped - began) * 1e3,

@@ -105,6 +105,11 @@ class Reader:
         """Whether every graph is in memory, so that reading need not load one."""
         return all(session.loaded_at is not None for session in self.sessions)
 
+    @property
+    def takes_turns(self) -> bool:
+        """Whether reading may have to wait for a call of the denoiser."""
+        return any(session.takes_turns for session in self.sessions)
+
     def read(self, prompt: str) -> Reading:
         """Some milliseconds of work; safe to call from several threads. Raises GenerationFailed or BundleError."""
         began = time.perf_counter()

@@ -117,14 +117,20 @@ def turn(providers: Iterable[str]) -> AbstractContextManager[object]:
     """To be held, and not twice by one thread, while a session on `providers` is opened, run or let go: some bear one
     at a time in the whole process. By onnxruntime's names.
     """
-    return nullcontext() if _ONE_AT_A_TIME.isdisjoint(providers) else _TURN
+    return _TURN if takes_turns(providers) else nullcontext()
+
+
+def takes_turns(providers: Iterable[str]) -> bool:
+    """Whether sessions on `providers` bear one at a time in the whole process. By onnxruntime's names."""
+    return not _ONE_AT_A_TIME.isdisjoint(providers)
 
 
 class Session:
     """One graph of a bundle. Inputs are cast to the graph's types; float outputs come back as float32.
 
     It is loaded when it is made, and again by the first run after `unload`. `loaded_at` says when, in seconds since
-    1970; None while it is not. `large` says whether graph and weights have LARGE_BYTES or more.
+    1970; None while it is not. `large` says whether graph and weights have LARGE_BYTES or more, `takes_turns` whether a
+    run may have to wait for one of another session.
     """
 
     def __init__(
@@ -146,6 +152,7 @@ class Session:
         self.loaded_at: float | None = None
         self._known_good = False  # whether it has been loaded once
         self._runtime = runtime
+        self.takes_turns = takes_turns(runtime.providers)
         self._turn = turn(runtime.providers)
         self._loading = threading.Lock()  # taken after the turn
         self._files = file_states([path]) if files is None else files

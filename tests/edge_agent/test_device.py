@@ -66,7 +66,7 @@ async def test_what_an_image_takes_is_forgotten_with_the_models_that_took_it() -
     generator = Generator(Bundle.open(STARTER), Runtime(threads=1))
     _, states = generator.encode("a cat")
     device = Device(max_queue=0)
-    guess = device.expected_s((64, 64))
+    guess = device.expected_s((64, 64), 4)
 
     async def draw() -> None:
         drawing = device.begin(
@@ -77,12 +77,12 @@ async def test_what_an_image_takes_is_forgotten_with_the_models_that_took_it() -
                 pass
 
     await draw()
-    assert device.expected_s((64, 64)) != guess
+    assert device.expected_s((64, 64), 4) != guess
     late = asyncio.create_task(draw())
     await asyncio.sleep(0)  # it has begun
     device.measure_anew()
     await late
-    assert device.expected_s((64, 64)) == guess
+    assert device.expected_s((64, 64), 4) == guess
     await device.close()
 
 
@@ -102,9 +102,9 @@ async def test_the_mean_of_what_an_image_takes_begins_anew_with_the_first_of_ano
 
     await draw(slow, 16)
     first = await draw(quick, 4)
-    assert device.expected_s((64, 64)) == pytest.approx(first)
+    assert device.expected_s((64, 64), 4) == pytest.approx(first)
     second = await draw(quick, 4)
-    assert device.expected_s((64, 64)) == pytest.approx(0.7 * first + 0.3 * second)
+    assert device.expected_s((64, 64), 4) == pytest.approx(0.7 * first + 0.3 * second)
     await device.close()
 
 
@@ -115,7 +115,20 @@ def test_what_an_image_takes_is_known_by_its_size_and_guessed_by_its_pixels() ->
         pass
 
     pace, maker = _Pace(), Maker()
-    pace.measure(2.0, (64, 64), maker)  # type: ignore[arg-type]
-    assert [pace.image_s(size) for size in ((64, 64), (64, 128), (32, 32))] == [2.0, 4.0, 2.0]
-    pace.measure(3.0, (64, 128), maker)  # type: ignore[arg-type]
-    assert [pace.image_s(size) for size in ((64, 64), (64, 128))] == [2.0, 3.0]
+    pace.measure(2.0, (64, 64), 4, maker)  # type: ignore[arg-type]
+    assert [pace.image_s(size, 4) for size in ((64, 64), (64, 128), (32, 32))] == [2.0, 4.0, 2.0]
+    pace.measure(3.0, (64, 128), 4, maker)  # type: ignore[arg-type]
+    assert [pace.image_s(size, 4) for size in ((64, 64), (64, 128))] == [2.0, 3.0]
+
+
+def test_what_an_image_takes_goes_by_its_steps() -> None:
+    """Else quick ones would let a slow cloud use up what one of many steps needs of a deadline."""
+
+    class Maker:
+        pass
+
+    pace, maker = _Pace(), Maker()
+    pace.measure(1.0, (64, 64), 4, maker)  # type: ignore[arg-type]
+    assert (pace.image_s((64, 64), 4), pace.image_s((64, 64), 16)) == (1.0, 4.0)
+    pace.measure(4.0, (64, 64), 16, maker)  # type: ignore[arg-type]
+    assert pace.image_s((64, 64), 4) == pytest.approx(1.0)

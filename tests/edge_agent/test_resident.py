@@ -215,12 +215,12 @@ async def test_the_empty_negative_prompt_is_read_once_for_each_bundle(here: Here
 async def test_what_an_image_takes_is_measured_anew_for_other_models(here: Here, store: Store) -> None:
     agent = here.daemon.agent
     assert agent is not None
-    guess = agent.device.expected_s((64, 64))
+    guess = agent.device.expected_s((64, 64), 4)
     await here.app.generate()
-    assert agent.device.expected_s((64, 64)) != guess
+    assert agent.device.expected_s((64, 64), 4) != guess
     store.choose("other")
     await reload(here)
-    assert agent.device.expected_s((64, 64)) == guess
+    assert agent.device.expected_s((64, 64), 4) == guess
 
 
 async def test_zero_keeps_them_for_good(routed_bundle: Path, tmp_path: Path) -> None:
