@@ -17,11 +17,11 @@ import grpc
 from google.rpc.error_details_pb2 import QuotaFailure
 from google.rpc.status_pb2 import Status
 
+from edge_agent.address import split_address
 from edge_agent.errors import InvalidRequest, RouteT2IError, sent_status
 from edge_agent.image import Progress
 from edge_agent.policy import Decision, Reason, Route, TokenPull
 from edge_agent.quota import BudgetState, RateState
-from edge_agent.settings import split_address
 from routet2i.edge.v1 import edge_pb2
 from routet2i.edge.v1.edge_pb2_grpc import EdgeAgentServiceStub
 from routet2i.image.v1 import image_pb2

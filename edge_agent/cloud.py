@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
-import ipaddress
 import math
 import re
 import time
@@ -27,6 +26,7 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 from PIL import Image, UnidentifiedImageError
 
+from edge_agent.address import is_local
 from edge_agent.errors import CloudError, CloudLied, CloudRefused, CloudUnavailable, printable, sent_status
 from edge_agent.image import Progress
 from edge_agent.request import ImageRequest
@@ -745,20 +745,3 @@ def _detail(status: Status | None, kind: type[Detail]) -> Detail:
             if packed.Unpack(detail):
                 return detail
     return kind()
-
-
-def is_local(address: str) -> bool:
-    """Whether `address` (HOST:PORT, [IPV6]:PORT or unix:PATH) lies within this machine. ValueError without a
-    port.
-    """
-    if address.startswith("unix:"):
-        return True
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65_536:
-        raise ValueError(f"{address!r} is not HOST:PORT, [IPV6]:PORT or unix:PATH")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

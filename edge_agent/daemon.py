@@ -28,6 +28,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from edge_agent import memory
+from edge_agent.address import split_address
 from edge_agent.agent import Agent, Terms
 from edge_agent.bundle import DECODER, Bundle, Manifest
 from edge_agent.cloud import CloudClient
@@ -43,7 +44,7 @@ from edge_agent.reader import Reader
 from edge_agent.request import Limits
 from edge_agent.resident import Resident
 from edge_agent.service import EdgeAgentService, HandOverMalformed
-from edge_agent.settings import Settings, expanded, split_address
+from edge_agent.settings import Settings, expanded
 from routet2i.edge.v1 import edge_pb2, edge_pb2_grpc
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import ipaddress
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -18,7 +17,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from edge_agent.cloud import is_local
+from edge_agent.address import is_local, split_address
 from edge_agent.errors import InvalidRequest, StartRefused
 from edge_agent.quota import Budget, Rate, Window
 from edge_agent.request import MAX_MONEY, check_app
@@ -112,20 +111,6 @@ def parse_dollars(text: str) -> int:
     raise ValueError(f"{text!r} is not an amount of US dollars with at most six decimals, such as 0.04")
 
 
-def split_address(address: str) -> tuple[str, int]:
-    """("::1", 50051) for "[::1]:50051". Raises ValueError when it is not HOST:PORT."""
-    host, colon, port = address.rpartition(":")
-    if not (colon and host and port.isdecimal() and len(port) <= 5 and int(port) <= 65_535):
-        raise ValueError(f"{address!r} is neither unix:PATH nor HOST:PORT")
-    bracketed = host.startswith("[") and host.endswith("]")
-    bare = host[1:-1] if bracketed else host
-    if bracketed is not (":" in bare) or {"[", "]"} & set(bare):
-        raise ValueError(
-            f"{address!r}: IPv6 addresses stand in brackets, such as [::1]:50051, and others do not"
-        )
-    return bare, int(port)
-
-
 # What a setting may be. Each takes the text of a flag or variable and raises ValueError with a phrase that says what
 # is expected.
 
@@ -143,12 +128,7 @@ def _listen(value: str) -> str:
         return value
     if value.startswith("unix:"):
         return socket_address(value.removeprefix("unix:"))
-    host, _ = split_address(value)
-    try:
-        loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = host == "localhost"
-    if not loopback:
+    if not is_local(value):
         raise ValueError(
             "only this machine's apps may call the daemon: use unix:PATH, or a loopback address such as 127.0.0.1:50051"
         )
@@ -163,9 +143,8 @@ def _cloud(value: str) -> str:
         return f"unix:{expanded(path)}"
     if "://" in value:
         raise ValueError(f"{value!r} begins with a scheme; HOST:PORT alone is expected")
-    if value:
-        split_address(value)
-        is_local(value)  # raises ValueError also for the port 0
+    if value and not split_address(value)[1]:
+        raise ValueError(f"{value!r}: the port 0 cannot be called")
     return value
 
 
