@@ -139,7 +139,7 @@ def evaluate(
     quality, metrics = (
         paired.gaps.mean(2),
         paired.gaps.mean(1),
-    )  # [N, S] and [N, M]: a resample's rows take little
+    )  # [N, S], [N, M]; a resample's rows take little
     gain = quality.mean(1)
     random = np.array([rate * gain[rows].mean() for rows in resamples])
     oracle = np.array([oracle_gain(quality[rows], rate) for rows in resamples])

@@ -1,10 +1,10 @@
 """What half precision and eight bits cost and save: size, time, memory, the ten metrics, decisions, against float32.
 
-    edge-export precision [BUNDLE] [--prompts 200] [--out docs/precision.md]
+    edge-export precision [BUNDLE --prompts FILE --judge CLIP] [--number 200] [--out docs/precision.md]
 
-Every form of the bundle makes the images of the same prompts from the same seeds. They are judged by the starter
-judge and compared in pairs. Time and memory are measured in processes that do not import torch, one a form, which
-take turns. Some minutes on two cores.
+Every form of the bundle makes the images of the same prompts from the same seeds. They are judged and compared in
+pairs. Time and memory are measured in processes that do not import torch, one a form, which take turns and are in
+memory together. Some minutes on two cores for the starter.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from export.arguments import at_least, check_output, default_output, write_outpu
 from export.errors import ExportError
 from export.label import STARTER_BUNDLE
 from export.precision import CALIBRATION_PROMPTS, DTYPES, Loss, drawn, shrink
-from export.prompts import router_prompts
+from export.prompts import numbered_lines, router_prompts
 from export.quality import STARTER_JUDGE, Judge
 from export.terminal import console, progress
 
@@ -344,24 +344,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("bundle", type=Path, nargs="?", default=STARTER_BUNDLE, help="default: the starter's")
     parser.add_argument(
         "--prompts",
-        type=at_least(1),
-        default=PROMPTS,
-        help="prompts of the split test (default: %(default)s)",
+        type=Path,
+        metavar="FILE",
+        help="prompts in UTF-8, one a line; default: captions of the starter's world",
     )
     parser.add_argument(
-        "--judge", default=STARTER_JUDGE, help="a CLIP: folder or hub id (default: the starter's)"
+        "--number", type=at_least(1), default=PROMPTS, help="how many of them at most (default: %(default)s)"
     )
+    parser.add_argument("--judge", help="a CLIP: folder or hub id; default: the starter's")
     parser.add_argument("--out", type=Path, help=f"default: {OUT}")
     options = parser.parse_args(argv)
     out = options.out or default_output(OUT, BEGINS)
     check_output(out)
-    world = router_prompts({"test": options.prompts, "train": CALIBRATION})
-    texts = {split: [one.text for one in world if one.split == split] for split in ("test", "train")}
     starter = options.bundle.resolve() == STARTER_BUNDLE.resolve()
+    if not starter and not (options.prompts and options.judge):
+        raise ExportError(
+            "the starter's captions and judge know nothing but the starter's world: name prompts with --prompts FILE, "
+            "and a CLIP with --judge"
+        )
+    world = router_prompts({"test": options.number, "train": CALIBRATION})
+    texts = {split: [one.text for one in world if one.split == split] for split in ("test", "train")}
+    if options.prompts:
+        texts["test"] = [text for _, text in numbered_lines(options.prompts)][: options.number]
     calibration = texts["train"] if starter else CALIBRATION_PROMPTS
-    found = measure(
-        options.bundle, forms(Bundle.open(options.bundle)), texts["test"], calibration, Judge(options.judge)
-    )
+    judge = Judge(options.judge or STARTER_JUDGE)
+    found = measure(options.bundle, forms(Bundle.open(options.bundle)), texts["test"], calibration, judge)
     command = " ".join(("edge-export precision", *(sys.argv[1:] if argv is None else argv)))
     write_output(out, report(options.bundle, found, command))
     console.print(f"written to {out}")

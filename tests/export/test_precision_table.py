@@ -13,7 +13,7 @@ from edge_agent.superiority import METRICS
 from export import precision, precision_table
 from export.errors import ExportError
 from export.precision_table import Form, Measured, forms, interval, measure, report
-from export.quality import Judge
+from export.quality import STARTER_JUDGE, Judge
 
 PROMPTS = ("a cat", "two dogs on a beach", "a red moon")
 FP32, FP16 = Form("fp32", "fp32"), Form("fp16", "fp16")
@@ -81,7 +81,7 @@ def test_forms_are_all_parts_and_each_alone(routed_bundle: Path) -> None:
     assert found[4].keep == ("text_encoder", "vae_decoder")
 
 
-@pytest.mark.parametrize("arguments", [["--prompts", "0"], ["--out", "FILE/p.md"]])
+@pytest.mark.parametrize("arguments", [["--number", "0"], ["--out", "FILE/p.md"]])
 def test_what_cannot_be_measured_or_written_is_refused_before_the_work(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,6 +90,32 @@ def test_what_cannot_be_measured_or_written_is_refused_before_the_work(
     monkeypatch.setattr(precision_table, "measure", None)
     with pytest.raises((ExportError, SystemExit), match=r"2|cannot be made"):
         precision_table.main(arguments)
+
+
+@pytest.mark.parametrize("named", [[], ["--prompts", "mine.txt"], ["--judge", str(STARTER_JUDGE)]])
+def test_a_bundle_of_ones_own_is_not_measured_by_the_starters_world(
+    routed_bundle: Path, named: list[str]
+) -> None:
+    with pytest.raises(ExportError, match="name prompts with --prompts FILE, and a CLIP with --judge"):
+        precision_table.main([str(routed_bundle), *named])
+
+
+def test_a_bundle_of_ones_own_makes_images_of_ones_own_prompts(
+    routed_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.txt").write_text("a boat\n\na cat\na dog\n")
+    asked: list[list[str]] = []
+
+    def measured(_bundle: Path, _forms: object, prompts: list[str], *_others: object) -> list[Measured]:
+        asked.append(prompts)
+        raise ExportError("enough")
+
+    monkeypatch.setattr(precision_table, "measure", measured)
+    named = ["--prompts", "mine.txt", "--judge", str(STARTER_JUDGE), "--number", "2"]
+    with pytest.raises(ExportError, match="enough"):
+        precision_table.main([str(routed_bundle), *named])
+    assert asked == [["a boat", "a cat"]]
 
 
 def test_an_interval_leaves_zero_out_only_where_the_difference_is_there() -> None:
