@@ -47,9 +47,12 @@ def may_recover(error: BaseException) -> bool:
 
 def _status(error: BaseException) -> int:
     """What the hub answered in HTTP, where that says nothing of one file; otherwise 0."""
-    if not isinstance(error, HfHubHTTPError) or isinstance(error, EntryNotFoundError):
+    if isinstance(error, EntryNotFoundError):
         return 0
-    return error.response.status_code if error.response is not None else 0
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    # What was tried again in vain comes as an error of the library below; that knows no file from a repository.
+    trusted = isinstance(error, HfHubHTTPError) or (isinstance(status, int) and status >= _LATER)
+    return int(status) if trusted else 0
 
 
 def _behind(error: BaseException | None) -> Iterator[BaseException]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ ASKING: dict[str, Callable[[], Any]] = {
             False,
         ),
         (429, "", "answers with the error 429: try again later$", True),
+        (503, "", "answers with the error 503: try again later$", True),
         (404, "EntryNotFound", "^$", False),
     ],
 )
@@ -49,7 +51,9 @@ def test_an_answer_says_what_to_do(
     code: str,
     told: str,
     recovers: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _s: None)  # between the library's own tries
     with (
         refusing_hub(status, code) as address,
         asked_here(address, tmp_path),
