@@ -1219,7 +1219,7 @@ def test_a_model_folder_without_a_part_is_refused(tmp_path: Path, part: str) -> 
         (
             "unet",
             {"in_channels": 9},
-            r"config\.json: the denoiser takes 9 channels, .* 4: it wants a picture too",
+            r"config\.json: the denoiser takes 9 input channels, .* 4: it wants a picture too",
         ),
         ("unet", {"out_channels": 8}, "variance"),
     ],
