@@ -58,6 +58,14 @@ _GRAPH = (
 )
 """The graph a provider has to run: y = x @ x for float32 [2, 2], as serialized ONNX."""
 
+_BRINGS = {
+    "libcuda.so": "NVIDIA's driver",
+    "libnvinfer": "TensorRT",
+    "libnvonnxparser": "TensorRT",
+    "libcu": 'CUDA and cuDNN, on a PC also with pip install "onnxruntime-gpu[cuda,cudnn]"',
+}
+"""Where libraries that NVIDIA's providers need come from, by how their names begin; the first that fits holds."""
+
 _PROBE_OPTIONS = {
     # One node is too few for TensorRT, so that no engine is built for it; that its libraries load still shows.
     "tensorrt": {"trt_min_subgraph_size": "1000"},
@@ -318,9 +326,16 @@ def _missing_library(name: str) -> str:
                 ctypes.CDLL(str(folder / "libonnxruntime_providers_shared.so"), ctypes.RTLD_GLOBAL)
                 ctypes.CDLL(str(library))
             except OSError as error:
-                # libcublasLt.so.12: cannot open shared object file: No such file or directory
-                return str(error)
+                return with_origin(str(error))
     return ""
+
+
+def with_origin(failure: str) -> str:
+    """What the loader says of a library, such as `libcublasLt.so.12: cannot open shared object file: No such file or
+    directory`, and where that comes from, if it is one of NVIDIA's.
+    """
+    origin = next((origin for begin, origin in _BRINGS.items() if failure.startswith(begin)), "")
+    return f"{failure}; it comes with {origin}" if origin else failure
 
 
 def _phrase(error: Exception) -> str:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
+import re
+import sys
 
 import onnx
 import onnxruntime as ort
@@ -24,6 +27,7 @@ from edge_agent.diffusion.providers import (
     find,
     full_name,
     probe,
+    with_origin,
 )
 from edge_agent.errors import StartRefused
 
@@ -159,6 +163,22 @@ def test_the_cpu_works_and_what_onnxruntime_does_not_have_fails_with_a_reason() 
     with contextlib.redirect_stdout(printed), pytest.warns(UserWarning, match="not in available provider"):
         assert "NoSuchExecutionProvider" in probe("NoSuchExecutionProvider")
     assert printed.getvalue() == ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the names are those of Linux")
+@pytest.mark.parametrize(
+    ("library", "origin"),
+    [
+        ("libcuda.so.999", "NVIDIA's driver"),
+        ("libcudnn.so.999", "onnxruntime-gpu[cuda,cudnn]"),
+        ("libcublasLt.so.999", "onnxruntime-gpu[cuda,cudnn]"),
+        ("libnvinfer.so.999", "TensorRT"),
+    ],
+)
+def test_a_library_that_is_not_there_is_named_with_what_brings_it(library: str, origin: str) -> None:
+    with pytest.raises(OSError, match=library) as missing:
+        ctypes.CDLL(library)
+    assert re.search(f"it comes with .*{re.escape(origin)}", with_origin(str(missing.value)))
 
 
 def test_people_are_told_what_is_wrong_and_not_where_onnxruntime_noticed(
