@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
-from huggingface_hub import constants
+from huggingface_hub import constants, model_info
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -37,12 +39,26 @@ def why(model: str, error: BaseException) -> str:
     return ""
 
 
+def out_of_reach(model: str | os.PathLike[str]) -> bool:
+    """Whether `model` is no folder here and the hub cannot be reached, so that only what is kept of it here can be had.
+    Its library, asked for a file that it was not told to look for here alone, goes on trying for 23 s.
+    """
+    if Path(model).is_dir():
+        return False
+    try:
+        model_info(os.fspath(model))
+    except Exception as error:  # the library raises whatever its transport raises
+        return _is_unreached(error)
+    return False
+
+
 def may_recover(error: BaseException) -> bool:
     """Whether the hub was not reached, or had no answer for now, whatever the libraries have made of it since."""
-    return any(
-        isinstance(each, (ConnectionError, TimeoutError, socket.gaierror)) or _status(each) >= _LATER
-        for each in _behind(error)
-    )
+    return _is_unreached(error) or any(_status(each) >= _LATER for each in _behind(error))
+
+
+def _is_unreached(error: BaseException) -> bool:
+    return any(isinstance(each, (ConnectionError, TimeoutError, socket.gaierror)) for each in _behind(error))
 
 
 def _status(error: BaseException) -> int:

@@ -97,7 +97,9 @@ def locate(model: str) -> Path:
 
         folder = downloaded(model).resolve()
         with contextlib.suppress(EntryNotFoundError):  # most have no card, and diffusers takes none
-            hf_hub_download(model, CARD_FILE, revision=folder.name)  # a snapshot is called after its commit
+            kept = hub.out_of_reach(model)
+            # A snapshot is called after its commit.
+            hf_hub_download(model, CARD_FILE, revision=folder.name, local_files_only=kept)
         return folder
     except Exception as error:  # the hub client raises whatever its transport raises
         refused = HubNotReached if hub.may_recover(error) else StartRefused

@@ -22,7 +22,7 @@ from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from huggingface_hub import hf_hub_download, snapshot_download
 
-from cloud_server import complete
+from cloud_server import complete, hub
 from export import denoiser as denoisers
 from export import embedding, folder, lora, source, weights_file
 from export import pipeline as pipelines
@@ -184,7 +184,8 @@ def _from_single_file(file: Path, names: list[str], base: str, made: Any, parts:
 def _autoencoder(base: str) -> Any:
     try:
         with source.quiet(), complete.bars_on_terminals_alone():
-            return complete.part(AutoencoderKL, base, torch.float32, subfolder="vae")
+            kept = hub.out_of_reach(base)
+            return complete.part(AutoencoderKL, base, torch.float32, subfolder="vae", local_files_only=kept)
     except Exception as error:  # each library fails in its own ways
         raise ExportError(f"{base} gives no autoencoder: {source.why_not(base, error)}") from error
 
@@ -239,7 +240,7 @@ def _card(model: str, name: str) -> Path | None:
         return Path(model, name) if Path(model, name).is_file() else None
     try:
         with source.quiet(), complete.bars_on_terminals_alone():
-            return Path(hf_hub_download(model, name))
+            return Path(hf_hub_download(model, name, local_files_only=hub.out_of_reach(model)))
     except Exception:  # the hub's library fails in its own ways, and no model needs a card
         return None
 

@@ -12,7 +12,7 @@ from accelerate import init_empty_weights
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from huggingface_hub import hf_hub_download
 
-from cloud_server import complete
+from cloud_server import complete, hub
 from export import source, weights_file
 from export.errors import ExportError, misfit
 
@@ -58,7 +58,7 @@ def load(
         with source.quiet(logging.ERROR), complete.bars_on_terminals_alone():
             if Path(base).is_dir():
                 complete.refuse_faulty(made, Path(base, part), weights=False)
-            config = made.load_config(base, subfolder=part)
+            config = made.load_config(base, subfolder=part, local_files_only=hub.out_of_reach(base))
             if Path(model).is_file():
                 return _from_file(Path(model), made, config), Path(model)
     except ExportError:
@@ -72,8 +72,10 @@ def load(
         own, wanted = denoiser.config.get(name), config.get(name, defaults.get(name))
         if own != wanted:
             raise ExportError(f"{model} does not suit {base}: its {name} is {own}, and {wanted} is wanted")
-    folder = Path(model) if Path(model).is_dir() else Path(hf_hub_download(model, made.config_name)).parent
-    return denoiser, folder
+    if Path(model).is_dir():
+        return denoiser, Path(model)
+    # Which is here by now, beside the weights.
+    return denoiser, Path(hf_hub_download(model, made.config_name, local_files_only=True)).parent
 
 
 def is_alone(names: Collection[str]) -> bool:

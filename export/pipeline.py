@@ -28,7 +28,7 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import c
 from huggingface_hub import ModelCard
 from transformers import CLIPTextModelWithProjection
 
-from cloud_server import complete
+from cloud_server import complete, hub
 from edge_agent.bundle import MANIFEST, AddedConditioning, JointConditioning, Size
 from export import autoencoder as autoencoders
 from export import source, weights_file
@@ -386,7 +386,7 @@ def _index(model: str | os.PathLike[str], report: Callable[[str], None]) -> dict
     source.tell_of_hub(model, report)
     try:
         with source.quiet():
-            index = DiffusionPipeline.load_config(os.fspath(model))
+            index = DiffusionPipeline.load_config(os.fspath(model), local_files_only=hub.out_of_reach(model))
     except Exception as error:  # the hub's library fails in its own ways
         if isinstance(error, OSError) and error.filename is not None:
             raise  # names the file itself

@@ -17,6 +17,7 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPProcessor, CLIPTextConfig, PreTrainedTokenizerBase
 
+from cloud_server import hub
 from export.errors import ExportError, reason
 
 METRICS_FILE = Path(__file__).parent / "metrics.json"
@@ -148,9 +149,10 @@ class Judge:
 
 def _open(model: Path | str) -> tuple[CLIPModel, CLIPProcessor]:
     try:
-        clip, found = CLIPModel.from_pretrained(model, output_loading_info=True)
+        kept = hub.out_of_reach(model)
+        clip, found = CLIPModel.from_pretrained(model, output_loading_info=True, local_files_only=kept)
         clip = clip.float()  # the option that says so is called otherwise in transformers 4 and 5
-        processor = CLIPProcessor.from_pretrained(model, use_fast=False)
+        processor = CLIPProcessor.from_pretrained(model, use_fast=False, local_files_only=kept)
     except Exception as error:  # each part's library fails in its own way
         raise ExportError(
             f"{model} cannot be opened as a CLIP ({reason(error)}): name a folder or hub id with a CLIP, "

@@ -7,13 +7,13 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from cloud_server import complete, hub
@@ -53,15 +53,12 @@ def located(name: str, what: str, *in_repository: str) -> Path:
     return file
 
 
-def _from_repository(name: str, first: str, *others: str) -> Path:
-    try:
-        return Path(hf_hub_download(name, first))
-    except EntryNotFoundError as error:
-        unreached = isinstance(error, LocalEntryNotFoundError)
-        kept = [file for file in others if isinstance(try_to_load_from_cache(name, file), str)]
-        if not others or (unreached and not kept):
-            raise
-    return _from_repository(name, *(kept if unreached else others))
+def _from_repository(name: str, *files: str) -> Path:
+    kept = hub.out_of_reach(name)
+    for file in files[:-1]:
+        with suppress(EntryNotFoundError):
+            return Path(hf_hub_download(name, file, local_files_only=kept))
+    return Path(hf_hub_download(name, files[-1], local_files_only=kept))
 
 
 def load_part(
@@ -93,9 +90,10 @@ def load_part(
         with quiet(logging.ERROR), complete.bars_on_terminals_alone():
             if Path(model).is_dir():
                 complete.refuse_faulty(classes[0], Path(model))
-            name = classes[0].load_config(os.fspath(model)).get("_class_name")
+            kept = hub.out_of_reach(model)
+            name = classes[0].load_config(os.fspath(model), local_files_only=kept).get("_class_name")
             if name in known:
-                return complete.part(known[name], model, torch.float32)
+                return complete.part(known[name], model, torch.float32, local_files_only=kept)
     except ExportError:
         raise
     except Exception as error:  # the hub's library fails in its own ways

@@ -16,6 +16,9 @@ from huggingface_hub import constants, file_download, hf_api
 
 COMMIT = "c0ffee" + "0" * 34
 
+NOBODY = "http://127.0.0.1:9"
+"""The address of a hub that cannot be reached."""
+
 
 class _Silent(http.server.BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # its name in the base class

@@ -13,7 +13,7 @@ import pytest
 
 from cloud_server.__main__ import main
 from cloud_server.model import CARD_FILE, open_model
-from tests.hub import asked_here, hub
+from tests.hub import NOBODY, asked_here, hub
 from tests.running import process_environment
 
 
@@ -64,7 +64,7 @@ def test_a_hub_that_does_not_answer_is_told_from_one_without_the_model(tmp_path:
     """The unit starts the server again after the one and not after the other."""
     (tmp_path / "empty").mkdir()
     command = [sys.executable, "-m", "cloud_server", "digest", "--model", "another/name"]
-    with hub(tmp_path / "empty") if there else nullcontext("http://127.0.0.1:9") as address:
+    with hub(tmp_path / "empty") if there else nullcontext(NOBODY) as address:
         environment = process_environment(tmp_path) | {
             "HF_ENDPOINT": address,
             "HF_HOME": str(tmp_path / "cache"),

@@ -7,11 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
 
 from cloud_server.__main__ import main
 from cloud_server.errors import StartRefused
 from cloud_server.model import _model_files, open_model
+from tests.hub import COMMIT, NOBODY, asked_here
 
 
 @pytest.fixture
@@ -62,20 +62,19 @@ def test_a_card_says_what_diffusers_leaves_open(folder: Path) -> None:
 
 
 def test_a_model_of_the_hub_is_called_by_its_id_unless_its_card_names_it(
-    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_folder: Path, tmp_path: Path
 ) -> None:
     """A snapshot that was downloaded before is taken without the hub."""
-    repository, commit = tmp_path / "models--owner--name", "c0ffee" + "0" * 34
-    snapshot = Path(shutil.copytree(model_folder, repository / "snapshots" / commit))
+    repository = tmp_path / "models--owner--name"
+    snapshot = Path(shutil.copytree(model_folder, repository / "snapshots" / COMMIT))
     (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(commit)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert open_model("owner/name").name == "miniature"
-    (snapshot / "routet2i.json").unlink()
-    model = open_model("owner/name")
+    (repository / "refs" / "main").write_text(COMMIT)
+    with asked_here(NOBODY, tmp_path):
+        assert open_model("owner/name").name == "miniature"
+        (snapshot / "routet2i.json").unlink()
+        model = open_model("owner/name")
     assert (model.name, model.folder) == ("owner/name", snapshot)
-    assert open_model(str(snapshot)).name == commit
+    assert open_model(str(snapshot)).name == COMMIT
 
 
 @pytest.mark.parametrize(
