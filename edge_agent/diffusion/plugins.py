@@ -84,7 +84,10 @@ def _registered(package: str) -> dict[str, Plugin]:
         devices = ort.get_ep_devices()
     except Exception as error:
         # A package in disorder, or onnxruntime, whose own exceptions share no base class.
-        return dict.fromkeys(names, Plugin(failure=f"{package} cannot be registered: {error}"))
+        why = str(error).rpartition(" with error: ")[
+            2
+        ]  # what the system says of a library, before it the library
+        return dict.fromkeys(names, Plugin(failure=f"{package} cannot be registered: {why}"))
     plugins = {}
     for name in names:
         own = {device.device.type.name: device for device in reversed(devices) if device.ep_name == name}

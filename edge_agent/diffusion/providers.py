@@ -58,6 +58,9 @@ _GRAPH = (
 )
 """The graph a provider has to run: y = x @ x for float32 [2, 2], as serialized ONNX."""
 
+_LACKING = re.compile(r"(lib\S+): cannot open shared object file")
+"""What the loader of Linux says of a library that is not there."""
+
 _BRINGS = {
     "libcuda.so": "NVIDIA's driver",
     "libnvinfer": "TensorRT",
@@ -138,7 +141,11 @@ def find(wish: Sequence[str] = (), unfit: Mapping[str, str] | None = None) -> Ch
         StartRefused: a provider of the wish cannot be used; the message says why.
     """
     available = tuple(_short(name) for name in _available())
-    failures = {_short(name): plugin.failure for name, plugin in plugins.found().items() if plugin.failure}
+    failures = {
+        _short(name): with_origin(plugin.failure)
+        for name, plugin in plugins.found().items()
+        if plugin.failure
+    }
     if not wish:
         failures = dict(unfit or {}) | failures
     candidates = [
@@ -280,10 +287,9 @@ def _builds() -> tuple[str, ...]:
 
 
 def _brings_onnxruntime(folder: Path) -> bool:
-    try:
-        return "onnxruntime" in (folder / "top_level.txt").read_text().split()
-    except OSError:
-        return True  # it does not say, and is called so
+    record = folder / "RECORD"  # not all have a top_level.txt
+    # Without one it does not say, and is called so.
+    return not record.is_file() or "\nonnxruntime/__init__.py," in f"\n{record.read_text(encoding='utf-8')}"
 
 
 def _collision(builds: Sequence[str]) -> str:
@@ -326,16 +332,18 @@ def _missing_library(name: str) -> str:
                 ctypes.CDLL(str(folder / "libonnxruntime_providers_shared.so"), ctypes.RTLD_GLOBAL)
                 ctypes.CDLL(str(library))
             except OSError as error:
+                # libcublasLt.so.12: cannot open shared object file: No such file or directory
                 return with_origin(str(error))
     return ""
 
 
 def with_origin(failure: str) -> str:
-    """What the loader says of a library, such as `libcublasLt.so.12: cannot open shared object file: No such file or
-    directory`, and where that comes from, if it is one of NVIDIA's.
-    """
-    origin = next((origin for begin, origin in _BRINGS.items() if failure.startswith(begin)), "")
-    return f"{failure}; it comes with {origin}" if origin else failure
+    """`failure`, and where the library comes from that it says is lacking, if that is one of NVIDIA's."""
+    lacking = _LACKING.search(failure)
+    for begin, origin in _BRINGS.items():
+        if lacking and lacking[1].startswith(begin):
+            return f"{failure}; it comes with {origin}"
+    return failure
 
 
 def _phrase(error: Exception) -> str:

@@ -31,19 +31,24 @@ knows_plugins = pytest.mark.skipif(
 )
 
 
+def record_of(folder: Path, package: str) -> None:
+    """What an installation leaves beside the package."""
+    (info := folder / f"{package}-1.0.dist-info").mkdir()
+    (info / "RECORD").write_text(f"{package}/__init__.py,,\n")
+
+
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
     """Puts a package with this text beside onnxruntime."""
     (tmp_path / "onnxruntime").mkdir()
-    (tmp_path / "onnxruntime-1.0.dist-info").mkdir()
-    (tmp_path / "onnxruntime-1.0.dist-info" / "top_level.txt").write_text("onnxruntime\n")
+    record_of(tmp_path, "onnxruntime")
     monkeypatch.setattr(ort, "__file__", str(tmp_path / "onnxruntime" / "__init__.py"))
     monkeypatch.syspath_prepend(tmp_path)
 
     def write(text: str) -> None:
-        for folder, file in ((PACKAGE, "__init__.py"), (f"{PACKAGE}-1.0.dist-info", "top_level.txt")):
-            (tmp_path / folder).mkdir()
-            (tmp_path / folder / file).write_text(text if file == "__init__.py" else f"{PACKAGE}\n")
+        (tmp_path / PACKAGE).mkdir()
+        (tmp_path / PACKAGE / "__init__.py").write_text(text)
+        record_of(tmp_path, PACKAGE)
 
     plugins.found.cache_clear()
     yield write

@@ -7,6 +7,7 @@ import ctypes
 import io
 import re
 import sys
+from pathlib import Path
 
 import onnx
 import onnxruntime as ort
@@ -23,6 +24,7 @@ from edge_agent.diffusion.providers import (
     Standing,
     State,
     WarmUp,
+    _builds,
     choose,
     find,
     full_name,
@@ -178,7 +180,19 @@ def test_the_cpu_works_and_what_onnxruntime_does_not_have_fails_with_a_reason() 
 def test_a_library_that_is_not_there_is_named_with_what_brings_it(library: str, origin: str) -> None:
     with pytest.raises(OSError, match=library) as missing:
         ctypes.CDLL(library)
-    assert re.search(f"it comes with .*{re.escape(origin)}", with_origin(str(missing.value)))
+    told = with_origin(f"a plugin cannot be registered: {missing.value}")
+    assert re.search(f"{library}: .*; it comes with .*{re.escape(origin)}", told)
+
+
+def test_a_companion_of_onnxruntime_is_not_taken_for_a_second_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As onnxruntime_ggml 0.2.0 is installed, which has no top_level.txt."""
+    for name, file in {"": "onnxruntime", "_ggml": "onnxruntime_ggml", "_gpu": "onnxruntime"}.items():
+        (folder := tmp_path / f"onnxruntime{name}-1.0.dist-info").mkdir()
+        (folder / "RECORD").write_text(f"{folder.name}/METADATA,sha256=a,1\n{file}/__init__.py,sha256=b,2\n")
+    monkeypatch.setattr(ort, "__file__", str(tmp_path / "onnxruntime" / "__init__.py"))
+    assert _builds() == ("onnxruntime", "onnxruntime-gpu")
 
 
 def test_people_are_told_what_is_wrong_and_not_where_onnxruntime_noticed(
