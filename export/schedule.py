@@ -217,6 +217,12 @@ def _check(scheduler: Any, steps: Steps, schedule: Schedule, scale: float, loop:
     inputs = [scale * random.standard_normal(width) for _ in range(schedule.calls + 1)]
     seen, draws = _drive(scheduler, steps, inputs, 1, loop)
     for call, values in enumerate(seen):
+        where = "the final latents are" if call == schedule.calls else f"the input of call {call + 1} is"
+        if not np.isfinite(values).all():
+            raise ExportError(
+                f"{schedule.scheduler} makes no images of {number_of(steps)} steps with this config, in diffusers "
+                f"either ({where} no number); name other steps, {_CHANGE}"
+            )
         expected = np.asarray(schedule.signal[call]) @ np.stack(inputs[: call + 1])
         drawn = [draw for after, draw in draws if after < call]
         if len(drawn) != len(schedule.noise[call]):
@@ -235,10 +241,8 @@ def _check(scheduler: Any, steps: Steps, schedule: Schedule, scale: float, loop:
                 if flags
                 else _OTHER
             )
-            where = "the final latents" if call == schedule.calls else f"the input of call {call + 1}"
             raise NotLinear(
-                f"{schedule.scheduler} is not linear: {why} "
-                f"({where} differ by {difference:.1e} from a weighted sum)"
+                f"{schedule.scheduler} is not linear: {why} ({where} off by {difference:.1e} from a weighted sum)"
             )
 
 

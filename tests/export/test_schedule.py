@@ -206,6 +206,15 @@ def test_where_edm_expects_to_arrive_is_known_at_each_step(kind: str) -> None:
         np.testing.assert_allclose(a * latents / spread + b * target, image, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("steps", "where"), [(1, "the final latents are"), (4, "the input of call 2 is")])
+def test_a_scheduler_that_divides_by_nothing_is_not_said_to_be_nonlinear(steps: int, where: str) -> None:
+    """What predicts noise says nothing of the clean image at a signal of zero."""
+    with pytest.raises(
+        ExportError, match=rf"{steps} steps with this config, in diffusers either \({where} no number"
+    ):
+        compile_schedule(scheduler("LCMScheduler", {"rescale_betas_zero_snr": True}), steps)
+
+
 @pytest.mark.parametrize(
     ("name", "config", "why"),
     [
