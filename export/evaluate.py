@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from scipy.stats import rankdata
 from edge_agent.bundle import Bundle
 from edge_agent.superiority import relative_superiority
 from export.arguments import check_output, default_output, write_output
+from export.bootstrap import Estimate, Floats, estimate, resampled
 from export.calibrate import predicted
 from export.errors import ExportError
 from export.outcomes import Outcomes
@@ -43,19 +44,6 @@ OUT, BEGINS = "evaluation.json", '{\n "rate":'
 RESAMPLES = 1000
 FEWEST = 10  # scenes; with fewer many a resample draws but one of them, and no interval says anything
 TABLE_WIDTH = 110  # characters, where no terminal says how many there are
-Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A value with its 95 % bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 @dataclass(frozen=True)
@@ -114,15 +102,6 @@ def oracle_gain(quality: Floats, rate: float) -> float:
     return float(np.mean(turns)) / len(quality)
 
 
-def resampled(scenes: NDArray[np.int64], number: int, seed: int = 0) -> Iterator[NDArray[np.int64]]:
-    """Rows of ``number`` bootstrap samples: as many scenes as there are, drawn with replacement, with their prompts."""
-    draw = np.random.default_rng(seed)
-    order = np.argsort(scenes, kind="stable")
-    groups = np.split(order, np.flatnonzero(np.diff(scenes[order])) + 1)
-    for _ in range(number):
-        yield np.concatenate([groups[one] for one in draw.integers(0, len(groups), len(groups))])
-
-
 def evaluate(
     scores: Mapping[str, Floats],
     realised: Floats,
@@ -135,7 +114,7 @@ def evaluate(
     `realised` is the PRS of the measured mean qualities, [N], `scenes` [N] numbers what each prompt says. Raises
     ExportError when there is nothing to choose between, and so no headroom.
     """
-    resamples = [np.arange(len(realised)), *resampled(scenes, RESAMPLES)]
+    resamples = list(resampled(scenes, RESAMPLES))
     quality, metrics = (
         paired.gaps.mean(2),
         paired.gaps.mean(1),
@@ -169,20 +148,14 @@ def evaluate(
     return [*rows, row("oracle", oracle, None)]
 
 
-def estimate(values: Floats) -> Estimate:
-    """The first is the value itself, the others are the resamples'."""
-    low, high = np.quantile(values[1:], (0.025, 0.975))
-    return Estimate(float(values[0]), float(low), float(high))
-
-
 def table(rows: Sequence[Row], rate: float) -> Table:
     """For a terminal or a pipe."""
     made = Table(box=SIMPLE)
     for name in ("router", "Spearman with realised PRS", f"captured headroom at {rate:.0%}", "pooled dP, %"):
         made.add_column(name, no_wrap=True)
     for row in rows:
-        dp = f"{row.pooled_dp.value:.1f} [{row.pooled_dp.low:.1f}, {row.pooled_dp.high:.1f}]"
-        made.add_row(row.router, str(row.rank_correlation or ""), str(row.headroom), dp)
+        correlation = f"{row.rank_correlation:.3f}" if row.rank_correlation else ""
+        made.add_row(row.router, correlation, f"{row.headroom:.3f}", f"{row.pooled_dp:.1f}")
     return made
 
 

@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from export.arguments import check_output, shown, write_output
+from export.bootstrap import estimate, resampled
 from export.errors import DAMAGED_NPZ, ExportError
-from export.evaluate import resampled
 from export.label import MODELS, made_with
 from export.outcomes import INSPECTION, INSPECTOR, Outcomes, read_table, write_table
 from export.prompts import PROMPTS, SHARES, Prompt, router_prompts, scenes_of
@@ -222,9 +222,8 @@ def bootstrap(
     if not len(rows):
         return "-"
     of = np.arange(len(rows)) if scenes is None else scenes
-    drawn = [statistic(rows[chosen]) for chosen in resampled(of, RESAMPLES, SEED)]
-    low, high = np.quantile(drawn, (0.025, 0.975))
-    return f"{statistic(rows):.2f} [{low:.2f}, {high:.2f}]"
+    drawn = np.array([statistic(rows[chosen]) for chosen in resampled(of, RESAMPLES, SEED)])
+    return f"{estimate(drawn):.2f}"
 
 
 def scenes_of_prompts(ids: Iterable[int], prompts: Mapping[int, Prompt]) -> NDArray[np.int64]:

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from edge_agent.diffusion.generator import Image
 from edge_agent.reader import Reader
 from edge_agent.superiority import METRICS, relative_superiority
 from export.arguments import at_least, check_output, default_output, write_output
+from export.bootstrap import Estimate, Floats, estimate, resampled
 from export.errors import ExportError
 from export.label import STARTER_BUNDLE
 from export.precision import CALIBRATION_PROMPTS, DTYPES, Loss, drawn, shrink
@@ -44,8 +45,6 @@ TURNS = 30  # timed images a form
 RESAMPLES = 2000
 SEED = 6000
 _MB = 1e6
-
-Floats = NDArray[np.float64]
 
 # Loads a bundle and makes one image for each line it reads; says how long that took, and its memory.
 _PAINTER = """
@@ -235,21 +234,10 @@ def _prs(folder: Path, source: Path, prompts: Sequence[str]) -> Floats | None:
     return np.array(scores)
 
 
-def interval(differences: Floats) -> tuple[float, float, float]:
-    """Mean over the first axis and its 95 % bootstrap interval."""
-    rng = np.random.default_rng(SEED)
-    drawn = differences[rng.integers(0, len(differences), (RESAMPLES, len(differences)))].mean(axis=1)
-    low, high = np.quantile(drawn, (0.025, 0.975))
-    return float(differences.mean()), float(low), float(high)
-
-
-def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
-    """Median of the ratios of pairs, and its 95 % bootstrap interval."""
-    pairs = np.asarray(ours) / np.asarray(theirs)
-    rng = np.random.default_rng(SEED)
-    drawn = np.median(pairs[rng.integers(0, len(pairs), (RESAMPLES, len(pairs)))], axis=1)
-    low, high = np.quantile(drawn, (0.025, 0.975))
-    return float(np.median(pairs)), float(low), float(high)
+def interval(values: Floats, statistic: Callable[[Floats], np.float64] = np.mean) -> Estimate:
+    """The statistic of ``values`` [N], which are independent of each other."""
+    samples = resampled(np.arange(len(values)), RESAMPLES, SEED)
+    return estimate(np.array([statistic(values[rows]) for rows in samples]))
 
 
 def report(source: Path, found: Sequence[Measured], command: str) -> str:
@@ -272,9 +260,10 @@ def report(source: Path, found: Sequence[Measured], command: str) -> str:
     ]
     for one in found:
         cost = one.cost
+        ratio = interval(np.asarray(cost.seconds) / np.asarray(first.cost.seconds), np.median)
         lines.append(
             f"| {one.form.name} | {cost.bytes / _MB:.1f} MB | {1e3 * float(np.median(cost.seconds)):.1f} ms | "
-            f"{_shown(ratio(cost.seconds, first.cost.seconds), '.2f')} | {cost.load_seconds:.2f} s | "
+            f"{ratio:.2f} | {cost.load_seconds:.2f} s | "
             f"{cost.idle_bytes / _MB:.0f} MB | {cost.peak_bytes / _MB:.0f} MB | {one.loss.largest:.3f} | "
             f"{one.loss.psnr:.1f} dB |"
         )
@@ -294,9 +283,9 @@ def report(source: Path, found: Sequence[Measured], command: str) -> str:
         own = 100 * first.quality[:, index]
         cells = []
         for one in others:
-            value, low, high = interval(100 * (one.quality[:, index] - first.quality[:, index]))
-            shown = _shown((value, low, high), "+.2f")
-            cells.append(f"**{shown}**" if low > 0 or high < 0 else shown)
+            change = interval(100 * (one.quality[:, index] - first.quality[:, index]))
+            bold = "**" if change.low > 0 or change.high < 0 else ""
+            cells.append(f"{bold}{change:+.2f}{bold}")
         lines.append(f"| {name} | {own.mean():.1f} ± {own.std():.1f} | " + " | ".join(cells) + " |")
     calibration = bundle.calibration
     if first.prs is not None and calibration is not None:
@@ -319,11 +308,6 @@ def report(source: Path, found: Sequence[Measured], command: str) -> str:
                 f"{np.mean(one.prs < alpha):.1%} |"
             )
     return "\n".join(lines) + "\n"
-
-
-def _shown(estimate: tuple[float, float, float], form: str) -> str:
-    value, low, high = (format(number, form) for number in estimate)
-    return f"{value} [{low}, {high}]"
 
 
 def _processor() -> str:

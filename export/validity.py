@@ -28,7 +28,8 @@ from PIL import Image
 
 from edge_agent.superiority import METRICS
 from export.arguments import check_output, default_output, shown, write_output
-from export.evaluate import resampled, spearman
+from export.bootstrap import Floats, estimate, resampled
+from export.evaluate import spearman
 from export.negatives import FAULTS, hard_negatives
 from export.outcomes import ADHERENCE, Outcomes
 from export.quality import STARTER_JUDGE, Judge
@@ -45,7 +46,6 @@ SEVERITIES = (0.2, 0.4, 0.6, 0.8, 1.0)
 NEARLY_ALWAYS = 0.95  # share of pictures in which a metric is to fall under its own damage
 SEED = 41
 RESAMPLES = 1000
-Floats = NDArray[np.float64]
 Spoil = Callable[[Sample, str, float, np.random.Generator], np.ndarray]
 
 
@@ -89,10 +89,8 @@ def reliability(values: Floats) -> Floats:
 
 def with_interval(statistic: Callable[[NDArray[np.int64]], Floats], scenes: NDArray[np.int64]) -> list[str]:
     """The statistic of all rows, and its 95 % bootstrap interval over their ``scenes``, as text, an entry a column."""
-    value = statistic(np.arange(len(scenes)))
     drawn = np.stack([statistic(rows) for rows in resampled(scenes, RESAMPLES, SEED)])
-    low, high = np.quantile(drawn, (0.025, 0.975), axis=0)
-    return [f"{v:.2f} [{a:.2f}, {b:.2f}]" for v, a, b in zip(value, low, high, strict=True)]
+    return [f"{estimate(column):.2f}" for column in drawn.T]
 
 
 def complete(test: Outcomes) -> tuple[Floats, Floats]:

@@ -31,9 +31,10 @@ from numpy.typing import NDArray
 
 from edge_agent.bundle import Bundle
 from export.arguments import at_least
+from export.bootstrap import Estimate, estimate, resampled
 from export.calibrate import scale_of
 from export.errors import ExportError
-from export.evaluate import FEWEST, Estimate, Paired, estimate, resampled, routed, spearman
+from export.evaluate import FEWEST, Paired, routed, spearman
 from export.label import STARTER_BUNDLE
 from export.mixture import Shape
 from export.outcomes import SPLITS, Outcomes
@@ -457,7 +458,7 @@ def _ceiling(train: Outcomes, test: Outcomes, known: Mapping[str, Scene | None])
 def _elsewhere(one: Fitted, split: str, data: Data) -> Estimate:
     """Mean gain over random at half the prompts, in percent of what cloud-only wins, on another split."""
     gain, scenes = data.others[split].gain, data.others[split].scenes
-    samples = [np.arange(len(gain)), *resampled(scenes, RESAMPLES)]
+    samples = resampled(scenes, RESAMPLES)
     return estimate(
         np.array([100 * _won(one.scores[split], gain, rows) / gain[rows].mean() for rows in samples])
     )

@@ -27,8 +27,9 @@ from edge_agent.predictor import Prediction, Predictor
 from edge_agent.recent import Recent
 from edge_agent.superiority import ALPHA_BOUND, largest_alpha, realised_rate, relative_superiority
 from edge_agent.tokens import Tokenizer, Tokens
+from export.bootstrap import Estimate, estimate, resampled
 from export.calibrate import familiar
-from export.evaluate import Estimate, estimate, resampled, spearman
+from export.evaluate import spearman
 from export.outcomes import Outcomes
 from export.routerbench.measure import RATES, RESAMPLES
 from export.routerbench.router import Floats
@@ -219,7 +220,7 @@ def decisions(
                     np.array(
                         [
                             spearman(predicted[split][rows], realised[split][rows])
-                            for rows in _samples(scenes[split])
+                            for rows in resampled(scenes[split], RESAMPLES, SEED)
                         ]
                     )
                 ),
@@ -229,11 +230,6 @@ def decisions(
     )
 
 
-def _samples(scenes: NDArray[np.int64], seed: int = SEED) -> list[NDArray[np.int64]]:
-    """The prompts themselves, and their bootstrap samples."""
-    return [np.arange(len(scenes)), *resampled(scenes, RESAMPLES, seed)]
-
-
 def _rates(
     calibration: Calibration,
     predicted: Mapping[str, Floats],
@@ -241,8 +237,8 @@ def _rates(
     split: str,
 ) -> list[Rate]:
     """Both the calibration prompts and the split's are samples: both are drawn again for the interval."""
-    here = [predicted[split][rows] for rows in _samples(scenes[split])]
-    there = [predicted["calibration"][rows] for rows in _samples(scenes["calibration"], SEED + 1)]
+    here = [predicted[split][rows] for rows in resampled(scenes[split], RESAMPLES, SEED)]
+    there = [predicted["calibration"][rows] for rows in resampled(scenes["calibration"], RESAMPLES, SEED + 1)]
     rates = []
     for wanted in RATES:
         alphas = [largest_alpha(scores, wanted) for scores in there]
@@ -265,7 +261,7 @@ def _followed(calibration: Calibration, predicted: Floats) -> Followed:
 def _reliability(
     predicted: Floats, realised: Floats, scenes: NDArray[np.int64]
 ) -> tuple[list[Bin], Estimate, Estimate]:
-    samples = _samples(scenes)
+    samples = list(resampled(scenes, RESAMPLES, SEED))
     edges = np.quantile(predicted, np.linspace(0, 1, BINS + 1)[1:-1])
     number = np.searchsorted(edges, predicted, side="right")
     bins = []
@@ -295,9 +291,8 @@ def _explanations(decider: Decider, prompts: Sequence[Tokens], scenes: NDArray[n
         others.append((np.delete(moved, first).mean(), moved.mean()))
         most.append((moved.max(), np.delete(moved, moved.argmax()).mean()))
         kept.append(row)
-    samples = _samples(scenes[kept])
     columns = np.column_stack([named, others, most])  # [prompts, 5]
-    means = np.array([columns[rows].mean(axis=0) for rows in samples])
+    means = np.array([columns[rows].mean(axis=0) for rows in resampled(scenes[kept], RESAMPLES, SEED)])
     return Explanations(
         prompts=len(kept),
         named=estimate(means[:, 0]),

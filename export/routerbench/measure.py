@@ -19,8 +19,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from export.bootstrap import Estimate, estimate, resampled
 from export.errors import ExportError
-from export.evaluate import Estimate, Paired, estimate, resampled, routed
+from export.evaluate import Paired, routed
 from export.outcomes import Outcomes
 from export.routerbench.router import Floats
 
@@ -110,7 +111,7 @@ class Bench:
                 test.edge_inspected[:, :count].astype(np.float64),
                 test.cloud_inspected[:, :count].astype(np.float64),
             )
-        self.resamples = [np.arange(len(self.gaps)), *resampled(scenes, RESAMPLES)]
+        self.resamples = list(resampled(scenes, RESAMPLES))
         self.full = np.array([self.gaps[rows].mean(axis=0) for rows in self.resamples])  # [R, M]
         edge, cloud = (one.astype(np.float64).mean(axis=1) for one in (test.edge, test.cloud))
         self.edge = np.array([edge[rows].mean() for rows in self.resamples])  # [R]

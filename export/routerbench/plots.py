@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.axes import Axes
 
-from export.evaluate import Estimate, estimate
+from export.bootstrap import Estimate, estimate
 from export.routerbench.decision import Decisions
 from export.routerbench.measure import Point
 from export.routerbench.report import REFERENCE, Curves, Facts

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_agent.superiority import METRICS
+from export.bootstrap import Estimate
 from export.calibrate import FAMILIAR
-from export.evaluate import Estimate
 from export.mixture import Shape
 from export.routerbench.ceiling import Ceiling
 from export.routerbench.decision import EARLY, STREAM, Decisions
@@ -235,15 +235,15 @@ def _report(
         lines.append(
             _row(
                 f"{router} (100 %)" if router == CLOUD_ONLY else router,
-                _text(point.headroom),
-                _text(facts.headroom_once[router]) if router in facts.headroom_once else "",
-                _text(point.delta_p, 1),
-                _text(point.over_cloud_only),
-                _text(point.pooled_dp, 1),
-                _text(point.pgr),
-                _text(point.win_gain, 1),
+                f"{point.headroom:.2f}",
+                f"{facts.headroom_once[router]:.2f}" if router in facts.headroom_once else "",
+                f"{point.delta_p:.1f}",
+                f"{point.over_cloud_only:.2f}",
+                f"{point.pooled_dp:.1f}",
+                f"{point.pgr:.2f}",
+                f"{point.win_gain:.1f}",
                 f"{facts.correlations[router]:.3f}" if router in facts.correlations else "",
-                "" if found is None else _text(found, 3),
+                "" if found is None else f"{found:.3f}",
                 f"{PAPER[router]:.2f}" if router in PAPER else "",
             )
         )
@@ -269,8 +269,8 @@ def _report(
         *(
             _row(
                 router,
-                *(_text(found, 3) for found in (one.apgr, one.cpt50, one.cpt80)),
-                *(_text(one.aiq, 4), _text(one.cloud_share_at_dp50, 3)),
+                *(f"{found:.3f}" for found in (one.apgr, one.cpt50, one.cpt80)),
+                *(f"{one.aiq:.4f}", f"{one.cloud_share_at_dp50:.3f}"),
                 *("" if np.isnan(ms) else f"{ms:.4f}" for ms in one.decision_ms),
             )
             for router, one in summary.items()
@@ -279,13 +279,13 @@ def _report(
         "CPT 50 and CPT 80 are the shares of cloud calls that win half, and four fifths, of what cloud-only wins.",
         "Decision times are of the router alone in torch on one thread, token states being there already.",
         "",
-        *_at_all_rates("Captured headroom", curves.routers, lambda point: _text(point.headroom)),
-        *_at_all_rates("PGR", curves.all, lambda point: _text(point.pgr)),
-        *_at_all_rates("Win gain, points", curves.all, lambda point: _text(point.win_gain, 1)),
+        *_at_all_rates("Captured headroom", curves.routers, lambda point: f"{point.headroom:.2f}"),
+        *_at_all_rates("PGR", curves.all, lambda point: f"{point.pgr:.2f}"),
+        *_at_all_rates("Win gain, points", curves.all, lambda point: f"{point.win_gain:.1f}"),
         *_at_all_rates(
             "Inspector accuracy",
             {name: curve for name, curve in curves.all.items() if curve[0].inspector_accuracy is not None},
-            lambda point: "" if point.inspector_accuracy is None else _text(point.inspector_accuracy),
+            lambda point: "" if point.inspector_accuracy is None else f"{point.inspector_accuracy:.2f}",
         ),
         *_at_all_rates(
             "dP (as a share of cloud-only's; pooled), %",
@@ -313,7 +313,7 @@ def _report(
             "",
             *_table("router", *splits),
             *(
-                _row(router, *(_text(value, 1) for value in there.values()))
+                _row(router, *(f"{value:.1f}" for value in there.values()))
                 for router, there in facts.elsewhere.items()
             ),
         ]
@@ -378,7 +378,7 @@ def _inspected(facts: Facts) -> list[str]:
         "How much more often, at 50 %, the inspector finds in the served image what was asked for than by",
         "",
         *_table("router", *next(iter(shown.values()))),
-        *(_row(name, *(_text(one, 3) for one in found.values() if one)) for name, found in shown.items()),
+        *(_row(name, *(f"{one:.3f}" for one in found.values() if one)) for name, found in shown.items()),
         "",
     ]
 
@@ -404,7 +404,7 @@ def _differences(facts: Facts) -> list[str]:
         f"The best baseline on validation is {best}. Captured headroom above its, paired over scenes:",
         "",
         *_table("router", *MEANS),
-        *(_row(name, *map(_text, apart[best].all)) for name, apart in facts.differences.items()),
+        *(_row(name, *map("{:.2f}".format, apart[best].all)) for name, apart in facts.differences.items()),
         "",
         "Above every baseline's, that one in bold: it alone was chosen without the test prompts, and no interval is",
         "widened for the number of comparisons:",
@@ -414,7 +414,11 @@ def _differences(facts: Facts) -> list[str]:
     for name in (name for name in TOLD_APART if name in facts.differences):
         for baseline, apart in facts.differences[name].items():
             lines.append(
-                _row(name, f"**{baseline}**" if baseline == best else baseline, *map(_text, apart.all))
+                _row(
+                    name,
+                    f"**{baseline}**" if baseline == best else baseline,
+                    *map("{:.2f}".format, apart.all),
+                )
             )
     return [*lines, ""]
 
@@ -428,7 +432,7 @@ def _ablations(facts: Facts) -> list[str]:
         "",
         *_table("without", "beside", *MEANS, "does the part earn its place here?"),
         *(
-            _row(name, whole, *map(_text, costs.all), _verdict(costs))
+            _row(name, whole, *map("{:.2f}".format, costs.all), _verdict(costs))
             for (name, whole), costs in facts.ablations.items()
         ),
         "",
@@ -474,7 +478,7 @@ def _decisions(made: Decisions | None) -> list[str]:
     ]
     for split, rates in made.rates.items():
         cells = [
-            f"{'' if rate.kept else '**'}{_text(rate.realised)}{'' if rate.kept else '**'}"
+            f"{'' if rate.kept else '**'}{rate.realised:.2f}{'' if rate.kept else '**'}"
             + (" (1/2)" if rate.bounded else "")
             for rate in rates
         ]
@@ -497,8 +501,8 @@ def _decisions(made: Decisions | None) -> list[str]:
         "",
         "### Reliability of PRS",
         "",
-        f"Slope of realised over predicted PRS on the test prompts: {_text(made.slope)}; 1 would be reliable. Mean of",
-        f"realised less mean of predicted: {_text(made.offset, 3)}; 0 would be. The edge's images are the better ones",
+        f"Slope of realised over predicted PRS on the test prompts: {made.slope:.2f}; 1 would be reliable. Mean of",
+        f"realised less mean of predicted: {made.offset:.3f}; 0 would be. The edge's images are the better ones",
         f"(realised PRS above 1/2) for {made.edge_wins:.1%} of them; the bound alpha <= 1/2 keeps",
         f"{made.kept_back:.1%} on the edge at every rate.",
         "",
@@ -507,10 +511,10 @@ def _decisions(made: Decisions | None) -> list[str]:
         "### Explanations",
         "",
         f"On {told.prompts} test prompts, deleting the token that the decision names first and encoding again moves",
-        f"PRS by {_text(told.named, 4)}, deleting any other by {_text(told.others, 4)}:",
-        f"{_text(told.ratio)} times as much (aim: 3), and {_text(told.over_any)} times as much as deleting one at",
+        f"PRS by {told.named:.4f}, deleting any other by {told.others:.4f}:",
+        f"{told.ratio:.2f} times as much (aim: 3), and {told.over_any:.2f} times as much as deleting one at",
         "random, which may be the named one. The token that `edge-agent route --explain` names first, which deletes",
-        f"every one to find out, moves it {_text(told.measured)} times as much as another. That is a maximum, above 1",
+        f"every one to find out, moves it {told.measured:.2f} times as much as another. That is a maximum, above 1",
         "by construction: no name can exceed it, and among moves at random it would be 2.5 or more.",
         "",
         "### Domain",
@@ -521,7 +525,7 @@ def _decisions(made: Decisions | None) -> list[str]:
         "",
         *_table("split", "with a rare token", "far", "rank correlation"),
         *(
-            _row(split, f"{one.with_unknown:.0%}", f"{one.far:.0%}", _text(one.correlation))
+            _row(split, f"{one.with_unknown:.0%}", f"{one.far:.0%}", f"{one.correlation:.2f}")
             for split, one in made.domains.items()
         ),
         "",
@@ -538,10 +542,4 @@ def _row(*cells: str) -> str:
 
 
 def _percents(share: Estimate) -> str:
-    return _text(Estimate(100 * share.value, 100 * share.low, 100 * share.high), 0)
-
-
-def _text(estimate: Estimate, digits: int = 2) -> str:
-    if np.isnan(estimate.value):
-        return ""
-    return f"{estimate.value:.{digits}f} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
+    return f"{Estimate(100 * share.value, 100 * share.low, 100 * share.high):.0f}"

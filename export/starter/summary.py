@@ -24,7 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from edge_agent.superiority import METRICS
 from export.arguments import check_output, default_output, write_output
-from export.evaluate import RESAMPLES, Estimate, estimate, resampled
+from export.bootstrap import Estimate, estimate, resampled
+from export.evaluate import RESAMPLES
 from export.label import STARTER_CLOUD, STARTER_EDGE, Painter, cloud_model
 from export.outcomes import Outcomes
 from export.terminal import progress
@@ -87,7 +88,7 @@ def costs(painters: Sequence[Painter]) -> list[Cost]:
 def qualities(test: Outcomes, scenes: NDArray[np.int64]) -> dict[str, tuple[Estimate, Estimate, Estimate]]:
     """Metric -> means of the edge's images, of the cloud's, and of the gap; ``scenes`` [N] numbers what prompts say."""
     edge, cloud = test.edge.astype(np.float64), test.cloud.astype(np.float64)
-    drawn = [np.arange(len(test)), *resampled(scenes, RESAMPLES)]
+    drawn = list(resampled(scenes, RESAMPLES))
 
     def means(values: Floats) -> list[Estimate]:
         return [estimate(column) for column in np.stack([values[rows].mean(0) for rows in drawn]).T]
@@ -143,7 +144,10 @@ def report(
         "",
         "| metric | edge | cloud | cloud - edge |",
         "|---|---|---|---|",
-        *(f"| {metric} | {' | '.join(map(str, values))} |" for metric, values in quality.items()),
+        *(
+            f"| {metric} | {' | '.join(f'{value:.3f}' for value in values)} |"
+            for metric, values in quality.items()
+        ),
         "",
         "The model cards say how each was trained: [edge](../export/starter/weights/README.md),",
         "[cloud](../cloud_server/starter/README.md).",

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from export import evaluate as evaluation
+from export.bootstrap import resampled
 from export.errors import ExportError
-from export.evaluate import Paired, evaluate, oracle_gain, resampled, routed, spearman
+from export.evaluate import Paired, evaluate, oracle_gain, routed, spearman
 
 RATE = 0.5
 
@@ -99,7 +100,9 @@ def test_resamples_hold_no_copies_of_all_that_was_measured() -> None:
 
 def test_prompts_of_one_scene_are_drawn_together() -> None:
     scenes = np.array([0, 1, 0, 2, 1, 0])
-    for rows in resampled(scenes, 50):
+    every, *drawn = resampled(scenes, 50)
+    np.testing.assert_array_equal(every, np.arange(6))
+    for rows in drawn:
         counts = np.bincount(rows, minlength=6)
         assert counts[0] == counts[2] == counts[5]
         assert counts[1] == counts[4]

@@ -120,6 +120,6 @@ def test_a_bundle_of_ones_own_makes_images_of_ones_own_prompts(
 
 def test_an_interval_leaves_zero_out_only_where_the_difference_is_there() -> None:
     noise = np.random.default_rng(0).normal(0.0, 1.0, 400)
-    mean, low, high = interval(noise)
-    assert low < 0 < high and low < mean < high
-    assert interval(noise + 0.5)[1] > 0
+    found = interval(noise)
+    assert found.low < 0 < found.high and found.low < found.value < found.high
+    assert interval(noise + 0.5).low > 0

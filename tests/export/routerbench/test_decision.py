@@ -10,7 +10,7 @@ import pytest
 from edge_agent.bundle import Bundle
 from edge_agent.superiority import METRICS
 from export.__main__ import main
-from export.evaluate import estimate
+from export.bootstrap import estimate
 from export.outcomes import Outcomes
 from export.prompts import router_prompts, scenes_by_text, scenes_of
 from export.routerbench.decision import Decider, Decisions, Rate, decisions

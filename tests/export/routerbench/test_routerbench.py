@@ -17,8 +17,8 @@ import torch
 
 from edge_agent.superiority import METRICS
 from export.__main__ import main
+from export.bootstrap import Estimate
 from export.errors import ExportError
-from export.evaluate import Estimate
 from export.outcomes import Outcomes
 from export.routerbench import routers
 from export.routerbench.__main__ import Data, _longest_first, ending, fit, worth
