@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,20 @@ class _Inert:
 
     def __setstate__(self, _state: Any) -> None:
         pass
+
+
+class _Dict:
+    """Stands for a dictionary of another class: torch's unpickler gives entries, and attributes, to these alone."""
+
+    def __new__(cls, *_values: Any) -> OrderedDict[Any, Any]:  # type: ignore[misc]
+        return OrderedDict()
+
+
+class _List:
+    """The same of a list."""
+
+    def __new__(cls, *_values: Any) -> list[Any]:  # type: ignore[misc]
+        return []
 
 
 def types(file: Path) -> dict[str, torch.dtype | None]:
@@ -79,8 +94,15 @@ def alone(file: Path) -> Iterator[None]:
     others = []
     if _is_pickled(file) and zipfile.is_zipfile(file):
         others = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-    with torch.serialization.safe_globals([(_Inert, name) for name in others]):
+    with torch.serialization.safe_globals([(_stand_in(name), name) for name in others]):
         yield
+
+
+def _stand_in(name: str) -> type:
+    """For the class of this name, which says alone what it holds: defaultdict, AttributeDict, ParameterDict, deque."""
+    if name.lower().endswith("dict"):
+        return _Dict
+    return _List if name.lower().endswith(("list", "deque")) else _Inert
 
 
 def _refuse_other(file: Path) -> None:
@@ -121,6 +143,7 @@ def _unpickled(file: Path) -> dict[str, torch.Tensor]:
 
 def _named(held: Any, deepest: int) -> dict[str, torch.Tensor]:
     """The weights in what was pickled, so deep within it at most; none where it goes on, as it may hold itself."""
+    held = getattr(held, "_parameters", held)  # of a ParameterDict, which an embedding of 2022 may have
     if not isinstance(held, dict):
         return {}
     for name in _INNER:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections import defaultdict, deque
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,14 @@ class Callback:
 
     def __init__(self, patience: int) -> None:
         self.patience = patience
+
+
+class SettingsDict(dict[str, Any]):
+    """Of a trainer, with entries and attributes."""
+
+
+class LossesList(list[float]):
+    """Of a trainer."""
 
 
 class Opener:
@@ -70,6 +79,14 @@ def test_nothing_but_weights_is_made_of_what_was_pickled(tmp_path: Path) -> None
     assert not (tmp_path / "opened").exists()
     torch.load(file, weights_only=False)  # what it does to whoever trusts it
     assert (tmp_path / "opened").exists()
+
+
+def test_containers_of_other_classes_beside_weights_are_passed_over(tmp_path: Path) -> None:
+    settings = SettingsDict(steps=3)
+    settings.frozen = True  # type: ignore[attr-defined]
+    beside = [defaultdict(int, {"steps": 3}), settings, LossesList([0.5, 0.25]), deque([0.5], maxlen=2)]
+    torch.save({"beside": beside, "state_dict": WEIGHTS}, file := tmp_path / "trained.ckpt")
+    assert weights_file.read(file).keys() == WEIGHTS.keys()
 
 
 @pytest.mark.parametrize(
@@ -135,12 +152,13 @@ def test_a_lora_may_be_pickled(model: Path, tmp_path: Path) -> None:
     assert set(differ(weights_at(tmp_path / "folder"), weights_of(pipeline))) == set(added)
 
 
-def test_an_embedding_of_the_webui_has_its_files_name(model: Path, tmp_path: Path) -> None:
-    """The one in it is what it was called while it was trained."""
+@pytest.mark.parametrize("container", [dict, torch.nn.ParameterDict])
+def test_an_embedding_of_the_webui_has_its_files_name(model: Path, tmp_path: Path, container: Any) -> None:
+    """The one in it is what it was called while it was trained. Until 2022 its vectors were in a ParameterDict."""
     vectors = concept(miniature_pipeline(), tmp_path / "catty.safetensors")[0]
     held = {
         "string_to_token": {"*": 265},
-        "string_to_param": {"*": torch.nn.Parameter(vectors)},
+        "string_to_param": container({"*": torch.nn.Parameter(vectors)}),
         "name": "run-3",
     }
     torch.save(held, file := tmp_path / "catty.pt")
