@@ -93,12 +93,25 @@ def load_part(
             kept = hub.out_of_reach(model)
             name = classes[0].load_config(os.fspath(model), local_files_only=kept).get("_class_name")
             if name in known:
-                return complete.part(known[name], model, torch.float32, local_files_only=kept)
+                return _whole(known[name], model, local_files_only=kept)
     except ExportError:
         raise
     except Exception as error:  # the hub's library fails in its own ways
         raise ExportError(f"{model} cannot be loaded as {what}: {why_not(model, error)}") from error
     raise ExportError(f"{model} holds a {name}; as {what}, {' or '.join(known)} is wanted here")
+
+
+def _whole(made: Any, model: str | os.PathLike[str], **options: Any) -> Any:
+    """The network of class `made`, which may have only weights in half precision; `complete.part` sees that in folders
+    alone.
+    """
+    try:
+        return complete.part(made, model, torch.float32, **options)
+    except ValueError:
+        if not Path(model).is_dir():
+            with suppress(ValueError):
+                return complete.part(made, model, torch.float32, variant="fp16", **options)
+        raise
 
 
 def from_first_code(made: Any, own: Any, weights: Mapping[str, torch.Tensor]) -> Any:

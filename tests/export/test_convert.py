@@ -764,13 +764,16 @@ def test_a_denoiser_with_a_config_of_its_own_makes_a_model_that_can_be_exported(
     assert made.manifest.guidance_embedding == 16
 
 
-def test_a_denoiser_comes_from_the_hub(latent_consistency: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("variant", ["", ".fp16"])
+def test_a_denoiser_comes_from_the_hub(latent_consistency: Path, tmp_path: Path, variant: str) -> None:
+    """Also where it is there in half precision alone."""
+    weights = latent_consistency / "diffusion_pytorch_model.safetensors"
+    kept = weights.rename(weights.with_suffix(f"{variant}.safetensors"))
     said = converted_from(latent_consistency, tmp_path, str(tmp_path / "model"), denoiser="owner/name")
     assert said.startswith("owner/name is no folder here: asking the hub at http://127.0.0.1:")
-    name = "diffusion_pytorch_model.safetensors"
-    found = load_file(tmp_path / "folder" / "unet" / name)
+    found = load_file(tmp_path / "folder" / "unet" / weights.name)
     assert {weight.dtype for weight in found.values()} == {torch.float16}
-    assert differ(found, load_file(latent_consistency / name)) == []
+    assert differ(found, load_file(kept)) == []
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
