@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +21,9 @@ from export.errors import ExportError, misfit
 
 _FIRST_CODE = "encoder.down."
 """How the names of some weights begin in the first code, and none of diffusers'."""
+
+_TINY = re.compile(r"((en|de)coder\.layers\.)?\d+\.")
+"""How those of a tiny one do, which are in a row."""
 
 
 def load(model: str | os.PathLike[str], own: Any, report: Callable[[str], None] = lambda _: None) -> Any:
@@ -45,6 +49,10 @@ def _from_file(file: Path, own: Any) -> Any:
             f"{file} is a file, which has no config, and that of the model's own is of an {kind}"
         )
     weights = {_alone(name): weight for name, weight in weights_file.read_floating(file).items()}
+    if any(map(_TINY.match, weights)):
+        raise ExportError(
+            f"{file} is a tiny autoencoder, and has no config: name its folder or hub id, such as madebyollin/taesd"
+        )
     if not all(weight.float().isfinite().all() for weight in weights.values()):
         raise ExportError(f"{file} is damaged: it holds what is no number; get it again")
     try:

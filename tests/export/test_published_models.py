@@ -271,6 +271,12 @@ def test_a_file_that_is_no_autoencoder_of_the_models_kind_is_refused(
 def test_a_file_without_a_config_goes_with_that_of_an_ordinary_autoencoder(tmp_path: Path) -> None:
     pipeline = miniature_pipeline()
     file = save_autoencoder(autoencoder_weights(pipeline.vae), tmp_path / "vae.safetensors")
+    tiny = miniature_tiny_autoencoder().state_dict()
+    for names in ("decoder.layers.", ""):  # diffusers', and those that it was first published with
+        some = {name: one for name, one in tiny.items() if name.startswith("decoder.layers.")}
+        renamed = {name.replace("decoder.layers.", names): one for name, one in some.items()}
+        with pytest.raises(ExportError, match=r"is a tiny autoencoder, .* such as madebyollin/taesd$"):
+            prepared(pipeline, save_autoencoder(renamed, tmp_path / "taesd_decoder.safetensors"))
     (tmp_path / "vae.pt").write_bytes(b"x")
     with pytest.raises(ExportError, match=r"vae\.pt is cut off or damaged, no file of weights, or"):
         prepared(pipeline, tmp_path / "vae.pt")
