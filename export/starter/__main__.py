@@ -41,6 +41,7 @@ from pathlib import Path
 from export import calibrate, diffusion_onnx, evaluate, inspection, label, predictor_onnx
 from export import train as train_predictor
 from export.__main__ import run
+from export.arguments import at_least
 from export.label import STARTER_BUNDLE, STARTER_CLOUD, STARTER_EDGE
 from export.quality import STARTER_JUDGE
 from export.starter import (
@@ -56,7 +57,7 @@ from export.starter import (
 )
 from export.starter.card import read_records, write_card
 from export.starter.inspector import STARTER_INSPECTOR
-from export.starter.size import EDGE, SKETCHES
+from export.starter.size import CLOUD, EDGE, SKETCHES, Size
 from export.starter.training import UNFINISHED, needed
 
 EDGE_STEPS = f"{EDGE.inference_steps},8,16"  # step counts compiled into the bundle, the default first
@@ -126,27 +127,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     options, rest = parser.parse_known_args(argv)
     work = options.work
-    training = [
-        "--work",
-        str(work),
-        *(["--seconds", str(options.seconds)] if options.seconds is not None else []),
-    ]
+
+    def trained(train: Callable[..., bool], *size: Size) -> int:
+        of_stage = argparse.ArgumentParser(prog=f"edge-export starter {options.stage}")
+        of_stage.add_argument("--steps", type=at_least(1), help="training steps (default: the recipe's)")
+        if train in (judge.train, inspector.train):
+            of_stage.add_argument(
+                "--autoencoder", type=Path, help="folder of the autoencoder (default: the recipe's)"
+            )
+        done = train(work, *size, seconds=options.seconds, **vars(of_stage.parse_args(rest)))
+        return 0 if done else UNFINISHED
 
     stages: dict[str, Callable[[], int]] = {
-        "autoencoder": lambda: autoencoder.main(["autoencoder", *training, *rest]),
-        "decoder": lambda: autoencoder.main(["decoder", *training, *rest]),
-        "edge-text": lambda: text_encoder.main(["edge", *training, *rest]),
-        "cloud-text": lambda: text_encoder.main(["cloud", *training, *rest]),
+        "autoencoder": lambda: trained(autoencoder.train),
+        "decoder": lambda: trained(autoencoder.train_decoder),
+        "edge-text": lambda: trained(text_encoder.train, EDGE),
+        "cloud-text": lambda: trained(text_encoder.train, CLOUD),
         "sketch": lambda: _first_failure(
-            [
-                *(partial(denoiser.main, [size.name, *training, *rest]) for size in SKETCHES),
-                partial(sketch.paint, work),
-            ]
+            [*(partial(trained, denoiser.train, size) for size in SKETCHES), partial(sketch.paint, work)]
         ),
-        "judge": lambda: judge.main([*training, *rest]),
-        "inspector": lambda: inspector.main([*training, *rest]),
-        "edge": lambda: denoiser.main(["edge", *training, *rest]),
-        "cloud": lambda: denoiser.main(["cloud", *training, *rest]),
+        "judge": lambda: trained(judge.train),
+        "inspector": lambda: trained(inspector.train),
+        "edge": lambda: trained(denoiser.train, EDGE),
+        "cloud": lambda: trained(denoiser.train, CLOUD),
         "install": lambda: install(work),
         "bundle": bundle,
         "label": lambda: label.main(

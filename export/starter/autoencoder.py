@@ -8,8 +8,6 @@ the same and nothing wide runs at full resolution.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +15,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch.nn import functional as F
 
-from export.arguments import at_least
 from export.errors import ExportError
-from export.starter.training import UNFINISHED, Run, needed, write_record
+from export.starter.training import Run, needed, write_record
 from export.starter.world import render, sample_scenes
 
 STEPS, BATCH, LEARNING_RATE, SEED = 2200, 96, 2e-3, 1
@@ -159,21 +156,3 @@ def held_out_psnr(model: AutoencoderKL) -> float:
     psnr = round(10 * torch.log10(4 / F.mse_loss(restored, images)).item(), 2)
     print(f"autoencoder: {psnr} dB on held-out scenes")
     return psnr
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The stage's command; 0 when done, UNFINISHED when the next call has to go on."""
-    parser = argparse.ArgumentParser(prog="edge-export starter autoencoder", description=__doc__)
-    parser.add_argument("stage", choices=("autoencoder", "decoder"))
-    parser.add_argument("--work", type=Path, default=Path("runs/starter"), help="folder of checkpoints")
-    parser.add_argument("--steps", type=at_least(1), help="training steps (default: the recipe's)")
-    parser.add_argument("--seconds", type=float, help="stop after this long; the next call goes on")
-    options = parser.parse_args(argv)
-    stage = train_decoder if options.stage == "decoder" else train
-    return 0 if stage(options.work, steps=options.steps, seconds=options.seconds) else UNFINISHED
-
-
-if __name__ == "__main__":
-    from export.__main__ import run
-
-    raise SystemExit(run(main))

@@ -6,11 +6,9 @@ classifier-free guidance has its other half.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +24,11 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPTokenizerFast
 
-from export.arguments import at_least
+from export.pipeline import drop_origin
 from export.starter.autoencoder import pixels
-from export.starter.size import SIZES, Size
+from export.starter.size import Size
 from export.starter.tokenizer import token_ids
-from export.starter.training import UNFINISHED, Run, made_ahead, needed, write_record
+from export.starter.training import Run, made_ahead, needed, write_record
 from export.starter.world import Scene, caption, render, sample_scenes
 
 SCENES = 60_000  # of the generators' split, rendered and encoded once
@@ -173,10 +171,7 @@ def write_pipeline(
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipeline.to(torch.float16).save_pretrained(partial, max_shard_size=FILE_LIMIT)
-    for file in partial.glob("*/config.json"):  # where a part was loaded from is nobody's business
-        config = json.loads(file.read_text())
-        config.pop("_name_or_path", None)
-        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    drop_origin(partial)
     facts = {
         "name": f"routet2i-starter-{size.name}",
         "licence": "Apache-2.0",
@@ -189,24 +184,3 @@ def write_pipeline(
     (partial / "routet2i.json").write_text(json.dumps(facts, indent=1) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The stage's command; 0 when done, UNFINISHED when the next call has to go on."""
-    parser = argparse.ArgumentParser(prog="edge-export starter denoiser", description=__doc__)
-    parser.add_argument("size", choices=SIZES)
-    parser.add_argument("--work", type=Path, default=Path("runs/starter"), help="folder of checkpoints")
-    parser.add_argument("--steps", type=at_least(1), help="training steps (default: the recipe's)")
-    parser.add_argument("--seconds", type=float, help="stop after this long; the next call goes on")
-    options = parser.parse_args(argv)
-    return (
-        0
-        if train(options.work, SIZES[options.size], steps=options.steps, seconds=options.seconds)
-        else UNFINISHED
-    )
-
-
-if __name__ == "__main__":
-    from export.__main__ import run
-
-    raise SystemExit(run(main))

@@ -13,7 +13,6 @@ blurred, tinted, shrunk, made noisy and taken through the autoencoder with a lit
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,11 +27,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from export.arguments import at_least
 from export.errors import ExportError
 from export.starter.autoencoder import autoencoder_folder
 from export.starter.sprites import OBJECTS
-from export.starter.training import UNFINISHED, Run, write_record
+from export.starter.training import Run, write_record
 from export.starter.world import BACKGROUNDS, SIZE, Scene, as_picture, backdrop, place, sample_scenes, stamp
 
 STARTER_INSPECTOR = Path(__file__).parent / "weights" / "inspector"
@@ -280,7 +278,7 @@ def weathered(pixels: torch.Tensor, rng: np.random.Generator, autoencoder: Autoe
 
 
 def train(
-    work: Path, *, autoencoder: Path | None = None, steps: int = STEPS, seconds: float | None = None
+    work: Path, *, autoencoder: Path | None = None, steps: int | None = None, seconds: float | None = None
 ) -> bool:
     """Train or go on training; True when done, and then ``work/inspector/model`` holds the weights.
 
@@ -293,7 +291,7 @@ def train(
     run = Run(
         folder,
         Detector(),
-        steps=steps,
+        steps=steps or STEPS,
         batch=BATCH,
         learning_rate=LEARNING_RATE,
         seed=SEED,
@@ -329,25 +327,3 @@ def train(
     save_file(weights, folder / "model" / WEIGHTS)
     write_record(folder, run.record())
     return True
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The stage's command; 0 when done, UNFINISHED when the next call has to go on."""
-    parser = argparse.ArgumentParser(
-        prog="edge-export starter inspector", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--work", type=Path, default=Path("runs/starter"), help="folder of checkpoints")
-    parser.add_argument(
-        "--autoencoder", type=Path, help="folder of the autoencoder (default: the recipe's, under --work)"
-    )
-    parser.add_argument("--steps", type=at_least(1), default=STEPS)
-    parser.add_argument("--seconds", type=float, help="stop after this long; the next call goes on")
-    options = parser.parse_args(argv)
-    done = train(options.work, autoencoder=options.autoencoder, steps=options.steps, seconds=options.seconds)
-    return 0 if done else UNFINISHED
-
-
-if __name__ == "__main__":
-    from export.__main__ import run
-
-    raise SystemExit(run(main))

@@ -13,8 +13,6 @@ sees.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,14 +30,13 @@ from transformers import (
 )
 
 from edge_agent.superiority import METRICS
-from export.arguments import at_least
 from export.negatives import hard_negatives
 from export.quality import Metric, load_metrics
 from export.starter.autoencoder import autoencoder_folder
 from export.starter.damage import SIDE_EFFECTS, Sample, damage, render_samples
 from export.starter.sketch import Sketches, sketches
 from export.starter.tokenizer import token_ids, train_tokenizer
-from export.starter.training import UNFINISHED, Run, write_record
+from export.starter.training import Run, write_record
 from export.starter.world import caption, sample_scenes
 
 STEPS, LEARNING_RATE, SEED = 6000, 1.5e-3, 21
@@ -177,7 +174,7 @@ def restored(
 
 
 def train(
-    work: Path, *, autoencoder: Path | None = None, steps: int = STEPS, seconds: float | None = None
+    work: Path, *, autoencoder: Path | None = None, steps: int | None = None, seconds: float | None = None
 ) -> bool:
     """Train or go on training; True when done, and then ``work/judge/model`` is a CLIP folder.
 
@@ -194,7 +191,7 @@ def train(
     run = Run(
         folder,
         new_judge(tokenizer),
-        steps=steps,
+        steps=steps or STEPS,
         batch=BATCH,
         learning_rate=LEARNING_RATE,
         seed=SEED,
@@ -246,23 +243,3 @@ def train(
     CLIPProcessor(processor, tokenizer).save_pretrained(folder / "model")
     write_record(folder, run.record())
     return True
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The stage's command; 0 when done, UNFINISHED when the next call has to go on."""
-    parser = argparse.ArgumentParser(prog="edge-export starter judge", description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("runs/starter"), help="folder of checkpoints")
-    parser.add_argument(
-        "--autoencoder", type=Path, help="folder of the autoencoder (default: the recipe's, under --work)"
-    )
-    parser.add_argument("--steps", type=at_least(1), default=STEPS)
-    parser.add_argument("--seconds", type=float, help="stop after this long; the next call goes on")
-    options = parser.parse_args(argv)
-    done = train(options.work, autoencoder=options.autoencoder, steps=options.steps, seconds=options.seconds)
-    return 0 if done else UNFINISHED
-
-
-if __name__ == "__main__":
-    from export.__main__ import run
-
-    raise SystemExit(run(main))

@@ -35,4 +35,3 @@ SKETCHES = (
     Size("sketch-small", "edge-text", (16, 32, 64), (1, 2, 4), 128, 2, 4, 2.0, 1200, 256, 1.2e-3, 14),
     Size("sketch-large", "edge-text", (48, 96, 192), (1, 2, 4), 128, 2, 4, 3.0, 300, 256, 1.2e-3, 15),
 )
-SIZES = {size.name: size for size in (EDGE, CLOUD, *SKETCHES)}

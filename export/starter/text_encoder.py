@@ -8,8 +8,6 @@ times as long to get there. The head is thrown away.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +16,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPTokenizerFast
 
-from export.arguments import at_least
-from export.starter.size import SIZES, Size
+from export.starter.size import Size
 from export.starter.sprites import OBJECTS
 from export.starter.tokenizer import token_ids, train_tokenizer
-from export.starter.training import UNFINISHED, Run, write_record
+from export.starter.training import Run, write_record
 from export.starter.world import BACKGROUNDS, SIZE, Scene, caption, place, sample_scenes
 
 STEPS, BATCH, LEARNING_RATE = 2000, 256, 1.5e-3
@@ -86,7 +83,7 @@ def read_scenes(
     return ids, np.stack([cells_of(scene, rng) for scene in scenes])
 
 
-def train(work: Path, size: Size, *, steps: int = STEPS, seconds: float | None = None) -> bool:
+def train(work: Path, size: Size, *, steps: int | None = None, seconds: float | None = None) -> bool:
     """Train or go on training; True when done, and then ``work/<text>/model`` holds the text encoder."""
     folder = work / size.text
     tokenizer = train_tokenizer(folder / "tokenizer")
@@ -95,7 +92,7 @@ def train(work: Path, size: Size, *, steps: int = STEPS, seconds: float | None =
     run = Run(
         folder,
         Reader(size, tokenizer),
-        steps=steps,
+        steps=steps or STEPS,
         batch=BATCH,
         learning_rate=LEARNING_RATE,
         seed=size.seed,
@@ -122,21 +119,3 @@ def train(work: Path, size: Size, *, steps: int = STEPS, seconds: float | None =
     reader.text_encoder.save_pretrained(folder / "model")
     write_record(folder, run.record() | {"held_out_cell_accuracy": accuracy})
     return True
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The stage's command; 0 when done, UNFINISHED when the next call has to go on."""
-    parser = argparse.ArgumentParser(prog="edge-export starter text-encoder", description=__doc__)
-    parser.add_argument("size", choices=("edge", "cloud"))
-    parser.add_argument("--work", type=Path, default=Path("runs/starter"), help="folder of checkpoints")
-    parser.add_argument("--steps", type=at_least(1), default=STEPS)
-    parser.add_argument("--seconds", type=float, help="stop after this long; the next call goes on")
-    options = parser.parse_args(argv)
-    done = train(options.work, SIZES[options.size], steps=options.steps, seconds=options.seconds)
-    return 0 if done else UNFINISHED
-
-
-if __name__ == "__main__":
-    from export.__main__ import run
-
-    raise SystemExit(run(main))

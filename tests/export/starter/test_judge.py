@@ -7,7 +7,7 @@ from edge_agent.superiority import METRICS
 from export.errors import ExportError
 from export.quality import load_metrics
 from export.starter.damage import SIDE_EFFECTS
-from export.starter.judge import BLAMED, FAULTS, RUINED, UNDAMAGED, main, make_batch, restored
+from export.starter.judge import BLAMED, FAULTS, RUINED, UNDAMAGED, make_batch, restored, train
 from export.starter.sketch import Sketches
 from export.starter.world import plural, sample_scenes
 
@@ -110,4 +110,4 @@ def test_some_scenes_damaged_by_rule_go_through_the_autoencoder_and_both_picture
 
 def test_the_judge_needs_an_autoencoder_and_says_whose(tmp_path):
     with pytest.raises(ExportError, match="run `edge-export starter decoder --work "):
-        main(["--work", str(tmp_path), "--steps", "1"])
+        train(tmp_path, steps=1)
