@@ -30,7 +30,8 @@ from export.errors import DAMAGED_NPZ, ExportError
 from export.label import MODELS, made_with
 from export.outcomes import INSPECTION, INSPECTOR, Outcomes, read_table, write_table
 from export.prompts import PROMPTS, SHARES, Prompt, router_prompts, scenes_of
-from export.starter.inspector import STARTER_INSPECTOR, Inspector, Sight
+from export.starter.inspector import Inspector, Sight
+from export.starter.shipped import STARTER_INSPECTOR
 from export.starter.world import Scene, render, sample_scenes
 from export.terminal import console, progress
 

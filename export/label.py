@@ -40,13 +40,9 @@ from export.errors import DAMAGED_NPZ, ExportError, reason
 from export.negatives import hard_negatives
 from export.outcomes import ADHERENCE, COLUMNS, INSPECTION, INSPECTOR, Outcomes, read_table, write_table
 from export.prompts import CEILING_PROMPTS, PROMPTS, SHARES, Prompt, own_prompts, router_prompts
-from export.quality import STARTER_JUDGE, Judge
+from export.quality import Judge
+from export.starter.shipped import STARTER_BUNDLE, STARTER_CLOUD, STARTER_JUDGE
 from export.terminal import progress
-
-ROOT = Path(__file__).parent.parent
-STARTER_EDGE = ROOT / "export" / "starter" / "weights" / "edge"
-STARTER_CLOUD = ROOT / "cloud_server" / "starter"
-STARTER_BUNDLE = ROOT / "edge_agent" / "starter"
 
 PIECE = 25  # prompts; what an interruption loses at most
 BATCH = 5  # images a pipeline makes at once; a whole piece of large ones would not fit a GPU

@@ -31,10 +31,10 @@ from edge_agent.superiority import METRICS, relative_superiority
 from export.arguments import at_least, check_output, default_output, write_output
 from export.bootstrap import Estimate, Floats, estimate, resampled
 from export.errors import ExportError
-from export.label import STARTER_BUNDLE
 from export.precision import CALIBRATION_PROMPTS, DTYPES, Loss, drawn, shrink
 from export.prompts import numbered_lines, router_prompts
-from export.quality import STARTER_JUDGE, Judge
+from export.quality import Judge
+from export.starter.shipped import STARTER_BUNDLE, STARTER_JUDGE
 from export.terminal import console, progress
 
 OUT, BEGINS = "precision.md", "Made by `edge-export precision"

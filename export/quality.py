@@ -19,9 +19,9 @@ from transformers import CLIPModel, CLIPProcessor, CLIPTextConfig, PreTrainedTok
 
 from cloud_server import hub
 from export.errors import ExportError, reason
+from export.starter.shipped import STARTER_JUDGE
 
 METRICS_FILE = Path(__file__).parent / "metrics.json"
-STARTER_JUDGE = Path(__file__).parent / "starter" / "weights" / "judge"
 LEGACY_END = 2
 """The end's id in the configuration of CLIP's first releases, whatever it is: with it transformers takes the largest id
 of a sentence for the end."""

@@ -32,9 +32,10 @@ from export.bootstrap import Floats, estimate, resampled
 from export.evaluate import spearman
 from export.negatives import FAULTS, hard_negatives
 from export.outcomes import ADHERENCE, Outcomes
-from export.quality import STARTER_JUDGE, Judge
+from export.quality import Judge
 from export.starter.damage import Sample, damage, render_samples
 from export.starter.foreign_damage import foreign_damage
+from export.starter.shipped import STARTER_JUDGE
 from export.starter.world import Scene, caption, sample_scenes
 from export.terminal import console, progress
 

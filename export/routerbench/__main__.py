@@ -35,7 +35,6 @@ from export.bootstrap import Estimate, estimate, resampled
 from export.calibrate import scale_of
 from export.errors import ExportError
 from export.evaluate import FEWEST, Paired, routed, spearman
-from export.label import STARTER_BUNDLE
 from export.mixture import Shape
 from export.outcomes import SPLITS, Outcomes
 from export.prompts import never_learnt, scenes_by_text, scenes_of
@@ -54,11 +53,11 @@ from export.routerbench.routers import (
     Ranked,
     RouteT2I,
 )
+from export.starter.shipped import STARTER_BUNDLE, STARTER_LABELS
 from export.starter.world import Scene
 from export.states import of_prompts, of_shorter_prompts
 from export.terminal import console, progress
 
-LABELS = Path(__file__).parent.parent / "starter" / "weights" / "labels.parquet"
 SEEDS = 3
 TIMED = 200  # decisions a router's time is measured on
 OTHER_SPLITS = ("combinations", "wording", "free-form")
@@ -275,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The stage's command; exit code 0."""
     parser = argparse.ArgumentParser("edge-export routerbench", description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
-        "--labels", type=Path, default=LABELS, help="the outcome matrix (default: the starter's)"
+        "--labels", type=Path, default=STARTER_LABELS, help="the outcome matrix (default: the starter's)"
     )
     parser.add_argument("--bundle", type=Path, default=STARTER_BUNDLE, help="whose text encoder routers read")
     parser.add_argument(

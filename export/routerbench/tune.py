@@ -27,11 +27,9 @@ from edge_agent.bundle import Bundle
 from export.arguments import at_least, check_output, write_output
 from export.calibrate import scale_of
 from export.errors import ExportError
-from export.label import STARTER_BUNDLE
 from export.outcomes import Outcomes
 from export.prompts import never_learnt
 from export.routerbench.__main__ import (
-    LABELS,
     blamed_on,
     checked,
     ending,
@@ -41,6 +39,7 @@ from export.routerbench.__main__ import (
 )
 from export.routerbench.router import Prompts
 from export.routerbench.routers import TUNED, Tuned
+from export.starter.shipped import STARTER_BUNDLE, STARTER_LABELS
 from export.terminal import console, progress
 
 COLUMNS = ("labels", "router", "setting", "validation", "calibration")
@@ -117,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("out", type=Path, metavar="OUT.csv", help="one line a fit")
     parser.add_argument(
-        "--labels", type=Path, default=LABELS, help="the outcome matrix (default: the starter's)"
+        "--labels", type=Path, default=STARTER_LABELS, help="the outcome matrix (default: the starter's)"
     )
     parser.add_argument("--bundle", type=Path, default=STARTER_BUNDLE, help="whose text encoder routers read")
     parser.add_argument(

@@ -42,8 +42,6 @@ from export import calibrate, diffusion_onnx, evaluate, inspection, label, predi
 from export import train as train_predictor
 from export.__main__ import run
 from export.arguments import at_least
-from export.label import STARTER_BUNDLE, STARTER_CLOUD, STARTER_EDGE
-from export.quality import STARTER_JUDGE
 from export.starter import (
     autoencoder,
     contact_sheet,
@@ -56,14 +54,21 @@ from export.starter import (
     text_encoder,
 )
 from export.starter.card import read_records, write_card
-from export.starter.inspector import STARTER_INSPECTOR
+from export.starter.shipped import (
+    STARTER_BUNDLE,
+    STARTER_CLOUD,
+    STARTER_EDGE,
+    STARTER_INSPECTOR,
+    STARTER_JUDGE,
+    STARTER_LABELS,
+    WEIGHTS,
+)
 from export.starter.size import CLOUD, EDGE, SKETCHES, Size
 from export.starter.training import UNFINISHED, needed
 
 EDGE_STEPS = f"{EDGE.inference_steps},8,16"  # step counts compiled into the bundle, the default first
-OUTCOMES = STARTER_EDGE.parent / "labels.parquet"
 LABELLING = ("--adherence", "--edge-draws=4")  # the edge's images cost a tenth of the cloud's
-EVALUATION = STARTER_EDGE.parent / "evaluation.json"
+EVALUATION = WEIGHTS / "evaluation.json"
 INSPECTION = Path("docs/inspector.md")
 SKETCHED = tuple(size.name for size in SKETCHES)
 
@@ -84,7 +89,7 @@ def install(work: Path) -> int:
     for name, place in places.items():
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(work / name / "model", place)
-    write_card(others, STARTER_EDGE.parent / "README.md")
+    write_card(others, WEIGHTS / "README.md")
     write_card(cloud, STARTER_CLOUD / "README.md")
     return 0
 
@@ -106,9 +111,9 @@ def predictor(work: Path) -> int:
     """Train the predictor on the shipped labels, write it into the bundle, calibrate."""
     folder = work / "predictor"
     steps = (
-        lambda: train_predictor.main([str(OUTCOMES), str(STARTER_BUNDLE), str(folder)]),
+        lambda: train_predictor.main([str(STARTER_LABELS), str(STARTER_BUNDLE), str(folder)]),
         lambda: predictor_onnx.main([str(folder / train_predictor.WEIGHTS), str(STARTER_BUNDLE)]),
-        lambda: calibrate.main([str(OUTCOMES), str(STARTER_BUNDLE)]),
+        lambda: calibrate.main([str(STARTER_LABELS), str(STARTER_BUNDLE)]),
     )
     return _first_failure(steps)
 
@@ -153,14 +158,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "install": lambda: install(work),
         "bundle": bundle,
         "label": lambda: label.main(
-            ["--out", str(OUTCOMES), "--parts", str(work / "labels"), *LABELLING, *rest]
+            ["--out", str(STARTER_LABELS), "--parts", str(work / "labels"), *LABELLING, *rest]
         ),
         "inspect": lambda: inspection.main(
-            [str(OUTCOMES), str(work / "labels" / label.IMAGES), "--report", str(INSPECTION), *rest]
+            [str(STARTER_LABELS), str(work / "labels" / label.IMAGES), "--report", str(INSPECTION), *rest]
         ),
         "predictor": lambda: predictor(work),
         "evaluate": lambda: evaluate.main(
-            [str(OUTCOMES), str(STARTER_BUNDLE), "--out", str(EVALUATION), *rest]
+            [str(STARTER_LABELS), str(STARTER_BUNDLE), "--out", str(EVALUATION), *rest]
         ),
         "contact-sheet": lambda: contact_sheet.main(rest),
         "summary": lambda: summary.main(rest),

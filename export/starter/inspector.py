@@ -29,11 +29,11 @@ from torch.nn import functional as F
 
 from export.errors import ExportError
 from export.starter.autoencoder import autoencoder_folder
+from export.starter.shipped import STARTER_INSPECTOR
 from export.starter.sprites import OBJECTS
 from export.starter.training import Run, write_record
 from export.starter.world import BACKGROUNDS, SIZE, Scene, as_picture, backdrop, place, sample_scenes, stamp
 
-STARTER_INSPECTOR = Path(__file__).parent / "weights" / "inspector"
 WEIGHTS = "inspector.safetensors"
 STEPS, BATCH, LEARNING_RATE, SEED = 2500, 48, 2e-3, 51
 SCENES = 20_000  # of the inspector's split, each loosened anew whenever it is drawn

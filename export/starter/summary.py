@@ -26,12 +26,12 @@ from edge_agent.superiority import METRICS
 from export.arguments import check_output, default_output, write_output
 from export.bootstrap import Estimate, estimate, resampled
 from export.evaluate import RESAMPLES
-from export.label import STARTER_CLOUD, STARTER_EDGE, Painter, cloud_model
+from export.label import Painter, cloud_model
 from export.outcomes import Outcomes
+from export.starter.shipped import STARTER_CLOUD, STARTER_EDGE, STARTER_LABELS
 from export.terminal import progress
 
 OUT, BEGINS = "docs/starter.md", "# The starter's models"
-OUTCOMES = STARTER_EDGE.parent / "labels.parquet"
 PARTS = {"text_encoder": "text encoder", "unet": "UNet", "vae": "autoencoder"}
 PROMPT = "three red apples on a beach"
 TIMED = 15  # images a model, in turns; the first of each is not counted
@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="edge-export starter summary", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--labels", type=Path, default=OUTCOMES, help="default: the starter's")
+    parser.add_argument("--labels", type=Path, default=STARTER_LABELS, help="default: the starter's")
     parser.add_argument("--out", type=Path, help=f"default: {OUT}")
     options = parser.parse_args(argv)
     out = options.out or default_output(OUT, BEGINS)

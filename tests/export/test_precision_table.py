@@ -13,7 +13,8 @@ from edge_agent.superiority import METRICS
 from export import precision, precision_table
 from export.errors import ExportError
 from export.precision_table import Form, Measured, forms, interval, measure, report
-from export.quality import STARTER_JUDGE, Judge
+from export.quality import Judge
+from export.starter.shipped import STARTER_JUDGE
 
 PROMPTS = ("a cat", "two dogs on a beach", "a red moon")
 FP32, FP16 = Form("fp32", "fp32"), Form("fp16", "fp16")

@@ -10,8 +10,8 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from edge_agent.superiority import METRICS
 from export.errors import ExportError
-from export.quality import STARTER_JUDGE, VIEWS, Judge
-from export.routerbench.__main__ import LABELS
+from export.quality import VIEWS, Judge
+from export.starter.shipped import STARTER_JUDGE, STARTER_LABELS
 from export.starter.tokenizer import train_tokenizer
 
 SIDE = 96  # pixels; the starter's judge takes 64
@@ -80,7 +80,7 @@ def test_judges_that_differ_have_digests_that_differ(tmp_path):
 
 
 def test_the_starters_judge_is_the_one_that_measured_the_shipped_labels():
-    assert Judge().digest.encode() == pq.read_schema(LABELS).metadata[b"judge_digest"]
+    assert Judge().digest.encode() == pq.read_schema(STARTER_LABELS).metadata[b"judge_digest"]
 
 
 @pytest.mark.parametrize(

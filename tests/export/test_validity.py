@@ -9,9 +9,10 @@ import pytest
 from edge_agent.superiority import METRICS
 from export import validity
 from export.outcomes import Outcomes
-from export.quality import STARTER_JUDGE, Judge
+from export.quality import Judge
 from export.starter.damage import damage, render_samples
 from export.starter.foreign_damage import foreign_damage
+from export.starter.shipped import STARTER_JUDGE
 from export.starter.world import sample_scenes
 from tests.export.routing_world import write_labels
 

@@ -30,7 +30,7 @@ def test_multiply_adds_are_those_of_products_and_of_attention():
 def test_the_document_says_what_the_labels_and_the_models_say(tmp_path, monkeypatch):
     monkeypatch.setattr(summary, "TIMED", 1)
     out, labels = tmp_path / "starter.md", tmp_path / "labels.parquet"
-    table = pq.read_table(summary.OUTCOMES)
+    table = pq.read_table(summary.STARTER_LABELS)
     first = (table["split"].to_numpy() == "test") & (table["prompt_id"].to_numpy() % 100_000 < 200)
     table = table.filter(first)  # to draw all prompts of the world anew takes half a minute
     pq.write_table(table, labels)

@@ -12,7 +12,7 @@ from export.prompts import (
     scenes_by_text,
     scenes_of,
 )
-from export.routerbench.__main__ import LABELS
+from export.starter.shipped import STARTER_LABELS
 from export.starter.sprites import CELL, COLUMNS, OBJECTS, PACK, sprite
 from export.starter.world import (
     BACKGROUNDS,
@@ -221,7 +221,7 @@ def test_scenes_are_drawn_as_numpys_choice_draws():
 
 
 def test_the_shipped_labels_are_of_the_prompts_drawn_now():
-    table = pq.read_table(LABELS, columns=["prompt_id", "prompt"])
+    table = pq.read_table(STARTER_LABELS, columns=["prompt_id", "prompt"])
     shipped = dict(zip(table["prompt_id"].to_pylist(), table["prompt"].to_pylist(), strict=True))
     drawn = router_prompts(dict.fromkeys(PROMPTS, 100))
     assert [shipped[prompt.prompt_id] for prompt in drawn] == [prompt.text for prompt in drawn]
