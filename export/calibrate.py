@@ -35,6 +35,7 @@ from edge_agent.superiority import (
 )
 from edge_agent.tokens import Tokenizer, Tokens
 from export.errors import ExportError
+from export.metrics import load_metrics
 from export.outcomes import Outcomes
 from export.states import encode
 from export.terminal import console
@@ -48,9 +49,6 @@ RATES = tuple(round(0.05 * k, 2) for k in range(21))
 WEIGHTS = ("spread", "equal")
 """How the metrics weigh in PRS, the default first; see `weights_of`."""
 
-METRICS_FILE = Path(__file__).parent / "metrics.json"
-"""Read here as it is: `export.quality`, which owns it, imports torch."""
-
 Qualities = NDArray[np.float32]
 
 
@@ -61,12 +59,6 @@ def predicted(bundle: Bundle, prompts: Sequence[str]) -> tuple[Qualities, Qualit
     predictor = Predictor.load(bundle.predictor, bundle.manifest.text_hidden)
     predictions = [predictor.predict(*read) for read in encode(bundle, prompts)]
     return np.stack([p.edge for p in predictions]), np.stack([p.cloud for p in predictions])
-
-
-def project_metrics() -> tuple[tuple[str, str, str], ...]:
-    """Name, positive and negative text of the project's own metrics, for labels that do not state theirs."""
-    entries = json.loads(METRICS_FILE.read_text(encoding="utf-8"))["metrics"]
-    return tuple((entry["name"], entry["positive"], entry["negative"]) for entry in entries)
 
 
 def scale_of(train: Outcomes, gamma: float) -> NDArray[np.floating]:
@@ -105,7 +97,8 @@ def calibrate(
     """The calibration of `bundle`'s predictor. ExportError when the labels are of other models or lack their facts."""
     outcomes.must_be_of(bundle)
     stated = json.loads(outcomes.facts.get("metrics", "[]"))
-    metrics = tuple((name, good, bad) for name, good, bad in stated) or project_metrics()
+    # Labels that do not state theirs were measured by the project's own.
+    metrics = tuple(map(tuple, stated)) or tuple(metric.texts for metric in load_metrics())
     if tuple(name for name, _, _ in metrics) != METRICS:
         raise ExportError(f"the labels' metrics are not {', '.join(METRICS)}")
 

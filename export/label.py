@@ -562,7 +562,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         CLOUD_DTYPE: str(complete.dtype_for(_device(), options.cloud_dtype)).removeprefix("torch."),
     }
     measured = {
-        "metrics": json.dumps([[metric.name, metric.positive, metric.negative] for metric in judge.metrics]),
+        "metrics": json.dumps([metric.texts for metric in judge.metrics]),
         "judge_digest": judge.digest,
         PREPROCESSING: judge.preprocessing,
     }

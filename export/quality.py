@@ -6,9 +6,7 @@ q(I, m) = sigmoid(CLIP(I, m+) - CLIP(I, m-)), CLIP being the scaled cosine simil
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +17,9 @@ from transformers import CLIPModel, CLIPProcessor, CLIPTextConfig, PreTrainedTok
 
 from cloud_server import hub
 from export.errors import ExportError, reason
+from export.metrics import load_metrics
 from export.starter.shipped import STARTER_JUDGE
 
-METRICS_FILE = Path(__file__).parent / "metrics.json"
 LEGACY_END = 2
 """The end's id in the configuration of CLIP's first releases, whatever it is: with it transformers takes the largest id
 of a sentence for the end."""
@@ -34,27 +32,6 @@ from whole ones better so, by damages it knew (severity 0.3): d' 1.88, of one vi
 not met were looked at too before five were chosen: of 600 pictures realism fell in 95.3 %, with one view in 93.0, with
 three in 94.5 or, moved twice as far, 95.0.
 """
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One quality metric: a text that praises and one that blames, otherwise alike, and why these two."""
-
-    name: str
-    positive: str
-    negative: str
-    reason: str
-
-
-def load_metrics(file: Path = METRICS_FILE) -> tuple[Metric, ...]:
-    """Read metrics from a JSON file. Raises ValueError when it is not one."""
-    try:
-        metrics = tuple(Metric(**entry) for entry in json.loads(file.read_text(encoding="utf-8"))["metrics"])
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file} is not a file of metrics: {error}") from error
-    if len({metric.name for metric in metrics}) != len(metrics):
-        raise ValueError(f"{file} names a metric twice")
-    return metrics
 
 
 class Judge:

@@ -30,8 +30,8 @@ from transformers import (
 )
 
 from edge_agent.superiority import METRICS
+from export.metrics import Metric, load_metrics
 from export.negatives import hard_negatives
-from export.quality import Metric, load_metrics
 from export.starter.autoencoder import autoencoder_folder
 from export.starter.damage import SIDE_EFFECTS, Sample, damage, render_samples
 from export.starter.sketch import Sketches, sketches

@@ -23,9 +23,10 @@ from export import label
 from export.__main__ import main as edge_export
 from export.diffusion_onnx import export_bundle
 from export.errors import ExportError
+from export.metrics import load_metrics
 from export.outcomes import ADHERENCE, INSPECTION, INSPECTOR, SPLITS, Outcomes
 from export.prompts import SHARES, numbered_lines, own_prompts, router_prompts
-from export.quality import Judge, load_metrics
+from export.quality import Judge
 from export.starter.judge import new_judge
 from export.starter.tokenizer import train_tokenizer
 from tests.miniature import forget, miniature_pipeline, miniature_xl, save_miniature

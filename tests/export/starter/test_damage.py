@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from edge_agent.superiority import METRICS
-from export.quality import load_metrics
+from export.metrics import load_metrics
 from export.starter.damage import DAMAGES, SIDE_EFFECTS, damage, render_samples
 from export.starter.foreign_damage import foreign_damage
 from export.starter.world import sample_scenes

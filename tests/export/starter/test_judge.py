@@ -5,7 +5,7 @@ from diffusers import AutoencoderKL
 
 from edge_agent.superiority import METRICS
 from export.errors import ExportError
-from export.quality import load_metrics
+from export.metrics import load_metrics
 from export.starter.damage import SIDE_EFFECTS
 from export.starter.judge import BLAMED, FAULTS, RUINED, UNDAMAGED, make_batch, restored, train
 from export.starter.sketch import Sketches
