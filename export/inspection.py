@@ -27,8 +27,8 @@ from PIL import Image
 from export.arguments import check_output, shown, write_output
 from export.bootstrap import estimate, resampled
 from export.errors import DAMAGED_NPZ, ExportError
-from export.label import MODELS, made_with
-from export.outcomes import INSPECTION, INSPECTOR, Outcomes, read_table, write_table
+from export.outcomes import INSPECTION, INSPECTOR, MODELS, Outcomes, read_table, write_table
+from export.pieces import made_with
 from export.prompts import PROMPTS, SHARES, Prompt, router_prompts, scenes_of
 from export.starter.inspector import Inspector, Sight
 from export.starter.shipped import STARTER_INSPECTOR

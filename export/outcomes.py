@@ -19,6 +19,7 @@ from export.errors import ExportError
 from export.prompts import as_read, of_ceiling, scenes_by_text, scenes_of
 from export.terminal import console
 
+MODELS = ("edge", "cloud")
 SPLITS = ("train", "validation", "calibration", "test", "combinations", "wording", "free-form")
 COLUMNS = ("prompt_id", "prompt", "split", "objects", "model", "seed", *METRICS)
 INSPECTED, INSPECTED_SHARE = INSPECTION = ("inspected", "inspected_share")
@@ -163,7 +164,7 @@ class Outcomes:
             )
         seeds = {
             model: _seeds(path, model, ids, row_of, column["seed"], values, column["model"] == model)
-            for model in ("edge", "cloud")
+            for model in MODELS
         }
         _same_seeds(path, ids, row_of, column["seed"], column["model"] == "edge", splits == "train")
         inspected: dict[str, NDArray[np.float32]] = {}
@@ -181,7 +182,7 @@ class Outcomes:
                 model: _seeds(path, model, ids, row_of, column["seed"], verdict, column["model"] == model)[
                     ..., 0
                 ]
-                for model in ("edge", "cloud")
+                for model in MODELS
             }
         facts = table.schema.metadata or {}
         declared = _known_metrics(path, facts.get(b"metrics"))
@@ -212,7 +213,7 @@ def read_table(path: Path) -> pa.Table:
     if missing := [name for name in COLUMNS if name not in table.column_names]:
         raise ExportError(f"{path}: no column {missing[0]!r}; make the labels again with `edge-export label`")
     _sound_columns(path, table)
-    if unknown := set(table["model"].unique().to_pylist()) - {"edge", "cloud"}:
+    if unknown := set(table["model"].unique().to_pylist()) - {*MODELS}:
         raise ExportError(f"{path}: unknown model {sorted(map(str, unknown))[0]!r}; there are edge and cloud")
     return table
 

@@ -31,7 +31,7 @@ from export.arguments import check_output, default_output, shown, write_output
 from export.bootstrap import Floats, estimate, resampled
 from export.evaluate import spearman
 from export.negatives import FAULTS, hard_negatives
-from export.outcomes import ADHERENCE, Outcomes
+from export.outcomes import ADHERENCE, MODELS, Outcomes
 from export.quality import Judge
 from export.starter.damage import Sample, damage, render_samples
 from export.starter.foreign_damage import foreign_damage
@@ -107,7 +107,7 @@ def agreement(labels: Path) -> dict[str, list[float]]:
         return {}
     found = {}
     verdicts = table["inspected"].to_numpy().astype(np.float64)
-    for model in ("edge", "cloud"):
+    for model in MODELS:
         rows = (table["model"].to_numpy() == model) & ~np.isnan(verdicts)
         measured = (name for name in (*METRICS, ADHERENCE) if name in table.column_names)
         values = (table[name].to_numpy().astype(np.float64)[rows] for name in measured)

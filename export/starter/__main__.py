@@ -38,7 +38,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from export import calibrate, diffusion_onnx, evaluate, inspection, label, predictor_onnx
+from export import calibrate, diffusion_onnx, evaluate, inspection, label, pieces, predictor_onnx
 from export import train as train_predictor
 from export.__main__ import run
 from export.arguments import at_least
@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ["--out", str(STARTER_LABELS), "--parts", str(work / "labels"), *LABELLING, *rest]
         ),
         "inspect": lambda: inspection.main(
-            [str(STARTER_LABELS), str(work / "labels" / label.IMAGES), "--report", str(INSPECTION), *rest]
+            [str(STARTER_LABELS), str(work / "labels" / pieces.IMAGES), "--report", str(INSPECTION), *rest]
         ),
         "predictor": lambda: predictor(work),
         "evaluate": lambda: evaluate.main(

@@ -19,12 +19,13 @@ from edge_agent.bundle import Bundle
 from edge_agent.diffusion.generator import Generator
 from edge_agent.superiority import METRICS
 from export import evaluate as evaluation
-from export import label
+from export import label, pieces
 from export.__main__ import main as edge_export
 from export.diffusion_onnx import export_bundle
 from export.errors import ExportError
 from export.metrics import load_metrics
 from export.outcomes import ADHERENCE, INSPECTION, INSPECTOR, SPLITS, Outcomes
+from export.painter import BundlePainter, Painter, cloud_model
 from export.prompts import SHARES, numbered_lines, own_prompts, router_prompts
 from export.quality import Judge
 from export.starter.judge import new_judge
@@ -107,7 +108,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_matrix(
 ):
     whole, cut = tmp_path / "whole.parquet", tmp_path / "cut.parquet"
     assert label.main(arguments(models, miniature_bundle, whole)) == 0
-    paint, painted = label.Painter.paint, []
+    paint, painted = Painter.paint, []
 
     def interrupted(self, prompts, seeds):
         if len(painted) == 1:
@@ -116,7 +117,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_matrix(
         return paint(self, prompts, seeds)
 
     with monkeypatch.context() as patch:
-        patch.setattr(label.Painter, "paint", interrupted)
+        patch.setattr(Painter, "paint", interrupted)
         with pytest.raises(KeyboardInterrupt):
             label.main(arguments(models, miniature_bundle, cut))
     assert not cut.exists()
@@ -125,7 +126,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_matrix(
 
 
 def nothing_missing(_painters, images, wanted):
-    assert all(label.images_file(images, piece).exists() for piece in wanted)
+    assert all(pieces.images_file(images, piece).exists() for piece in wanted)
 
 
 def test_another_judge_measures_the_same_images_without_generating_them_again(
@@ -149,7 +150,7 @@ def test_an_earlier_matrix_is_extended_without_making_its_images_again(
 ):
     earlier, whole, out = (tmp_path / f"{name}.parquet" for name in ("earlier", "whole", "out"))
     more = ("--train", "5", "--test", "3")
-    monkeypatch.setattr(label, "PIECE", 1)  # a larger batch may round otherwise
+    monkeypatch.setattr(pieces, "PIECE", 1)  # a larger batch may round otherwise
     assert label.main(arguments(models, miniature_bundle, earlier)) == 0
     table = pq.read_table(earlier)
     for name in INSPECTION:  # as `edge-export inspect` adds them
@@ -157,7 +158,7 @@ def test_an_earlier_matrix_is_extended_without_making_its_images_again(
     pq.write_table(table.replace_schema_metadata(table.schema.metadata | {INSPECTOR: "abc"}), earlier)
     assert label.main(arguments(models, miniature_bundle, whole, *more)) == 0
     painted = []
-    for kind in (label.Painter, label.BundlePainter):
+    for kind in (Painter, BundlePainter):
 
         def noted(self, prompts, seeds, paint=kind.paint):
             painted.extend(prompts)
@@ -213,7 +214,7 @@ def test_of_a_matrix_with_another_model_the_other_ones_images_are_taken_over(
 def test_two_processes_share_a_run_and_the_last_one_writes_the_matrix(
     models, miniature_bundle, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(label, "PIECE", 4)
+    monkeypatch.setattr(pieces, "PIECE", 4)
     out = tmp_path / "labels.parquet"
     assert label.main(arguments(models, miniature_bundle, out, "--share", "1/2")) == 1
     assert not out.exists()
@@ -222,7 +223,7 @@ def test_two_processes_share_a_run_and_the_last_one_writes_the_matrix(
 
 
 def test_labels_of_other_models_are_not_mixed_in(models, miniature_bundle, tmp_path, monkeypatch):
-    monkeypatch.setattr(label, "PIECE", 4)
+    monkeypatch.setattr(pieces, "PIECE", 4)
     out = tmp_path / "labels.parquet"
     label.main(arguments(models, miniature_bundle, out, "--share", "1/2"))
     other = shutil.copytree(models / "cloud", tmp_path / "other")
@@ -275,7 +276,7 @@ def test_cloud_images_of_another_number_format_are_not_mixed_in(
     assert np.nanmax(np.abs(after.cloud_seeds - before.cloud_seeds)) > 0
 
 
-@pytest.mark.parametrize("fact", [label.PREPROCESSING, label.CLOUD_DTYPE])
+@pytest.mark.parametrize("fact", [label.PREPROCESSING, pieces.CLOUD_DTYPE])
 def test_pieces_and_a_matrix_that_say_nothing_of_what_was_not_recorded_yet_are_gone_on_with(
     relabelled, monkeypatch, fact
 ):
@@ -352,7 +353,7 @@ def test_whatever_the_export_makes_is_labelled_as_it_is(models, tmp_path, kind):
 def test_a_prompt_whose_picture_the_cloud_withholds_is_left_out_of_both_models(
     models, miniature_bundle, tmp_path, monkeypatch, capsys
 ):
-    paint = label.Painter.paint
+    paint = Painter.paint
     withheld = router_prompts(COUNTS)[1]
 
     def checked(self, prompts, seeds):
@@ -362,7 +363,7 @@ def test_a_prompt_whose_picture_the_cloud_withholds_is_left_out_of_both_models(
             for one, seed in zip(made, seeds, strict=True)
         ]
 
-    monkeypatch.setattr(label.Painter, "paint", checked)
+    monkeypatch.setattr(Painter, "paint", checked)
     out = tmp_path / "labels.parquet"
     for _ in range(2):  # also from the pictures that are kept
         assert label.main(arguments(models, miniature_bundle, out)) == 0
@@ -373,7 +374,7 @@ def test_a_prompt_whose_picture_the_cloud_withholds_is_left_out_of_both_models(
 
 
 def test_what_a_safety_checker_blanks_is_told_from_a_black_picture(models):
-    painter = label.Painter(label.cloud_model(str(models / "cloud")))
+    painter = Painter(cloud_model(str(models / "cloud")))
     painter.pipeline.safety_checker = lambda images, **_: (images, [False, True])
     painter.pipeline.feature_extractor = CLIPImageProcessor()
     assert [one.withheld for one in painter.paint(["a cat", "a dog"], [0, 1])] == [False, True]
@@ -381,9 +382,9 @@ def test_what_a_safety_checker_blanks_is_told_from_a_black_picture(models):
 
 def test_the_cloud_model_computes_in_what_the_cloud_server_is_told(models):
     """What it then draws is what is judged."""
-    cloud = label.cloud_model(str(models / "cloud"))
+    cloud = cloud_model(str(models / "cloud"))
     made = {
-        dtype: label.Painter(cloud, dtype=dtype).paint(["a cat"], [1])[0].pixels
+        dtype: Painter(cloud, dtype=dtype).paint(["a cat"], [1])[0].pixels
         for dtype in ("auto", "float32", "bfloat16")
     }
     np.testing.assert_array_equal(made["auto"], made["float32"])
@@ -395,8 +396,8 @@ def test_only_one_model_is_in_memory_and_makes_few_images_at_once(
 ):
     cloud, sizes = [], []
     opened, loaded, called = (
-        label.BundlePainter.__init__,
-        label.Painter.__init__,
+        BundlePainter.__init__,
+        Painter.__init__,
         StableDiffusionPipeline.__call__,
     )
 
@@ -412,8 +413,8 @@ def test_only_one_model_is_in_memory_and_makes_few_images_at_once(
         sizes.append(len(prompts))
         return called(self, prompts, **options)
 
-    monkeypatch.setattr(label.Painter, "__init__", noted)
-    monkeypatch.setattr(label.BundlePainter, "__init__", alone)
+    monkeypatch.setattr(Painter, "__init__", noted)
+    monkeypatch.setattr(BundlePainter, "__init__", alone)
     monkeypatch.setattr(StableDiffusionPipeline, "__call__", counted)
     assert label.main(arguments(models, miniature_bundle, tmp_path / "labels.parquet", "--batch", "2")) == 0
     assert max(sizes) == 2
@@ -530,7 +531,7 @@ def test_a_cloud_model_that_wants_more_than_a_prompt_is_named(models, tmp_path):
     index["_class_name"] = "StableDiffusionImg2ImgPipeline"
     (folder / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ExportError, match="a StableDiffusionImg2ImgPipeline makes no image of a prompt: "):
-        label.Painter(label.cloud_model(str(folder))).paint(["a cat"], [1])
+        Painter(cloud_model(str(folder))).paint(["a cat"], [1])
 
 
 def test_memory_that_does_not_suffice_is_told_with_the_option_that_needs_less(
@@ -539,7 +540,7 @@ def test_memory_that_does_not_suffice_is_told_with_the_option_that_needs_less(
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
 
-    painter = label.Painter(label.cloud_model(str(models / "cloud")), batch=2)
+    painter = Painter(cloud_model(str(models / "cloud")), batch=2)
     monkeypatch.setattr(type(painter.pipeline), "__call__", full)
     with pytest.raises(
         ExportError, match=r"2 images at once need; name a smaller --batch than 2\. Finished pieces"
