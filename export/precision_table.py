@@ -3,8 +3,8 @@
     edge-export precision [BUNDLE --prompts FILE --judge CLIP] [--number 200] [--out docs/precision.md]
 
 Every form of the bundle makes the images of the same prompts from the same seeds. They are judged and compared in
-pairs. Time and memory are measured in processes that do not import torch, one a form, which take turns and are in
-memory together. Some minutes on two cores for the starter.
+pairs. Time and memory are measured in processes that do not import torch, one a form; float32's takes turns with one of
+the others after the other, so that two are in memory. Some minutes on two cores for the starter.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -90,7 +90,8 @@ class Cost:
     """What a form costs on this machine."""
 
     bytes: int  # of the bundle's files
-    seconds: list[float]  # an image, in turns with the other forms
+    seconds: Floats  # an image
+    ratios: Floats  # an image, over the first form's beside it
     load_seconds: float  # importing, hashing, opening the graphs
     peak_bytes: int  # of the process, images included
     idle_bytes: int  # after an image
@@ -165,46 +166,55 @@ def measure(
 
 
 def _costs(folders: Sequence[Path], prompts: Sequence[str], turns: int) -> list[Cost]:
-    """A process a form, all alive, in turns: what else the machine does then weighs on all alike."""
+    """A process a form. The first form's lives on beside each of the others, and the two take turns: what else the
+    machine does then weighs on both alike, and no more than two forms are in memory.
+    """
     answers: list[list[dict[str, float]]] = [[] for _ in folders]
-    with ExitStack() as alive:
-        painters = []
-        for folder in folders:
-            painter = subprocess.Popen(
-                [sys.executable, "-c", _PAINTER, str(folder)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            painters.append(alive.enter_context(painter))
-            # The first image is asked for before the next process starts: each loads alone.
-            answers[len(painters) - 1].append(_asked(painter, prompts[0], SEED))
-        for turn in range(1, turns + 1):
-            order = range(len(painters)) if turn % 2 else reversed(range(len(painters)))
-            for number in order:
-                answers[number].append(_asked(painters[number], prompts[turn % len(prompts)], SEED + turn))
-        for painter in painters:
-            painter.communicate()
+    with _painting(folders[0]) as first:
+        answers[0].append(first(prompts[0], SEED))
+        for number, folder in enumerate(folders[1:], 1):
+            with _painting(folder) as other:
+                answers[number].append(other(prompts[0], SEED))
+                for turn in range(1, turns + 1):
+                    pair = ((0, first), (number, other))
+                    for one, painted in pair if turn % 2 else pair[::-1]:
+                        answers[one].append(painted(prompts[turn % len(prompts)], SEED + turn))
+    seconds = [
+        np.array([answer["seconds"] for answer in given[1:]]) for given in answers
+    ]  # the first warmed up
+    beside = seconds[0].reshape(-1, turns)  # a row for each of the others
     return [
         Cost(
             sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
-            [answer["seconds"] for answer in given[1:]],  # the first warmed up
+            seconds[number],
+            seconds[number] / beside[number - 1] if number else np.ones(turns),
             given[0]["loaded"],
             int(given[-1]["peak"]),
             int(given[-1]["idle"]),
         )
-        for folder, given in zip(folders, answers, strict=True)
+        for number, (folder, given) in enumerate(zip(folders, answers, strict=True))
     ]
 
 
-def _asked(painter: subprocess.Popen[str], prompt: str, seed: int) -> dict[str, float]:
-    assert painter.stdin is not None and painter.stdout is not None
-    painter.stdin.write(json.dumps([prompt, seed]) + "\n")
-    painter.stdin.flush()
-    if not (line := painter.stdout.readline()):
-        raise ExportError("a form cannot be measured; what its process said stands above")
-    answer: dict[str, float] = json.loads(line)
-    return answer
+@contextmanager
+def _painting(folder: Path) -> Iterator[Callable[[str, int], dict[str, float]]]:
+    """What has an image of a prompt and a seed made by the form in `folder`, in a process of its own, and says what
+    _PAINTER says. The form is loaded when the first image is made.
+    """
+    command = [sys.executable, "-c", _PAINTER, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        taking, giving = process.stdin, process.stdout
+
+        def painted(prompt: str, seed: int) -> dict[str, float]:
+            taking.write(json.dumps([prompt, seed]) + "\n")
+            taking.flush()
+            if not (line := giving.readline()):
+                raise ExportError("a form cannot be measured; what its process said stands above")
+            answer: dict[str, float] = json.loads(line)
+            return answer
+
+        yield painted
 
 
 def _judged(judge: Judge, pictures: Sequence[NDArray[np.uint8]]) -> Floats:
@@ -251,16 +261,17 @@ def report(source: Path, found: Sequence[Measured], command: str) -> str:
         "",
         "### Size, time and memory",
         "",
-        f"Time is the median of {len(first.cost.seconds)} images; its ratio to fp32 is the median of pairs made in "
-        "turns, with a 95 % bootstrap interval. Memory is the process's own: what it holds after an image, and its "
-        f"peak. The difference is that of {count} images from fp32's, colours in 0..1.",
+        f"Time is the median of {len(first.cost.ratios)} images, of fp32 that of as many beside each other form; its "
+        "ratio to fp32 is the median of pairs made in turns, with a 95 % bootstrap interval. Memory is the process's "
+        f"own: what it holds after an image, and its peak. The difference is that of {count} images from fp32's, "
+        "colours in 0..1.",
         "",
         "| form | files | an image | over fp32 | load | memory | peak | largest difference | PSNR |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for one in found:
         cost = one.cost
-        ratio = interval(np.asarray(cost.seconds) / np.asarray(first.cost.seconds), np.median)
+        ratio = interval(cost.ratios, np.median)
         lines.append(
             f"| {one.form.name} | {cost.bytes / _MB:.1f} MB | {1e3 * float(np.median(cost.seconds)):.1f} ms | "
             f"{ratio:.2f} | {cost.load_seconds:.2f} s | "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,28 @@ def test_costs_are_those_of_every_turn(measured: list[Measured]) -> None:
     for one in measured:
         assert len(one.cost.seconds) == 2 and min(one.cost.seconds) > 0
         assert one.cost.peak_bytes >= one.cost.idle_bytes > one.cost.bytes
+
+
+def test_float32_is_timed_beside_each_other_form_and_no_third_is_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[str] = []
+    takes = {"fp32": 2.0, "fp16": 3.0, "int8": 1.0}
+
+    @contextmanager
+    def painting(folder: Path) -> Iterator[Any]:
+        def painted(_prompt: str, _seed: int) -> dict[str, float]:
+            assert len(alive) <= 2 and folder.name in alive
+            return {"seconds": takes[folder.name], "loaded": 0.0, "peak": 0.0, "idle": 0.0}
+
+        alive.append(folder.name)
+        yield painted
+        alive.remove(folder.name)
+
+    monkeypatch.setattr(precision_table, "_painting", painting)
+    costs = precision_table._costs([tmp_path / name for name in takes], PROMPTS, turns=3)
+    assert [cost.ratios.tolist() for cost in costs] == [[1.0] * 3, [1.5] * 3, [0.5] * 3]
+    assert [len(cost.seconds) for cost in costs] == [6, 3, 3]
 
 
 def test_the_float32_forms_calibration_judges_every_forms_decisions(
