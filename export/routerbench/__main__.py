@@ -12,18 +12,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
-import multiprocessing
-import signal
 import sys
 import time
-import traceback
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +28,6 @@ from numpy.typing import NDArray
 from edge_agent.bundle import Bundle
 from export.arguments import at_least
 from export.bootstrap import Estimate, estimate, resampled
-from export.calibrate import scale_of
 from export.errors import ExportError
 from export.evaluate import FEWEST, Paired, routed, spearman
 from export.mixture import Shape
@@ -41,8 +36,9 @@ from export.prompts import never_learnt, scenes_by_text, scenes_of
 from export.routerbench import plots, report
 from export.routerbench.ceiling import Ceiling, ceiling, oracle_by_images, sentences_share
 from export.routerbench.decision import decisions
+from export.routerbench.fitting import Data, Fitted, ending, fit, keep_states, leave_interrupts
 from export.routerbench.measure import RATES, RESAMPLES, Bench, Point, counted_metrics, difference, directions
-from export.routerbench.router import Floats, Prompts, Router, Scorer
+from export.routerbench.router import Floats, Router
 from export.routerbench.routers import (
     ABLATIONS,
     BASELINES,
@@ -50,173 +46,27 @@ from export.routerbench.routers import (
     ByGain,
     NumberOfObjects,
     Ours,
-    Ranked,
     RouteT2I,
 )
 from export.starter.shipped import STARTER_BUNDLE, STARTER_LABELS
 from export.starter.world import Scene
-from export.states import of_prompts, of_shorter_prompts
 from export.terminal import console, progress
 
-SEEDS = 3
-TIMED = 200  # decisions a router's time is measured on
-OTHER_SPLITS = ("combinations", "wording", "free-form")
-
 
 @dataclass(frozen=True)
-class Data:
-    """The splits of one matrix, as routers see them."""
+class Measured:
+    """A router's points on all test prompts as they were drawn, and on the first that says each scene."""
 
-    train: Prompts
-    validation: Prompts
-    others: Mapping[str, Prompts]
-    """Of test, and of those of OTHER_SPLITS that the matrix has."""
+    drawn: Sequence[Point]
+    once: Sequence[Point]
 
-    @classmethod
-    def of(cls, outcomes: Outcomes, bundle: Bundle, scenes: NDArray[np.int64], cache: Path) -> Data:
-        """``scenes`` [N] numbers what each prompt says. Token states are kept in the folder ``cache``."""
-        scale = np.asarray(scale_of(outcomes.split("train"), 1.0), np.float64)
-
-        def prompts(split: str) -> Prompts:
-            said = scenes[outcomes.splits == split]
-            part = outcomes.split(split)
-            return Prompts.of(part, bundle, scale, said, cache, shorter=split == "train")
-
-        learnt, validation, *others = _splits_read(outcomes)
-        return cls(prompts(learnt), prompts(validation), {split: prompts(split) for split in others})
-
-
-def _splits_read(outcomes: Outcomes) -> list[str]:
-    """The splits of the matrix that routers see."""
-    there = (split for split in OTHER_SPLITS if (outcomes.splits == split).sum() > 1)
-    return ["train", "validation", "test", *there]
-
-
-def keep_states(train: Outcomes, bundle: Bundle, cache: Path) -> None:
-    """Put into the folder ``cache`` the token states that `Data.of` takes longest to make."""
-    of_prompts(cache, bundle, train.prompts)
-    of_shorter_prompts(cache, bundle, train.prompts)
-
-
-def _check(outcomes: Outcomes) -> None:
-    """Before minutes are spent: ExportError when the matrix lacks what routers are measured by."""
-    for split in ("train", "validation", "test"):
-        outcomes.split(split)
-    test = outcomes.split("test")
-    Paired.of(test)
-    test.must_be_inspected_whole()
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """What came of one router."""
-
-    name: str
-    setting: Mapping[str, float]
-    validation: float
-    """Mean gain over random on the validation prompts, over all rates."""
-    scores: Mapping[str, Sequence[Floats]]
-    """Split -> one array [N] a seed."""
-    decision_ms: Floats
-    """[TIMED], of one prompt whose token states are there."""
-
-
-def worth(scores: Floats, gain: Floats) -> float:
-    """Mean over rates of what these scores win on prompts of known gain, less what random ones would."""
-    rates = np.arange(0.1, 0.95, 0.1)
-    return float(np.mean([routed(scores, rate) @ gain / len(gain) - rate * gain.mean() for rate in rates]))
-
-
-def fit(router: Router, data: Data, again: ByGain | None = None) -> list[Fitted]:
-    """Tune on validation, fit with every seed, score the rest, which has no outcomes there. With ``again`` the same
-    networks a second time, as that router ranks what they predict.
-    """
-    torch.set_num_threads(1)
-    unseen = {split: prompts.unseen for split, prompts in data.others.items()}
-    validation = data.validation.unseen
-
-    def learnt(seed: int, setting: Mapping[str, float]) -> Scorer:
-        with blamed_on(router.name):
-            return router.fit(data.train, data.validation, seed, **setting)
-
-    def measured(name: str, setting: Mapping[str, float], raw: Sequence[Scorer]) -> Fitted:
-        scorers = [checked(name, score) for score in raw]
-        worths = worth(scorers[0](validation), data.validation.gain)
-        scores = {split: [score(prompts) for score in scorers] for split, prompts in unseen.items()}
-        return Fitted(name, dict(setting), worths, scores, _time(scorers[0], unseen["test"]))
-
-    tried = [learnt(0, setting) for setting in router.settings]
-    worths = [worth(checked(router.name, score)(validation), data.validation.gain) for score in tried]
-    best = int(np.argmax(worths))
-    setting = router.settings[best]
-    scorers = [tried[best], *(learnt(seed, setting) for seed in range(1, SEEDS))]
-    made = [measured(router.name, setting, scorers)]
-    if again is not None:
-        made.append(measured(again.name, setting, [again.again(cast("Ranked", score)) for score in scorers]))
-    return made
-
-
-def leave_interrupts() -> None:
-    """In a process of a pool: Ctrl-C is for the one that has begun it, see `ending`."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-@contextmanager
-def ending(pool: ProcessPoolExecutor) -> Iterator[None]:
-    """End all processes at once after an error or Ctrl-C: what they do takes minutes, and nobody waits for it."""
-    try:
-        yield
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in multiprocessing.active_children():
-            process.terminate()
-        raise
-
-
-@contextmanager
-def blamed_on(router: str) -> Iterator[None]:
-    """A router of one's own fails in its own way: whichever, it becomes an ExportError that says where."""
-    try:
-        yield
-    except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        at = next((frame for frame in reversed(frames) if "site-packages" not in frame.filename), frames[-1])
-        raise ExportError(
-            f"router {router!r} failed: {type(error).__name__}: {error} ({at.filename}, line {at.lineno})"
-        ) from error
-
-
-def checked(name: str, score: Scorer) -> Scorer:
-    """The same; ExportError where it fails, or does not score each prompt with a finite number."""
-
-    def scored(prompts: Prompts) -> Floats:
-        with blamed_on(name):
-            scores = np.asarray(score(prompts), np.float64)
-        if scores.shape != (len(prompts),) or not np.isfinite(scores).all():
-            raise ExportError(
-                f"router {name!r} scored {len(prompts)} prompts with an array {list(scores.shape)}, "
-                f"{int(np.isfinite(scores).sum())} of it finite: it must give one finite number a prompt"
-            )
-        return scores
-
-    return scored
-
-
-def _time(score: Scorer, prompts: Prompts) -> Floats:
-    times = []
-    for index in range(TIMED):
-        row = index % len(prompts)
-        one = replace(
-            prompts,
-            texts=prompts.texts[row : row + 1],
-            objects=prompts.objects[row : row + 1],
-            examples=prompts.examples.rows(torch.tensor([row])),
-            scenes=prompts.scenes[row : row + 1],
+    def above(self, other: Measured) -> report.Apart:
+        """How much more of the headroom it captures."""
+        return report.Apart(
+            difference(self.drawn, other.drawn, (0.5,)),
+            difference(self.drawn, other.drawn, RATES),
+            difference(self.once, other.once, RATES),
         )
-        started = time.perf_counter()
-        score(one)
-        times.append(1000 * (time.perf_counter() - started))
-    return np.array(times)
 
 
 def _named(text: str) -> type[Router]:
@@ -298,30 +148,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     started = time.monotonic()
     outcomes, bundle = Outcomes.read(options.labels), Bundle.open(options.bundle)
-    outcomes.must_be_of(bundle)
-    _check(outcomes)
     cache = options.out / "cache"
-    cache.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(1) as pool:
-        naming = pool.submit(scenes_by_text, outcomes.ids, outcomes.splits)
-        keep_states(outcomes.split("train"), bundle, cache)  # meanwhile
-        known = naming.result()
-    scenes = scenes_of(outcomes.prompts, known)
-    new = never_learnt(outcomes.splits, scenes)
-    outcomes, scenes = outcomes.where(new), scenes[new]
-    test = outcomes.split("test")
+    outcomes, scenes, known = _new(outcomes, bundle, cache)
+    test, data = outcomes.split("test"), Data.of(outcomes, bundle, scenes, cache)
     said = {
         split: scenes[outcomes.splits == split] for split in SPLITS if (outcomes.splits == split).sum() > 1
     }
-    if (different := len(np.unique(said["test"]))) < FEWEST:
-        raise ExportError(
-            f"the labels' test prompts say {different} things that no training prompt says, too few to measure on: "
-            f"label more prompts, so that {FEWEST} are of the split test at least; narrow intervals take hundreds"
-        )
-    data = Data.of(outcomes, bundle, scenes, cache)
-    prompts = data.others["test"]
-    superiority = prompts.superiority(prompts.examples.edge, prompts.examples.cloud)
-    count = Paired.of(test).gaps.shape[1]
+    prompts, count = data.others["test"], Paired.of(test).gaps.shape[1]
     both = (torch.from_numpy(seeds[:, :count]) for seeds in (test.edge_seeds, test.cloud_seeds))
     each = prompts.superiority(*both)
     counted = counted_metrics(outcomes.split("train"))
@@ -331,12 +164,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     one_a_scene = Bench(first, each[once], counted, said["test"][once])
 
     fitted: dict[str, Fitted] = {}
-    measured: dict[str, list[Point]] = {}
-    measured_once: dict[str, list[Point]] = {}
+    measured: dict[str, Measured] = {}
 
     def measure(name: str, scores: Sequence[Floats]) -> None:
-        measured[name] = bench.points(scores)
-        measured_once[name] = one_a_scene.points([score[once] for score in scores])
+        measured[name] = Measured(bench.points(scores), one_a_scene.points([score[once] for score in scores]))
 
     there = {split: numbers for split, numbers in said.items() if split != "validation"}
     with (
@@ -364,8 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parts: dict[Future[Any], str] = {limiting: "what can be foreseen", deciding: "the bundle's decisions"}
         for done in as_completed([*fitting, *parts]):
             if done in fitting:
-                made = done.result()
-                for one in made:
+                for one in done.result():
                     fitted[one.name] = one
                     measure(one.name, one.scores["test"])
             bar.update(task, advance=1, note=parts.get(done) or done.result()[0].name)
@@ -373,31 +203,84 @@ def main(argv: Sequence[str] | None = None) -> int:
     order = [fitted[router.name] for router in routers]
     if limit is not None:
         measure(report.REFERENCE, [limit.scores])
+    facts = _facts(order, measured, outcomes, data, bench, limit, started)
     shown = [*(one.name for one in order), *(() if limit is None else (report.REFERENCE,))]
-    points = {name: measured[name] for name in shown}
+    points = {name: measured[name].drawn for name in shown}
+    curves = report.Curves(points, bench.oracle_points(), bench.cloud_only(), bench.edge, bench.cloud)
+    report.write(options.out, curves, {one.name: one.decision_ms for one in order}, facts, decided)
+    plots.write(options.out, curves, facts, decided)
+    console.print(
+        f"{len(routers)} routers on {len(test)} test prompts in {facts.seconds:.0f} s -> {options.out}"
+    )
+    size = sum(file.stat().st_size for file in cache.iterdir()) / 1e6
+    console.print(f"{cache} holds token states for a quicker next run, {size:.0f} MB; it may be deleted")
+    return 0
+
+
+def _new(
+    outcomes: Outcomes, bundle: Bundle, cache: Path
+) -> tuple[Outcomes, NDArray[np.int64], Mapping[str, Scene | None]]:
+    """The prompts without those that ask for what a training prompt asks for; which scene each of them says, [N]; and
+    what `scenes_by_text` knows. The training prompts' token states are put into the folder ``cache`` meanwhile.
+
+    Before minutes are spent: ExportError when the matrix lacks what routers are measured by.
+    """
+    outcomes.must_be_of(bundle)
+    for split in ("train", "validation", "test"):
+        outcomes.split(split)
+    test = outcomes.split("test")
+    Paired.of(test)
+    test.must_be_inspected_whole()
+    cache.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(1) as pool:
+        naming = pool.submit(scenes_by_text, outcomes.ids, outcomes.splits)
+        keep_states(outcomes.split("train"), bundle, cache)  # meanwhile
+        known = naming.result()
+    scenes = scenes_of(outcomes.prompts, known)
+    new = never_learnt(outcomes.splits, scenes)
+    outcomes, scenes = outcomes.where(new), scenes[new]
+    if (different := len(np.unique(scenes[outcomes.splits == "test"]))) < FEWEST:
+        raise ExportError(
+            f"the labels' test prompts say {different} things that no training prompt says, too few to measure on: "
+            f"label more prompts, so that {FEWEST} are of the split test at least; narrow intervals take hundreds"
+        )
+    return outcomes, scenes, known
+
+
+def _facts(
+    order: Sequence[Fitted],
+    measured: Mapping[str, Measured],
+    outcomes: Outcomes,
+    data: Data,
+    bench: Bench,
+    limit: Ceiling | None,
+    started: float,
+) -> report.Facts:
+    """What the report says beside its tables of points; ``order`` is that of its rows."""
+    fitted = {one.name: one for one in order}
+    scored = {one.name: one.scores["test"] for one in order}
+    train, test, prompts = outcomes.split("train"), outcomes.split("test"), data.others["test"]
+    superiority = prompts.superiority(prompts.examples.edge, prompts.examples.cloud)
     every = (test.cloud_seeds.astype(np.float64) - test.edge_seeds).mean(axis=2)
     with_most = ~np.isnan(every).any(axis=1)
     many = every[with_most]  # of the prompts with the most images
-    scored = {one.name: one.scores["test"] for one in order}
-
-    def apart(one: str, other: str) -> report.Apart:
-        drawn, alone = ((by[one], by[other]) for by in (measured, measured_once))
-        return report.Apart(difference(*drawn, (0.5,)), difference(*drawn, RATES), difference(*alone, RATES))
-
     best = max((fitted[kind.name] for kind in BASELINES), key=lambda one: one.validation)
     names = [kind.name for kind in (RouteT2I, ByGain, Ours) if kind.name in scored]
-    facts = report.Facts(
+    return report.Facts(
         prompts=len(test),
         scenes=bench.scenes,
-        seeds=count,
+        seeds=bench.paired.gaps.shape[1],
         training_prompts=len(data.train),
         training_scenes=len(np.unique(data.train.scenes)),
         counted=bench.counted,
         best_baseline=best.name,
-        headroom_once={name: report.at(measured_once[name], 0.5).headroom for name in shown},
-        differences={name: {kind.name: apart(name, kind.name) for kind in BASELINES} for name in names},
+        headroom_once={name: report.at(found.once, 0.5).headroom for name, found in measured.items()},
+        differences={
+            name: {kind.name: measured[name].above(measured[kind.name]) for kind in BASELINES}
+            for name in names
+        },
         ablations={
-            (kind.name, whole.name): apart(whole.name, kind.name)
+            (kind.name, whole.name): measured[whole.name].above(measured[kind.name])
             for kind, whole in ABLATIONS.items()
             if {kind.name, whole.name} <= scored.keys()
         },
@@ -420,26 +303,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             one.name: {split: _elsewhere(one, split, data) for split in data.others if split != "test"}
             for one in order
         },
-        directions=directions(outcomes.split("train").cloud - outcomes.split("train").edge),
+        directions=directions(train.cloud - train.edge),
         kept_whole=float((prompts.examples.mask.sum(1) <= Shape.kept).double().mean()),
         settings={one.name: one.setting for one in order},
         ceiling=limit,
-        sentences=sentences_share(bench.paired.gaps.mean(axis=2), said["test"]),
+        sentences=sentences_share(bench.paired.gaps.mean(axis=2), prompts.scenes),
         oracle=oracle_by_images(many, 0.5),
         oracle_prompts=len(many),
         foreseen={name: _won(scored[name], every.mean(axis=1), np.flatnonzero(with_most)) for name in names},
         cloud_better=float((bench.better < 0).mean()),
         seconds=time.monotonic() - started,
     )
-    curves = report.Curves(points, bench.oracle_points(), bench.cloud_only(), bench.edge, bench.cloud)
-    report.write(options.out, curves, {one.name: one.decision_ms for one in order}, facts, decided)
-    plots.write(options.out, curves, facts, decided)
-    console.print(
-        f"{len(routers)} routers on {len(test)} test prompts in {facts.seconds:.0f} s -> {options.out}"
-    )
-    size = sum(file.stat().st_size for file in cache.iterdir()) / 1e6
-    console.print(f"{cache} holds token states for a quicker next run, {size:.0f} MB; it may be deleted")
-    return 0
 
 
 def _ceiling(train: Outcomes, test: Outcomes, known: Mapping[str, Scene | None]) -> Ceiling | None:

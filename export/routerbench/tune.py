@@ -29,7 +29,7 @@ from export.calibrate import scale_of
 from export.errors import ExportError
 from export.outcomes import Outcomes
 from export.prompts import never_learnt
-from export.routerbench.__main__ import (
+from export.routerbench.fitting import (
     blamed_on,
     checked,
     ending,

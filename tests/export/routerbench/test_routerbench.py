@@ -21,7 +21,8 @@ from export.bootstrap import Estimate
 from export.errors import ExportError
 from export.outcomes import Outcomes
 from export.routerbench import routers
-from export.routerbench.__main__ import Data, _longest_first, ending, fit, worth
+from export.routerbench.__main__ import _longest_first
+from export.routerbench.fitting import Data, ending, fit, worth
 from export.routerbench.measure import (
     RATES,
     RESAMPLES,
