@@ -26,7 +26,6 @@ from cloud_server import complete, hub
 from export import denoiser as denoisers
 from export import embedding, folder, lora, source, weights_file
 from export import pipeline as pipelines
-from export.arguments import ended_cleanly
 from export.errors import ExportError, misfit
 from export.scheduler import choose_scheduler
 from export.terminal import say
@@ -327,7 +326,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="another diffusers scheduler, from the model's own config with these changes; an LCM's LoRA wants LCM",
     )
     options = vars(parser.parse_args(argv))
-    with ended_cleanly():
+    with folder.ended_cleanly():
         convert(options.pop("model"), options.pop("out"), **options)
     return 0
 

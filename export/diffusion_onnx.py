@@ -44,7 +44,6 @@ from edge_agent.errors import BundleError, StoreError
 from edge_agent.store import name_from
 from export import attention, folder, graphs, source, tokenizer_json
 from export import pipeline as pipelines
-from export.arguments import ended_cleanly
 from export.errors import ExportError
 from export.preview import WORTH_SHOWING, fit_preview
 from export.prompts import numbered_lines
@@ -437,7 +436,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     options = vars(parser.parse_args(argv))
     options["steps"] = (*options["steps"], *options.pop("timesteps"))
-    with ended_cleanly():
+    with folder.ended_cleanly():
         export_bundle(options.pop("model"), options.pop("out"), **options)
     return 0
 

@@ -32,11 +32,11 @@ from scipy.stats import rankdata
 
 from edge_agent.bundle import Bundle
 from edge_agent.superiority import relative_superiority
-from export.arguments import check_output, default_output, write_output
 from export.bootstrap import Estimate, Floats, estimate, resampled
 from export.calibrate import predicted
 from export.errors import ExportError
 from export.outcomes import Outcomes
+from export.output import check_output, default_output, write_output
 from export.prompts import never_learnt
 from export.terminal import console
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -55,6 +56,16 @@ def beside(target: Path, report: Callable[[str], None]) -> Iterator[Path]:
             raise ExportError(error.message) from error
         except safetensors.SafetensorError as error:  # of weights that found no room; it is no OSError
             raise ExportError(f"{partial} cannot be written: {reason(error)}; {_MAKE_ROOM}") from error
+
+
+@contextmanager
+def ended_cleanly() -> Iterator[None]:
+    """Whoever ends the process is obeyed as Ctrl-C is: nothing half-made stays behind."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _unlock(lock: Path, descriptor: int) -> None:

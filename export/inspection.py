@@ -24,10 +24,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image
 
-from export.arguments import check_output, shown, write_output
 from export.bootstrap import estimate, resampled
 from export.errors import DAMAGED_NPZ, ExportError
 from export.outcomes import INSPECTION, INSPECTOR, MODELS, Outcomes, read_table, write_table
+from export.output import check_output, shown, write_output
 from export.pieces import made_with
 from export.prompts import PROMPTS, SHARES, Prompt, router_prompts, scenes_of
 from export.starter.inspector import Inspector, Sight

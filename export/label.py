@@ -26,7 +26,7 @@ from cloud_server.settings import DTYPES
 from edge_agent.bundle import Bundle
 from edge_agent.superiority import METRICS
 from export.__main__ import run
-from export.arguments import at_least, check_output
+from export.arguments import at_least
 from export.errors import ExportError
 from export.negatives import hard_negatives
 from export.outcomes import (
@@ -39,6 +39,7 @@ from export.outcomes import (
     read_table,
     write_table,
 )
+from export.output import check_output
 from export.painter import BATCH, BundlePainter, Painter, Paints, cloud_model, device
 from export.pieces import (
     CLOUD_DTYPE,

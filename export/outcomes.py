@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from edge_agent.bundle import Bundle
 from edge_agent.superiority import METRICS
-from export.arguments import replacing
 from export.errors import ExportError
+from export.output import replacing
 from export.prompts import as_read, of_ceiling, scenes_by_text, scenes_of
 from export.terminal import console
 

@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from export.arguments import write_output
 from export.errors import DAMAGED_NPZ, ExportError
 from export.outcomes import MODELS
+from export.output import write_output
 from export.painter import Picture
 from export.prompts import CEILING_PROMPTS, Prompt
 

@@ -28,9 +28,10 @@ from edge_agent.bundle import PREDICTOR, Bundle
 from edge_agent.diffusion.generator import Image
 from edge_agent.reader import Reader
 from edge_agent.superiority import METRICS, relative_superiority
-from export.arguments import at_least, check_output, default_output, write_output
+from export.arguments import at_least
 from export.bootstrap import Estimate, Floats, estimate, resampled
 from export.errors import ExportError
+from export.output import check_output, default_output, write_output
 from export.precision import CALIBRATION_PROMPTS, DTYPES, Loss, drawn, shrink
 from export.prompts import numbered_lines, router_prompts
 from export.quality import Judge

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from edge_agent.bundle import Bundle
 from edge_agent.tokens import Tokenizer
-from export.arguments import at_least, replacing
+from export.arguments import at_least
 from export.mixture import SENTENCE, WORDS, Ensemble, Mixture, Shape, Together
 from export.outcomes import Outcomes
+from export.output import replacing
 from export.states import TokenStates, of_prompts, of_shorter_prompts
 from export.terminal import console, progress
 

@@ -27,11 +27,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from edge_agent.superiority import METRICS
-from export.arguments import check_output, default_output, shown, write_output
 from export.bootstrap import Floats, estimate, resampled
 from export.evaluate import spearman
 from export.negatives import FAULTS, hard_negatives
 from export.outcomes import ADHERENCE, MODELS, Outcomes
+from export.output import check_output, default_output, shown, write_output
 from export.quality import Judge
 from export.starter.damage import Sample, damage, render_samples
 from export.starter.foreign_damage import foreign_damage

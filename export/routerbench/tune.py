@@ -24,10 +24,11 @@ import numpy as np
 import torch
 
 from edge_agent.bundle import Bundle
-from export.arguments import at_least, check_output, write_output
+from export.arguments import at_least
 from export.calibrate import scale_of
 from export.errors import ExportError
 from export.outcomes import Outcomes
+from export.output import check_output, write_output
 from export.prompts import never_learnt
 from export.routerbench.fitting import (
     blamed_on,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from export.arguments import check_output, replacing
+from export.output import check_output, replacing
 from export.painter import Painter, cloud_model
 from export.prompts import router_prompts
 from export.starter.shipped import STARTER_CLOUD, STARTER_EDGE

@@ -23,10 +23,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from edge_agent.superiority import METRICS
-from export.arguments import check_output, default_output, write_output
 from export.bootstrap import Estimate, estimate, resampled
 from export.evaluate import RESAMPLES
 from export.outcomes import Outcomes
+from export.output import check_output, default_output, write_output
 from export.painter import Painter, cloud_model
 from export.starter.shipped import STARTER_CLOUD, STARTER_EDGE, STARTER_LABELS
 from export.terminal import progress

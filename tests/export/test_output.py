@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from export.__main__ import main
-from export.arguments import check_output, default_output, replacing, shown, write_output
 from export.errors import ExportError
+from export.output import check_output, default_output, replacing, shown, write_output
 
 
 def test_what_is_written_takes_the_place_of_what_was_there(tmp_path: Path) -> None:
