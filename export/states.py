@@ -16,6 +16,7 @@ from edge_agent.diffusion.sessions import Runtime
 from edge_agent.diffusion.text_encoder import TextEncoder
 from edge_agent.tokens import Tokenizer, Tokens
 from export.errors import DAMAGED_NPZ
+from export.output import replacing
 from export.terminal import progress
 
 
@@ -116,10 +117,8 @@ def _kept(file: Path, make: Callable[[], Arrays]) -> Arrays:
     if kept := _read(file):
         return kept
     made = make()
-    part = file.with_name(file.name + ".part")
-    with part.open("wb") as out:
-        np.savez(out, **made)
-    part.replace(file)
+    with replacing(file) as partial:
+        np.savez(partial, **made)
     return made
 
 

@@ -7,7 +7,6 @@ classifier-free guidance has its other half.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPTokenizerFast
 
+from export.output import replacing
 from export.pipeline import drop_origin
 from export.starter.autoencoder import pixels
 from export.starter.size import Size
@@ -93,9 +93,8 @@ def encode_scenes(autoencoder: AutoencoderKL, scenes: list[Scene], file: Path, s
         if len(parts) % 20 == 0:
             print(f"encoding scenes: {len(parts) * 200}/{len(scenes)}", flush=True)
     latents = torch.cat(parts)
-    partial = file.with_suffix(f".{os.getpid()}")  # the other model's run may be at it too
-    torch.save(latents, partial)
-    partial.replace(file)
+    with replacing(file) as partial:  # the other model's run may be at it too
+        torch.save(latents, partial)
     return latents
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 
+from export.output import replacing
 from export.starter.autoencoder import pixels
 from export.starter.damage import render_samples
 from export.starter.faults import Shown, faults
@@ -51,10 +52,8 @@ def sketches(work: Path) -> Sketches:
     file = work / "sketch" / f"sketches-{NUMBER}.npz"
     if not file.exists():
         arrays = _painted(work, sample_scenes("judge", NUMBER, SEED))
-        partial = file.with_suffix(".partial")
-        with partial.open("wb") as opened:
-            np.savez(opened, **arrays)
-        partial.replace(file)
+        with replacing(file) as partial:
+            np.savez(partial, **arrays)
     with np.load(file) as kept:
         scenes = sample_scenes("judge", len(kept["harm"]), SEED)
         return Sketches(scenes, kept["pictures"], kept["sketched"], kept["harm"])
