@@ -103,7 +103,7 @@ def _fewer_levels(sample: Sample, severity: float, _: np.random.Generator) -> np
     step = 30 + 110 * severity
     height, width = sample.picture.shape[:2]
     threshold = np.tile(pattern, (height // 4 + 1, width // 4 + 1))[:height, :width, None]
-    return _uint8(np.round(sample.picture / step + threshold) * step)
+    return as_uint8(np.round(sample.picture / step + threshold) * step)
 
 
 def _coarse_wavelets(sample: Sample, severity: float, _: np.random.Generator) -> np.ndarray:
@@ -111,7 +111,7 @@ def _coarse_wavelets(sample: Sample, severity: float, _: np.random.Generator) ->
     channels = np.asarray(Image.fromarray(sample.picture).convert("YCbCr"), np.float32)
     step = 12 + 70 * severity
     rounded = [_rounded_haar(channels[..., c], step * (1 if c == 0 else 2), levels=3) for c in range(3)]
-    return np.asarray(Image.fromarray(_uint8(np.stack(rounded, axis=-1)), "YCbCr").convert("RGB"))
+    return np.asarray(Image.fromarray(as_uint8(np.stack(rounded, axis=-1)), "YCbCr").convert("RGB"))
 
 
 def _rounded_haar(values: np.ndarray, step: float, levels: int) -> np.ndarray:
@@ -173,7 +173,7 @@ def _smoothed_within(sample: Sample, severity: float, _: np.random.Generator) ->
                 total += like * near
                 weight += like
         values = total / weight
-    return _uint8(values)
+    return as_uint8(values)
 
 
 # --- clarity: a veil between the picture and who looks at it ------------------------------------------------------
@@ -181,14 +181,14 @@ def _smoothed_within(sample: Sample, severity: float, _: np.random.Generator) ->
 
 def _veil(sample: Sample, severity: float, rng: np.random.Generator) -> np.ndarray:
     grey = rng.uniform(150, 220)
-    return _uint8(sample.picture + (grey - sample.picture.astype(np.float32)) * 0.85 * severity)
+    return as_uint8(sample.picture + (grey - sample.picture.astype(np.float32)) * 0.85 * severity)
 
 
 def _drifting_veil(sample: Sample, severity: float, rng: np.random.Generator) -> np.ndarray:
     """Thicker here than there."""
-    thick = severity * (0.55 + 0.35 * _field(sample.picture.shape[:2], 3, rng))
+    thick = severity * (0.55 + 0.35 * smooth_field(sample.picture.shape[:2], 3, rng))
     grey = rng.uniform(150, 230)
-    return _uint8(sample.picture + (grey - sample.picture.astype(np.float32)) * thick[..., None])
+    return as_uint8(sample.picture + (grey - sample.picture.astype(np.float32)) * thick[..., None])
 
 
 # --- sharpness: outlines smeared ----------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def _patches(sample: Sample, severity: float, rng: np.random.Generator) -> np.nd
         top, left, size = *rng.integers(0, out.shape[0] - 16, size=2), rng.integers(10, 24)
         patch = out[top : top + size, left : left + size]
         patch += (rng.uniform(0, 255, size=3) - patch) * (0.35 + 0.5 * severity)
-    return _uint8(out)
+    return as_uint8(out)
 
 
 def _discs(sample: Sample, severity: float, rng: np.random.Generator) -> np.ndarray:
@@ -221,15 +221,15 @@ def _discs(sample: Sample, severity: float, rng: np.random.Generator) -> np.ndar
         y, x = rng.uniform(0, out.shape[0], size=2)
         disc = np.hypot(rows - y, columns - x) < rng.uniform(5, 13)
         out[disc] += (rng.uniform(0, 255, size=3) - out[disc]) * (0.35 + 0.5 * severity)
-    return _uint8(out)
+    return as_uint8(out)
 
 
 def _exchanged_channels(sample: Sample, severity: float, rng: np.random.Generator) -> np.ndarray:
     """In part of the picture red is blue, or green, or the light is turned to dark."""
     values = sample.picture.astype(np.float32)
     foreign = 255 - values if rng.random() < 0.3 else np.roll(values, int(rng.integers(1, 3)), axis=-1)
-    where = _field(values.shape[:2], 4, rng) > 0.1 - 0.3 * severity
-    return _uint8(values + (foreign - values) * where[..., None] * (0.4 + 0.6 * severity))
+    where = smooth_field(values.shape[:2], 4, rng) > 0.1 - 0.3 * severity
+    return as_uint8(values + (foreign - values) * where[..., None] * (0.4 + 0.6 * severity))
 
 
 # --- realism: shapes bent out of form -----------------------------------------------------------------------------
@@ -239,7 +239,7 @@ def _warp(sample: Sample, severity: float, rng: np.random.Generator) -> np.ndarr
     """Moved along a smooth random field."""
     shape = sample.picture.shape[:2]
     reach = 1.5 + 5 * severity
-    return _moved(sample.picture, reach * _field(shape, 6, rng), reach * _field(shape, 6, rng))
+    return _moved(sample.picture, reach * smooth_field(shape, 6, rng), reach * smooth_field(shape, 6, rng))
 
 
 def _waves(sample: Sample, severity: float, rng: np.random.Generator) -> np.ndarray:
@@ -291,7 +291,7 @@ def _bleached(sample: Sample, severity: float, rng: np.random.Generator) -> np.n
     """Most colour gone, and what is left of one hue."""
     grey = np.asarray(Image.fromarray(sample.picture).convert("L"), np.float32)[..., None]
     tint = grey * rng.uniform(0.85, 1.1, size=3)
-    return _uint8(sample.picture + (tint - sample.picture) * 0.9 * severity)
+    return as_uint8(sample.picture + (tint - sample.picture) * 0.9 * severity)
 
 
 # --- consistency: two pictures in one -----------------------------------------------------------------------------
@@ -434,7 +434,7 @@ DAMAGES: dict[str, tuple[Damage, ...]] = {
 # --- what they share ----------------------------------------------------------------------------------------------
 
 
-def _field(shape: tuple[int, ...], points: int, rng: np.random.Generator) -> np.ndarray:
+def smooth_field(shape: tuple[int, ...], points: int, rng: np.random.Generator) -> np.ndarray:
     """A smooth random field [H, W] of about -1 to 1 that turns about ``points`` times along a side."""
     coarse = rng.uniform(-1, 1, size=(points, points)).astype(np.float32)
     height, width = shape
@@ -458,9 +458,10 @@ def _moved(image: np.ndarray, down: np.ndarray | float, right: np.ndarray | floa
 
 def _part(where: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
     """About ``share`` of a mask [H, W], in connected pieces."""
-    field = _field(where.shape, 5, rng)
+    field = smooth_field(where.shape, 5, rng)
     return where & (field > np.quantile(field[where], 1 - share))
 
 
-def _uint8(values: np.ndarray) -> np.ndarray:
+def as_uint8(values: np.ndarray) -> np.ndarray:
+    """Of 0 to 255, rounded and cut off."""
     return (values.clip(0, 255) + 0.5).astype(np.uint8)

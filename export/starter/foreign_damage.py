@@ -11,7 +11,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from export.starter.damage import Sample
+from export.starter.damage import Sample, as_uint8
 
 
 def foreign_damage(sample: Sample, metric: str, severity: float, rng: np.random.Generator) -> np.ndarray:
@@ -26,27 +26,27 @@ def foreign_damage(sample: Sample, metric: str, severity: float, rng: np.random.
         picture.save(file, "JPEG", quality=max(2, round(22 - 20 * severity)))
         return np.asarray(Image.open(file).convert("RGB"))
     if metric == "detail":  # areas as painted with a broad brush
-        return _uint8(_kuwahara(pixels, 1 + round(3 * severity)))
+        return as_uint8(_kuwahara(pixels, 1 + round(3 * severity)))
     if metric == "clarity":  # fog that thickens downwards
         fog = 0.9 * severity * (0.4 + 0.6 * rows / height)
-        return _uint8(pixels + (rng.uniform(170, 230) - pixels) * fog[..., None])
+        return as_uint8(pixels + (rng.uniform(170, 230) - pixels) * fog[..., None])
     if metric == "sharpness":  # the camera moved
         length = 2 + round(7 * severity)
         axis = int(rng.integers(2))
         padded = np.pad(pixels, [(length, length) if i == axis else (0, 0) for i in range(3)], mode="edge")
         shifts = range(length // 2, length // 2 + length)
         size = image.shape[axis]
-        return _uint8(np.mean([np.take(padded, range(s, s + size), axis) for s in shifts], axis=0))
+        return as_uint8(np.mean([np.take(padded, range(s, s + size), axis) for s in shifts], axis=0))
     if metric == "harmony":  # stripes of a colour that belongs nowhere
         wave = np.sin((columns * rng.uniform(-1, 1) + rows) * 2 * np.pi / rng.uniform(10, 18)) > 0.3
-        return _uint8(
+        return as_uint8(
             pixels + (rng.uniform(0, 255, size=3) - pixels) * (0.35 + 0.5 * severity) * wave[..., None]
         )
     if metric == "realism":  # everything turns about the middle
         return _swirl(image, 0.8 + 2.2 * severity)
     if metric == "color":  # the brown of an old photograph
         grey = pixels @ np.array([0.299, 0.587, 0.114], np.float32)
-        return _uint8(
+        return as_uint8(
             pixels + (grey[..., None] * np.array([1.07, 0.95, 0.78], np.float32) - pixels) * severity
         )
     if metric == "consistency":  # a disc of another picture
@@ -103,7 +103,3 @@ def _swirl(image: np.ndarray, turn: float) -> np.ndarray:
     row = np.clip(np.rint(source_y), 0, height - 1).astype(int)
     column = np.clip(np.rint(source_x), 0, width - 1).astype(int)
     return image[row, column]
-
-
-def _uint8(values: np.ndarray) -> np.ndarray:
-    return (values.clip(0, 255) + 0.5).astype(np.uint8)

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from export.errors import ExportError
 from export.starter.autoencoder import autoencoder_folder
+from export.starter.damage import smooth_field
 from export.starter.shipped import STARTER_INSPECTOR
 from export.starter.sprites import OBJECTS
 from export.starter.training import Run, write_record
@@ -224,7 +225,7 @@ def malform(
     way = int(rng.integers(4))
     if way == 0:  # bent
         rows, columns = np.mgrid[0:height, 0:width]
-        down, right = (0.5 * harm * size * _field((height, width), rng) for _ in range(2))
+        down, right = (0.5 * harm * size * smooth_field((height, width), 4, rng) for _ in range(2))
         rows = np.clip(np.rint(rows + down), 0, height - 1).astype(int)
         canvas[around] = window[rows, np.clip(np.rint(columns + right), 0, width - 1).astype(int)]
     elif way == 1:  # smeared: what is left is about a coarse grid's
@@ -235,15 +236,9 @@ def malform(
         other = before.copy()
         if way == 3:
             stamp(other, NAMES[int(rng.integers(len(NAMES)))], left, top, size)
-        field = _field((height, width), rng)
+        field = smooth_field((height, width), 4, rng)
         where = field > np.quantile(field, 1 - (0.8 if way == 2 else 0.5) * harm)
         canvas[around] = np.where(where[..., None], other[around], window)
-
-
-def _field(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """A smooth random field [H, W] of about -1 to 1."""
-    coarse = Image.fromarray(rng.uniform(-1, 1, size=(4, 4)).astype(np.float32))
-    return np.asarray(coarse.resize(shape[::-1], Image.Resampling.BICUBIC))
 
 
 def weathered(pixels: torch.Tensor, rng: np.random.Generator, autoencoder: AutoencoderKL) -> torch.Tensor:
