@@ -12,15 +12,19 @@ from __future__ import annotations
 import argparse
 import inspect
 import math
+import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from huggingface_hub import hf_hub_download, snapshot_download
+from safetensors.torch import save_file
 
 from cloud_server import complete, hub
 from export import denoiser as denoisers
@@ -34,6 +38,9 @@ Report = Callable[[str], None]
 
 CARD = "routet2i.json"  # what the cloud server makes by default
 CARDS = ("README.md", CARD)  # the first has the licence
+
+# Merges of 2022 name the layers of the text encoder without what transformers has come to wrap them in.
+_UNWRAPPED = re.compile(r"(?<=^cond_stage_model\.transformer\.)(?=(embeddings|encoder|final_layer_norm)\.)")
 
 _CONFIGS = ("*.json", "*.txt", "*.model")  # in all folders of a repository, tokenizers too
 
@@ -165,8 +172,8 @@ def _from_single_file(file: Path, names: list[str], base: str, made: Any, parts:
             configs = base if Path(base).is_dir() else snapshot_download(base, allow_patterns=_CONFIGS)
             newer = complete.newer_tokenizers(Path(configs), made.load_config(configs))
             options = newer | pipelines.left_out(made) | parts
-            with weights_file.alone(file):
-                pipeline = made.from_single_file(str(file), config=configs, **options)
+            with weights_file.alone(file), _renamed(file, names) as named:
+                pipeline = made.from_single_file(str(named), config=configs, **options)
     except Exception as error:  # each part's library fails in its own way
         raise ExportError(f"{refusal}: {misfit(error)}") from error
     for part, network in pipelines.networks(pipeline).items():
@@ -178,6 +185,20 @@ def _from_single_file(file: Path, names: list[str], base: str, made: Any, parts:
         if held > used:
             raise ExportError(f"{refusal}: it has {held} weights of the {part}, of which they name {used}")
     return pipeline
+
+
+@contextmanager
+def _renamed(file: Path, names: list[str]) -> Iterator[Path]:
+    """`file`, or where it has names that diffusers does not know, a copy without them."""
+    if not any(map(_UNWRAPPED.search, names)):
+        yield file
+        return
+    weights = {_UNWRAPPED.sub("text_model.", name): one for name, one in weights_file.read(file).items()}
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows removes none that is mapped
+        save_file(
+            {name: one.contiguous() for name, one in weights.items()}, copy := Path(folder, "it.safetensors")
+        )
+        yield copy
 
 
 def _autoencoder(base: str) -> Any:

@@ -132,6 +132,19 @@ def test_a_single_file_becomes_a_folder_of_the_same_weights(
     assert str(tmp_path) not in "".join(path.read_text() for path in out.rglob("*.json"))
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_a_merge_of_2022_may_lack_a_part_of_the_text_encoders_names(
+    model: Path, file: Path, tmp_path: Path, suffix: str
+) -> None:
+    weights = {
+        name.replace("transformer.text_model.", "transformer."): one for name, one in load_file(file).items()
+    }
+    merge = tmp_path / f"merge{suffix}"
+    save_file(weights, merge) if suffix == ".safetensors" else torch.save({"state_dict": weights}, merge)
+    convert(str(merge), str(tmp_path / "folder"), base=str(model), report=silent)
+    assert differ(weights_at(tmp_path / "folder"), weights_of(miniature_pipeline())) == []
+
+
 def test_the_folder_of_a_single_file_can_be_exported(saved: tuple[Any, Path, Path], tmp_path: Path) -> None:
     _, model, file = saved
     convert(str(file), str(tmp_path / "folder"), base=str(model), report=silent)
