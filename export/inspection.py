@@ -29,7 +29,7 @@ from export.errors import DAMAGED_NPZ, ExportError
 from export.outcomes import INSPECTION, INSPECTOR, MODELS, Outcomes, read_table, write_table
 from export.output import check_output, shown, write_output
 from export.pieces import made_with
-from export.prompts import PROMPTS, SHARES, Prompt, router_prompts, scenes_of
+from export.prompts import SHARES, Prompt, redrawn, scenes_of
 from export.starter.inspector import Inspector, Sight
 from export.starter.shipped import STARTER_INSPECTOR
 from export.starter.world import Scene, render, sample_scenes
@@ -310,9 +310,9 @@ def of_models(
 
 def prompts_of(outcomes: Outcomes) -> dict[int, Prompt]:
     """The router's own prompts among those of the labels, by id; of others no scene is known."""
-    number = {split: min(int((outcomes.splits == split).sum()), most) for split, most in PROMPTS.items()}
     texts = dict(zip(outcomes.ids.tolist(), outcomes.prompts, strict=True))
-    return {p.prompt_id: p for p in router_prompts(number) if texts.get(p.prompt_id) == p.text}
+    drawn = redrawn(outcomes.ids, outcomes.splits)
+    return {p.prompt_id: p for p in drawn if texts.get(p.prompt_id) == p.text}
 
 
 def report(

@@ -147,18 +147,23 @@ def _split_of(text: str) -> str:
     raise AssertionError(place)
 
 
-def scenes_by_text(ids: NDArray[np.int64], splits: NDArray[np.str_]) -> dict[str, Scene | None]:
-    """What the prompts of a matrix say, by their text, where they are the starter's; else nothing.
+def redrawn(ids: NDArray[np.int64], splits: NDArray[np.str_]) -> list[Prompt]:
+    """The starter's prompts that the ones of a matrix are among, where those are the starter's; else none.
 
-    ``ids`` and ``splits`` are [N]. The starter's prompts are drawn anew, which takes longer the more there are.
+    ``ids`` and ``splits`` are [N]. Drawing takes longer the more there are.
     """
     number = {}
     for index, split in enumerate(PROMPTS):
         places = ids[splits == split] - _first_id(index)
         if ((places < 0) | (places >= IDS_A_SPLIT)).any():  # prompts of one's own count from other numbers
-            return {}
+            return []
         number[split] = int(places.max(initial=-1)) + 1
-    return {prompt.text: prompt.scene for prompt in router_prompts(number)}
+    return router_prompts(number)
+
+
+def scenes_by_text(ids: NDArray[np.int64], splits: NDArray[np.str_]) -> dict[str, Scene | None]:
+    """What those that are `redrawn` say, by their text."""
+    return {prompt.text: prompt.scene for prompt in redrawn(ids, splits)}
 
 
 def scenes_of(texts: Sequence[str], known: Mapping[str, Scene | None]) -> NDArray[np.int64]:

@@ -234,6 +234,13 @@ def test_the_labels_get_the_verdicts_of_every_image_and_lose_nothing(labelled, t
     assert again == 0 and pq.read_table(labels).equals(after)
 
 
+def test_the_last_prompt_is_known_where_an_earlier_one_was_left_out(labelled):
+    """As those are of which the cloud withheld a picture."""
+    outcomes = Outcomes.read(labelled / "labels.parquet")
+    left = outcomes.where(outcomes.ids != outcomes.ids[outcomes.splits == "train"].min())
+    assert inspection.prompts_of(left).keys() == set(left.ids.tolist())
+
+
 def test_an_image_that_is_not_there_leaves_its_verdict_empty(labelled, tmp_path):
     labels = Path(shutil.copy(labelled / "labels.parquet", tmp_path))
     images = Path(shutil.copytree(labelled / "parts" / "images", tmp_path / "images"))
