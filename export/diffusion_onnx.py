@@ -119,8 +119,8 @@ def export_bundle(
     _refuse_name(name)
     if licence is not None and (not licence.strip() or not licence.isprintable()):
         raise ExportError(f"a licence of {licence!r} does not work: it must be printable text on one line")
-    for asked in sizes:
-        pipelines.refuse_large(asked)
+    for each in sizes:
+        pipelines.refuse_large(each)
     if len(set(sizes)) > 1 + MAX_SIZES:
         raise ExportError(f"a bundle makes images of {1 + MAX_SIZES} sizes at most, not {len(set(sizes))}")
     if shapes == "fixed" and len(set(sizes)) > 1:

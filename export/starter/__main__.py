@@ -34,7 +34,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -181,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return stages[options.stage]()
 
 
-def _first_failure(stages: Sequence[Callable[[], int]]) -> int:
+def _first_failure(stages: Iterable[Callable[[], int]]) -> int:
     for stage in stages:
         code = stage()
         if code == UNFINISHED:
