@@ -102,6 +102,16 @@ def oracle_gain(quality: Floats, rate: float) -> float:
     return float(np.mean(turns)) / len(quality)
 
 
+def things_said(scenes: NDArray[np.int64]) -> int:
+    """How many different ones test prompts say; ExportError where they are too few. ``scenes`` [N] numbers them."""
+    if (said := len(np.unique(scenes))) < FEWEST:
+        raise ExportError(
+            f"the labels' test prompts say {said} things that no training prompt says, too few to measure on: label "
+            f"more prompts, so that {FEWEST} are of the split test at least; narrow intervals take hundreds"
+        )
+    return said
+
+
 def evaluate(
     scores: Mapping[str, Floats],
     realised: Floats,
@@ -189,13 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"the labels are of cloud model {cloud[:16]}, and {bundle.folder} is calibrated for "
             f"{calibration.cloud_digest[:16]}: run `edge-export calibrate` with these labels first"
         )
-    paired = Paired.of(test)
-    said = len(np.unique(scenes))
-    if said < FEWEST:
-        raise ExportError(
-            f"the labels' test prompts say {said} different things, too few to measure on: label more prompts, "
-            f"so that {FEWEST} are of the split test at least; narrow intervals take hundreds"
-        )
+    paired, said = Paired.of(test), things_said(scenes)
 
     def prs(edge: NDArray[np.float32], cloud: NDArray[np.float32]) -> Floats:
         return np.asarray(

@@ -29,7 +29,7 @@ from edge_agent.bundle import Bundle
 from export.arguments import at_least
 from export.bootstrap import Estimate, estimate, resampled
 from export.errors import ExportError
-from export.evaluate import FEWEST, Paired, routed, spearman
+from export.evaluate import Paired, routed, spearman, things_said
 from export.mixture import Shape
 from export.outcomes import SPLITS, Outcomes
 from export.prompts import never_learnt, scenes_by_text, scenes_of
@@ -239,11 +239,7 @@ def _new(
     scenes = scenes_of(outcomes.prompts, known)
     new = never_learnt(outcomes.splits, scenes)
     outcomes, scenes = outcomes.where(new), scenes[new]
-    if (different := len(np.unique(scenes[outcomes.splits == "test"]))) < FEWEST:
-        raise ExportError(
-            f"the labels' test prompts say {different} things that no training prompt says, too few to measure on: "
-            f"label more prompts, so that {FEWEST} are of the split test at least; narrow intervals take hundreds"
-        )
+    things_said(scenes[outcomes.splits == "test"])
     return outcomes, scenes, known
 
 

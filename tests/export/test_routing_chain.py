@@ -181,7 +181,7 @@ def test_too_few_test_prompts_are_refused_before_anything_is_written(
     """Two of them, and where a sample of one alone is drawn, headroom is nothing over nothing."""
     labels, out = write_labels(tmp_path / "labels.parquet", 54), tmp_path / "evaluation.json"
     line = refused(capsys, "evaluate", labels, chain.bundle, "--out", out)
-    assert "test prompts say 9 different things, too few to measure on: label more prompts" in line
+    assert "test prompts say 9 things that no training prompt says, too few to measure on: label more" in line
     assert not out.exists()
 
 
