@@ -23,10 +23,8 @@ IMAGES = "images"  # folder of finished pictures, beside one folder of measureme
 WITHHELD = "withheld"  # array beside a piece's pictures
 MADE_WITH = "made_with.json"  # in each of these folders: digests of what made its pieces
 OWN_PROMPTS = "prompts.txt"  # beside that folder: those of --prompts, whose places in it give their ids
-CLOUD_DTYPE, EARLIER_DTYPE = (
-    "cloud_dtype",
-    "float32",
-)  # fact of what made pieces, and what it was before it was one
+CLOUD_DTYPE = "cloud_dtype"  # fact of what made pieces
+EARLIER_DTYPE = "float32"  # what it was before it was recorded
 
 
 @dataclass(frozen=True)
