@@ -77,8 +77,6 @@ def trace(
             model.config.save_pretrained(folder / name)
         if consume:
             model.to("meta")
-        for path in (folder / name).iterdir():
-            path.chmod(0o644)  # onnx keeps weights beside a graph from other users
         written = sum(path.stat().st_size for path in (folder / name).iterdir())
         report(f"{name:<14} {time.perf_counter() - began:6.1f} s {written / 1e6:9.1f} MB")
     for name in _COMPANIONS:
@@ -90,9 +88,7 @@ def trace(
 
 def _mask_mildly(path: Path) -> None:
     """Have the text encoder at `path` mask with MASKED what it masks with its type's lowest number."""
-    model = onnx.load(
-        path, load_external_data=False
-    )  # masks are made of small constants, which lie in the graph
+    model = onnx.load(path, load_external_data=False)  # masks are made of small constants in the graph
     constants = [
         attribute.t
         for node in model.graph.node
