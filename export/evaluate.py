@@ -125,10 +125,8 @@ def evaluate(
     ExportError when there is nothing to choose between, and so no headroom.
     """
     resamples = list(resampled(scenes, RESAMPLES))
-    quality, metrics = (
-        paired.gaps.mean(2),
-        paired.gaps.mean(1),
-    )  # [N, S], [N, M]; a resample's rows take little
+    # [N, S], [N, M]; a resample's rows take little.
+    quality, metrics = paired.gaps.mean(2), paired.gaps.mean(1)
     gain = quality.mean(1)
     random = np.array([rate * gain[rows].mean() for rows in resamples])
     oracle = np.array([oracle_gain(quality[rows], rate) for rows in resamples])

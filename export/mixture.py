@@ -92,9 +92,8 @@ class Own:
         self.index = mask.flatten().nonzero()[:, 0]  # [T]
         self.prompts = self.index // mask.shape[1]  # [T]
         self.positions = (mask.cumsum(1) - 1)[mask]  # [T], the first in its prompt in position 0
-        self.silence = torch.zeros(mask.shape).masked_fill_(
-            ~mask, _NOT
-        )  # [B, L], added to what softmax weighs
+        # [B, L], added to what softmax weighs.
+        self.silence = torch.zeros(mask.shape).masked_fill_(~mask, _NOT)
 
     def padded(self, values: Tensor) -> Tensor:
         """``[T, n] -> [B, L, n]``, with zeros between."""

@@ -79,12 +79,8 @@ BOUNDS = {"fp16": 1e-3, "int8": 1e-1}
 HALF_RANGE = 65504 / 2
 
 HALF_CALLS = 8  # of one graph, to see how large its values grow
-MAX_CALLS = (
-    96  # of one graph, spread over all that the calibration prompts make: ranges are known long before
-)
-_MASK = (
-    1e38  # what is larger stands for infinity: attention masks add the lowest float32, which becomes -65504
-)
+MAX_CALLS = 96  # of one graph, spread over all of the calibration prompts: ranges are known long before
+_MASK = 1e38  # what is larger stands for infinity: attention masks add the lowest float32, in fp16 -65504
 _COMPARISON_SEED = 4000
 _GRAPH = PurePosixPath(DENOISER).name  # in every folder that has one
 
@@ -328,9 +324,7 @@ def _largest_value(graph: Path, feeds: Sequence[Feeds]) -> float:
 
     onnxruntime's own calibration would tell as well, but takes a time that grows with the square of the nodes.
     """
-    watcher = graph.with_name(
-        "watched.onnx"
-    )  # beside the graph it finds the weights that lie there, uncopied
+    watcher = graph.with_name("watched.onnx")  # beside the graph it finds the weights that lie there
     options = ort.SessionOptions()
     # In the order in which they stand there. In its own, onnxruntime leaves what watches for the end.
     options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
@@ -357,10 +351,7 @@ def _write_watcher(graph: Path, watcher: Path) -> None:
     for node in model.graph.node:
         watched.append(node)
         for name in floats.intersection(node.output):
-            for kind in (
-                "ReduceMin",
-                "ReduceMax",
-            ):  # right behind what they watch: no tensor outlives its use
+            for kind in ("ReduceMin", "ReduceMax"):  # right behind it: no tensor outlives its use
                 ends.append(f"{name}_{kind}")
                 watched.append(onnx.helper.make_node(kind, [name], [ends[-1]], keepdims=0))
     del model.graph.node[:]

@@ -180,9 +180,8 @@ def _costs(folders: Sequence[Path], prompts: Sequence[str], turns: int) -> list[
                     pair = ((0, first), (number, other))
                     for one, painted in pair if turn % 2 else pair[::-1]:
                         answers[one].append(painted(prompts[turn % len(prompts)], SEED + turn))
-    seconds = [
-        np.array([answer["seconds"] for answer in given[1:]]) for given in answers
-    ]  # the first warmed up
+    # The first warmed up.
+    seconds = [np.array([answer["seconds"] for answer in given[1:]]) for given in answers]
     beside = seconds[0].reshape(-1, turns)  # a row for each of the others
     return [
         Cost(

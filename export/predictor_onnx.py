@@ -100,10 +100,8 @@ def _difference(ensemble: Ensemble, predictor: Predictor, tokens: int, own: int)
         expected = ensemble(states, mask[None], ids)
     edge, cloud, pull = (part[0].numpy() for part in expected)
     made = predictor.predict(states.numpy(), range(1, own + 1), ids.numpy())
-    return max(
-        float(
-            np.abs(np.reshape(ours, theirs.shape) - theirs).max(initial=0.0)
-        )  # a prompt may have no token of its own
+    return max(  # a prompt may have no token of its own
+        float(np.abs(np.reshape(ours, theirs.shape) - theirs).max(initial=0.0))
         for ours, theirs in ((made.edge, edge), (made.cloud, cloud), (made.pull, pull[mask.numpy()]))
     )
 

@@ -84,9 +84,8 @@ def convert(tokenizer: Any) -> Tokenizer:
     length = tokenizer.model_max_length
     converted.enable_truncation(length)
     converted.enable_padding(length=length, pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token)
-    _compare(
-        tokenizer, tokens.Tokenizer(Tokenizer.from_str(converted.to_str()), length)
-    )  # as it will be read
+    as_read = tokens.Tokenizer(Tokenizer.from_str(converted.to_str()), length)
+    _compare(tokenizer, as_read)
     return converted
 
 

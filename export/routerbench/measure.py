@@ -100,9 +100,8 @@ class Bench:
         self.paired = Paired.of(test)
         count = self.paired.gaps.shape[1]
         self.gaps = self.paired.gaps.mean(axis=1)  # [N, M]
-        self.better = np.sign(
-            superiority[:, :count] - 0.5
-        )  # [N, S], 1 where the edge's image is the better one
+        # [N, S], 1 where the edge's image is the better one.
+        self.better = np.sign(superiority[:, :count] - 0.5)
         self.counted = counted
         self.scenes = len(np.unique(scenes))
         self.verdicts: tuple[Floats, Floats] | None = None

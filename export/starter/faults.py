@@ -23,9 +23,7 @@ HARMLESS, UNRECOGNISED = 0.1, 0.4
 # Share of what a metric looks at whose loss counts in full: fine structure, contrast, saturation, pixels.
 LOST = {"definition": 0.6, "detail": 0.6, "clarity": 0.4, "sharpness": 0.6, "color": 0.4, "integrity": 0.4}
 UNSEEN = 0.05  # share whose loss nobody notices
-GONE = (
-    0.12  # largest difference of a channel, 0 to 1, below which an object's pixel looks like the background
-)
+GONE = 0.12  # largest difference of a channel, 0 to 1, below which a pixel looks like the background
 # What malformed objects do at least to metrics that see it in part.
 BESIDE_REALISM = {"integrity": 0.4, "consistency": 0.4, "layout": 0.2}
 

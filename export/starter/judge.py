@@ -44,9 +44,7 @@ RULED, SKETCHED = 64, 96  # scenes of a step whose spoiled picture was damaged b
 BATCH = 2 * (RULED + SKETCHED)
 BLAMED, FAULTS = 0.25, 2  # of a sketch, its worst faults are named, from how bad on and how many at most
 WIDTH = 128
-CONTRAST_WEIGHT = ADHERENCE_WEIGHT = (
-    0.1  # captions are there to know the world by; the metrics are its purpose
-)
+CONTRAST_WEIGHT = ADHERENCE_WEIGHT = 0.1  # captions are there to know the world by; metrics are its purpose
 PAIR_WEIGHT = 0.3
 RESTORED = 0.5  # share of the scenes damaged by rule that are taken through the autoencoder
 LATENT_NOISE = 0.2  # largest standard deviation put on their latents, of their own

@@ -135,9 +135,7 @@ class Run:
         seen.
         """
         precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision(
-            "high"
-        )  # TF32 on a GPU: ten bits of mantissa are plenty for training
+        torch.set_float32_matmul_precision("high")  # TF32 on a GPU: ten bits of mantissa are plenty
         try:
             return self._train(make_batch, loss_of_batch)
         finally:
@@ -231,9 +229,7 @@ class Run:
         }
         partial = self.checkpoint.with_suffix(".partial")
         torch.save(state, partial)
-        os.replace(
-            partial, self.checkpoint
-        )  # a kill leaves the old checkpoint or the new one, never half of one
+        os.replace(partial, self.checkpoint)  # a kill leaves the old one or the new one, never half of one
 
     def _resume(self) -> None:
         state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
