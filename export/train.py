@@ -111,6 +111,13 @@ class Examples:
         """From the prompts' states and their mean qualities."""
         return cls(*map(torch.from_numpy, (*states.padded(), edge, cloud)))
 
+    def measuring(self, shape: Shape) -> Examples:
+        """The same for a mixture of this shape: with one metric (an ablation) the mean over all is the only one."""
+        if shape.metrics > 1:
+            return self
+        edge, cloud = (part.mean(1, keepdim=True) for part in (self.edge, self.cloud))
+        return replace(self, edge=edge, cloud=cloud)
+
     def beside(self, states: TokenStates, deleted: NDArray[np.int64]) -> Examples:
         """The same with the states of the prompts less one token each."""
         padded = states.padded(self.mask.shape[1])
@@ -280,12 +287,6 @@ ABLATIONS = {
 }
 
 
-def targets(outcomes: Outcomes, metrics: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Mean qualities of edge and cloud, [N, M]; with one metric (an ablation) the mean over all of them, [N, 1]."""
-    edge, cloud = outcomes.edge, outcomes.cloud
-    return (edge, cloud) if metrics > 1 else (edge.mean(1, keepdims=True), cloud.mean(1, keepdims=True))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of the stage; returns the exit code."""
     recipe = Recipe()
@@ -398,7 +399,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         shape = ABLATIONS[name](shape)
 
     examples = [
-        Examples.of(of_prompts(options.out, bundle, part.prompts), *targets(part, shape.metrics))
+        Examples.of(of_prompts(options.out, bundle, part.prompts), part.edge, part.cloud).measuring(shape)
         for part in (learning, validating)
     ]
     if recipe.deletion_weight:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from export.mixture import SENTENCE, WORDS, Ensemble, Inputs, Own, Shape, Together
 from export.routerbench.router import Floats, Prompts, Router, Scorer
-from export.train import Examples, Recipe, Trained, knowing
+from export.train import Recipe, Trained, knowing
 from export.train import train as train_mixtures
 
 Settings = Sequence[Mapping[str, float]]
@@ -237,7 +237,7 @@ class RouteT2I:
     def fit(self, train: Prompts, validation: Prompts, seed: int, **setting: float) -> Scorer:
         """As `edge-export train` does, by the recipe of this class."""
         shape = self.shape(train)
-        known, held_out = (_targets(part.examples, shape.metrics) for part in (train, validation))
+        known, held_out = (part.examples.measuring(shape) for part in (train, validation))
         recipe = replace(self.recipe, **setting)
         events = train_mixtures(known, held_out, shape, recipe, first=seed * recipe.seeds)
         ensemble = Ensemble([event.mixture for event in events if isinstance(event, Trained)]).eval()
@@ -463,14 +463,6 @@ def _scorer(network: nn.Module, read: Callable[[Tensor], Tensor]) -> Scorer:
 
 def _entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, labels)
-
-
-def _targets(examples: Examples, metrics: int) -> Examples:
-    """The same with the mean over metrics as the only one, where one is asked for."""
-    if metrics > 1:
-        return examples
-    edge, cloud = (part.mean(1, keepdim=True) for part in (examples.edge, examples.cloud))
-    return replace(examples, edge=edge, cloud=cloud)
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:
