@@ -204,7 +204,6 @@ class Ledger:
         # SQLite before 3.51.3 can corrupt a write-ahead log that two connections use: there is one, and one
         # lock.
         self._lock = threading.Lock()
-        self._closed = False
         self.failure = ""  # why the file could not be used, where it has not been written since
         self._account: _Account | None = None  # replaced as a whole, so that it can be read without the lock
 
@@ -253,7 +252,7 @@ class Ledger:
         ceiling_micro_usd: int,
         cloud: str = "",
         timeout_s: float = 0.0,
-    ) -> Reservation:
+    ) -> None:
         """Set aside `ceiling_micro_usd` for this call in every budget that applies, or in none.
 
         `cloud` is who is to be asked what became of the call, which ends after `timeout_s` seconds.
@@ -289,12 +288,11 @@ class Ledger:
                     now + timeout_s,
                 ),
             )
-        return Reservation(request_id, app, ceiling_micro_usd, now, cloud, now + timeout_s)
 
-    def settle(self, request_id: str, charged_micro_usd: int) -> int:
-        """Record what a reserved call was charged; returns the micro-dollars that count from now on.
+    def settle(self, request_id: str, charged_micro_usd: int) -> None:
+        """Record what a reserved call was charged.
 
-        That is never more than the reserved ceiling, because more was never agreed to: a higher charge is
+        Never more counts than the reserved ceiling, because more was never agreed to: a higher charge is
         logged as an error and counted as the ceiling. Settling again at the same amount changes nothing.
 
         Raises LedgerError when the call was never reserved, was released, or was settled at another amount.
@@ -304,7 +302,7 @@ class Ledger:
             state, ceiling, cost = self._call(connection, request_id)
             counted = min(charged_micro_usd, ceiling)
             if state == "settled" and cost == counted:
-                return counted
+                return
             if state != "reserved":
                 raise LedgerError(
                     f"request {request_id!r} cannot be settled at {dollars(charged_micro_usd)}: "
@@ -321,7 +319,6 @@ class Ledger:
                 "UPDATE calls SET state = 'settled', cost_micro_usd = ? WHERE request_id = ?",
                 (counted, request_id),
             )
-        return counted
 
     def release(self, request_id: str) -> None:
         """Give back what was reserved for a call that certainly never ran. Releasing again changes nothing.
@@ -387,10 +384,8 @@ class Ledger:
     def close(self) -> None:
         """Close the file. Closing again does nothing; every other method raises LedgerError from then on."""
         with self._lock:
-            if not self._closed:
-                with suppress(sqlite3.Error):
-                    self._follow_clock()
-            self._closed = True
+            with suppress(sqlite3.Error):
+                self._follow_clock()
             self._account = None
             self._connection.close()
 
@@ -398,8 +393,6 @@ class Ledger:
     def _alone(self) -> Iterator[sqlite3.Connection]:
         """The connection, alone. What SQLite cannot do is explained, and kept in `failure`."""
         with self._lock:
-            if self._closed:
-                raise LedgerError(f"the quota ledger {self.path} is closed")
             try:
                 self._follow_clock()
                 yield self._connection
@@ -519,7 +512,7 @@ class Ledger:
             closed = state.cap_micro_usd == 0  # no cloud, also where a call costs nothing
             if closed or overdrawn or ceiling_micro_usd > state.remaining_micro_usd:
                 _, end = window_bounds(state.window, now)
-                fits_later = not closed and ceiling_micro_usd <= state.cap_micro_usd and end is not None
+                fits_later = not closed and ceiling_micro_usd <= state.cap_micro_usd
                 retry_after_s = end - now if fits_later and end is not None else None
                 left, cap = dollars(state.remaining_micro_usd), dollars(state.cap_micro_usd)
                 held = ""

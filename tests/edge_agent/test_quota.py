@@ -103,10 +103,10 @@ def test_the_account_is_at_hand_until_a_window_begins_also_when_a_reservation_wa
 def test_reserved_money_is_gone_until_what_was_charged_is_known(open_ledger: Open) -> None:
     ledger = open_ledger(DAY)
     reservation = Reservation("r", "app", 40, NOON, "cloud:1", NOON + 30)
-    assert ledger.reserve("r", "app", 40, "cloud:1", 30.0) == reservation
+    ledger.reserve("r", "app", 40, "cloud:1", 30.0)
     assert ledger.unresolved() == [reservation]
     assert ledger.states() == (BudgetState("daily", "day", 100, 0, 40, 60),)
-    assert ledger.settle("r", 25) == 25
+    ledger.settle("r", 25)
     assert ledger.states() == (BudgetState("daily", "day", 100, 25, 0, 75),)
 
 
@@ -215,7 +215,8 @@ def test_a_second_reserve_of_the_same_request_is_refused_before_and_after_settli
 def test_settling_twice_counts_once_and_at_another_amount_is_refused(open_ledger: Open) -> None:
     ledger = open_ledger(DAY)
     ledger.reserve("r", "app", 10)
-    assert [ledger.settle("r", 7), ledger.settle("r", 7)] == [7, 7]
+    ledger.settle("r", 7)
+    ledger.settle("r", 7)
     with pytest.raises(LedgerError, match=r"settled at \$0.000007"):
         ledger.settle("r", 8)
     with pytest.raises(LedgerError, match="cannot be released"):
@@ -228,7 +229,7 @@ def test_a_charge_above_the_agreed_ceiling_counts_as_the_ceiling_and_is_logged(
 ) -> None:
     ledger = open_ledger(DAY)
     ledger.reserve("r", "app", 10)
-    assert ledger.settle("r", 1_000_000) == 10
+    ledger.settle("r", 1_000_000)
     assert remaining(ledger) == [90]
     assert "above the agreed $0.00001" in caplog.text
 
@@ -678,7 +679,7 @@ class LedgerLife(RuleBasedStateMachine):
         app, state, ceiling, cost, time = self.calls.get(request_id, ("", "unknown", 0, 0, 0.0))
         counted = min(charged, ceiling)
         if state == "reserved" or (state == "settled" and cost == counted):
-            assert self.ledger.settle(request_id, charged) == counted
+            self.ledger.settle(request_id, charged)
             self.calls[request_id] = (app, "settled", ceiling, counted, time)
         else:
             with pytest.raises(LedgerError):
@@ -817,7 +818,7 @@ def test_a_closed_ledger_says_so_and_closes_again(open_ledger: Open) -> None:
     ledger = open_ledger(DAY)
     ledger.close()
     ledger.close()
-    with pytest.raises(LedgerError, match="is closed"):
+    with pytest.raises(LedgerError, match="closed"):
         ledger.reserve("r", "app", 1)
 
 
@@ -880,5 +881,5 @@ def test_a_write_that_fails_leaves_the_ledger_as_it_was_and_usable(open_ledger: 
     with pytest.raises(LedgerError, match="disk is full: free some space"):
         fill()
     assert ledger.states()[0].reserved_micro_usd == 10 * promised
-    assert ledger.settle("before", 4) == 4
+    ledger.settle("before", 4)
     assert len(ledger.unresolved()) == promised - 1
