@@ -457,7 +457,6 @@ def _distinct(texts: Sequence[str]) -> Iterator[str]:
 def _routed_here(options: argparse.Namespace, prompts: Iterable[str]) -> Iterator[tuple[str, Decision]]:
     """Decisions of a bundle loaded in this process."""
     with _interruptible():
-        from edge_agent.agent import explain
         from edge_agent.bundle import Bundle
         from edge_agent.diffusion.sessions import Runtime
         from edge_agent.reader import Reader
@@ -479,11 +478,10 @@ def _routed_here(options: argparse.Namespace, prompts: Iterable[str]) -> Iterato
             reader.alpha,
             routing=Routing.AUTO,
             privacy=Privacy.NORMAL,
-            cloud_configured=True,
-            cloud_healthy=True,
+            cloud_available=True,
             quota_allows=True,
         )
-        decision = explain(reading, route, reason, reader.alpha)
+        decision = reading.decision(route, reason, reader.alpha)
         if options.explain and reader.alpha is not None:
             decision = decision.explained(
                 [reader.prs_without(reading.tokens, position) for position in reading.tokens.own]

@@ -120,20 +120,18 @@ class Agent:
         began = time.perf_counter()
         request = validate(request, self.models.limits)
         purchase, failure = None, ""
-        with ExitStack() as closing:
-            closing.enter_context(self.models)
+        with self.models, ExitStack() as closing:
             reading, decision = await self._read(request)
             self._learn(request, decision)
             if decision.route == "cloud":
                 decision, purchase = await self._reserve(request, decision)
-            finish = partial(self._result, request, decision, began)
             if purchase is not None:
                 async with aclosing(purchase):
                     yield decision
                     try:
-                        async with aclosing(self._buy(purchase, finish)) as events:
+                        async with aclosing(self._buy(purchase)) as events:
                             async for event in events:
-                                yield event
+                                yield self._told(event, request, decision, began)
                         return
                     except CloudError as error:
                         failure = self._fall_back(request, error, purchase)
@@ -141,9 +139,9 @@ class Agent:
             closing.callback(drawing.stop)
             if purchase is None:
                 yield decision  # now, as telling takes a hundredth of a small image's time
-            async with aclosing(self._draw(drawing, finish, failure)) as events:
+            async with aclosing(self._draw(drawing, failure)) as events:
                 async for event in events:
-                    yield event
+                    yield self._told(event, request, decision, began)
 
     async def route(self, request: ImageRequest, *, explain: bool = False) -> Decision:
         """The decision alone, against the quota as it is now. Reserves nothing, calls nobody.
@@ -242,7 +240,7 @@ class Agent:
         route, reason = self._verdict(request, reading.prs, alpha, quota_allows=self._quota_allows(request))
         quota = self._quota(request.app)
         stages_ms = {"decide": _ms_since(began)}
-        return reading, explain(reading, route, reason, alpha, quota, stages_ms)
+        return reading, reading.decision(route, reason, alpha, quota, stages_ms)
 
     async def _reserve(self, request: ImageRequest, decision: Decision) -> tuple[Decision, Purchase | None]:
         """The decision that stands, and what it bought: others may have taken what the quota allowed a moment ago."""
@@ -272,17 +270,15 @@ class Agent:
     def _verdict(
         self, request: ImageRequest, prs: float | None, alpha: float | None, *, quota_allows: bool
     ) -> tuple[Route, Reason]:
-        cloud = self.purchases.cloud
-        healthy = cloud is not None and (
-            cloud.healthy and cloud.affordable(self._ceiling(request)) and cloud.makes(request)
-        )
+        cloud, available = self.purchases.cloud, None
+        if cloud is not None:
+            available = cloud.healthy and cloud.affordable(self._ceiling(request)) and cloud.makes(request)
         return decide(
             prs,
             alpha,
             routing=request.routing,
             privacy=request.privacy,
-            cloud_configured=cloud is not None,
-            cloud_healthy=healthy,
+            cloud_available=available,
             quota_allows=quota_allows,
         )
 
@@ -330,9 +326,7 @@ class Agent:
         with suppress(CloudError):
             self.tally.cloud_digest = await cloud.model_digest()
 
-    async def _buy(
-        self, purchase: Purchase, finish: Callable[[Made], Result]
-    ) -> AsyncGenerator[Progress | Result, None]:
+    async def _buy(self, purchase: Purchase) -> AsyncGenerator[Progress | Made, None]:
         began = time.perf_counter()
         position = 0
         async with aclosing(purchase.images()) as events:
@@ -342,17 +336,15 @@ class Agent:
                 elif isinstance(event, CloudImage):
                     self.tally.cloud_failure = None
                     stages_ms = {f"cloud_{stage}": spent for stage, spent in event.timings_ms.items()}
-                    yield finish(
-                        Made(
-                            png=event.png,
-                            served_by="cloud",
-                            steps=event.steps,
-                            guidance_scale=event.guidance_scale,
-                            model_digest=event.model_digest,
-                            queue_position=position,
-                            timings_ms={"cloud": _ms_since(began)} | stages_ms,
-                            cost_micro_usd=event.charged_micro_usd,
-                        )
+                    yield Made(
+                        png=event.png,
+                        served_by="cloud",
+                        steps=event.steps,
+                        guidance_scale=event.guidance_scale,
+                        model_digest=event.model_digest,
+                        queue_position=position,
+                        timings_ms={"cloud": _ms_since(began)} | stages_ms,
+                        cost_micro_usd=event.charged_micro_usd,
                     )
                 else:
                     yield event
@@ -382,23 +374,19 @@ class Agent:
         )
         return self.device.begin(job)
 
-    async def _draw(
-        self, drawing: Drawing, finish: Callable[[Made], Result], failure: str
-    ) -> AsyncGenerator[Progress | Result, None]:
+    async def _draw(self, drawing: Drawing, failure: str) -> AsyncGenerator[Progress | Made, None]:
         async with aclosing(drawing.events()) as events:
             async for event in events:
                 if isinstance(event, Drawn):
-                    yield finish(
-                        Made(
-                            png=event.png,
-                            served_by="edge",
-                            steps=event.job.steps,
-                            guidance_scale=event.job.guidance_scale,
-                            model_digest=self.reader.bundle.model_digest,
-                            queue_position=event.queue_position,
-                            timings_ms=event.timings_ms,
-                            fallback_error=failure,
-                        )
+                    yield Made(
+                        png=event.png,
+                        served_by="edge",
+                        steps=event.job.steps,
+                        guidance_scale=event.job.guidance_scale,
+                        model_digest=self.reader.bundle.model_digest,
+                        queue_position=event.queue_position,
+                        timings_ms=event.timings_ms,
+                        fallback_error=failure,
                     )
                 else:
                     yield event
@@ -412,7 +400,12 @@ class Agent:
             self._nothing_negative = await self._beside(self.reader.negative_states, "")
         return self._nothing_negative
 
-    def _result(self, request: ImageRequest, decision: Decision, began: float, made: Made) -> Result:
+    def _told(
+        self, made: Progress | Made, request: ImageRequest, decision: Decision, began: float
+    ) -> Progress | Result:
+        """Progress as it is, the image with its facts."""
+        if isinstance(made, Progress):
+            return made
         png = with_facts(made.png, _facts(request, decision, made)) if self._terms.png_facts else made.png
         sha256 = hashlib.sha256(png).hexdigest()
         self.tally.served[made.served_by] += 1
@@ -457,32 +450,6 @@ class Agent:
             or calibration is None
             or calibration.cloud_digest == self.tally.cloud_digest
         )
-
-
-def explain(
-    reading: Reading,
-    route: Route,
-    reason: Reason,
-    alpha: float | None,
-    quota: tuple[BudgetState, ...] = (),
-    stages_ms: Mapping[str, float] | None = None,
-) -> Decision:
-    """The decision with everything the reading says for it, the quota's account, and the stages after reading."""
-    prediction = reading.prediction
-    timings_ms = {**reading.timings_ms, **(stages_ms or {})}
-    return Decision(
-        route=route,
-        reason=reason,
-        prs=reading.prs if alpha is not None else None,
-        alpha=alpha,
-        edge_quality=tuple(prediction.edge) if prediction else (),
-        cloud_quality=tuple(prediction.cloud) if prediction else (),
-        tokens=reading.token_pulls(),
-        quota=quota,
-        timings_ms={**timings_ms, "total": sum(timings_ms.values())},
-        prompt_truncated=reading.tokens.truncated,
-        unfamiliar=reading.unfamiliar,
-    )
 
 
 def _facts(request: ImageRequest, decision: Decision, made: Made) -> dict[str, Any]:

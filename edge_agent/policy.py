@@ -80,11 +80,11 @@ def decide(
     *,
     routing: Routing,
     privacy: Privacy,
-    cloud_configured: bool,
-    cloud_healthy: bool,
+    cloud_available: bool | None,
     quota_allows: bool,
 ) -> tuple[Route, Reason]:
-    """The route and its reason. What comes first below wins over what comes later.
+    """The route and its reason. What comes first below wins over what comes later. `cloud_available` is None where no
+    cloud is configured.
 
     Someone who asks for `cloud_only` wants the cloud's own answer, so health and quota do not turn that
     wish down here: the call, or the ledger's refusal of it, does, and says more. Nor does a calibration for
@@ -95,7 +95,7 @@ def decide(
     if routing is Routing.LOCAL_ONLY or privacy is Privacy.LOCAL_ONLY:
         return "edge", Reason.LOCAL_ONLY
     if routing is Routing.CLOUD_ONLY:
-        if not cloud_configured:
+        if cloud_available is None:
             raise PolicyConflict(
                 "cloud_only was asked, but no cloud is configured; start the daemon with --cloud"
             )
@@ -104,7 +104,7 @@ def decide(
         return "edge", Reason.UNCALIBRATED
     if not prs < alpha:
         return "edge", Reason.PARETO_EDGE
-    if not (cloud_configured and cloud_healthy):
+    if not cloud_available:
         return "edge", Reason.CLOUD_UNAVAILABLE
     if not quota_allows:
         return "edge", Reason.QUOTA_EXHAUSTED

@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from edge_agent.bundle import PREDICTOR, Bundle
 from edge_agent.diffusion.sessions import Runtime, Session
 from edge_agent.diffusion.text_encoder import TextEncoder, TextStates
-from edge_agent.policy import TokenPull
+from edge_agent.policy import Decision, Reason, Route, TokenPull
 from edge_agent.predictor import Prediction, Predictor
+from edge_agent.quota import BudgetState
 from edge_agent.recent import Recent
 from edge_agent.superiority import Superiority
 from edge_agent.tokens import Tokenizer, Tokens
@@ -30,6 +32,31 @@ class Reading(NamedTuple):
     prs: float | None
     unfamiliar: tuple[str, ...]
     timings_ms: Mapping[str, float]
+
+    def decision(
+        self,
+        route: Route,
+        reason: Reason,
+        alpha: float | None,
+        quota: tuple[BudgetState, ...] = (),
+        stages_ms: Mapping[str, float] = MappingProxyType({}),
+    ) -> Decision:
+        """The decision with everything the reading says for it, the quota's account, and the stages after reading."""
+        prediction = self.prediction
+        timings_ms = {**self.timings_ms, **stages_ms}
+        return Decision(
+            route=route,
+            reason=reason,
+            prs=self.prs if alpha is not None else None,
+            alpha=alpha,
+            edge_quality=tuple(prediction.edge) if prediction else (),
+            cloud_quality=tuple(prediction.cloud) if prediction else (),
+            tokens=self.token_pulls(),
+            quota=quota,
+            timings_ms={**timings_ms, "total": sum(timings_ms.values())},
+            prompt_truncated=self.tokens.truncated,
+            unfamiliar=self.unfamiliar,
+        )
 
     def token_pulls(self) -> tuple[TokenPull, ...]:
         """The prompt's own tokens in order, and what each contributes to the predicted gap."""

@@ -16,8 +16,7 @@ WORTH_IT: dict[str, Any] = {
     "alpha": 0.4,
     "routing": Routing.AUTO,
     "privacy": Privacy.NORMAL,
-    "cloud_configured": True,
-    "cloud_healthy": True,
+    "cloud_available": True,
     "quota_allows": True,
 }
 
@@ -29,10 +28,10 @@ WORTH_IT: dict[str, Any] = {
         ({"prs": 0.4}, "edge", Reason.PARETO_EDGE),
         ({"prs": 0.41}, "edge", Reason.PARETO_EDGE),
         ({"quota_allows": False}, "edge", Reason.QUOTA_EXHAUSTED),
-        ({"cloud_healthy": False}, "edge", Reason.CLOUD_UNAVAILABLE),
-        ({"cloud_configured": False}, "edge", Reason.CLOUD_UNAVAILABLE),
-        ({"cloud_healthy": False, "quota_allows": False}, "edge", Reason.CLOUD_UNAVAILABLE),
-        ({"prs": 0.4, "cloud_healthy": False}, "edge", Reason.PARETO_EDGE),
+        ({"cloud_available": False}, "edge", Reason.CLOUD_UNAVAILABLE),
+        ({"cloud_available": None}, "edge", Reason.CLOUD_UNAVAILABLE),
+        ({"cloud_available": False, "quota_allows": False}, "edge", Reason.CLOUD_UNAVAILABLE),
+        ({"prs": 0.4, "cloud_available": False}, "edge", Reason.PARETO_EDGE),
         ({"alpha": None}, "edge", Reason.UNCALIBRATED),
         ({"prs": None, "alpha": None}, "edge", Reason.UNCALIBRATED),
         ({"routing": Routing.LOCAL_ONLY}, "edge", Reason.LOCAL_ONLY),
@@ -41,7 +40,7 @@ WORTH_IT: dict[str, Any] = {
         ({"routing": Routing.CLOUD_ONLY}, "cloud", Reason.CLOUD_ONLY),
         ({"routing": Routing.CLOUD_ONLY, "prs": 0.9}, "cloud", Reason.CLOUD_ONLY),
         ({"routing": Routing.CLOUD_ONLY, "quota_allows": False}, "cloud", Reason.CLOUD_ONLY),
-        ({"routing": Routing.CLOUD_ONLY, "cloud_healthy": False}, "cloud", Reason.CLOUD_ONLY),
+        ({"routing": Routing.CLOUD_ONLY, "cloud_available": False}, "cloud", Reason.CLOUD_ONLY),
         ({"routing": Routing.CLOUD_ONLY, "alpha": None}, "cloud", Reason.CLOUD_ONLY),
     ],
 )
@@ -51,17 +50,16 @@ def test_each_reason_has_its_place_in_the_order(change: dict[str, Any], route: s
 
 def test_a_cloud_only_without_a_cloud_is_a_conflict_that_says_what_to_do() -> None:
     with pytest.raises(PolicyConflict, match="--cloud"):
-        decide(**{**WORTH_IT, "routing": Routing.CLOUD_ONLY, "cloud_configured": False})
+        decide(**{**WORTH_IT, "routing": Routing.CLOUD_ONLY, "cloud_available": None})
 
 
 def test_whatever_else_holds_a_private_prompt_never_goes_to_the_cloud() -> None:
-    switches = product(Routing, (True, False), (True, False), (True, False), (True, False))
-    for routing, calibrated, configured, healthy, quota in switches:
+    switches = product(Routing, (True, False), (True, False, None), (True, False))
+    for routing, calibrated, available, quota in switches:
         facts = {
             "routing": routing,
             "alpha": 0.4 if calibrated else None,
-            "cloud_configured": configured,
-            "cloud_healthy": healthy,
+            "cloud_available": available,
             "quota_allows": quota,
             "privacy": Privacy.LOCAL_ONLY,
         }
