@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
 import math
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
@@ -26,8 +25,6 @@ from edge_agent.quota import BudgetState
 from edge_agent.reader import Reading
 from edge_agent.request import ImageRequest, Routing, validate
 from edge_agent.resident import Resident
-
-log = logging.getLogger(__name__)
 
 Found = TypeVar("Found")
 
@@ -251,9 +248,7 @@ class Agent:
             purchase = await self.purchases.reserve(
                 request, self._ceiling(request), self._cloud_timeout_s(request)
             )
-        except (QuotaExhausted, LedgerError) as error:
-            if isinstance(error, LedgerError):
-                self._unusable(error)
+        except (QuotaExhausted, LedgerError):
             if request.routing is Routing.CLOUD_ONLY:
                 raise
             route, reason = self._verdict(request, decision.prs, decision.alpha, quota_allows=False)
@@ -285,20 +280,14 @@ class Agent:
     def _quota_allows(self, request: ImageRequest) -> bool:
         try:
             return self.purchases.ledger.allows(request.app, self._ceiling(request))
-        except LedgerError as error:
-            self._unusable(error)
+        except LedgerError:  # the status says why
             return False
 
     def _quota(self, app: str) -> tuple[BudgetState, ...]:
         try:
             return self.purchases.ledger.states(app)
-        except LedgerError as error:  # only an account is lost; an image on the edge costs nothing
-            self._unusable(error)
+        except LedgerError:  # only an account is lost; an image on the edge costs nothing
             return ()
-
-    def _unusable(self, error: LedgerError) -> None:
-        """A ledger that cannot be read or written allows nothing, and the status says why."""
-        log.error("ledger", extra={"fields": {"error": error.message}})
 
     def _learn(self, request: ImageRequest, decision: Decision) -> None:
         """For later decisions: whether the cloud has its model back, and what the routing rate is a share of, which is

@@ -391,13 +391,15 @@ class Ledger:
 
     @contextmanager
     def _alone(self) -> Iterator[sqlite3.Connection]:
-        """The connection, alone. What SQLite cannot do is explained, and kept in `failure`."""
+        """The connection, alone. What SQLite cannot do is explained, kept in `failure` and, where it is new, logged."""
         with self._lock:
             try:
                 self._follow_clock()
                 yield self._connection
             except sqlite3.Error as error:
                 explained = _explained(self.path, error)
+                if explained.message != self.failure:
+                    log.error("ledger", extra={"fields": {"error": explained.message}})
                 self.failure = explained.message
                 raise explained from error
 

@@ -466,8 +466,8 @@ def leave_reserved(state: Path, cloud: str, timeout_s: float = 0.0) -> None:
     ledger.close()
 
 
-async def test_a_ledger_that_breaks_keeps_prompts_on_the_edge(
-    routed_bundle: Path, digest: str, tmp_path: Path
+async def test_a_ledger_that_breaks_keeps_prompts_on_the_edge_and_is_logged_once(
+    routed_bundle: Path, digest: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with (
         scripted_cloud(digest) as cloud,
@@ -482,6 +482,7 @@ async def test_a_ledger_that_breaks_keeps_prompts_on_the_edge(
         assert (refused.code, cloud.connections) == ("FAILED_PRECONDITION", 0)
         (advice,) = (await here.app.status()).advice
         assert refused.message in advice and "quota_exhausted" in advice
+        assert [record.getMessage() for record in caplog.records].count("ledger") == 1
 
 
 async def test_a_ledger_that_cannot_be_written_is_in_the_status_until_it_is_written_again(
