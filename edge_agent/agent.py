@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 
 from edge_agent import version
 from edge_agent.bundle import CALIBRATE, Size
-from edge_agent.cloud import SIDES, SLOW_CONNECTION_S, CloudAccepted, CloudClient, CloudImage
+from edge_agent.cloud import SIDES, SLOW_CONNECTION_S, CloudClient
+from edge_agent.cloud_image import CloudAccepted, CloudImage
 from edge_agent.device import Device, Drawing, Drawn, Job
 from edge_agent.errors import CloudError, CloudRefused, LedgerError, QuotaExhausted
 from edge_agent.image import Progress, with_facts

@@ -1,4 +1,4 @@
-"""The client of the cloud server: one call, one channel, one image that is what it is said to be.
+"""The client of the cloud server: one call, one channel, one image.
 
 Nothing here opens a connection before `generate` or `lookup` is called. Each call has a channel of its own and closes
 it: then a connection that is refused is known to have run nothing, no dead connection from before is ever trusted with
@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import io
 import math
-import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,40 +22,25 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
-from PIL import Image, UnidentifiedImageError
 
 from edge_agent.address import is_local
+from edge_agent.cloud_image import MAX_IMAGE_BYTES, CloudAccepted, CloudImage, ImageStream, checked_digest
 from edge_agent.errors import CloudError, CloudLied, CloudRefused, CloudUnavailable, printable, sent_status
 from edge_agent.image import Progress
 from edge_agent.request import ImageRequest
 from routet2i.cloud.v1 import cloud_pb2
 from routet2i.cloud.v1.cloud_pb2_grpc import CloudServerServiceStub
-from routet2i.image.v1 import image_pb2
 
 Detail = TypeVar("Detail", bound=Message)
 
 MAX_MESSAGE_BYTES = 4 * 2**20
 """Largest message taken: image chunks are at most 64 KiB, previews are small images."""
 
-MAX_IMAGE_BYTES = 64 * 2**20
-"""Largest image taken. A 2048 x 2048 PNG of noise in 24 bits has 12 MiB."""
-
-MAX_PIXEL_BYTES, MAX_OTHER_BYTES = 8, 2**20
-"""Largest for its size: noise in four channels of 16 bits, and what a PNG carries beside its pixels."""
-
-MAX_PREVIEW_BYTES = 2**18
-"""Largest preview passed on. A 256 x 256 PNG of noise in 24 bits has 0.2 MiB."""
-
 ASK_S = 2.0
 """How long the edge, which could begin to draw, waits to hear whether an image that broke off is paid for."""
 
 GOODBYE_S = 0.5
 """How long a server that has sent its image gets to end the call."""
-
-STAGES = ("queue", "generate", "png")
-"""Of an image in the cloud, as its server names them; others' timings are not passed on."""
-
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 FIRST_RETRY_S = 1.0
 LONGEST_RETRY_S = 60.0
@@ -158,31 +141,6 @@ call that ends without a word."""
 
 
 @dataclass(frozen=True)
-class CloudAccepted:
-    """The cloud has taken the request. `charged_micro_usd` is its price, the digest that of its model."""
-
-    queue_position: int
-    charged_micro_usd: int
-    model_digest: str
-
-
-@dataclass(frozen=True)
-class CloudImage:
-    """A checked PNG, and the facts the cloud gives of its making."""
-
-    png: bytes
-    sha256: str
-    width: int
-    height: int
-    seed: int
-    steps: int
-    guidance_scale: float
-    model_digest: str
-    charged_micro_usd: int
-    timings_ms: Mapping[str, float]
-
-
-@dataclass(frozen=True)
 class Outcome:
     """What became of a request id. `known` is False while it may still be charged: ask again later.
 
@@ -278,7 +236,7 @@ class CloudClient:
         forgotten. Otherwise, also after a cancellation, `lookup` tells what it came to.
         """
         deadline = self._monotonic() + timeout_s
-        stream = _ImageStream(request, ceiling_micro_usd, self._max_image_bytes)
+        stream = ImageStream(request, ceiling_micro_usd, self._max_image_bytes)
         broken: CloudError | None = None  # at first: what a later call comes to is not what the image came to
         asked = False
         for _ in range(MOST_RESUMES + 1):
@@ -309,7 +267,7 @@ class CloudClient:
         return False
 
     async def _received(
-        self, stream: _ImageStream, deadline: float, sending: Callable[[], None]
+        self, stream: ImageStream, deadline: float, sending: Callable[[], None]
     ) -> AsyncGenerator[CloudAccepted | Progress | CloudImage, None]:
         """The events of one call for what `stream` has not received yet."""
         timeout_s = max(0.0, deadline - self._monotonic())
@@ -375,7 +333,7 @@ class CloudClient:
     async def model_digest(self, timeout_s: float = 10.0) -> str:
         """Digest of the model that the cloud runs now, which costs nothing to ask. Raises what `lookup` raises."""
         answer = await self._answer("GetModel", cloud_pb2.GetModelRequest(), timeout_s)
-        return _digest(answer.model_digest)
+        return checked_digest(answer.model_digest)
 
     async def close(self) -> None:
         """Take no more calls. Those under way end with the tasks that await them."""
@@ -533,185 +491,6 @@ class CloudClient:
             never_ran=never_ran,
             retry_after_s=retry_after_s,
         )
-
-
-class _ImageStream:
-    """The answer to one call, checked as it comes in."""
-
-    def __init__(self, request: ImageRequest, ceiling_micro_usd: int, max_image_bytes: int) -> None:
-        self.request = request
-        self._ceiling_micro_usd = ceiling_micro_usd
-        self._max_image_bytes = max_image_bytes
-        if request.width and request.height:
-            own = request.width * request.height * MAX_PIXEL_BYTES + MAX_OTHER_BYTES
-            self._max_image_bytes = min(max_image_bytes, own)
-        self.accepted: CloudAccepted | None = None
-        self.received = bytearray()
-        self._begun = False  # whether the call under way has been accepted
-
-    def wire_request(self) -> cloud_pb2.GenerateRequest:
-        """What to ask for next: the image, or what is left of it."""
-        self._begun = False
-        return _wire_request(self.request, self._ceiling_micro_usd, len(self.received))
-
-    async def take(
-        self, response: cloud_pb2.GenerateResponse | None
-    ) -> CloudAccepted | Progress | CloudImage | None:
-        """The event in `response`; None for a piece of the image, or what is told again. Raises CloudLied."""
-        if response is None:  # what gRPC makes of bytes that it cannot decode
-            raise CloudLied("the cloud sent a message that cannot be read", never_ran=False)
-        kind = response.WhichOneof("event")
-        if (kind == "accepted") is self._begun:
-            raise CloudLied(f"the cloud sent {kind} where it may not", never_ran=False)
-        if kind == "accepted":
-            self._begun = True
-            price = response.accepted.charged_micro_usd
-            if not 0 <= price <= self._ceiling_micro_usd:
-                raise CloudLied(
-                    f"the cloud's price is {price} micro-dollars, and {self._ceiling_micro_usd} were offered",
-                    never_ran=False,
-                )
-            digest = _digest(response.accepted.model_digest)
-            before, self.accepted = (
-                self.accepted,
-                CloudAccepted(response.accepted.queue_position, price, digest),
-            )
-            if before is None:
-                return self.accepted
-            if (price, digest) != (before.charged_micro_usd, before.model_digest):
-                raise CloudLied("the rest of the cloud's image is of another price or model", never_ran=False)
-            return None
-        if kind == "progress":
-            return self._progress(response.progress)
-        if kind == "image_chunk":
-            self._append(response.image_chunk)
-            return None
-        if kind == "result":
-            return await self._image(response.result)
-        return None  # an event of a later version of the wire
-
-    def _progress(self, progress: image_pb2.Progress) -> Progress | None:
-        """None for what is none, and no preview where it is not what was asked for: the image may be right all the
-        same.
-        """
-        if not 1 <= progress.step <= progress.steps:
-            return None
-        preview = progress.preview if self.request.preview else b""
-        if len(preview) > MAX_PREVIEW_BYTES or not preview.startswith(_PNG_SIGNATURE):
-            return Progress(progress.step, progress.steps, None)
-        return Progress(progress.step, progress.steps, preview)
-
-    def _append(self, chunk: image_pb2.ImageChunk) -> None:
-        if chunk.offset != len(self.received):
-            raise CloudLied(
-                f"the cloud sent byte {chunk.offset} where byte {len(self.received)} is due", never_ran=False
-            )
-        if len(self.received) + len(chunk.data) > self._max_image_bytes:
-            raise CloudLied(f"the cloud's image exceeds {self._max_image_bytes} bytes", never_ran=False)
-        self.received += chunk.data
-
-    async def _image(self, result: cloud_pb2.Result) -> CloudImage:
-        accepted = cast(CloudAccepted, self.accepted)
-        if result.request_id != self.request.request_id:
-            raise CloudLied("the cloud's result is another request's", never_ran=False)
-        if not 0 <= result.charged_micro_usd <= accepted.charged_micro_usd:
-            raise CloudLied(
-                f"the cloud charged {result.charged_micro_usd} micro-dollars after it had accepted at "
-                f"{accepted.charged_micro_usd}",
-                never_ran=False,
-            )
-        info, png = result.image, bytes(self.received)
-        self._check_facts(info, accepted)
-        width = self.request.width or info.width
-        height = self.request.height or info.height
-        # Hashing and decoding take tens of milliseconds for a large image: not on the event loop.
-        await asyncio.to_thread(_check_png, png, info.sha256, width, height)
-        return CloudImage(
-            png=png,
-            sha256=info.sha256,
-            width=width,
-            height=height,
-            seed=info.seed,
-            steps=info.steps,
-            guidance_scale=info.guidance_scale,
-            model_digest=accepted.model_digest,
-            charged_micro_usd=result.charged_micro_usd,
-            timings_ms={
-                timing.stage: timing.milliseconds
-                for timing in result.timings
-                if timing.stage in STAGES and 0 <= timing.milliseconds < math.inf
-            },
-        )
-
-    def _check_facts(self, info: image_pb2.ImageInfo, accepted: CloudAccepted) -> None:
-        """Raises CloudLied where the image was not made as it was asked for, or not by the model that accepted it."""
-        asked, guidance = self.request, info.guidance_scale
-        facts = {
-            "seed": (info.seed, asked.seed),
-            "number of steps": (info.steps, asked.steps),
-            "model": (info.model_digest, accepted.model_digest),
-        }
-        wrong = [name for name, (told, wanted) in facts.items() if wanted not in (None, told)]
-        # The wire carries 32 bits of it.
-        wanted = guidance if asked.guidance_scale is None else asked.guidance_scale
-        if not (math.isfinite(guidance) and math.isclose(guidance, wanted, rel_tol=1e-6)):
-            wrong.append("guidance scale")
-        if wrong:
-            raise CloudLied(f"the cloud's image has another {wrong[0]} than was asked for", never_ran=False)
-
-
-def _digest(text: str) -> str:
-    """A model's digest, as the cloud gives it. Raises CloudLied when it is none."""
-    if not re.fullmatch("[0-9a-f]{64}", text):
-        raise CloudLied("what the cloud sent as its model's digest is not 64 hex digits", never_ran=False)
-    return text
-
-
-def _check_png(png: bytes, sha256: str, width: int, height: int) -> None:
-    """Raises CloudLied unless `png` has this hash and decodes, to its last row, to an image of this size."""
-    if hashlib.sha256(png).hexdigest() != sha256:
-        raise CloudLied(f"the cloud's {len(png)} bytes have not the sha256 they came with", never_ran=False)
-    try:
-        with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
-            size = image.size
-            if size == (width, height):  # before any pixel is unpacked
-                image.load()
-    except UnidentifiedImageError as error:  # whose text shows our buffer
-        raise CloudLied("what the cloud sent is not a PNG image", never_ran=False) from error
-    except Exception as error:  # a decoder fed with garbage may raise anything
-        raise CloudLied(f"what the cloud sent is not a PNG image: {error}", never_ran=False) from error
-    if png[12:16] != b"IHDR":  # which decoders forgive
-        raise CloudLied(
-            "what the cloud sent is not a PNG image: it does not begin with IHDR", never_ran=False
-        )
-    if size != (width, height):
-        raise CloudLied(
-            f"the cloud's image has {size[0]}x{size[1]} pixels instead of {width}x{height}", never_ran=False
-        )
-
-
-def _wire_request(
-    request: ImageRequest, ceiling_micro_usd: int, resume_offset: int
-) -> cloud_pb2.GenerateRequest:
-    """What the cloud needs to know, and no more: the app's name stays here."""
-    if request.local_only:
-        raise ValueError("a prompt that may not leave the device was about to be sent to the cloud")
-    image = image_pb2.ImageRequest(
-        request_id=request.request_id,
-        prompt=request.prompt,
-        negative_prompt=request.negative_prompt,
-        seed=request.seed,
-        width=request.width,
-        height=request.height,
-        steps=request.steps,
-        guidance_scale=request.guidance_scale,
-        media_type=request.media_type,
-        privacy=image_pb2.PRIVACY_NORMAL,
-        max_price_micro_usd=ceiling_micro_usd,
-        traceparent=request.traceparent,
-        resume_offset=resume_offset,
-    )
-    return cloud_pb2.GenerateRequest(image=image, preview=request.preview)
 
 
 def _retry_after_s(status: Status | None) -> float | None:

@@ -19,7 +19,8 @@ from contextlib import aclosing
 from datetime import datetime, timezone
 from typing import Any
 
-from edge_agent.cloud import CloudAccepted, CloudClient, CloudImage
+from edge_agent.cloud import CloudClient
+from edge_agent.cloud_image import CloudAccepted, CloudImage
 from edge_agent.errors import CloudError, DuplicateRequest, LedgerError, PolicyConflict, RouteT2IError
 from edge_agent.image import Progress
 from edge_agent.quota import Ledger, Reservation, dollars

@@ -33,16 +33,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from edge_agent.address import is_local
-from edge_agent.cloud import (
-    MAX_MESSAGE_BYTES,
-    MAX_PREVIEW_BYTES,
-    MOST_RESUMES,
-    SLOW_CONNECTION_S,
-    CloudAccepted,
-    CloudClient,
-    CloudImage,
-    Outcome,
-)
+from edge_agent.cloud import MAX_MESSAGE_BYTES, MOST_RESUMES, SLOW_CONNECTION_S, CloudClient, Outcome
+from edge_agent.cloud_image import MAX_PREVIEW_BYTES, CloudAccepted, CloudImage
 from edge_agent.errors import CloudError, CloudLied, CloudRefused, CloudUnavailable
 from edge_agent.image import Progress
 from edge_agent.request import ImageRequest, Privacy, Routing
