@@ -53,7 +53,8 @@ examples:
   edge-agent models show 3f2a       by the beginning of its digest
   edge-agent models show cloud      what a running daemon knows of the cloud's model
 
-`dtypes` says which graphs compute in fp16 or int8, by folder; it is absent where all are float32.
+`sizes` are [width, height], the default's first. `dtypes` says which graphs compute in fp16 or int8, by folder; it is
+absent where all are float32.
 """
 
 PULL_EPILOG = """\
@@ -484,6 +485,7 @@ def _facts(store: Store, name: str, served: str | None) -> dict[str, Any]:
     bundle = Bundle.open(store.path(name), verify=False)
     manifest, calibration, advice = bundle.manifest, bundle.calibration, bundle.advice
     stated = {key: value for key, value in asdict(manifest).items() if key != "files" and value is not None}
+    stated.pop("other_sizes", None)  # which are among `sizes`
     return {
         "name": name,
         "current": _current(store) == name,
@@ -495,6 +497,7 @@ def _facts(store: Store, name: str, served: str | None) -> dict[str, Any]:
         "manifest_sha256": bundle.digest,
         "made_as": stated.pop("name"),
         **stated,
+        "sizes": list(manifest.sizes),
         "calibrated": not advice,
         "calibration_id": calibration.calibration_id if calibration else None,
         "calibrated_for_edge": calibration.edge_digest if calibration else None,

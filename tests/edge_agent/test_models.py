@@ -182,6 +182,7 @@ def test_show_finds_a_model_by_name_and_by_the_beginning_of_its_digest(run: Run,
     run("pull", hollow_bundle(home / "tiny"))
     (shown,) = run("show", "hollow", "--json").objects
     assert (shown["made_as"], shown["steps"], shown["files"]) == ("hollow", [4], len(SIZES) + 1)
+    assert shown["sizes"] == run("list", "--json").objects[1]["sizes"]
     assert run("show", shown["digest"][:12], "--json").objects == [shown]
     assert "model.onnx" not in run("show", "hollow").out
     run("pull", home / "tiny", "--name", "again")
