@@ -27,17 +27,13 @@ try:
     import errno
     import io
     import logging
-    import secrets
-    import stat
-    import tempfile
     from collections import Counter
     from collections.abc import Callable, Iterable, Iterator, Sequence
-    from contextlib import contextmanager, suppress
+    from contextlib import contextmanager
     from datetime import datetime
-    from pathlib import Path
     from typing import Any
 
-    from edge_agent import log, memory, models, settings, version
+    from edge_agent import image_file, log, memory, models, settings, version
     from edge_agent.client import BAD_INPUT, BROKEN, DONE, REFUSED, UNREACHABLE, CallFailed, Received
     from edge_agent.errors import (
         BundleError,
@@ -64,7 +60,6 @@ try:
         check_request_id,
         validate,
     )
-    from edge_agent.store import patiently
     from edge_agent.superiority import METRICS
     from edge_agent.terminal import (
         add_command,
@@ -329,7 +324,7 @@ def _generate(options: argparse.Namespace) -> int:
         raise InvalidRequest(
             "--json and -o - would both write to standard output; name a file with -o, or leave out --json"
         )
-    target = _target(_file(options))
+    target = image_file.checked(_file(options))
     fields = {
         "prompt": options.prompt,
         "negative_prompt": options.negative_prompt,
@@ -356,7 +351,7 @@ def _generate(options: argparse.Namespace) -> int:
             received = event
     if decision is None or received is None:
         raise CallFailed("the daemon sent an image without its decision", BROKEN)
-    file = _write(received, target)
+    file = image_file.write(received, target)
     if received.fallback_error:
         remark(f"made on this device, because {received.fallback_error}")
     if options.json:
@@ -582,98 +577,6 @@ def _file(options: argparse.Namespace) -> str | None:
         check_request_id(options.request_id)
         output = f"{options.request_id}.png"
     return output
-
-
-def _target(output: str | None) -> Path | None:
-    """Where the image goes; None where its name depends on it. Checked before anything is paid for."""
-    if output == "-" and sys.stdout is None:
-        raise InvalidRequest("standard output is closed; name a file with -o")
-    if output is None or output == "-":
-        folder, target = Path(), None
-    else:
-        target = Path(output)
-        # With a colon, which a request id may have, it would be a stream in another file.
-        if os.name == "nt" and (":" in target.name or len(target.name) > 255):
-            raise InvalidRequest(f"{target.name} is no name of a file on Windows; choose another with -o")
-        try:
-            if target.is_symlink():  # what it leads to is written, and the link stays
-                target = Path(os.path.realpath(target))  # which leaves a loop of links to `stat`
-            found = target.stat()
-            if _is_output(found):  # /dev/stdout, or the file it was sent to
-                raise InvalidRequest(f"{output} is standard output; write to it with -o -")
-            mode = found.st_mode
-        except FileNotFoundError:
-            mode = stat.S_IFREG
-        except OSError as error:  # a name too long, a folder that one may not enter
-            raise _cannot_be_written(target, error) from error
-        folder = target.parent
-        if stat.S_ISDIR(mode) or output.endswith(("/", os.sep)):
-            raise InvalidRequest(f"{target} is a folder; name a file in it with -o")
-        if not stat.S_ISREG(mode):  # a pipe or a device, which the image would replace
-            raise InvalidRequest(
-                f"{target} is no regular file; name one with -o, or write to a pipe with -o -"
-            )
-    if output != "-" and not _takes_files(folder):
-        raise InvalidRequest(
-            f"nothing can be written into the folder {folder.absolute()}; choose another with -o"
-        )
-    return Path("-") if output == "-" else target
-
-
-def _takes_files(folder: Path) -> bool:
-    """Whether a file can be put into the folder. On Windows os.access knows of no permissions, so one is."""
-    if os.name == "posix":
-        return folder.is_dir() and os.access(folder, os.W_OK)
-    probe = folder / f".edge-agent-{secrets.token_hex(8)}"  # tempfile would try for ever where it may not
-    try:
-        probe.touch()
-        probe.unlink()
-    except OSError:
-        return False
-    return True
-
-
-def _is_output(found: os.stat_result) -> bool:
-    """Whether this is the file that standard output goes to, which the image would replace."""
-    with suppress(OSError, AttributeError):  # closed, or none of the system's
-        return stat.S_ISREG(found.st_mode) and os.path.samestat(found, os.fstat(sys.stdout.fileno()))
-    return False
-
-
-def _write(received: Received, target: Path | None) -> str:
-    """Writes the image at once or not at all; returns the file's name."""
-    if target == Path("-"):
-        sys.stdout.buffer.write(received.png)
-        sys.stdout.buffer.flush()
-        return "-"
-    target = target or Path(f"{received.request_id}.png")
-    part = None
-    try:
-        # A name of its own: the target's may be as long as the file system takes.
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".edge-agent-", delete=False) as part:
-            part.write(received.png)
-        os.chmod(part.name, _mode(target))  # noqa: PTH101
-        patiently(os.replace, part.name, target)
-    except BaseException as error:
-        if part is not None:
-            Path(part.name).unlink(missing_ok=True)
-        if not isinstance(error, OSError):
-            raise
-        raise _cannot_be_written(target, error) from error
-    return str(target)
-
-
-def _mode(target: Path) -> int:
-    """Who may read and write it: as before, or as open() would have it."""
-    with suppress(FileNotFoundError):
-        return stat.S_IMODE(target.stat().st_mode)
-    umask = os.umask(0)
-    os.umask(umask)
-    return 0o666 & ~umask
-
-
-def _cannot_be_written(target: Path, error: OSError) -> InvalidRequest:
-    return InvalidRequest(f"{target} cannot be written: {error.strerror}; choose another with -o")
 
 
 def _shown(events: Iterable[Decision | Progress | Received]) -> Iterator[Decision | Progress | Received]:

@@ -25,7 +25,8 @@ import PIL.Image
 import pytest
 from grpc import _channel as grpc_channel
 
-from edge_agent.__main__ import _drop_output, _print_explained, _target, main
+from edge_agent import image_file
+from edge_agent.__main__ import _drop_output, _print_explained, main
 from edge_agent.bundle import DECODER
 from edge_agent.client import _exhausted
 from edge_agent.errors import Busy, InvalidRequest, QuotaExhausted, status_details
@@ -149,7 +150,7 @@ def test_a_name_as_long_as_the_file_system_takes_is_no_longer_while_it_is_writte
 def test_a_pipe_is_not_replaced_by_the_image(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InvalidRequest, match=r"no regular file.*-o -"):
-        _target(str(tmp_path / "pipe"))
+        image_file.checked(str(tmp_path / "pipe"))
 
 
 @pytest.mark.posix
@@ -174,14 +175,14 @@ def test_the_file_that_standard_output_goes_to_is_not_replaced_by_the_image(
 
 def test_a_folder_that_is_not_there_is_not_taken_for_a_file(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="is a folder"):
-        _target(f"{tmp_path / 'new'}/")
+        image_file.checked(f"{tmp_path / 'new'}/")
 
 
 @pytest.mark.posix
 def test_a_link_that_leads_to_itself_is_refused_before_the_image_is_made(tmp_path: Path) -> None:
     (tmp_path / "loop.png").symlink_to("loop.png")
     with pytest.raises(InvalidRequest, match="cannot be written: Too many levels of symbolic links"):
-        _target(str(tmp_path / "loop.png"))
+        image_file.checked(str(tmp_path / "loop.png"))
 
 
 @pytest.mark.posix
@@ -207,7 +208,7 @@ def test_a_folder_that_one_may_not_enter_is_refused_before_the_image_is_made() -
         closed = Path(folder) / "closed"
         closed.mkdir(0o600)
         with pytest.raises(InvalidRequest, match="cannot be written: Permission denied"):
-            _target(str(closed / "cat.png"))
+            image_file.checked(str(closed / "cat.png"))
 
 
 @pytest.mark.usefixtures("daemon")
@@ -237,7 +238,7 @@ def test_a_file_that_is_named_after_the_request_is_looked_at_before_the_image_is
 @pytest.mark.parametrize("name", ["order:17.png", "x" * 300])
 def test_a_name_that_no_file_has_on_windows_is_refused_before_the_image_is_made(name: str) -> None:
     with pytest.raises(InvalidRequest, match=f"{name} is no name of a file on Windows"):
-        _target(name)
+        image_file.checked(name)
 
 
 def test_generate_prints_exactly_these_fields(run: Run, daemon: Process, tmp_path: Path) -> None:
