@@ -185,9 +185,7 @@ class Journal:
                 with self._exclusively():
                     self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # the log has copies of them
         except BaseException:
-            if (
-                began
-            ):  # the disk said no at the end: a row that an earlier crash left is not running now, either
+            if began:  # and the disk said no: a row that an earlier crash left is not running now, either
                 self._live.discard((tenant, request_id))
             raise
 

@@ -47,9 +47,7 @@ from routet2i.image.v1 import image_pb2
 log = logging.getLogger("cloud_server")
 
 CHUNK_BYTES = 65_536  # of image data in one message; far below gRPC's 4 MiB, so that no image size matters
-STALLED_READER_S = (
-    30.0  # a caller that takes no message for so long is dropped, and its image not made to the end
-)
+STALLED_READER_S = 30.0  # a caller that takes no message for so long is dropped, and its image given up
 ABORT_S = 1.0  # what a status gets to leave: behind a message that nobody reads it never would
 STOPPED = (
     "the server was stopped before it was done; call again with the same request_id once it is started: nothing is "
