@@ -28,7 +28,7 @@ class _Silent(http.server.BaseHTTPRequestHandler):
 @contextmanager
 def _served(handler: type[_Silent]) -> Iterator[str]:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         try:
             yield f"http://127.0.0.1:{server.server_port}"
         finally:
