@@ -87,27 +87,22 @@ def pictures(out, model):
     return found
 
 
-def test_the_matrix_holds_every_prompt_model_and_seed_and_says_what_it_was_made_with(
-    models, miniature_bundle, tmp_path
-):
-    out = tmp_path / "labels.parquet"
-    assert label.main(arguments(models, miniature_bundle, out)) == 0
-    outcomes = Outcomes.read(out)
+def test_the_matrix_holds_every_prompt_model_and_seed_and_says_what_it_was_made_with(few):
+    outcomes = Outcomes.read(few)
     assert [np.sum(outcomes.splits == split) for split in SPLITS] == [3, 2, 2, 2, 1, 1, 1]
     for seeds, learnt in ((outcomes.edge_seeds, 4), (outcomes.cloud_seeds, 1)):
         drawn = (~np.isnan(seeds[..., 0])).sum(axis=1)
         images = {split: np.unique(drawn[outcomes.splits == split]).tolist() for split in SPLITS}
         assert images == {split: [{"train": learnt, "test": 3}.get(split, 2)] for split in SPLITS}
     assert {"edge_digest", "cloud_digest", "metrics", "judge_digest"} <= {
-        key.decode() for key in pq.read_schema(out).metadata
+        key.decode() for key in pq.read_schema(few).metadata
     }
 
 
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_matrix(
-    models, miniature_bundle, tmp_path, monkeypatch
+    few, models, miniature_bundle, tmp_path, monkeypatch
 ):
-    whole, cut = tmp_path / "whole.parquet", tmp_path / "cut.parquet"
-    assert label.main(arguments(models, miniature_bundle, whole)) == 0
+    cut = tmp_path / "cut.parquet"
     paint, painted = Painter.paint, []
 
     def interrupted(self, prompts, seeds):
@@ -122,7 +117,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_matrix(
             label.main(arguments(models, miniature_bundle, cut))
     assert not cut.exists()
     assert label.main(arguments(models, miniature_bundle, cut)) == 0
-    assert pq.read_table(cut).equals(pq.read_table(whole))
+    assert pq.read_table(cut).equals(pq.read_table(few))
 
 
 def nothing_missing(_painters, images, wanted):
@@ -130,16 +125,16 @@ def nothing_missing(_painters, images, wanted):
 
 
 def test_another_judge_measures_the_same_images_without_generating_them_again(
-    models, miniature_bundle, tmp_path, monkeypatch
+    relabelled, models, tmp_path, monkeypatch
 ):
-    out, other = tmp_path / "labels.parquet", tmp_path / "other"
-    assert label.main(arguments(models, miniature_bundle, out)) == 0
+    out, command, _ = relabelled
+    other = tmp_path / "other"
     shutil.copytree(models / "judge", other)
     torch.manual_seed(1)
     new_judge(CLIPProcessor.from_pretrained(other).tokenizer).save_pretrained(other)
     monkeypatch.setattr(label, "generate", nothing_missing)
     before = pq.read_table(out)
-    assert label.main(arguments(models, miniature_bundle, out, "--judge", str(other))) == 0
+    assert label.main([*command, "--judge", str(other)]) == 0
     after = pq.read_table(out)
     assert after["seed"].equals(before["seed"])
     assert not after["detail"].equals(before["detail"])
@@ -177,9 +172,10 @@ def test_an_earlier_matrix_is_extended_without_making_its_images_again(
     )  # 2 learnt from, 3 images of a test
 
 
-def test_a_matrix_of_another_judge_or_without_a_column_is_not_extended(models, miniature_bundle, tmp_path):
-    earlier, out = tmp_path / "earlier.parquet", tmp_path / "out.parquet"
-    assert label.main(arguments(models, miniature_bundle, earlier)) == 0
+def test_a_matrix_of_another_judge_or_without_a_column_is_not_extended(
+    few, models, miniature_bundle, tmp_path
+):
+    earlier, out = Path(shutil.copy(few, tmp_path / "earlier.parquet")), tmp_path / "out.parquet"
     extending = arguments(models, miniature_bundle, out, "--extend", str(earlier))
     with pytest.raises(ExportError, match="has no adherence"):
         label.main([*extending, "--adherence"])
@@ -621,15 +617,12 @@ def test_a_file_that_names_a_metric_twice_is_refused(tmp_path):
         load_metrics(file)
 
 
-def test_adherence_is_one_column_more_of_the_same_images_and_off_by_default(
-    models, miniature_bundle, tmp_path, monkeypatch
-):
-    out = tmp_path / "labels.parquet"
-    assert label.main(arguments(models, miniature_bundle, out)) == 0
+def test_adherence_is_one_column_more_of_the_same_images_and_off_by_default(relabelled, monkeypatch):
+    out, command, _ = relabelled
     before = pq.read_table(out)
     assert ADHERENCE not in before.column_names
     monkeypatch.setattr(label, "generate", nothing_missing)
-    assert label.main(arguments(models, miniature_bundle, out, "--adherence")) == 0
+    assert label.main([*command, "--adherence"]) == 0
     after = pq.read_table(out)
     assert after.drop_columns(ADHERENCE).equals(before)
     measured = after[ADHERENCE].to_numpy()

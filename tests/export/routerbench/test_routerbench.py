@@ -61,9 +61,9 @@ class World:
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fraction of the steps: the prompts are few."""
-    monkeypatch.setattr(routers, "STEPS", 90)
+    monkeypatch.setattr(routers, "STEPS", 30)
     for kind in (routers.RouteT2I, routers.Ours):
-        monkeypatch.setattr(kind, "recipe", replace(kind.recipe, steps=180))
+        monkeypatch.setattr(kind, "recipe", replace(kind.recipe, steps=60))
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +210,7 @@ def test_a_router_that_learns_wins_more_than_chance(world: World) -> None:
     (ours,) = [kind for kind in ROUTERS if kind.name == "ours"]
     (fitted,), test = fit(ours(), world.data), world.data.others["test"]
     assert len(fitted.scores["test"]) == 3
-    assert worth(fitted.scores["test"][0], test.gain) > 0.1 * test.gain.std()
+    assert worth(fitted.scores["test"][0], test.gain) > 0.26 * test.gain.std()  # 0.23 after one step
 
 
 def test_the_command_writes_its_tables_and_takes_a_router_of_one_s_own(

@@ -35,6 +35,7 @@ def work(tmp_path_factory):
     patch.setattr(judge, "SKETCHED", 2)
     patch.setattr(judge, "BATCH", 6)
     patch.setattr(text_encoder, "BATCH", 4)
+    patch.setattr(text_encoder, "MEASURED", 8)
     patch.setattr(inspector, "BATCH", 4)
     patch.setattr(inspector, "SCENES", 8)
     try:
