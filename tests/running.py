@@ -233,7 +233,14 @@ async def until(holds: Callable[[], Any], timeout_s: float = 60.0) -> None:
 class Process:
     """`edge-agent serve`, or `cloud-server serve`, as a process of its own."""
 
-    def __init__(self, package: str, folder: Path, *flags: str | Path, **environment: str) -> None:
+    def __init__(
+        self,
+        package: str,
+        folder: Path,
+        *flags: str | Path,
+        stderr: int | None = None,
+        **environment: str,
+    ) -> None:
         self.folder = folder
         self.log = folder / f"{package}-{time.monotonic_ns()}.log"
         command = [sys.executable, "-m", package, "serve", "--log-format", "json", *map(str, flags)]
@@ -241,7 +248,7 @@ class Process:
             self.popen = subprocess.Popen(
                 command,
                 stdout=file,
-                stderr=file,
+                stderr=file if stderr is None else stderr,
                 cwd=folder,
                 env=process_environment(folder, **environment),
                 creationflags=STOPPABLE,

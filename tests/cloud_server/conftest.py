@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import subprocess
-import sys
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -20,14 +17,13 @@ import pytest_asyncio
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+import tests.running
 from cloud_server.server import Server
 from cloud_server.settings import Settings
 from routet2i.cloud.v1 import cloud_pb2, cloud_pb2_grpc
 from routet2i.image.v1 import image_pb2
-from tests.running import STOPPABLE
 
 PRICE = 4_000  # micro-dollars
-ROOT = Path(__file__).parents[2]
 DETAILS = (error_details_pb2.BadRequest, error_details_pb2.RetryInfo, error_details_pb2.ErrorInfo)
 
 
@@ -189,16 +185,8 @@ async def running(shared: Running) -> AsyncIterator[Running]:
     await shared.idle()
 
 
-@dataclass
-class Process:
-    """`cloud-server serve` as a process of its own."""
-
-    popen: subprocess.Popen[bytes]
-    log: Path
-
-    @property
-    def text(self) -> str:
-        return self.log.read_text()
+class Process(tests.running.Process):
+    """`cloud-server serve` as a process of its own, waited for without holding up the event loop."""
 
     async def until(self, words: str, timeout_s: float = 90.0) -> str:
         """Waits for a log line with these words."""
@@ -208,7 +196,7 @@ class Process:
                     if words in line:
                         return line
                 assert self.popen.poll() is None, self.text
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(0.02)
 
     async def address(self) -> str:
         line = await self.until('"listening"')
@@ -224,26 +212,9 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
     started: list[Process] = []
 
     def start(*flags: str | Path, stderr: int | None = None) -> Process:
-        log = tmp_path / f"cloud-server-{len(started)}.log"
-        command = [sys.executable, "-m", "cloud_server", "serve", "--log-format", "json", *map(str, flags)]
-        environment = os.environ | {
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'protos'}",
-            "OMP_NUM_THREADS": "1",
-        }
-        with log.open("wb") as file:
-            popen = subprocess.Popen(
-                command,
-                stderr=stderr or file,
-                stdout=file,
-                cwd=tmp_path,
-                env=environment,
-                creationflags=STOPPABLE,
-            )
-        started.append(Process(popen, log))
+        started.append(Process("cloud_server", tmp_path, *flags, stderr=stderr))
         return started[-1]
 
     yield start
     for process in started:
-        process.popen.kill()
-        process.popen.wait()
-        sys.stdout.write(process.text)  # which pytest shows where the test has failed
+        process.end()

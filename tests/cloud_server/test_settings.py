@@ -14,7 +14,7 @@ from cloud_server.__main__ import main
 from cloud_server.credentials import Credentials
 from cloud_server.errors import StartRefused
 from cloud_server.settings import Settings, is_loopback, resolve, split_address
-from tests.cloud_server.conftest import ROOT
+from tests.running import ROOT
 
 NAMES = [setting.name for setting in fields(Settings)]
 
