@@ -83,6 +83,12 @@ class Child:
             self._process.wait()
 
 
+def asked(threads: int, script: str, *arguments: object) -> Reply:
+    """The one answer of a process of the edge's. Raises BenchError."""
+    with Child(script, *map(str, arguments), threads=threads, edge=True) as child:
+        return child.ask()
+
+
 def answer(load: Callable[[], Callable[..., Reply]]) -> None:
     """In the child: answer each line of standard input with what the function that `load` returns makes of it.
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from child import Child, Reply, answer
+from child import Reply, answer, asked
 from clock import timed
 from edge_agent.agent import Agent, Terms
 from edge_agent.bundle import TEXT_ENCODER, Bundle
@@ -45,9 +45,7 @@ def rows(plan: Plan) -> list[Row]:
     """Ratio to the bare calls, the predictor's share in time, the whole in time and beside an image."""
     if Bundle.open(plan.bundle, verify=False).predictor is None:
         raise BenchError(f"{plan.bundle} has no predictor; make one with `edge-export train`")
-    arguments = (str(plan.bundle), str(plan.decisions), str(plan.images))
-    with Child("decision.py", *arguments, threads=1, edge=True) as child:
-        found = child.ask()
+    found = asked(1, "decision.py", plan.bundle, plan.decisions, plan.images)
     whole, bare = found["decision_ms"], found["bare_ms"]
     stages = {stage: quantile(values).value for stage, values in found["stages_ms"].items()}
     rest = quantile(whole).value - sum(stages.values())

@@ -17,7 +17,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from cancellation import FREE_MS
-from child import Child, Reply, answer
+from child import Reply, answer, asked
 from edge_agent.bundle import DECODER, Bundle
 from edge_agent.diffusion.denoiser import graph_on
 from edge_agent.diffusion.sessions import Runtime
@@ -35,9 +35,7 @@ _TYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
 def rows(plan: Plan) -> list[Row]:
     """From a stop at a random moment of an image to the end of the operator that runs then."""
     _, bundle = full_size_folders(plan)
-    arguments = (str(bundle), str(plan.threads))
-    with Child("operators.py", *arguments, threads=plan.threads, edge=True) as child:
-        found = child.ask()
+    found = asked(plan.threads, "operators.py", bundle, plan.threads)
     denoiser, decoder = found["denoiser_ms"], found["decoder_ms"]
     waits = waits_ms([*denoiser * CALLS, *decoder])
     return [

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from child import Child, Reply, answer
+from child import Reply, answer, asked
 from edge_agent.bundle import Bundle
 from edge_agent.diffusion.generator import Generator
 from edge_agent.diffusion.sessions import Runtime
@@ -31,9 +31,7 @@ WHAT = {
 
 def rows(plan: Plan) -> list[Row]:
     """Time of an image with the alternative over that with the default; above 1 the default is faster."""
-    arguments = (str(plan.bundle), str(plan.threads), str(plan.images))
-    with Child("runtime.py", *arguments, threads=plan.threads, edge=True) as child:
-        found = child.ask()
+    found = asked(plan.threads, "runtime.py", plan.bundle, plan.threads, plan.images)
     return [
         Row(
             GROUP,
