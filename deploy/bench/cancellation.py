@@ -16,7 +16,7 @@ from pathlib import Path
 
 import grpc
 
-from child import Child, Reply, answer, held_bytes
+from child import Reply, answer, asked, held_bytes
 from edge_agent.daemon import Daemon
 from edge_agent.settings import resolve
 from errors import BenchError
@@ -35,9 +35,7 @@ _POLL_S = 0.001
 
 def rows(plan: Plan) -> list[Row]:
     """From cancelling to a free device, p99; memory after the last cancellation over memory after a quarter of them."""
-    arguments = (str(plan.bundle), str(plan.threads), str(plan.cancellations))
-    with Child("cancellation.py", *arguments, threads=plan.threads, edge=True) as child:
-        found = child.ask()
+    found = asked(plan.threads, "cancellation.py", plan.bundle, plan.threads, plan.cancellations)
     free, memory = found["free_ms"], found["idle_mb"]
     quarter = memory[len(memory) // 4]
     return [
@@ -72,7 +70,9 @@ async def measure(folder: Path, threads: int, cancellations: int) -> Reply:
         daemon = Daemon(resolve(flags, {}))
         await daemon.startup()
         serving = asyncio.create_task(daemon.serve())
-        await until(lambda: daemon.agent is not None)
+        await until(lambda: daemon.agent is not None or serving.done())
+        if serving.done():
+            await serving  # which raises what kept it from loading
         agent = daemon.agent
         assert agent is not None  # noqa: S101  # as was waited for
         async with grpc.aio.insecure_channel(address) as channel:

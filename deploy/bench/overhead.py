@@ -19,10 +19,9 @@ import grpc
 import numpy as np
 import PIL.Image
 
-from child import Child, Reply, answer
+from child import Reply, answer, asked
 from clock import timed
 from edge_agent.bundle import Bundle
-from edge_agent.client import AgentClient, CallFailed
 from edge_agent.diffusion.generator import Generator, Image
 from edge_agent.diffusion.sessions import Runtime
 from edge_agent.image import encode_png
@@ -42,15 +41,13 @@ PERCENT, MILLISECONDS = 3.0, 3.0  # target: the larger of the two
 SERIES = ("agent_ms", "direct_ms", "status_ms", "stream_ms")
 DAEMONS = 3
 """One after the other: what one adds depends by 0.3 ms on where it came to lie in memory."""
-LOADED_S = 120.0
+LOADED_S, STOPPED_S = 120.0, 60.0
 _POLL_S = 0.05
 
 
 def rows(plan: Plan) -> list[Row]:
     """What the agent adds: socket, service, decision's account, worker thread, facts in the PNG, checksum."""
-    arguments = (str(plan.bundle), str(plan.threads), str(plan.answers))
-    with Child("overhead.py", *arguments, threads=plan.threads, edge=True) as child:
-        found = child.ask()
+    found = asked(plan.threads, "overhead.py", plan.bundle, plan.threads, plan.answers)
     agent, direct = found["agent_ms"], found["direct_ms"]
     added = [ours - theirs for ours, theirs in zip(agent, direct, strict=True)]
     percent = quantile([100 * extra / theirs for extra, theirs in zip(added, direct, strict=True)])
@@ -164,30 +161,26 @@ def running_agent(folder: Path, threads: int, *more: str) -> Iterator[tuple[Edge
             command = [sys.executable, "-m", "edge_agent", "serve", *settings]
             daemon = subprocess.Popen(command, env=environment, stderr=file)
         try:
-            _wait(AgentClient(address), daemon, log)
+            _wait(daemon, log)
             with grpc.insecure_channel(address, options=IN_CALLERS_THREAD) as channel:
                 yield EdgeAgentServiceStub(channel), daemon.pid
         finally:
             daemon.terminate()
-            daemon.wait()
+            try:
+                daemon.wait(STOPPED_S)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
 
 
-def _wait(client: AgentClient, daemon: subprocess.Popen[bytes], log: Path) -> None:
+def _wait(daemon: subprocess.Popen[bytes], log: Path) -> None:
     until = time.monotonic() + LOADED_S
-    while not _ready(client):
+    while "event=serving" not in log.read_text(errors="replace"):
         if time.monotonic() > until or daemon.poll() is not None:
             raise BenchError(
                 f"edge-agent serve did not get ready:\n{log.read_text(errors='replace').strip()}"
             )
         time.sleep(_POLL_S)
-
-
-def _ready(client: AgentClient) -> bool:
-    try:
-        client.status()
-    except CallFailed:  # not listening yet, or still loading
-        return False
-    return True
 
 
 if __name__ == "__main__":

@@ -115,7 +115,11 @@ def _daemon(machine: Machine, folder: Path) -> Iterator[AgentClient]:
             raise
     finally:
         process.terminate()
-        process.wait(60)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def _draw(client: AgentClient, prompt: str) -> Drawn:
