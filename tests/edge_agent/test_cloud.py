@@ -146,8 +146,8 @@ class Cloud(cloud_pb2_grpc.CloudServerServiceServicer):
                     await step(context)
                 else:
                     yield step
-        # The second is what comes of a write that the caller's leaving crosses.
-        except (asyncio.CancelledError, grpc.aio.InternalError):
+        # The others are what comes of a write that the caller's leaving crosses.
+        except (asyncio.CancelledError, grpc.aio.InternalError, GeneratorExit):
             self.cancelled.set()
             raise
 
