@@ -46,7 +46,9 @@ def out_of_reach(model: str | os.PathLike[str]) -> bool:
     if Path(model).is_dir():
         return False
     try:
-        model_info(os.fspath(model))
+        model_info(
+            os.fspath(model), timeout=constants.HF_HUB_ETAG_TIMEOUT
+        )  # s; without one it waits for ever
     except Exception as error:  # the library raises whatever its transport raises
         return _is_unreached(error)
     return False

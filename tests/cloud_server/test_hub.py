@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,10 @@ from typing import Any
 
 import pytest
 from diffusers import DiffusionPipeline
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, hf_hub_download
 
 from cloud_server import hub
-from tests.hub import asked_here, refusing_hub
+from tests.hub import NOBODY, asked_here, refusing_hub
 
 ASKING: dict[str, Callable[[], Any]] = {
     "its library": lambda: hf_hub_download("owner/name", "model_index.json"),
@@ -62,3 +63,16 @@ def test_an_answer_says_what_to_do(
         ASKING[asked_by]()
     assert re.search(told, hub.why("owner/name", caught.value))
     assert hub.may_recover(caught.value) is recovers
+
+
+def test_a_hub_is_out_of_reach_where_nobody_answers_and_not_where_it_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        for address in (NOBODY, f"http://127.0.0.1:{silent.getsockname()[1]}"):
+            with asked_here(address, tmp_path):
+                assert hub.out_of_reach("owner/name")
+                assert not hub.out_of_reach(tmp_path)
+    with refusing_hub(503) as address, asked_here(address, tmp_path):
+        assert not hub.out_of_reach("owner/name")
