@@ -195,9 +195,9 @@ def _renamed(file: Path, names: list[str]) -> Iterator[Path]:
         return
     weights = {_UNWRAPPED.sub("text_model.", name): one for name, one in weights_file.read(file).items()}
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows removes none that is mapped
-        save_file(
-            {name: one.contiguous() for name, one in weights.items()}, copy := Path(folder, "it.safetensors")
-        )
+        # Copied, as some may share memory, which a file in this format cannot say.
+        apart = {name: one.clone(memory_format=torch.contiguous_format) for name, one in weights.items()}
+        save_file(apart, copy := Path(folder, "it.safetensors"))
         yield copy
 
 

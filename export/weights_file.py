@@ -102,6 +102,8 @@ def _stand_in(name: str) -> type:
     """For the class of this name, which says alone what it holds: defaultdict, AttributeDict, ParameterDict, deque."""
     if name.lower().endswith("dict"):
         return _Dict
+    if name.endswith((".ParameterList", ".ModuleList", ".UserList")):  # which are pickled as any object is
+        return _Inert
     return _List if name.lower().endswith(("list", "deque")) else _Inert
 
 

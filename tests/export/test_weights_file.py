@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections import defaultdict, deque
+from collections import UserList, defaultdict, deque
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,7 @@ def test_containers_of_other_classes_beside_weights_are_passed_over(tmp_path: Pa
     settings = SettingsDict(steps=3)
     settings.frozen = True  # type: ignore[attr-defined]
     beside = [defaultdict(int, {"steps": 3}), settings, LossesList([0.5, 0.25]), deque([0.5], maxlen=2)]
+    beside += [torch.nn.ParameterList([torch.zeros(1)]), UserList([0.5])]
     torch.save({"beside": beside, "state_dict": WEIGHTS}, file := tmp_path / "trained.ckpt")
     assert weights_file.read(file).keys() == WEIGHTS.keys()
 
