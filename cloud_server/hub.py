@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import math
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,13 +21,21 @@ from huggingface_hub.errors import (
 _LATER = 429
 """In HTTP, too many requests; those above are the server's own trouble."""
 
+_FORGOTTEN_S = 60.0
+"""How long a hub that could not be reached is taken to be so: each look at one that is silent costs 10 s."""
+
+_NO_WAY = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN})
+"""What the system says of a host to which no way leads; Python has no classes for these."""
+
+_unreached_at: dict[str, float] = {}  # by the hub's address; time.monotonic(), s
+
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
 def why(model: str, error: BaseException) -> str:
     """What the hub answered, and what to do about it; empty where it did not answer, or has the model."""
     hub = f"the hub at {constants.ENDPOINT}"
-    for each in _behind(error):
+    for each in behind(error):
         if isinstance(each, GatedRepoError):
             terms = f"{constants.ENDPOINT}/{model}"
             return (
@@ -45,22 +56,29 @@ def out_of_reach(model: str | os.PathLike[str]) -> bool:
     """
     if Path(model).is_dir():
         return False
+    if time.monotonic() < _unreached_at.get(constants.ENDPOINT, -math.inf) + _FORGOTTEN_S:
+        return True
+    limit_s = constants.HF_HUB_ETAG_TIMEOUT  # without one it waits for ever
     try:
-        model_info(
-            os.fspath(model), timeout=constants.HF_HUB_ETAG_TIMEOUT
-        )  # s; without one it waits for ever
+        model_info(os.fspath(model), timeout=limit_s)
     except Exception as error:  # the library raises whatever its transport raises
-        return _is_unreached(error)
+        if _is_unreached(error):
+            _unreached_at[constants.ENDPOINT] = time.monotonic()
+            return True
     return False
 
 
 def may_recover(error: BaseException) -> bool:
     """Whether the hub was not reached, or had no answer for now, whatever the libraries have made of it since."""
-    return _is_unreached(error) or any(_status(each) >= _LATER for each in _behind(error))
+    return _is_unreached(error) or any(_status(each) >= _LATER for each in behind(error))
 
 
 def _is_unreached(error: BaseException) -> bool:
-    return any(isinstance(each, (ConnectionError, TimeoutError, socket.gaierror)) for each in _behind(error))
+    return any(
+        isinstance(each, (ConnectionError, TimeoutError, socket.gaierror))
+        or (isinstance(each, OSError) and each.errno in _NO_WAY)
+        for each in behind(error)
+    )
 
 
 def _status(error: BaseException) -> int:
@@ -73,7 +91,7 @@ def _status(error: BaseException) -> int:
     return int(status) if trusted else 0
 
 
-def _behind(error: BaseException | None) -> Iterator[BaseException]:
+def behind(error: BaseException | None) -> Iterator[BaseException]:
     """`error`, what it came of, what that came of."""
     while error is not None:
         yield error

@@ -356,7 +356,7 @@ def _generate(options: argparse.Namespace) -> int:
         remark(f"made on this device, because {received.fallback_error}")
     if options.json:
         print_json(_image_facts(decision, received, file))
-    elif file != "-":
+    elif target is not image_file.STANDARD_OUTPUT:
         cost = f" for {dollars(received.cost_micro_usd)}" if received.cost_micro_usd else ""
         seconds = received.timings_ms.get("total", 0.0) / 1e3
         print(

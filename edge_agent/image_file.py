@@ -15,6 +15,7 @@ from edge_agent.errors import InvalidRequest
 from edge_agent.store import patiently
 
 STANDARD_OUTPUT = Path("-")
+"""This very object: an equal path, as of ./-, is a file."""
 
 
 def checked(output: str | None) -> Path | None:
@@ -34,7 +35,7 @@ def checked(output: str | None) -> Path | None:
 
 def write(received: Received, target: Path | None) -> str:
     """Writes the image at once or not at all; returns the file's name."""
-    if target == STANDARD_OUTPUT:
+    if target is STANDARD_OUTPUT:
         sys.stdout.buffer.write(received.png)
         sys.stdout.buffer.flush()
         return "-"

@@ -188,7 +188,7 @@ class Purchases:
         try:
             await asyncio.shield(writing)
         except LedgerError as error:
-            log.error("ledger", extra={"fields": {"purchase": key, "error": error.message}})
+            log.error("unresolved", extra={"fields": {"purchase": key, "error": error.message}})
             return False
         return True
 

@@ -204,6 +204,7 @@ class Ledger:
         # SQLite before 3.51.3 can corrupt a write-ahead log that two connections use: there is one, and one
         # lock.
         self._lock = threading.Lock()
+        self._closed = False
         self.failure = ""  # why the file could not be used, where it has not been written since
         self._account: _Account | None = None  # replaced as a whole, so that it can be read without the lock
 
@@ -386,13 +387,15 @@ class Ledger:
         with self._lock:
             with suppress(sqlite3.Error):
                 self._follow_clock()
-            self._account = None
+            self._closed, self._account = True, None
             self._connection.close()
 
     @contextmanager
     def _alone(self) -> Iterator[sqlite3.Connection]:
         """The connection, alone. What SQLite cannot do is explained, kept in `failure` and, where it is new, logged."""
         with self._lock:
+            if self._closed:
+                raise LedgerError(f"the quota ledger {self.path} is closed")
             try:
                 self._follow_clock()
                 yield self._connection

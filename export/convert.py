@@ -14,10 +14,8 @@ import inspect
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -104,7 +102,8 @@ def convert(
             report(f"{model} has no autoencoder: taking that of {base}")
             parts["vae"], kept_in["vae"] = _autoencoder(base), Path(base, "vae")
         if single:
-            pipeline = _from_single_file(Path(model), names, base, made, parts)
+            with folder.scratch(target) as scratch:
+                pipeline = _from_single_file(Path(model), names, base, made, parts, scratch)
         else:
             without_t5 = made is StableDiffusion3Pipeline
             pipeline = pipelines.load(model, without_t5=without_t5, parts=parts)
@@ -162,18 +161,21 @@ def _base(file: Path, names: list[str], named: str | None, report: Report) -> st
     return base
 
 
-def _from_single_file(file: Path, names: list[str], base: str, made: Any, parts: Mapping[str, Any]) -> Any:
+def _from_single_file(
+    file: Path, names: list[str], base: str, made: Any, parts: Mapping[str, Any], scratch: Path
+) -> Any:
     """The pipeline of class `made` whose weights, but for those of `parts`, `file` holds under `names`; on the CPU in
-    float32.
+    float32. The folder `scratch` is for a copy.
     """
+    readable = _renamed(file, names, scratch)
     refusal = f"{file} makes no {made.__name__} with the configs of {base}"
     try:
         with source.quiet(), complete.bars_on_terminals_alone():
             configs = base if Path(base).is_dir() else snapshot_download(base, allow_patterns=_CONFIGS)
             newer = complete.newer_tokenizers(Path(configs), made.load_config(configs))
             options = newer | pipelines.left_out(made) | parts
-            with weights_file.alone(file), _renamed(file, names) as named:
-                pipeline = made.from_single_file(str(named), config=configs, **options)
+            with weights_file.alone(file):
+                pipeline = made.from_single_file(str(readable), config=configs, **options)
     except Exception as error:  # each part's library fails in its own way
         raise ExportError(f"{refusal}: {misfit(error)}") from error
     for part, network in pipelines.networks(pipeline).items():
@@ -187,18 +189,18 @@ def _from_single_file(file: Path, names: list[str], base: str, made: Any, parts:
     return pipeline
 
 
-@contextmanager
-def _renamed(file: Path, names: list[str]) -> Iterator[Path]:
-    """`file`, or where it has names that diffusers does not know, a copy without them."""
+def _renamed(file: Path, names: list[str], scratch: Path) -> Path:
+    """`file`, or where it has names that diffusers does not know, a copy without them in the folder `scratch`."""
     if not any(map(_UNWRAPPED.search, names)):
-        yield file
-        return
-    weights = {_UNWRAPPED.sub("text_model.", name): one for name, one in weights_file.read(file).items()}
-    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows removes none that is mapped
-        # Copied, as some may share memory, which a file in this format cannot say.
-        apart = {name: one.clone(memory_format=torch.contiguous_format) for name, one in weights.items()}
-        save_file(apart, copy := Path(folder, "it.safetensors"))
-        yield copy
+        return file
+    # Copied, as some may share memory, which a file in this format cannot say.
+    weights = {
+        _UNWRAPPED.sub("text_model.", name): one.clone(memory_format=torch.contiguous_format)
+        for name, one in weights_file.read(file).items()
+    }
+    copy = scratch / "renamed.safetensors"
+    save_file(weights, copy)
+    return copy
 
 
 def _autoencoder(base: str) -> Any:

@@ -43,7 +43,7 @@ def beside(target: Path, report: Callable[[str], None]) -> Iterator[Path]:
             target.parent.mkdir(parents=True, exist_ok=True)
             held.callback(_unlock, lock, lock_file(lock, wait=False))
             _remove_dead(target, report)
-            partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+            partial = Path(tempfile.mkdtemp(prefix=_partial(target), dir=target.parent))
             held.callback(shutil.rmtree, partial, ignore_errors=True)
             yield partial
         except BlockingIOError:
@@ -56,6 +56,16 @@ def beside(target: Path, report: Callable[[str], None]) -> Iterator[Path]:
             raise ExportError(error.message) from error
         except safetensors.SafetensorError as error:  # of weights that found no room; it is no OSError
             raise ExportError(f"{partial} cannot be written: {reason(error)}; {_MAKE_ROOM}") from error
+
+
+@contextmanager
+def scratch(target: Path) -> Iterator[Path]:
+    """A folder beside `target` for what an export of it needs for a while: gone when done, or where files in it are
+    still mapped, which Windows does not remove, at the next export.
+    """
+    beside = {"prefix": _partial(target), "dir": target.parent}
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True, **beside) as folder:
+        yield Path(folder)
 
 
 @contextmanager
@@ -76,6 +86,11 @@ def _unlock(lock: Path, descriptor: int) -> None:
         lock.unlink()
     if os.name == "posix":
         os.close(descriptor)
+
+
+def _partial(target: Path) -> str:
+    """How the names of folders begin in which an export of `target` is under way."""
+    return f".{target.name}.partial-"
 
 
 def _remove_dead(target: Path, report: Callable[[str], None]) -> None:

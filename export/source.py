@@ -107,8 +107,8 @@ def _whole(made: Any, model: str | os.PathLike[str], **options: Any) -> Any:
     """
     try:
         return complete.part(made, model, torch.float32, **options)
-    except ValueError:
-        if not Path(model).is_dir():
+    except ValueError as error:
+        if any(isinstance(each, EntryNotFoundError) for each in hub.behind(error)):  # else they are faulty
             with suppress(ValueError):
                 return complete.part(made, model, torch.float32, variant="fp16", **options)
         raise
@@ -181,7 +181,7 @@ def from_hub(model: str, error: Exception) -> str:
     if told := hub.why(model, error):
         return told
     # diffusers says of a hub that does not answer that the model lacks a file.
-    if isinstance(error, LocalEntryNotFoundError) or isinstance(error.__context__, LocalEntryNotFoundError):
+    if any(isinstance(each, LocalEntryNotFoundError) for each in hub.behind(error)):
         return (
             f"the hub at {constants.ENDPOINT} cannot be reached and has left no copy here; check the connection, "
             "or name a folder"

@@ -14,6 +14,8 @@ from urllib.parse import urlsplit
 import pytest
 from huggingface_hub import constants, file_download, hf_api
 
+from cloud_server import hub as asking
+
 COMMIT = "c0ffee" + "0" * 34
 
 NOBODY = "http://127.0.0.1:9"
@@ -87,6 +89,7 @@ def asked_here(address: str, cache: Path) -> Iterator[None]:
         patch.setattr(constants, "ENDPOINT", address)
         patch.setattr(constants, "HF_HUB_CACHE", str(cache))
         patch.setattr(hf_api.api, "endpoint", address)
+        patch.setattr(asking, "_unreached_at", {})  # the address may have been another's
         template = address + "/{repo_id}/resolve/{revision}/{filename}"
         for module in (constants, file_download):  # where the library's versions look
             patch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)

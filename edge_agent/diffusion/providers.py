@@ -65,9 +65,22 @@ _BRINGS = {
     "libcuda.so": "NVIDIA's driver",
     "libnvinfer": "TensorRT",
     "libnvonnxparser": "TensorRT",
-    "libcu": 'CUDA and cuDNN, on a PC also with pip install "onnxruntime-gpu[cuda,cudnn]"',
-}
-"""Where libraries that NVIDIA's providers need come from, by how their names begin; the first that fits holds."""
+} | dict.fromkeys(
+    (
+        "libcublas",
+        "libcudart",
+        "libcudnn",
+        "libcufft",
+        "libcupti",
+        "libcurand",
+        "libcusolver",
+        "libcusparse",
+        "libnvJitLink",
+        "libnvrtc",
+    ),
+    'CUDA and cuDNN, on a PC also with pip install "onnxruntime-gpu[cuda,cudnn]"',
+)
+"""Where libraries that NVIDIA's providers need come from, by how their names begin."""
 
 _PROBE_OPTIONS = {
     # One node is too few for TensorRT, so that no engine is built for it; that its libraries load still shows.
@@ -287,9 +300,12 @@ def _builds() -> tuple[str, ...]:
 
 
 def _brings_onnxruntime(folder: Path) -> bool:
-    record = folder / "RECORD"  # not all have a top_level.txt
-    # Without one it does not say, and is called so.
-    return not record.is_file() or "\nonnxruntime/__init__.py," in f"\n{record.read_text(encoding='utf-8')}"
+    try:
+        # Not all have a top_level.txt.
+        record = (folder / "RECORD").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # it does not say, and is called so
+        return True
+    return "\nonnxruntime/__init__.py," in f"\n{record}"
 
 
 def _collision(builds: Sequence[str]) -> str:

@@ -70,6 +70,7 @@ EDGE_STEPS = f"{EDGE.inference_steps},8,16"  # step counts compiled into the bun
 LABELLING = ("--adherence", "--edge-draws=4")  # the edge's images cost a tenth of the cloud's
 EVALUATION = WEIGHTS / "evaluation.json"
 INSPECTION = Path("docs/inspector.md")
+_WITHOUT_OPTIONS = ("all", "install", "bundle", "predictor")  # but --work and --seconds
 SKETCHED = tuple(size.name for size in SKETCHES)
 
 
@@ -121,7 +122,13 @@ def predictor(work: Path) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """The chain's command; 0 when done, UNFINISHED when the next call has to go on."""
     parser = argparse.ArgumentParser(
-        prog="edge-export starter", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="edge-export starter",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+    )
+    parser.add_argument(
+        "-h", "--help", action="store_true", help="show this, or with a STAGE its own options"
     )
     parser.add_argument("stage", nargs="?", default="all", metavar="STAGE")
     parser.add_argument("--work", type=Path, default=Path("runs/starter"), help="folder of checkpoints")
@@ -132,9 +139,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     options, rest = parser.parse_known_args(argv)
     work = options.work
+    if options.help and options.stage in _WITHOUT_OPTIONS:
+        parser.print_help()
+        return 0
+    if options.help:
+        rest = ["--help"]
 
     def trained(train: Callable[..., bool], *size: Size) -> int:
-        of_stage = argparse.ArgumentParser(prog=f"edge-export starter {options.stage}")
+        of_stage = argparse.ArgumentParser(
+            prog=f"edge-export starter {options.stage}",
+            epilog="It takes --work and --seconds too, as all stages do: see edge-export starter --help.",
+        )
         of_stage.add_argument("--steps", type=at_least(1), help="training steps (default: the recipe's)")
         if train in (judge.train, inspector.train):
             of_stage.add_argument(
@@ -170,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "contact-sheet": lambda: contact_sheet.main(rest),
         "summary": lambda: summary.main(rest),
     }
-    if rest and options.stage in ("all", "install", "bundle", "predictor"):
+    if rest and options.stage in _WITHOUT_OPTIONS:
         parser.error(f"the stage {options.stage} does not take {rest[0]}")
     if options.stage == "all":
         return _first_failure(stages.values())

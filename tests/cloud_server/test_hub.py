@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import socket
 import time
@@ -70,9 +72,27 @@ def test_a_hub_is_out_of_reach_where_nobody_answers_and_not_where_it_refuses(
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        for address in (NOBODY, f"http://127.0.0.1:{silent.getsockname()[1]}"):
+        # No way leads to the last one, which is for documentation, or nobody answers there.
+        for address in (NOBODY, f"http://127.0.0.1:{silent.getsockname()[1]}", "http://[2001:db8::1]"):
             with asked_here(address, tmp_path):
                 assert hub.out_of_reach("owner/name")
                 assert not hub.out_of_reach(tmp_path)
     with refusing_hub(503) as address, asked_here(address, tmp_path):
         assert not hub.out_of_reach("owner/name")
+
+
+def test_a_hub_that_says_nothing_is_waited_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(0)
+        with asked_here(f"http://127.0.0.1:{silent.getsockname()[1]}", tmp_path):
+            assert hub.out_of_reach("owner/name") and hub.out_of_reach("owner/another")
+        silent.accept()
+        with pytest.raises(BlockingIOError):
+            silent.accept()
+
+
+@pytest.mark.parametrize("number", [errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN])
+def test_a_hub_to_which_no_way_leads_may_be_reached_later(number: int) -> None:
+    assert hub.may_recover(OSError(number, os.strerror(number)))
+    assert not hub.may_recover(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))

@@ -138,6 +138,13 @@ def test_an_image_that_cannot_be_put_in_place_leaves_nothing_behind(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_may_be_called_as_standard_output_is(run: Run, daemon: Process, tmp_path: Path) -> None:
+    finished = run("generate", EDGE_PROMPT, "-o", "./-")
+    assert finished.code == 0 and finished.out.startswith("-: 64x64")
+    with PIL.Image.open(tmp_path / "-") as image:
+        assert image.size == (64, 64)
+
+
 def test_a_name_as_long_as_the_file_system_takes_is_no_longer_while_it_is_written(
     run: Run, daemon: Process, tmp_path: Path
 ) -> None:

@@ -49,6 +49,16 @@ def unresolved(purchases: Purchases) -> list[str]:
     return [reservation.request_id for reservation in purchases.ledger.unresolved()]
 
 
+async def test_a_purchase_that_cannot_be_settled_is_in_the_log_beside_the_ledgers_own_line(
+    begin: Begin, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with scripted_cloud("d" * 64) as cloud:
+        purchases = begin(cloud.address)
+        purchases.ledger._connection.execute("PRAGMA query_only = 1")
+        assert not await purchases.settle("left", 1)
+    assert [record.getMessage() for record in caplog.records] == ["ledger", "unresolved"]
+
+
 async def test_an_id_whose_outcome_is_being_asked_for_cannot_be_reserved_anew_and_then_be_released(
     begin: Begin,
 ) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 from hypothesis import settings
@@ -814,12 +814,29 @@ def test_a_ledger_in_use_is_refused_to_a_second_opener(path: Path, open_ledger: 
         Ledger.open(path, (DAY,))
 
 
-def test_a_closed_ledger_says_so_and_closes_again(open_ledger: Open) -> None:
-    ledger = open_ledger(DAY)
+USES: list[tuple[Any, ...]] = [
+    ("reserve", "r", "app", 1),
+    ("settle", "r", 1),
+    ("release", "r"),
+    ("unresolved",),
+    ("ahead",),
+    ("allows", "app", 1),
+    ("states",),
+    ("rates",),
+]
+
+
+@pytest.mark.parametrize("budgets", [(DAY,), ()])
+def test_a_closed_ledger_says_so_and_closes_again(
+    open_ledger: Open, budgets: tuple[Budget, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    ledger = open_ledger(*budgets)
     ledger.close()
     ledger.close()
-    with pytest.raises(LedgerError, match="closed"):
-        ledger.reserve("r", "app", 1)
+    for method, *arguments in USES:
+        with pytest.raises(LedgerError, match="closed"):
+            getattr(ledger, method)(*arguments)
+    assert caplog.records == []
 
 
 DISK_FULL = """

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,24 @@ def test_help_names_every_stage(capsys: pytest.CaptureFixture[str]) -> None:
     for stage in ("label", "train", "calibrate", "evaluate", "predictor", "diffusion", "starter"):
         assert stage in printed
         assert stage in STAGES
+
+
+@pytest.mark.parametrize(
+    ("stage", "options"),
+    [
+        ("", ("STAGE", "--work")),
+        ("all", ("STAGE", "--work")),
+        ("judge", ("--steps", "--autoencoder")),
+        ("label", ("--adherence",)),
+    ],
+)
+def test_a_stage_of_the_starter_has_help_of_its_own(
+    stage: str, options: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with suppress(SystemExit):  # argparse's way
+        main(["starter", *stage.split(), "--help"])
+    printed = capsys.readouterr().out
+    assert all(option in printed for option in options)
 
 
 @pytest.mark.parametrize("arguments", [[], ["trian"]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, LCMScheduler
+from huggingface_hub import hf_hub_download
 from safetensors.torch import load as weights_in
 from safetensors.torch import load_file, save_file
 
@@ -134,14 +136,22 @@ def test_a_single_file_becomes_a_folder_of_the_same_weights(
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 def test_a_merge_of_2022_may_lack_a_part_of_the_text_encoders_names(
-    model: Path, file: Path, tmp_path: Path, suffix: str
+    model: Path, file: Path, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Its copy lies where there is room for the folder, and not where temporary files do."""
     weights = {
         name.replace("transformer.text_model.", "transformer."): one for name, one in load_file(file).items()
     }
+    if suffix == ".ckpt":  # some share memory there, as views of one tensor
+        name = "cond_stage_model.transformer.embeddings.position_ids"
+        weights[name] = (both := torch.arange(154).reshape(2, 77))[:1]
+        weights["counted"] = both[1:]
     merge = tmp_path / f"merge{suffix}"
     save_file(weights, merge) if suffix == ".safetensors" else torch.save({"state_dict": weights}, merge)
-    convert(str(merge), str(tmp_path / "folder"), base=str(model), report=silent)
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+        convert(str(merge), str(tmp_path / "folder"), base=str(model), report=silent)
+    assert not list(tmp_path.glob(".folder*"))
     assert differ(weights_at(tmp_path / "folder"), weights_of(miniature_pipeline())) == []
 
 
@@ -787,6 +797,28 @@ def test_a_denoiser_comes_from_the_hub(latent_consistency: Path, tmp_path: Path,
     found = load_file(tmp_path / "folder" / "unet" / weights.name)
     assert {weight.dtype for weight in found.values()} == {torch.float16}
     assert differ(found, load_file(kept)) == []
+
+
+def test_faulty_weights_of_the_hub_are_not_replaced_by_those_in_half_precision(
+    latent_consistency: Path, tmp_path: Path
+) -> None:
+    weights = latent_consistency / "diffusion_pytorch_model.safetensors"
+    shutil.copyfile(weights, weights.with_suffix(".fp16.safetensors"))
+    held = load_file(weights)
+    del held["conv_in.weight"]
+    save_file(held, weights)
+    with pytest.raises(ExportError, match=r"has no weights conv_in\.weight$"):
+        converted_from(latent_consistency, tmp_path, str(tmp_path / "model"), denoiser="owner/name")
+
+
+def test_a_hub_that_is_gone_before_the_weights_came_is_said_to_be_out_of_reach(
+    latent_consistency: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    with hub(latent_consistency) as address, asked_here(address, cache):
+        hf_hub_download("owner/name", "config.json", cache_dir=cache)
+    with asked_here(NOBODY, cache), pytest.raises(ExportError, match=r"hub at \S+ cannot be reached"):
+        convert(str(tmp_path / "model"), str(tmp_path / "folder"), denoiser="owner/name", report=silent)
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])

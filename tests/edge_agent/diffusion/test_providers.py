@@ -174,6 +174,8 @@ def test_the_cpu_works_and_what_onnxruntime_does_not_have_fails_with_a_reason() 
         ("libcuda.so.999", "NVIDIA's driver"),
         ("libcudnn.so.999", "onnxruntime-gpu[cuda,cudnn]"),
         ("libcublasLt.so.999", "onnxruntime-gpu[cuda,cudnn]"),
+        ("libnvJitLink.so.999", "onnxruntime-gpu[cuda,cudnn]"),
+        ("libnvrtc.so.999", "onnxruntime-gpu[cuda,cudnn]"),
         ("libnvinfer.so.999", "TensorRT"),
     ],
 )
@@ -184,6 +186,14 @@ def test_a_library_that_is_not_there_is_named_with_what_brings_it(library: str, 
     assert re.search(f"{library}: .*; it comes with .*{re.escape(origin)}", told)
 
 
+def test_other_libraries_are_not_said_to_be_of_cuda() -> None:
+    for failure in (
+        "libcurl.so.4: cannot open shared object file",
+        "libcups.so.2: cannot open shared object file",
+    ):
+        assert with_origin(failure) == failure
+
+
 def test_a_companion_of_onnxruntime_is_not_taken_for_a_second_build(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,6 +202,11 @@ def test_a_companion_of_onnxruntime_is_not_taken_for_a_second_build(
         (folder := tmp_path / f"onnxruntime{name}-1.0.dist-info").mkdir()
         (folder / "RECORD").write_text(f"{folder.name}/METADATA,sha256=a,1\n{file}/__init__.py,sha256=b,2\n")
     monkeypatch.setattr(ort, "__file__", str(tmp_path / "onnxruntime" / "__init__.py"))
+    assert _builds() == ("onnxruntime", "onnxruntime-gpu")
+    (folder / "RECORD").write_bytes(b"\xff.py,,\nonnxruntime/__init__.py,,\n")
+    assert _builds() == ("onnxruntime", "onnxruntime-gpu")
+    (folder / "RECORD").unlink()
+    (folder / "RECORD").mkdir()  # what cannot be read
     assert _builds() == ("onnxruntime", "onnxruntime-gpu")
 
 
