@@ -24,6 +24,7 @@ from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progr
 from packaging import version
 from transformers.utils import logging as transformers_logging
 
+from cloud_server import hub
 from cloud_server.errors import reason
 
 NETWORKS = (diffusers.ModelMixin, transformers.PreTrainedModel)
@@ -58,15 +59,16 @@ def downloaded(model: str, **left_out: None) -> Path:
 
     Raises whatever the hub's library raises.
     """
+    options = {"local_files_only": hub.out_of_reach(model), **left_out}
     with bars_on_terminals_alone():
-        folder = Path(diffusers.DiffusionPipeline.download(model, **left_out))
+        folder = Path(diffusers.DiffusionPipeline.download(model, **options))
         index = json.loads((folder / diffusers.DiffusionPipeline.config_name).read_text(encoding="utf-8"))
         taken = parts_of(index) - left_out.keys()
         kinds = {name: _kind(made) for name, made in index.items() if name in taken}
         networks = [name for name, kind in kinds.items() if kind is not None and issubclass(kind, NETWORKS)]
         if not all(weights_at(folder / name) for name in networks):
             try:
-                folder = Path(diffusers.DiffusionPipeline.download(model, **_HALF, **left_out))
+                folder = Path(diffusers.DiffusionPipeline.download(model, **_HALF, **options))
             except LocalEntryNotFoundError:  # the connection broke
                 raise
             except ValueError:  # not in half precision either

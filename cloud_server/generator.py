@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cloud_server.errors import GenerationFailed, ImageWithheld, StartRefused, reason
-from cloud_server.model import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, Model
+from cloud_server.model import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, WHAT_TO_INSTALL, Model
 from cloud_server.request import Limits, Spec
 
 PREVIEW_SIDE = 128  # pixels of a preview's longer side
@@ -108,9 +108,7 @@ class Generator:
 
             from cloud_server import complete
         except ImportError as error:
-            raise StartRefused(
-                f"{error}; install what a server needs: pip install 'routet2i[cloud]'"
-            ) from error
+            raise StartRefused(f"{error}; {WHAT_TO_INSTALL}") from error
 
         for logs in (diffusers_logging, transformers_logging):
             logs.set_verbosity_error()

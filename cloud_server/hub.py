@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
+    LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
 
@@ -33,7 +34,7 @@ _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
 def why(model: str, error: BaseException) -> str:
-    """What the hub answered, and what to do about it; empty where it did not answer, or has the model."""
+    """What the hub answered, or that it did not, and what to do about it; empty where it has the model."""
     hub = f"the hub at {constants.ENDPOINT}"
     for each in behind(error):
         if isinstance(each, GatedRepoError):
@@ -47,6 +48,9 @@ def why(model: str, error: BaseException) -> str:
             return f"{hub} answers with the error {status}" + (
                 ": try again later" if status >= _LATER else ""
             )
+    # diffusers says of a hub that does not answer that the model lacks a file.
+    if any(isinstance(each, LocalEntryNotFoundError) for each in behind(error)):
+        return f"{hub} cannot be reached and has left no copy here; check the connection, or name a folder"
     return ""
 
 
@@ -75,7 +79,7 @@ def may_recover(error: BaseException) -> bool:
 
 def _is_unreached(error: BaseException) -> bool:
     return any(
-        isinstance(each, (ConnectionError, TimeoutError, socket.gaierror))
+        isinstance(each, (ConnectionError, TimeoutError, socket.gaierror, LocalEntryNotFoundError))
         or (isinstance(each, OSError) and each.errno in _NO_WAY)
         for each in behind(error)
     )

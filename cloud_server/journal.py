@@ -43,7 +43,7 @@ CREATE TABLE generations (
     model_digest TEXT NOT NULL DEFAULT '',
     spec TEXT NOT NULL DEFAULT '',        -- JSON of request.Spec, its prompts empty
     image BLOB,                           -- PNG; NULL before it is finished and once it is no longer kept
-    ran REAL NOT NULL DEFAULT 0,          -- Journal._ran when it began
+    ran REAL NOT NULL DEFAULT 0,          -- Journal._ran when it began, or was finished
     PRIMARY KEY (tenant, request_id)
 ) WITHOUT ROWID
 """
@@ -194,7 +194,7 @@ class Journal:
         with self._transaction():
             changed = self._connection.execute(
                 "UPDATE generations SET state = ?, charged_micro_usd = ?, sha256 = ?, model_digest = ?, spec = ?, "
-                "image = ? WHERE tenant = ? AND request_id = ? AND state = ?",
+                "image = ?, ran = ? WHERE tenant = ? AND request_id = ? AND state = ?",
                 (
                     State.FINISHED.value,
                     finished.charged_micro_usd,
@@ -202,6 +202,7 @@ class Journal:
                     finished.model_digest,
                     json.dumps(asdict(finished.spec) | _NO_PROMPTS),
                     finished.image,
+                    self._ran(),  # from when it is kept: it may have waited for long
                     tenant,
                     request_id,
                     State.RUNNING.value,

@@ -94,7 +94,9 @@ def locate(model: str) -> Path:
 
         from cloud_server import hub
         from cloud_server.complete import downloaded
-
+    except ImportError as error:
+        raise StartRefused(f"{error}; {WHAT_TO_INSTALL}") from error
+    try:
         folder = downloaded(model).resolve()
         with contextlib.suppress(EntryNotFoundError):  # most have no card, and diffusers takes none
             kept = hub.out_of_reach(model)
@@ -106,6 +108,8 @@ def locate(model: str) -> Path:
         told = hub.why(model, error) or f"the hub did not give it: {error}. {_WHAT_TO_DO}"
         raise refused(f"there is no folder {model}, and {told}") from error
 
+
+WHAT_TO_INSTALL = "install what a server needs: pip install 'routet2i[cloud]'"
 
 _WHAT_TO_DO = (
     "Give --model a folder saved by a diffusers pipeline's save_pretrained(), or a hub id such as owner/name."

@@ -170,8 +170,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     calibration = calibrate(outcomes, bundle, cloud_digest, options.gamma, options.weights)
     partial = bundle.folder / f"{CALIBRATION}.partial"
-    calibration = calibration.save(partial)
-    put_file(bundle.folder, CALIBRATION, partial)
+    try:
+        calibration = calibration.save(partial)
+        put_file(bundle.folder, CALIBRATION, partial)
+    finally:
+        partial.unlink(missing_ok=True)
     console.print(
         f"{bundle.folder / CALIBRATION}: {calibration.calibration_id}, {len(calibration.scores)} scores; "
         f"alpha {calibration.alpha(0.5):.4f} at a routing rate of 50 %; "

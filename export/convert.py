@@ -10,37 +10,27 @@ use for, and layers of a LoRA that it does not have.
 from __future__ import annotations
 
 import argparse
-import inspect
 import math
-import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
-from diffusers.loaders.single_file_utils import fetch_diffusers_config
-from huggingface_hub import hf_hub_download, snapshot_download
-from safetensors.torch import save_file
 
 from cloud_server import complete, hub
 from export import denoiser as denoisers
-from export import embedding, folder, lora, source, weights_file
+from export import embedding, folder, lora, single_file, source, weights_file
 from export import pipeline as pipelines
-from export.errors import ExportError, misfit
-from export.scheduler import choose_scheduler
+from export.errors import ExportError
+from export.scheduler import believed, choose_scheduler, refuse_unable
 from export.terminal import say
 
 Report = Callable[[str], None]
 
 CARD = "routet2i.json"  # what the cloud server makes by default
 CARDS = ("README.md", CARD)  # the first has the licence
-
-# Merges of 2022 name the layers of the text encoder without what transformers has come to wrap them in.
-_UNWRAPPED = re.compile(r"(?<=^cond_stage_model\.transformer\.)(?=(embeddings|encoder|final_layer_norm)\.)")
-
-_CONFIGS = ("*.json", "*.txt", "*.model")  # in all folders of a repository, tokenizers too
 
 
 def convert(
@@ -76,8 +66,7 @@ def convert(
     """
     target = Path(out).resolve()
     folder.refuse_unusable(target, "the model")
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ExportError(f"{target} is there; name a new folder")
+    _refuse_taken(target)
     single = Path(model).is_file()
     if base is not None and not single:
         raise ExportError(f"--base is for a single file, and {model} is none: it has its own configs")
@@ -86,7 +75,7 @@ def convert(
         changes = [(lora.located(name), name, scale) for name, scale in loras]
         concepts = [(embedding.located(name), name, known_as) for name, known_as in embeddings]
         names = list(weights_file.types(Path(model))) if single else []
-        base = _base(Path(model), names, base, report) if single else model
+        base = single_file.base_of(Path(model), names, base, report) if single else model
         made = pipelines.class_of(base, report)
         if embeddings:
             embedding.refuse_class(made)
@@ -103,15 +92,19 @@ def convert(
             parts["vae"], kept_in["vae"] = _autoencoder(base), Path(base, "vae")
         if single:
             with folder.scratch(target) as scratch:
-                pipeline = _from_single_file(Path(model), names, base, made, parts, scratch)
+                pipeline = single_file.load(Path(model), names, base, made, parts, scratch)
         else:
             without_t5 = made is StableDiffusion3Pipeline
             pipeline = pipelines.load(model, without_t5=without_t5, parts=parts)
-        if scheduler is not None:
-            with source.quiet():
+        markers = denoisers.markers(names if denoiser is None else denoiser)
+        with source.quiet():
+            pipeline.scheduler = believed(pipeline.scheduler, markers)
+            if scheduler is not None:
                 pipeline.scheduler = choose_scheduler(pipeline.scheduler, scheduler)
-        if "v_pred" in names:
-            pipeline.scheduler = _predicting_v(pipeline.scheduler, rescaled="ztsnr" in names)
+        if markers:
+            refuse_unable(pipeline.scheduler, markers)
+            predicts = pipeline.scheduler.config.get("prediction_type")
+            report(f"the file says {' and '.join(markers)}: {type(pipeline.scheduler).__name__}, {predicts}")
         for file, name, scale in changes:
             report(f"fusing {name}" + ("" if scale == 1 else f", {scale:g} of it"))
             lora.fuse(pipeline, file, scale)
@@ -129,78 +122,19 @@ def convert(
             pipeline.save_pretrained(partial)
         pipelines.drop_origin(partial)
         for name in CARDS if not single else ():
-            if card := _card(model, name):
+            if card := source.card(model, name):
                 shutil.copyfile(card, partial / name)
         if (partial / CARD).is_file() and (denoiser or loras or scheduler):
             report(f"kept {CARD}: look whether its steps and guidance scale still suit the model")
         folder.open_to_all(partial)
+        _refuse_taken(target)  # again: something may have been put there meanwhile
         folder.move(partial, target)
     report(f"wrote {target}")
 
 
-def _base(file: Path, names: list[str], named: str | None, report: Report) -> str:
-    """Where configs and tokenizers for the weights in `file`, under `names`, come from."""
-    if names and all("lora" in name for name in names):
-        raise ExportError(
-            f"{file} is a LoRA, which changes a model: name that model, and this file with --lora"
-        )
-    if denoisers.is_alone(names):
-        raise ExportError(
-            f"{file} is a denoiser alone: name the model that it was made for, and this file with --denoiser"
-        )
-    if not any(name.startswith(source.ENCODERS) for name in names):
-        raise ExportError(
-            f"{file} is no whole model: it has no weights of a text encoder; an autoencoder is for "
-            "--autoencoder, when a model is exported"
-        )
-    if named is not None:
-        return named
-    found = fetch_diffusers_config(weights_file.read(file))
-    base = str(found["pretrained_model_name_or_path"])
-    report(f"taking configs and tokenizers from {base}; --base names another model's")
-    return base
-
-
-def _from_single_file(
-    file: Path, names: list[str], base: str, made: Any, parts: Mapping[str, Any], scratch: Path
-) -> Any:
-    """The pipeline of class `made` whose weights, but for those of `parts`, `file` holds under `names`; on the CPU in
-    float32. The folder `scratch` is for a copy.
-    """
-    readable = _renamed(file, names, scratch)
-    refusal = f"{file} makes no {made.__name__} with the configs of {base}"
-    try:
-        with source.quiet(), complete.bars_on_terminals_alone():
-            configs = base if Path(base).is_dir() else snapshot_download(base, allow_patterns=_CONFIGS)
-            newer = complete.newer_tokenizers(Path(configs), made.load_config(configs))
-            options = newer | pipelines.left_out(made) | parts
-            with weights_file.alone(file):
-                pipeline = made.from_single_file(str(readable), config=configs, **options)
-    except Exception as error:  # each part's library fails in its own way
-        raise ExportError(f"{refusal}: {misfit(error)}") from error
-    for part, network in pipelines.networks(pipeline).items():
-        if missing := [name for name, weight in network.named_parameters() if weight.is_meta]:
-            raise ExportError(f"{refusal}: it has no weights {source.listed(missing)} of the {part}")
-    for part in {pipelines.denoiser_part(made), "vae"} - parts.keys():
-        held = sum(name.startswith(source.BEGINNINGS[part]) for name in names)
-        used = len(getattr(pipeline, part).state_dict())
-        if held > used:
-            raise ExportError(f"{refusal}: it has {held} weights of the {part}, of which they name {used}")
-    return pipeline
-
-
-def _renamed(file: Path, names: list[str], scratch: Path) -> Path:
-    """`file`, or where it has names that diffusers does not know, a copy without them in the folder `scratch`."""
-    if not any(map(_UNWRAPPED.search, names)):
-        return file
-    # Copied, as some may share memory, which a file in this format cannot say.
-    weights = {
-        _UNWRAPPED.sub("text_model.", name): one.clone(memory_format=torch.contiguous_format)
-        for name, one in weights_file.read(file).items()
-    }
-    copy = scratch / "renamed.safetensors"
-    save_file(weights, copy)
-    return copy
+def _refuse_taken(target: Path) -> None:
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ExportError(f"{target} is there; name a new folder")
 
 
 def _autoencoder(base: str) -> Any:
@@ -210,18 +144,6 @@ def _autoencoder(base: str) -> Any:
             return complete.part(AutoencoderKL, base, torch.float32, subfolder="vae", local_files_only=kept)
     except Exception as error:  # each library fails in its own ways
         raise ExportError(f"{base} gives no autoencoder: {source.why_not(base, error)}") from error
-
-
-def _predicting_v(scheduler: Any, *, rescaled: bool) -> Any:
-    """For a model that says so by names without a value in its file, which no config beside it could say."""
-    said = "prediction_type=v_prediction"
-    if rescaled:
-        said += ",rescale_betas_zero_snr=true,timestep_spacing=trailing"
-    name = type(scheduler).__name__
-    if rescaled and "rescale_betas_zero_snr" not in inspect.signature(type(scheduler)).parameters:
-        # For PNDM and its like, which cannot. It would clip, as these do not.
-        name, said = "DDIM", said + ",clip_sample=false"
-    return choose_scheduler(scheduler, f"{name}:{said}")
 
 
 def _skip(encoder: Any, last: int) -> None:
@@ -254,17 +176,6 @@ def _stored(where: Path, part: str) -> torch.dtype:
     types = {dtype for name, dtype in held.items() if name.startswith(beginnings)} or set(held.values())
     halves = [dtype for dtype in (torch.bfloat16, torch.float16) if dtype in types]
     return halves[0] if halves and torch.float32 not in types else torch.float32
-
-
-def _card(model: str, name: str) -> Path | None:
-    """What a folder or repository says of its model beside the parts, where it does."""
-    if Path(model).is_dir():
-        return Path(model, name) if Path(model, name).is_file() else None
-    try:
-        with source.quiet(), complete.bars_on_terminals_alone():
-            return Path(hf_hub_download(model, name, local_files_only=hub.out_of_reach(model)))
-    except Exception:  # the hub's library fails in its own ways, and no model needs a card
-        return None
 
 
 def _scaled(text: str) -> tuple[str, float]:

@@ -33,6 +33,10 @@ _FITTING = (
 _ENDS = (("conv_in.weight", "conv_out.weight"), ("pos_embed.proj.weight", "proj_out.weight"))
 """Of each class, weights that the latents meet first and last. No other network has both."""
 
+PREDICTS_V, ZERO_SNR = "v_pred", "ztsnr"
+"""Names without a value, by which files say that a denoiser predicts v, and that it learnt with betas rescaled so that
+the last step leaves nothing but noise."""
+
 _FIRST_CODE = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out.")
 """How the names of an UNet's weights begin there."""
 
@@ -78,8 +82,19 @@ def load(
     return denoiser, Path(hf_hub_download(model, made.config_name, local_files_only=True)).parent
 
 
+def markers(of: Collection[str] | str) -> list[str]:
+    """Of PREDICTS_V and ZERO_SNR those among names of weights, or those in a file; none where it does not predict v.
+
+    Raises ExportError where the file is damaged.
+    """
+    if isinstance(of, str):  # a folder's and a hub's config says by itself what this says of a file
+        of = weights_file.types(Path(of)) if Path(of).is_file() else ()
+    return [name for name in (PREDICTS_V, ZERO_SNR) if name in of] if PREDICTS_V in of else []
+
+
 def is_alone(names: Collection[str]) -> bool:
     """Whether weights of these names are a denoiser's and nothing else: as diffusers names them, or the first code."""
+    names = set(names) - {PREDICTS_V, ZERO_SNR}
     if any(all(name in names for name in ends) for ends in _ENDS):
         return True
     return bool(names) and all(name.startswith((source.DENOISER, *_FIRST_CODE)) for name in names)
@@ -91,6 +106,8 @@ def _from_file(file: Path, made: Any, config: Any) -> Any:
     with init_empty_weights():
         denoiser = made.from_config(config)
     own, weights = set(denoiser.state_dict()), weights_file.read_floating(file)
+    for marker in (PREDICTS_V, ZERO_SNR):
+        weights.pop(marker, None)
     if is_alone(weights) and not own & weights.keys():
         weights = {source.DENOISER + name.removeprefix(source.DENOISER): one for name, one in weights.items()}
         try:

@@ -53,6 +53,11 @@ from export.scheduler import choose_scheduler
 from export.terminal import say
 
 PIXEL_TOLERANCE = 1e-3  # largest difference of any colour in 0..1, before rounding
+LOUD = 1000  # times the image, a first noise of which float32 has too few digits for both
+_FEW_DIGITS = (
+    ": beside noise a thousand times as large, torch has few digits left for the image; name more steps, or "
+    "--scheduler DDIM"
+)
 _EARLY_DEFAULT = (256, 256)  # of diffusers, when Stable Diffusion 1.x was saved
 
 Report = Callable[[str], None]
@@ -190,7 +195,7 @@ def export_bundle(
         )
         facts = pipelines.facts(pipeline, size) | {
             "name": name,
-            "licence": licence or pipelines.licence_of(model),
+            "licence": licence or pipelines.licence_of(model, report),
             "default_steps": counts[0],
             "default_guidance": scale,
             "steps": sorted(counts),
@@ -198,6 +203,7 @@ def export_bundle(
             "latent_to_rgb": preview.rows if shown else None,
         }
         write_manifest(partial, **facts)
+        loudest = float(getattr(pipeline.scheduler, "init_noise_sigma", 1.0))
         del loaded, pipeline  # for whose memory the bundle has use
         gc.collect()
         report("comparing pixels with the torch pipeline")
@@ -213,6 +219,7 @@ def export_bundle(
         if difference > PIXEL_TOLERANCE:
             raise ExportError(
                 f"the bundle's pixels differ from the torch pipeline's by {difference:.1e}; not written"
+                + (_FEW_DIGITS if loudest > LOUD else "")
             )
         if dtype != "fp32":
             from export import precision  # here: a float32 export need not wait for its tools

@@ -82,7 +82,18 @@ def add(pipeline: Any, file: Path, name: str | None = None) -> str:
         with source.quiet():
             encoder.resize_token_embeddings(max(known, len(tokenizer)), mean_resizing=False)
         encoder.get_input_embeddings().weight.data[tokenizer.convert_tokens_to_ids(names)] = vectors
+        _end_at(encoder, tokenizer.eos_token_id)
     return name
+
+
+def _end_at(encoder: Any, token: int) -> None:
+    """Have `encoder` take its pooled state at the first such token. Configs of before transformers 4.31, XL's too, name
+    another, and it is then taken at the largest, which a concept's is.
+    """
+    encoder.config.eos_token_id = token
+    for part in encoder.modules():
+        if hasattr(part, "eos_token_id"):
+            part.eos_token_id = token
 
 
 def _vectors(file: Path, encoder: Any, vectors: torch.Tensor) -> torch.Tensor:

@@ -107,9 +107,12 @@ def keep_pictures(images: Path, piece: Piece, pictures: Sequence[Picture]) -> No
     if any(picture.withheld for picture in pictures):
         arrays[WITHHELD] = np.array([picture.withheld for picture in pictures])
     partial = images_file(images, piece).with_suffix(f".{os.getpid()}")
-    with partial.open("wb") as file:
-        np.savez_compressed(file, **arrays)
-    partial.replace(images_file(images, piece))
+    try:
+        with partial.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+        partial.replace(images_file(images, piece))
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def kept_pictures(images: Path, piece: Piece) -> list[Picture]:

@@ -174,16 +174,21 @@ def name_of(model: Any) -> str:
 UNKNOWN = "unknown"
 
 
-def licence_of(model: Any) -> str:
-    """What the card of a folder or hub id says, as the hub writes it (apache-2.0); UNKNOWN where nobody says."""
+def licence_of(model: Any, report: Callable[[str], None] = lambda _: None) -> str:
+    """What the card of a folder or hub id says, as the hub writes it (apache-2.0); UNKNOWN where nobody says.
+
+    `report` gets a line where the hub could not be asked.
+    """
     if isinstance(model, DiffusionPipeline):
         return UNKNOWN
-    file = Path(model, "README.md")
-    if Path(model).is_dir() and not file.is_file():
+    if (file := source.card(model, "README.md")) is None:
+        if hub.out_of_reach(model):
+            report(
+                f"the hub cannot be asked for the licence of {model}: it stays {UNKNOWN}; --licence names it"
+            )
         return UNKNOWN
     try:
-        with source.quiet():
-            said = ModelCard.load(file if file.is_file() else os.fspath(model)).data.to_dict()
+        said = ModelCard.load(file).data.to_dict()
     except Exception:  # the hub's library fails in its own ways; a card is prose, and no export fails for it
         return UNKNOWN
     licence = said.get("license_name") or said.get("license")

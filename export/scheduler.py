@@ -5,14 +5,17 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+from collections.abc import Collection
 from typing import Any
 
 import diffusers
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import DummyObject
 
+from export.denoiser import ZERO_SNR
 from export.errors import ExportError, reason
 
+_RESCALE = "rescale_betas_zero_snr"
 _ANOTHER = "name another, or other values after its name"
 
 
@@ -67,6 +70,34 @@ def choose_scheduler(own: Any, wanted: str) -> Any:
         raise ExportError(
             f"{full} cannot be made from the model's config: {reason(error).rstrip('.')}; {_ANOTHER}"
         ) from error
+
+
+def believed(own: Any, markers: Collection[str]) -> Any:
+    """The scheduler `own` for a denoiser of which `export.denoiser.markers` found these; DDIM where it has to rescale
+    betas and cannot.
+    """
+    if not markers:
+        return own
+    said = "prediction_type=v_prediction"
+    if ZERO_SNR in markers:
+        said += f",{_RESCALE}=true,timestep_spacing=trailing"
+    if ZERO_SNR in markers and not _rescales(own):
+        # PNDM and its like, which Stable Diffusion comes with. DDIM would clip, as these do not.
+        return choose_scheduler(own, f"DDIM:{said},clip_sample=false")
+    return choose_scheduler(own, f"{type(own).__name__}:{said}")
+
+
+def refuse_unable(scheduler: Any, markers: Collection[str]) -> None:
+    """Raises ExportError where the denoiser learnt to begin with noise alone, and this scheduler never does."""
+    if ZERO_SNR in markers and not _rescales(scheduler):
+        raise ExportError(
+            f"{type(scheduler).__name__} is not for this model, whose file says {ZERO_SNR}: it learnt to begin with "
+            f"noise alone; name one that takes {_RESCALE}, such as EulerDiscrete or DDIM"
+        )
+
+
+def _rescales(scheduler: Any) -> bool:
+    return _RESCALE in inspect.signature(type(scheduler)).parameters
 
 
 def _is_scheduler(made: Any) -> bool:

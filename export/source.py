@@ -178,15 +178,18 @@ def why_not(model: str | os.PathLike[str], error: Exception) -> str:
 
 def from_hub(model: str, error: Exception) -> str:
     """Why the hub gave no `model`."""
-    if told := hub.why(model, error):
-        return told
-    # diffusers says of a hub that does not answer that the model lacks a file.
-    if any(isinstance(each, LocalEntryNotFoundError) for each in hub.behind(error)):
-        return (
-            f"the hub at {constants.ENDPOINT} cannot be reached and has left no copy here; check the connection, "
-            "or name a folder"
-        )
-    return f"not to be had from the hub: {reason(error)}"
+    return hub.why(model, error) or f"not to be had from the hub: {reason(error)}"
+
+
+def card(model: str | os.PathLike[str], name: str) -> Path | None:
+    """The file `name` in which a folder or repository says of its model what the parts do not, where it does."""
+    if Path(model).is_dir():
+        return Path(model, name) if Path(model, name).is_file() else None
+    try:
+        with quiet(), complete.bars_on_terminals_alone():
+            return Path(hf_hub_download(os.fspath(model), name, local_files_only=hub.out_of_reach(model)))
+    except Exception:  # the hub's library fails in its own ways, and no model needs a card
+        return None
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.server
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,6 +79,14 @@ def hub(folder: Path, repository: str = "owner/name") -> Iterator[str]:
 
     with _served(Handler) as address:
         yield address
+
+
+@contextmanager
+def silent_hub() -> Iterator[str]:
+    """The address of a hub that takes calls and never says anything, for which a fifth of a second is waited."""
+    with socket.create_server(("127.0.0.1", 0)) as listening, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.2)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
 
 
 @contextmanager

@@ -114,6 +114,8 @@ class Answer:
 
     def take(self, response: cloud_pb2.GenerateResponse) -> None:
         kind = response.WhichOneof("event")
+        if kind is None:  # said so that no proxy takes the call for dead
+            return
         self.order.append(kind)
         value = getattr(response, kind)
         if kind in ("accepted", "result"):

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import socket
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,11 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import constants, hf_hub_download
 
 from cloud_server import hub
-from tests.hub import NOBODY, asked_here, refusing_hub
+from cloud_server.errors import HubNotReached, StartRefused
+from cloud_server.model import locate
+from tests.hub import NOBODY, asked_here, refusing_hub, silent_hub
+from tests.hub import hub as served
+from tests.miniature import save_miniature
 
 ASKING: dict[str, Callable[[], Any]] = {
     "its library": lambda: hf_hub_download("owner/name", "model_index.json"),
@@ -67,13 +72,10 @@ def test_an_answer_says_what_to_do(
     assert hub.may_recover(caught.value) is recovers
 
 
-def test_a_hub_is_out_of_reach_where_nobody_answers_and_not_where_it_refuses(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.2)
-    with socket.create_server(("127.0.0.1", 0)) as silent:
+def test_a_hub_is_out_of_reach_where_nobody_answers_and_not_where_it_refuses(tmp_path: Path) -> None:
+    with silent_hub() as silent:
         # No way leads to the last one, which is for documentation, or nobody answers there.
-        for address in (NOBODY, f"http://127.0.0.1:{silent.getsockname()[1]}", "http://[2001:db8::1]"):
+        for address in (NOBODY, silent, "http://[2001:db8::1]"):
             with asked_here(address, tmp_path):
                 assert hub.out_of_reach("owner/name")
                 assert not hub.out_of_reach(tmp_path)
@@ -96,3 +98,19 @@ def test_a_hub_that_says_nothing_is_waited_for_once(tmp_path: Path, monkeypatch:
 def test_a_hub_to_which_no_way_leads_may_be_reached_later(number: int) -> None:
     assert hub.may_recover(OSError(number, os.strerror(number)))
     assert not hub.may_recover(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+
+
+def test_what_a_model_of_the_hub_needs_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("cloud_server.complete", "diffusers"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(StartRefused, match=r"pip install 'routet2i\[cloud\]'"):
+        locate("owner/name")
+
+
+def test_a_model_that_is_kept_is_found_without_the_hub(tmp_path: Path) -> None:
+    with served(save_miniature(tmp_path / "model")) as address, asked_here(address, tmp_path / "cache"):
+        folder = locate("owner/name")
+    with silent_hub() as address, asked_here(address, tmp_path / "cache"):
+        assert locate("owner/name") == folder
+        with pytest.raises(HubNotReached, match="cannot be reached and has left no copy here"):
+            locate("owner/another")

@@ -61,6 +61,16 @@ def test_what_is_finished_is_told_with_its_image(journal: Journal) -> None:
     assert journal.find("other", "r") is None
 
 
+def test_an_image_is_kept_from_when_it_was_finished(journal: Journal, clock: Clock) -> None:
+    journal.begin("t", "r", "f")
+    clock.now += 100.0  # in the queue, for longer than images are kept
+    journal.finish("t", "r", FINISHED)
+    clock.now += 59.0
+    journal.begin("t", "another", "f")  # which does away with those that are no longer kept
+    entry = journal.find("t", "r")
+    assert entry is not None and entry.finished == FINISHED
+
+
 def test_an_id_is_charged_once_whatever_comes_after(journal: Journal) -> None:
     journal.begin("t", "r", "f")
     with pytest.raises(AlreadyExists):

@@ -85,6 +85,12 @@ def tiny() -> diffusers.StableDiffusionPipeline:
 COLUMNS = {
     "SD 1.x": Column(miniature_pipeline, 5.0),
     "SD 2.x": Column(miniature_v2, 5.0, {"prediction_type": "v_prediction"}),
+    "SD 2.x, zero SNR": Column(
+        miniature_v2,
+        5.0,
+        {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+        ("DDIM", "Euler", "Euler ancestral", "DPM-Solver++ 2M", "UniPC"),
+    ),
     "SD-Turbo": Column(miniature_v2, 0.0, {"timestep_spacing": "trailing"}),
     "SD 1.x, tiny autoencoder": Column(tiny, 5.0),
     "LCM": Column(miniature_lcm, 8.5, schedulers=("LCM",)),
@@ -180,13 +186,15 @@ one step of a byte is 3.9e-3. The test suite measures every cell anew.
 {table}
 
 –: diffusers' own pipeline of the class does not run the scheduler, or draws no image with it: Stable Diffusion 3 is
-trained by flow matching and Playground 2.5 by EDM, the others are not, and `LatentConsistencyModelPipeline` runs LCM
-alone.
+trained by flow matching and Playground 2.5 by EDM, the others are not, `LatentConsistencyModelPipeline` runs LCM
+alone, and few schedulers rescale betas.
 
 Written by `{COMMAND}`, on seeded miniatures of each class with random weights (`tests/miniature.py`). SD 1.x and
 SD 2.x are `StableDiffusionPipeline` with guidance. The second has OpenCLIP's text encoder, which pads with a token
 of its own, and a denoiser with linear projections, other numbers of attention heads in each block
-and v-prediction; SD-Turbo has the same networks, which predict noise, without guidance and with trailing timesteps.
+and v-prediction. With zero SNR its betas are rescaled to end in nothing but noise; Euler begins with 4,096 times as
+much of it as there is image, for which float32 has few digits left. SD-Turbo has the same networks, which predict
+noise, without guidance and with trailing timesteps.
 LCM is `LatentConsistencyModelPipeline`, which takes the guidance scale as an input of its network. SDXL is
 `StableDiffusionXLPipeline` with two text encoders and added conditioning, SDXL-Turbo the same without guidance and
 with trailing timesteps. Playground 2.5 is an SDXL whose latents have a mean and a deviation for each channel. SD 3 is

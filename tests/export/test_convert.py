@@ -27,7 +27,7 @@ from export.diffusion_onnx import export_bundle
 from export.errors import ExportError
 from export.pipeline import denoiser_of, load, prepared
 from export.reference import largest_difference, reference_image
-from tests.hub import NOBODY, asked_here, hub
+from tests.hub import NOBODY, asked_here, hub, silent_hub
 from tests.miniature import as_transformers_5_saves, miniature_pipeline, miniature_v3, miniature_xl
 from tests.single_file import save_single_file
 
@@ -214,6 +214,56 @@ def test_a_scheduler_that_cannot_say_what_the_file_says_gives_way(model: Path, t
     found = json.loads((tmp_path / "folder" / "scheduler" / "scheduler_config.json").read_text())
     assert (found["_class_name"], found["prediction_type"]) == ("DDIMScheduler", "v_prediction")
     assert found["rescale_betas_zero_snr"] and not found["clip_sample"]
+
+
+@pytest.mark.parametrize("wanted", ["EulerDiscrete:timestep_spacing=linspace", "DDIM", "PNDM"])
+def test_a_scheduler_that_is_named_is_taken_or_refused_and_never_replaced(
+    model: Path, tmp_path: Path, wanted: str
+) -> None:
+    markers = {name: torch.tensor([]) for name in ("v_pred", "ztsnr")}
+    file, lines = save_single_file(miniature_pipeline(), tmp_path / "x.safetensors", **markers), []
+    arguments: dict[str, Any] = {"base": str(model), "scheduler": wanted, "report": lines.append}
+    if wanted == "PNDM":
+        with pytest.raises(
+            ExportError, match=r"PNDMScheduler is not for this model, .* EulerDiscrete or DDIM$"
+        ):
+            convert(str(file), str(tmp_path / "folder"), **arguments)
+        return
+    convert(str(file), str(tmp_path / "folder"), **arguments)
+    found = json.loads((tmp_path / "folder" / "scheduler" / "scheduler_config.json").read_text())
+    assert found["_class_name"] == f"{wanted.partition(':')[0]}Scheduler" and found["rescale_betas_zero_snr"]
+    spacing = "linspace" if "linspace" in wanted else "trailing"
+    assert (found["prediction_type"], found["timestep_spacing"]) == ("v_prediction", spacing)
+    assert f"the file says v_pred and ztsnr: {found['_class_name']}, v_prediction" in lines
+
+
+def test_what_a_file_says_of_its_denoiser_holds_for_that_one_alone(
+    saved: tuple[Any, Path, Path], tmp_path: Path
+) -> None:
+    pipeline, model, _ = saved
+    marked = save_single_file(pipeline, tmp_path / "x.safetensors", v_pred=torch.tensor([]))
+    named = "model.diffusion_model."
+    denoiser = {name: one for name, one in load_file(marked).items() if name.startswith(named)}
+    save_file(denoiser, plain := tmp_path / "plain.safetensors")
+    save_file(denoiser | {"v_pred": torch.tensor([])}, predicting_v := tmp_path / "v.safetensors")
+    for file, other, kind in ((marked, plain, "epsilon"), (model, predicting_v, "v_prediction")):
+        base = {"base": str(model)} if file == marked else {}
+        convert(str(file), str(tmp_path / kind), denoiser=str(other), report=silent, **base)
+        assert DiffusionPipeline.from_pretrained(tmp_path / kind).scheduler.config.prediction_type == kind
+        assert differ(weights_at(tmp_path / kind), weights_of(pipeline)) == []
+    with pytest.raises(ExportError, match="is a denoiser alone"):
+        convert(str(predicting_v), str(tmp_path / "other"), base=str(model), report=silent)
+
+
+def test_what_was_put_in_the_folders_place_meanwhile_stays(model: Path, file: Path, tmp_path: Path) -> None:
+    def put(line: str) -> None:
+        if line.startswith("writing"):
+            (tmp_path / "folder").mkdir()
+            (tmp_path / "folder" / "precious.txt").touch()
+
+    with pytest.raises(ExportError, match="folder is there; name a new folder"):
+        convert(str(file), str(tmp_path / "folder"), base=str(model), report=put)
+    assert (tmp_path / "folder" / "precious.txt").is_file()
 
 
 @pytest.mark.posix
@@ -482,12 +532,12 @@ def converted_from(
     kept: Path, tmp_path: Path, model: str, repository: str = "owner/name", **options: Any
 ) -> str:
     """What is reported with a hub that has the folder `kept` as this repository; writes the folder `folder`, which
-    comes out the same where the hub then cannot be reached.
+    comes out the same where the hub then says nothing.
     """
     lines: list[str] = []
     with hub(kept, repository) as address, asked_here(address, tmp_path / "cache"):
         convert(model, str(tmp_path / "folder"), report=lines.append, **options)
-    with asked_here(NOBODY, tmp_path / "cache"):
+    with silent_hub() as address, asked_here(address, tmp_path / "cache"):
         convert(model, str(tmp_path / "again"), report=silent, **options)
     assert read_all(tmp_path / "again") == read_all(tmp_path / "folder")
     return "\n".join(lines)
@@ -584,6 +634,23 @@ def test_a_concept_of_several_vectors_is_drawn_as_diffusers_draws_it(tmp_path: P
     assert largest_difference(bundle, list(drawn.values())) < 1e-3
     one, other = (reference.colours for reference in drawn.values())
     assert np.abs(one - other).max() > 1e-2, "the vectors say nothing"
+
+
+def test_what_follows_a_concept_is_heard_where_the_config_names_another_end(tmp_path: Path) -> None:
+    """As that of Stable Diffusion XL does: transformers then looks for the end at the largest id."""
+    pipeline = miniature_xl()
+    pipeline.text_encoder_2.config.eos_token_id = 2
+    pipeline.save_pretrained(tmp_path / "model")
+    concept(pipeline, file := tmp_path / "catty.safetensors")
+    convert(str(tmp_path / "model"), str(tmp_path / "folder"), embeddings=[(str(file), None)], report=silent)
+    before, after = load(tmp_path / "model"), load(tmp_path / "folder")
+    with torch.no_grad():
+        plain = [each.encode_prompt("two red cats", device="cpu")[2] for each in (before, after)]
+        catty = [
+            after.encode_prompt(f"two catty{more}", device="cpu")[2]
+            for more in ("", " and a dog on the moon")
+        ]
+    assert torch.equal(*plain) and not torch.allclose(*catty, atol=1e-2)
 
 
 @pytest.mark.parametrize(

@@ -47,12 +47,13 @@ from export.graphs import MASKED
 from export.pipeline import class_of, facts, licence_of, load, name_of
 from export.reference import Reference, difference, largest_difference, reference_image, reference_images
 from export.schedule import compile_schedule
-from tests.hub import NOBODY, asked_here, hub
+from tests.hub import NOBODY, asked_here, hub, silent_hub
 from tests.miniature import (
     forget,
     miniature_lcm,
     miniature_pipeline,
     miniature_tiny_autoencoder,
+    miniature_v2,
     miniature_v3,
     miniature_xl,
     save_miniature,
@@ -325,6 +326,23 @@ def test_a_model_of_the_hub_is_exported_also_where_it_is_in_half_precision_alone
         assert main(["owner/name", str(out), "--steps", "2"]) == 0
     manifest = Bundle.open(out).manifest
     assert (manifest.name, manifest.licence) == ("name", "research-only")
+
+
+def test_a_licence_that_the_hub_cannot_be_asked_for_is_said_to_stay_unknown(tmp_path: Path) -> None:
+    lines: list[str] = []
+    with silent_hub() as address, asked_here(address, tmp_path):
+        assert licence_of("owner/name", lines.append) == "unknown"
+    assert lines == [
+        "the hub cannot be asked for the licence of owner/name: it stays unknown; --licence names it"
+    ]
+
+
+def test_noise_beside_which_torch_loses_the_image_is_said_to_be_why_pixels_differ(tmp_path: Path) -> None:
+    zero_snr = "EulerDiscrete:rescale_betas_zero_snr=true,timestep_spacing=trailing"
+    with pytest.raises(
+        ExportError, match=r"not written: beside noise .*; name more steps, or --scheduler DDIM$"
+    ):
+        export_bundle(miniature_v2(), tmp_path / "bundle", steps=(1,), scheduler=zero_snr, report=silent)
 
 
 @pytest.mark.parametrize(

@@ -272,6 +272,22 @@ def test_cloud_images_of_another_number_format_are_not_mixed_in(
     assert np.nanmax(np.abs(after.cloud_seeds - before.cloud_seeds)) > 0
 
 
+@pytest.mark.posix
+def test_pictures_that_found_no_room_leave_nothing_on_the_disk(tmp_path):
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    piece = pieces.Piece(0, "edge", 0, tuple(router_prompts({"test": 1})))
+    picture = pieces.Picture(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            pieces.keep_pictures(tmp_path, piece, [picture])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("fact", [label.PREPROCESSING, pieces.CLOUD_DTYPE])
 def test_pieces_and_a_matrix_that_say_nothing_of_what_was_not_recorded_yet_are_gone_on_with(
     relabelled, monkeypatch, fact

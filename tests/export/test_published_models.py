@@ -193,9 +193,10 @@ def test_the_weights_of_what_diffusers_ignores_are_not_looked_for_on_the_hub(
         asked.append((name, options))
         return str(model)
 
+    monkeypatch.setattr(complete.hub, "out_of_reach", lambda _: False)
     monkeypatch.setattr(complete.diffusers.DiffusionPipeline, "download", download)
     assert complete.downloaded("owner/name", safety_checker=None) == model
-    assert asked == [("owner/name", {"safety_checker": None})]
+    assert asked == [("owner/name", {"safety_checker": None, "local_files_only": False})]
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "unet"])
