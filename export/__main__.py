@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import importlib
 import io
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from edge_agent.errors import RouteT2IError
 from export.errors import ExportError
@@ -60,7 +62,8 @@ def run(stage: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # of characters that its encoding lacks
     try:
-        return stage(argv)
+        with _ended_cleanly():
+            return stage(argv)
     except (ExportError, RouteT2IError) as error:
         console.print(f"error: {error}", style="red")
         return BAD_INPUT
@@ -70,6 +73,24 @@ def run(stage: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None
         return BAD_INPUT
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+@contextmanager
+def _ended_cleanly() -> Iterator[None]:
+    """Whoever ends the process, or closes its terminal, is obeyed as Ctrl-C is: nothing half-made stays behind."""
+    before = {
+        number: signal.getsignal(number)
+        for name in ("SIGTERM", "SIGHUP")  # Windows has the first alone
+        if (number := getattr(signal, name, None))
+        and signal.getsignal(number) != signal.SIG_IGN  # as under nohup
+    }
+    for number in before:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

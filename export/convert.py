@@ -260,8 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="another diffusers scheduler, from the model's own config with these changes; an LCM's LoRA wants LCM",
     )
     options = vars(parser.parse_args(argv))
-    with folder.ended_cleanly():
-        convert(options.pop("model"), options.pop("out"), **options)
+    convert(options.pop("model"), options.pop("out"), **options)
     return 0
 
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import gc
 import inspect
-import math
 import os
 from collections.abc import Callable, Collection, Sequence
 from itertools import pairwise
@@ -41,6 +40,7 @@ from edge_agent.bundle import (
     write_manifest,
 )
 from edge_agent.errors import BundleError, StoreError
+from edge_agent.request import Limits
 from edge_agent.store import name_from
 from export import attention, folder, graphs, source, tokenizer_json
 from export import pipeline as pipelines
@@ -116,9 +116,9 @@ def export_bundle(
         raise ExportError("there is nothing to keep in fp32 without --dtype fp16 or int8")
     if dtype == "fp32" and calibration_prompts is not None:
         raise ExportError("there is nothing to calibrate in fp32 without --dtype fp16 or int8")
-    if guidance is not None and not 0 <= guidance < math.inf:
+    if guidance is not None and not 0 <= guidance <= Limits.max_guidance:
         raise ExportError(
-            f"a guidance scale of {guidance:g} does not work: it must be a number of at least 0"
+            f"a guidance scale of {guidance:g} does not work: the edge takes 0 to {Limits.max_guidance:g}"
         )
     name = name or pipelines.name_of(model)
     _refuse_name(name)
@@ -443,8 +443,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     options = vars(parser.parse_args(argv))
     options["steps"] = (*options["steps"], *options.pop("timesteps"))
-    with folder.ended_cleanly():
-        export_bundle(options.pop("model"), options.pop("out"), **options)
+    export_bundle(options.pop("model"), options.pop("out"), **options)
     return 0
 
 

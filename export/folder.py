@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -66,16 +65,6 @@ def scratch(target: Path) -> Iterator[Path]:
     beside = {"prefix": _partial(target), "dir": target.parent}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True, **beside) as folder:
         yield Path(folder)
-
-
-@contextmanager
-def ended_cleanly() -> Iterator[None]:
-    """Whoever ends the process is obeyed as Ctrl-C is: nothing half-made stays behind."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _unlock(lock: Path, descriptor: int) -> None:

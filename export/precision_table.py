@@ -4,7 +4,8 @@
 
 Every form of the bundle makes the images of the same prompts from the same seeds. They are judged and compared in
 pairs. Time and memory are measured in processes that do not import torch, one a form; float32's takes turns with one of
-the others after the other, so that two are in memory. Some minutes on two cores for the starter.
+the others after the other, so that two are in memory. All lie in the folder for temporary files meanwhile, which TMPDIR
+names. Some minutes on two cores for the starter.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ _MB = 1e6
 
 # Loads a bundle and makes one image for each line it reads; says how long that took, and its memory.
 _PAINTER = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the parent, which ends this
 began = time.perf_counter()
 from edge_agent.bundle import PREDICTOR, Bundle
 from edge_agent.diffusion.generator import Generator
@@ -131,6 +133,7 @@ def measure(
     """Make forms of the bundle at `source`, measure, and throw away; the others are compared to the first. The name of
     one says which parts stayed float32 because half precision cannot hold their values.
     """
+    _refuse_without_room(source, len(wanted))
     with tempfile.TemporaryDirectory() as scratch, progress() as bar:
         folders = [Path(scratch) / str(number) for number in range(len(wanted))]
         made: list[Form] = []
@@ -166,6 +169,20 @@ def measure(
     return found
 
 
+def _refuse_without_room(source: Path, copies: int) -> None:
+    """Raises ExportError where the temporary folder cannot hold so many copies of the bundle."""
+    folder, needed = tempfile.gettempdir(), copies * _size(source)
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise ExportError(
+            f"{copies} forms of the bundle take up to {needed / _MB:.0f} MB, and {folder} has {free / _MB:.0f} free: "
+            "make room, or name another folder in TMPDIR"
+        )
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def _costs(folders: Sequence[Path], prompts: Sequence[str], turns: int) -> list[Cost]:
     """A process a form. The first form's lives on beside each of the others, and the two take turns: what else the
     machine does then weighs on both alike, and no more than two forms are in memory.
@@ -185,7 +202,7 @@ def _costs(folders: Sequence[Path], prompts: Sequence[str], turns: int) -> list[
     beside = seconds[0].reshape(-1, turns)  # a row for each of the others
     return [
         Cost(
-            sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+            _size(folder),
             seconds[number],
             seconds[number] / beside[number - 1] if number else np.ones(turns),
             given[0]["loaded"],
@@ -214,7 +231,11 @@ def _painting(folder: Path) -> Iterator[Callable[[str, int], dict[str, float]]]:
             answer: dict[str, float] = json.loads(line)
             return answer
 
-        yield painted
+        try:
+            yield painted
+        except BaseException:
+            process.kill()  # in the middle of an image, which may take minutes
+            raise
 
 
 def _judged(judge: Judge, pictures: Sequence[NDArray[np.uint8]]) -> Floats:
@@ -335,7 +356,12 @@ def _processor() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The stage's command; exit code 0."""
-    parser = argparse.ArgumentParser("edge-export precision", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        "edge-export precision",
+        description=(__doc__ or "").split("\n")[0],
+        epilog="Meanwhile all forms, six for a model of three parts, lie in the folder for temporary files; TMPDIR "
+        "names another.",
+    )
     parser.add_argument("bundle", type=Path, nargs="?", default=STARTER_BUNDLE, help="default: the starter's")
     parser.add_argument(
         "--prompts",

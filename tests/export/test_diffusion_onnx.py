@@ -590,7 +590,8 @@ def test_sizes_that_are_none_are_refused(size: str, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"guidance": float("nan")}, "guidance scale of nan .* at least 0"),
+        ({"guidance": float("nan")}, "guidance scale of nan .* takes 0 to 50"),
+        ({"guidance": 50.5}, "guidance scale of 50.5 "),
         ({"guidance": -1.0}, "guidance scale of -1"),
         ({"dtype": "fp16", "keep": ["vae"]}, "no vae; its parts are text_encoder, unet, vae_decoder"),
         ({"sizes": [(64, 1_000_000)]}, "size of 64x1000000 does not work: width and height are at most 4096"),
@@ -697,22 +698,24 @@ def test_a_file_of_weights_says_how_to_make_a_folder_of_it(tmp_path: Path) -> No
         export_bundle(file, tmp_path / "bundle", report=silent)
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGHUP", marks=pytest.mark.posix)])
 def test_an_export_that_is_ended_leaves_nothing_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
+    number = getattr(signal, name)
     model, out = save_miniature(tmp_path / "model"), tmp_path / "out" / "bundle"
 
     def ended(*_arguments: object, **_: object) -> None:
         there = [path.name.split("-")[0] for path in sorted(out.parent.iterdir())]
         assert there == [".bundle.lock", ".bundle.partial"]
-        assert signal.getsignal(signal.SIGTERM) is not before  # else it would end the tests
-        signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(number) is not before  # else it would end the tests
+        signal.raise_signal(number)
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     monkeypatch.setattr(diffusion_onnx.graphs, "trace", ended)
     assert edge_export(["diffusion", str(model), str(out), "--steps", "1"]) == INTERRUPTED
     assert list(out.parent.iterdir()) == []
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
 
 
 def test_the_default_number_of_steps_is_compared_too(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from edge_agent.bundle import Bundle
@@ -104,6 +107,37 @@ def test_forms_are_all_parts_and_each_alone(routed_bundle: Path) -> None:
         "fp32", "fp16", "int8", "int8 text_encoder", "int8 unet", "int8 vae_decoder",
     ]  # fmt: skip
     assert found[4].keep == ("text_encoder", "vae_decoder")
+
+
+def test_forms_that_the_temporary_folder_cannot_hold_are_refused_before_the_work(
+    routed_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = type(shutil.disk_usage("."))(10**9, 10**9 - 10**6, 10**6)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: full)
+    monkeypatch.setattr(precision_table, "shrink", None)
+    with pytest.raises(
+        ExportError, match=r"2 forms .* has 1 free: make room, or name another folder in TMPDIR$"
+    ):
+        measure(routed_bundle, (FP32, FP16), PROMPTS, PROMPTS, Judge(), turns=2)
+
+
+@pytest.mark.posix
+def test_a_form_hears_no_ctrl_c_of_its_own_and_ends_with_the_command(
+    routed_bundle: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> None:
+        with precision_table._painting(routed_bundle) as painted:
+            painted(PROMPTS[0], 1)
+            (child,) = set(psutil.Process().children()) - others
+            child.send_signal(signal.SIGINT)  # as a terminal does to all
+            assert painted(PROMPTS[0], 2)["seconds"] > 0
+            raise KeyboardInterrupt
+
+    others = set(psutil.Process().children())
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert set(psutil.Process().children()) == others
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--number", "0"], ["--out", "FILE/p.md"]])
