@@ -161,9 +161,9 @@ class Agent:
 
     @property
     def advice(self) -> tuple[str, ...]:
-        """One sentence for each thing that keeps prompts from the cloud: what it is, and what to do."""
+        """One sentence for each thing that keeps prompts unanswered, or from the cloud: what it is, and what to do."""
         calibration = self.reader.calibration
-        found = [self.reader.advice] if self.reader.advice else []
+        found = [each for each in (self.models.fault, self.reader.advice) if each]
         if calibration is not None and not self._cloud_fits:
             found.append(
                 f"the cloud server runs model {self.tally.cloud_digest[:16]} and the calibration was made for "

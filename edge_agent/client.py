@@ -49,6 +49,7 @@ _EXIT_CODES = {
 
 _LATE = "was not done in time; allow more with --timeout"
 _SILENT = "does not answer; see whether it is stopped or stuck, and restart it"
+_NO_CONNECTION = "failed to connect to all addresses"  # gRPC's words where nothing ever came back
 
 _ROUTES: dict[int, Route] = {edge_pb2.ROUTE_EDGE: "edge", edge_pb2.ROUTE_CLOUD: "cloud"}
 
@@ -191,14 +192,18 @@ class AgentClient:
             found.append(facts | plain)
         return found
 
-    @contextmanager
-    def _stub(self) -> Iterator[EdgeAgentServiceStub]:
+    def must_be_reachable(self) -> None:
+        """Raises CallFailed where nothing listens there, and InvalidRequest when the address is not one."""
         if not self.reachable():
             raise CallFailed(
                 f"no edge-agent answers at {self.address}; start one with `edge-agent serve`, or name its address "
                 "with --agent",
                 UNREACHABLE,
             )
+
+    @contextmanager
+    def _stub(self) -> Iterator[EdgeAgentServiceStub]:
+        self.must_be_reachable()
         with grpc.insecure_channel(self.address, options=_OPTIONS) as channel:
             yield EdgeAgentServiceStub(channel)
 
@@ -217,6 +222,8 @@ def _explained(address: str, late: str = _LATE) -> Iterator[None]:
             message = (
                 f"what answers at {address} is no edge-agent, or an older one; name the daemon with --agent"
             )
+        elif code is grpc.StatusCode.UNAVAILABLE and message.startswith(_NO_CONNECTION):
+            message = f"the daemon at {address} {_SILENT}"  # the system took the connection in its place
         elif code is grpc.StatusCode.UNAVAILABLE and sent_status(error) is None:
             message = (
                 f"the daemon at {address} went away before it was done: see its log, and the system's for a process "

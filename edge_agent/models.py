@@ -200,7 +200,7 @@ def _show_served(options: argparse.Namespace) -> int:
 def _pull(options: argparse.Namespace) -> int:
     store = _store(options)
     if options.use:
-        client(options).reachable()  # a wrong address is refused before anything is fetched
+        _running(options)  # a wrong address is refused before anything is fetched
     pulled = _pulled(store, options)
     served, said = _take_up(store, pulled.name, options) if options.use else (None, "")
     advice = pulled.bundle.advice
@@ -291,12 +291,11 @@ def _take_up(store: Store, name: str, options: argparse.Namespace) -> tuple[bool
     Leaves the choice as it was when it does not come to its end. Raises StoreError when the daemon refuses the model,
     CallFailed when it is gone.
     """
-    daemon = client(options)
-    running = daemon.reachable()  # a wrong address is refused before anything changes
+    daemon = _running(options)  # a wrong address is refused before anything changes
     before = _choice(store)
     try:
         store.choose(name)
-        served, more = _reloaded(daemon, store, name) if running else (None, "")
+        served, more = _reloaded(daemon, store, name) if daemon is not None else (None, "")
     except BaseException as error:  # Ctrl-C among them: the daemon may yet refuse what it loads
         now = _choice(store)
         if now == name != before:
@@ -397,14 +396,24 @@ def _store(options: argparse.Namespace) -> Store:
     return store
 
 
+def _running(options: argparse.Namespace, timeout_s: float | None = None) -> AgentClient | None:
+    """The daemon, where one runs. Raises CallFailed where --agent names one that does not."""
+    daemon = client(options)
+    if options.agent:
+        daemon.must_be_reachable()
+    if not daemon.reachable():
+        return None
+    return daemon if timeout_s is None else AgentClient(daemon.address, timeout_s)
+
+
 def _served(options: argparse.Namespace, *, surely: bool = False) -> str | None:
     """The bundle folder that a running daemon serves; None where none does.
 
     One that does not say, as it is still loading, counts as none; `surely` raises CallFailed for it.
     """
-    agent = AgentClient(client(options).address, CONNECT_S)
     try:
-        return str(agent.status()["bundle"]) if agent.reachable() else None
+        agent = _running(options, CONNECT_S)
+        return str(agent.status()["bundle"]) if agent is not None else None
     except CallFailed:
         if surely:
             raise

@@ -14,6 +14,7 @@ import hashlib
 import http.client
 import os
 import re
+import shlex
 import shutil
 import ssl
 import time
@@ -724,8 +725,8 @@ def _check_address(address: str, what: str) -> None:
 
 def _unexported(place: str, model: str) -> SourceRefused:
     return SourceRefused(
-        f"{place} is a diffusers pipeline and no bundle: export it first with `edge-export diffusion {model} OUT`, "
-        "and pull OUT"
+        f"{place} is a diffusers pipeline and no bundle: export it first with "
+        f"`edge-export diffusion {shlex.quote(model)} OUT`, and pull OUT"
     )
 
 

@@ -176,4 +176,4 @@ class Reader:
 
     def negative_states(self, prompt: str) -> TextStates:
         """The states of a negative prompt, which may be empty."""
-        return self._text_encoder.encode_negative(self._tokenizer.encode(prompt))
+        return self._text_encoder.encode_negative(self._tokenizer.encode(prompt), empty=not prompt)

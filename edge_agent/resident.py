@@ -99,6 +99,12 @@ class Resident:
             return self._unloaded_at
         return max(session.loaded_at or 0.0 for session in self._sessions)
 
+    @property
+    def fault(self) -> str:
+        """Why one of the graphs cannot be loaded again, where that was tried."""
+        sessions = (*self._sessions, *self.generator.spare_sessions)
+        return next((session.fault for session in sessions if session.fault), "")
+
     def __enter__(self) -> None:
         """They are used until the block is left, for the time of one request."""
         self._uses += 1

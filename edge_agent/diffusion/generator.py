@@ -139,7 +139,7 @@ class Generator:
 
     def encode_negative(self, prompt: str) -> TextStates:
         """The states of a negative prompt, which may be empty."""
-        return self.text_encoder.encode_negative(self.tokenizer.encode(prompt))
+        return self.text_encoder.encode_negative(self.tokenizer.encode(prompt), empty=not prompt)
 
     def generate(
         self,

@@ -150,6 +150,7 @@ class Session:
         """
         self.path = path
         self.loaded_at: float | None = None
+        self.fault = ""  # why its files could not be read when it was last to be loaded
         self._known_good = False  # whether it has been loaded once
         self._runtime = runtime
         self.takes_turns = takes_turns(runtime.providers)
@@ -197,11 +198,9 @@ class Session:
         """A new session. Raises Cancelled, Busy (OutOfMemory among it), and BundleError also where its files are not
         what was checked.
         """
-        if file_states(self._files) != self._files:
-            raise BundleError(
-                f"{self.path} has changed since the bundle was checked: take the bundle up anew with "
-                "`edge-agent models use`, or restart edge-agent"
-            )
+        self.fault = self._found_fault()
+        if self.fault:
+            raise BundleError(self.fault)
         self._find_room()
         runtime = self._runtime
         options = ort.SessionOptions()
@@ -234,6 +233,17 @@ class Session:
             raise BundleError(f"{self.path}: onnxruntime does not run it on {', '.join(left_out)}")
         self.loaded_at, self._known_good = time.time(), True
         return session
+
+    def _found_fault(self) -> str:
+        found = file_states(self._files)
+        if lost := sorted(self._files.keys() - found.keys()):
+            return f"{lost[0]} is gone: put it back, or choose another model with `edge-agent models use`"
+        if found == self._files:
+            return ""
+        return (
+            f"{self.path} has changed since the bundle was checked: take the bundle up anew with "
+            "`edge-agent models use`, or restart edge-agent"
+        )
 
     def _find_room(self) -> None:
         """Raises OutOfMemory where a large graph certainly does not fit. Nothing else would: Linux promises memory that

@@ -100,10 +100,12 @@ class TextEncoder:
             )
         return TextStates(states, np.concatenate(vectors, axis=-1) if vectors else None)
 
-    def encode_negative(self, tokens: Tokens) -> TextStates:
-        """The states of a negative prompt, see `encode`; all zeros for an empty one where the model wants that."""
+    def encode_negative(self, tokens: Tokens, *, empty: bool) -> TextStates:
+        """The states of a negative prompt, see `encode`; all zeros for an `empty` one where the model wants that. White
+        space, which has no tokens of its own either, is not empty: so has it diffusers.
+        """
         states = self.encode(tokens)
-        if not self._zero_negative or tokens.own:
+        if not (self._zero_negative and empty):
             return states
         pooled = None if states.pooled is None else np.zeros_like(states.pooled)
         return TextStates(np.zeros_like(states.tokens), pooled)

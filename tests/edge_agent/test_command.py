@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -25,7 +26,7 @@ import PIL.Image
 import pytest
 from grpc import _channel as grpc_channel
 
-from edge_agent import image_file
+from edge_agent import client, image_file
 from edge_agent.__main__ import _drop_output, _print_explained, main
 from edge_agent.bundle import DECODER
 from edge_agent.client import _exhausted
@@ -594,6 +595,18 @@ def test_a_daemon_that_ends_in_a_call_is_said_to_have_gone(run: Run, tmp_path: P
         assert daemon.wait() == 9
     assert (finished.code, finished.out) == (3, "")
     assert f"the daemon at {address} went away before it was done: see its log" in finished.err
+
+
+@pytest.mark.parametrize("command", ["generate", "route"])
+def test_a_daemon_that_was_suspended_is_said_not_to_answer(
+    run: Run, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """The system takes the connection in its place, and nothing comes back."""
+    monkeypatch.setattr(client, "_OPTIONS", [*client._OPTIONS, ("grpc.min_reconnect_backoff_ms", 200)])
+    with socket.create_server(("127.0.0.1", 0)) as suspended:
+        finished = run(command, "a", "--agent", f"127.0.0.1:{suspended.getsockname()[1]}")
+    assert (finished.code, finished.out) == (3, "")
+    assert "does not answer; see whether it is stopped or stuck, and restart it" in finished.err
 
 
 def test_a_full_queue_is_no_refusal_by_quota() -> None:

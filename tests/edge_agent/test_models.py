@@ -502,13 +502,18 @@ def test_an_interrupted_choice_is_taken_back_unless_another_was_made_meanwhile(
     assert names(run("list", "--json"))["other"]["current"] is True
 
 
-@pytest.mark.parametrize("address", ["unix:", "x:99999"])
-def test_a_wrong_address_is_refused_before_anything_changes(run: Run, models: Path, address: str) -> None:
-    assert run("pull", STARTER, "--use", "--agent", address).code == 2
+@pytest.mark.parametrize(("address", "code"), [("unix:", 2), ("x:99999", 2), ("127.0.0.1:9", 3)])
+def test_a_wrong_address_is_refused_before_anything_changes(
+    run: Run, models: Path, address: str, code: int
+) -> None:
+    """Also one at which nothing answers."""
+    assert run("pull", STARTER, "--use", "--agent", address).code == code
     assert not models.exists()
     run("pull", STARTER, "--name", "mine")
-    assert run("use", "mine", "--agent", address).code == 2
-    assert names(run("list", "--json"))["starter"]["current"] is True
+    for command in ("use", "remove"):
+        assert run(command, "mine", "--agent", address).code == code
+    listed = names(run("list", "--json"))
+    assert listed["starter"]["current"] is True and "mine" in listed
 
 
 def test_a_choice_that_another_process_replaces_meanwhile_is_told_as_it_is(

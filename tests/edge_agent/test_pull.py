@@ -621,8 +621,11 @@ def test_the_hub_says_how_to_be_let_in_and_what_to_export(web: Web, store: Store
     (web.folder / "b" / MANIFEST).rename(web.folder / "b" / "model_index.json")
     with pytest.raises(SourceRefused, match="no bundle: export it first"):
         fetch(source(web), store)
-    with pytest.raises(SourceRefused, match="no bundle: export it first"):
-        fetch(FolderSource(web.folder / "b"), store)
+    (web.folder / "b").rename(web.folder / "my b")
+    with pytest.raises(
+        SourceRefused, match=r"no bundle: export it first with `edge-export diffusion '.*/my b' OUT`"
+    ):
+        fetch(FolderSource(web.folder / "my b"), store)
     with pytest.raises(SourceUnreachable, match="cannot be reached"):
         fetch(source_of("hf:someone/model", {"HF_ENDPOINT": "http://127.0.0.1:1"}), store)
     assert not store.folder.exists()

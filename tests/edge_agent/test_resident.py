@@ -294,6 +294,21 @@ async def test_an_image_of_a_file_that_changed_meanwhile_is_no_refusal_by_policy
         assert (answer.code, "restart edge-agent" in answer.message) == ("DATA_LOSS", True)
 
 
+async def test_a_bundle_that_was_moved_away_is_a_problem_in_the_status_until_it_is_back(
+    bundle_copy: Path, tmp_path: Path
+) -> None:
+    async with daemon_here(bundle_copy, tmp_path / "state") as here:
+        here.daemon.agent.models.unload()  # type: ignore[union-attr]
+        shutil.move(bundle_copy, tmp_path / "away")
+        answer = await here.app.generate()
+        told = "is gone: put it back, or choose another model"
+        assert (answer.code, told in answer.message) == ("DATA_LOSS", True)
+        assert any(told in each for each in (await here.app.status()).advice)
+        shutil.move(tmp_path / "away", bundle_copy)
+        assert (await here.app.generate()).code == "OK"
+        assert not any(told in each for each in (await here.app.status()).advice)
+
+
 @pytest.mark.timeout(LONG_S)
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what a process holds on Linux only")
 def test_idle_memory_stays_small_and_the_same(folder: Path) -> None:

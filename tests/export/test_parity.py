@@ -81,6 +81,15 @@ def test_stable_diffusion_xl_hears_its_sizes_and_an_empty_negative_prompt_is_zer
         assert found > 10 * TOLERANCE if apart else found <= TOLERANCE
 
 
+def test_a_negative_prompt_of_white_space_is_not_taken_for_none(parity: Parity) -> None:
+    pipeline, folder = parity.bundle("SDXL")
+    pipeline.scheduler = PNDMScheduler.from_config(pipeline.scheduler.config)
+    generator = Generator(Bundle.open(folder), Runtime(threads=1))
+    blank, none = (reference_image(pipeline, "two cats", each, 3, 4, 5.0) for each in (" ", ""))
+    assert np.abs(blank.colours - none.colours).max() > 10 * TOLERANCE
+    assert max(difference(generator, each) for each in (blank, none)) <= TOLERANCE
+
+
 def test_a_prompt_for_stable_diffusion_xl_is_read_as_what_drives_its_denoiser(parity: Parity) -> None:
     """The states that the quality predictor gets are both encoders', side by side, as diffusers joins them."""
     pipeline, folder = parity.bundle("SDXL")
