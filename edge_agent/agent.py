@@ -202,7 +202,7 @@ class Agent:
     def succeeded_by(self, models: Resident) -> Agent:
         """An agent with other models and the same device, purchases and tally. This one ends what it has begun."""
         models.reader.succeed(self.reader)
-        self.models.succeed()
+        self.models.succeed(models)
         self.device.measure_anew()
         return Agent(models, self.device, self.purchases, self._terms, self.tally)
 

@@ -167,7 +167,7 @@ class AgentClient:
             }
             for provider in answer.providers
         ]
-        facts["advice"] = list(answer.advice)
+        facts |= {name: list(facts[name]) for name in ("advice", "predecessors")}
         return facts
 
     def reload(self) -> dict[str, Any]:

@@ -376,10 +376,13 @@ def _choice(store: Store) -> str:
 def _remove(options: argparse.Namespace) -> int:
     store, name = _store(options), options.name
     removable = name in store.names() and name != STARTER_NAME  # what else it is, the store says
-    if removable and _is_served(store, name, _served(options, surely=True)):
+    status = _status(options) if removable else None
+    if status is not None and _is_served(store, name, status["bundle"]):
         raise StoreError(
             f"a running daemon serves {name}; let it serve another, or stop it, and remove {name} then"
         )
+    if status is not None and any(_is_served(store, name, folder) for folder in status["predecessors"]):
+        raise StoreError(f"a running daemon still makes images with {name}; remove it when they are done")
     freed = store.remove(name)
     if options.json:
         print_json({"name": name, "freed_bytes": freed})
@@ -406,18 +409,19 @@ def _running(options: argparse.Namespace, timeout_s: float | None = None) -> Age
     return daemon if timeout_s is None else AgentClient(daemon.address, timeout_s)
 
 
-def _served(options: argparse.Namespace, *, surely: bool = False) -> str | None:
-    """The bundle folder that a running daemon serves; None where none does.
+def _status(options: argparse.Namespace) -> dict[str, Any] | None:
+    """What a running daemon says of itself; None where none runs. Raises CallFailed for one that says nothing."""
+    agent = _running(options, CONNECT_S)
+    return agent.status() if agent is not None else None
 
-    One that does not say, as it is still loading, counts as none; `surely` raises CallFailed for it.
-    """
+
+def _served(options: argparse.Namespace) -> str | None:
+    """The bundle folder that a running daemon serves; None where none does, or says so, as it is still loading."""
     try:
-        agent = _running(options, CONNECT_S)
-        return str(agent.status()["bundle"]) if agent is not None else None
+        status = _status(options)
     except CallFailed:
-        if surely:
-            raise
         return None
+    return status["bundle"] if status is not None else None
 
 
 def _is_served(store: Store, name: str, served: str | None) -> bool:

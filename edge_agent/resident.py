@@ -54,6 +54,7 @@ class Resident:
         self._succeeded = False
         self._timer: asyncio.TimerHandle | None = None
         self._unloaded_at: float | None = None
+        self._predecessors: list[Resident] = []
 
     @property
     def providers(self) -> tuple[Standing, ...]:
@@ -105,6 +106,17 @@ class Resident:
         sessions = (*self._sessions, *self.generator.spare_sessions)
         return next((session.fault for session in sessions if session.fault), "")
 
+    @property
+    def used(self) -> bool:
+        """Whether a request uses them now."""
+        return self._uses > 0
+
+    @property
+    def predecessors(self) -> list[str]:
+        """The folders of bundles whose models these have succeeded, and that are still used."""
+        self._predecessors = [each for each in self._predecessors if each.used]
+        return [str(each.reader.bundle.folder) for each in self._predecessors]
+
     def __enter__(self) -> None:
         """They are used until the block is left, for the time of one request."""
         self._uses += 1
@@ -128,10 +140,11 @@ class Resident:
         elif self.keep_alive_s:
             self._timer = loop.call_later(self.keep_alive_s, lambda: loop.run_in_executor(None, self._go))
 
-    def succeed(self) -> None:
+    def succeed(self, by: Resident) -> None:
         """Others are used from now on: go after the last use."""
         self.reader.save()
         self._succeeded = True
+        by._predecessors = [*self._predecessors, self]
         if not self._uses:
             self.rest()
 

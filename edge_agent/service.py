@@ -241,6 +241,7 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
                 loaded=agent.models.loaded,
                 loaded_since=agent.models.since,
                 keep_alive_seconds=agent.models.keep_alive_s,
+                predecessors=agent.models.predecessors,
             )
 
     async def ReloadModel(

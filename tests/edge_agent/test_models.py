@@ -585,6 +585,25 @@ def test_a_daemon_that_does_not_say_what_it_serves_keeps_every_model_from_being_
     assert run("remove", "hollow").code == 0
 
 
+def test_a_model_with_which_images_are_still_made_is_not_removed(
+    run: Run, home: Path, models: Path, start: Callable[..., Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its graphs may have been unloaded, and are then loaded one by one, the decoder last."""
+    run("pull", hollow_bundle(home / "tiny"))
+    start()
+    status, folder = AgentClient.status, models / "hollow"
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            AgentClient,
+            "status",
+            lambda agent: status(agent) | {"predecessors": [str(folder)]},
+        )
+        refused = run("remove", "hollow")
+    assert refused.code == 2 and "still makes images with hollow; remove it when they are done" in refused.err
+    assert run("remove", "hollow").code == 0
+    assert not folder.exists()
+
+
 def test_a_daemon_whose_chosen_model_is_gone_says_what_to_do(run: Run, home: Path, models: Path) -> None:
     run("pull", hollow_bundle(home / "tiny"), "--use")
     shutil.rmtree(models / "hollow")

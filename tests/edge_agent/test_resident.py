@@ -340,6 +340,7 @@ async def test_a_new_bundle_is_taken_up_while_requests_run(here: Here, store: St
     answered = await reload(here)
     assert answered.edge_model_digest == new
     assert Path(answered.bundle) == store.path("other")
+    assert (await here.app.status()).predecessors == [str(store.path("routed"))]
     after = asyncio.create_task(here.app.generate(seed=9))
     rest = await here.app.read(slow)
     before = await asyncio.gather(*waiting)
@@ -355,7 +356,8 @@ async def test_a_new_bundle_is_taken_up_while_requests_run(here: Here, store: St
     assert latest.result.image.model_digest == latest.result.edge_model_digest == new
     assert latest.result.image.guidance_scale == 3.0
     await until(lambda: not any(session.loaded_at for session in agent.models.generator.sessions))
-    assert (await here.app.status()).served_by_edge == 6
+    status = await here.app.status()
+    assert (status.served_by_edge, status.predecessors) == (6, [])
 
 
 async def test_models_without_room_are_refused_and_what_was_loaded_of_them_goes_at_once(
