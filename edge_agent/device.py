@@ -90,7 +90,7 @@ class Drawing:
     async def events(self) -> AsyncGenerator[Progress | Drawn, None]:
         """Progress, at most every PROGRESS_EVERY_S, then the image. Closing the iterator stops the work at once.
 
-        Raises DeadlinePassed, GenerationFailed, BundleError.
+        Raises DeadlinePassed, GenerationFailed, BundleError, and Busy (OutOfMemory among it).
         """
         try:
             while True:
@@ -128,7 +128,8 @@ class _Pace:
         if size in self._known:
             return steps * self._known[size][0]
         pixels = size[0] * size[1]
-        known = [step_s * max(1.0, pixels / (w * h)) for (w, h), (step_s, _) in self._known.items()]
+        sizes = list(self._known.items())  # in one step: the device's thread may add one meanwhile
+        known = [step_s * max(1.0, pixels / (w * h)) for (w, h), (step_s, _) in sizes]
         return steps * max(known) if known else _GUESS_S
 
     def measure(self, image_s: float, size: Size, steps: int, generator: Generator) -> None:
