@@ -119,7 +119,8 @@ class _Pace:
 
     def __init__(self) -> None:
         # The running mean of a step's share of an image, s, and what made the last, which this does not keep in memory.
-        self._known: dict[Size, tuple[float, weakref.ref[Generator]]] = {}
+        # Replaced as a whole: the event loop asks while the device's thread measures.
+        self._known: Mapping[Size, tuple[float, weakref.ref[Generator]]] = {}
 
     def image_s(self, size: Size, steps: int) -> float:
         """Of an image of that size and so many steps. By its pixels, while none of its size has been made: rather too
@@ -128,8 +129,7 @@ class _Pace:
         if size in self._known:
             return steps * self._known[size][0]
         pixels = size[0] * size[1]
-        sizes = list(self._known.items())  # in one step: the device's thread may add one meanwhile
-        known = [step_s * max(1.0, pixels / (w * h)) for (w, h), (step_s, _) in sizes]
+        known = [step_s * max(1.0, pixels / (w * h)) for (w, h), (step_s, _) in self._known.items()]
         return steps * max(known) if known else _GUESS_S
 
     def measure(self, image_s: float, size: Size, steps: int, generator: Generator) -> None:
@@ -140,7 +140,7 @@ class _Pace:
         mean_s, by = self._known.get(size, (0.0, None))
         if by is not None and by() is generator:
             step_s = (1 - _RECENT) * mean_s + _RECENT * step_s
-        self._known[size] = step_s, weakref.ref(generator)
+        self._known = {**self._known, size: (step_s, weakref.ref(generator))}
 
 
 class Device:
