@@ -76,6 +76,15 @@ class Result:
     timings_ms: Mapping[str, float]
 
 
+@dataclass(frozen=True)
+class CloudFailure:
+    """How a cloud call failed. Not its error, whose traceback would keep the models and all else of that call."""
+
+    message: str
+    refused: bool
+    never_ran: bool
+
+
 @dataclass
 class Tally:
     """What has come about since the daemon started, whichever models it used."""
@@ -83,7 +92,8 @@ class Tally:
     served: dict[Route, int] = field(default_factory=lambda: {"edge": 0, "cloud": 0})
     fallbacks: int = 0
     cloud_digest: str = ""  # what the cloud server last said it is
-    cloud_failure: CloudError | None = None  # of the last call, where no image has come from the cloud since
+    # Of the last call, where no image has come from the cloud since.
+    cloud_failure: CloudFailure | None = None
 
 
 class Agent:
@@ -179,7 +189,7 @@ class Agent:
         failure = self.tally.cloud_failure
         if failure is not None:
             check = "--cloud, --cloud-ca and whether the cloud server runs"
-            if isinstance(failure, CloudRefused):
+            if failure.refused:
                 check = "--cloud, --max-price, --cloud-token and the cloud server's own settings"
             found.append(f"{failure.message}; no image has come from it since: if it goes on, check {check}")
         if ledger_failure := self.purchases.ledger.failure:
@@ -342,7 +352,8 @@ class Agent:
     def _fall_back(self, request: ImageRequest, error: CloudError, purchase: Purchase) -> str:
         """What the result says of the failure. Raises it where the caller wants the cloud or nothing."""
         if not self._own_terms(request, error, purchase):
-            self.tally.cloud_failure = error
+            refused = isinstance(error, CloudRefused)
+            self.tally.cloud_failure = CloudFailure(error.message, refused, error.never_ran)
         if request.routing is Routing.CLOUD_ONLY:
             raise error
         self.tally.fallbacks += 1

@@ -8,10 +8,10 @@ from __future__ import annotations
 import hashlib
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 from google.rpc.error_details_pb2 import QuotaFailure
@@ -22,6 +22,7 @@ from edge_agent.errors import InvalidRequest, RouteT2IError, sent_status
 from edge_agent.image import Progress
 from edge_agent.policy import Decision, Reason, Route, TokenPull
 from edge_agent.quota import BudgetState, RateState
+from edge_agent.request import check_request_id
 from routet2i.edge.v1 import edge_pb2
 from routet2i.edge.v1.edge_pb2_grpc import EdgeAgentServiceStub
 from routet2i.image.v1 import image_pb2
@@ -51,7 +52,19 @@ _LATE = "was not done in time; allow more with --timeout"
 _SILENT = "does not answer; see whether it is stopped or stuck, and restart it"
 _NO_CONNECTION = "failed to connect to all addresses"  # gRPC's words where nothing ever came back
 
-_ROUTES: dict[int, Route] = {edge_pb2.ROUTE_EDGE: "edge", edge_pb2.ROUTE_CLOUD: "cloud"}
+Meaning = TypeVar("Meaning")
+
+# What the numbers of the wire's enums mean.
+_ROUTES: Mapping[int, Route] = {edge_pb2.ROUTE_EDGE: "edge", edge_pb2.ROUTE_CLOUD: "cloud"}
+_REASONS: Mapping[int, Reason] = {
+    edge_pb2.DecisionReason.Value(f"DECISION_REASON_{reason.name}"): reason for reason in Reason
+}
+_HEALTHS: Mapping[int, str] = {
+    number: name.removeprefix("CLOUD_HEALTH_").lower() for name, number in edge_pb2.CloudHealth.items()
+}
+_STATES: Mapping[int, str] = {
+    number: name.removeprefix("PROVIDER_STATE_").lower() for name, number in edge_pb2.ProviderState.items()
+}
 
 
 class CallFailed(RouteT2IError):
@@ -156,13 +169,11 @@ class AgentClient:
             answer = stub.GetStatus(edge_pb2.GetStatusRequest(), timeout=self._timeout_s or ANSWER_S)
         facts = {name: getattr(answer, name) for name in answer.DESCRIPTOR.fields_by_name}
         facts["alpha"] = answer.alpha if answer.HasField("alpha") else None
-        facts["cloud_health"] = (
-            edge_pb2.CloudHealth.Name(answer.cloud_health).removeprefix("CLOUD_HEALTH_").lower()
-        )
+        facts["cloud_health"] = _meaning(_HEALTHS, answer.cloud_health)
         facts["providers"] = [
             {
                 "name": provider.name,
-                "state": edge_pb2.ProviderState.Name(provider.state).removeprefix("PROVIDER_STATE_").lower(),
+                "state": _meaning(_STATES, provider.state),
                 "reason": provider.reason,
             }
             for provider in answer.providers
@@ -184,7 +195,7 @@ class AgentClient:
         for model in answer.models:
             facts = {name: getattr(model, name) for name in model.DESCRIPTOR.fields_by_name}
             plain = {
-                "side": _ROUTES[model.side],
+                "side": _meaning(_ROUTES, model.side),
                 "steps": list(model.steps),
                 "price_micro_usd": model.price_micro_usd if model.HasField("price_micro_usd") else None,
                 "sizes": [[size.width, size.height] for size in model.sizes],
@@ -264,11 +275,23 @@ def _check_text(name: str, value: str) -> None:
         ) from error
 
 
+def _meaning(table: Mapping[int, Meaning], number: int) -> Meaning:
+    """What a number of the wire's means. Raises CallFailed for one that only a later version has."""
+    if number not in table:
+        known = ", ".join(str(getattr(meaning, "value", meaning)) for meaning in table.values())
+        raise CallFailed(
+            f"the daemon answered {number} where this command knows {known}: it is newer than this command; "
+            "update the command",
+            BROKEN,
+        )
+    return table[number]
+
+
 def decision(message: edge_pb2.Decision) -> Decision:
-    """A decision off the wire."""
+    """A decision off the wire. Raises CallFailed."""
     return Decision(
-        route=_ROUTES[message.route],
-        reason=Reason[edge_pb2.DecisionReason.Name(message.reason).removeprefix("DECISION_REASON_")],
+        route=_meaning(_ROUTES, message.route),
+        reason=_meaning(_REASONS, message.reason),
         prs=message.prs if message.HasField("prs") else None,
         alpha=message.alpha if message.HasField("alpha") else None,
         edge_quality=tuple(metric.value for metric in message.edge_quality),
@@ -289,12 +312,16 @@ def decision(message: edge_pb2.Decision) -> Decision:
 
 
 def _received(png: bytes, result: edge_pb2.Result) -> Received:
+    try:
+        check_request_id(result.request_id)  # a file may be named after it
+    except InvalidRequest as error:
+        raise CallFailed(f"what the daemon answered is wrong: {error.message}", BROKEN) from error
     if hashlib.sha256(png).hexdigest() != result.image.sha256:
         raise CallFailed("the image was damaged on its way: its sha256 is not the one it came with", BROKEN)
     return Received(
         png=png,
         request_id=result.request_id,
-        served_by=_ROUTES[result.served_by],
+        served_by=_meaning(_ROUTES, result.served_by),
         fallback_error=result.fallback_error,
         seed=result.image.seed,
         width=result.image.width,

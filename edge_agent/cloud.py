@@ -483,7 +483,7 @@ class CloudClient:
             )
         retry_after_s = _retry_after_s(status)
         if retry_after_s is not None:
-            self._retry_at = max(self._retry_at, self._monotonic() + min(LONGEST_RETRY_S, retry_after_s))
+            self._retry_at = max(self._retry_at, self._monotonic() + retry_after_s)
         elif code is grpc.StatusCode.UNAVAILABLE:
             self._failed()
         return CloudUnavailable(
@@ -494,11 +494,12 @@ class CloudClient:
 
 
 def _retry_after_s(status: Status | None) -> float | None:
+    """How long the cloud wants to be left alone, as far as it is heeded."""
     retry = _detail(status, RetryInfo)
     if not retry.HasField("retry_delay"):
         return None
     milliseconds: int = retry.retry_delay.ToMilliseconds()
-    return max(0.0, milliseconds / 1000)
+    return min(max(0.0, milliseconds / 1000), LONGEST_RETRY_S)
 
 
 def _field(status: Status | None) -> str:

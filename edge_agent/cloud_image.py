@@ -14,7 +14,7 @@ from typing import cast
 from PIL import Image, UnidentifiedImageError
 
 from edge_agent.errors import CloudLied
-from edge_agent.image import Progress
+from edge_agent.image import SIGNATURE, Progress
 from edge_agent.request import ImageRequest
 from routet2i.cloud.v1 import cloud_pb2
 from routet2i.image.v1 import image_pb2
@@ -30,8 +30,6 @@ MAX_PREVIEW_BYTES = 2**18
 
 STAGES = ("queue", "generate", "png")
 """Of an image in the cloud, as its server names them; others' timings are not passed on."""
-
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,7 @@ class ImageStream:
         if not 1 <= progress.step <= progress.steps:
             return None
         preview = progress.preview if self.request.preview else b""
-        if len(preview) > MAX_PREVIEW_BYTES or not preview.startswith(_PNG_SIGNATURE):
+        if len(preview) > MAX_PREVIEW_BYTES or not preview.startswith(SIGNATURE):
             return Progress(progress.step, progress.steps, None)
         return Progress(progress.step, progress.steps, preview)
 

@@ -60,8 +60,6 @@ CHANNEL_OPTIONS = (
     # Many apps ping to see that we are there. After a few pings in silence, as in the queue, gRPC would close the
     # connection and end its calls: for Node with RESOURCE_EXHAUSTED, "Bandwidth exhausted".
     ("grpc.http2.max_ping_strikes", 0),
-    # A request is a prompt and a few numbers.
-    ("grpc.max_receive_message_length", 256 * 1024),
     # Past a thousand calls that Python has not looked at yet, gRPC would cancel some by itself, with neither a line in
     # the log nor a word of when to come back. Who may wait is the device's to say.
     ("grpc.server.max_pending_requests", 100_000),
@@ -70,10 +68,15 @@ CHANNEL_OPTIONS = (
 if sys.platform == "win32":
     # Ctrl-Break is what another program can send there: its SIGTERM would be the end at once.
     STOP_SIGNALS: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGINT, signal.SIGBREAK)
+    HANG_UP_SIGNALS: tuple[signal.Signals, ...] = ()
 else:
     STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    HANG_UP_SIGNALS = (signal.SIGHUP,)
 CLOSE_S = 1.0
 """What handlers that were told to stop get to say so before their connections close."""
+
+ROOM_BYTES = 256 * 1024
+"""Of a request beside the longest prompt and negative prompt: enough for one that is too long to be told so by us."""
 
 PRIVATE = 0o700
 """Mode of the socket's folder: only the user whose daemon it is gets in."""
@@ -126,6 +129,7 @@ class Daemon:
             terms = Terms(self.settings.max_price, self.settings.cloud_timeout_s, self.settings.png_facts)
             device = Device(self.settings.max_queue)
             self.agent = Agent(loading.result(), device, self._purchases, terms)
+            del loading  # it would keep these models also once others have succeeded them
             await self._purchases.start()
             self._service.agent = self.agent
             self.agent.models.rest()
@@ -187,7 +191,12 @@ class Daemon:
         return any(not working.done() for working in self._working)
 
     async def _listen(self) -> None:
-        self._server = grpc.aio.server(interceptors=(HandOverMalformed(),), options=CHANNEL_OPTIONS)
+        # A character has at most four bytes.
+        request_bytes = 4 * 2 * self.settings.max_prompt_characters + ROOM_BYTES
+        self._server = grpc.aio.server(
+            interceptors=(HandOverMalformed(),),
+            options=(*CHANNEL_OPTIONS, ("grpc.max_receive_message_length", min(request_bytes, 2**31 - 1))),
+        )
         edge_pb2_grpc.add_EdgeAgentServiceServicer_to_server(self._service, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE, HEALTH, reflection.SERVICE_NAME), self._server)
@@ -303,9 +312,9 @@ async def run(settings: Settings) -> Daemon:
     try:
         for number in STOP_SIGNALS:
             loop.add_signal_handler(number, daemon.stop)
-        # Under nohup it is ignored, and stays so.
-        if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-            loop.add_signal_handler(signal.SIGHUP, daemon.drain)
+        for number in HANG_UP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup, and it stays so
+                loop.add_signal_handler(number, daemon.drain)
     except NotImplementedError:  # on Windows
         for number in STOP_SIGNALS:
             signal.signal(number, lambda *_: loop.call_soon_threadsafe(daemon.stop))
@@ -315,7 +324,7 @@ async def run(settings: Settings) -> Daemon:
     finally:
         await daemon.shutdown()
     # Another one, as the interpreter ends, would make a failure of what has ended well.
-    for number in STOP_SIGNALS:
+    for number in (*STOP_SIGNALS, *HANG_UP_SIGNALS):
         with suppress(NotImplementedError):  # on Windows
             loop.remove_signal_handler(number)
         signal.signal(number, signal.SIG_IGN)
@@ -361,7 +370,7 @@ def _open(settings: Settings, bundle: Bundle) -> tuple[Generator, Choice]:
         serving = tuple(map(providers.full_name, choice.serving))
         try:
             return Generator(bundle, Runtime(threads=settings.threads or None, providers=serving)), choice
-        except BundleError as error:
+        except (BundleError, OutOfMemory) as error:  # a GPU may be smaller than the machine
             best = choice.serving[0]
             if settings.providers or best == providers.CPU:
                 raise

@@ -90,7 +90,7 @@ class Drawing:
     async def events(self) -> AsyncGenerator[Progress | Drawn, None]:
         """Progress, at most every PROGRESS_EVERY_S, then the image. Closing the iterator stops the work at once.
 
-        Raises DeadlinePassed, GenerationFailed, BundleError.
+        Raises DeadlinePassed, GenerationFailed, BundleError, and Busy (OutOfMemory among it).
         """
         try:
             while True:
@@ -119,7 +119,8 @@ class _Pace:
 
     def __init__(self) -> None:
         # The running mean of a step's share of an image, s, and what made the last, which this does not keep in memory.
-        self._known: dict[Size, tuple[float, weakref.ref[Generator]]] = {}
+        # Replaced as a whole: the event loop asks while the device's thread measures.
+        self._known: Mapping[Size, tuple[float, weakref.ref[Generator]]] = {}
 
     def image_s(self, size: Size, steps: int) -> float:
         """Of an image of that size and so many steps. By its pixels, while none of its size has been made: rather too
@@ -139,7 +140,7 @@ class _Pace:
         mean_s, by = self._known.get(size, (0.0, None))
         if by is not None and by() is generator:
             step_s = (1 - _RECENT) * mean_s + _RECENT * step_s
-        self._known[size] = step_s, weakref.ref(generator)
+        self._known = {**self._known, size: (step_s, weakref.ref(generator))}
 
 
 class Device:

@@ -37,7 +37,6 @@ import math
 from typing import Any
 
 import grpc
-from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import DecodeError, Message
 from google.rpc.error_details_pb2 import BadRequest, QuotaFailure, RetryInfo
 from google.rpc.status_pb2 import Status
@@ -223,6 +222,10 @@ MAX_MESSAGE_BYTES = 1_000
 """Longest message on the wire. It travels in headers, twice and escaped, and gRPC takes 8 KiB of them."""
 
 
+MAX_RETRY_S = 315_576_000_000.0
+"""Longest time that google.protobuf.Duration holds: ten thousand years."""
+
+
 def grpc_code(error: BaseException) -> grpc.StatusCode:
     """The status code `error` has on the wire: its own class's, else its nearest base's, else INTERNAL."""
     for cls in type(error).__mro__:
@@ -250,13 +253,12 @@ def status_details(error: BaseException) -> Status:
         )
     if error.retry_after_s is not None:
         retry = RetryInfo()
-        retry.retry_delay.FromMilliseconds(max(0, math.ceil(error.retry_after_s * 1000)))
+        wait_s = min(max(0.0, error.retry_after_s), MAX_RETRY_S)  # whatever it is: 0 for NaN
+        retry.retry_delay.FromMilliseconds(math.ceil(wait_s * 1000))
         details.append(retry)
     status = Status(code=code, message=message)
     for detail in details:
-        packed = AnyMessage()
-        packed.Pack(detail)
-        status.details.append(packed)
+        status.details.add().Pack(detail)
     return status
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 PREVIEW_SIDE = 128
 """Longest side of a preview, in pixels: enough to see what it will become, and small beside the image."""
 
-_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _TEXT_CHUNKS = frozenset({b"tEXt", b"zTXt", b"iTXt", b"eXIf"})
 
 
@@ -50,12 +50,12 @@ def with_facts(png: bytes, facts: Mapping[str, Any]) -> bytes:
         for name, value in facts.items()
     ]
     header, *others = (data for kind, data in _chunks(png) if kind not in _TEXT_CHUNKS)
-    return b"".join((_SIGNATURE, header, *texts, *others))
+    return b"".join((SIGNATURE, header, *texts, *others))
 
 
 def _chunks(png: bytes) -> Iterator[tuple[bytes, bytes]]:
     """Type and whole bytes of each chunk up to the last, IEND; what a file holds behind it, decoders ignore."""
-    position, kind = len(_SIGNATURE), b""
+    position, kind = len(SIGNATURE), b""
     while kind != b"IEND" and position + 12 <= len(png):
         (length,) = struct.unpack_from(">I", png, position)
         end = position + 12 + length  # length, type, data, checksum

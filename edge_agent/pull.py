@@ -219,11 +219,6 @@ def _installed(store: Store, name: str, text: bytes) -> Bundle | None:
     return bundle
 
 
-def _goes_on(partial: Path, text: bytes) -> bool:
-    """Whether what lies there is of the bundle with this manifest."""
-    return _size(partial / MANIFEST) == len(text) and (partial / MANIFEST).read_bytes() == text
-
-
 def _kept(partial: Path, manifest: Manifest) -> set[str]:
     """The manifest's files that what lies there was to hold too, be it another version of the bundle."""
     path = partial / MANIFEST
@@ -238,8 +233,8 @@ def _kept(partial: Path, manifest: Manifest) -> set[str]:
 
 def _prepare(partial: Path, text: bytes, kept: set[str]) -> None:
     """Makes the folder for the files of this manifest. Of those of another all but the `kept` ones are thrown away."""
-    if _goes_on(partial, text):
-        return
+    if _size(partial / MANIFEST) == len(text) and (partial / MANIFEST).read_bytes() == text:
+        return  # the same one, which goes on
     if not kept and partial.exists():
         shutil.rmtree(partial)
     for folder, folders, files in os.walk(partial, topdown=False):

@@ -21,7 +21,14 @@ from typing import Any
 
 from edge_agent.cloud import CloudClient
 from edge_agent.cloud_image import CloudAccepted, CloudImage
-from edge_agent.errors import CloudError, DuplicateRequest, LedgerError, PolicyConflict, RouteT2IError
+from edge_agent.errors import (
+    CloudError,
+    DuplicateRequest,
+    LedgerError,
+    PolicyConflict,
+    QuotaExhausted,
+    RouteT2IError,
+)
 from edge_agent.image import Progress
 from edge_agent.quota import Ledger, Reservation, dollars
 from edge_agent.request import ImageRequest
@@ -89,9 +96,8 @@ class Purchases:
             # The thread may still reserve: once it has, the resolver gives the money back.
             reserving.add_done_callback(lambda done: self.hand_over(key, sent=done.exception() is not None))
             raise
-        except LedgerError:
-            # Where the write itself failed, the money may be set aside all the same: the resolver looks.
-            self.hand_over(key, sent=True)
+        except QuotaExhausted:
+            self._under_way.discard(key)
             raise
         except DuplicateRequest as error:
             # It may be the resolver's, which meanwhile has passed it over as under way.
@@ -100,8 +106,9 @@ class Purchases:
             raise DuplicateRequest(
                 f"the request id {request.request_id!r} was used before; use a new one for a new image"
             ) from error
-        except RouteT2IError:
-            self._under_way.discard(key)
+        except BaseException:
+            # Where the write itself failed, the money may be set aside all the same: the resolver looks.
+            self.hand_over(key, sent=True)
             raise
         self._unsent.discard(key)  # that was an earlier call of this id, released since; this one may be sent
         self._arrived_by[key] = deadline

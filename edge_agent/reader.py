@@ -138,7 +138,10 @@ class Reader:
         return any(session.takes_turns for session in self.sessions)
 
     def read(self, prompt: str) -> Reading:
-        """Some milliseconds of work; safe to call from several threads. Raises GenerationFailed or BundleError."""
+        """Some milliseconds of work; safe to call from several threads.
+
+        Raises GenerationFailed, BundleError, and Busy (OutOfMemory among it).
+        """
         began = time.perf_counter()
         tokens = self._tokenizer.encode(prompt)
         tokenized = time.perf_counter()

@@ -38,8 +38,8 @@ STARTER = Path(__file__).parent / "starter"
 DEFAULT_BUDGET = "1.00"
 """US dollars a day for all apps together, unless a budget for all apps is given."""
 
-SOCKET_PATH_BYTES = 107
-"""Longest path of a Unix socket on Linux."""
+SOCKET_PATH_BYTES = 107 if sys.platform == "linux" else 103
+"""Longest path of a Unix socket: macOS and the BSDs have room for four bytes less than Linux."""
 
 NOT_IN_SOCKET_PATHS = "#?%,"
 """gRPC's clients take an address for a URI, or for several with commas, and would look for the socket elsewhere."""

@@ -37,7 +37,7 @@ MAX_NAME_CHARS = 100
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _NAME_RULE = (
     "a name has letters from a to z, digits, dots, dashes and underscores, "
-    f"at most {MAX_NAME_CHARS}, and begins with a letter or digit"
+    f"at most {MAX_NAME_CHARS}, begins with a letter or digit and does not end with a dot"
 )
 
 _CURRENT = ".current"
@@ -84,10 +84,9 @@ class Store:
         """The bundle folder of the model called `name`."""
         if name == STARTER_NAME:
             return self._starter
-        path = self.folder / name
-        with self.explained("read"):
-            there = _is_name(name) and (path.is_dir() or path.is_symlink())
-        if not there:
+        # By the list and not by a look at its folder: where file systems tell no capitals from small letters, that is
+        # also another name's.
+        if name not in self.names():
             if not self.there:
                 raise self._nowhere(name)
             if name in self.unfinished():
@@ -101,7 +100,7 @@ class Store:
                 f"there is no model {name!r} in {self.folder}; there are {', '.join(self.names())}. "
                 "Get others with `edge-agent models pull`"
             )
-        return path
+        return self.folder / name
 
     @property
     def current(self) -> str:
@@ -161,10 +160,7 @@ class Store:
         if name == STARTER_NAME:
             raise StoreError("the starter comes with the project and cannot be removed")
         with self._exclusive(name):
-            with self.explained("read"):
-                installed = _is_name(name) and (self.folder / name).is_dir()
-                unfinished = _is_name(name) and not installed and self.partial(name).is_dir()
-            if unfinished:
+            if name not in self.names() and name in self.unfinished():
                 with self.pulling(name):
                     return self._delete(self.partial(name))
             folder = self.path(name)
@@ -198,11 +194,11 @@ class Store:
 
     @contextmanager
     def pulling(self, name: str) -> Iterator[Path]:
-        """Holds the lock on the pull of `name`, and hands out the folder for its files, which need not exist yet.
+        """Holds the lock on the pull of `name`, and hands out the folder for its files, which need not exist yet. What
+        a new model may be called is for `check_name` to say.
 
         Raises Busy when another process is pulling it.
         """
-        check_name(name)
         folder = self.partial(name)
         lock = folder.with_name(f".{name}.lock")  # a name that no model has
         with self.explained("written"):
@@ -313,7 +309,7 @@ def check_name(name: str) -> None:
     """Raises StoreError unless an installed model may be called `name`."""
     if name in RESERVED:
         raise StoreError(f"no installed model can be called {name!r}; choose another with --name")
-    if not _is_name(name):
+    if not _is_name(name) or name.endswith("."):  # which Windows drops: it would be another model's
         raise StoreError(
             f"a model cannot be called {name[:MAX_NAME_CHARS]!r}: {_NAME_RULE}; choose one with --name"
         )
@@ -321,7 +317,7 @@ def check_name(name: str) -> None:
 
 def name_from(text: str) -> str:
     """A name for the model that its maker calls `text`, such as sd-turbo-int8 for "sd-turbo (int8)"."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")[:MAX_NAME_CHARS]
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")[:MAX_NAME_CHARS].rstrip("-._")
     check_name(name or text)
     return name
 

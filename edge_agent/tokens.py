@@ -27,22 +27,30 @@ class Tokens(NamedTuple):
     # T; the prompt's characters that its own tokens stand for. To be read only.
     texts: list[str]
     truncated: bool  # the prompt had more tokens than fit
+    padding: int  # its id
+    padded_in_front: bool  # and not behind
     # [1, L], the same prompt as the second tokenizer reads it, where the model has two (Stable Diffusion XL, 3).
     ids_2: NDArray[np.int64] | None = None
+    padding_2: int = 0  # its id there
 
     def without(self, position: int) -> Tokens:
-        """The prompt less its own token at `position` of L; what follows moves up, as if it had never been written."""
+        """The prompt less its own token at `position` of L; the others close up, as if it had never been written."""
 
-        def cut(ids: NDArray[np.int64]) -> NDArray[np.int64]:
-            return np.append(np.delete(ids, position, axis=1), ids[:, -1:], axis=1)
+        def cut(ids: NDArray[np.int64], padding: int) -> NDArray[np.int64]:
+            left = np.delete(ids, position, axis=1)
+            return np.insert(left, 0 if self.padded_in_front else left.shape[1], padding, axis=1)
 
         place = self.own.index(position)
-        return Tokens(
-            cut(self.ids),
-            self.own[:place] + [later - 1 for later in self.own[place + 1 :]],
-            self.texts[:place] + self.texts[place + 1 :],
-            self.truncated,
-            None if self.ids_2 is None else cut(self.ids_2),
+        before, after = self.own[:place], self.own[place + 1 :]
+        if self.padded_in_front:
+            before = [earlier + 1 for earlier in before]
+        else:
+            after = [later - 1 for later in after]
+        return self._replace(
+            ids=cut(self.ids, self.padding),
+            own=before + after,
+            texts=self.texts[:place] + self.texts[place + 1 :],
+            ids_2=None if self.ids_2 is None else cut(self.ids_2, self.padding_2),
         )
 
 
@@ -54,7 +62,8 @@ class Tokenizer:
         # Padding is done here: the library makes an object of every token, and most of a short prompt's are padding.
         padding = tokenizer.padding or {}
         tokenizer.no_padding()
-        self._nothing = np.full((1, length), padding["pad_id"], np.int64)
+        self._padding = padding["pad_id"]
+        self._nothing = np.full((1, length), self._padding, np.int64)
         self._at_the_end = padding["direction"] == "left"
         self._tokenizer = tokenizer
         self._second = second
@@ -123,7 +132,7 @@ class Tokenizer:
 
         What is made of several tokens, such as an emoji, or a concept of several vectors, is the text of each of them.
         """
-        ids_2 = self._second.encode(prompt).ids if self._second else None
+        second = self._second.encode(prompt) if self._second else None
         if any(concept in prompt for concept in self._concepts):
             prompt = self._written_out(prompt)
         encoding = self._tokenizer.encode(prompt)
@@ -138,7 +147,8 @@ class Tokenizer:
                 own.append(position)
                 text = prompt[start:end]
                 texts.append(self._concept_of.get(text, text))
-        return Tokens(ids, own, texts, bool(encoding.overflowing), ids_2)
+        tokens = Tokens(ids, own, texts, bool(encoding.overflowing), self._padding, self._at_the_end)
+        return tokens._replace(ids_2=second.ids, padding_2=second.padding) if second else tokens
 
     def _written_out(self, prompt: str) -> str:
         """`prompt` with the tokens of all vectors of a concept in the place of its name, as diffusers reads it."""

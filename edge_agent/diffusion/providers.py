@@ -197,7 +197,7 @@ def choose(
     order = wish or [name for name in PREFERENCE if name in available and name not in failures]
     order = (*(name for name in order if name != CPU), CPU)
     quick = tuple(name for name in order if name not in SLOW_TO_OPEN)
-    serving = quick if wish else _with_spare(quick[0])
+    serving = quick if wish else tuple(dict.fromkeys((quick[0], CPU)))
     better = (order[0], *serving) if order[0] in SLOW_TO_OPEN else ()
     used = {*serving, *better}
     passed_over = {}
@@ -316,10 +316,6 @@ def _collision(builds: Sequence[str]) -> str:
 
 def _short(full: str) -> str:
     return _SHORT_NAMES.get(full) or full.removesuffix(_SUFFIX).lower()
-
-
-def _with_spare(name: str) -> tuple[str, ...]:
-    return (name,) if name == CPU else (name, CPU)
 
 
 def load_packaged_libraries(names: Iterable[str]) -> None:

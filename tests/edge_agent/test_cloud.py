@@ -16,7 +16,7 @@ import struct
 import subprocess
 import time
 import zlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,8 +168,13 @@ class Cloud(cloud_pb2_grpc.CloudServerServiceServicer):
 
 @pytest.fixture
 async def cloud() -> AsyncIterator[Cloud]:
+    async with served(Cloud()) as cloud:
+        yield cloud
+
+
+@asynccontextmanager
+async def served(cloud: Cloud) -> AsyncIterator[Cloud]:
     """The scripted server, behind a listener that counts the connections made to it."""
-    cloud = Cloud()
     server = grpc.aio.server()
     cloud_pb2_grpc.add_CloudServerServiceServicer_to_server(cloud, server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -189,9 +194,11 @@ async def cloud() -> AsyncIterator[Cloud]:
 
     listener = await asyncio.start_server(forward, "127.0.0.1", 0)
     cloud.address = f"127.0.0.1:{listener.sockets[0].getsockname()[1]}"
-    yield cloud
-    listener.close()
-    await server.stop(None)
+    try:
+        yield cloud
+    finally:
+        listener.close()
+        await server.stop(None)
 
 
 async def collect(
@@ -499,6 +506,11 @@ async def test_a_time_to_wait_that_cannot_be_read_is_none(cloud: Cloud) -> None:
     assert (error.retry_after_s, error.never_ran) == (None, True)
 
 
+async def test_a_cloud_that_wants_to_be_left_alone_for_ever_is_for_a_minute(cloud: Cloud) -> None:
+    cloud.script = [abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "never again", retry_after_s=2**63 - 1)]
+    assert (await failure(CloudClient(cloud.address))).retry_after_s == 60.0
+
+
 async def test_a_full_cloud_is_left_alone_for_as_long_as_it_asks(cloud: Cloud) -> None:
     now = 100.0
     client = CloudClient(cloud.address, monotonic=lambda: now)
@@ -692,14 +704,16 @@ async def test_a_connection_that_breaks_mid_way_leaves_the_outcome_open() -> Non
     assert not error.never_ran
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+@pytest.fixture
+def nobody() -> Iterator[str]:
+    """An address where nobody listens, nor can: it is bound."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{bound.getsockname()[1]}"
 
 
-async def test_a_port_where_nobody_listens_is_known_at_once_and_nothing_ran() -> None:
-    client = CloudClient(f"127.0.0.1:{free_port()}", connect_timeout_s=30)
+async def test_a_port_where_nobody_listens_is_known_at_once_and_nothing_ran(nobody: str) -> None:
+    client = CloudClient(nobody, connect_timeout_s=30)
     began = time.monotonic()
     error = await failure(client)
     assert time.monotonic() - began < 5
@@ -894,9 +908,11 @@ async def test_a_plain_server_behind_a_tls_address_is_not_reached(cloud: Cloud, 
     assert cloud.received == []
 
 
-async def test_failures_in_a_row_wait_longer_and_an_accepted_call_ends_the_wait(cloud: Cloud) -> None:
+async def test_failures_in_a_row_wait_longer_and_an_accepted_call_ends_the_wait(
+    cloud: Cloud, nobody: str
+) -> None:
     now = 0.0
-    client = CloudClient(f"127.0.0.1:{free_port()}", monotonic=lambda: now)
+    client = CloudClient(nobody, monotonic=lambda: now)
     waits = []
     for _ in range(8):
         await failure(client)
@@ -1136,9 +1152,9 @@ async def test_the_cloud_can_be_asked_for_its_model(cloud: Cloud) -> None:
         await CloudClient(cloud.address).model_digest()
 
 
-async def test_a_lookup_without_a_cloud_is_an_error_and_no_outcome() -> None:
+async def test_a_lookup_without_a_cloud_is_an_error_and_no_outcome(nobody: str) -> None:
     with pytest.raises(CloudUnavailable):
-        await CloudClient(f"127.0.0.1:{free_port()}").lookup("r-1")
+        await CloudClient(nobody).lookup("r-1")
 
 
 @pytest.mark.parametrize(

@@ -6,17 +6,24 @@ A real daemon on a real socket, and a cloud server that misbehaves as each test 
 from __future__ import annotations
 
 import asyncio
+import gc
+import logging
 import re
 import socket
+import threading
 import time
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 import pytest_asyncio
+from google.rpc.error_details_pb2 import ErrorInfo
 
 from edge_agent import agent, purchase, service
 from edge_agent.bundle import Bundle
@@ -24,6 +31,7 @@ from edge_agent.quota import Budget, Ledger
 from edge_agent.request import ImageRequest
 from routet2i.edge.v1 import edge_pb2
 from routet2i.image.v1 import image_pb2
+from tests.edge_agent.test_cloud import Cloud, abort, served
 from tests.running import (
     CLOUD,
     CLOUD_PROMPT,
@@ -524,9 +532,7 @@ async def test_a_caller_who_leaves_before_the_connection_stands_locks_no_money(
     silent.close()
 
 
-async def test_a_caller_s_own_price_and_haste_say_nothing_of_the_cloud(
-    routed_bundle: Path, digest: str, tmp_path: Path
-) -> None:
+async def test_a_callers_own_haste_says_nothing_of_the_cloud(routed_bundle: Path, tmp_path: Path) -> None:
     silent = await asyncio.start_server(say_nothing, "127.0.0.1", 0)
     address = f"127.0.0.1:{silent.sockets[0].getsockname()[1]}"
     async with daemon_here(routed_bundle, tmp_path, cloud=address) as here:
@@ -534,6 +540,91 @@ async def test_a_caller_s_own_price_and_haste_say_nothing_of_the_cloud(
         status = await here.app.status()
         assert status.cloud_health == edge_pb2.CLOUD_HEALTH_UNTRIED and not status.advice
     silent.close()
+
+
+@pytest.mark.parametrize(("price", "own"), [(CEILING, True), (CEILING + 1, False)])
+async def test_a_price_that_only_the_caller_does_not_pay_says_nothing_of_the_cloud(
+    routed_bundle: Path, tmp_path: Path, price: int, own: bool
+) -> None:
+    refusal = ErrorInfo(reason="PRICE_ABOVE_CEILING", metadata={"price_micro_usd": str(price)})
+    async with (
+        served(Cloud([abort(grpc.StatusCode.FAILED_PRECONDITION, "too dear", detail=refusal)])) as cloud,
+        daemon_here(routed_bundle, tmp_path, cloud=cloud.address) as here,
+    ):
+        assert (await here.app.generate(CLOUD_PROMPT, max_price_micro_usd=7_000)).result.fallback
+        status = await here.app.status()
+        assert (status.cloud_health == edge_pb2.CLOUD_HEALTH_UNTRIED) is own
+        assert (not status.advice) is own
+
+
+async def test_a_cloud_that_wants_to_be_left_alone_for_ever_spoils_no_answer_and_no_line_of_the_log(
+    routed_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "edge_agent")
+    never = abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "never again", retry_after_s=2**63 - 1)
+    async with (
+        served(Cloud([never])) as cloud,
+        daemon_here(routed_bundle, tmp_path, cloud=cloud.address) as here,
+    ):
+        answer = await here.app.generate(routing=CLOUD)
+        assert (answer.code, answer.details["RetryInfo"].retry_delay.ToSeconds()) == ("UNAVAILABLE", 60)
+
+        def outcomes() -> list[str]:
+            calls = [record for record in caplog.records if record.getMessage() == "call"]
+            return [call.__dict__["fields"]["outcome"] for call in calls]
+
+        await until(outcomes)  # the line is written once the caller has its answer
+        assert outcomes() == ["UNAVAILABLE"]
+
+
+async def test_a_failure_of_the_cloud_keeps_nothing_of_the_call_that_failed(
+    routed_bundle: Path, digest: str, tmp_path: Path
+) -> None:
+    """Its error's traceback would, up to the models, also once others have succeeded them."""
+    async with (
+        scripted_cloud(digest) as cloud,
+        daemon_here(routed_bundle, tmp_path, cloud=cloud.address) as here,
+    ):
+        cloud.manner = "lie"
+        assert (await here.app.generate(CLOUD_PROMPT)).result.fallback
+        former = weakref.ref(here.daemon.agent)
+        await here.daemon.reload()
+
+        def gone() -> bool:
+            gc.collect()
+            return former() is None
+
+        await until(gone)
+        assert "sha256" in (await here.app.status()).advice[0]
+
+
+async def test_a_caller_who_leaves_while_the_account_is_read_locks_no_money(
+    routed_bundle: Path, digest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is read anew once the money is set aside, and then nothing is sent."""
+    async with (
+        scripted_cloud(digest) as cloud,
+        daemon_here(routed_bundle, tmp_path, cloud=cloud.address) as here,
+    ):
+        ledger, go_on = here.daemon._purchases.ledger, threading.Event()
+        states = ledger.states
+        asked = 0
+
+        def slow(app: str | None) -> Any:
+            nonlocal asked
+            asked += 1
+            if asked == 2:
+                assert go_on.wait(60)
+            return states(app)
+
+        monkeypatch.setattr(ledger, "states", slow)
+        call = here.app.call(CLOUD_PROMPT)
+        await until(lambda: asked == 2)
+        assert len(ledger.unresolved()) == 1
+        call.cancel()
+        await until(lambda: not ledger.unresolved())
+        go_on.set()
+        assert (await here.app.budget(), cloud.connections) == ((0, 0), 0)
 
 
 async def test_a_stalled_connection_to_the_cloud_ends_at_the_connection_timeout(

@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,10 @@ from edge_agent.bundle import DECODER
 from edge_agent.client import _exhausted
 from edge_agent.errors import Busy, InvalidRequest, QuotaExhausted, status_details
 from edge_agent.policy import Decision, Reason, TokenPull
-from edge_agent.settings import STARTER
+from edge_agent.settings import SOCKET_PATH_BYTES, STARTER
 from edge_agent.superiority import METRICS
+from routet2i.edge.v1 import edge_pb2, edge_pb2_grpc
+from routet2i.image.v1 import image_pb2
 from tests.running import CLOUD_PROMPT, EDGE_PROMPT, Process, process_environment, short_folder
 
 DECISION = (
@@ -534,7 +537,7 @@ def test_status_and_models_tell_what_runs(run: Run, daemon: Process, routed_bund
                 (("route", "a", "--config", "~nosuchuser/x"), 2, "no home folder"),
                 (("models", "pull", "~nosuchuser/x"), 2, "no home folder"),
                 (("quota", "--agent", "unix:~nosuchuser/x"), 2, "no home folder"),
-                (("quota", "--agent", "unix:/" + "x" * 200), 2, "at most 107 bytes"),
+                (("quota", "--agent", "unix:/" + "x" * 200), 2, f"at most {SOCKET_PATH_BYTES} bytes"),
                 (("route", "a", "--agent", "unix:/none/agent.sock"), 3, "edge-agent serve"),
             )
         ),
@@ -607,6 +610,72 @@ def test_a_daemon_that_was_suspended_is_said_not_to_answer(
         finished = run(command, "a", "--agent", f"127.0.0.1:{suspended.getsockname()[1]}")
     assert (finished.code, finished.out) == (3, "")
     assert "does not answer; see whether it is stopped or stuck, and restart it" in finished.err
+
+
+@contextmanager
+def answering(*events: edge_pb2.GenerateResponse, **answers: Any) -> Iterator[str]:
+    """The address of a daemon that gives these answers: the stream of Generate, and one for each other call."""
+
+    class Daemon(edge_pb2_grpc.EdgeAgentServiceServicer):
+        def Generate(self, request: edge_pb2.GenerateRequest, context: Any) -> Iterator[Any]:
+            yield from events
+
+    for name, answer in answers.items():
+        setattr(Daemon, name, lambda *_, answer=answer: answer)
+    server = grpc.server(ThreadPoolExecutor(1))
+    edge_pb2_grpc.add_EdgeAgentServiceServicer_to_server(Daemon(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.stop(None).wait()
+
+
+def made(request_id: str, served_by: int = edge_pb2.ROUTE_EDGE) -> edge_pb2.GenerateResponse:
+    """The end of a stream without a byte of an image."""
+    image = image_pb2.ImageInfo(sha256=hashlib.sha256().hexdigest())
+    return edge_pb2.GenerateResponse(
+        result=edge_pb2.Result(request_id=request_id, image=image, served_by=served_by)
+    )
+
+
+@pytest.mark.parametrize("name", ["../evil", "here/evil", "", "x" * 129])
+def test_a_daemon_does_not_choose_the_folder_that_an_image_is_written_to(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    decided = edge_pb2.Decision(
+        route=edge_pb2.ROUTE_EDGE, reason=edge_pb2.DECISION_REASON_LOCAL_ONLY, prs=0.0, alpha=0.0
+    )
+    with answering(edge_pb2.GenerateResponse(decision=decided), made(name)) as address:
+        finished = run("generate", "a", "--agent", address)
+    assert (finished.code, finished.out) == (1, "")
+    assert "what the daemon answered is wrong: request_id" in finished.err
+    assert list(tmp_path.rglob("*")) == [tmp_path / "here"]
+
+
+def test_what_only_a_newer_daemon_says_is_told_as_that(run: Run) -> None:
+    reason = edge_pb2.Decision(route=edge_pb2.ROUTE_EDGE, reason=42)  # type: ignore[arg-type]
+    route = edge_pb2.Decision(route=42, reason=edge_pb2.DECISION_REASON_LOCAL_ONLY)  # type: ignore[arg-type]
+    provider = edge_pb2.Provider(name="npu", state=42)  # type: ignore[arg-type]
+    for command, events, answers in (
+        (("generate", "a"), [edge_pb2.GenerateResponse(decision=reason)], {}),
+        (("generate", "a"), [made("r-1", served_by=42)], {}),
+        (("route", "a"), [], {"Route": edge_pb2.RouteResponse(decision=route)}),
+        (("status",), [], {"GetStatus": edge_pb2.GetStatusResponse(cloud_health=42)}),  # type: ignore[arg-type]
+        (("status",), [], {"GetStatus": edge_pb2.GetStatusResponse(providers=[provider])}),
+        (
+            ("models", "show", "edge"),
+            [],
+            {"ListModels": edge_pb2.ListModelsResponse(models=[edge_pb2.Model(side=42)])},  # type: ignore[arg-type]
+        ),
+    ):
+        with answering(*events, **answers) as address:
+            finished = run(*command, "--agent", address)
+        assert (finished.code, finished.out) == (1, "")
+        assert re.search("answered 42 where .* newer than this command", finished.err)
 
 
 def test_a_full_queue_is_no_refusal_by_quota() -> None:

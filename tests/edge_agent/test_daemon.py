@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from edge_agent.__main__ import main
 from edge_agent.client import BAD_INPUT, UNREACHABLE
-from edge_agent.daemon import STOP_SIGNALS, run
+from edge_agent.daemon import HANG_UP_SIGNALS, STOP_SIGNALS, run
 from edge_agent.quota import Ledger
 from edge_agent.settings import resolve
 from routet2i.edge.v1 import edge_pb2, edge_pb2_grpc
@@ -424,9 +424,10 @@ async def test_bytes_that_are_no_message_leave_no_traceback_whoever_sends_them(s
     assert "Traceback" not in process.text
 
 
-@pytest.mark.parametrize("number", STOP_SIGNALS if os.name == "posix" else [STOP])
+@pytest.mark.parametrize("number", (*STOP_SIGNALS, *HANG_UP_SIGNALS) if os.name == "posix" else [STOP])
 def test_who_asks_again_while_it_leaves_gets_the_same_exit_code(start: Start, number: signal.Signals) -> None:
-    process = start("--listen", "127.0.0.1:0")
+    with hanging_up(signal.SIG_DFL) if os.name == "posix" else nullcontext():
+        process = start("--listen", "127.0.0.1:0")
     process.wait_for("serving")
     while process.popen.poll() is None:
         with suppress(OSError, SystemError):  # on Windows it may just have gone

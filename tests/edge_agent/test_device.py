@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sys
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 
 import pytest
@@ -13,6 +16,7 @@ from edge_agent.bundle import Bundle
 from edge_agent.device import Device, Drawn, Job, _Pace
 from edge_agent.diffusion.generator import Generator
 from edge_agent.diffusion.sessions import Runtime
+from edge_agent.errors import Busy
 from edge_agent.settings import STARTER
 
 
@@ -58,6 +62,26 @@ async def test_what_was_cancelled_in_the_queue_holds_no_token_states_until_its_t
     async with aclosing(first.events()) as events:
         *_, last = [event async for event in events]
     assert isinstance(last, Drawn)
+    await device.close()
+
+
+async def test_what_was_cancelled_in_the_queue_frees_its_place_at_once() -> None:
+    """Not when its turn comes."""
+    generator = Generator(Bundle.open(STARTER), Runtime(threads=1))
+    _, states = generator.encode("a cat")
+    job = Job(generator, states, states, 1, 4, 1.0, (64, 64), previews=False, deadline=None)
+    device, over = Device(max_queue=0), threading.Event()
+    device._worker.submit(over.wait, 60)  # as with an image that takes long
+    waiting = device.begin(job)
+    with pytest.raises(Busy):
+        device.begin(job)
+    waiting.stop()
+    await asyncio.sleep(0)
+    drawing = device.begin(job)
+    over.set()
+    async with aclosing(drawing.events()) as events:
+        *_, drawn = [event async for event in events]
+    assert isinstance(drawn, Drawn)
     await device.close()
 
 
@@ -119,6 +143,30 @@ def test_what_an_image_takes_is_known_by_its_size_and_guessed_by_its_pixels() ->
     assert [pace.image_s(size, 4) for size in ((64, 64), (64, 128), (32, 32))] == [2.0, 4.0, 2.0]
     pace.measure(3.0, (64, 128), 4, maker)  # type: ignore[arg-type]
     assert [pace.image_s(size, 4) for size in ((64, 64), (64, 128))] == [2.0, 3.0]
+
+
+def test_what_an_image_takes_is_told_while_the_first_of_other_sizes_are_made() -> None:
+    """By the device's thread; the event loop asks."""
+
+    class Maker:
+        pass
+
+    pace, maker = _Pace(), Maker()
+
+    def measure() -> None:
+        for width in range(1, 3_000):
+            pace.measure(1.0, (width, 1), 1, maker)  # type: ignore[arg-type]
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(1) as worker:
+            measuring = worker.submit(measure)
+            while not measuring.done():
+                assert pace.image_s((1, 2), 1) >= 1.0
+            measuring.result()
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_what_an_image_takes_goes_by_its_steps() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import grpc
 import pytest
 from google.rpc.error_details_pb2 import BadRequest, QuotaFailure, RetryInfo
@@ -10,6 +12,7 @@ from edge_agent import errors
 from edge_agent.errors import (
     GRPC_CODES,
     MAX_MESSAGE_BYTES,
+    MAX_RETRY_S,
     Busy,
     CloudError,
     InvalidRequest,
@@ -57,6 +60,17 @@ def test_an_exhausted_quota_travels_with_its_budget_and_the_time_to_wait() -> No
 def test_a_full_queue_says_when_to_come_back_and_is_no_quota_failure() -> None:
     status = status_details(Busy("64 requests are waiting", retry_after_s=0.2))
     assert [detail.TypeName() for detail in status.details] == ["google.rpc.RetryInfo"]
+
+
+@pytest.mark.parametrize(
+    ("retry_after_s", "told_s"),
+    [(-1.0, 0), (math.nan, 0), (2.0**63, int(MAX_RETRY_S)), (math.inf, int(MAX_RETRY_S))],
+)
+def test_a_time_to_wait_that_no_message_holds_is_told_all_the_same(retry_after_s: float, told_s: int) -> None:
+    (detail,) = status_details(Busy("later", retry_after_s=retry_after_s)).details
+    retry = RetryInfo()
+    assert detail.Unpack(retry)
+    assert retry.retry_delay.ToSeconds() == told_s
 
 
 def test_the_text_of_a_fault_of_our_own_stays_off_the_wire() -> None:

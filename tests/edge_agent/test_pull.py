@@ -650,7 +650,7 @@ def test_the_hub_is_the_one_everybody_knows_unless_told_otherwise() -> None:
 )  # fmt: skip
 def test_what_is_no_source_is_refused_before_anything_is_asked(text: str) -> None:
     with pytest.raises(InvalidRequest):
-        source_of(text, {}) if text else source_of("none", {})
+        source_of(text, {})
 
 
 def test_the_query_of_an_address_goes_along_and_is_told_to_nobody(web: Web, store: Store) -> None:

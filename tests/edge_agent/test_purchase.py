@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from edge_agent.cloud import CloudClient, Outcome
-from edge_agent.errors import CloudError, DuplicateRequest
+from edge_agent.errors import CloudError, DuplicateRequest, LedgerError
 from edge_agent.purchase import Purchase, Purchases
 from edge_agent.quota import Budget, Ledger, Reservation
 from edge_agent.request import ImageRequest
@@ -121,25 +121,96 @@ async def test_a_call_that_was_sent_is_asked_about_also_where_an_earlier_one_of_
 async def test_what_is_handed_over_is_asked_about_at_once_and_the_others_not_with_it(
     begin: Begin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor are they put off by it."""
-    monkeypatch.setattr("edge_agent.purchase.FIRST_RETRY_S", 3.0)
+    monkeypatch.setattr("edge_agent.purchase.FIRST_RETRY_S", 3600.0)
     async with scripted_cloud("d" * 64) as cloud:
-        cloud.answerable = lambda _: True
         purchases = begin(cloud.address)
         await purchases.start()
-        keys = []
-        for number in range(6):
-            wish = request(f"r-{number}")
-            keys.append(purchases.key(wish))
-            await purchases.reserve(wish, CEILING, 60.0)  # so long the call may still arrive
-            purchases.hand_over(keys[-1], sent=True)
-            await until(lambda: keys[-1] in cloud.lookups)
-        assert all(cloud.lookups.count(key) == 1 for key in keys)
-        asked = len(cloud.lookups)
-        await asyncio.sleep(1.5)
-        purchases.hand_over("nobody", sent=True)
-        await until(lambda: all(cloud.lookups.count(key) == 2 for key in keys), timeout_s=2.5)
-        assert asked + len(keys) == len(cloud.lookups)
+        keys = [await left_open(purchases, f"r-{number}", cloud) for number in range(6)]
+        assert [cloud.lookups.count(key) for key in keys] == [1] * 6
+
+
+async def test_what_waits_to_be_asked_about_again_is_not_put_off_by_what_is_handed_over_meanwhile(
+    begin: Begin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_agent.purchase.FIRST_RETRY_S", 1.0)
+    async with scripted_cloud("d" * 64) as cloud:
+        purchases = begin(cloud.address)
+        await purchases.start()
+        key = await left_open(purchases, "again", cloud)
+
+        def asked_again() -> bool:  # looked at much more often than once a second
+            purchases.hand_over("nobody", sent=True)
+            return cloud.lookups.count(key) == 2
+
+        await until(asked_again)
+
+
+async def left_open(purchases: Purchases, request_id: str, cloud: ScriptedCloud) -> str:
+    """The key of a call that may still arrive for an hour, and that the cloud has been asked about once."""
+    key = purchases.key(request(request_id))
+    await purchases.reserve(request(request_id), CEILING, 3600.0)
+    purchases.hand_over(key, sent=True)
+    await until(lambda: key in cloud.lookups)
+    return key
+
+
+async def test_a_caller_who_leaves_within_the_reservation_gets_the_money_back_and_nobody_is_asked(
+    tmp_path: Path,
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    class SlowLedger(Ledger):
+        def reserve(self, *arguments: Any, **named: Any) -> None:
+            begun.set()
+            assert go_on.wait(60)
+            super().reserve(*arguments, **named)
+
+    async with scripted_cloud("d" * 64) as cloud:
+        ledger = SlowLedger.open(tmp_path / "quota.sqlite3", DAY)
+        purchases = Purchases(ledger, CloudClient(cloud.address))
+        await purchases.start()
+        leaving = asyncio.create_task(purchases.reserve(request("hasty"), CEILING, 60.0))
+        assert await asyncio.to_thread(begun.wait, 60)
+        leaving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        with pytest.raises(DuplicateRequest, match="under way"):  # the money is still being set aside
+            await purchases.reserve(request("hasty"), CEILING, 60.0)
+        assert ledger.states()[0].remaining_micro_usd == DAY[0].cap_micro_usd
+        go_on.set()
+        await until(lambda: not (purchases._under_way or purchases._unsent or ledger.unresolved()))
+        assert cloud.connections == 0
+        second = await purchases.reserve(request("hasty"), CEILING, 60.0)
+        assert unresolved(purchases) == [purchases.key(request("hasty"))]
+        await second.aclose()
+        await purchases.close()
+
+
+@pytest.mark.parametrize("error", [LedgerError("the disk is failing"), MemoryError()])
+@pytest.mark.parametrize("written", [True, False])
+async def test_a_reservation_that_fails_is_not_under_way_and_what_it_set_aside_is_looked_for(
+    tmp_path: Path, error: Exception, written: bool
+) -> None:
+    faults = [error]
+
+    class FaultyLedger(Ledger):
+        def reserve(self, *arguments: Any, **named: Any) -> None:
+            if written or not faults:
+                super().reserve(*arguments, **named)
+            if faults:
+                raise faults.pop()
+
+    async with scripted_cloud("d" * 64) as cloud:
+        ledger = FaultyLedger.open(tmp_path / "quota.sqlite3", DAY)
+        purchases = Purchases(ledger, CloudClient(cloud.address))
+        await purchases.start()
+        with pytest.raises(type(error)):
+            await purchases.reserve(request("again"), CEILING, 0.0)
+        await until(lambda: not ledger.unresolved() and not purchases._under_way)
+        assert cloud.lookups == [purchases.key(request("again"))] * written
+        second = await purchases.reserve(request("again"), CEILING, 0.0)
+        await second.aclose()
+        await purchases.close()
 
 
 async def test_an_id_that_is_used_again_is_refused_by_the_name_that_its_app_gave(begin: Begin) -> None:

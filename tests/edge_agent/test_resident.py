@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import random
@@ -21,7 +22,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
-from edge_agent import memory
+from edge_agent import daemon, memory
 from edge_agent.bundle import CALIBRATION, DECODER, DENOISER, Bundle, put_file, write_manifest
 from edge_agent.diffusion import sessions
 from edge_agent.diffusion.decoder import Decoder
@@ -29,7 +30,8 @@ from edge_agent.diffusion.generator import Generator
 from edge_agent.diffusion.sessions import Runtime, Session
 from edge_agent.errors import BundleError
 from edge_agent.reader import Reader
-from edge_agent.settings import STARTER
+from edge_agent.resident import Resident
+from edge_agent.settings import STARTER, Settings
 from edge_agent.store import Store
 from routet2i.edge.v1 import edge_pb2
 from tests.external import move_weights
@@ -416,13 +418,43 @@ async def test_what_a_link_led_to_is_served_until_a_reload(
         assert Path((await reload(here)).bundle) == store.path("other")
 
 
-async def test_a_shutdown_does_not_wait_for_a_reload(routed_bundle: Path, tmp_path: Path) -> None:
+async def test_a_shutdown_does_not_wait_for_a_reload(
+    routed_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, go_on = daemon._load_models, threading.Event()
+
+    def slow(settings: Settings) -> Resident:
+        assert go_on.wait(60)
+        return load(settings)
+
     async with daemon_here(routed_bundle, tmp_path) as here:
+        monkeypatch.setattr(daemon, "_load_models", slow)
         reloading = asyncio.create_task(reload(here))
         await until(lambda: here.daemon._reloading.locked())
+        here.daemon.stop()
+        here.daemon.stop()  # the reload's caller waits, too
+        await asyncio.wait_for(here.daemon.shutdown(), 30)
+        assert here.daemon.still_loading
+        go_on.set()
+        await until(lambda: not here.daemon.still_loading)
     assert here.daemon._reloads == set()
     assert not here.daemon._reloading.locked()
     assert isinstance((await asyncio.gather(reloading, return_exceptions=True))[0], BaseException)
+
+
+async def test_models_that_others_have_succeeded_are_let_go(here: Here, store: Store) -> None:
+    """The first ones, too, that the daemon began with."""
+    assert here.daemon.agent is not None
+    models = weakref.ref(here.daemon.agent.models)
+    await here.app.generate()
+    store.choose("other")
+    await reload(here)
+
+    def gone() -> bool:
+        gc.collect()
+        return models() is None
+
+    await until(gone)
 
 
 async def test_streams_without_end_see_no_gap_while_bundles_change(here: Here, store: Store) -> None:
@@ -475,6 +507,7 @@ async def test_a_corrupt_bundle_is_refused_by_its_file_and_the_old_one_goes_on(
 
 
 @pytest.mark.timeout(LONG_S)
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what a process holds on Linux only")
 async def test_cancelled_anywhere_the_next_image_is_the_same_and_no_memory_stays(
     routed_bundle: Path, tmp_path: Path
 ) -> None:

@@ -438,6 +438,16 @@ async def test_health_serves_only_once_the_models_are_loaded(routed_bundle: Path
         await daemon.shutdown()
 
 
+async def test_a_prompt_as_long_as_the_setting_allows_is_taken(routed_bundle: Path, tmp_path: Path) -> None:
+    """Whatever it is written in."""
+    async with daemon_here(routed_bundle, tmp_path, max_prompt_characters=100_000) as here:
+        prompts = {"prompt": "🐈" * 100_000, "negative_prompt": "🐈" * 100_000}
+        assert (await here.app.route(**prompts)).prompt_truncated
+        with pytest.raises(grpc.aio.AioRpcError, match="100,001 characters") as refused:
+            await here.app.route("🐈" * 100_001)
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 async def test_only_the_apps_in_the_settings_may_call(routed_bundle: Path, tmp_path: Path) -> None:
     async with daemon_here(routed_bundle, tmp_path, apps="kiosk,camera", png_facts="off") as here:
         refused = await here.app.generate(app="stranger")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import socket
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,8 +15,17 @@ import pytest
 from edge_agent.__main__ import main
 from edge_agent.errors import StartRefused
 from edge_agent.quota import Budget, Rate
-from edge_agent.settings import Settings, default_address, flag, parse_dollars, resolve, variable
-from tests.running import ROOT
+from edge_agent.settings import (
+    SOCKET_PATH_BYTES,
+    Settings,
+    default_address,
+    flag,
+    parse_dollars,
+    resolve,
+    socket_address,
+    variable,
+)
+from tests.running import ROOT, short_folder
 
 NAMES = [setting.name for setting in fields(Settings)]
 
@@ -79,7 +91,7 @@ def test_a_budget_for_one_app_leaves_the_default_one_for_all_in_force() -> None:
         *(
             pytest.param(*case, marks=pytest.mark.posix)
             for case in (
-                ("listen", "unix:/" + "x" * 200, "107"),
+                ("listen", "unix:/" + "x" * 200, f"at most {SOCKET_PATH_BYTES} bytes"),
                 ("listen", "unix:/tmp/a#b", "with # in it"),
                 ("listen", "unix:/tmp/a%20b", "with % in it"),
                 ("listen", "unix:/tmp/a?b", "with ? in it"),
@@ -202,7 +214,7 @@ def test_a_default_socket_whose_path_is_too_long_is_refused_saying_how_to_choose
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/" + "x" * 100)
-    with pytest.raises(StartRefused, match=r"at most 107 bytes.*--listen"):
+    with pytest.raises(StartRefused, match=rf"at most {SOCKET_PATH_BYTES} bytes.*--listen"):
         assert not Settings().address
 
 
@@ -244,3 +256,21 @@ def test_help_shows_every_flag_with_examples(capsys: pytest.CaptureFixture[str])
     text = capsys.readouterr().out
     assert [name for name in NAMES if flag(name) not in text] == []
     assert "examples:" in text
+
+
+@pytest.mark.posix
+@pytest.mark.parametrize("more", [0, 1])
+def test_the_longest_path_of_a_socket_is_this_systems_own(more: int) -> None:
+    path = short_folder() / "x"
+    path = path.with_name("x" * (SOCKET_PATH_BYTES + more - len(str(path.parent)) - 1))
+    try:
+        with socket.socket(socket.AF_UNIX) as listener, suppress(OSError):
+            listener.bind(str(path))
+        assert path.exists() == (more == 0)
+        if more:
+            with pytest.raises(ValueError, match="at most"):
+                socket_address(str(path))
+        else:
+            assert socket_address(str(path)) == f"unix:{path}"
+    finally:
+        shutil.rmtree(path.parent)

@@ -171,7 +171,9 @@ def test_a_name_that_is_none_leads_nowhere(store: Store, name: str) -> None:
             wrong(name)
 
 
-@pytest.mark.parametrize("name", ["starter", "edge", "cloud", "../a", ".a", "a b", "ä", "a" * 101, "", "a\n"])
+@pytest.mark.parametrize(
+    "name", ["starter", "edge", "cloud", "../a", ".a", "a.", "a b", "ä", "a" * 101, "", "a\n"]
+)
 def test_a_name_that_a_model_cannot_have_is_refused(name: str) -> None:
     with pytest.raises(StoreError, match="--name"):
         check_name(name)
@@ -184,10 +186,48 @@ def test_a_name_that_a_model_cannot_have_is_refused(name: str) -> None:
         ("stabilityai/sd-turbo (int8)", "stabilityai-sd-turbo-int8"),
         ("../../etc/passwd", "etc-passwd"),
         ("x" * 300, "x" * MAX_NAME_CHARS),
+        (f"{'x' * 99}.{'x' * 9}", "x" * 99),
     ],
 )
 def test_a_name_is_made_of_what_the_maker_calls_it(text: str, name: str) -> None:
     assert name_from(text) == name
+
+
+@pytest.mark.parametrize("name", ["SD-Turbo", "sd-turbo."])
+def test_another_spelling_of_a_name_is_not_that_model_also_where_the_file_system_takes_it_for_it(
+    store: Store, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """As on macOS and Windows: else the chosen model, or the one that a daemon serves, could be removed."""
+    install(store, "sd-turbo")
+    store.choose("sd-turbo")
+    with store.pulling("half") as partial:
+        partial.mkdir()
+    is_dir, exists = Path.is_dir, Path.exists
+
+    def as_there(path: Path) -> Path:
+        return path.with_name(path.name.lower().rstrip(".")) if store.folder in path.parents else path
+
+    monkeypatch.setattr(Path, "is_dir", lambda path: is_dir(as_there(path)))
+    monkeypatch.setattr(Path, "exists", lambda path: exists(as_there(path.parent) / path.name))
+    for wrong in (store.path, store.choose, store.remove):
+        with pytest.raises(StoreError, match="there is no model"):
+            wrong(name)
+    with pytest.raises(StoreError, match="there is no model"):
+        store.remove("Half")
+    assert store.names() == ["starter", "sd-turbo"]
+    assert list(store.unfinished()) == ["half"]
+
+
+@pytest.mark.posix
+def test_a_model_whose_name_ends_with_a_dot_since_earlier_versions_stays_one(store: Store) -> None:
+    install(store, "mine.")
+    store.choose("mine.")
+    assert store.current_folder == store.path("mine.") == store.folder / "mine."
+    store.choose("starter")
+    assert store.remove("mine.") > 0
+    store.partial("half.").mkdir(parents=True)
+    assert store.remove("half.") == 0
+    assert store.unfinished() == {}
 
 
 def test_remove_frees_the_bytes_and_refuses_what_is_in_use(store: Store) -> None:

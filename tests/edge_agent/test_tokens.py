@@ -52,6 +52,25 @@ def test_a_prompt_of_two_tokenizers_loses_the_token_in_both_and_a_cut_off_one_st
     assert long.own == [*range(1, 75)] and long.texts == ["cat"] * 74
 
 
+@pytest.mark.parametrize("direction", ["Right", "Left"])
+def test_a_token_less_is_padding_more_on_the_side_where_the_file_has_it(
+    bundle_copy: Path, direction: str
+) -> None:
+    folder = bundle_copy / "tokenizer"
+    edit(folder, "padding", direction=direction, pad_id=7)
+    tokenizer = Tokenizer.load(folder)
+    for whole, position, less in (
+        ("the Red moon", 1, "the moon"),
+        ("the Red moon", 0, "Red moon"),
+        ("cat " * 75, 74, "cat " * 74),  # no padding, from which to learn what it is
+    ):
+        tokens, expected = tokenizer.encode(whole), tokenizer.encode(less)
+        cut = tokens.without(tokens.own[position])
+        np.testing.assert_array_equal(cut.ids, expected.ids)
+        assert (cut.own, cut.texts) == (expected.own, expected.texts)
+        np.testing.assert_array_equal(cut.without(cut.own[0]).ids, expected.without(expected.own[0]).ids)
+
+
 def test_an_empty_prompt_has_no_tokens_of_its_own(tokenizer: Tokenizer) -> None:
     tokens = tokenizer.encode("")
     assert tokens.own == tokens.texts == []

@@ -6,6 +6,7 @@ takes no operator; all else is as with one that does.
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import shutil
 import sys
@@ -23,10 +24,10 @@ import pytest_asyncio
 
 from edge_agent.bundle import DECODER, DENOISER, FUSED, Bundle, Size, write_manifest
 from edge_agent.daemon import _load_models
-from edge_agent.diffusion import providers, rehearsal
+from edge_agent.diffusion import plugins, providers, rehearsal
 from edge_agent.diffusion.generator import Generator, Image
 from edge_agent.diffusion.sessions import Runtime
-from edge_agent.errors import BundleError, GenerationFailed, RehearsalEnded
+from edge_agent.errors import BundleError, GenerationFailed, OutOfMemory, RehearsalEnded
 from edge_agent.settings import resolve
 from routet2i.edge.v1 import edge_pb2
 from tests.routed import SLOW_STEPS
@@ -220,9 +221,9 @@ async def test_warm_ups_come_one_after_another_and_those_that_were_overtaken_not
 
 
 async def test_a_daemon_that_is_stopped_does_not_wait_for_its_warm_up(here: Here, gate: Gate) -> None:
-    assert here.daemon.still_loading
+    await until(lambda: gate.running)
     here.daemon.stop()
-    await until(lambda: here.daemon._stop.is_set())
+    await asyncio.wait_for(here.daemon.shutdown(), 30)
     assert here.daemon.still_loading, "the command leaves without the thread"
     gate.open.set()
     await until(lambda: not here.daemon.still_loading)
@@ -435,4 +436,29 @@ def test_a_provider_that_does_not_open_the_models_is_passed_over_unless_it_is_na
         pytest.warns(UserWarning, match="not in available provider"),
         pytest.raises(BundleError, match="CUDAExecutionProvider"),
     ):
+        _load_models(resolve(flags | {"providers": "cuda,cpu"}, {}))
+
+
+def test_a_gpu_too_small_for_the_models_is_passed_over_unless_it_is_named(
+    routed_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CPU's memory may do."""
+    session = plugins.session
+
+    def small(model: Any, options: Any, on: Any, **more: Any) -> Any:
+        if on[0][0] == "CUDAExecutionProvider":  # in CUDA's own words
+            raise RuntimeError("Failed to allocate memory for requested buffer of size 4194304")
+        return session(model, options, on, **more)
+
+    monkeypatch.setattr(
+        providers.ort, "get_available_providers", lambda: [*map(providers.full_name, ("cuda", "cpu"))]
+    )
+    monkeypatch.setattr(providers, "probe", lambda _name: "")
+    monkeypatch.setattr(plugins, "session", small)
+    flags = {"bundle": str(routed_bundle), "threads": "1"}
+    models = _load_models(resolve(flags, {}))
+    found = {each.name: each for each in models.providers}
+    assert found["cpu"].state is providers.State.IN_USE
+    assert "this device is out of memory" in found["cuda"].reason
+    with pytest.raises(OutOfMemory):
         _load_models(resolve(flags | {"providers": "cuda,cpu"}, {}))
