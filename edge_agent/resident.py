@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
@@ -54,7 +55,7 @@ class Resident:
         self._succeeded = False
         self._timer: asyncio.TimerHandle | None = None
         self._unloaded_at: float | None = None
-        self._predecessors: list[Resident] = []
+        self._predecessors: weakref.WeakSet[Resident] = weakref.WeakSet()  # those that a request holds on to, at least
 
     @property
     def providers(self) -> tuple[Standing, ...]:
@@ -114,8 +115,7 @@ class Resident:
     @property
     def predecessors(self) -> list[str]:
         """The folders of bundles whose models these have succeeded, and that are still used."""
-        self._predecessors = [each for each in self._predecessors if each.used]
-        return [str(each.reader.bundle.folder) for each in self._predecessors]
+        return sorted(str(each.reader.bundle.folder) for each in self._predecessors if each.used)
 
     def __enter__(self) -> None:
         """They are used until the block is left, for the time of one request."""
@@ -144,7 +144,7 @@ class Resident:
         """Others are used from now on: go after the last use."""
         self.reader.save()
         self._succeeded = True
-        by._predecessors = [*self._predecessors, self]
+        by._predecessors = weakref.WeakSet((*self._predecessors, self))
         if not self._uses:
             self.rest()
 
