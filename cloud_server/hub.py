@@ -22,8 +22,11 @@ from huggingface_hub.errors import (
 _LATER = 429
 """In HTTP, too many requests; those above are the server's own trouble."""
 
+_SLOW = (TimeoutError, socket.gaierror)
+"""What comes after a wait, where others come at once: 10 s for a hub that is silent, or as long for its address."""
+
 _FORGOTTEN_S = 60.0
-"""How long a hub that could not be reached is taken to be so: each look at one that is silent costs 10 s."""
+"""How long a hub that let us wait is not asked again."""
 
 _NO_WAY = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN})
 """What the system says of a host to which no way leads; Python has no classes for these."""
@@ -50,6 +53,10 @@ def why(model: str, error: BaseException) -> str:
             )
     # diffusers says of a hub that does not answer that the model lacks a file.
     if any(isinstance(each, LocalEntryNotFoundError) for each in behind(error)):
+        if constants.HF_HUB_OFFLINE:
+            return (
+                "HF_HUB_OFFLINE is set, so the hub is not asked, and it has left no copy here; name a folder"
+            )
         return f"{hub} cannot be reached and has left no copy here; check the connection, or name a folder"
     return ""
 
@@ -66,14 +73,16 @@ def out_of_reach(model: str | os.PathLike[str]) -> bool:
     try:
         model_info(os.fspath(model), timeout=limit_s)
     except Exception as error:  # the library raises whatever its transport raises
-        if _is_unreached(error):
+        if any(isinstance(each, _SLOW) for each in behind(error)):
             _unreached_at[constants.ENDPOINT] = time.monotonic()
-            return True
+        return _is_unreached(error)
     return False
 
 
 def may_recover(error: BaseException) -> bool:
     """Whether the hub was not reached, or had no answer for now, whatever the libraries have made of it since."""
+    if constants.HF_HUB_OFFLINE:
+        return False
     return _is_unreached(error) or any(_status(each) >= _LATER for each in behind(error))
 
 

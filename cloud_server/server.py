@@ -44,8 +44,6 @@ CHANNEL_OPTIONS = (
     # Edges ping every 10 s, also between calls; without these two they are sent away with too_many_pings.
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
-    # A request is a prompt and a few numbers.
-    ("grpc.max_receive_message_length", 256 * 1024),
     # Past a thousand calls that Python has not looked at yet, gRPC would cancel some by itself, with neither a line in
     # the log nor a word of when to come back. Who may wait is the queue's to say.
     ("grpc.server.max_pending_requests", 100_000),
@@ -54,8 +52,13 @@ CHANNEL_OPTIONS = (
 if sys.platform == "win32":
     # Ctrl-Break is what another program can send there: its SIGTERM would be the end at once.
     STOP_SIGNALS: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGINT, signal.SIGBREAK)
+    HANG_UP_SIGNALS: tuple[signal.Signals, ...] = ()
 else:
     STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    HANG_UP_SIGNALS = (signal.SIGHUP,)
+ROOM_BYTES = (
+    256 * 1024
+)  # of a request beside the prompts; one that is too long is told so by us and not by gRPC
 CLOSE_S = 1.0  # what handlers that were told to stop get to say so before their connections close
 
 
@@ -140,7 +143,12 @@ class Server:
         return self._loading is not None and not self._loading.done()
 
     async def _listen(self) -> None:
-        self._server = grpc.aio.server(interceptors=(HandOverMalformed(),), options=CHANNEL_OPTIONS)
+        # A character has at most four bytes.
+        request_bytes = 4 * 2 * self.settings.max_prompt_characters + ROOM_BYTES
+        self._server = grpc.aio.server(
+            interceptors=(HandOverMalformed(),),
+            options=(*CHANNEL_OPTIONS, ("grpc.max_receive_message_length", min(request_bytes, 2**31 - 1))),
+        )
         cloud_pb2_grpc.add_CloudServerServiceServicer_to_server(self._service, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE, HEALTH, reflection.SERVICE_NAME), self._server)
@@ -213,15 +221,16 @@ async def run(settings: Settings) -> Server:
     else:
         for number in STOP_SIGNALS:
             loop.add_signal_handler(number, server.stop)
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
-            loop.add_signal_handler(signal.SIGHUP, server.drain)
+        for number in HANG_UP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+                loop.add_signal_handler(number, server.drain)
     await server.startup()
     try:
         await server.serve()
     finally:
         await server.shutdown()
     # Another one, as the interpreter ends, would make a failure of what has ended well.
-    for number in STOP_SIGNALS:
+    for number in (*STOP_SIGNALS, *HANG_UP_SIGNALS):
         if sys.platform != "win32":
             loop.remove_signal_handler(number)
         signal.signal(number, signal.SIG_IGN)

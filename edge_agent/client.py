@@ -50,7 +50,7 @@ _EXIT_CODES = {
 
 _LATE = "was not done in time; allow more with --timeout"
 _SILENT = "does not answer; see whether it is stopped or stuck, and restart it"
-_NO_CONNECTION = "failed to connect to all addresses"  # gRPC's words where nothing ever came back
+_NO_ANSWER = "timed out before receiving SETTINGS frame"  # gRPC's words where nothing ever came back
 
 Meaning = TypeVar("Meaning")
 
@@ -233,7 +233,7 @@ def _explained(address: str, late: str = _LATE) -> Iterator[None]:
             message = (
                 f"what answers at {address} is no edge-agent, or an older one; name the daemon with --agent"
             )
-        elif code is grpc.StatusCode.UNAVAILABLE and message.startswith(_NO_CONNECTION):
+        elif code is grpc.StatusCode.UNAVAILABLE and _NO_ANSWER in message:
             message = f"the daemon at {address} {_SILENT}"  # the system took the connection in its place
         elif code is grpc.StatusCode.UNAVAILABLE and sent_status(error) is None:
             message = (
@@ -280,7 +280,7 @@ def _meaning(table: Mapping[int, Meaning], number: int) -> Meaning:
     if number not in table:
         known = ", ".join(str(getattr(meaning, "value", meaning)) for meaning in table.values())
         raise CallFailed(
-            f"the daemon answered {number} where this command knows {known}: it is newer than this command; "
+            f"the daemon answered {number} where this command knows {known}: it may be newer than this command; "
             "update the command",
             BROKEN,
         )

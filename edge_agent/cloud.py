@@ -473,6 +473,11 @@ class CloudClient:
                 price_micro_usd=price,
                 field=_field(status) if never_ran else "",
             )
+        if code is grpc.StatusCode.RESOURCE_EXHAUSTED and status is None and text.startswith("SERVER:"):
+            # Its gRPC, before anything of it heard of the call.
+            return CloudRefused(
+                f"the cloud at {self.address} takes no prompt of that length: {text}", never_ran=not accepted
+            )
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED and status is None:
             return CloudLied(f"the cloud at {self.address} sent too much: {text}", never_ran=False)
         if code is grpc.StatusCode.DEADLINE_EXCEEDED and status is None:

@@ -234,7 +234,8 @@ class Daemon:
             return self.agent
 
     def _load(self) -> asyncio.Future[Resident]:
-        return self._in_thread("loader", lambda: _load_or_give_back(self.settings))
+        alone = self.agent is None
+        return self._in_thread("loader", lambda: _load_or_give_back(self.settings, alone=alone))
 
     def _begin_warm_up(self, models: Resident) -> None:
         warm_up = asyncio.create_task(self._warm_up(models))
@@ -331,10 +332,10 @@ async def run(settings: Settings) -> Daemon:
     return daemon
 
 
-def _load_or_give_back(settings: Settings) -> Resident:
+def _load_or_give_back(settings: Settings, *, alone: bool) -> Resident:
     """The models. Where one of them cannot be loaded those before it go at once: the error would hold on to them."""
     try:
-        return _load_models(settings)
+        return _load_models(settings, alone=alone)
     except BaseException as error:
         held: BaseException | None = error
         while held is not None:
@@ -344,11 +345,11 @@ def _load_or_give_back(settings: Settings) -> Resident:
         raise
 
 
-def _load_models(settings: Settings) -> Resident:
+def _load_models(settings: Settings, *, alone: bool = True) -> Resident:
     # The folder itself and no link to it: what the link leads to may change, and these graphs be loaded again.
     # Path.resolve would raise something of its own for a loop of links.
     bundle = Bundle.open(os.path.realpath(settings.bundle_folder))
-    generator, choice = _open(settings, bundle)
+    generator, choice = _open(settings, bundle, alone=alone)
     followed = settings.state_folder if settings.follow_prompts else None
     reader = Reader(bundle, generator.tokenizer, generator.text_encoder, settings.routing_rate, followed)
     manifest = bundle.manifest
@@ -362,8 +363,10 @@ def _load_models(settings: Settings) -> Resident:
     return Resident(reader, generator, limits, choice, settings.keep_alive_s, better)
 
 
-def _open(settings: Settings, bundle: Bundle) -> tuple[Generator, Choice]:
-    """The models on the best provider that opens them, unless the settings name which: that opens them or nothing."""
+def _open(settings: Settings, bundle: Bundle, *, alone: bool) -> tuple[Generator, Choice]:
+    """The models on the best provider that opens them, unless the settings name which: that opens them or nothing does.
+    A GPU that has no room for them is passed over only where they are `alone`: others may be about to go.
+    """
     unfit = _unfit(bundle.manifest)
     while True:
         choice = providers.find(settings.providers, unfit)
@@ -372,7 +375,8 @@ def _open(settings: Settings, bundle: Bundle) -> tuple[Generator, Choice]:
             return Generator(bundle, Runtime(threads=settings.threads or None, providers=serving)), choice
         except (BundleError, OutOfMemory) as error:  # a GPU may be smaller than the machine
             best = choice.serving[0]
-            if settings.providers or best == providers.CPU:
+            no_room = isinstance(error, OutOfMemory) and not alone
+            if settings.providers or best == providers.CPU or no_room:
                 raise
             unfit[best] = f"it does not open this model: {error.message}"
 

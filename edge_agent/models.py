@@ -404,7 +404,7 @@ def _running(options: argparse.Namespace, timeout_s: float | None = None) -> Age
     daemon = client(options)
     if options.agent:
         daemon.must_be_reachable()
-    if not daemon.reachable():
+    elif not daemon.reachable():
         return None
     return daemon if timeout_s is None else AgentClient(daemon.address, timeout_s)
 

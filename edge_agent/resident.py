@@ -55,7 +55,9 @@ class Resident:
         self._succeeded = False
         self._timer: asyncio.TimerHandle | None = None
         self._unloaded_at: float | None = None
-        self._predecessors: weakref.WeakSet[Resident] = weakref.WeakSet()  # those that a request holds on to, at least
+        self._predecessors: weakref.WeakSet[Resident] = (
+            weakref.WeakSet()
+        )  # those that a request holds on to, at least
 
     @property
     def providers(self) -> tuple[Standing, ...]:

@@ -171,6 +171,8 @@ def _stored(where: Path, part: str) -> torch.dtype:
     """The type of the weights of `part` in a file or folder: half precision where none is in float32."""
     files = [where] if where.is_file() else complete.weights_at(where)
     held = {name: dtype for file in files for name, dtype in weights_file.types(file).items()}
+    for marker in denoisers.MARKERS:
+        held.pop(marker, None)
     # Only in a whole model's file do names begin with their part's.
     beginnings = source.BEGINNINGS.get(part, source.ENCODERS)
     types = {dtype for name, dtype in held.items() if name.startswith(beginnings)} or set(held.values())

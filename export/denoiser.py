@@ -33,7 +33,7 @@ _FITTING = (
 _ENDS = (("conv_in.weight", "conv_out.weight"), ("pos_embed.proj.weight", "proj_out.weight"))
 """Of each class, weights that the latents meet first and last. No other network has both."""
 
-PREDICTS_V, ZERO_SNR = "v_pred", "ztsnr"
+MARKERS = PREDICTS_V, ZERO_SNR = "v_pred", "ztsnr"
 """Names without a value, by which files say that a denoiser predicts v, and that it learnt with betas rescaled so that
 the last step leaves nothing but noise."""
 
@@ -83,18 +83,19 @@ def load(
 
 
 def markers(of: Collection[str] | str) -> list[str]:
-    """Of PREDICTS_V and ZERO_SNR those among names of weights, or those in a file; none where it does not predict v.
+    """Of MARKERS those among names of weights, or those in a file; none where it does not predict v. A folder and a
+    hub have none: there a scheduler says it.
 
     Raises ExportError where the file is damaged.
     """
-    if isinstance(of, str):  # a folder's and a hub's config says by itself what this says of a file
+    if isinstance(of, str):
         of = weights_file.types(Path(of)) if Path(of).is_file() else ()
-    return [name for name in (PREDICTS_V, ZERO_SNR) if name in of] if PREDICTS_V in of else []
+    return [name for name in MARKERS if name in of] if PREDICTS_V in of else []
 
 
 def is_alone(names: Collection[str]) -> bool:
     """Whether weights of these names are a denoiser's and nothing else: as diffusers names them, or the first code."""
-    names = set(names) - {PREDICTS_V, ZERO_SNR}
+    names = set(names) - {*MARKERS}
     if any(all(name in names for name in ends) for ends in _ENDS):
         return True
     return bool(names) and all(name.startswith((source.DENOISER, *_FIRST_CODE)) for name in names)
@@ -105,9 +106,7 @@ def _from_file(file: Path, made: Any, config: Any) -> Any:
     refusal = f"{file} is no {made.__name__} of this model's config"
     with init_empty_weights():
         denoiser = made.from_config(config)
-    own, weights = set(denoiser.state_dict()), weights_file.read_floating(file)
-    for marker in (PREDICTS_V, ZERO_SNR):
-        weights.pop(marker, None)
+    own, weights = set(denoiser.state_dict()), weights_file.read_floating(file, without=MARKERS)
     if is_alone(weights) and not own & weights.keys():
         weights = {source.DENOISER + name.removeprefix(source.DENOISER): one for name, one in weights.items()}
         try:

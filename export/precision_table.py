@@ -133,12 +133,11 @@ def measure(
     """Make forms of the bundle at `source`, measure, and throw away; the others are compared to the first. The name of
     one says which parts stayed float32 because half precision cannot hold their values.
     """
-    _refuse_without_room(source, len(wanted))
     with tempfile.TemporaryDirectory() as scratch, progress() as bar:
         folders = [Path(scratch) / str(number) for number in range(len(wanted))]
         made: list[Form] = []
         for form, folder in bar.track(list(zip(wanted, folders, strict=True)), description="convert"):
-            shutil.copytree(source, folder)
+            _copied(source, folder)
             made.append(form)
             if form.dtype != DTYPES[0]:
                 # No bound: a form that is grossly off belongs in the table all the more.
@@ -169,14 +168,13 @@ def measure(
     return found
 
 
-def _refuse_without_room(source: Path, copies: int) -> None:
-    """Raises ExportError where the temporary folder cannot hold so many copies of the bundle."""
-    folder, needed = tempfile.gettempdir(), copies * _size(source)
-    if (free := shutil.disk_usage(folder).free) < needed:
+def _copied(source: Path, folder: Path) -> None:
+    try:
+        shutil.copytree(source, folder)
+    except shutil.Error as error:  # of every file that could not be copied: where from, where to, and why
         raise ExportError(
-            f"{copies} forms of the bundle take up to {needed / _MB:.0f} MB, and {folder} has {free / _MB:.0f} free: "
-            "make room, or name another folder in TMPDIR"
-        )
+            f"{folder} cannot be written: {error.args[0][0][2]}; make room, or name another folder in TMPDIR"
+        ) from error
 
 
 def _size(folder: Path) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,9 +70,11 @@ def read(file: Path) -> dict[str, torch.Tensor]:
         return load_file(file)
 
 
-def read_floating(file: Path) -> dict[str, torch.Tensor]:
-    """The weights in `file`, by name. Raises ExportError as `types` does, and where some are whole numbers."""
-    weights = read(file)
+def read_floating(file: Path, without: Collection[str] = ()) -> dict[str, torch.Tensor]:
+    """The weights in `file`, by name, less those that are called as one of `without`. Raises ExportError as `types`
+    does, and where some are whole numbers.
+    """
+    weights = {name: weight for name, weight in read(file).items() if name not in without}
     if kinds := {weight.dtype for weight in weights.values() if not weight.is_floating_point()}:
         raise ExportError(
             f"{file} holds weights of {kinds.pop()}, which are not read: get it in half precision"

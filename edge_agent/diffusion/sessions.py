@@ -150,7 +150,7 @@ class Session:
         """
         self.path = path
         self.loaded_at: float | None = None
-        self.fault = ""  # why its files could not be read when it was last to be loaded
+        self._faulty = False  # whether its files were others when it was last to be loaded
         self._known_good = False  # whether it has been loaded once
         self._runtime = runtime
         self.takes_turns = takes_turns(runtime.providers)
@@ -179,6 +179,11 @@ class Session:
         self._casting = any(given[name].type in _OTHER_FLOATS for name in outputs)
         self._devices = _devices(session.get_providers())
 
+    @property
+    def fault(self) -> str:
+        """Why it cannot be loaded again, where that was tried; empty once its files are as they were."""
+        return self._found_fault() if self._faulty else ""
+
     def unload(self) -> None:
         """Give its memory back, after the runs in progress."""
         with self._turn, self._loading:
@@ -198,9 +203,9 @@ class Session:
         """A new session. Raises Cancelled, Busy (OutOfMemory among it), and BundleError also where its files are not
         what was checked.
         """
-        self.fault = self._found_fault()
-        if self.fault:
-            raise BundleError(self.fault)
+        self._faulty = bool(fault := self._found_fault())
+        if fault:
+            raise BundleError(fault)
         self._find_room()
         runtime = self._runtime
         options = ort.SessionOptions()

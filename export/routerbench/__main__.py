@@ -232,7 +232,7 @@ def _new(
     Paired.of(test)
     test.must_be_inspected_whole()
     cache.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(1) as pool:
+    with ProcessPoolExecutor(1, initializer=leave_interrupts) as pool, ending(pool):
         naming = pool.submit(scenes_by_text, outcomes.ids, outcomes.splits)
         keep_states(outcomes.split("train"), bundle, cache)  # meanwhile
         known = naming.result()

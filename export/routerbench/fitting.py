@@ -116,8 +116,9 @@ def fit(router: Router, data: Data, again: ByGain | None = None) -> list[Fitted]
 
 
 def leave_interrupts() -> None:
-    """In a process of a pool: Ctrl-C is for the one that has begun it, see `ending`."""
+    """In a process of a pool: Ctrl-C is for the one that has begun it, which ends this one at once, see `ending`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a process that was forked has its parent's handler
 
 
 @contextmanager

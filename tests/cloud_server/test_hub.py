@@ -72,7 +72,10 @@ def test_an_answer_says_what_to_do(
     assert hub.may_recover(caught.value) is recovers
 
 
-def test_a_hub_is_out_of_reach_where_nobody_answers_and_not_where_it_refuses(tmp_path: Path) -> None:
+def test_a_hub_is_out_of_reach_where_nobody_answers_and_not_where_it_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_PROXY", "*")
     with silent_hub() as silent:
         # No way leads to the last one, which is for documentation, or nobody answers there.
         for address in (NOBODY, silent, "http://[2001:db8::1]"):
@@ -114,3 +117,15 @@ def test_a_model_that_is_kept_is_found_without_the_hub(tmp_path: Path) -> None:
         assert locate("owner/name") == folder
         with pytest.raises(HubNotReached, match="cannot be reached and has left no copy here"):
             locate("owner/another")
+
+
+def test_a_hub_that_is_not_to_be_asked_is_not_waited_for_to_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with (
+        asked_here(NOBODY, tmp_path),
+        pytest.raises(StartRefused, match="HF_HUB_OFFLINE is set, so the hub is not asked") as refused,
+    ):
+        locate("owner/name")
+    assert not isinstance(refused.value, HubNotReached)

@@ -24,7 +24,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from cloud_server import credentials, server
 from cloud_server.__main__ import main
 from cloud_server.errors import StartRefused
-from cloud_server.server import STOP_SIGNALS, Server
+from cloud_server.server import HANG_UP_SIGNALS, STOP_SIGNALS, Server
 from cloud_server.settings import STARTER, Settings
 from cloud_server.tenants import Tenants
 from tests import http2
@@ -192,7 +192,7 @@ async def test_bytes_that_are_no_message_leave_no_traceback(
     assert "Traceback" not in process.text
 
 
-@pytest.mark.parametrize("number", STOP_SIGNALS if os.name == "posix" else [STOP])
+@pytest.mark.parametrize("number", (*STOP_SIGNALS, *HANG_UP_SIGNALS) if os.name == "posix" else [STOP])
 async def test_who_asks_again_while_it_leaves_gets_the_same_exit_code(
     number: int, start: Start, model_folder: Path, tmp_path: Path
 ) -> None:

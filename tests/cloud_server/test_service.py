@@ -132,6 +132,13 @@ async def test_any_text_that_is_text_is_served(running: Running, prompt: str) ->
     assert answer.error is None
 
 
+async def test_a_prompt_as_long_as_the_setting_allows_is_served(tmp_path: Path, model_folder: Path) -> None:
+    """Whatever it is written in."""
+    async with serve(tmp_path / "state", model_folder, max_prompt_characters=100_000) as running:
+        prompts = {"prompt": "🐈" * 100_000, "negative_prompt": "🐈" * 100_000}
+        assert (await running.client.generate(**prompts, steps=1)).error is None
+
+
 async def test_bytes_that_are_no_request_end_the_call_and_not_the_server(
     running: Running, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -429,6 +429,13 @@ async def test_an_image_larger_than_any_image_is_cut_off(cloud: Cloud) -> None:
     assert sent < 2**24
 
 
+async def test_a_prompt_longer_than_the_cloud_takes_is_a_refusal_and_has_not_run(cloud: Cloud) -> None:
+    """Where its settings allow less than those of the edge. gRPC takes four megabytes unless it is told otherwise."""
+    error = await failure(CloudClient(cloud.address), REQUEST._replace(prompt="x" * 5_000_000))
+    assert isinstance(error, CloudRefused) and error.never_ran
+    assert "takes no prompt of that length" in error.message and cloud.received == []
+
+
 @pytest.mark.parametrize("before", [[], [accepted()]])
 async def test_a_message_larger_than_any_message_is_a_lie_and_may_have_run(
     cloud: Cloud, before: list[Response]

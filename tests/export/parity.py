@@ -89,7 +89,7 @@ COLUMNS = {
         miniature_v2,
         5.0,
         {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
-        ("DDIM", "Euler", "Euler ancestral", "DPM-Solver++ 2M", "UniPC"),
+        tuple(name for name in BY_NOISE if name not in ("PNDM", "Heun")),  # which rescale no betas
     ),
     "SD-Turbo": Column(miniature_v2, 0.0, {"timestep_spacing": "trailing"}),
     "SD 1.x, tiny autoencoder": Column(tiny, 5.0),
@@ -187,7 +187,7 @@ one step of a byte is 3.9e-3. The test suite measures every cell anew.
 
 –: diffusers' own pipeline of the class does not run the scheduler, or draws no image with it: Stable Diffusion 3 is
 trained by flow matching and Playground 2.5 by EDM, the others are not, `LatentConsistencyModelPipeline` runs LCM
-alone, and few schedulers rescale betas.
+alone, and PNDM and Heun rescale no betas.
 
 Written by `{COMMAND}`, on seeded miniatures of each class with random weights (`tests/miniature.py`). SD 1.x and
 SD 2.x are `StableDiffusionPipeline` with guidance. The second has OpenCLIP's text encoder, which pads with a token

@@ -255,6 +255,18 @@ def test_what_a_file_says_of_its_denoiser_holds_for_that_one_alone(
         convert(str(predicting_v), str(tmp_path / "other"), base=str(model), report=silent)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_what_a_file_says_by_names_without_a_value_is_none_of_its_weights(
+    saved: tuple[Any, Path, Path], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    pipeline, model, _ = saved
+    weights = {name: one.half() for name, one in pipeline.unet.state_dict().items()}
+    save_file(weights | {"v_pred": torch.tensor([], dtype=dtype)}, file := tmp_path / "denoiser.safetensors")
+    convert(str(model), str(tmp_path / "folder"), denoiser=str(file), report=silent)
+    found = load_file(tmp_path / "folder" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert found.keys() == weights.keys() and {one.dtype for one in found.values()} == {torch.float16}
+
+
 def test_what_was_put_in_the_folders_place_meanwhile_stays(model: Path, file: Path, tmp_path: Path) -> None:
     def put(line: str) -> None:
         if line.startswith("writing"):
