@@ -423,9 +423,9 @@ async def test_a_shutdown_does_not_wait_for_a_reload(
 ) -> None:
     load, go_on = daemon._load_models, threading.Event()
 
-    def slow(settings: Settings) -> Resident:
+    def slow(settings: Settings, *, alone: bool) -> Resident:
         assert go_on.wait(60)
-        return load(settings)
+        return load(settings, alone=alone)
 
     async with daemon_here(routed_bundle, tmp_path) as here:
         monkeypatch.setattr(daemon, "_load_models", slow)
