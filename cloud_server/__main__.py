@@ -54,7 +54,7 @@ examples:
 SIGTERM, Ctrl-C and a terminal that closes let requests in flight finish (--grace-s); a second SIGTERM or
 Ctrl-C stops them at their next step. On Windows Ctrl-Break does what SIGTERM does elsewhere.
 Exit codes: 0 stopped when told to, 1 a fault of the program itself, 2 bad usage or could not start (the message says
-why), 3 a model's hub not reached, 130 Ctrl-C in its first moments.
+why), 3 a model's hub not reached, no room for the journal, or another server has it, 130 Ctrl-C in its first moments.
 """
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import logging
+import re
 import ssl
 import stat
 from collections.abc import Callable
@@ -19,6 +21,11 @@ from cloud_server.settings import Settings, expanded
 from cloud_server.tenants import Tenants
 
 log = logging.getLogger("cloud_server")
+
+# The first is the server's own.
+_CERTIFICATE = re.compile(rb"-----BEGIN (?:X509 |TRUSTED )?CERTIFICATE-----([^-]*)-----END")
+# How a certificate names its key's kind, in DER: RSA, P-256, P-384. No signature is called so.
+_KEYS = tuple(map(bytes.fromhex, ("06092a864886f70d010101", "06082a8648ce3d030107", "06052b81040022")))
 
 LOOKS_EVERY_S = 5.0
 """How long a changed file may go unnoticed."""
@@ -121,6 +128,12 @@ class Credentials:
             raise StartRefused(
                 f"cannot use --tls-cert {settings.tls_cert} with --tls-key {settings.tls_key}: {error}"
             ) from error
+        first = _CERTIFICATE.search(pairs[0][1])
+        if first and not any(kind in base64.b64decode(first[1]) for kind in _KEYS):
+            raise StartRefused(
+                f"--tls-cert {settings.tls_cert} is for a key of a kind that gRPC's clients do not take: make one of "
+                "RSA's, or of the elliptic curve P-256 or P-384"
+            )
         self._certificate = grpc.ssl_server_certificate_configuration(pairs)
 
 

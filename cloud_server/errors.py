@@ -15,7 +15,8 @@ CloudServerError
 ├── GenerationFailed     INTERNAL
 ├── JournalError         INTERNAL
 └── StartRefused         exit code 2
-    └── HubNotReached    exit code 3
+    ├── HubNotReached    exit code 3
+    └── JournalNotReady  exit code 3
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ class DeadlineTooShort(CloudServerError):
 
 
 class Unavailable(CloudServerError):
-    """The model is still loading, or the server is shutting down. Nothing ran."""
+    """The model is still loading, the server is shutting down, or has no room to write down a call. Nothing ran."""
 
 
 class CallerGone(CloudServerError):
@@ -108,6 +109,12 @@ class StartRefused(CloudServerError):
 
 class HubNotReached(StartRefused):
     """The model is to come from a hub that does not answer: starting again may help."""
+
+    exit_code = 3
+
+
+class JournalNotReady(StartRefused):
+    """The disk is full, or another server has not let go of the journal yet: starting again may help."""
 
     exit_code = 3
 

@@ -13,7 +13,9 @@ No prompt is written: a fingerprint is enough to tell whether a request id comes
 from __future__ import annotations
 
 import enum
+import errno
 import json
+import logging
 import sqlite3
 import threading
 import time
@@ -22,8 +24,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cloud_server.errors import AlreadyExists, JournalError, StartRefused
+from cloud_server.errors import AlreadyExists, JournalError, JournalNotReady, StartRefused
 from cloud_server.request import Spec
+
+log = logging.getLogger("cloud_server")
 
 APPLICATION_ID = 0x52543243  # "RT2C"
 SCHEMA_VERSION = 2
@@ -118,6 +122,7 @@ class Journal:
         (ran,) = connection.execute("SELECT COALESCE(MAX(ran), 0.0) FROM generations").fetchone()
         self._ran_from: float = monotonic() - ran
         self._lock = threading.Lock()
+        self._failure = ""  # what was last said of the file, where no call has been written to it since
         # Only this process can be making an image: a row that says "running" and is not here was cut off by a
         # crash.
         self._live: set[tuple[str, str]] = set()
@@ -157,13 +162,18 @@ class Journal:
             connection.execute("COMMIT")
             return cls(connection, keep_images_s, clock, monotonic)
         except (OSError, sqlite3.Error) as error:
-            locked = "locked" in str(error)
-            advice = (
-                "another cloud-server uses it; give each its own --state folder"
-                if locked
-                else "choose a writable --state folder, or move the file away if it is not a journal"
+            refused, advice = (
+                StartRefused,
+                "choose a writable --state folder, or move the file away if it is not a journal",
             )
-            raise StartRefused(f"cannot use the journal {path}: {error}; {advice}") from error
+            if "locked" in str(error):
+                refused, advice = (
+                    JournalNotReady,
+                    "another cloud-server uses it; give each its own --state folder",
+                )
+            elif "is full" in str(error) or getattr(error, "errno", None) == errno.ENOSPC:
+                refused, advice = JournalNotReady, "free some space and try again"
+            raise refused(f"cannot use the journal {path}: {error}; {advice}") from error
 
     def find(self, tenant: str, request_id: str, *, with_image: bool = True) -> Entry | None:
         """What is known of a request id, with the image or without reading it; None when it was never accepted."""
@@ -181,6 +191,7 @@ class Journal:
                 removed = self._begin(tenant, request_id, fingerprint)
                 self._live.add((tenant, request_id))  # before anybody can find the row
                 began = True
+            self._failure = ""
             if removed:
                 with self._exclusively():
                     self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # the log has copies of them
@@ -301,9 +312,13 @@ class Journal:
             try:
                 yield
             except sqlite3.Error as error:
-                raise JournalError(
+                failure = (
                     f"the journal of generations cannot be used: {error}; check the disk of the state folder"
-                ) from error
+                )
+                if failure != self._failure:  # once, and not for every call
+                    log.error("journal", extra={"fields": {"error": failure}})
+                self._failure = failure
+                raise JournalError(failure) from error
 
 
 def _check(connection: sqlite3.Connection, path: Path) -> None:

@@ -24,6 +24,7 @@ from cloud_server.errors import (
     CallerGone,
     CloudServerError,
     InvalidRequest,
+    JournalError,
     NotKept,
     OffsetPastEnd,
     PriceAboveCeiling,
@@ -54,6 +55,7 @@ STOPPED = (
     "charged twice"
 )
 QUIET_S = 10.0  # who waits hears something after twice that: proxies end what is silent for a minute
+JOURNAL_RETRY_S = 60.0  # for a person to free some of the disk
 LOADING_RETRY_S = 2.0  # what RetryInfo says while the model is loading
 
 STATES = {
@@ -187,17 +189,19 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
     ) -> None:
         """The whole request: one image, made or sent again."""
         arrived = time.perf_counter()
-        serving = self._serving()
-        spec = validate(wish, serving.limits, drawn_seed=secrets.randbelow(2**32))
-        digest = serving.generator.model.digest
-
-        finished = await self._kept(tenant, wish)
+        finished = None
+        if self.serving is None and wish.resume_offset > 0:  # the rest of an image needs no model
+            finished = await self._kept(tenant, wish)
+        if finished is None:
+            serving = self._serving()
+            spec = validate(wish, serving.limits, drawn_seed=secrets.randbelow(2**32))
+            finished = await self._kept(tenant, wish)
         timings: dict[str, float] = {}
         if finished is not None:
             line["replayed"] = True
             await stream.send(_accepted(0, finished.charged_micro_usd, finished.model_digest))
         else:
-            price = self.price_micro_usd
+            digest, price = serving.generator.model.digest, self.price_micro_usd
             if wish.max_price_micro_usd is not None and price > wish.max_price_micro_usd:
                 raise PriceAboveCeiling(
                     f"an image costs {price} micro-USD here, above the ceiling of {wish.max_price_micro_usd}: "
@@ -369,6 +373,8 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
             await asyncio.wait([beginning])
             if beginning.exception() is None:
                 await asyncio.shield(asyncio.to_thread(journal.end, tenant, request_id, state))
+            elif isinstance(error, JournalError):  # so that nothing ran
+                raise Unavailable(error.message, retry_after_s=JOURNAL_RETRY_S) from error
             raise
 
     @asynccontextmanager

@@ -41,6 +41,11 @@ class Tenants:
                     f"{MIN_TOKEN_CHARACTERS} characters"
                 )
             tenant, token = words
+            if not (token.isascii() and token.isprintable()):
+                raise StartRefused(
+                    f"{path}, line {number}: the token has characters that no call can bear; take letters, digits and "
+                    "punctuation of ASCII"
+                )
             if by_digest.setdefault(_digest(token), tenant) != tenant:
                 raise StartRefused(f"{path}, line {number}: this token already stands for another tenant")
         if not by_digest:

@@ -7,6 +7,8 @@ import ipaddress
 
 def split_address(address: str) -> tuple[str, int]:
     """("::1", 50051) for "[::1]:50051". Raises ValueError when it is not HOST:PORT."""
+    if "://" in address:
+        raise ValueError(f"{address!r} begins with a scheme; HOST:PORT alone is expected")
     host, colon, port = address.rpartition(":")
     if not (colon and host and port.isdecimal() and len(port) <= 5 and int(port) <= 65_535):
         raise ValueError(f"{address!r} is neither unix:PATH nor HOST:PORT")

@@ -232,7 +232,8 @@ class Purchases:
             # First those that nobody has to be asked about: a cloud out of reach does not hold them up.
             for reservation in sorted(found, key=lambda left: left.request_id not in self._unsent):
                 key = reservation.request_id
-                if key in self._under_way:
+                # Those before it may have taken long, and a call that was under way then have ended since.
+                if not await asyncio.to_thread(self.ledger.is_open, key) or key in self._under_way:
                     continue
                 if key in self._asked:
                     later += 1

@@ -345,6 +345,14 @@ class Ledger:
             ).fetchall()
         return [Reservation(*row) for row in rows]
 
+    def is_open(self, request_id: str) -> bool:
+        """Whether it is reserved, and neither settled nor released."""
+        with self._alone() as connection:
+            found = connection.execute(
+                "SELECT 1 FROM calls WHERE request_id = ? AND state = 'reserved'", (request_id,)
+            ).fetchone()
+        return found is not None
+
     def ahead(self) -> tuple[int, float]:
         """How many of the calls that count bear a date in the future, and the last of these dates (0 for none).
 

@@ -141,8 +141,6 @@ def _cloud(value: str) -> str:
         if not path:
             raise ValueError("unix:PATH needs a path")
         return f"unix:{expanded(path)}"
-    if "://" in value:
-        raise ValueError(f"{value!r} begins with a scheme; HOST:PORT alone is expected")
     if value and not split_address(value)[1]:
         raise ValueError(f"{value!r}: the port 0 cannot be called")
     return value

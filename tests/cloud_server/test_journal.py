@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cloud_server.errors import AlreadyExists, JournalError, StartRefused
+from cloud_server.errors import AlreadyExists, JournalError, JournalNotReady, StartRefused
 from cloud_server.journal import APPLICATION_ID, KEEP_ROWS_S, Finished, Journal, State
 from cloud_server.request import Spec
 
@@ -259,6 +259,24 @@ def test_a_file_that_is_no_journal_is_refused_and_left_alone(tmp_path: Path) -> 
     with pytest.raises(StartRefused, match="move the file away"):
         Journal.open(file, keep_images_s=1.0)
     assert file.read_text().startswith("not a database")
+
+
+def test_a_journal_that_another_server_has_may_be_had_later(tmp_path: Path, journal: Journal) -> None:
+    with pytest.raises(JournalNotReady, match="another cloud-server uses it"):
+        Journal.open(tmp_path / "state" / "j.sqlite", keep_images_s=1.0)
+
+
+def test_a_disk_without_room_for_a_journal_may_have_some_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(sqlite3.Connection):
+        def execute(self, *_: Any) -> Any:
+            raise sqlite3.OperationalError("database or disk is full")
+
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *rest, **options: connect(*rest, **options, factory=Full))
+    with pytest.raises(JournalNotReady, match="is full; free some space and try again"):
+        Journal.open(tmp_path / "j.sqlite", keep_images_s=1.0)
 
 
 def test_a_state_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:

@@ -538,6 +538,33 @@ async def test_renewing_goes_on_after_an_error_that_nobody_thought_of(
     assert "MemoryError" in caplog.records[0].__dict__["fields"]["error"]
 
 
+@pytest.mark.parametrize("token", ["tökenAAAAAAAAAAAAAAAA", "token\x07AAAAAAAAAAAAAA"])
+def test_a_token_that_no_call_can_bear_is_refused_with_its_line(tmp_path: Path, token: str) -> None:
+    (tmp_path / "tokens").write_text(f"acme 0123456789abcdef\nacme {token}\n", encoding="utf-8")
+    with pytest.raises(StartRefused, match="line 2: the token has characters that no call can bear"):
+        Tenants.load(str(tmp_path / "tokens"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "taken"),
+    [
+        ("rsa:2048", True),
+        ("ec -pkeyopt ec_paramgen_curve:P-384", True),
+        ("ec -pkeyopt ec_paramgen_curve:P-521", False),
+        ("ed25519", False),
+    ],
+)
+def test_a_key_with_which_no_client_speaks_is_refused(tmp_path: Path, kind: str, taken: bool) -> None:
+    chain, key = tmp_path / "chain.pem", tmp_path / "key.pem"
+    make = f"openssl req -x509 -newkey {kind} -nodes -days 1 -subj /CN=localhost -keyout {key} -out {chain}"
+    subprocess.run(make.split(), check=True, capture_output=True)
+    settings = Settings(tls_cert=str(chain), tls_key=str(key))
+    with (
+        nullcontext() if taken else pytest.raises(StartRefused, match="make one of RSA's, or of the elliptic")
+    ):
+        credentials.Credentials(settings)
+
+
 @pytest.mark.parametrize("form", ["pkcs8 -topk8", "ec -aes256"])
 def test_an_encrypted_key_is_refused_without_asking_for_its_passphrase(
     form: str, certificate: tuple[Path, Path], tmp_path: Path

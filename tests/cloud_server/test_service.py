@@ -415,6 +415,36 @@ async def test_a_lookup_does_not_read_the_image(running: Running) -> None:
         tracemalloc.stop()
 
 
+async def test_an_image_that_is_kept_needs_no_model(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which a server that was just started still loads."""
+    made = await running.client.generate(request_id="kept", steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(running.server._service, "serving", None)
+        rest = await running.client.generate(request_id="kept", steps=1, resume_offset=100)
+        assert (rest.error, rest.png) == (None, made.png[100:])
+        refused = await running.client.generate(request_id="another", steps=1)
+        assert refused.error is not None and refused.error.code == "UNAVAILABLE"
+
+
+async def test_a_call_that_cannot_be_written_down_has_not_run_and_is_to_come_back_later(
+    tmp_path: Path, model_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serve(tmp_path / "state", model_folder) as running:
+        connection = running.server._service._journal._connection
+        full = "BEGIN SELECT RAISE(FAIL, 'database or disk is full'); END"
+        connection.execute(f"CREATE TEMP TRIGGER full BEFORE INSERT ON generations {full}")
+        for _ in range(2):
+            refused = (await running.client.generate(request_id="r", steps=1)).error
+            assert refused is not None and refused.code == "UNAVAILABLE"
+            assert refused.details["RetryInfo"].retry_delay.seconds == 60
+        assert running.passes == [0]
+        assert [record.message for record in caplog.records if record.levelname == "ERROR"] == ["journal"]
+        connection.execute("DROP TRIGGER full")
+        assert (await running.client.generate(request_id="r", steps=1)).error is None
+
+
 async def test_an_image_no_longer_kept_is_neither_made_nor_charged_again(
     tmp_path: Path, model_folder: Path
 ) -> None:

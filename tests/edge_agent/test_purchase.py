@@ -49,6 +49,24 @@ def unresolved(purchases: Purchases) -> list[str]:
     return [reservation.request_id for reservation in purchases.ledger.unresolved()]
 
 
+async def test_a_call_that_ends_while_another_is_asked_about_is_not_asked_about(begin: Begin) -> None:
+    """It was open when the resolver looked."""
+    answered: set[str] = set()
+    async with scripted_cloud("d" * 64) as cloud:
+        cloud.answerable = answered.__contains__
+        purchases = begin(cloud.address)
+        key = purchases.key(request("quick"))
+        await purchases.reserve(request("quick"), CEILING, 60.0)
+        await purchases.start()
+        await until(lambda: cloud.lookups == ["left"])
+        assert await purchases.settle(key, 1)
+        purchases.concluded(key)
+        answered.add("left")
+        await until(lambda: unresolved(purchases) == [])
+        await until(lambda: purchases._under_way == set())
+        assert cloud.lookups == ["left"]
+
+
 async def test_a_purchase_that_cannot_be_settled_is_in_the_log_beside_the_ledgers_own_line(
     begin: Begin, caplog: pytest.LogCaptureFixture
 ) -> None:

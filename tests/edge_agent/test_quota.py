@@ -819,6 +819,7 @@ USES: list[tuple[Any, ...]] = [
     ("settle", "r", 1),
     ("release", "r"),
     ("unresolved",),
+    ("is_open", "r"),
     ("ahead",),
     ("allows", "app", 1),
     ("states",),

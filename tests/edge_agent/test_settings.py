@@ -79,6 +79,7 @@ def test_a_budget_for_one_app_leaves_the_default_one_for_all_in_force() -> None:
         ("listen", "[127.0.0.1]:50051", "and others do not"),
         ("cloud", "example.com", "HOST:PORT"),
         ("cloud", "https://example.com:443", "begins with a scheme"),
+        ("listen", "http://127.0.0.1:50051", "begins with a scheme"),
         ("cloud", "::1:50052", "such as [::1]:50051"),
         ("cloud", "example.com:0", "the port 0 cannot be called"),
         ("cloud", "unix:", "path"),
