@@ -162,18 +162,7 @@ class Journal:
             connection.execute("COMMIT")
             return cls(connection, keep_images_s, clock, monotonic)
         except (OSError, sqlite3.Error) as error:
-            refused, advice = (
-                StartRefused,
-                "choose a writable --state folder, or move the file away if it is not a journal",
-            )
-            if "locked" in str(error):
-                refused, advice = (
-                    JournalNotReady,
-                    "another cloud-server uses it; give each its own --state folder",
-                )
-            elif "is full" in str(error) or getattr(error, "errno", None) == errno.ENOSPC:
-                refused, advice = JournalNotReady, "free some space and try again"
-            raise refused(f"cannot use the journal {path}: {error}; {advice}") from error
+            raise _unusable(path, error) from error
 
     def find(self, tenant: str, request_id: str, *, with_image: bool = True) -> Entry | None:
         """What is known of a request id, with the image or without reading it; None when it was never accepted."""
@@ -319,6 +308,17 @@ class Journal:
                     log.error("journal", extra={"fields": {"error": failure}})
                 self._failure = failure
                 raise JournalError(failure) from error
+
+
+def _unusable(path: Path, error: OSError | sqlite3.Error) -> StartRefused:
+    why = f"cannot use the journal {path}: {error}"
+    if "locked" in str(error):
+        return JournalNotReady(f"{why}; another cloud-server uses it; give each its own --state folder")
+    if "is full" in str(error) or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
+        return JournalNotReady(f"{why}; free some space and try again")
+    return StartRefused(
+        f"{why}; choose a writable --state folder, or move the file away if it is not a journal"
+    )
 
 
 def _check(connection: sqlite3.Connection, path: Path) -> None:

@@ -56,9 +56,7 @@ if sys.platform == "win32":
 else:
     STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
     HANG_UP_SIGNALS = (signal.SIGHUP,)
-ROOM_BYTES = (
-    256 * 1024
-)  # of a request beside the prompts; one that is too long is told so by us and not by gRPC
+ROOM_BYTES = 256 * 1024  # of a request beside the prompts, and for one too long to be told so by us
 CLOSE_S = 1.0  # what handlers that were told to stop get to say so before their connections close
 
 

@@ -55,9 +55,8 @@ class Resident:
         self._succeeded = False
         self._timer: asyncio.TimerHandle | None = None
         self._unloaded_at: float | None = None
-        self._predecessors: weakref.WeakSet[Resident] = (
-            weakref.WeakSet()
-        )  # those that a request holds on to, at least
+        # Of them a request holds on to those that it still uses.
+        self._predecessors: weakref.WeakSet[Resident] = weakref.WeakSet()
 
     @property
     def providers(self) -> tuple[Standing, ...]:

@@ -177,10 +177,6 @@ def _copied(source: Path, folder: Path) -> None:
         ) from error
 
 
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
 def _costs(folders: Sequence[Path], prompts: Sequence[str], turns: int) -> list[Cost]:
     """A process a form. The first form's lives on beside each of the others, and the two take turns: what else the
     machine does then weighs on both alike, and no more than two forms are in memory.
@@ -200,7 +196,7 @@ def _costs(folders: Sequence[Path], prompts: Sequence[str], turns: int) -> list[
     beside = seconds[0].reshape(-1, turns)  # a row for each of the others
     return [
         Cost(
-            _size(folder),
+            sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
             seconds[number],
             seconds[number] / beside[number - 1] if number else np.ones(turns),
             given[0]["loaded"],
