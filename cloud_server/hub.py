@@ -22,11 +22,8 @@ from huggingface_hub.errors import (
 _LATER = 429
 """In HTTP, too many requests; those above are the server's own trouble."""
 
-_SLOW = (TimeoutError, socket.gaierror)
-"""What comes after a wait, where others come at once: 10 s for a hub that is silent, or as long for its address."""
-
 _FORGOTTEN_S = 60.0
-"""How long a hub that let us wait is not asked again."""
+"""How long a hub is not asked again that let us wait, as one that is silent does for 10 s. A refusal comes at once."""
 
 _NO_WAY = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN})
 """What the system says of a host to which no way leads; Python has no classes for these."""
@@ -73,9 +70,10 @@ def out_of_reach(model: str | os.PathLike[str]) -> bool:
     try:
         model_info(os.fspath(model), timeout=limit_s)
     except Exception as error:  # the library raises whatever its transport raises
-        if any(isinstance(each, _SLOW) for each in behind(error)):
+        unreached = _is_unreached(error)
+        if unreached and not any(isinstance(each, ConnectionError) for each in behind(error)):
             _unreached_at[constants.ENDPOINT] = time.monotonic()
-        return _is_unreached(error)
+        return unreached
     return False
 
 

@@ -312,9 +312,10 @@ class Journal:
 
 def _unusable(path: Path, error: OSError | sqlite3.Error) -> StartRefused:
     why = f"cannot use the journal {path}: {error}"
-    if "locked" in str(error):
+    said = str(error) if isinstance(error, sqlite3.Error) else ""  # the system names the file, too
+    if "locked" in said:
         return JournalNotReady(f"{why}; another cloud-server uses it; give each its own --state folder")
-    if "is full" in str(error) or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
+    if "is full" in said or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
         return JournalNotReady(f"{why}; free some space and try again")
     return StartRefused(
         f"{why}; choose a writable --state folder, or move the file away if it is not a journal"

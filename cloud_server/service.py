@@ -190,7 +190,8 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
         """The whole request: one image, made or sent again."""
         arrived = time.perf_counter()
         finished = None
-        if self.serving is None and wish.resume_offset > 0:  # the rest of an image needs no model
+        # What is kept needs no model.
+        if self.serving is None and not self.draining and wish.resume_offset >= 0:
             finished = await self._kept(tenant, wish)
         if finished is None:
             serving = self._serving()

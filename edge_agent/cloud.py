@@ -85,6 +85,9 @@ _NOTHING_RAN = frozenset(
 the server's own answers carry: gRPC makes some of these codes itself when a connection breaks or a message
 is too large, and then nobody knows."""
 
+_TOO_LONG = "SERVER: Received message larger than max"
+"""How gRPC's server begins what it says of a request that it does not hand on."""
+
 _REFUSALS = frozenset(
     {
         grpc.StatusCode.ALREADY_EXISTS,
@@ -473,7 +476,7 @@ class CloudClient:
                 price_micro_usd=price,
                 field=_field(status) if never_ran else "",
             )
-        if code is grpc.StatusCode.RESOURCE_EXHAUSTED and status is None and text.startswith("SERVER:"):
+        if code is grpc.StatusCode.RESOURCE_EXHAUSTED and status is None and text.startswith(_TOO_LONG):
             # Its gRPC, before anything of it heard of the call.
             return CloudRefused(
                 f"the cloud at {self.address} takes no prompt of that length: {text}", never_ran=not accepted

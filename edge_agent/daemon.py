@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -234,8 +234,9 @@ class Daemon:
             return self.agent
 
     def _load(self) -> asyncio.Future[Resident]:
-        alone = self.agent is None
-        return self._in_thread("loader", lambda: _load_or_give_back(self.settings, alone=alone))
+        standings = self.agent.models.providers if self.agent is not None else ()
+        taken = {each.name for each in standings if each.state is providers.State.IN_USE}
+        return self._in_thread("loader", lambda: _load_or_give_back(self.settings, taken))
 
     def _begin_warm_up(self, models: Resident) -> None:
         warm_up = asyncio.create_task(self._warm_up(models))
@@ -332,10 +333,10 @@ async def run(settings: Settings) -> Daemon:
     return daemon
 
 
-def _load_or_give_back(settings: Settings, *, alone: bool) -> Resident:
+def _load_or_give_back(settings: Settings, taken: Collection[str]) -> Resident:
     """The models. Where one of them cannot be loaded those before it go at once: the error would hold on to them."""
     try:
-        return _load_models(settings, alone=alone)
+        return _load_models(settings, taken)
     except BaseException as error:
         held: BaseException | None = error
         while held is not None:
@@ -345,11 +346,11 @@ def _load_or_give_back(settings: Settings, *, alone: bool) -> Resident:
         raise
 
 
-def _load_models(settings: Settings, *, alone: bool = True) -> Resident:
+def _load_models(settings: Settings, taken: Collection[str] = ()) -> Resident:
     # The folder itself and no link to it: what the link leads to may change, and these graphs be loaded again.
     # Path.resolve would raise something of its own for a loop of links.
     bundle = Bundle.open(os.path.realpath(settings.bundle_folder))
-    generator, choice = _open(settings, bundle, alone=alone)
+    generator, choice = _open(settings, bundle, taken)
     followed = settings.state_folder if settings.follow_prompts else None
     reader = Reader(bundle, generator.tokenizer, generator.text_encoder, settings.routing_rate, followed)
     manifest = bundle.manifest
@@ -363,9 +364,9 @@ def _load_models(settings: Settings, *, alone: bool = True) -> Resident:
     return Resident(reader, generator, limits, choice, settings.keep_alive_s, better)
 
 
-def _open(settings: Settings, bundle: Bundle, *, alone: bool) -> tuple[Generator, Choice]:
+def _open(settings: Settings, bundle: Bundle, taken: Collection[str]) -> tuple[Generator, Choice]:
     """The models on the best provider that opens them, unless the settings name which: that opens them or nothing does.
-    A GPU that has no room for them is passed over only where they are `alone`: others may be about to go.
+    What has no room for them is passed over, too, unless it is `taken`: the models on it may be about to go.
     """
     unfit = _unfit(bundle.manifest)
     while True:
@@ -375,8 +376,8 @@ def _open(settings: Settings, bundle: Bundle, *, alone: bool) -> tuple[Generator
             return Generator(bundle, Runtime(threads=settings.threads or None, providers=serving)), choice
         except (BundleError, OutOfMemory) as error:  # a GPU may be smaller than the machine
             best = choice.serving[0]
-            no_room = isinstance(error, OutOfMemory) and not alone
-            if settings.providers or best == providers.CPU or no_room:
+            in_the_way = isinstance(error, OutOfMemory) and best in taken
+            if settings.providers or best == providers.CPU or in_the_way:
                 raise
             unfit[best] = f"it does not open this model: {error.message}"
 

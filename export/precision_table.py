@@ -173,7 +173,7 @@ def _copied(source: Path, folder: Path) -> None:
         shutil.copytree(source, folder)
     except shutil.Error as error:  # of every file that could not be copied: where from, where to, and why
         raise ExportError(
-            f"{folder} cannot be written: {error.args[0][0][2]}; make room, or name another folder in TMPDIR"
+            f"{source} cannot be copied to {folder}: {error.args[0][0][2]}; for room, name another folder in TMPDIR"
         ) from error
 
 

@@ -129,7 +129,7 @@ def ending(pool: ProcessPoolExecutor) -> Iterator[None]:
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
-            process.terminate()
+            process.kill()  # which no process can miss, however early it comes
         raise
 
 

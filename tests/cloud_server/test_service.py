@@ -422,8 +422,9 @@ async def test_an_image_that_is_kept_needs_no_model(
     made = await running.client.generate(request_id="kept", steps=1)
     with monkeypatch.context() as patch:
         patch.setattr(running.server._service, "serving", None)
-        rest = await running.client.generate(request_id="kept", steps=1, resume_offset=100)
-        assert (rest.error, rest.png) == (None, made.png[100:])
+        for offset in (0, 100):
+            rest = await running.client.generate(request_id="kept", steps=1, resume_offset=offset)
+            assert (rest.error, rest.png) == (None, made.png[offset:])
         refused = await running.client.generate(request_id="another", steps=1)
         assert refused.error is not None and refused.error.code == "UNAVAILABLE"
 

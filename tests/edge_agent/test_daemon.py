@@ -504,7 +504,7 @@ async def test_signals_stop_the_daemon_also_where_the_event_loop_takes_none(
     def unsupported(*_: object) -> None:  # as on Windows
         raise NotImplementedError
 
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    before = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, *HANG_UP_SIGNALS)}
     monkeypatch.setattr(asyncio.get_running_loop(), "add_signal_handler", unsupported)
     flags = {"listen": "127.0.0.1:0", "bundle": str(routed_bundle), "state": str(tmp_path), "threads": "1"}
     running = asyncio.create_task(run(resolve(flags, {})))

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -423,9 +423,9 @@ async def test_a_shutdown_does_not_wait_for_a_reload(
 ) -> None:
     load, go_on = daemon._load_models, threading.Event()
 
-    def slow(settings: Settings, *, alone: bool) -> Resident:
+    def slow(settings: Settings, taken: Collection[str]) -> Resident:
         assert go_on.wait(60)
-        return load(settings, alone=alone)
+        return load(settings, taken)
 
     async with daemon_here(routed_bundle, tmp_path) as here:
         monkeypatch.setattr(daemon, "_load_models", slow)

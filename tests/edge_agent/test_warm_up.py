@@ -463,4 +463,5 @@ def test_a_gpu_too_small_for_the_models_is_passed_over_unless_it_is_named(
     with pytest.raises(OutOfMemory):
         _load_models(resolve(flags | {"providers": "cuda,cpu"}, {}))
     with pytest.raises(OutOfMemory):  # once those that serve are gone there may be room
-        _load_models(resolve(flags, {}), alone=False)
+        _load_models(resolve(flags, {}), {"cuda", "cpu"})
+    assert _load_models(resolve(flags, {}), {"cpu"}).providers[0].name == "cpu"

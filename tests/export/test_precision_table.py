@@ -117,7 +117,7 @@ def test_a_form_that_finds_no_room_is_said_in_a_sentence(routed_bundle: Path) ->
     resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, before[1]))
     try:
         with pytest.raises(
-            ExportError, match=r"^\S+ cannot be written: .*; make room, or name another .* TMPDIR$"
+            ExportError, match=r"^\S+ cannot be copied to .*; for room, name another folder in TMPDIR$"
         ):
             measure(routed_bundle, (FP32,), PROMPTS, PROMPTS, Judge(), turns=2)
     finally:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import multiprocessing
 import re
 import sys
 import time
@@ -148,15 +149,19 @@ def test_a_difference_is_paired_and_of_the_rates_that_are_asked_for(bench: Bench
 
 
 @pytest.mark.timeout(60)
-def test_an_error_or_an_interrupt_waits_for_nothing_that_a_process_is_at() -> None:
+def test_an_error_or_an_interrupt_waits_for_nothing_that_a_process_is_at(tmp_path: Path) -> None:
     def interrupted(_argv: object) -> int:
         with ProcessPoolExecutor(1, initializer=leave_interrupts) as pool, ending(pool):
-            slow, *_ = [pool.submit(time.sleep, 600) for _ in range(3)]
-            while not slow.running():
+            pool.submit((tmp_path / "begun").touch)
+            for _ in range(3):
+                pool.submit(time.sleep, 600)
+            while not (tmp_path / "begun").exists():
                 time.sleep(0.01)
             raise KeyboardInterrupt
 
     assert run(interrupted) == INTERRUPTED
+    while multiprocessing.active_children():
+        time.sleep(0.01)
 
 
 def test_ours_is_started_first_and_what_takes_seconds_last() -> None:
