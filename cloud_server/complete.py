@@ -92,8 +92,8 @@ def pipeline(folder: Path, dtype: Any, **options: Any) -> Any:
     found = diffusers.DiffusionPipeline.load_config(os.fspath(folder))
     index = found[0] if isinstance(found, tuple) else found
     check_index(index)
-    options |= {name: None for name in _DISPENSABLE if index.get(name) in ([None, None], (None, None))}
-    if missing := sorted(_parameters(index)[0] - options.keys() - _named(index)):
+    options |= {name: None for name in _DISPENSABLE if name in index and name not in named(index)}
+    if missing := sorted(_parameters(index)[0] - options.keys() - named(index)):
         raise ValueError(f"{diffusers.DiffusionPipeline.config_name} names no {' and no '.join(missing)}")
     taken = parts_of(index)
     for name in sorted((taken & index.keys()) - options.keys()):
@@ -213,7 +213,8 @@ def refuse_faulty(kind: Any, folder: Path, *, weights: bool = True) -> None:
     """
     if not folder.is_dir():
         raise ValueError(
-            f"there is no folder {folder}, which {diffusers.DiffusionPipeline.config_name} names"
+            f"there is no folder {folder}, which {diffusers.DiffusionPipeline.config_name} names: save or download the "
+            "whole model again"
         )
     if issubclass(kind, transformers.PreTrainedTokenizerBase):
         for file in folder.iterdir():  # which of its files a tokenizer needs, it knows alone
@@ -389,9 +390,9 @@ def _parameters(index: dict[str, Any]) -> tuple[set[str], set[str]]:
     return needed - optional, optional
 
 
-def _named(index: dict[str, Any]) -> set[str]:
-    """What the index has a value for; a part that was left out when it was saved has two nulls."""
-    return {name for name, made in index.items() if made not in (None, [None, None], (None, None))}
+def named(index: dict[str, Any]) -> set[str]:
+    """The parts that the index names; one that was left out when it was saved has two nulls."""
+    return {name for name, made in index.items() if _is_pair(made) and made[0] is not None}
 
 
 def weights_at(folder: Path) -> list[Path]:

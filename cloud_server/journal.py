@@ -140,6 +140,7 @@ class Journal:
 
         Raises StartRefused when it cannot be used: not writable, not a journal, or held by another server.
         """
+        connection = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=1.0)
@@ -161,8 +162,12 @@ class Journal:
                 connection.execute(statement)
             connection.execute("COMMIT")
             return cls(connection, keep_images_s, clock, monotonic)
-        except (OSError, sqlite3.Error) as error:
-            raise _unusable(path, error) from error
+        except BaseException as error:
+            if connection is not None:
+                connection.close()
+            if isinstance(error, (OSError, sqlite3.Error)):
+                raise _unusable(path, error) from error
+            raise
 
     def find(self, tenant: str, request_id: str, *, with_image: bool = True) -> Entry | None:
         """What is known of a request id, with the image or without reading it; None when it was never accepted."""

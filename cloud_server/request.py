@@ -59,7 +59,6 @@ class Wish:
     local_only: bool = False
     max_price_micro_usd: int | None = None
     resume_offset: int = 0
-    traceparent: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,17 +79,31 @@ class Spec:
         return self.width, self.height, self.guidance_scale > 1
 
 
-def validate(wish: Wish, limits: Limits, drawn_seed: int) -> Spec:
-    """The image to make: the server's values where the wish is silent, `drawn_seed` where it has no seed.
-
-    Raises InvalidRequest, naming the field, for everything that cannot be served as asked.
-    """
+def check(wish: Wish) -> None:
+    """Raises InvalidRequest, naming the field, for what no server serves, whatever its model."""
     check_request_id(wish.request_id)
     if len(wish.app) > MAX_NAME_CHARACTERS:
         raise InvalidRequest(
             f"app has {len(wish.app)} characters; at most {MAX_NAME_CHARACTERS}", field="app"
         )
     _check_text("app", wish.app)
+    if wish.local_only:
+        raise InvalidRequest(
+            "the prompt is marked local-only and must not be sent to a cloud server", field="privacy"
+        )
+    if wish.media_type not in ("", MEDIA_TYPE):
+        raise InvalidRequest(f"only {MEDIA_TYPE} is served, not {wish.media_type[:40]!r}", field="media_type")
+    if wish.max_price_micro_usd is not None and wish.max_price_micro_usd < 0:
+        raise InvalidRequest("the price ceiling cannot be negative", field="max_price_micro_usd")
+    if wish.resume_offset < 0:
+        raise InvalidRequest("resume_offset cannot be negative", field="resume_offset")
+
+
+def validate(wish: Wish, limits: Limits, drawn_seed: int) -> Spec:
+    """The image to make: the server's values where the wish is silent, `drawn_seed` where it has no seed.
+
+    Raises InvalidRequest, naming the field, for everything that cannot be made as asked.
+    """
     if not VISIBLE.search(wish.prompt):
         raise InvalidRequest(
             "the prompt is empty, or nothing of it can be seen; say what the picture shows", field="prompt"
@@ -103,16 +116,6 @@ def validate(wish: Wish, limits: Limits, drawn_seed: int) -> Spec:
         _check_text(field, text, allowed="\t\n")
     if wish.negative_prompt and not limits.negative_prompt:
         raise InvalidRequest("this model takes no negative prompt; leave it out", field="negative_prompt")
-    if wish.local_only:
-        raise InvalidRequest(
-            "the prompt is marked local-only and must not be sent to a cloud server", field="privacy"
-        )
-    if wish.media_type not in ("", MEDIA_TYPE):
-        raise InvalidRequest(f"only {MEDIA_TYPE} is served, not {wish.media_type[:40]!r}", field="media_type")
-    if wish.max_price_micro_usd is not None and wish.max_price_micro_usd < 0:
-        raise InvalidRequest("the price ceiling cannot be negative", field="max_price_micro_usd")
-    if wish.resume_offset < 0:
-        raise InvalidRequest("resume_offset cannot be negative", field="resume_offset")
     if wish.seed is not None and not 0 <= wish.seed <= MAX_SEED:
         raise InvalidRequest(f"seed must lie between 0 and {MAX_SEED}", field="seed")
     steps = limits.steps if wish.steps is None else wish.steps

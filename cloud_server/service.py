@@ -39,6 +39,7 @@ from cloud_server.request import (
     Limits,
     Spec,
     Wish,
+    check,
     check_request_id,
     validate,
 )
@@ -189,14 +190,10 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
     ) -> None:
         """The whole request: one image, made or sent again."""
         arrived = time.perf_counter()
-        finished = None
-        # What is kept needs no model.
-        if self.serving is None and not self.draining and wish.resume_offset >= 0:
-            finished = await self._kept(tenant, wish)
-        if finished is None:
+        check(wish)
+        if (finished := await self._kept(tenant, wish)) is None:  # what is kept needs no model
             serving = self._serving()
             spec = validate(wish, serving.limits, drawn_seed=secrets.randbelow(2**32))
-            finished = await self._kept(tenant, wish)
         timings: dict[str, float] = {}
         if finished is not None:
             line["replayed"] = True
@@ -315,15 +312,19 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
         for handler in self._handlers:
             handler.cancel()
 
-    def _serving(self) -> Serving:
+    def _refuse_draining(self) -> None:
         if self.draining:
             raise Unavailable("the server is shutting down and takes no new requests")
+
+    def _serving(self) -> Serving:
+        self._refuse_draining()
         if self.serving is None:
             raise Unavailable("the model is still loading; try again shortly", retry_after_s=LOADING_RETRY_S)
         return self.serving
 
     async def _kept(self, tenant: str, wish: Wish) -> Finished | None:
         """The image this request id has made already, to be sent from the wanted byte; None: make it."""
+        self._refuse_draining()
         entry = await asyncio.to_thread(self._journal.find, tenant, wish.request_id)
         finished = entry.finished if entry else None
         if entry and finished and entry.fingerprint != _fingerprint(wish):
@@ -461,7 +462,6 @@ def _wish(image: image_pb2.ImageRequest) -> Wish:
         local_only=image.privacy == image_pb2.PRIVACY_LOCAL_ONLY,
         max_price_micro_usd=optional("max_price_micro_usd"),
         resume_offset=image.resume_offset,
-        traceparent=image.traceparent,
     )
 
 

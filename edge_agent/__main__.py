@@ -70,7 +70,6 @@ try:
         print_table,
         remark,
     )
-    from routet2i.edge.v1 import edge_pb2
 finally:
     signal.signal(signal.SIGINT, _before)
 
@@ -337,11 +336,11 @@ def _generate(options: argparse.Namespace) -> int:
         "guidance_scale": options.guidance_scale,
         "max_price_micro_usd": options.max_price,
     }
-    routing = edge_pb2.ROUTING_AUTO
+    routing = Routing.AUTO
     if options.local_only:
-        routing = edge_pb2.ROUTING_LOCAL_ONLY
+        routing = Routing.LOCAL_ONLY
     elif options.cloud_only:
-        routing = edge_pb2.ROUTING_CLOUD_ONLY
+        routing = Routing.CLOUD_ONLY
     given = {name: value for name, value in fields.items() if value is not None}
     decision, received = None, None
     for event in _shown(client(options).generate(routing=routing, **given)):

@@ -8,13 +8,12 @@ import math
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, aclosing, suppress
+from contextlib import aclosing, closing, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, TypeVar
 
 from edge_agent import version
-from edge_agent.bundle import CALIBRATE, Size
+from edge_agent.bundle import CALIBRATE
 from edge_agent.cloud import SIDES, SLOW_CONNECTION_S, CloudClient
 from edge_agent.cloud_image import CloudAccepted, CloudImage
 from edge_agent.device import Device, Drawing, Drawn, Job
@@ -128,7 +127,7 @@ class Agent:
         began = time.perf_counter()
         request = validate(request, self.models.limits)
         purchase, failure = None, ""
-        with self.models, ExitStack() as closing:
+        with self.models:
             reading, decision = await self._read(request)
             self._learn(request, decision)
             if decision.route == "cloud":
@@ -143,13 +142,12 @@ class Agent:
                         return
                     except CloudError as error:
                         failure = self._fall_back(request, error, purchase)
-            drawing = await self._begin(request, reading)
-            closing.callback(drawing.stop)
-            if purchase is None:
-                yield decision  # now, as telling takes a hundredth of a small image's time
-            async with aclosing(self._draw(drawing, failure)) as events:
-                async for event in events:
-                    yield self._told(event, request, decision, began)
+            with closing(await self._begin(request, reading)) as drawing:
+                if purchase is None:
+                    yield decision  # now, as telling takes a hundredth of a small image's time
+                async with aclosing(self._draw(drawing, failure)) as events:
+                    async for event in events:
+                        yield self._told(event, request, decision, began)
 
     async def route(self, request: ImageRequest, *, explain: bool = False) -> Decision:
         """The decision alone, against the quota as it is now. Reserves nothing, calls nobody.
@@ -169,8 +167,7 @@ class Agent:
                 )
         return decision
 
-    @property
-    def advice(self) -> tuple[str, ...]:
+    async def advice(self) -> list[str]:
         """One sentence for each thing that keeps prompts unanswered, or from the cloud: what it is, and what to do."""
         calibration = self.reader.calibration
         found = [each for each in (self.models.fault, self.reader.advice) if each]
@@ -192,17 +189,14 @@ class Agent:
             if failure.refused:
                 check = "--cloud, --max-price, --cloud-token and the cloud server's own settings"
             found.append(f"{failure.message}; no image has come from it since: if it goes on, check {check}")
+        with suppress(LedgerError):  # which is told next
+            found += await self.purchases.advice(self._terms.max_price_micro_usd)
         if ledger_failure := self.purchases.ledger.failure:
             found.append(
                 f"{ledger_failure}; until a call can be reserved again, prompts that are worth the cloud "
                 "stay on the edge as quota_exhausted"
             )
-        return tuple(found)
-
-    @property
-    def max_price_micro_usd(self) -> int:
-        """The most that one cloud image may cost."""
-        return self._terms.max_price_micro_usd
+        return found
 
     @property
     def calibrated(self) -> bool:
@@ -223,11 +217,9 @@ class Agent:
             self._asking.cancel()
         self.models.close()
 
-    async def _beside(self, work: Callable[..., Found], *arguments: Any, **named: Any) -> Found:
+    async def _beside(self, work: Callable[..., Found], *arguments: Any) -> Found:
         """What `work` returns, done in the reading thread while the event loop stays free."""
-        return await asyncio.get_running_loop().run_in_executor(
-            self._reading, partial(work, *arguments, **named)
-        )
+        return await asyncio.get_running_loop().run_in_executor(self._reading, work, *arguments)
 
     async def _read(self, request: ImageRequest) -> tuple[Reading, Decision]:
         """The prompt considered: at once where that takes no longer than turning to another thread and back."""
@@ -369,7 +361,7 @@ class Agent:
             seed=request.seed or 0,  # drawn by validate
             steps=self._steps(request),
             guidance_scale=guidance,
-            size=self._size(request),
+            size=request.size,
             previews=request.preview,
             deadline=request.deadline,
         )
@@ -423,12 +415,8 @@ class Agent:
         if isinstance(error, CloudRefused):
             price, default = error.price_micro_usd, self.models.limits.sizes[0]
             cheap = price is not None and self._ceiling(request) < price <= self._terms.max_price_micro_usd
-            odd = error.field in SIDES and (request.width, request.height) != default
+            odd = error.field in SIDES and request.size != default
         return cheap or odd or purchase.timeout_s < SLOW_CONNECTION_S
-
-    def _size(self, request: ImageRequest) -> Size:
-        width, height = self.models.limits.sizes[0]  # which `validate` has filled in
-        return request.width or width, request.height or height
 
     def _steps(self, request: ImageRequest) -> int:
         return request.steps or self.reader.bundle.manifest.default_steps
@@ -439,7 +427,7 @@ class Agent:
             return self._terms.cloud_timeout_s
         left = request.deadline - time.monotonic()
         if request.routing is not Routing.CLOUD_ONLY:
-            own_s = self.device.expected_s(self._size(request), self._steps(request))
+            own_s = self.device.expected_s(request.size, self._steps(request))
             left = min(max(left / 2, left - 2 * own_s), 0.9 * left)
         return min(self._terms.cloud_timeout_s, left)
 

@@ -280,7 +280,7 @@ class Bundle:
         return self.folder / name
 
     def files_of(self, graph: str) -> Mapping[Path, FileState]:
-        """The graph and its weights, as they were when they were checked. Raises BundleError for any other file."""
+        """The graph and its weights, as they were when they were checked. Raises BundleError where there is none."""
         self.path(graph)
         return self.graphs[graph]
 

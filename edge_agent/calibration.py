@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_agent.errors import BundleError
-from edge_agent.superiority import largest_alpha
+from edge_agent.superiority import Superiority, largest_alpha
 
 
 @dataclass(frozen=True)
@@ -80,12 +79,11 @@ def _parse(text: bytes, path: Path) -> Calibration:
         raise BundleError(f"{path} is not a calibration ({names}): {error!r}") from error
     if not len(calibration.metrics) == len(calibration.scale) == len(calibration.weights) > 0:
         raise BundleError(f"{path}: metrics, scale and weights must have the same length")
-    if not all(math.isfinite(scale) and scale > 0 for scale in calibration.scale):
-        raise BundleError(f"{path}: every scale must be above zero")
-    if not (min(calibration.weights) >= 0 and abs(sum(calibration.weights) - 1) < 1e-6):
-        raise BundleError(f"{path}: no weight may be below zero, and they must add up to 1")
-    if not calibration.scores or list(calibration.scores) != sorted(calibration.scores):
-        raise BundleError(f"{path}: scores must be there, in ascending order")
-    if not all(math.isfinite(score) for score in calibration.scores):
-        raise BundleError(f"{path}: every score must be finite")
+    try:
+        Superiority(calibration.scale, calibration.weights)
+        largest_alpha(calibration.scores, 1.0)
+    except ValueError as error:
+        raise BundleError(f"{path}: {error}") from error
+    if list(calibration.scores) != sorted(calibration.scores):
+        raise BundleError(f"{path}: scores must be in ascending order")
     return calibration

@@ -22,7 +22,7 @@ from edge_agent.errors import InvalidRequest, RouteT2IError, sent_status
 from edge_agent.image import Progress
 from edge_agent.policy import Decision, Reason, Route, TokenPull
 from edge_agent.quota import BudgetState, RateState
-from edge_agent.request import check_request_id
+from edge_agent.request import Routing, check_request_id
 from routet2i.edge.v1 import edge_pb2
 from routet2i.edge.v1.edge_pb2_grpc import EdgeAgentServiceStub
 from routet2i.image.v1 import image_pb2
@@ -123,12 +123,9 @@ class AgentClient:
             raise InvalidRequest(str(error)) from error
         return True
 
-    def generate(self, **fields: Any) -> Iterator[Decision | Progress | Received]:
-        """The decision, progress, then the image, whose sha256 is checked. `fields` are the wire's ImageRequest's,
-        and `routing`.
-        """
-        routing = fields.pop("routing", edge_pb2.ROUTING_AUTO)
-        request = edge_pb2.GenerateRequest(image=_image_request(fields), routing=routing)
+    def generate(self, *, routing: Routing, **fields: Any) -> Iterator[Decision | Progress | Received]:
+        """The decision, progress, then the image, whose sha256 is checked. `fields` are the wire's ImageRequest's."""
+        request = edge_pb2.GenerateRequest(image=_image_request(fields), routing=f"ROUTING_{routing.name}")
         png = bytearray()
         received = None
         with self._stub() as stub, _explained(self.address):

@@ -36,11 +36,17 @@ Detail = TypeVar("Detail", bound=Message)
 MAX_MESSAGE_BYTES = 4 * 2**20
 """Largest message taken: image chunks are at most 64 KiB, previews are small images."""
 
+ANSWER_S = 10.0
+"""What a question that costs nothing may take where nobody waits for the answer."""
+
 ASK_S = 2.0
 """How long the edge, which could begin to draw, waits to hear whether an image that broke off is paid for."""
 
 GOODBYE_S = 0.5
 """How long a server that has sent its image gets to end the call."""
+
+REMEMBERED_S = 60.0
+"""How long a price and the size of a refused image are taken for what the cloud still says."""
 
 FIRST_RETRY_S = 1.0
 LONGEST_RETRY_S = 60.0
@@ -194,7 +200,7 @@ class CloudClient:
         self._failures = 0
         self._retry_at = -math.inf
         self._price_micro_usd, self._price_until = 0, -math.inf
-        self._refused_sizes: dict[tuple[int | None, int | None], float] = {}  # until when, on `monotonic`
+        self._refused_sizes: dict[tuple[int, int], float] = {}  # until when, on `monotonic`
         # Calls that wait for their connection or to be accepted: since when, on `monotonic`, and for how long that
         # says nothing of the cloud.
         self._waiting: list[tuple[float, float]] = []
@@ -217,7 +223,7 @@ class CloudClient:
 
     def makes(self, request: ImageRequest) -> bool:
         """False for a minute after the cloud has refused an image of the request's size."""
-        return self._monotonic() >= self._refused_sizes.get((request.width, request.height), -math.inf)
+        return self._monotonic() >= self._refused_sizes.get(request.size, -math.inf)
 
     async def generate(
         self,
@@ -292,7 +298,7 @@ class CloudClient:
                             self._failures, self._retry_at = 0, -math.inf
                         if isinstance(event, CloudAccepted):
                             self._told(event.charged_micro_usd)
-                            self._refused_sizes.pop((stream.request.width, stream.request.height), None)
+                            self._refused_sizes.pop(stream.request.size, None)
                         if event is not None:
                             yield event
                         if isinstance(event, CloudImage):
@@ -304,8 +310,7 @@ class CloudClient:
                 accepted = stream.accepted is not None
                 explained = self._explained(error, accepted=accepted, timeout_s=timeout_s)
                 if isinstance(explained, CloudRefused) and explained.field in SIDES:
-                    size = (stream.request.width, stream.request.height)
-                    self._refused_sizes[size] = self._monotonic() + LONGEST_RETRY_S
+                    self._refused_sizes[stream.request.size] = self._monotonic() + REMEMBERED_S
                 raise explained from error
             finally:
                 call.cancel()  # which the channel's end is not to it in grpcio before 1.83
@@ -314,7 +319,7 @@ class CloudClient:
                 never_ran=False,
             )
 
-    async def lookup(self, request_id: str, timeout_s: float = 10.0) -> Outcome:
+    async def lookup(self, request_id: str, timeout_s: float = ANSWER_S) -> Outcome:
         """What became of `request_id`. Raises CloudError when there is no answer in `timeout_s` seconds."""
         question = cloud_pb2.LookupGenerationRequest(request_id=request_id)
         answer = await self._answer("LookupGeneration", question, timeout_s)
@@ -333,9 +338,9 @@ class CloudClient:
             charged_micro_usd=charged,
         )
 
-    async def model_digest(self, timeout_s: float = 10.0) -> str:
+    async def model_digest(self) -> str:
         """Digest of the model that the cloud runs now, which costs nothing to ask. Raises what `lookup` raises."""
-        answer = await self._answer("GetModel", cloud_pb2.GetModelRequest(), timeout_s)
+        answer = await self._answer("GetModel", cloud_pb2.GetModelRequest(), ANSWER_S)
         return checked_digest(answer.model_digest)
 
     async def close(self) -> None:
@@ -444,7 +449,7 @@ class CloudClient:
             self._failures += 1
 
     def _told(self, price_micro_usd: int) -> None:
-        self._price_micro_usd, self._price_until = price_micro_usd, self._monotonic() + LONGEST_RETRY_S
+        self._price_micro_usd, self._price_until = price_micro_usd, self._monotonic() + REMEMBERED_S
 
     def _explained(self, error: grpc.aio.AioRpcError, *, accepted: bool, timeout_s: float) -> CloudError:
         """A gRPC error of a connected call as one of ours."""

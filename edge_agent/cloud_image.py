@@ -63,10 +63,8 @@ class ImageStream:
     def __init__(self, request: ImageRequest, ceiling_micro_usd: int, max_image_bytes: int) -> None:
         self.request = request
         self._ceiling_micro_usd = ceiling_micro_usd
-        self._max_image_bytes = max_image_bytes
-        if request.width and request.height:
-            own = request.width * request.height * MAX_PIXEL_BYTES + MAX_OTHER_BYTES
-            self._max_image_bytes = min(max_image_bytes, own)
+        own = math.prod(request.size) * MAX_PIXEL_BYTES + MAX_OTHER_BYTES
+        self._max_image_bytes = min(max_image_bytes, own)
         self.accepted: CloudAccepted | None = None
         self.received = bytearray()
         self._begun = False  # whether the call under way has been accepted
@@ -144,8 +142,7 @@ class ImageStream:
             )
         info, png = result.image, bytes(self.received)
         self._check_facts(info, accepted)
-        width = self.request.width or info.width
-        height = self.request.height or info.height
+        width, height = self.request.size
         # Hashing and decoding take tens of milliseconds for a large image: not on the event loop.
         await asyncio.to_thread(_check_png, png, info.sha256, width, height)
         return CloudImage(

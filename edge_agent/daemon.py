@@ -111,7 +111,7 @@ class Daemon:
                 # Now that the ledger is ours: of two that start at once only one comes here.
                 _clear_socket(socket_file)
             self._purchases = Purchases(ledger, _cloud_client(settings))
-            self._service = EdgeAgentService(self.reload)
+            self._service = EdgeAgentService(self.reload, _models_folder(settings))
             await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
             await self._listen()
         except BaseException:
@@ -134,7 +134,7 @@ class Daemon:
             self._service.agent = self.agent
             self.agent.models.rest()
             await self._set_health(health_pb2.HealthCheckResponse.SERVING)
-            self._log_serving()
+            await self._log_serving()
             self._begin_warm_up(self.agent.models)
             await stopped
         finally:
@@ -229,7 +229,7 @@ class Daemon:
             assert self.agent is not None  # noqa: S101  # the service asks for it before
             self._service.agent = self.agent = self.agent.succeeded_by(models)
             models.rest()
-            self._log_serving()
+            await self._log_serving()
             self._begin_warm_up(models)
             return self.agent
 
@@ -285,12 +285,12 @@ class Daemon:
         self._working = [*(each for each in self._working if not each.done()), working]
         return working
 
-    def _log_serving(self) -> None:
+    async def _log_serving(self) -> None:
         assert self.agent is not None  # noqa: S101  # which has been made
         bundle, named = self.agent.reader.bundle, self.settings.models and not self.settings.bundle
         fields: dict[str, Any] = {"bundle": bundle.folder, "digest": bundle.model_digest}
         log.info("serving", extra={"fields": fields | {"calibrated": self.agent.calibrated}})
-        advice = list(self.agent.advice)
+        advice = await self.agent.advice()
         if named and not self.settings.store.there:  # it may be misspelt
             advice.append(
                 f"the models folder {self.settings.store.folder} is not there, so the starter serves: get models with "
@@ -302,6 +302,11 @@ class Daemon:
     async def _set_health(self, status: Any) -> None:
         for service in ("", SERVICE):
             await self._health.set(service, status)
+
+
+def _models_folder(settings: Settings) -> str:
+    """Where the served model is chosen; empty where the settings name it."""
+    return "" if settings.bundle else os.path.realpath(settings.store.folder)
 
 
 async def run(settings: Settings) -> Daemon:

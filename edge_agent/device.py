@@ -54,7 +54,7 @@ class Drawn:
 
 
 class Drawing:
-    """An image that waits or is in the making. Whoever has begun it iterates over `events`, or calls `stop`."""
+    """An image that waits or is in the making. Whoever has begun it iterates over `events`, or calls `close`."""
 
     def __init__(self, job: Job, position: int) -> None:
         # None once it is stopped: the executor keeps what waited until its turn comes.
@@ -101,9 +101,9 @@ class Drawing:
                 if isinstance(event, Drawn):
                     return
         finally:
-            self.stop()
+            self.close()
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """End the work at once. Stopping what has ended does nothing."""
         self.stopped.set()
         self.job = None  # with its token states

@@ -331,28 +331,21 @@ def _reloaded(daemon: AgentClient, store: Store, name: str) -> tuple[bool, str]:
     """Has the running daemon load the chosen model. Raises CallFailed where it refuses."""
     with _spinner(f"the daemon loads {name}"):
         try:
-            served = str(daemon.status()["bundle"])
+            status = daemon.status()
         except CallFailed as error:
             if error.exit_code != UNREACHABLE:
                 raise
             # It is still loading, shutting down, or stopped.
             return False, f"; the running daemon serves it when it is started again: {error.message}"
-        if _may_follow(store, served):  # any other would load its own anew, whose faults are not this model's
+        served = str(status["bundle"])
+        follows = status["models_folder"] == os.path.realpath(store.folder)
+        if follows:  # any other would load its own anew, whose faults are not this model's
             served = str(daemon.reload()["bundle"])
     if _is_served(store, name, served):
         return True, ", and the running daemon serves it"
     return (
         False,
         f"; the running daemon was started with a --bundle or --models of its own and serves {served}",
-    )
-
-
-def _may_follow(store: Store, served: str) -> bool:
-    """Whether a daemon that serves this folder may be one that runs the chosen model: it need not be the one chosen
-    before, as that may have been chosen without it.
-    """
-    return os.path.realpath(store.folder) == str(Path(served).parent) or any(
-        _is_served(store, name, served) for name in store.names()
     )
 
 

@@ -396,7 +396,7 @@ class WebSource:
     Raises InvalidRequest where TLS would have to do without the authorities that SSL_CERT_FILE names.
     """
 
-    def __init__(self, address: str, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(self, address: str) -> None:
         parts = urllib.parse.urlsplit(address)
         if parts.scheme == "https" and (wrong := _wrong_authorities()):
             raise InvalidRequest(wrong)
@@ -404,7 +404,6 @@ class WebSource:
             urllib.parse.quote(parts.path, safe="/%:@!$&'()*+,;=~").removesuffix(f"/{MANIFEST}").rstrip("/")
         )
         self._base = parts._replace(path=path, fragment="")
-        self._timeout_s = timeout_s
         # Not build_opener: it would also open file: and ftp:.
         self._opener = urllib.request.OpenerDirector()
         self._redirects = _Redirects()
@@ -504,7 +503,7 @@ class WebSource:
             request.add_unredirected_header(header, value)
         self._redirects.last = request
         try:
-            response: http.client.HTTPResponse = self._opener.open(request, timeout=self._timeout_s)
+            response: http.client.HTTPResponse = self._opener.open(request, timeout=TIMEOUT_S)
         except urllib.error.HTTPError as error:
             error.close()
             raise self._refusal(error, name, self._redirects.last) from error
@@ -608,10 +607,8 @@ class HubSource(WebSource):
         "set HF_TOKEN to a token that may read it, or look at the name: perhaps there is no such thing"
     )
 
-    def __init__(
-        self, endpoint: str, repository: str, revision: str, token: str, timeout_s: float = TIMEOUT_S
-    ) -> None:
-        super().__init__(f"{endpoint.rstrip('/')}/{repository}", timeout_s)
+    def __init__(self, endpoint: str, repository: str, revision: str, token: str) -> None:
+        super().__init__(f"{endpoint.rstrip('/')}/{repository}")
         self._repository, self._revision, self._token = repository, revision, token
 
     @property

@@ -14,7 +14,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from datetime import datetime, timezone
 from typing import Any
@@ -25,7 +25,6 @@ from edge_agent.errors import (
     CloudError,
     DuplicateRequest,
     LedgerError,
-    PolicyConflict,
     QuotaExhausted,
     RouteT2IError,
 )
@@ -74,10 +73,9 @@ class Purchases:
 
         The caller closes the purchase, whatever comes of it.
 
-        Raises QuotaExhausted, DuplicateRequest, LedgerError, and PolicyConflict where there is no cloud.
+        Raises QuotaExhausted, DuplicateRequest and LedgerError.
         """
-        if self.cloud is None:
-            raise PolicyConflict("no cloud is configured; start the daemon with --cloud")
+        assert self.cloud is not None  # noqa: S101  # `policy.decide` has looked
         key = self.key(request)
         if key in self._under_way:
             raise DuplicateRequest(
@@ -115,12 +113,13 @@ class Purchases:
         request = request._replace(request_id=key)
         return Purchase(self, self.cloud, request, ceiling_micro_usd, timeout_s, deadline)
 
-    async def advice(self, ceiling_micro_usd: int, unresolved: Sequence[Reservation]) -> list[str]:
-        """One sentence for each thing that keeps calls of this ceiling, or what is `unresolved`, from their end.
+    async def advice(self, ceiling_micro_usd: int) -> list[str]:
+        """One sentence for each thing that keeps calls of this ceiling, or what is unresolved, from their end.
 
         Raises LedgerError.
         """
         found = []
+        unresolved = await asyncio.to_thread(self.ledger.unresolved)
         if lost := [left for left in unresolved if not self._knows(left)]:
             clouds = ", ".join(sorted({reservation.cloud for reservation in lost}))
             found.append(

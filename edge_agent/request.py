@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from edge_agent.errors import DeadlinePassed, InvalidRequest, UnknownApp
 
@@ -84,6 +84,11 @@ class ImageRequest(NamedTuple):  # `validate` copies it in a quarter of a datacl
     traceparent: str = ""
     resume_offset: int = 0
     deadline: float | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels, of a request that `validate` has seen."""
+        return cast("tuple[int, int]", (self.width, self.height))
 
     @property
     def local_only(self) -> bool:

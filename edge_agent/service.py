@@ -1,4 +1,4 @@
-"""EdgeAgentService: between the wire and the agent. The only module of the daemon that knows its protobuf types."""
+"""EdgeAgentService: between the wire and the agent. The only module that turns one into the other."""
 
 from __future__ import annotations
 
@@ -103,11 +103,12 @@ class HandOverMalformed(grpc.aio.ServerInterceptor):
 class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
     """The service. The daemon sets `agent` once the models are loaded, and `draining` when it shuts down.
 
-    `reload` takes up the bundle that is chosen now and returns its agent.
+    `reload` takes up the bundle that is chosen now, in `models_folder` where there is one, and returns its agent.
     """
 
-    def __init__(self, reload: Callable[[], Awaitable[Agent]]) -> None:
+    def __init__(self, reload: Callable[[], Awaitable[Agent]], models_folder: str = "") -> None:
         self._reload = reload
+        self._models_folder = models_folder
         self.agent: Agent | None = None
         self.draining = False
         self._handlers: set[asyncio.Task[Any]] = set()  # of Generate and Route calls that have not ended
@@ -207,10 +208,9 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
         """What the daemon is doing, and what to do when it is not routing."""
         async with self._call(request, context, {"rpc": "GetStatus"}) as agent:
             reader, cloud = agent.reader, agent.purchases.cloud
-            unresolved, of_quota = list[Reservation](), list[str]()
+            unresolved = list[Reservation]()
             with suppress(LedgerError):  # the agent's advice says so
                 unresolved = await asyncio.to_thread(agent.purchases.ledger.unresolved)
-                of_quota = await agent.purchases.advice(agent.max_price_micro_usd, unresolved)
             return edge_pb2.GetStatusResponse(
                 version=version(),
                 uptime_seconds=time.monotonic() - self._started,
@@ -229,7 +229,7 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
                 served_by_cloud=agent.tally.served["cloud"],
                 fallbacks=agent.tally.fallbacks,
                 unresolved_reservations=len(unresolved),
-                advice=[*agent.advice, *of_quota],
+                advice=await agent.advice(),
                 providers=[
                     edge_pb2.Provider(
                         name=each.name,
@@ -242,6 +242,7 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
                 loaded_since=agent.models.since,
                 keep_alive_seconds=agent.models.keep_alive_s,
                 predecessors=agent.models.predecessors,
+                models_folder=self._models_folder,
             )
 
     async def ReloadModel(

@@ -83,8 +83,8 @@ class Superiority:
 def _halves(scale: ArrayLike, weights: ArrayLike) -> tuple[Floats, Floats]:
     """Twice the scale and half the weights, as tanh takes them, once they are known to be such."""
     scale, weights = np.asarray(scale, np.float64), np.asarray(weights, np.float64)
-    if not (scale > 0).all():
-        raise ValueError("every metric's scale must be positive")
+    if not (np.isfinite(scale) & (scale > 0)).all():
+        raise ValueError("every metric's scale must be positive and finite")
     if not ((weights >= 0).all() and abs(float(weights.sum()) - 1) < 1e-6):
         raise ValueError("the metrics' weights must be non-negative and add up to 1")
     return 2 * scale, 0.5 * weights

@@ -76,9 +76,8 @@ def print_facts(facts: dict[str, Any], options: argparse.Namespace) -> int:
         return DONE
     width = max(map(len, facts))
     for name, value in facts.items():
-        lines = (
-            value if isinstance(value, list) and name in ("advice", "providers", "predecessors") else [value]
-        )
+        texts = isinstance(value, list) and all(isinstance(each, str) for each in value)
+        lines = value if texts else [value]
         for line in lines:
             shown = round(line, 3) if isinstance(line, float) else line
             print(f"{name.replace('_', ' '):{width}}  {'' if shown is None else shown}")

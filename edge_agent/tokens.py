@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -68,7 +68,8 @@ class Tokenizer:
         self._tokenizer = tokenizer
         self._second = second
         self.length = length
-        self._concepts = _concepts(tokenizer, length)
+        added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+        self._concepts = concepts(added, length)
         self._concept_of = {vector: name for name, vectors in self._concepts.items() for vector in vectors}
 
     @classmethod
@@ -160,11 +161,10 @@ class Tokenizer:
         return prompt
 
 
-def _concepts(tokenizer: TokenizersTokenizer, length: int) -> dict[str, list[str]]:
+def concepts(added: Collection[str], length: int = MAX_TEXT_TOKENS) -> dict[str, list[str]]:
     """The tokens of each concept that was learnt as several vectors: its name, a token that was added, stands for the
     first, and name_1, name_2, ... for the others. At most `length`, since more do not fit.
     """
-    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     found = {}
     for name in added:
         vectors = [name]

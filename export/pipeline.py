@@ -29,6 +29,7 @@ from huggingface_hub import ModelCard
 from transformers import CLIPTextModelWithProjection
 
 from cloud_server import complete, hub
+from edge_agent import tokens
 from edge_agent.bundle import MANIFEST, AddedConditioning, JointConditioning, Size
 from export import autoencoder as autoencoders
 from export import source, weights_file
@@ -95,12 +96,11 @@ def load(
     try:
         index = _index(model, report)
         _refuse_class(index["_class_name"])
-        _refuse_t5(index["_class_name"], _names(index, "text_encoder_3"), without_t5)
+        _refuse_t5(index["_class_name"], "text_encoder_3" in complete.named(index), without_t5)
         made = _CLASSES[index["_class_name"]]
         others = dict.fromkeys((*_idle(made), *parts))
         with source.quiet():
             folder = Path(model) if Path(model).is_dir() else complete.downloaded(str(model), **others)
-            _refuse_missing(folder, complete.parts_of(index) - others.keys(), index)
             return complete.pipeline(folder, torch.float32, **left_out(made), **parts)
     except ExportError:
         raise
@@ -426,19 +426,6 @@ def _instead(folder: Path) -> str:
     return ""
 
 
-def _refuse_missing(folder: Path, parts: Collection[str], index: dict[str, Any]) -> None:
-    for name in sorted(parts):
-        if _names(index, name) and not (folder / name).is_dir():
-            raise ExportError(
-                f"{folder} has no {name}, which its model_index.json names: save or download the whole model again"
-            )
-
-
-def _names(index: dict[str, Any], part: str) -> bool:
-    made = index.get(part)
-    return isinstance(made, (list, tuple)) and len(made) > 0 and made[0] is not None
-
-
 def _refuse_t5(name: str, there: bool, without_t5: bool) -> None:
     """`name` is that of the pipeline's class."""
     if without_t5 and name != StableDiffusion3Pipeline.__name__:
@@ -611,14 +598,7 @@ def concepts(added: Collection[str]) -> dict[str, int]:
     """Of the tokens that were `added` to a tokenizer, those that stand for several vectors, and for how many: those of
     the others are called name_1, name_2, ...
     """
-    found = {}
-    for name in added:
-        number = 1
-        while f"{name}_{number}" in added:
-            number += 1
-        if number > 1:
-            found[name] = number
-    return found
+    return {name: len(vectors) for name, vectors in tokens.concepts(added).items()}
 
 
 def _file(pipeline: Any, *names: str) -> Path:

@@ -40,7 +40,7 @@ measurement at each start, which other work on the device would turn around.
 class Denoiser:
     """The bundle's UNet, or the transformer of Stable Diffusion 3.
 
-    `passes` may be set at any time. A graph made for one image at a time always runs separate passes.
+    A graph made for one image at a time always runs separate passes.
     """
 
     def __init__(self, bundle: Bundle, runtime: Runtime) -> None:
@@ -84,9 +84,10 @@ class Denoiser:
             self._session.expect(time_ids=(None, len(facts.added.time_ids)))
         self._embedding = facts.guidance_embedding
         self._facts = facts
-        self.one_at_a_time = self._session.shapes[self._latents][0] == 1
+        one_at_a_time = self._session.shapes[self._latents][0] == 1
         # By size and not by a measurement at each start: both round off differently, and a seed should stay a picture.
-        self.passes: Passes = "separate" if self._session.large and runtime.on_cpu else "batch"
+        separate = one_at_a_time or (self._session.large and runtime.on_cpu)
+        self.passes: Passes = "separate" if separate else "batch"
 
     @property
     def sessions(self) -> tuple[Session, ...]:
@@ -123,7 +124,7 @@ class Denoiser:
             Cancelled, GenerationFailed: see `Session.run`.
         """
         prompts = [negative, states] if self.guides(guidance_scale) else [states]
-        if len(prompts) == 1 or (self.passes == "batch" and not self.one_at_a_time):
+        if len(prompts) == 1 or self.passes == "batch":
             output = self._run(latents, timestep, prompts, guidance_scale, stop, last)
         else:
             output = np.concatenate(

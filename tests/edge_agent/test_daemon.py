@@ -239,8 +239,10 @@ def test_a_port_in_use_is_refused(folder: Path, refused: Refused) -> None:
         assert f"cannot listen on {by_name}" in refused("--listen", by_name)
 
 
-def test_a_models_folder_that_is_not_there_is_named_as_the_starter_serves(folder: Path) -> None:
-    process = Process("edge_agent", folder, "--models", folder / "misspelt", "--listen", "127.0.0.1:0")
+def test_the_log_says_at_the_start_what_is_not_as_it_should_be(folder: Path) -> None:
+    models = ("--models", folder / "misspelt", "--listen", "127.0.0.1:0")
+    never = ("--cloud", "127.0.0.1:1", "--budget", "0.001", "--max-price", "0.01")
+    process = Process("edge_agent", folder, *models, *never)
     try:
         process.wait_for("serving")
         assert process.stop() == 0
@@ -248,6 +250,7 @@ def test_a_models_folder_that_is_not_there_is_named_as_the_starter_serves(folder
         process.kill()
     advice = [line["do"] for line in process.lines if line["event"] == "advice"]
     assert any(f"the models folder {folder / 'misspelt'} is not there" in each for each in advice)
+    assert any("never has room for one: raise --budget" in each for each in advice)
 
 
 def test_a_file_for_a_models_folder_is_refused(folder: Path, refused: Refused) -> None:

@@ -56,7 +56,7 @@ async def test_what_was_cancelled_in_the_queue_holds_no_token_states_until_its_t
     assert waiting.job is not None
     states = weakref.ref(waiting.job.states.tokens)
     assert states() is not None
-    waiting.stop()
+    waiting.close()
     gc.collect()
     assert states() is None
     async with aclosing(first.events()) as events:
@@ -75,7 +75,7 @@ async def test_what_was_cancelled_in_the_queue_frees_its_place_at_once() -> None
     waiting = device.begin(job)
     with pytest.raises(Busy):
         device.begin(job)
-    waiting.stop()
+    waiting.close()
     await asyncio.sleep(0)
     drawing = device.begin(job)
     over.set()

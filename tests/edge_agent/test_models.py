@@ -553,9 +553,10 @@ def test_a_daemon_with_a_bundle_of_its_own_keeps_it_and_that_is_said(
     run: Run, home: Path, start: Callable[..., Process]
 ) -> None:
     run("pull", hollow_bundle(home / "tiny"))
-    start("--bundle", STARTER)
+    daemon = start("--bundle", STARTER)
     used = run("use", "hollow")
     assert used.code == 0 and "was started with a --bundle or --models of its own" in used.out
+    assert [line["event"] for line in daemon.lines].count("serving") == 1  # nothing was loaded anew
     assert run("pull", home / "tiny", "--use", "--json").objects[0]["served"] is False
     assert names(run("list", "--json"))["hollow"]["current"] is True
 

@@ -249,10 +249,10 @@ async def test_what_never_fits_and_what_a_clock_ahead_left_is_said_with_what_to_
     ledger = Ledger.open(tmp_path / "quota.sqlite3", budgets, clock=lambda: now)
     ledger.reserve("ahead", "default", CEILING, CloudClient("127.0.0.1:1").identity)
     purchases = Purchases(ledger, CloudClient("127.0.0.1:1"))
-    (advice,) = await purchases.advice(CEILING, [])
+    (advice,) = await purchases.advice(CEILING)
     assert "'day@kiosk' is $0.009999" in advice and "--max-price" in advice
     now -= 86_400.0
-    _, advice = await purchases.advice(CEILING, [])
+    _, advice = await purchases.advice(CEILING)
     assert "1 cloud calls" in advice and "2027-01-15" in advice and str(tmp_path / "quota.sqlite3") in advice
     await purchases.close()
 

@@ -256,7 +256,7 @@ def test_the_better_generator_has_one_size_the_same_encoder_and_draws_the_same(
     assert better.denoiser.sessions[0].path == routed_bundle / DENOISER
     assert rehearsed == [routed_bundle / DENOISER, routed_bundle / DECODER]
     assert better.text_encoder is generator.text_encoder and better.denoiser is not generator.denoiser
-    assert better.denoiser.one_at_a_time and not generator.denoiser.one_at_a_time
+    assert better.denoiser.passes == "separate" and generator.denoiser.passes == "batch"
     facts = bundle.manifest
     assert better.denoiser.sessions[0].shapes["sample"] == (
         *(1, facts.latent_channels),
@@ -389,7 +389,7 @@ def test_tensorrt_is_told_which_graphs_are_in_half_precision(
         return on(generator, *(replace(runtime, provider_options={}) for runtime in runtimes))
 
     monkeypatch.setattr(Generator, "on", listening)
-    assert models.open_better().denoiser.one_at_a_time
+    assert models.open_better().denoiser.passes == "separate"
     assert told == ["True", "False"]
 
 

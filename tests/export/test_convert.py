@@ -1031,7 +1031,9 @@ def test_what_is_there_is_kept(model: Path, tmp_path: Path, monkeypatch: pytest.
         with pytest.raises(ExportError, match="is there; name a new folder"):
             convert(str(model), str(taken), report=silent)
     shutil.rmtree(model / "unet")
-    with pytest.raises(ExportError, match="has no unet"):
+    with pytest.raises(
+        ExportError, match=r"no folder .*unet, which .* names: save or download the whole model again"
+    ):
         convert(str(model), str(tmp_path / "folder"), report=silent)
     (empty := tmp_path / "empty").mkdir()
     monkeypatch.chdir(empty)

@@ -551,7 +551,7 @@ def test_the_options_go_together(
     assert (manifest.width, manifest.height, manifest.latent_width, manifest.latent_height) == (96, 64, 12, 8)
     assert (manifest.steps, manifest.default_guidance, manifest.latent_scaling) == ((2,), 3.0, 1.0)
     generator = Generator(bundle, Runtime(threads=1))
-    assert generator.denoiser.one_at_a_time
+    assert generator.denoiser.passes == "separate"
     shapes = {session.path.parent.name: session.shapes for session in generator.sessions}
     assert shapes["unet"] == {
         "sample": (1, 4, 8, 12),
