@@ -11,8 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from edge_agent.client import Received
+from edge_agent.disk import patiently
 from edge_agent.errors import InvalidRequest
-from edge_agent.store import patiently
 
 STANDARD_OUTPUT = Path("-")
 """This very object: an equal path, as of ./-, is a file."""

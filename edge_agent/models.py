@@ -230,7 +230,8 @@ def _pull(options: argparse.Namespace) -> int:
 
 
 def _pulled(store: Store, options: argparse.Namespace) -> Pulled:
-    from edge_agent.pull import Fetched, pull, source_of  # the other actions need no HTTP
+    from edge_agent.pull import Fetched, pull  # the other actions need no HTTP
+    from edge_agent.source import source_of
 
     source = source_of(options.source, os.environ)
     with _bar(f"asking for {source.place}") as show:  # a server may take half a minute not to answer

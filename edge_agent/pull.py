@@ -3,31 +3,23 @@
     for event in pull(source_of("https://example.com/my-model", os.environ), store):
         ...  # Fetched, again and again, and at the end Pulled
 
-A source hands out manifest.json, and then every file that it lists, from any byte on. What arrives is hashed on its
-way into the store's partial folder, and never more of it taken than the manifest promises. Whatever ends a pull, the
-next one goes on where it stopped; the bundle shows among the installed ones when all of it is verified, and not before.
+What arrives is hashed on its way into the store's partial folder, and never more of it taken than the manifest
+promises. Whatever ends a pull, the next one goes on where it stopped; the bundle shows among the installed ones when
+all of it is verified, and not before.
 """
 
 from __future__ import annotations
 
 import hashlib
-import http.client
 import os
-import re
-import shlex
 import shutil
-import ssl
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
-from edge_agent import version
 from edge_agent.bundle import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
@@ -37,24 +29,19 @@ from edge_agent.bundle import (
     Manifest,
     parse_manifest,
 )
+from edge_agent.disk import patiently
 from edge_agent.errors import (
     BundleError,
-    InvalidRequest,
     NewerBundle,
     NotABundle,
     PullFailed,
     RouteT2IError,
     SourceLied,
-    SourceRefused,
     SourceUnreachable,
     StoreError,
-    printable,
 )
-from edge_agent.settings import expanded
-from edge_agent.store import Store, check_name, name_from, patiently
-
-HUB = "https://huggingface.co"
-"""The hub, unless HF_ENDPOINT names another."""
+from edge_agent.source import Source
+from edge_agent.store import Store, check_name, name_from
 
 WAITS_S = (0.5, 1.0, 2.0, 4.0)
 """Pauses before a file that broke off is asked for again."""
@@ -65,19 +52,8 @@ LONGEST_WAIT_S = 60.0
 WORTH_BYTES = 1 << 20
 """An attempt that brought this much counts as none, however it ended, and a pull that was refused leaves no less."""
 
-TIMEOUT_S = 30.0
-"""How long a server may take to answer, and to send the next bytes."""
-
 SPARE_BYTES = 16 << 20
 """What a pull leaves free on the disk."""
-
-_MODEL_INDEX = "model_index.json"
-_HUB = re.compile(r"hf:([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(\S+))?", re.ASCII)
-# OpenSSL's numbers of a certificate that is not valid yet, and of one that has expired.
-_OUT_OF_DATE = (9, 10)
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-# Python reads no number of thousands of digits.
-_CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
 
 
 @dataclass(frozen=True)
@@ -98,56 +74,6 @@ class Pulled:
     bundle: Bundle
     fetched_bytes: int
     was_installed: bool
-
-
-class Source(Protocol):
-    """Where a bundle comes from. Both methods raise PullFailed; the first one also BundleError."""
-
-    @property
-    def place(self) -> str:
-        """What errors call it."""
-
-    def manifest(self) -> bytes:
-        """manifest.json, or so much of it that it is seen to be too large."""
-
-    def read(self, name: str, entry: FileEntry, offset: int) -> tuple[int, Iterator[bytes]]:
-        """The file's bytes from `offset` on, or from the byte that comes first in the answer."""
-
-
-def source_of(text: str, environment: Mapping[str, str]) -> Source:
-    """The source that `text` names: a folder, http(s)://..., or hf:OWNER/NAME[@REVISION].
-
-    HF_ENDPOINT and HF_TOKEN of the environment say where the hub is and who asks. Raises InvalidRequest.
-    """
-    if not text:
-        raise InvalidRequest("the source is empty; name a folder, https://... or hf:OWNER/NAME")
-    if text.startswith("hf:"):
-        found = _HUB.fullmatch(text)
-        if found is None:
-            raise InvalidRequest(
-                f"{text!r} names no repository of the hub; write hf:OWNER/NAME or hf:OWNER/NAME@REVISION"
-            )
-        endpoint = environment.get("HF_ENDPOINT") or HUB
-        _check_address(endpoint, "HF_ENDPOINT")
-        token = environment.get("HF_TOKEN", "").strip()  # a file's last line break often comes along
-        if not (token.isascii() and token.isprintable()):
-            raise InvalidRequest(
-                "HF_TOKEN holds characters that no token can have; set it to the token alone"
-            )
-        return HubSource(endpoint, found[1], found[2] or "main", token)
-    if "://" in text:
-        _check_address(text, "the source")
-        return WebSource(text)
-    folder = expanded(text)
-    try:
-        there = folder.is_dir()
-    except OSError:  # a name that no folder can have
-        there = False
-    if not there:
-        raise InvalidRequest(
-            f"there is no folder {text}; a bundle on a web server is written https://..., one on the hub hf:OWNER/NAME"
-        )
-    return FolderSource(folder)
 
 
 def pull(
@@ -355,379 +281,3 @@ def _size(path: Path) -> int:
 def megabytes(count: int) -> str:
     """Such as "12.8 MB"."""
     return f"{count / 1e6:,.1f} MB"
-
-
-class FolderSource:
-    """A bundle folder on this machine."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    @property
-    def place(self) -> str:
-        """The folder."""
-        return str(self.folder)
-
-    def manifest(self) -> bytes:
-        """manifest.json of a folder whose files are all there, plain, and of the sizes it says."""
-        if not (self.folder / MANIFEST).exists() and (self.folder / _MODEL_INDEX).is_file():
-            raise _unexported(self.place, self.place)
-        Bundle.open(self.folder, verify=False)
-        return b"".join(self._blocks(MANIFEST, 0, MAX_MANIFEST_BYTES))
-
-    def read(self, name: str, entry: FileEntry, offset: int) -> tuple[int, Iterator[bytes]]:
-        """The file's bytes from `offset` on."""
-        return offset, self._blocks(name, offset, entry.bytes)
-
-    def _blocks(self, name: str, start: int, end: int) -> Iterator[bytes]:
-        try:
-            with (self.folder / name).open("rb") as file:
-                file.seek(start)
-                while start < end and (block := file.read(min(READ_BYTES, end - start))):
-                    start += len(block)
-                    yield block
-        except OSError as error:
-            raise SourceRefused(f"{self.folder / name} cannot be read: {error.strerror}") from error
-
-
-class WebSource:
-    """A bundle folder on an HTTP(S) server. Query parameters of its address go along with every file's.
-
-    Raises InvalidRequest where TLS would have to do without the authorities that SSL_CERT_FILE names.
-    """
-
-    def __init__(self, address: str) -> None:
-        parts = urllib.parse.urlsplit(address)
-        if parts.scheme == "https" and (wrong := _wrong_authorities()):
-            raise InvalidRequest(wrong)
-        path = (
-            urllib.parse.quote(parts.path, safe="/%:@!$&'()*+,;=~").removesuffix(f"/{MANIFEST}").rstrip("/")
-        )
-        self._base = parts._replace(path=path, fragment="")
-        # Not build_opener: it would also open file: and ftp:.
-        self._opener = urllib.request.OpenerDirector()
-        self._redirects = _Redirects()
-        local = parts.hostname in ("localhost", "127.0.0.1", "::1")
-        for handler in (
-            # A proxy for the world outside has no business with this machine's own servers.
-            urllib.request.ProxyHandler({} if local else None),
-            urllib.request.HTTPHandler(),
-            urllib.request.HTTPSHandler(context=ssl.create_default_context()),
-            urllib.request.UnknownHandler(),
-            urllib.request.HTTPDefaultErrorHandler(),
-            self._redirects,
-            urllib.request.HTTPErrorProcessor(),
-        ):
-            self._opener.add_handler(handler)
-
-    @property
-    def place(self) -> str:
-        """The address without its query, which may hold a secret."""
-        return self._base._replace(query="").geturl()
-
-    def manifest(self) -> bytes:
-        """manifest.json as the server has it now."""
-        try:
-            response = self._open(MANIFEST)
-        except _NotThere:
-            if self._has(_MODEL_INDEX):
-                raise _unexported(self.place, self._exportable()) from None
-            raise
-        with response:
-            text = b"".join(self._blocks(response, MANIFEST, MAX_MANIFEST_BYTES + 1))
-        self._settle_on(response)
-        return text
-
-    def read(self, name: str, entry: FileEntry, offset: int) -> tuple[int, Iterator[bytes]]:
-        """The file's bytes from `offset` on; from the first where the server does not know ranges."""
-        response = self._open(name, offset)
-        try:
-            start = self._start(response, name, entry, offset)
-        except BaseException:
-            response.close()
-            raise
-        return start, self._blocks(response, name, entry.bytes - start, exactly=True)
-
-    def _start(self, response: http.client.HTTPResponse, name: str, entry: FileEntry, offset: int) -> int:
-        """Where the answer begins. Raises SourceLied when it is not what was asked for."""
-        start, total = 0, "*" if response.length is None else str(response.length)
-        if response.status == http.HTTPStatus.PARTIAL_CONTENT:
-            part = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", "").strip())
-            if part is None or int(part[1]) != offset:
-                raise SourceLied(f"{self.place}: another part of {name} came than was asked for")
-            start, total = offset, part[3]
-        if total not in ("*", str(entry.bytes)):
-            raise SourceLied(
-                f"{self.place}: {name} has {total} bytes where {MANIFEST} says {entry.bytes}; have it exported again"
-            )
-        return start
-
-    def _blocks(
-        self, response: http.client.HTTPResponse, name: str, left: int, *, exactly: bool = False
-    ) -> Iterator[bytes]:
-        """The answer's body, at most `left` bytes of it; with `exactly`, neither more nor less."""
-        promised = response.length  # None where only the end shows it
-        got = 0
-        try:
-            with response:
-                # One byte more than there may be, where only reading it shows that the server has more.
-                more = 1 if exactly and promised is None else 0
-                while block := response.read1(min(READ_BYTES, left + more)):
-                    got, left = got + len(block), left - len(block)
-                    if left < 0:
-                        raise SourceLied(f"{self.place}: {name} goes on beyond what {MANIFEST} says")
-                    yield block
-                    if left == 0 and (promised is not None or not exactly):
-                        return
-        except (OSError, http.client.HTTPException) as error:
-            raise SourceUnreachable(f"{self.place} broke off in {name}: {_reason(error)}") from error
-        if got < (promised or 0) or (exactly and left > 0):
-            raise SourceUnreachable(
-                f"{self.place} broke off in {name}: {_reason(http.client.IncompleteRead(b''))}"
-            )
-
-    def _has(self, name: str) -> bool:
-        try:
-            self._open(name).close()
-        except PullFailed:
-            return False
-        return True
-
-    def _open(self, name: str, offset: int = 0) -> http.client.HTTPResponse:
-        request = urllib.request.Request(self._address(name))  # noqa: S310  # http or https, checked
-        request.add_header("User-Agent", f"edge-agent/{version()}")
-        request.add_header("Accept-Encoding", "identity")
-        if offset:
-            request.add_header("Range", f"bytes={offset}-")
-        for header, value in self._credentials().items():
-            request.add_unredirected_header(header, value)
-        self._redirects.last = request
-        try:
-            response: http.client.HTTPResponse = self._opener.open(request, timeout=TIMEOUT_S)
-        except urllib.error.HTTPError as error:
-            error.close()
-            raise self._refusal(error, name, self._redirects.last) from error
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            raise self._silence(error, self._redirects.last) from error
-        if response.headers.get("Content-Encoding", "identity").lower() != "identity":
-            response.close()
-            raise SourceRefused(
-                f"{self.place} sends {name} compressed, although it was asked for as it is; turn that off for bundles"
-            )
-        return response
-
-    def _refusal(self, error: urllib.error.HTTPError, name: str, last: urllib.request.Request) -> PullFailed:
-        """What an answer other than the file means. `last` is the request that it came to, after all redirects."""
-        status, place = error.code, f"{self.place}/{name}"
-        if status == http.HTTPStatus.PROXY_AUTHENTICATION_REQUIRED and last.has_proxy():
-            return SourceRefused(
-                f"the proxy {last.host} lets nobody through without a password (407); write HTTP_PROXY as "
-                "http://USER:PASSWORD@HOST:PORT"
-            )
-        if last.has_proxy():  # which may be what answered
-            place += f", asked for through the proxy {last.host} in HTTP_PROXY,"
-        if status in (http.HTTPStatus.NOT_FOUND, http.HTTPStatus.GONE):
-            return _NotThere(f"{place} is not there ({status}); is this the address of a bundle folder?")
-        if status in (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN):
-            return SourceRefused(f"{place} is not for everybody ({status}); {self._how_to_be_let_in}")
-        if status == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-            return SourceLied(f"{place} is shorter than {MANIFEST} says")
-        # The server's own words are not repeated: they could be anything, and urllib's quote signed addresses.
-        reason = error.reason if isinstance(error, _LessSafe) else http.client.responses.get(status, "")
-        said = f"{status} {reason}".strip()
-        if str(error.reason).startswith(urllib.request.HTTPRedirectHandler.inf_msg):
-            return SourceRefused(f"{place} redirects in a circle, or too often ({said}); check the address")
-        if status >= 500 or status in (http.HTTPStatus.TOO_MANY_REQUESTS, http.HTTPStatus.REQUEST_TIMEOUT):
-            after = error.headers.get("Retry-After", "")
-            return SourceUnreachable(
-                f"{place} cannot be had at the moment ({said})",
-                retry_after_s=float(after) if after.isdecimal() else None,
-            )
-        return SourceRefused(f"{place} cannot be had ({said})")
-
-    def _silence(self, error: Exception, last: urllib.request.Request) -> PullFailed:
-        """What it means that no answer came to `last`, the request that all redirects led to."""
-        own, host = self._base.netloc, printable(_host(last.full_url))
-        if host != own:
-            host = f"{host}, to which {own} redirects,"
-        reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        if isinstance(reason, ssl.SSLCertVerificationError):
-            # A server without TLS may have led here, with nothing said of the authorities before.
-            cure = _wrong_authorities() or (
-                "if an authority of your own vouches for it, name that authority's PEM file in SSL_CERT_FILE"
-            )
-            if reason.verify_code in _OUT_OF_DATE:
-                cure = "its owner has to renew it, unless the clock of this machine is wrong"
-            return SourceRefused(
-                f"the certificate of {host} is not to be trusted: {reason.verify_message.rstrip('.')}; {cure}"
-            )
-        if isinstance(reason, (ValueError, http.client.InvalidURL)):
-            # Its own text is not repeated: it quotes headers and signed addresses.
-            return SourceRefused(
-                f"{own} cannot be asked: the address, one that it redirects to, or that of the proxy in HTTP_PROXY or "
-                "HTTPS_PROXY is not well-formed"
-            )
-        wanted = urllib.parse.urlsplit(last.full_url)
-        if last.host != urllib.parse.unquote(wanted.netloc):
-            variable = f"{wanted.scheme.upper()}_PROXY"
-            return SourceUnreachable(
-                f"{host} cannot be reached through the proxy {printable(last.host)}: {_reason(reason)}; check "
-                f"{variable} (http://USER:PASSWORD@HOST:PORT), or name the host in NO_PROXY if there is a way without"
-            )
-        if isinstance(reason, ssl.SSLError):
-            return SourceUnreachable(
-                f"{host} cannot be reached over TLS: {_reason(reason)}; check the port, and whether the address begins "
-                "with http:// instead"
-            )
-        return SourceUnreachable(
-            f"{host} cannot be reached: {_reason(reason)}; check the address, the connection and that the server runs"
-        )
-
-    # What the hub does otherwise.
-
-    _how_to_be_let_in = "make it readable without credentials, or put the bundle where it is"
-
-    def _address(self, name: str) -> str:
-        return self._base._replace(path=f"{self._base.path}/{urllib.parse.quote(name)}").geturl()
-
-    def _credentials(self) -> dict[str, str]:
-        return {}
-
-    def _settle_on(self, response: http.client.HTTPResponse) -> None:
-        """What the manifest's answer fixes for the files that follow."""
-
-    def _exportable(self) -> str:
-        return "MODEL"
-
-
-class HubSource(WebSource):
-    """A repository of the hub, at a branch, tag or commit. A branch that moves during a pull is not followed."""
-
-    _how_to_be_let_in = (
-        "set HF_TOKEN to a token that may read it, or look at the name: perhaps there is no such thing"
-    )
-
-    def __init__(self, endpoint: str, repository: str, revision: str, token: str) -> None:
-        super().__init__(f"{endpoint.rstrip('/')}/{repository}")
-        self._repository, self._revision, self._token = repository, revision, token
-
-    @property
-    def place(self) -> str:
-        """As it is written on the command line."""
-        return f"hf:{self._repository}@{self._revision}"
-
-    def _address(self, name: str) -> str:
-        revision = urllib.parse.quote(self._revision, safe="")
-        path = f"{self._base.path}/resolve/{revision}/{urllib.parse.quote(name)}"
-        return self._base._replace(path=path).geturl()
-
-    def _credentials(self) -> dict[str, str]:
-        return {"Authorization": f"Bearer {self._token}"} if self._token else {}
-
-    def _settle_on(self, response: http.client.HTTPResponse) -> None:
-        commit = response.headers.get("X-Repo-Commit", "")
-        if _COMMIT.fullmatch(commit):
-            self._revision = commit
-
-    def _exportable(self) -> str:
-        return self._repository
-
-
-class _NotThere(SourceRefused):
-    """The server has no such file."""
-
-
-class _LessSafe(urllib.error.HTTPError):
-    """A redirect that is not followed; its reason is in our words."""
-
-
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to other web addresses, never out of TLS, with credentials only on the same server, and without
-    reading what comes along with them.
-    """
-
-    last: urllib.request.Request
-    """Where they have led so far. Whoever opens an address sets it."""
-
-    http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302  # Python 3.10 does not know it
-
-    def redirect_request(
-        self,
-        req: urllib.request.Request,
-        fp: Any,
-        code: int,
-        msg: str,  # noqa: ARG002  # urllib passes it
-        headers: Any,
-        newurl: str,
-    ) -> urllib.request.Request:
-        """The request that follows; raises _LessSafe where none may."""
-        fp.close()  # urllib would read its body, which may have no end, into memory
-        old, new = urllib.parse.urlsplit(req.full_url), urllib.parse.urlsplit(newurl)
-        if new.scheme not in ("http", "https") or (old.scheme == "https" and new.scheme == "http"):
-            reason = printable(f"redirects to {new.scheme}://{_host(newurl)}, which is less safe")
-            raise _LessSafe(req.full_url, code, reason, headers, fp)
-        # What opens the proxy is added anew where the next request goes through it, too.
-        headers = {name: value for name, value in req.headers.items() if name != "Proxy-authorization"}
-        request = urllib.request.Request(newurl, headers=headers)  # noqa: S310  # http or https
-        if (old.scheme, old.netloc) == (new.scheme, new.netloc):
-            for header, value in req.unredirected_hdrs.items():
-                if header == "Authorization":
-                    request.add_unredirected_header(header, value)
-        self.last = request
-        return request
-
-
-def _wrong_authorities() -> str:
-    """What is wrong with the file in SSL_CERT_FILE, which OpenSSL passes over in silence; empty where nothing is."""
-    file = os.environ.get("SSL_CERT_FILE")
-    if not file:
-        return ""
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(file)
-    except OSError as error:  # ssl's own among them
-        return (
-            f"SSL_CERT_FILE names {file}, which has no certificate that can be read: {_reason(error)}; name a PEM "
-            "file, or unset it"
-        )
-    return ""
-
-
-def _host(address: str) -> str:
-    """Host and port, without the password that somebody may have written before them."""
-    return urllib.parse.urlsplit(address).netloc.rpartition("@")[2]
-
-
-def _check_address(address: str, what: str) -> None:
-    try:
-        parts = urllib.parse.urlsplit(address)
-        good = (
-            parts.scheme in ("http", "https")
-            and parts.hostname
-            and address.isprintable()
-            and " " not in parts.netloc
-        )
-        _ = parts.port
-    except ValueError:
-        good = False
-    if not good:
-        raise InvalidRequest(f"{what} is {address!r}, which is no http:// or https:// address")
-    if "@" in parts.netloc:
-        raise InvalidRequest(f"{what} must not hold a user name or password: others see the command line")
-
-
-def _unexported(place: str, model: str) -> SourceRefused:
-    return SourceRefused(
-        f"{place} is a diffusers pipeline and no bundle: export it first with "
-        f"`edge-export diffusion {shlex.quote(model)} OUT`, and pull OUT"
-    )
-
-
-def _reason(error: object) -> str:
-    if isinstance(error, TimeoutError):
-        return "no answer in time"
-    if isinstance(error, http.client.IncompleteRead):
-        return "the connection ended early"
-    if isinstance(error, ssl.SSLError) and error.reason:  # such as WRONG_VERSION_NUMBER
-        return error.reason.replace("_", " ").lower()
-    said = str(getattr(error, "strerror", None) or error) or type(error).__name__
-    return printable(said)  # some of it may be the server's

@@ -13,21 +13,16 @@ from __future__ import annotations
 import errno
 import os
 import re
-import secrets
 import shutil
 import stat
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
 
 from edge_agent.bundle import MANIFEST, Bundle, mode_of
+from edge_agent.disk import DISK_FULL, lock_file, patiently, sync, unlock_file, write_durably
 from edge_agent.errors import Busy, StoreError
-
-Found = TypeVar("Found")
 
 STARTER_NAME = "starter"
 RESERVED = (STARTER_NAME, "edge", "cloud")
@@ -44,10 +39,6 @@ _CURRENT = ".current"
 _PARTIAL = ".partial"
 _REMOVED = ".removed-"
 _LOCK = ".lock"
-
-_PATIENCE_S = 1.0  # with other programs, on Windows
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Store:
@@ -210,15 +201,8 @@ class Store:
         try:
             yield folder
         finally:
-            # Still under the lock, and only by who holds it: whoever opened this file before sees in `lock_file` that
-            # it is gone, and locks the new one. Windows itself takes away no file that somebody has open, us included.
-            if os.name == "nt":
-                os.close(descriptor)
-            with suppress(OSError):  # a file that stays harms nobody, and must not hide what went wrong
-                if not folder.exists():  # installed, removed or never begun: nothing is left to be locked
-                    lock.unlink(missing_ok=True)
-            if os.name != "nt":
-                os.close(descriptor)
+            # Installed, removed or never begun: nothing is left to be locked.
+            unlock_file(lock, descriptor, remove=not os.path.lexists(folder))
 
     def must_be_free(self, name: str) -> None:
         """Raises StoreError when something lies where the model `name` would be installed."""
@@ -238,9 +222,9 @@ class Store:
         with self._exclusive(name), self.explained("written"):
             self.must_be_free(name)
             for folder, _, _ in os.walk(partial):
-                _sync(Path(folder))
+                sync(Path(folder))
             patiently(os.replace, partial, target)
-            _sync(self.folder)
+            sync(self.folder)
         return Bundle.open(target, verify=False)
 
     def _nowhere(self, name: str) -> StoreError:
@@ -254,7 +238,7 @@ class Store:
             if name == STARTER_NAME:
                 (self.folder / _CURRENT).unlink(missing_ok=True)
             else:
-                _write_durably(self.folder / _CURRENT, name + "\n")
+                write_durably(self.folder / _CURRENT, name + "\n")
 
     def _delete(self, path: Path) -> int:
         with self.explained("written"):
@@ -345,83 +329,3 @@ def _make_writable(folder: Path) -> None:
         mode = Path(place).stat().st_mode
         if not mode & stat.S_IWUSR:
             Path(place).chmod(mode | stat.S_IRWXU)
-
-
-def _write_durably(path: Path, text: str) -> None:
-    """Writes the file at once or not at all, also when the power goes."""
-    part = path.with_name(f"{path.name}-{secrets.token_hex(8)}")
-    try:
-        # Not tempfile's, which its owner alone may read: the daemon may be another user's.
-        with part.open("x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        patiently(os.replace, part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    _sync(path.parent)
-
-
-def patiently(work: Callable[..., Found], *arguments: Any, **named: Any) -> Found:
-    """What `work` returns. Windows keeps it from what another program reads, replaces or scans for viruses, which takes
-    moments: it is tried again there.
-    """
-    until = time.monotonic() + _PATIENCE_S
-    while os.name == "nt" and time.monotonic() < until:
-        with suppress(PermissionError):
-            return work(*arguments, **named)
-        time.sleep(0.01)
-    return work(*arguments, **named)
-
-
-def _sync(folder: Path) -> None:
-    """Makes what was put into the folder, or renamed in it, last. Windows does so by itself."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def lock_file(path: Path, *, wait: bool) -> int:
-    """A descriptor of the file, locked; the end of the process, however it comes, unlocks it.
-
-    Raises BlockingIOError when another process has the lock and `wait` is false.
-    """
-    while True:
-        descriptor = patiently(os.open, path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            _lock_descriptor(descriptor, wait)
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), path.stat()):
-                    return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)  # its last holder took the file away: lock the new one
-
-
-if sys.platform == "win32":
-    import msvcrt
-
-    _LOCK_S = 10.0
-
-    def _lock_descriptor(descriptor: int, wait: bool) -> None:
-        # Nothing holds a lock that is waited for nearly as long. LK_LOCK would look but once a second.
-        until = time.monotonic() + (_LOCK_S if wait else 0.0)
-        while time.monotonic() < until:
-            with suppress(OSError):
-                return msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-            time.sleep(0.01)
-        try:
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        except OSError as error:
-            raise BlockingIOError(error.errno, error.strerror) from error
-else:
-    import fcntl
-
-    def _lock_descriptor(descriptor: int, wait: bool) -> None:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

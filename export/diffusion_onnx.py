@@ -20,7 +20,7 @@ import argparse
 import gc
 import inspect
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -47,7 +47,7 @@ from export import pipeline as pipelines
 from export.errors import ExportError
 from export.preview import WORTH_SHOWING, fit_preview
 from export.prompts import numbered_lines
-from export.reference import COMPARISONS, largest_difference, reference_images
+from export.reference import COMPARISONS, Reference, largest_difference, reference_images
 from export.schedule import Steps, compile_schedule, number_of
 from export.scheduler import choose_scheduler
 from export.terminal import say
@@ -112,24 +112,12 @@ def export_bundle(
     """
     target = Path(out).resolve()  # "." has neither a name nor a folder beside it
     _refuse_taken(target, force)
+    name = name or pipelines.name_of(model)
+    _refuse_options(name, licence, guidance, sizes, shapes)
     if dtype == "fp32" and keep:
         raise ExportError("there is nothing to keep in fp32 without --dtype fp16 or int8")
     if dtype == "fp32" and calibration_prompts is not None:
         raise ExportError("there is nothing to calibrate in fp32 without --dtype fp16 or int8")
-    if guidance is not None and not 0 <= guidance <= Limits.max_guidance:
-        raise ExportError(
-            f"a guidance scale of {guidance:g} does not work: the edge takes 0 to {Limits.max_guidance:g}"
-        )
-    name = name or pipelines.name_of(model)
-    _refuse_name(name)
-    if licence is not None and (not licence.strip() or not licence.isprintable()):
-        raise ExportError(f"a licence of {licence!r} does not work: it must be printable text on one line")
-    for each in sizes:
-        pipelines.refuse_large(each)
-    if len(set(sizes)) > 1 + MAX_SIZES:
-        raise ExportError(f"a bundle makes images of {1 + MAX_SIZES} sizes at most, not {len(set(sizes))}")
-    if shapes == "fixed" and len(set(sizes)) > 1:
-        raise ExportError("graphs of fixed shapes make images of one size: name one with --size")
     prompts = (
         None
         if calibration_prompts is None
@@ -164,15 +152,7 @@ def export_bundle(
                 for count in sorted(counts, reverse=True)
             ]
         report(f"running {type(pipeline).__name__} in torch, to compare with")
-        fewest = by_count[min(counts)]
-        pairs = [reference_images(pipeline, fewest, scale, each, COMPARISONS[:2]) for each in sizes]
-        guided, unguided = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        if counts[0] > min(counts):
-            # One image: they take longer, and differ from the first in their number of steps alone.
-            guided += reference_images(pipeline, by_count[counts[0]], scale, size, COMPARISONS[:1])
-        fitted = [*guided, *unguided]  # without the next, so that previews stay those of earlier exports
-        if kind.takes_negative:  # of one size: what no negative prompt is does not depend on it
-            guided += reference_images(pipeline, fewest, scale, size, COMPARISONS[2:])
+        guided, unguided, negated = _references(pipeline, by_count, scale, sizes)
         report("tracing the graphs")
         graphs.trace(pipeline, partial, sizes, report, consume=ours)
         if shapes == "fixed":
@@ -187,7 +167,7 @@ def export_bundle(
             (partial / part / tokens.FILE).write_text(
                 tokenizer.to_str(pretty=True), encoding="utf-8", newline="\n"
             )
-        preview = fit_preview(fitted)
+        preview = fit_preview([*guided, *unguided])
         shown = preview.explained >= WORTH_SHOWING
         report(
             f"a linear map explains {max(0.0, preview.explained):.0%} of the colours: previews "
@@ -206,21 +186,7 @@ def export_bundle(
         loudest = float(getattr(pipeline.scheduler, "init_noise_sigma", 1.0))
         del loaded, pipeline  # for whose memory the bundle has use
         gc.collect()
-        report("comparing pixels with the torch pipeline")
-        bundle = Bundle.open(partial)
-        difference = largest_difference(bundle, unguided)  # of the graph as it was traced
-        if count := attention.fuse(bundle.path(bundle.manifest.denoiser)):
-            report(f"made each of {count} attentions one operator, in a second graph over the same weights")
-        else:
-            report("no attention is of the kind that can be one operator, so that there is no second graph")
-        write_manifest(partial)
-        difference = max(difference, largest_difference(Bundle.open(partial), guided))
-        report(f"largest difference {difference:.1e} of {PIXEL_TOLERANCE:.0e} allowed")
-        if difference > PIXEL_TOLERANCE:
-            raise ExportError(
-                f"the bundle's pixels differ from the torch pipeline's by {difference:.1e}; not written"
-                + (_FEW_DIGITS if loudest > LOUD else "")
-            )
+        _compare_and_fuse(partial, unguided, [*guided, *negated], loudest, report)
         if dtype != "fp32":
             from export import precision  # here: a float32 export need not wait for its tools
 
@@ -231,6 +197,65 @@ def export_bundle(
         folder.move(partial, target)
     report(f"wrote {target}, which a pull will call {name_from(name)}; --name gives it another name")
     return Bundle.open(target)
+
+
+def _refuse_options(
+    name: str, licence: str | None, guidance: float | None, sizes: Sequence[Size], shapes: Shapes
+) -> None:
+    _refuse_name(name)
+    if licence is not None and (not licence.strip() or not licence.isprintable()):
+        raise ExportError(f"a licence of {licence!r} does not work: it must be printable text on one line")
+    if guidance is not None and not 0 <= guidance <= Limits.max_guidance:
+        raise ExportError(
+            f"a guidance scale of {guidance:g} does not work: the edge takes 0 to {Limits.max_guidance:g}"
+        )
+    for each in sizes:
+        pipelines.refuse_large(each)
+    if len(set(sizes)) > 1 + MAX_SIZES:
+        raise ExportError(f"a bundle makes images of {1 + MAX_SIZES} sizes at most, not {len(set(sizes))}")
+    if shapes == "fixed" and len(set(sizes)) > 1:
+        raise ExportError("graphs of fixed shapes make images of one size: name one with --size")
+
+
+def _references(
+    pipeline: Any, by_count: Mapping[int, Steps], scale: float, sizes: Sequence[Size]
+) -> tuple[list[Reference], list[Reference], list[Reference]]:
+    """Images of the pipeline to compare with: guided ones, unguided ones, and those with a negative prompt."""
+    default, fewest = next(iter(by_count)), min(by_count)
+    pairs = [reference_images(pipeline, by_count[fewest], scale, each, COMPARISONS[:2]) for each in sizes]
+    guided, unguided = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    if default > fewest:
+        # One image: they take longer, and differ from the first in their number of steps alone.
+        guided += reference_images(pipeline, by_count[default], scale, sizes[0], COMPARISONS[:1])
+    negated = list[Reference]()
+    if pipelines.kind(
+        pipeline
+    ).takes_negative:  # of one size: what no negative prompt is does not depend on it
+        negated = reference_images(pipeline, by_count[fewest], scale, sizes[0], COMPARISONS[2:])
+    return guided, unguided, negated
+
+
+def _compare_and_fuse(
+    partial: Path, unguided: Sequence[Reference], others: Sequence[Reference], loudest: float, report: Report
+) -> None:
+    """Hold the denoiser as it was traced to the `unguided` references, and with attention as one operator to the
+    others. Raises ExportError.
+    """
+    report("comparing pixels with the torch pipeline")
+    bundle = Bundle.open(partial)
+    difference = largest_difference(bundle, unguided)
+    if count := attention.fuse(bundle.path(bundle.manifest.denoiser)):
+        report(f"made each of {count} attentions one operator, in a second graph over the same weights")
+    else:
+        report("no attention is of the kind that can be one operator, so that there is no second graph")
+    write_manifest(partial)
+    difference = max(difference, largest_difference(Bundle.open(partial), others))
+    report(f"largest difference {difference:.1e} of {PIXEL_TOLERANCE:.0e} allowed")
+    if difference > PIXEL_TOLERANCE:
+        raise ExportError(
+            f"the bundle's pixels differ from the torch pipeline's by {difference:.1e}; not written"
+            + (_FEW_DIGITS if loudest > LOUD else "")
+        )
 
 
 def _refuse_name(name: str) -> None:

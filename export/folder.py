@@ -7,13 +7,13 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import safetensors
 
+from edge_agent.disk import DISK_FULL, lock_file, patiently, unlock_file
 from edge_agent.errors import RouteT2IError
-from edge_agent.store import DISK_FULL, lock_file, patiently
 from export.errors import ExportError, reason
 
 _MAKE_ROOM = "make room, or name a folder on another disk"
@@ -40,7 +40,7 @@ def beside(target: Path, report: Callable[[str], None]) -> Iterator[Path]:
     with ExitStack() as held:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            held.callback(_unlock, lock, lock_file(lock, wait=False))
+            held.callback(unlock_file, lock, lock_file(lock, wait=False), remove=True)
             _remove_dead(target, report)
             partial = Path(tempfile.mkdtemp(prefix=_partial(target), dir=target.parent))
             held.callback(shutil.rmtree, partial, ignore_errors=True)
@@ -65,16 +65,6 @@ def scratch(target: Path) -> Iterator[Path]:
     beside = {"prefix": _partial(target), "dir": target.parent}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True, **beside) as folder:
         yield Path(folder)
-
-
-def _unlock(lock: Path, descriptor: int) -> None:
-    """The file goes while it is locked, or it could be another's by then. Windows removes none that is open."""
-    if os.name != "posix":
-        os.close(descriptor)
-    with suppress(OSError):  # a file that stays is locked by nobody
-        lock.unlink()
-    if os.name == "posix":
-        os.close(descriptor)
 
 
 def _partial(target: Path) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from edge_agent.store import patiently
+from edge_agent.disk import patiently
 from export.errors import ExportError
 
 

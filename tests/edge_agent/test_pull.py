@@ -44,8 +44,9 @@ from edge_agent.errors import (
     SourceUnreachable,
     StoreError,
 )
-from edge_agent.pull import SPARE_BYTES, Fetched, FolderSource, HubSource, Pulled, WebSource, pull, source_of
+from edge_agent.pull import SPARE_BYTES, Fetched, Pulled, pull
 from edge_agent.settings import STARTER
+from edge_agent.source import FolderSource, HubSource, WebSource, source_of
 from edge_agent.store import Store
 from tests.hollow import EMPTY, SIZES, hollow_bundle
 from tests.running import process_environment
