@@ -60,6 +60,7 @@ try:
         check_request_id,
         validate,
     )
+    from edge_agent.store import STARTER_NAME
     from edge_agent.superiority import METRICS
     from edge_agent.terminal import (
         add_command,
@@ -309,11 +310,15 @@ def _serve(options: argparse.Namespace) -> int:
 
     try:
         daemon = asyncio.run(run(chosen))
+    except BundleError as error:
+        if not chosen.bundle and chosen.store.current != STARTER_NAME:
+            error.message += f"; `edge-agent models use {STARTER_NAME}` goes back"
+        raise
     finally:
         logging.shutdown()  # before anything else is said
-    if daemon.still_loading:
-        # Everything is closed; only the loader thread is left, deep in native code that cannot be interrupted
-        # and must not run while the interpreter is being taken down.
+    if daemon.still_working:
+        # Everything is closed; only the thread is left, deep in native code that cannot be interrupted and must not
+        # run while the interpreter is being taken down.
         os._exit(DONE)
     return DONE
 

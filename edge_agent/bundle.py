@@ -579,7 +579,9 @@ def _parse_files(document: dict[str, Any], path: Path | str) -> dict[str, FileEn
                 f"{path} lists {name[:MAX_PATH_BYTES]!r}, which is not a plain path inside the bundle, of at most "
                 f"{MAX_PATH_BYTES} bytes"
             )
-        if name == MANIFEST or any(parent.as_posix() in files for parent in PurePosixPath(name).parents):
+        if name == MANIFEST or any(
+            parent.as_posix() in (*files, MANIFEST) for parent in PurePosixPath(name).parents
+        ):
             raise BundleError(f"{path} lists {name!r}, whose place another file has")
         if not isinstance(entry, dict):
             raise BundleError(f"{path}: the entry of {name} must hold bytes and sha256")

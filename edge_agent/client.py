@@ -178,10 +178,10 @@ class AgentClient:
         facts |= {name: list(facts[name]) for name in ("advice", "predecessors")}
         return facts
 
-    def reload(self) -> dict[str, Any]:
-        """Has the daemon take up the chosen model; what serves now. CallFailed names the file that was refused."""
+    def reload(self, model: str) -> dict[str, Any]:
+        """Has the daemon take up `model`; what serves now. CallFailed names the file that was refused."""
         with self._stub() as stub, _explained(self.address):
-            answer = stub.ReloadModel(edge_pb2.ReloadModelRequest())
+            answer = stub.ReloadModel(edge_pb2.ReloadModelRequest(model=model))
         return {name: getattr(answer, name) for name in answer.DESCRIPTOR.fields_by_name}
 
     def models(self) -> list[dict[str, Any]]:

@@ -140,18 +140,25 @@ class Daemon:
         finally:
             stopped.cancel()
 
-    async def reload(self) -> Agent:
-        """Takes up the bundle that the settings name now, and returns the agent that serves it.
+    async def reload(self, model: str = "") -> Agent:
+        """Takes up the model of that name, or what the settings name now, and returns the agent that serves it.
 
         Both bundles' models are in memory until the requests that began with the old ones have ended. Raises
         BundleError, or what else `Settings.bundle_folder` does, when the new one is refused: then the old one goes on.
 
         A caller who goes away does not stop it: what is loaded by then must be served or given back.
         """
-        reload = asyncio.create_task(self._reload())
+        reload = asyncio.create_task(self._reload(model))
         self._reloads.add(reload)
-        reload.add_done_callback(self._reloads.discard)
+        reload.add_done_callback(self._reloaded)
         return await asyncio.shield(reload)
+
+    def _reloaded(self, reload: asyncio.Task[Agent]) -> None:
+        self._reloads.discard(reload)
+        if (
+            not reload.cancelled() and (error := reload.exception()) is not None
+        ):  # its caller may have gone away
+            log.warning("model refused", extra={"fields": {"error": str(error)}})
 
     async def shutdown(self) -> None:
         """Drains: health NOT_SERVING, new requests refused, those in flight get the grace period to finish."""
@@ -186,9 +193,12 @@ class Daemon:
         self._stop.set()
 
     @property
-    def still_loading(self) -> bool:
-        """Whether a thread is loading models or warming them up, which nothing can interrupt."""
-        return any(not working.done() for working in self._working)
+    def still_working(self) -> bool:
+        """Whether a thread loads models or warms them up, or an image's is in the midst of an operator that takes long:
+        nothing can interrupt either.
+        """
+        drawing = self.agent is not None and self.agent.device.images > 0
+        return drawing or any(not working.done() for working in self._working)
 
     async def _listen(self) -> None:
         # A character has at most four bytes.
@@ -223,9 +233,11 @@ class Daemon:
         host, _ = split_address(address)
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
-    async def _reload(self) -> Agent:
+    async def _reload(self, model: str) -> Agent:
         async with self._reloading:
-            models = await asyncio.shield(self._load())  # the thread ends by itself, also when we shut down
+            models = await asyncio.shield(
+                self._load(model)
+            )  # the thread ends by itself, also when we shut down
             assert self.agent is not None  # noqa: S101  # the service asks for it before
             self._service.agent = self.agent = self.agent.succeeded_by(models)
             models.rest()
@@ -233,10 +245,10 @@ class Daemon:
             self._begin_warm_up(models)
             return self.agent
 
-    def _load(self) -> asyncio.Future[Resident]:
+    def _load(self, model: str = "") -> asyncio.Future[Resident]:
         standings = self.agent.models.providers if self.agent is not None else ()
         taken = {each.name for each in standings if each.state is providers.State.IN_USE}
-        return self._in_thread("loader", lambda: _load_or_give_back(self.settings, taken))
+        return self._in_thread("loader", lambda: _load_or_give_back(self.settings, taken, model))
 
     def _begin_warm_up(self, models: Resident) -> None:
         warm_up = asyncio.create_task(self._warm_up(models))
@@ -338,10 +350,10 @@ async def run(settings: Settings) -> Daemon:
     return daemon
 
 
-def _load_or_give_back(settings: Settings, taken: Collection[str]) -> Resident:
+def _load_or_give_back(settings: Settings, taken: Collection[str], model: str) -> Resident:
     """The models. Where one of them cannot be loaded those before it go at once: the error would hold on to them."""
     try:
-        return _load_models(settings, taken)
+        return _load_models(settings, taken, model)
     except BaseException as error:
         held: BaseException | None = error
         while held is not None:
@@ -351,10 +363,11 @@ def _load_or_give_back(settings: Settings, taken: Collection[str]) -> Resident:
         raise
 
 
-def _load_models(settings: Settings, taken: Collection[str] = ()) -> Resident:
+def _load_models(settings: Settings, taken: Collection[str] = (), model: str = "") -> Resident:
+    folder = settings.store.path(model) if model else settings.bundle_folder
     # The folder itself and no link to it: what the link leads to may change, and these graphs be loaded again.
     # Path.resolve would raise something of its own for a loop of links.
-    bundle = Bundle.open(os.path.realpath(settings.bundle_folder))
+    bundle = Bundle.open(os.path.realpath(folder))
     generator, choice = _open(settings, bundle, taken)
     followed = settings.state_folder if settings.follow_prompts else None
     reader = Reader(bundle, generator.tokenizer, generator.text_encoder, settings.routing_rate, followed)

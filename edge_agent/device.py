@@ -24,6 +24,9 @@ previews, which were asked for, every step is told."""
 _GUESS_S = 1.0
 """How long an image takes, until one has been made. From then on it is measured."""
 
+LEAVE_S = 5.0
+"""What an operator in the making gets to end before the device is closed without its worker."""
+
 _RECENT = 0.3
 """Weight of the newest image in the running mean of what a step takes."""
 
@@ -149,6 +152,8 @@ class Device:
     def __init__(self, max_queue: int) -> None:
         self.max_queue = max_queue
         self.images = 0  # waiting or in the making
+        self._free = asyncio.Event()  # set while there are none
+        self._free.set()
         self._pace = _Pace()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="device")
 
@@ -176,15 +181,23 @@ class Device:
             )
         drawing = Drawing(job, self.images)
         self.images += 1
+        self._free.clear()
         drawing.start(self._worker.submit(self._work, drawing, self._pace, time.perf_counter()), self._left)
         return drawing
 
-    async def close(self) -> None:
-        """Wait until the worker has left the models. The callers have been told to go before."""
-        await asyncio.to_thread(self._worker.shutdown)
+    async def close(self, patience_s: float = LEAVE_S) -> None:
+        """Wait until the worker has left the models, which it does between two of a graph's operators. The callers have
+        been told to go before. After `patience_s` seconds `images` says whether it has.
+        """
+        self._worker.shutdown(wait=False, cancel_futures=True)
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._free.wait(), patience_s)
+            await asyncio.to_thread(self._worker.shutdown)  # it lets go of what it did last
 
     def _left(self) -> None:
         self.images -= 1
+        if not self.images:
+            self._free.set()
 
     def _work(self, drawing: Drawing, pace: _Pace, asked: float) -> Drawn | None:
         """In the worker thread: the whole image, or None when whoever has begun it has gone.

@@ -287,32 +287,21 @@ def _use(options: argparse.Namespace) -> int:
 
 
 def _take_up(store: Store, name: str, options: argparse.Namespace) -> tuple[bool | None, str]:
-    """Chooses the model and has a running daemon serve it: whether it does, None without one, and what to say of it.
+    """Has a running daemon serve the model, then chooses it: whether it is served, None without a daemon, and what to
+    say of it.
 
-    Leaves the choice as it was when it does not come to its end. Raises StoreError when the daemon refuses the model,
+    The choice stays as it was when that does not come to its end. Raises StoreError when the daemon refuses the model,
     CallFailed when it is gone.
     """
     daemon = _running(options)  # a wrong address is refused before anything changes
-    before = _choice(store)
     try:
-        store.choose(name)
-        served, more = _reloaded(daemon, store, name) if daemon is not None else (None, "")
-    except BaseException as error:  # Ctrl-C among them: the daemon may yet refuse what it loads
-        now = _choice(store)
-        if now == name != before:
-            store.restore(before)
-        if isinstance(error, KeyboardInterrupt):
-            remark(
-                f"{before if now == name else now} stays the chosen model; a daemon may serve {name} until it restarts"
-            )
-        if not isinstance(error, CallFailed):
-            raise
-        if now != name:  # whoever chose it sees to it
-            raise StoreError(
-                f"meanwhile {now} was chosen in place of {name}, and the running daemon cannot serve one of them: "
-                f"{error.message}"
-            ) from error
-        refusal = f"so {before} stays the chosen model: {error.message}"
+        with store.choosing(name):
+            served, more = _reloaded(daemon, store, name) if daemon is not None else (None, "")
+    except KeyboardInterrupt:
+        remark(f"{_choice(store)} stays the chosen model; a daemon may serve {name} until it restarts")
+        raise
+    except CallFailed as error:
+        refusal = f"so {_choice(store)} stays the chosen model: {error.message}"
         if error.no_room:
             raise CallFailed(
                 f"the running daemon cannot serve {name} now, {refusal}", error.exit_code
@@ -322,14 +311,11 @@ def _take_up(store: Store, name: str, options: argparse.Namespace) -> tuple[bool
                 f"the daemon went away while it loaded {name}, {refusal}", UNREACHABLE
             ) from error
         raise StoreError(f"the running daemon cannot serve {name}, {refusal}") from error
-    now = _choice(store)  # another process may have chosen, and the daemon have loaded that
-    if now != name:
-        return served, f"meanwhile {now} was chosen in place of {name}"
     return served, f"{name} is the chosen model{more}"
 
 
 def _reloaded(daemon: AgentClient, store: Store, name: str) -> tuple[bool, str]:
-    """Has the running daemon load the chosen model. Raises CallFailed where it refuses."""
+    """Has the running daemon serve the model: whether it does, and what to say of it. Raises CallFailed."""
     with _spinner(f"the daemon loads {name}"):
         try:
             status = daemon.status()
@@ -341,7 +327,7 @@ def _reloaded(daemon: AgentClient, store: Store, name: str) -> tuple[bool, str]:
         served = str(status["bundle"])
         follows = status["models_folder"] == os.path.realpath(store.folder)
         if follows:  # any other would load its own anew, whose faults are not this model's
-            served = str(daemon.reload()["bundle"])
+            served = str(daemon.reload(name)["bundle"])
     if _is_served(store, name, served):
         return True, ", and the running daemon serves it"
     return (

@@ -125,7 +125,7 @@ def _installed(store: Store, name: str, text: bytes) -> Bundle | None:
         store.must_be_free(name)
         return None
     try:
-        bundle = Bundle.open(store.path(name), verify=False)
+        bundle = Bundle.open(store.path(name))  # whole: who pulls again may do so for its being damaged
     except NewerBundle as error:
         raise StoreError(
             f"{name} is installed and cannot be compared: {error.message}, or pull this one under a name of its own "

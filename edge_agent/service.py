@@ -27,6 +27,7 @@ from edge_agent.errors import (
     NotReady,
     OutOfMemory,
     RouteT2IError,
+    StoreError,
     grpc_code,
     status_details,
 )
@@ -103,10 +104,10 @@ class HandOverMalformed(grpc.aio.ServerInterceptor):
 class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
     """The service. The daemon sets `agent` once the models are loaded, and `draining` when it shuts down.
 
-    `reload` takes up the bundle that is chosen now, in `models_folder` where there is one, and returns its agent.
+    `reload` takes up a model by its name in `models_folder`, by an empty one what is chosen, and returns its agent.
     """
 
-    def __init__(self, reload: Callable[[], Awaitable[Agent]], models_folder: str = "") -> None:
+    def __init__(self, reload: Callable[[str], Awaitable[Agent]], models_folder: str = "") -> None:
         self._reload = reload
         self._models_folder = models_folder
         self.agent: Agent | None = None
@@ -250,9 +251,13 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
         request: edge_pb2.ReloadModelRequest,
         context: Any,
     ) -> edge_pb2.ReloadModelResponse:
-        """Takes up the model that is chosen now; see the .proto file."""
+        """Takes up another model; see the .proto file."""
         async with self._call(request, context, {"rpc": "ReloadModel"}):
-            agent = await self._reload()
+            if request.model and not self._models_folder:
+                raise StoreError(
+                    "this daemon serves the --bundle that it was started with, and no other model"
+                )
+            agent = await self._reload(request.model)
             return edge_pb2.ReloadModelResponse(
                 bundle=str(agent.reader.bundle.folder),
                 edge_model_digest=agent.reader.bundle.model_digest,

@@ -40,6 +40,8 @@ _MODEL_INDEX = "model_index.json"
 _HUB = re.compile(r"hf:([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(\S+))?", re.ASCII)
 # OpenSSL's numbers of a certificate that is not valid yet, and of one that has expired.
 _OUT_OF_DATE = (9, 10)
+# Its numbers of one for another name or another address.
+_MISMATCH = (62, 64)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # Python reads no number of thousands of digits.
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
@@ -173,6 +175,10 @@ class WebSource:
             raise
         with response:
             text = b"".join(self._blocks(response, MANIFEST, MAX_MANIFEST_BYTES + 1))
+        if text.lstrip().startswith(b"<"):
+            raise SourceRefused(
+                f"{self.place}/{MANIFEST} is a web page, a login perhaps; look at it in a browser"
+            )
         self._settle_on(response)
         return text
 
@@ -265,7 +271,9 @@ class WebSource:
         if last.has_proxy():  # which may be what answered
             place += f", asked for through the proxy {last.host} in HTTP_PROXY,"
         if status in (http.HTTPStatus.NOT_FOUND, http.HTTPStatus.GONE):
-            return _NotThere(f"{place} is not there ({status}); is this the address of a bundle folder?")
+            listed = name not in (MANIFEST, _MODEL_INDEX)
+            doubt = f", though {MANIFEST} lists it" if listed else "; is this the address of a bundle folder?"
+            return _NotThere(f"{place} is not there ({status}){doubt}")
         if status in (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN):
             return SourceRefused(f"{place} is not for everybody ({status}); {self._how_to_be_let_in}")
         if status == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
@@ -277,8 +285,9 @@ class WebSource:
             return SourceRefused(f"{place} redirects in a circle, or too often ({said}); check the address")
         if status >= 500 or status in (http.HTTPStatus.TOO_MANY_REQUESTS, http.HTTPStatus.REQUEST_TIMEOUT):
             after = error.headers.get("Retry-After", "")
+            when = f"; it says to come back in {after} s" if after.isdecimal() else ""
             return SourceUnreachable(
-                f"{place} cannot be had at the moment ({said})",
+                f"{place} cannot be had at the moment ({said}){when}",
                 retry_after_s=float(after) if after.isdecimal() else None,
             )
         return SourceRefused(f"{place} cannot be had ({said})")
@@ -296,6 +305,8 @@ class WebSource:
             )
             if reason.verify_code in _OUT_OF_DATE:
                 cure = "its owner has to renew it, unless the clock of this machine is wrong"
+            elif reason.verify_code in _MISMATCH:
+                cure = "write the address with the name that the certificate is for"
             return SourceRefused(
                 f"the certificate of {host} is not to be trusted: {reason.verify_message.rstrip('.')}; {cure}"
             )

@@ -17,7 +17,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from edge_agent.bundle import MANIFEST, Bundle, mode_of
@@ -39,6 +39,7 @@ _CURRENT = ".current"
 _PARTIAL = ".partial"
 _REMOVED = ".removed-"
 _LOCK = ".lock"
+_CHOOSING = ".choosing.lock"
 
 
 class Store:
@@ -124,23 +125,28 @@ class Store:
             )
         return self.path(name)
 
-    def choose(self, name: str) -> None:
-        """Makes `name` the chosen model, in one step that cannot be seen half-done.
+    @contextmanager
+    def choosing(self, name: str) -> Iterator[None]:
+        """Makes `name` the chosen model when the block, which may try it, ends well: in one step that cannot be seen
+        half-done. Whatever else ends it leaves the choice as it was. No model is removed meanwhile.
 
-        Raises BundleError, and changes nothing, when a file of it is missing or not of its size, or its calibration
-        cannot be read.
+        Raises Busy when another process is choosing, and BundleError when a file of the model is missing or not of its
+        size, or its calibration cannot be read.
         """
         if name == STARTER_NAME and not self.there:  # it is the chosen one
+            yield
             return
-        with self._exclusive(name):
+        with self._undisturbed(name):
             bundle = Bundle.open(self.path(name), verify=False)
             _ = bundle.advice  # a calibration that cannot be read would keep the daemon from starting
-            self._set_current(name)
+            yield
+            with self._exclusive(name):
+                self._set_current(name)
 
-    def restore(self, name: str) -> None:
-        """Makes `name`, which was the chosen model before, chosen again: as it is, even damaged or gone."""
-        with self._exclusive(name):
-            self._set_current(name)
+    def choose(self, name: str) -> None:
+        """Makes `name` the chosen model. Raises what `choosing` raises."""
+        with self.choosing(name):
+            pass
 
     def remove(self, name: str) -> int:
         """Deletes an installed model, or what an unfinished pull of it left; returns the bytes that this freed.
@@ -150,7 +156,7 @@ class Store:
         """
         if name == STARTER_NAME:
             raise StoreError("the starter comes with the project and cannot be removed")
-        with self._exclusive(name):
+        with self._undisturbed(name), self._exclusive(name):
             if name not in self.names() and name in self.unfinished():
                 with self.pulling(name):
                     return self._delete(self.partial(name))
@@ -257,20 +263,31 @@ class Store:
                 shutil.rmtree(away)
             return freed
 
+    def _undisturbed(self, name: str) -> AbstractContextManager[None]:
+        """One process at a time tries a model, which may take a daemon minutes, or removes one. Raises Busy."""
+        return self._locked(name, _CHOOSING, wait=False)
+
+    def _exclusive(self, name: str) -> AbstractContextManager[None]:
+        """One process at a time chooses, installs or removes, which takes moments."""
+        return self._locked(name, _LOCK, wait=True)
+
     @contextmanager
-    def _exclusive(self, name: str) -> Iterator[None]:
-        """One process at a time chooses, installs or removes. A store's folder that is not there, as one misspelt, is
-        not made: `pulling` makes it.
-        """
+    def _locked(self, name: str, lock: str, *, wait: bool) -> Iterator[None]:
+        """A store's folder that is not there, as one misspelt, is not made: `pulling` makes it."""
         if not self.there:
             raise self._nowhere(name)
         with self.explained("written"):
             self.folder.mkdir(exist_ok=True)  # which says so where it is no folder
-            descriptor = lock_file(self.folder / _LOCK, wait=True)
+            try:
+                descriptor = lock_file(self.folder / lock, wait=wait)
+            except BlockingIOError:
+                raise Busy(
+                    "another `edge-agent models use` or `remove` is under way; wait for it, or stop it"
+                ) from None
         try:
             yield
         finally:
-            os.close(descriptor)
+            unlock_file(self.folder / lock, descriptor, remove=True)
 
     @contextmanager
     def explained(self, done: str) -> Iterator[None]:
@@ -280,7 +297,9 @@ class Store:
         except OSError as error:
             place = error.filename or self.folder
             cure = "choose another folder with --models, or mend this one"
-            if error.errno in DISK_FULL:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                cure = "allow more open files (ulimit -n)"
+            elif error.errno in DISK_FULL:
                 cure = "make room, or choose another folder with --models"
             elif os.name == "nt" and isinstance(error, PermissionError):  # also of what is in use
                 cure = "stop the program that has it open, or choose another folder with --models"

@@ -183,6 +183,7 @@ def test_a_newer_schema_says_what_to_do(bundle_copy: Path) -> None:
         ({"files": {"a": {"bytes": -1, "sha256": "0" * 64}}}, "bytes, from 0 to"),
         ({"files": {"a": {"bytes": 1, "sha256": "0" * 63}}}, "sha256 in hex"),
         ({"files": {MANIFEST: {"bytes": 1, "sha256": "0" * 64}}}, "whose place another file has"),
+        ({"files": {f"{MANIFEST}/a": ENTRY}}, "whose place another file has"),
         ({"files": {"a": ENTRY, "a/b/c": ENTRY}}, "'a/b/c', whose place another file has"),
         ({"files": {f"{n}.json": ENTRY for n in range(1001)}}, "1,001 files"),
         ({"default_guidance": float("nan")}, "default_guidance must be a finite number"),

@@ -7,6 +7,7 @@ import gc
 import sys
 import threading
 import weakref
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 
@@ -14,7 +15,7 @@ import pytest
 
 from edge_agent.bundle import Bundle
 from edge_agent.device import Device, Drawn, Job, _Pace
-from edge_agent.diffusion.generator import Generator
+from edge_agent.diffusion.generator import Generator, Image, Step
 from edge_agent.diffusion.sessions import Runtime
 from edge_agent.errors import Busy
 from edge_agent.settings import STARTER
@@ -180,3 +181,25 @@ def test_what_an_image_takes_goes_by_its_steps() -> None:
     assert (pace.image_s((64, 64), 4), pace.image_s((64, 64), 16)) == (1.0, 4.0)
     pace.measure(4.0, (64, 64), 16, maker)  # type: ignore[arg-type]
     assert pace.image_s((64, 64), 4) == pytest.approx(1.0)
+
+
+async def test_what_cannot_be_interrupted_does_not_keep_the_device_from_closing() -> None:
+    began, over = threading.Event(), threading.Event()
+
+    class Endless(Generator):
+        def generate(self, *_: object, **__: object) -> Iterator[Step | Image]:
+            began.set()
+            assert over.wait(60)
+            yield from ()
+
+    generator = Endless(Bundle.open(STARTER), Runtime(threads=1))
+    _, states = generator.encode("a cat")
+    device = Device(max_queue=0)
+    drawing = device.begin(Job(generator, states, states, 1, 4, 1.0, (64, 64), previews=False, deadline=None))
+    await asyncio.to_thread(began.wait)
+    drawing.close()
+    await asyncio.wait_for(device.close(patience_s=0.05), 30)
+    assert device.images == 1
+    over.set()
+    await asyncio.wait_for(device.close(), 30)
+    assert device.images == 0

@@ -28,6 +28,7 @@ from edge_agent.bundle import (
     write_manifest,
 )
 from edge_agent.client import UNREACHABLE, AgentClient, CallFailed
+from edge_agent.errors import Busy
 from edge_agent.settings import STARTER
 from edge_agent.store import Store
 from tests.hollow import SIZES, hollow_bundle
@@ -452,7 +453,7 @@ def test_a_daemon_without_room_for_a_model_has_not_gone_away(
     run("pull", STARTER, "--name", "mine")
     start()
 
-    def full(agent: AgentClient) -> dict[str, Any]:
+    def full(agent: AgentClient, model: str) -> dict[str, Any]:
         raise CallFailed("0 MB can be had", UNREACHABLE, no_room=True)
 
     monkeypatch.setattr(AgentClient, "reload", full)
@@ -469,9 +470,9 @@ def test_a_daemon_that_dies_of_a_model_leaves_the_former_one_chosen(
     daemon = start()
     reload = AgentClient.reload
 
-    def die(agent: AgentClient) -> dict[str, Any]:
+    def die(agent: AgentClient, model: str) -> dict[str, Any]:
         daemon.kill()
-        return reload(agent)
+        return reload(agent, model)
 
     monkeypatch.setattr(AgentClient, "reload", die)
     used = run("use", "mine")
@@ -479,27 +480,28 @@ def test_a_daemon_that_dies_of_a_model_leaves_the_former_one_chosen(
     assert names(run("list", "--json"))["starter"]["current"] is True
 
 
-def test_an_interrupted_choice_is_taken_back_unless_another_was_made_meanwhile(
-    run: Run, models: Path, start: Callable[..., Process], monkeypatch: pytest.MonkeyPatch
+def test_whatever_ends_a_choice_before_the_model_is_served_leaves_the_former_one(
+    run: Run, home: Path, start: Callable[..., Process], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run("pull", STARTER, "--name", "mine")
-    run("pull", STARTER, "--name", "other")
     start()
 
-    def interrupt(agent: AgentClient) -> dict[str, Any]:
+    def interrupt(agent: AgentClient, model: str) -> dict[str, Any]:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(AgentClient, "reload", interrupt)
-    assert run("use", "mine").code == 130
+    used = run("use", "mine")
+    assert used.code == 130 and "starter stays the chosen model" in used.err
+    script = """
+import os, sys
+from edge_agent.__main__ import main
+from edge_agent.client import AgentClient
+AgentClient.reload = lambda *_: os._exit(9)
+main(["models", "use", "mine"])
+"""
+    killed = subprocess.run([sys.executable, "-c", script], env=process_environment(home))
+    assert killed.returncode == 9
     assert names(run("list", "--json"))["starter"]["current"] is True
-
-    def choose_and_interrupt(agent: AgentClient) -> dict[str, Any]:
-        Store(models, STARTER).choose("other")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(AgentClient, "reload", choose_and_interrupt)
-    assert run("use", "mine").code == 130
-    assert names(run("list", "--json"))["other"]["current"] is True
 
 
 @pytest.mark.parametrize(("address", "code"), [("unix:", 2), ("x:99999", 2), ("127.0.0.1:9", 3)])
@@ -516,26 +518,28 @@ def test_a_wrong_address_is_refused_before_anything_changes(
     assert listed["starter"]["current"] is True and "mine" in listed
 
 
-def test_a_choice_that_another_process_replaces_meanwhile_is_told_as_it_is(
-    run: Run, home: Path, models: Path, start: Callable[..., Process], monkeypatch: pytest.MonkeyPatch
+def test_nobody_else_chooses_or_removes_while_the_daemon_loads(
+    run: Run, models: Path, start: Callable[..., Process], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run("pull", STARTER, "--name", "mine")
-    run("pull", STARTER, "--name", "other")
-    run("pull", hollow_bundle(home / "tiny"))
+    for name in ("mine", "other"):
+        run("pull", STARTER, "--name", name)
     start()
-    reload = AgentClient.reload
-    for other, code in (("other", 0), ("hollow", 2)):
+    reload, beside = AgentClient.reload, []
 
-        def choose_then_reload(agent: AgentClient, other: str = other) -> dict[str, Any]:
-            Store(models, STARTER).choose(other)
-            return reload(agent)
+    def disturbed(agent: AgentClient, model: str) -> dict[str, Any]:
+        store = Store(models, STARTER)
+        for disturb in (store.choose, store.remove):
+            with pytest.raises(Busy) as busy:
+                disturb("other")
+            beside.append(busy.value.message)
+        return reload(agent, model)
 
-        monkeypatch.setattr(AgentClient, "reload", choose_then_reload)
-        used = run("use", "mine")
-        assert used.code == code
-        assert f"meanwhile {other} was chosen in place of mine" in used.out + used.err
-        assert "--bundle" not in used.out and "stays" not in used.err
-        assert names(run("list", "--json"))[other]["current"] is True
+    monkeypatch.setattr(AgentClient, "reload", disturbed)
+    used = run("use", "mine")
+    assert used.code == 0 and "the running daemon serves it" in used.out
+    assert beside == ["another `edge-agent models use` or `remove` is under way; wait for it, or stop it"] * 2
+    listed = names(run("list", "--json"))
+    assert (listed["mine"]["current"], listed["mine"]["served"], "other" in listed) == (True, True, True)
 
 
 def test_a_hand_placed_model_with_numbers_beyond_any_float_spoils_no_list(run: Run, models: Path) -> None:
@@ -616,3 +620,19 @@ def test_a_daemon_whose_chosen_model_is_gone_says_what_to_do(run: Run, home: Pat
     )
     assert started.returncode == 2
     assert "models use NAME" in started.stderr and "Traceback" not in started.stderr
+
+
+def test_a_daemon_whose_chosen_model_is_damaged_says_how_to_go_back(
+    run: Run, home: Path, models: Path
+) -> None:
+    run("pull", STARTER, "--name", "mine", "--use")
+    weights = models / "mine" / DENOISER
+    weights.write_bytes(bytes(weights.stat().st_size))
+    started = subprocess.run(
+        [sys.executable, "-m", "edge_agent", "serve"],
+        env=process_environment(home),
+        capture_output=True,
+        text=True,
+    )
+    assert started.returncode == 2
+    assert "does not match its sha256" in started.stderr and "models use starter" in started.stderr

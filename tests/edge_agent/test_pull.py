@@ -99,7 +99,7 @@ def same(installed: Path, original: Path) -> bool:
 
 def assert_nothing_shows(store: Store) -> None:
     assert store.names() == ["starter"]
-    assert {path.name for path in store.folder.iterdir()} <= {".partial", ".lock"}
+    assert {path.name for path in store.folder.iterdir()} <= {".partial"}
 
 
 def test_the_starter_comes_whole_from_a_folder_and_from_a_server(store: Store) -> None:
@@ -135,9 +135,11 @@ def test_what_is_installed_is_not_fetched_again_and_not_replaced(
     other = FolderSource(hollow_bundle(tmp_path / "other", seed=1))
     with pytest.raises(StoreError, match=r"another bundle than this one.*--name"):
         fetch(other, store)
-    (store.folder / "hollow" / DENOISER).unlink()
-    with pytest.raises(StoreError, match=r"not whole.*models remove hollow"):
-        fetch(source(web), store)
+    weights = store.folder / "hollow" / DENOISER
+    for damage in (lambda: weights.write_bytes(bytes(SIZES[DENOISER])), weights.unlink):
+        damage()
+        with pytest.raises(StoreError, match=r"not whole.*models remove hollow"):
+            fetch(source(web), store)
     manifest = store.folder / "hollow" / MANIFEST
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"schema_version": SCHEMA_VERSION + 1}))
     with pytest.raises(StoreError, match=r"newer than this edge-agent: update edge-agent, or .*--name"):
@@ -217,9 +219,12 @@ def test_what_lies_where_a_model_would_be_is_told_before_it_is_fetched(web: Web,
     assert web.sent(DENOISER) == 0
 
 
-def test_a_server_that_falls_silent_is_asked_again(web: Web, store: Store, hollow: Path) -> None:
+def test_a_server_that_falls_silent_is_asked_again(
+    web: Web, store: Store, hollow: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_agent.source.TIMEOUT_S", 0.3)
     web.misbehave("hang", at=DENOISER, times=1)
-    fetch(source(web, timeout_s=0.3), store)
+    fetch(source(web), store)
     assert web.offsets(DENOISER) == [0, SIZES[DENOISER] // 2]
     assert same(store.folder / "hollow", hollow)
 
@@ -404,7 +409,7 @@ def test_what_is_left_of_another_version_is_thrown_away(web: Web, store: Store, 
 @pytest.mark.parametrize(
     ("code", "kind", "words"),
     [
-        (404, SourceRefused, "is not there"),
+        (404, SourceRefused, r"is not there \(404\), though manifest\.json lists it"),
         (403, SourceRefused, "not for everybody"),
         (400, SourceRefused, "400"),
         (500, SourceUnreachable, "500.*goes on where this one stopped"),
@@ -840,6 +845,10 @@ def test_over_tls_only_a_trusted_server_is_pulled_from(
         with pytest.raises(SourceRefused, match="less safe"):
             fetch(WebSource(web.address), store)
         assert plain.asked == []
+        with pytest.raises(
+            SourceRefused, match=r"localhost.*not to be trusted.*the name that the certificate"
+        ):
+            fetch(WebSource(web.address.replace("127.0.0.1", "localhost")), store)
         web.misbehave("honest")
         fetch(WebSource(web.address), store)
     assert same(store.folder / "hollow", hollow)

@@ -111,9 +111,9 @@ def folder() -> Iterator[Path]:
     shutil.rmtree(made)
 
 
-async def reload(here: Here) -> edge_pb2.ReloadModelResponse:
+async def reload(here: Here, model: str = "") -> edge_pb2.ReloadModelResponse:
     response: edge_pb2.ReloadModelResponse = await here.app.stub.ReloadModel(
-        edge_pb2.ReloadModelRequest(), timeout=60
+        edge_pb2.ReloadModelRequest(model=model), timeout=60
     )
     return response
 
@@ -391,6 +391,37 @@ async def test_models_without_room_are_refused_and_what_was_loaded_of_them_goes_
     assert (await here.app.generate()).code == "OK"
 
 
+async def test_a_model_is_served_by_its_name_whatever_is_chosen(
+    here: Here, store: Store, routed_bundle: Path, tmp_path: Path
+) -> None:
+    assert Path((await here.app.status()).models_folder) == store.folder
+    assert Path((await reload(here, "other")).bundle) == store.path("other")
+    assert store.current == "routed"
+    with pytest.raises(grpc.aio.AioRpcError, match="there is no model 'none'") as refused:
+        await reload(here, "none")
+    assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert Path((await here.app.status()).bundle) == store.path("other")
+    async with daemon_here(routed_bundle, tmp_path / "own", models=store.folder) as own:
+        assert not (await own.app.status()).models_folder
+        with pytest.raises(
+            grpc.aio.AioRpcError, match="serves the --bundle that it was started with"
+        ) as refused:
+            await reload(own, "other")
+    assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+
+
+async def test_what_is_refused_after_its_caller_has_gone_is_in_the_log(
+    here: Here, store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    (store.path("other") / DENOISER).write_bytes(b"damaged")
+    leaving = here.app.stub.ReloadModel(edge_pb2.ReloadModelRequest(model="other"), timeout=60)
+    await until(lambda: here.daemon._reloading.locked())
+    leaving.cancel()
+    await until(lambda: not here.daemon._reloads)
+    (refused,) = [record for record in caplog.records if record.message == "model refused"]
+    assert str(Path(DENOISER)) in refused.__dict__["fields"]["error"]
+
+
 async def test_a_reload_whose_caller_goes_away_is_finished_all_the_same(here: Here, store: Store) -> None:
     """Else the models that were loaded would be nobody's to serve or to unload."""
     old = here.daemon.agent
@@ -423,9 +454,9 @@ async def test_a_shutdown_does_not_wait_for_a_reload(
 ) -> None:
     load, go_on = daemon._load_models, threading.Event()
 
-    def slow(settings: Settings, taken: Collection[str]) -> Resident:
+    def slow(settings: Settings, taken: Collection[str], model: str) -> Resident:
         assert go_on.wait(60)
-        return load(settings, taken)
+        return load(settings, taken, model)
 
     async with daemon_here(routed_bundle, tmp_path) as here:
         monkeypatch.setattr(daemon, "_load_models", slow)
@@ -434,9 +465,9 @@ async def test_a_shutdown_does_not_wait_for_a_reload(
         here.daemon.stop()
         here.daemon.stop()  # the reload's caller waits, too
         await asyncio.wait_for(here.daemon.shutdown(), 30)
-        assert here.daemon.still_loading
+        assert here.daemon.still_working
         go_on.set()
-        await until(lambda: not here.daemon.still_loading)
+        await until(lambda: not here.daemon.still_working)
     assert here.daemon._reloads == set()
     assert not here.daemon._reloading.locked()
     assert isinstance((await asyncio.gather(reloading, return_exceptions=True))[0], BaseException)

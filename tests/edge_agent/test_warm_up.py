@@ -224,9 +224,9 @@ async def test_a_daemon_that_is_stopped_does_not_wait_for_its_warm_up(here: Here
     await until(lambda: gate.running)
     here.daemon.stop()
     await asyncio.wait_for(here.daemon.shutdown(), 30)
-    assert here.daemon.still_loading, "the command leaves without the thread"
+    assert here.daemon.still_working, "the command leaves without the thread"
     gate.open.set()
-    await until(lambda: not here.daemon.still_loading)
+    await until(lambda: not here.daemon.still_working)
 
 
 def drawn(generator: Generator, size: Size | None = None) -> np.ndarray[Any, Any]:

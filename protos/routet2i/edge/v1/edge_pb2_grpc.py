@@ -108,10 +108,9 @@ class EdgeAgentServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ReloadModel(self, request, context):
-        """Takes up the local model that is chosen now, as after `edge-agent models use`. Answers once it serves: requests from
-        then on go to it, those before end on the one they began with. FAILED_PRECONDITION when it is gone, DATA_LOSS
-        when it is refused; the message names the file, and the model in use goes on serving. Takes as long as loading the
-        model does.
+        """Takes up another local model. Answers once it serves: requests from then on go to it, those before end on the one
+        they began with. FAILED_PRECONDITION when it is not there, DATA_LOSS when it is refused; the message names the file,
+        and the model in use goes on serving. Takes as long as loading the model does.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -67,10 +67,9 @@ class EdgeAgentServiceStub:
     GetStatus: _grpc.UnaryUnaryMultiCallable[_edge_pb2.GetStatusRequest, _edge_pb2.GetStatusResponse]
     """What the daemon is doing, and what to do when it is not routing."""
     ReloadModel: _grpc.UnaryUnaryMultiCallable[_edge_pb2.ReloadModelRequest, _edge_pb2.ReloadModelResponse]
-    """Takes up the local model that is chosen now, as after `edge-agent models use`. Answers once it serves: requests from
-    then on go to it, those before end on the one they began with. FAILED_PRECONDITION when it is gone, DATA_LOSS
-    when it is refused; the message names the file, and the model in use goes on serving. Takes as long as loading the
-    model does.
+    """Takes up another local model. Answers once it serves: requests from then on go to it, those before end on the one
+    they began with. FAILED_PRECONDITION when it is not there, DATA_LOSS when it is refused; the message names the file,
+    and the model in use goes on serving. Takes as long as loading the model does.
     """
 
 @_typing.type_check_only
@@ -91,10 +90,9 @@ class EdgeAgentServiceAsyncStub(EdgeAgentServiceStub):
     GetStatus: _aio.UnaryUnaryMultiCallable[_edge_pb2.GetStatusRequest, _edge_pb2.GetStatusResponse]  # type: ignore[assignment]
     """What the daemon is doing, and what to do when it is not routing."""
     ReloadModel: _aio.UnaryUnaryMultiCallable[_edge_pb2.ReloadModelRequest, _edge_pb2.ReloadModelResponse]  # type: ignore[assignment]
-    """Takes up the local model that is chosen now, as after `edge-agent models use`. Answers once it serves: requests from
-    then on go to it, those before end on the one they began with. FAILED_PRECONDITION when it is gone, DATA_LOSS
-    when it is refused; the message names the file, and the model in use goes on serving. Takes as long as loading the
-    model does.
+    """Takes up another local model. Answers once it serves: requests from then on go to it, those before end on the one
+    they began with. FAILED_PRECONDITION when it is not there, DATA_LOSS when it is refused; the message names the file,
+    and the model in use goes on serving. Takes as long as loading the model does.
     """
 
 class EdgeAgentServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -148,10 +146,9 @@ class EdgeAgentServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _edge_pb2.ReloadModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_edge_pb2.ReloadModelResponse, _abc.Awaitable[_edge_pb2.ReloadModelResponse]]:
-        """Takes up the local model that is chosen now, as after `edge-agent models use`. Answers once it serves: requests from
-        then on go to it, those before end on the one they began with. FAILED_PRECONDITION when it is gone, DATA_LOSS
-        when it is refused; the message names the file, and the model in use goes on serving. Takes as long as loading the
-        model does.
+        """Takes up another local model. Answers once it serves: requests from then on go to it, those before end on the one
+        they began with. FAILED_PRECONDITION when it is not there, DATA_LOSS when it is refused; the message names the file,
+        and the model in use goes on serving. Takes as long as loading the model does.
         """
 
 def add_EdgeAgentServiceServicer_to_server(servicer: EdgeAgentServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
