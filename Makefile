@@ -67,6 +67,7 @@ constraints: $(ENV)  ## resolve constraints.txt anew, for Python 3.10 to 3.14
 	&& mv constraints.new constraints.txt
 
 wheel: $(ENV)  ## build the wheels into dist/: edge and cloud server, and the cloud's starter model
+	rm -f dist/routet2i*.whl
 	$(BIN)/python -m hatchling build -t wheel
 	cd deploy/cloud-starter && ../../$(BIN)/python -m hatchling build -t wheel -d ../../dist
 

@@ -303,6 +303,8 @@ def _exit_code(error: RouteT2IError) -> int:
 def _serve(options: argparse.Namespace) -> int:
     chosen = settings.resolve(vars(options), os.environ)
     log.configure(as_json=chosen.log_format == "json")
+    for advice in settings.unknown(os.environ):
+        logging.getLogger("edge_agent").warning("advice", extra={"fields": {"do": advice}})
     memory.share_one_heap()
     sys.setswitchinterval(SWITCH_S)
     signal.signal(signal.SIGINT, _interrupted)  # until the daemon takes it over

@@ -123,7 +123,9 @@ class AgentClient:
             raise InvalidRequest(str(error)) from error
         return True
 
-    def generate(self, *, routing: Routing, **fields: Any) -> Iterator[Decision | Progress | Received]:
+    def generate(
+        self, *, routing: Routing = Routing.AUTO, **fields: Any
+    ) -> Iterator[Decision | Progress | Received]:
         """The decision, progress, then the image, whose sha256 is checked. `fields` are the wire's ImageRequest's."""
         request = edge_pb2.GenerateRequest(image=_image_request(fields), routing=f"ROUTING_{routing.name}")
         png = bytearray()

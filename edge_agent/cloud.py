@@ -27,6 +27,7 @@ from edge_agent.address import is_local
 from edge_agent.cloud_image import MAX_IMAGE_BYTES, CloudAccepted, CloudImage, ImageStream, checked_digest
 from edge_agent.errors import CloudError, CloudLied, CloudRefused, CloudUnavailable, printable, sent_status
 from edge_agent.image import Progress
+from edge_agent.quota import dollars
 from edge_agent.request import ImageRequest
 from routet2i.cloud.v1 import cloud_pb2
 from routet2i.cloud.v1.cloud_pb2_grpc import CloudServerServiceStub
@@ -473,6 +474,7 @@ class CloudClient:
             price = _price_micro_usd(status) if never_ran else None
             if price is not None:
                 self._told(price)
+                text = f"it asks {dollars(price)} for an image, above this device's --max-price or the request's own"
             if never_ran and code is grpc.StatusCode.UNAUTHENTICATED:  # so would any other request be
                 self._failed()
             return CloudRefused(
@@ -526,7 +528,8 @@ def _price_micro_usd(status: Status | None) -> int | None:
     refusal = _detail(status, ErrorInfo)
     if refusal.reason == "PRICE_ABOVE_CEILING":
         with suppress(ValueError):  # a cloud's bad advice is none
-            return int(refusal.metadata["price_micro_usd"])
+            price = int(refusal.metadata["price_micro_usd"])
+            return price if price >= 0 else None
     return None
 
 

@@ -447,11 +447,16 @@ def _cloud_client(settings: Settings) -> CloudClient | None:
     token = None
     if settings.cloud_token:
         try:
-            token = expanded(settings.cloud_token).read_text(encoding="ascii").strip()
+            token = (
+                expanded(settings.cloud_token).read_text(encoding="utf-8-sig").strip()
+            )  # as Windows saves it, too
         except (OSError, ValueError) as error:
             raise StartRefused(f"cannot read the token in {settings.cloud_token}: {error}") from error
-        if not token or not token.isprintable() or " " in token:  # as a line of the server's own list has
-            raise StartRefused(f"{settings.cloud_token} must hold one token and nothing else, on one line")
+        # As a line of the server's own list has it.
+        if not token or not token.isascii() or not token.isprintable() or " " in token:
+            raise StartRefused(
+                f"{settings.cloud_token} must hold one token of ASCII and nothing else, on one line"
+            )
     ca_file = expanded(settings.cloud_ca) if settings.cloud_ca else None
     if ca_file is not None:
         try:

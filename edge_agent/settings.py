@@ -514,6 +514,19 @@ def resolve(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Setting
     return settings
 
 
+def unknown(environment: Mapping[str, str]) -> list[str]:
+    """One sentence for each variable that is called like a setting and is none: it may be misspelt."""
+    known = ["ADDRESS", "CONFIG", *(setting.name.upper() for setting in fields(Settings))]
+    found = []
+    for name in sorted(environment):
+        own = name.removeprefix(ENVIRONMENT_PREFIX)
+        if name.startswith(ENVIRONMENT_PREFIX) and own not in known:
+            close = difflib.get_close_matches(own, known, n=1)
+            cure = f": did you mean {ENVIRONMENT_PREFIX}{close[0]}?" if close else ", so unset it"
+            found.append(f"{name} is no setting{cure}")
+    return found
+
+
 def _parse(setting: Field[Any], value: Any, where: str) -> Any:
     """The checked value. A TOML file may also give numbers, booleans, and lists of texts where flags have commas."""
     if isinstance(value, list) and all(isinstance(part, (str, int, float)) for part in value):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -50,6 +51,9 @@ BROKEN, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGBREAK if sys.platform == "win32" else signal.SIGHUP)
 """The last is what a terminal that closes makes of it."""
+
+PICTURE = re.compile(r"[123]-\d{2,}-(edge|cloud)\.png")
+"""The names of what a demo draws."""
 
 HERE = Path(__file__).parent
 
@@ -196,10 +200,10 @@ def run(options: argparse.Namespace, console: Console) -> int:
     with tempfile.TemporaryDirectory(prefix="demo-") as folder, ExitStack() as stack:
         stack.callback(stop, console, servers)
         state = Path(folder)
+        wanted = cloud_worthy(options, prompts)
         with waiting(console, f"starting cloud-server with {options.model}"):
             cloud = start_cloud(options, state)
             servers.append(cloud)
-            wanted = cloud_worthy(options, prompts)
             cloud_address = cloud.address()
         spare = wanted // 2
         with waiting(console, f"starting edge-agent with {options.bundle}"):
@@ -217,7 +221,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
             demo.run(phase)
         if not edge.running:
             raise DidNotStart(f"edge-agent ended. The end of {edge.log_file}:\n{edge.tail()}")
-        notes = [*demo.agent.status()["advice"], *hints(wanted, options.routing_rate)]
+        notes = hints(wanted, options.routing_rate) or demo.agent.status()["advice"]
         budgets, _ = demo.agent.quota()
     sheet = demo.sheet(phases)
     account(console, demo, budgets, notes, sheet, time.monotonic() - began)
@@ -251,7 +255,8 @@ def make_room(out: Path) -> None:
     """Makes the folder, and removes what an earlier demo wrote there; whatever else lies in it stays."""
     images = out / "images"
     images.mkdir(parents=True, exist_ok=True)
-    for old in (*images.glob("[123]-[0-9]*-*.png"), out / "record.jsonl", out / "contact-sheet.png"):
+    pictures = [image for image in images.iterdir() if PICTURE.fullmatch(image.name)]
+    for old in (*pictures, out / "record.jsonl", out / "contact-sheet.png"):
         old.unlink(missing_ok=True)
 
 
@@ -310,7 +315,7 @@ def cloud_worthy(options: argparse.Namespace, prompts: Sequence[str]) -> int:
         check=False,
     )
     if routed.returncode:
-        raise Refused(routed.stderr.strip().removeprefix("edge-agent: "))
+        raise Refused(routed.stderr.strip().splitlines()[-1].removeprefix("edge-agent: "))
     return sum(json.loads(line)["route"] == "cloud" for line in routed.stdout.splitlines())
 
 

@@ -13,7 +13,7 @@ import pytest
 from cloud_server.__main__ import main
 from cloud_server.credentials import Credentials
 from cloud_server.errors import StartRefused
-from cloud_server.settings import Settings, is_loopback, resolve, split_address
+from cloud_server.settings import Settings, is_loopback, resolve, split_address, unknown
 from tests.running import ROOT
 
 NAMES = [setting.name for setting in fields(Settings)]
@@ -70,6 +70,12 @@ def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
 def test_a_wrong_variable_is_named() -> None:
     with pytest.raises(StartRefused, match="CLOUD_SERVER_MAX_QUEUE must be a whole number"):
         resolve({}, {"CLOUD_SERVER_MAX_QUEUE": "x"})
+
+
+def test_a_variable_that_is_no_setting_is_told_with_what_it_may_be() -> None:
+    assert unknown({"CLOUD_SERVER_TOKEN": "x", "CLOUD_SERVER_CONFIG": "x", "CLOUD_SERVER_TOKENS": "x"}) == [
+        "CLOUD_SERVER_TOKEN is no setting: did you mean CLOUD_SERVER_TOKENS?"
+    ]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -536,7 +536,8 @@ async def test_a_price_that_is_too_high_is_known_for_a_minute(cloud: Cloud) -> N
     assert client.affordable(0)
     refusal = ErrorInfo(reason="PRICE_ABOVE_CEILING", metadata={"price_micro_usd": str(CEILING + 1)})
     cloud.script = [abort(grpc.StatusCode.FAILED_PRECONDITION, "too dear", detail=refusal)]
-    assert (await failure(client)).never_ran
+    error = await failure(client)
+    assert error.never_ran and "it asks $0.0" in error.message and "--max-price" in error.message
     assert client.healthy and (client.affordable(CEILING), client.affordable(CEILING + 1)) == (False, True)
     now = 160.0
     assert client.affordable(CEILING)

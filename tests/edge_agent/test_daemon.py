@@ -242,7 +242,7 @@ def test_a_port_in_use_is_refused(folder: Path, refused: Refused) -> None:
 def test_the_log_says_at_the_start_what_is_not_as_it_should_be(folder: Path) -> None:
     models = ("--models", folder / "misspelt", "--listen", "127.0.0.1:0")
     never = ("--cloud", "127.0.0.1:1", "--budget", "0.001", "--max-price", "0.01")
-    process = Process("edge_agent", folder, *models, *never)
+    process = Process("edge_agent", folder, *models, *never, EDGE_AGENT_BUGDET="1")
     try:
         process.wait_for("serving")
         assert process.stop() == 0
@@ -251,6 +251,7 @@ def test_the_log_says_at_the_start_what_is_not_as_it_should_be(folder: Path) -> 
     advice = [line["do"] for line in process.lines if line["event"] == "advice"]
     assert any(f"the models folder {folder / 'misspelt'} is not there" in each for each in advice)
     assert any("never has room for one: raise --budget" in each for each in advice)
+    assert "EDGE_AGENT_BUGDET is no setting: did you mean EDGE_AGENT_BUDGET?" in advice
 
 
 def test_a_file_for_a_models_folder_is_refused(folder: Path, refused: Refused) -> None:
@@ -344,12 +345,14 @@ def test_a_token_that_cannot_be_read_is_refused(folder: Path, refused: Refused) 
     assert "cannot read the token" in words
 
 
-@pytest.mark.parametrize("content", ["", "tenant 0123456789abcdef", "# mine\n0123456789abcdef"])
+@pytest.mark.parametrize(
+    "content", ["", "tenant 0123456789abcdef", "# mine\n0123456789abcdef", "0123456789abcdef\u00e9"]
+)
 def test_a_file_that_holds_more_or_less_than_a_token_is_refused(
     folder: Path, refused: Refused, content: str
 ) -> None:
     file = folder / "token.txt"
-    file.write_text(content)
+    file.write_text(content, encoding="utf-8-sig")  # as Windows saves it
     assert "must hold one token" in refused("--cloud", "127.0.0.1:1", "--cloud-token", file)
 
 

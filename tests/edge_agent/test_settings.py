@@ -23,6 +23,7 @@ from edge_agent.settings import (
     parse_dollars,
     resolve,
     socket_address,
+    unknown,
     variable,
 )
 from tests.running import ROOT, short_folder
@@ -230,6 +231,19 @@ def test_a_home_that_is_not_known_is_refused(name: str) -> None:
 
     with pytest.raises(StartRefused, match=f"{path}: no home folder"):
         all_folders()
+
+
+def test_a_variable_that_is_no_setting_is_told_with_what_it_may_be() -> None:
+    environment = {
+        "EDGE_AGENT_BUGDET": "1",
+        "EDGE_AGENT_ZZZ": "1",
+        "HOME": "/",
+        "EDGE_AGENT_ADDRESS": "unix:x",
+    }
+    assert unknown(environment | {"EDGE_AGENT_CONFIG": "x", "EDGE_AGENT_BUDGET": "1"}) == [
+        "EDGE_AGENT_BUGDET is no setting: did you mean EDGE_AGENT_BUDGET?",
+        "EDGE_AGENT_ZZZ is no setting, so unset it",
+    ]
 
 
 def _rows() -> dict[str, str]:

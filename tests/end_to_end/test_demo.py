@@ -49,8 +49,13 @@ def test_the_demo_answers_every_prompt_in_every_phase_within_its_budget(
 ) -> None:
     # Settings of the person's own must not reach the demo's servers.
     environment = os.environ | {"EDGE_AGENT_BUDGET": "nonsense", "CLOUD_SERVER_MODEL": "/nowhere"}
+    (images := tmp_path / "out" / "images").mkdir(parents=True)
+    theirs, old = images / "2-2024-holiday.png", images / "1-77-edge.png"
+    theirs.touch()
+    old.touch()
     done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert (theirs.exists(), old.exists()) == (True, False)
     out = tmp_path / "out"
     record = [json.loads(line) for line in (out / "record.jsonl").read_text(encoding="utf-8").splitlines()]
 
