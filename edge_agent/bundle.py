@@ -53,7 +53,10 @@ PREDICTOR = "predictor/model.onnx"
 CALIBRATION = "predictor/calibration.json"
 
 CALIBRATE = "run `edge-export label`, unless you have its labels of both models, then `edge-export calibrate`"
-"""What makes a calibration where there is a predictor."""
+"""What makes a calibration where there is a predictor for both models."""
+
+LEARN = "run `edge-export label`, `edge-export train`, `edge-export predictor` and `edge-export calibrate`"
+"""What makes predictor and calibration for models that no predictor knows yet."""
 
 # The folders that decide what an image looks like. Predictor and calibration are made *for* these, so they
 # stay out of the model digest: adding them must not change the digest that the calibration was made for.
@@ -307,8 +310,7 @@ class Bundle:
         """
         if self.predictor is None:
             return (
-                f"the bundle {self.folder} has no quality predictor, so no prompt is routed: run `edge-export label`, "
-                "`edge-export train`, `edge-export predictor` and `edge-export calibrate` for it"
+                f"the bundle {self.folder} has no quality predictor, so no prompt is routed: {LEARN} for it"
             )
         calibration = self.calibration
         if calibration is None:
@@ -316,7 +318,7 @@ class Bundle:
         if calibration.edge_digest != self.model_digest:
             return (
                 f"the calibration was made for edge model {calibration.edge_digest[:16]} and the bundle holds "
-                f"{self.model_digest[:16]}, so no prompt is routed: {CALIBRATE} for {self.folder}"
+                f"{self.model_digest[:16]}, so no prompt is routed: {LEARN} for {self.folder}"
             )
         predictor = self.manifest.files[PREDICTOR].sha256
         if calibration.recipe.get("predictor_sha256", predictor) != predictor:

@@ -20,6 +20,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from edge_agent.bundle import CALIBRATION, PREDICTOR, Bundle, put_file
@@ -36,7 +37,7 @@ from edge_agent.superiority import (
 from edge_agent.tokens import Tokenizer, Tokens
 from export.errors import ExportError
 from export.metrics import load_metrics
-from export.outcomes import Outcomes
+from export.outcomes import CLOUD_DIGEST, Outcomes
 from export.states import encode
 from export.terminal import console
 
@@ -96,6 +97,7 @@ def calibrate(
 ) -> Calibration:
     """The calibration of `bundle`'s predictor. ExportError when the labels are of other models or lack their facts."""
     outcomes.must_be_of(bundle)
+    _refuse_unlearnt(bundle, cloud_digest)
     stated = json.loads(outcomes.facts.get("metrics", "[]"))
     # Labels that do not state theirs were measured by the project's own.
     metrics = tuple(map(tuple, stated)) or tuple(metric.texts for metric in load_metrics())
@@ -128,6 +130,19 @@ def calibrate(
         },
     )
     return replace(made, alpha_over_rho=tuple((rho, made.alpha(rho)) for rho in RATES))
+
+
+def _refuse_unlearnt(bundle: Bundle, cloud_digest: str) -> None:
+    """A predictor knows the two models whose images it was trained on: of another it would predict the first one's."""
+    if bundle.predictor is None:  # which `predicted` tells
+        return
+    facts = {fact.key: fact.value for fact in onnx.load(bundle.predictor).metadata_props}
+    learnt = facts.get(CLOUD_DIGEST, cloud_digest)
+    if learnt != cloud_digest:
+        raise ExportError(
+            f"the predictor learnt of cloud model {learnt[:16]}, and the labels are of {cloud_digest[:16]}: run "
+            "`edge-export train` and `edge-export predictor` with these labels first"
+        )
 
 
 def _digest(text: str) -> str:
@@ -180,8 +195,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"alpha {calibration.alpha(0.5):.4f} at a routing rate of 50 %; "
         f"at most {calibration.recipe['largest_rate']:.0%} can go to the cloud"
     )
+    if not calibration.recipe["largest_rate"]:
+        console.print(
+            "the predictor finds the edge's image as good for every calibration prompt: none will be routed"
+        )
     console.print(
-        "a daemon that serves this bundle keeps the one it has until `edge-agent models use` or a restart"
+        f"a daemon takes it up by `edge-agent models pull {options.bundle} --use`, where the bundle was pulled before "
+        "under another --name"
     )
     return 0
 

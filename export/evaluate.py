@@ -135,9 +135,11 @@ def evaluate(
     full = between.mean(1)
     least = 1e-4 * between.max()  # more than rounding makes of nothing
     if not ((np.abs(oracle - random) > least).all() and full.all()):
-        raise ExportError(
-            "on these test prompts, or on a sample of them, the oracle wins what random wins: label more prompts"
-        )
+        what = "on these test prompts, or on a sample of them, the oracle wins what random wins"
+        if (gain > 0).all() or (gain < 0).all():
+            better = "cloud" if gain[0] > 0 else "edge"
+            raise ExportError(f"{what}: for each of the {len(gain)} the {better}'s images are better")
+        raise ExportError(f"{what}: label more prompts")
 
     def row(router: str, gains: Floats, correlations: Floats | None) -> Row:
         headroom = (gains - random) / (oracle - random)
@@ -195,7 +197,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if cloud != calibration.cloud_digest:
         raise ExportError(
             f"the labels are of cloud model {cloud[:16]}, and {bundle.folder} is calibrated for "
-            f"{calibration.cloud_digest[:16]}: run `edge-export calibrate` with these labels first"
+            f"{calibration.cloud_digest[:16]}: run `edge-export train`, `edge-export predictor` and `edge-export "
+            "calibrate` with these labels first"
         )
     paired, said = Paired.of(test), things_said(scenes)
 

@@ -300,6 +300,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     bundle, cloud = Bundle.open(options.bundle), cloud_model(options.cloud)
     prompts = own or router_prompts(counts)
     judge = Judge(options.judge)
+    if options.judge == STARTER_JUDGE and (own or options.bundle != STARTER_BUNDLE):
+        print(
+            "the starter's judge knows the starter's objects alone: for other models or prompts name a CLIP by --judge"
+        )
     models = {
         digest_of("edge"): bundle.model_digest,
         digest_of("cloud"): cloud.digest,
@@ -330,8 +334,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "edge": lambda: BundlePainter(bundle, threads),
         "cloud": lambda: Painter(cloud, options.batch, options.cloud_dtype),
     }
-    generate(painters, images, unmeasured)
-    judged(images, parts, unmeasured, judge, options.adherence)
+    try:
+        generate(painters, images, unmeasured)
+        judged(images, parts, unmeasured, judge, options.adherence)
+    except KeyboardInterrupt:
+        print("stopped; finished pieces are kept, and the same command goes on from there")
+        raise
     tables = [table for piece in every if (table := measurements(parts, piece)) is not None]
     if len(tables) < len(every):
         print(

@@ -281,6 +281,10 @@ class Ensemble(nn.Module):
     @classmethod
     def load(cls, path: Path) -> tuple[Ensemble, dict[str, Any]]:
         """The trained mixtures, in evaluation mode, and their record. Raises ExportError when the file is none."""
+        if not path.is_file():
+            raise ExportError(
+                f"there is no file {path}; name the predictor.safetensors that `edge-export train` wrote"
+            )
         try:
             with safe_open(path, framework="pt") as file:
                 facts = file.metadata()

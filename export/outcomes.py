@@ -27,7 +27,10 @@ INSPECTED, INSPECTED_SHARE = INSPECTION = ("inspected", "inspected_share")
 ADHERENCE = "adherence"
 """Optional column of `edge-export label`: no router is trained on it, and the paper's ten stay comparable."""
 INSPECTOR = "inspector_digest"  # metadata: whose verdicts they are
-FACTS = ("edge_digest", "cloud_digest", "metrics")
+CLOUD_DIGEST = "cloud_digest"
+"""The fact of labels, and of a predictor that was trained on them, that names the cloud model."""
+
+FACTS = ("edge_digest", CLOUD_DIGEST, "metrics")
 """Metadata of the Parquet schema: `Bundle.model_digest` of the edge model, the cloud model's digest (`cloud-server
 digest`), and the metrics as JSON: one [name, positive text, negative text] a metric, in the order of METRICS."""
 
@@ -202,6 +205,8 @@ class Outcomes:
 
 def read_table(path: Path) -> pa.Table:
     """The matrix as it lies in the file, a row an image; ExportError when it is none."""
+    if not path.is_file():  # of a folder pyarrow would read all that lies in it
+        raise ExportError(f"there is no file {path}; name the labels that `edge-export label` wrote")
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:

@@ -17,6 +17,7 @@ from edge_agent.bundle import Bundle
 from edge_agent.diffusion import providers
 from edge_agent.diffusion.generator import Generator, Image
 from edge_agent.diffusion.sessions import Runtime
+from export import source
 from export.errors import ExportError, reason
 
 BATCH = 5  # images a pipeline makes at once; a whole piece of large ones would not fit a GPU
@@ -77,13 +78,14 @@ class Painter:
             chosen = slice(start, start + self.batch)
             noise = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[chosen]]
             try:
-                output = self.pipeline(
-                    list(prompts[chosen]),
-                    num_inference_steps=self.steps,
-                    guidance_scale=self.guidance_scale,
-                    generator=noise,
-                    **self.size,
-                )
+                with source.quiet():  # a prompt that is cut off would be printed whole
+                    output = self.pipeline(
+                        list(prompts[chosen]),
+                        num_inference_steps=self.steps,
+                        guidance_scale=self.guidance_scale,
+                        generator=noise,
+                        **self.size,
+                    )
             except torch.OutOfMemoryError as error:
                 way_out = (
                     f"name a smaller --batch than {self.batch}"

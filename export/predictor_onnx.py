@@ -24,13 +24,14 @@ from edge_agent.superiority import METRICS
 from export.errors import ExportError
 from export.folded import Folded
 from export.mixture import Ensemble, Shape
+from export.outcomes import CLOUD_DIGEST
 from export.terminal import console
 
 TOLERANCE = 1e-5
 """Largest difference from torch in any output; float32 rounding over sums this short stays well below it."""
 
 
-def export(ensemble: Ensemble, path: Path, tokens: int) -> float:
+def export(ensemble: Ensemble, path: Path, tokens: int, cloud_digest: str = "") -> float:
     """Write `ensemble` for prompts of `tokens` positions (L) to `path`; returns the largest difference from torch.
 
     ExportError when it is an ablation that does not predict every metric, or the graph differs from torch.
@@ -60,7 +61,7 @@ def export(ensemble: Ensemble, path: Path, tokens: int) -> float:
             opset_version=18,
             dynamo=False,
         )
-    _state_signature(path, shape)
+    _state_facts(path, shape, cloud_digest)
     difference = max(
         _difference(ensemble, Predictor.load(path, shape.width), tokens, own) for own in range(tokens)
     )
@@ -71,11 +72,13 @@ def export(ensemble: Ensemble, path: Path, tokens: int) -> float:
     return difference
 
 
-def _state_signature(path: Path, shape: Shape) -> None:
+def _state_facts(path: Path, shape: Shape, cloud_digest: str) -> None:
     """Write into the graph what tracing leaves out: the outputs' sizes, for which it leaves names that older
-    onnxruntimes cannot resolve, and the words' ids where nothing reads them.
+    onnxruntimes cannot resolve, the words' ids where nothing reads them, and whose quality it predicts.
     """
     model = onnx.load(path)
+    if cloud_digest:
+        onnx.helper.set_model_props(model, {CLOUD_DIGEST: cloud_digest})
     if "ids" not in {node.name for node in model.graph.input}:
         ids = onnx.helper.make_tensor_value_info("ids", onnx.TensorProto.INT64, (1, "L"))
         model.graph.input.append(ids)
@@ -120,7 +123,7 @@ def install(weights: Path, bundle: Bundle) -> float:
     # Not by tempfile, which tries for ever where Windows lets nobody write.
     graph = bundle.folder / f".predictor-{os.getpid()}.onnx"
     try:
-        difference = export(ensemble, graph, bundle.manifest.text_tokens)
+        difference = export(ensemble, graph, bundle.manifest.text_tokens, record.get(CLOUD_DIGEST, ""))
         put_file(bundle.folder, PREDICTOR, graph, without=CALIBRATION)
     finally:
         graph.unlink(missing_ok=True)

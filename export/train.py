@@ -24,8 +24,9 @@ from torch import Tensor
 from edge_agent.bundle import Bundle
 from edge_agent.tokens import Tokenizer
 from export.arguments import at_least
+from export.errors import ExportError
 from export.mixture import SENTENCE, WORDS, Ensemble, Mixture, Shape, Together
-from export.outcomes import Outcomes
+from export.outcomes import CLOUD_DIGEST, Outcomes
 from export.output import replacing
 from export.states import TokenStates, of_prompts, of_shorter_prompts
 from export.terminal import console, progress
@@ -384,6 +385,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     outcomes, bundle = Outcomes.read(options.labels), Bundle.open(options.bundle)
     outcomes.must_be_of(bundle)
     learning, validating = outcomes.split("train"), outcomes.split("validation")
+    if options.out.exists() and not options.out.is_dir():
+        raise ExportError(f"{options.out} is no folder; name one")
     options.out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     shape = Shape(
@@ -427,6 +430,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "prompts": {"train": len(learning), "validation": len(validating)},
         "labels_sha256": hashlib.sha256(options.labels.read_bytes()).hexdigest(),
         "edge_digest": bundle.model_digest,
+        CLOUD_DIGEST: outcomes.facts.get(CLOUD_DIGEST, ""),
         "torch": torch.__version__,
         "threads": options.threads,
         "seconds": round(time.monotonic() - started, 1),

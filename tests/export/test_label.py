@@ -100,7 +100,7 @@ def test_the_matrix_holds_every_prompt_model_and_seed_and_says_what_it_was_made_
 
 
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_matrix(
-    few, models, miniature_bundle, tmp_path, monkeypatch
+    few, models, miniature_bundle, tmp_path, monkeypatch, capsys
 ):
     cut = tmp_path / "cut.parquet"
     paint, painted = Painter.paint, []
@@ -115,6 +115,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_matrix(
         patch.setattr(Painter, "paint", interrupted)
         with pytest.raises(KeyboardInterrupt):
             label.main(arguments(models, miniature_bundle, cut))
+    assert "finished pieces are kept" in capsys.readouterr().out
     assert not cut.exists()
     assert label.main(arguments(models, miniature_bundle, cut)) == 0
     assert pq.read_table(cut).equals(pq.read_table(few))

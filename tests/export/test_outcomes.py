@@ -271,8 +271,8 @@ def test_labels_with_a_hole_or_a_mistake_are_refused(
 
 def test_a_file_that_is_not_parquet_or_not_there_is_refused(tmp_path: Path) -> None:
     (tmp_path / "labels.parquet").write_text("prompt,quality\n")
-    for name in ("labels.parquet", "none.parquet"):
-        with pytest.raises(ExportError, match=f"{name}: not readable as labels"):
+    for name, why in (("labels.parquet", ": not readable as labels"), ("none.parquet", "; name the labels")):
+        with pytest.raises(ExportError, match=f"{name}{why}"):
             Outcomes.read(tmp_path / name)
 
 

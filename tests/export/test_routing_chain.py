@@ -167,6 +167,30 @@ def test_labels_of_another_edge_model_are_refused(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_predictor_is_not_calibrated_for_a_cloud_model_of_which_it_learnt_nothing(
+    tmp_path: Path, chain: Chain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = Outcomes.read(chain.labels).facts | {"cloud_digest": "00ff"}
+    labels = write_labels(tmp_path / "labels.parquet", 720, facts=facts)
+    before = (chain.bundle / CALIBRATION).read_bytes()
+    line = refused(capsys, "calibrate", labels, chain.bundle)
+    assert "learnt of cloud model c0ffee, and the labels are of 00ff" in line and "edge-export train" in line
+    assert (chain.bundle / CALIBRATION).read_bytes() == before
+
+
+def test_what_is_there_and_no_labels_or_weights_is_told_as_it_is(
+    tmp_path: Path, chain: Chain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert f"there is no file {chain.bundle}; name the labels" in refused(
+        capsys, "train", chain.bundle, chain.bundle, tmp_path / "run"
+    )
+    assert f"there is no file {chain.weights}; name the predictor.safetensors" in refused(
+        capsys, "predictor", chain.weights, chain.bundle
+    )
+    (tmp_path / "run").touch()
+    assert "is no folder; name one" in refused(capsys, "train", chain.labels, chain.bundle, tmp_path / "run")
+
+
 def test_a_bundle_that_is_calibrated_for_another_cloud_model_is_not_evaluated(
     tmp_path: Path, chain: Chain, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -211,7 +235,7 @@ def test_a_bundle_without_predictor_or_calibration_says_what_to_run(
     assert "edge-export predictor" in refused(capsys, "calibrate", chain.labels, tmp_path / "bare")
     assert "edge-export calibrate" in refused(capsys, "evaluate", chain.labels, tmp_path / "bare")
     weights = tmp_path / "other"
-    weights.mkdir()
+    weights.touch()
     assert "not a trained predictor" in refused(capsys, "predictor", weights, tmp_path / "bare")
 
 
