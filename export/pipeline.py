@@ -26,7 +26,7 @@ from diffusers import (
 from diffusers.loaders import TextualInversionLoaderMixin
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from huggingface_hub import ModelCard
-from transformers import CLIPTextModelWithProjection
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from cloud_server import complete, hub
 from edge_agent import tokens
@@ -95,7 +95,7 @@ def load(
     """
     try:
         index = _index(model, report)
-        _refuse_class(index["_class_name"])
+        _refuse_class(index["_class_name"], complete.named(index))
         _refuse_t5(index["_class_name"], "text_encoder_3" in complete.named(index), without_t5)
         made = _CLASSES[index["_class_name"]]
         others = dict.fromkeys((*_idle(made), *parts))
@@ -111,11 +111,11 @@ def load(
 def class_of(model: str | os.PathLike[str], report: Callable[[str], None] = lambda _: None) -> Any:
     """The class of the pipeline in `model`, a folder or hub id. Raises ExportError as `load` does."""
     try:
-        name = _index(model, report)["_class_name"]
+        index = _index(model, report)
     except OSError as error:
         raise ExportError(f"{model} cannot be loaded as a diffusers pipeline: {reason(error)}") from error
-    _refuse_class(name)
-    return _CLASSES[name]
+    _refuse_class(index["_class_name"], complete.named(index))
+    return _CLASSES[index["_class_name"]]
 
 
 def left_out(made: type) -> dict[str, Any]:
@@ -464,24 +464,25 @@ def refuse_scheduler(pipeline: Any) -> None:
         )
 
 
-def _refuse_class(name: str) -> None:
+def _refuse_class(name: str, parts: Collection[str] | None = None) -> None:
+    """`parts` are those that the model has, where they are known."""
     supported = ", ".join(_CLASSES)
     if name in _MISSING:
         raise ExportError(
             f"{name} is not supported yet: it needs {_MISSING[name]}; {supported} are supported"
         )
     if name not in _CLASSES:
-        raise ExportError(f"{name} is not supported{_instead_of(name)}; {supported} are")
+        raise ExportError(f"{name} is not supported{_instead_of(name, parts)}; {supported} are")
 
 
-def _instead_of(name: str) -> str:
+def _instead_of(name: str, parts: Collection[str] | None) -> str:
     """What to do about a model of the class `name`, where that can be told."""
     if "Onnx" in name or name.startswith("ORT"):
         return ": it holds ONNX graphs; name the model that they were made from"
     if name.startswith("Flax"):
         return ": it holds weights for JAX; name the model with those for torch"
     plain = re.sub("Img2Img|PAG", "", name)
-    if plain in _CLASSES:
+    if plain in _CLASSES and (parts is None or {*KINDS[_CLASSES[plain]].parts} <= {*parts}):  # no refiner
         return (
             f": it has the parts of a {plain}; where the model draws from a prompt alone too, write that into its "
             "model_index.json"
@@ -516,6 +517,12 @@ def _refuse_unsupported(pipeline: Any) -> None:
             f"input channels, and the latents have {vae.latent_channels}: {why}"
         )
     checks: dict[str, Callable[[], Any]] = {
+        "a text encoder that is no CLIP": lambda: any(
+            not isinstance(encoder, (CLIPTextModel, CLIPTextModelWithProjection)) for encoder in encoders
+        ),
+        "a denoiser whose config lists its cross_attention_dim by block": lambda: isinstance(
+            denoiser.get("cross_attention_dim"), (list, tuple)
+        ),
         "a text encoder that masks padding": lambda: any(
             getattr(encoder.config, "use_attention_mask", None) for encoder in encoders
         ),

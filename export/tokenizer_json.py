@@ -3,7 +3,8 @@ same.
 
 transformers' CLIPTokenizer cleans its text in one of two ways: with ftfy where that is installed, otherwise
 with BERT's basic tokenizer, which also puts spaces around Chinese characters. The conversion in transformers
-knows neither; here the second is rebuilt, and text that ftfy would repair is the one thing that is left out.
+knows neither; here the second is rebuilt, and text that ftfy would repair is left out. Besides, BERT's drops characters
+that the running Python's Unicode does not know yet, such as the emoji of later years, which the edge reads.
 """
 
 from __future__ import annotations
@@ -82,8 +83,13 @@ def convert(tokenizer: Any) -> Tokenizer:
             f"{type(tokenizer).__name__} is not supported; CLIPTokenizer and fast tokenizers are"
         )
     length = tokenizer.model_max_length
-    converted.enable_truncation(length)
-    converted.enable_padding(length=length, pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token)
+    converted.enable_truncation(length, direction=tokenizer.truncation_side)
+    converted.enable_padding(
+        direction=tokenizer.padding_side,
+        length=length,
+        pad_id=tokenizer.pad_token_id,
+        pad_token=tokenizer.pad_token,
+    )
     as_read = tokens.Tokenizer(Tokenizer.from_str(converted.to_str()), length)
     _compare(tokenizer, as_read)
     return converted

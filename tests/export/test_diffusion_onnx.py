@@ -21,6 +21,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+import transformers
 from diffusers import (
     AutoencoderTiny,
     DiffusionPipeline,
@@ -282,6 +283,65 @@ def test_a_pipeline_of_another_kind_is_refused_by_name(tmp_path: Path) -> None:
     )
     with pytest.raises(ExportError, match="StableDiffusionImg2ImgPipeline is not supported"):
         export_bundle(tmp_path / "model", tmp_path / "bundle", report=silent)
+
+
+@pytest.mark.parametrize(
+    ("first", "why"),
+    [
+        ([None, None], "it wants a picture"),
+        (["transformers", "CLIPTextModel"], "it has the parts of a StableDiffusionXLPipeline"),
+    ],
+)
+def test_a_refiner_is_not_advised_to_call_itself_something_else(
+    tmp_path: Path, first: list[str | None], why: str
+) -> None:
+    miniature_xl().save_config(tmp_path / "model")
+    file = tmp_path / "model" / "model_index.json"
+    index = json.loads(file.read_text()) | {"_class_name": "StableDiffusionXLImg2ImgPipeline"}
+    file.write_text(json.dumps(index | {"tokenizer": first, "text_encoder": first}))
+    for read in (load, class_of):
+        with pytest.raises(ExportError, match=f"StableDiffusionXLImg2ImgPipeline is not supported: {why}"):
+            read(tmp_path / "model")
+
+
+def test_a_text_encoder_that_is_no_clip_is_refused_before_anything_is_drawn(
+    pipeline: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    config = transformers.BertConfig(
+        vocab_size=600, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    pipeline.text_encoder = transformers.BertModel(config)
+    lines: list[str] = []
+    with pytest.raises(ExportError, match="a text encoder that is no CLIP is not supported"):
+        export_bundle(pipeline, tmp_path / "bundle", report=lines.append)
+    assert not any("running" in line for line in lines)
+
+
+def test_a_text_encoder_whose_scores_are_loud_keeps_its_mask(
+    pipeline: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    """What comes after a token would leak into it: a score that is masked mildly can be the largest."""
+    with torch.no_grad():
+        for name, weights in pipeline.text_encoder.named_parameters():
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                weights.mul_(8)
+    bundle = export_bundle(pipeline, tmp_path / "bundle", steps=(2,), report=silent)
+    assert not (tmp_path / "bundle" / "text_encoder" / "mild.onnx").exists()
+    assert MASKED not in _constants(tmp_path / "bundle" / "text_encoder" / "model.onnx")
+    generator = Generator(bundle, Runtime(threads=1))
+    for prompt in ("beach", "two red cats and a dog"):
+        assert difference(generator, reference_image(pipeline, prompt, "", 5, 2, 7.5)) <= 1e-3
+
+
+def _constants(path: Path) -> set[float]:
+    """The numbers of the graph's own small constants."""
+    attributes = [attribute for node in onnx.load(path).graph.node for attribute in node.attribute]
+    return {
+        float(number)
+        for attribute in attributes
+        if attribute.HasField("t")
+        for number in numpy_helper.to_array(attribute.t).flat
+    }
 
 
 def test_a_class_that_is_asked_for_is_refused_saying_what_is_missing(tmp_path: Path) -> None:
@@ -1237,6 +1297,7 @@ def test_a_model_folder_without_a_part_is_refused(tmp_path: Path, part: str) -> 
             r"config\.json: the denoiser takes 9 input channels, .* 4: it wants a picture too",
         ),
         ("unet", {"out_channels": 8}, "variance"),
+        ("unet", {"cross_attention_dim": [32, 32]}, "lists its cross_attention_dim by block"),
     ],
 )
 def test_a_network_that_takes_or_gives_something_else_is_refused(

@@ -338,7 +338,6 @@ def test_files_that_lie_beside_the_weights_are_left_alone(tmp_path: Path) -> Non
     [
         ("OnnxStableDiffusionPipeline", "is not supported: it holds ONNX graphs; name the model that they"),
         ("FlaxStableDiffusionPipeline", "is not supported: it holds weights for JAX"),
-        ("StableDiffusionXLImg2ImgPipeline", "has the parts of a StableDiffusionXLPipeline; where the model"),
         ("StableDiffusionInstructPix2PixPipeline", "wants a picture, and the edge draws from a prompt alone"),
         ("AudioLDMPipeline", "AudioLDMPipeline is not supported; StableDiffusionPipeline, .* are$"),
         (["pipeline_mine", "MinePipeline"], "is of the class MinePipeline, code of its own that is not run;"),

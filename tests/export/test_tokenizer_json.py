@@ -48,6 +48,15 @@ def test_ids_equal_clips_on_any_settled_text(slow: CLIPTokenizer, ours: Tokenize
     assert ours.encode(text).ids[0].tolist() == ids(slow, text)
 
 
+@pytest.mark.parametrize("side", ["padding_side", "truncation_side"])
+def test_a_tokenizer_that_pads_or_cuts_off_in_front_does_so_here(tmp_path: Path, side: str) -> None:
+    tokenizer = miniature_tokenizer(tmp_path)
+    setattr(tokenizer, side, "left")
+    converted = Tokenizer(tokenizer_json.convert(tokenizer), 77)
+    for text in ("a red cat", "word " * 300 + "cat"):
+        assert converted.encode(text).ids[0].tolist() == ids(tokenizer, text)
+
+
 def test_a_fast_tokenizer_is_taken_as_it_is(slow: CLIPTokenizer, tmp_path: Path) -> None:
     slow.save_pretrained(tmp_path)
     fast = CLIPTokenizerFast.from_pretrained(tmp_path)
