@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,15 +96,7 @@ def convert(
         else:
             without_t5 = made is StableDiffusion3Pipeline
             pipeline = pipelines.load(model, without_t5=without_t5, parts=parts)
-        markers = denoisers.markers(names if denoiser is None else denoiser)
-        with source.quiet():
-            pipeline.scheduler = believed(pipeline.scheduler, markers)
-            if scheduler is not None:
-                pipeline.scheduler = choose_scheduler(pipeline.scheduler, scheduler)
-        if markers:
-            refuse_unable(pipeline.scheduler, markers)
-            predicts = pipeline.scheduler.config.get("prediction_type")
-            report(f"the file says {' and '.join(markers)}: {type(pipeline.scheduler).__name__}, {predicts}")
+        _reschedule(pipeline, denoisers.markers(names if denoiser is None else denoiser), scheduler, report)
         for file, name, scale in changes:
             report(f"fusing {name}" + ("" if scale == 1 else f", {scale:g} of it"))
             lora.fuse(pipeline, file, scale)
@@ -113,14 +105,7 @@ def convert(
         if clip_skip != 1:
             _skip(pipeline.text_encoder, clip_skip - 1)
         report(f"writing {type(pipeline).__name__}")
-        with source.quiet():
-            for part, network in pipelines.networks(pipeline).items():
-                whole = Path(model) if single else pipelines.origin(pipeline) / part
-                dtype = _stored(kept_in.get(part, whole), part)
-                network.to(dtype)
-                _refuse_infinite(network, part, dtype)
-            pipeline.save_pretrained(partial)
-        pipelines.drop_origin(partial)
+        _save(pipeline, kept_in, Path(model) if single else None, partial)
         for name in CARDS if not single else ():
             if card := source.card(model, name):
                 shutil.copyfile(card, partial / name)
@@ -135,6 +120,31 @@ def convert(
 def _refuse_taken(target: Path) -> None:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ExportError(f"{target} is there; name a new folder")
+
+
+def _reschedule(pipeline: Any, markers: Collection[str], scheduler: str | None, report: Report) -> None:
+    """Have `pipeline` the scheduler that is asked for, or that the `markers` of its denoiser's file tell of."""
+    with source.quiet():
+        pipeline.scheduler = believed(pipeline.scheduler, markers)
+        if scheduler is not None:
+            pipeline.scheduler = choose_scheduler(pipeline.scheduler, scheduler)
+    if markers:
+        refuse_unable(pipeline.scheduler, markers)
+        predicts = pipeline.scheduler.config.get("prediction_type")
+        report(f"the file says {' and '.join(markers)}: {type(pipeline.scheduler).__name__}, {predicts}")
+
+
+def _save(pipeline: Any, kept_in: Mapping[str, Path], single: Path | None, out: Path) -> None:
+    """Write `pipeline` to `out`, each network in the type of the weights it was made of: those in `kept_in`, of the
+    `single` file, or of its own folder.
+    """
+    with source.quiet():
+        for part, network in pipelines.networks(pipeline).items():
+            dtype = _stored(kept_in.get(part, single or pipelines.origin(pipeline) / part), part)
+            network.to(dtype)
+            _refuse_infinite(network, part, dtype)
+        pipeline.save_pretrained(out)
+    pipelines.drop_origin(out)
 
 
 def _autoencoder(base: str) -> Any:
