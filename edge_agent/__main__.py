@@ -314,7 +314,8 @@ def _serve(options: argparse.Namespace) -> int:
         daemon = asyncio.run(run(chosen))
     except BundleError as error:
         if not chosen.bundle and chosen.store.current != STARTER_NAME:
-            error.message += f"; `edge-agent models use {STARTER_NAME}` goes back"
+            where = f" --models {chosen.store.folder}" if chosen.models else ""
+            error.message += f"; `edge-agent models use {STARTER_NAME}{where}` goes back"
         raise
     finally:
         logging.shutdown()  # before anything else is said

@@ -30,7 +30,7 @@ from grpc_reflection.v1alpha import reflection
 from edge_agent import memory
 from edge_agent.address import split_address
 from edge_agent.agent import Agent, Terms
-from edge_agent.bundle import DECODER, Bundle, Manifest
+from edge_agent.bundle import DECODER, MANIFEST, Bundle, Manifest
 from edge_agent.cloud import CloudClient
 from edge_agent.device import Device
 from edge_agent.diffusion import providers
@@ -111,7 +111,7 @@ class Daemon:
                 # Now that the ledger is ours: of two that start at once only one comes here.
                 _clear_socket(socket_file)
             self._purchases = Purchases(ledger, _cloud_client(settings))
-            self._service = EdgeAgentService(self.reload, _models_folder(settings))
+            self._service = EdgeAgentService(self.reload, partial(_models_folder, settings))
             await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
             await self._listen()
         except BaseException:
@@ -150,15 +150,12 @@ class Daemon:
         """
         reload = asyncio.create_task(self._reload(model))
         self._reloads.add(reload)
-        reload.add_done_callback(self._reloaded)
-        return await asyncio.shield(reload)
-
-    def _reloaded(self, reload: asyncio.Task[Agent]) -> None:
-        self._reloads.discard(reload)
-        if (
-            not reload.cancelled() and (error := reload.exception()) is not None
-        ):  # its caller may have gone away
-            log.warning("model refused", extra={"fields": {"error": str(error)}})
+        reload.add_done_callback(self._reloads.discard)
+        try:
+            return await asyncio.shield(reload)
+        except asyncio.CancelledError:
+            reload.add_done_callback(_log_refused)
+            raise
 
     async def shutdown(self) -> None:
         """Drains: health NOT_SERVING, new requests refused, those in flight get the grace period to finish."""
@@ -316,6 +313,12 @@ class Daemon:
             await self._health.set(service, status)
 
 
+def _log_refused(reload: asyncio.Task[Agent]) -> None:
+    """Of a reload whose caller has gone away, so that nobody else hears of it."""
+    if not reload.cancelled() and (error := reload.exception()) is not None:
+        log.warning("model refused", extra={"fields": {"error": str(error)}})
+
+
 def _models_folder(settings: Settings) -> str:
     """Where the served model is chosen; empty where the settings name it."""
     return "" if settings.bundle else os.path.realpath(settings.store.folder)
@@ -379,6 +382,8 @@ def _load_models(settings: Settings, taken: Collection[str] = (), model: str = "
         apps=frozenset(settings.apps) or None,
     )
     better = partial(_open_better, settings, generator, choice, bundle) if choice.better else None
+    if not (bundle.folder / MANIFEST).exists():
+        raise BundleError(f"{bundle.folder} was removed while it was loaded")
     return Resident(reader, generator, limits, choice, settings.keep_alive_s, better)
 
 

@@ -294,9 +294,11 @@ def _take_up(store: Store, name: str, options: argparse.Namespace) -> tuple[bool
     CallFailed when it is gone.
     """
     daemon = _running(options)  # a wrong address is refused before anything changes
+    served, more = None, ""
     try:
         with store.choosing(name):
-            served, more = _reloaded(daemon, store, name) if daemon is not None else (None, "")
+            if daemon is not None:
+                served, more = _reloaded(daemon, store, name)
     except KeyboardInterrupt:
         remark(f"{_choice(store)} stays the chosen model; a daemon may serve {name} until it restarts")
         raise
@@ -311,6 +313,12 @@ def _take_up(store: Store, name: str, options: argparse.Namespace) -> tuple[bool
                 f"the daemon went away while it loaded {name}, {refusal}", UNREACHABLE
             ) from error
         raise StoreError(f"the running daemon cannot serve {name}, {refusal}") from error
+    except StoreError as error:
+        if served:  # the choice could not be written
+            error.message += (
+                f". {_choice(store)} stays the chosen model; the daemon serves {name} until it restarts"
+            )
+        raise
     return served, f"{name} is the chosen model{more}"
 
 

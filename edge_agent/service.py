@@ -104,10 +104,10 @@ class HandOverMalformed(grpc.aio.ServerInterceptor):
 class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
     """The service. The daemon sets `agent` once the models are loaded, and `draining` when it shuts down.
 
-    `reload` takes up a model by its name in `models_folder`, by an empty one what is chosen, and returns its agent.
+    `reload` takes up a model by its name in `models_folder()`, by an empty one what is chosen, and returns its agent.
     """
 
-    def __init__(self, reload: Callable[[str], Awaitable[Agent]], models_folder: str = "") -> None:
+    def __init__(self, reload: Callable[[str], Awaitable[Agent]], models_folder: Callable[[], str]) -> None:
         self._reload = reload
         self._models_folder = models_folder
         self.agent: Agent | None = None
@@ -243,7 +243,7 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
                 loaded_since=agent.models.since,
                 keep_alive_seconds=agent.models.keep_alive_s,
                 predecessors=agent.models.predecessors,
-                models_folder=self._models_folder,
+                models_folder=self._models_folder(),
             )
 
     async def ReloadModel(
@@ -253,7 +253,7 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
     ) -> edge_pb2.ReloadModelResponse:
         """Takes up another model; see the .proto file."""
         async with self._call(request, context, {"rpc": "ReloadModel"}):
-            if request.model and not self._models_folder:
+            if request.model and not self._models_folder():
                 raise StoreError(
                     "this daemon serves the --bundle that it was started with, and no other model"
                 )

@@ -522,8 +522,8 @@ def unknown(environment: Mapping[str, str]) -> list[str]:
         own = name.removeprefix(ENVIRONMENT_PREFIX)
         if name.startswith(ENVIRONMENT_PREFIX) and own not in known:
             close = difflib.get_close_matches(own, known, n=1)
-            cure = f": did you mean {ENVIRONMENT_PREFIX}{close[0]}?" if close else ", so unset it"
-            found.append(f"{name} is no setting{cure}")
+            hint = f": did you mean {ENVIRONMENT_PREFIX}{close[0]}?" if close else ""
+            found.append(f"{name} is no setting{hint}")
     return found
 
 

@@ -89,7 +89,7 @@ class Store:
             if name in self.misnamed():
                 raise StoreError(f"{self.folder / name} is no model: {_NAME_RULE}; rename the folder")
             raise StoreError(
-                f"there is no model {name!r} in {self.folder}; there are {', '.join(self.names())}. "
+                f"there is no model {name[:MAX_NAME_CHARS]!r} in {self.folder}; there are {', '.join(self.names())}. "
                 "Get others with `edge-agent models pull`"
             )
         return self.folder / name
@@ -235,8 +235,8 @@ class Store:
 
     def _nowhere(self, name: str) -> StoreError:
         return StoreError(
-            f"there is no model {name!r}: the folder {self.folder} is not there. Get models with `edge-agent models "
-            "pull`, or name another folder with --models"
+            f"there is no model {name[:MAX_NAME_CHARS]!r}: the folder {self.folder} is not there. Get models with "
+            "`edge-agent models pull`, or name another folder with --models"
         )
 
     def _set_current(self, name: str) -> None:

@@ -201,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     console.print(
         f"a daemon takes it up by `edge-agent models pull {options.bundle} --use`, where the bundle was pulled before "
-        "under another --name"
+        "under another --name; one that was started with --bundle by a restart"
     )
     return 0
 

@@ -135,11 +135,14 @@ def evaluate(
     full = between.mean(1)
     least = 1e-4 * between.max()  # more than rounding makes of nothing
     if not ((np.abs(oracle - random) > least).all() and full.all()):
-        what = "on these test prompts, or on a sample of them, the oracle wins what random wins"
+        apart = ""
         if (gain > 0).all() or (gain < 0).all():
             better = "cloud" if gain[0] > 0 else "edge"
-            raise ExportError(f"{what}: for each of the {len(gain)} the {better}'s images are better")
-        raise ExportError(f"{what}: label more prompts")
+            apart = f"; for each of the {len(gain)} the {better}'s images are better, so that there is little to choose"
+        raise ExportError(
+            "on these test prompts, or on a sample of them, the oracle wins what random wins: label more prompts"
+            + apart
+        )
 
     def row(router: str, gains: Floats, correlations: Floats | None) -> Row:
         headroom = (gains - random) / (oracle - random)

@@ -200,7 +200,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
     with tempfile.TemporaryDirectory(prefix="demo-") as folder, ExitStack() as stack:
         stack.callback(stop, console, servers)
         state = Path(folder)
-        wanted = cloud_worthy(options, prompts)
+        with waiting(console, f"predicting with {options.bundle}"):
+            wanted = cloud_worthy(options, prompts)
         with waiting(console, f"starting cloud-server with {options.model}"):
             cloud = start_cloud(options, state)
             servers.append(cloud)
@@ -315,7 +316,8 @@ def cloud_worthy(options: argparse.Namespace, prompts: Sequence[str]) -> int:
         check=False,
     )
     if routed.returncode:
-        raise Refused(routed.stderr.strip().splitlines()[-1].removeprefix("edge-agent: "))
+        *_, said = routed.stderr.splitlines() or [f"`edge-agent route` ended with {routed.returncode}"]
+        raise Refused(said.removeprefix("edge-agent: "))
     return sum(json.loads(line)["route"] == "cloud" for line in routed.stdout.splitlines())
 
 

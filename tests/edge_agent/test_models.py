@@ -28,7 +28,7 @@ from edge_agent.bundle import (
     write_manifest,
 )
 from edge_agent.client import UNREACHABLE, AgentClient, CallFailed
-from edge_agent.errors import Busy
+from edge_agent.errors import Busy, StoreError
 from edge_agent.settings import STARTER
 from edge_agent.store import Store
 from tests.hollow import SIZES, hollow_bundle
@@ -519,6 +519,23 @@ def test_a_wrong_address_is_refused_before_anything_changes(
     assert listed["starter"]["current"] is True and "mine" in listed
 
 
+def test_a_choice_that_cannot_be_written_is_told_with_what_is_served(
+    run: Run, models: Path, start: Callable[..., Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("pull", STARTER, "--name", "mine")
+    start()
+
+    def full(store: Store, name: str) -> None:
+        raise StoreError(f"{store.folder} cannot be written: No space left on device; make room ({name})")
+
+    monkeypatch.setattr(Store, "_set_current", full)
+    used = run("use", "mine")
+    assert used.code == 2 and "make room" in used.err
+    assert "starter stays the chosen model; the daemon serves mine until it restarts" in used.err
+    listed = names(run("list", "--json"))
+    assert (listed["starter"]["current"], listed["mine"]["served"]) == (True, True)
+
+
 def test_nobody_else_chooses_or_removes_while_the_daemon_loads(
     run: Run, models: Path, start: Callable[..., Process], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -623,17 +640,21 @@ def test_a_daemon_whose_chosen_model_is_gone_says_what_to_do(run: Run, home: Pat
     assert "models use NAME" in started.stderr and "Traceback" not in started.stderr
 
 
+@pytest.mark.parametrize("named", [False, True])
 def test_a_daemon_whose_chosen_model_is_damaged_says_how_to_go_back(
-    run: Run, home: Path, models: Path
+    run: Run, home: Path, models: Path, named: bool
 ) -> None:
     run("pull", STARTER, "--name", "mine", "--use")
     weights = models / "mine" / DENOISER
     weights.write_bytes(bytes(weights.stat().st_size))
     started = subprocess.run(
-        [sys.executable, "-m", "edge_agent", "serve"],
+        [sys.executable, "-m", "edge_agent", "serve", *(("--models", models) if named else ())],
         env=process_environment(home),
         capture_output=True,
         text=True,
     )
     assert started.returncode == 2
-    assert "does not match its sha256" in started.stderr and "models use starter" in started.stderr
+    assert "does not match its sha256" in started.stderr
+    assert (
+        f"`edge-agent models use starter{f' --models {models}' if named else ''}` goes back" in started.stderr
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import logging
 import os
 import random
 import shutil
@@ -410,16 +411,48 @@ async def test_a_model_is_served_by_its_name_whatever_is_chosen(
     assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
 
 
-async def test_what_is_refused_after_its_caller_has_gone_is_in_the_log(
-    here: Here, store: Store, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("stays", [False, True])
+async def test_what_is_refused_is_in_the_log_where_its_caller_has_gone(
+    here: Here, store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stays: bool
 ) -> None:
+    """He who stays is told, and the log's line of his call says so."""
+    caplog.set_level(logging.INFO, "edge_agent")
+    load, go_on = daemon._load_models, threading.Event()
+
+    def slow(settings: Settings, taken: Collection[str], model: str) -> Resident:
+        assert go_on.wait(60)
+        return load(settings, taken, model)
+
+    monkeypatch.setattr(daemon, "_load_models", slow)
     (store.path("other") / DENOISER).write_bytes(b"damaged")
-    leaving = here.app.stub.ReloadModel(edge_pb2.ReloadModelRequest(model="other"), timeout=60)
+    asking = here.app.stub.ReloadModel(edge_pb2.ReloadModelRequest(model="other"), timeout=60)
     await until(lambda: here.daemon._reloading.locked())
-    leaving.cancel()
+    if not stays:
+        asking.cancel()
+        await until(lambda: any(record.message == "call" for record in caplog.records))
+    go_on.set()
     await until(lambda: not here.daemon._reloads)
-    (refused,) = [record for record in caplog.records if record.message == "model refused"]
-    assert str(Path(DENOISER)) in refused.__dict__["fields"]["error"]
+    with pytest.raises((grpc.aio.AioRpcError, asyncio.CancelledError)):
+        await asking
+    refused = [record for record in caplog.records if record.message == "model refused"]
+    assert len(refused) == (0 if stays else 1)
+    assert all(str(Path(DENOISER)) in record.__dict__["fields"]["error"] for record in refused)
+
+
+async def test_a_model_that_is_removed_while_it_is_loaded_is_not_served(
+    here: Here, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by somebody else, after who asked for it has gone away."""
+
+    def removed_meanwhile(*arguments: Any) -> Reader:
+        found = Reader(*arguments)
+        store.remove("other")
+        return found
+
+    monkeypatch.setattr(daemon, "Reader", removed_meanwhile)
+    with pytest.raises(grpc.aio.AioRpcError, match="was removed while it was loaded"):
+        await reload(here, "other")
+    assert (await here.app.generate()).code == "OK"
 
 
 async def test_a_reload_whose_caller_goes_away_is_finished_all_the_same(here: Here, store: Store) -> None:

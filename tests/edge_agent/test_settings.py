@@ -242,7 +242,7 @@ def test_a_variable_that_is_no_setting_is_told_with_what_it_may_be() -> None:
     }
     assert unknown(environment | {"EDGE_AGENT_CONFIG": "x", "EDGE_AGENT_BUDGET": "1"}) == [
         "EDGE_AGENT_BUGDET is no setting: did you mean EDGE_AGENT_BUDGET?",
-        "EDGE_AGENT_ZZZ is no setting, so unset it",
+        "EDGE_AGENT_ZZZ is no setting",
     ]
 
 
