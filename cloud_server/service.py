@@ -227,8 +227,15 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
                     self.admission.record(shape, image.step_s)
                 timings |= {"generate": image.generate_s, "png": image.png_s}
                 finished = Finished(price, image.sha256, digest, spec, image.png)
-                await asyncio.to_thread(self._journal.finish, tenant, wish.request_id, finished)
-            line["charged_micro_usd"] = price
+                finishing = asyncio.ensure_future(
+                    asyncio.to_thread(self._journal.finish, tenant, wish.request_id, finished)
+                )
+                try:
+                    await asyncio.shield(finishing)
+                finally:  # also whoever leaves at this moment is charged
+                    await asyncio.wait([finishing])
+                    if finishing.exception() is None:
+                        line["charged_micro_usd"] = price
 
         png = finished.image or b""
         for offset in range(wish.resume_offset, len(png), CHUNK_BYTES):

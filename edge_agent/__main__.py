@@ -662,8 +662,9 @@ def _rounded(value: float | None) -> str:
 
 def _number(maximum: int) -> Callable[[str], int]:
     def number(text: str) -> int:
-        if not text.isdecimal() or int(text) > maximum:
-            raise argparse.ArgumentTypeError(f"must be a whole number from 0 to {maximum}, not {text!r}")
+        # Python reads no number of thousands of digits.
+        if not text.isdecimal() or len(text.lstrip("0")) > len(str(maximum)) or int(text) > maximum:
+            raise argparse.ArgumentTypeError(f"must be a whole number from 0 to {maximum}, not {text[:40]!r}")
         return int(text)
 
     return number

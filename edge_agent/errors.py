@@ -65,7 +65,7 @@ class UnknownApp(RouteT2IError):
 
 
 class DuplicateRequest(RouteT2IError):
-    """This request id was used before and may have been charged."""
+    """This request id was used before and may have been charged; `retry_after_s` where it is not known yet."""
 
 
 class NotKept(RouteT2IError):
@@ -244,7 +244,7 @@ def status_details(error: BaseException) -> Status:
         return Status(code=code, message="internal error; the daemon's log has the details")
     message = error.message.encode(errors="replace")[:MAX_MESSAGE_BYTES].decode(errors="ignore")
     details: list[Message] = []
-    if error.field is not None:
+    if error.field:
         violation = BadRequest.FieldViolation(field=error.field, description=message)
         details.append(BadRequest(field_violations=[violation]))
     if isinstance(error, QuotaExhausted):

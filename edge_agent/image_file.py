@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import stat
 import sys
 import tempfile
@@ -30,6 +31,8 @@ def checked(output: str | None) -> Path | None:
         raise InvalidRequest(
             f"nothing can be written into the folder {folder.absolute()}; choose another with -o"
         )
+    if not shutil.disk_usage(folder).free:
+        raise InvalidRequest(f"the disk of {folder.absolute()} is full; make room, or choose another with -o")
     return file
 
 

@@ -29,7 +29,7 @@ from edge_agent.errors import (
     RouteT2IError,
 )
 from edge_agent.image import Progress
-from edge_agent.quota import Ledger, Reservation, dollars
+from edge_agent.quota import OUTCOME_RETRY_S, Ledger, Reservation, dollars
 from edge_agent.request import ImageRequest
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,8 @@ class Purchases:
         key = self.key(request)
         if key in self._under_way:
             raise DuplicateRequest(
-                f"the request id {request.request_id!r} is under way; use a new one for a new image"
+                f"the request id {request.request_id!r} is under way; use a new one for a new image",
+                retry_after_s=OUTCOME_RETRY_S,
             )
         self._under_way.add(key)
         deadline = time.monotonic() + timeout_s
@@ -101,8 +102,14 @@ class Purchases:
             # It may be the resolver's, which meanwhile has passed it over as under way.
             self.hand_over(key, sent=True)
             # The ledger knows it by a key that the caller never gave.
+            unknown = (
+                ", and what became of it is not known yet: repeat it in a moment"
+                if error.retry_after_s
+                else ""
+            )
             raise DuplicateRequest(
-                f"the request id {request.request_id!r} was used before; use a new one for a new image"
+                f"the request id {request.request_id!r} was used before{unknown}; use a new one for a new image",
+                retry_after_s=error.retry_after_s,
             ) from error
         except BaseException:
             # Where the write itself failed, the money may be set aside all the same: the resolver looks.

@@ -95,6 +95,10 @@ _ADVICE = (
 with Python 3.11 only."""
 
 
+OUTCOME_RETRY_S = 1.0
+"""When to ask again about a call that broke off: until then the cloud is asked what became of it."""
+
+
 @dataclass(frozen=True)
 class Budget:
     """At most `cap_micro_usd` in each window; of one `app` alone, or of all apps together when it is None.
@@ -269,7 +273,8 @@ class Ledger:
             ).fetchone()
             if earlier is not None and earlier[0] != "released":
                 raise DuplicateRequest(
-                    f"the request id {request_id!r} is {earlier[0]} already; use a new one for a new image"
+                    f"the request id {request_id!r} is {earlier[0]} already; use a new one for a new image",
+                    retry_after_s=OUTCOME_RETRY_S if earlier[0] == "reserved" else None,
                 )
             account = self._remembered(now) or self._counted(connection, now)
             refusal = self._refusal(account, app, ceiling_micro_usd, now)

@@ -125,7 +125,10 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
             wish = _image_request(request.image, request.routing, context, preview=request.preview)
             line |= _who(wish)
             if wish.resume_offset > 0:
-                raise NotKept("the edge keeps no images; ask for the whole one, with resume_offset 0")
+                raise NotKept(
+                    "the edge keeps no images; ask for the whole one, with resume_offset 0",
+                    field="resume_offset",
+                )
             async with aclosing(agent.generate(wish)) as events:
                 async for event in events:
                     if isinstance(event, Decision):

@@ -242,12 +242,15 @@ class Session:
     def _found_fault(self) -> str:
         found = file_states(self._files)
         if lost := sorted(self._files.keys() - found.keys()):
-            return f"{lost[0]} is gone: put it back, or choose another model with `edge-agent models use`"
+            return (
+                f"{lost[0]} is gone: put it back and restart edge-agent, or choose another model with `edge-agent "
+                "models use`"
+            )
         if found == self._files:
             return ""
         return (
-            f"{self.path} has changed since the bundle was checked: take the bundle up anew with "
-            "`edge-agent models use`, or restart edge-agent"
+            f"{self.path} has changed since the bundle was checked: restart edge-agent, or take the model up anew with "
+            "`edge-agent models use`"
         )
 
     def _find_room(self) -> None:

@@ -238,8 +238,11 @@ async def test_an_id_that_is_used_again_is_refused_by_the_name_that_its_app_gave
     wish = request("again")._replace(app="kiosk")
     first = await purchases.reserve(wish, CEILING, 60.0)
     purchases.concluded(purchases.key(wish))
-    with pytest.raises(DuplicateRequest, match="the request id 'again' was used before"):
+    with pytest.raises(
+        DuplicateRequest, match="'again' was used before, .* not known yet: repeat it in"
+    ) as duplicate:
         await purchases.reserve(wish, CEILING, 60.0)
+    assert duplicate.value.retry_after_s
     await first.aclose()
 
 

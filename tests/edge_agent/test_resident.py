@@ -304,7 +304,7 @@ async def test_a_bundle_that_was_moved_away_is_a_problem_in_the_status_until_it_
         here.daemon.agent.models.unload()  # type: ignore[union-attr]
         shutil.move(bundle_copy, tmp_path / "away")
         answer = await here.app.generate()
-        told = "is gone: put it back, or choose another model"
+        told = "is gone: put it back and restart edge-agent, or choose another model"
         assert (answer.code, told in answer.message) == ("DATA_LOSS", True)
         assert any(told in each for each in (await here.app.status()).advice)
         shutil.move(tmp_path / "away", bundle_copy)
