@@ -96,7 +96,7 @@ def convert(
         else:
             without_t5 = made is StableDiffusion3Pipeline
             pipeline = pipelines.load(model, without_t5=without_t5, parts=parts)
-        _reschedule(pipeline, denoisers.markers(names if denoiser is None else denoiser), scheduler, report)
+        _reschedule(pipeline, denoisers.markers(denoiser or model), scheduler, report)
         for file, name, scale in changes:
             report(f"fusing {name}" + ("" if scale == 1 else f", {scale:g} of it"))
             lora.fuse(pipeline, file, scale)

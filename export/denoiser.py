@@ -82,15 +82,18 @@ def load(
     return denoiser, Path(hf_hub_download(model, made.config_name, local_files_only=True)).parent
 
 
-def markers(of: Collection[str] | str) -> list[str]:
-    """Of MARKERS those among names of weights, or those in a file; none where it does not predict v. A folder and a
-    hub have none: there a scheduler says it.
+def markers(model: str) -> list[str]:
+    """Of MARKERS those in a file, where its metadata may say the first one too; none where it does not predict v. A
+    folder and a hub have none: there a scheduler says it.
 
     Raises ExportError where the file is damaged.
     """
-    if isinstance(of, str):
-        of = weights_file.types(Path(of)) if Path(of).is_file() else ()
-    return [name for name in MARKERS if name in of] if PREDICTS_V in of else []
+    if not (file := Path(model)).is_file():
+        return []
+    held = {*weights_file.types(file)}
+    if weights_file.metadata(file).get("modelspec.prediction_type") == "v":
+        held.add(PREDICTS_V)
+    return [name for name in MARKERS if name in held] if PREDICTS_V in held else []
 
 
 def is_alone(names: Collection[str]) -> bool:
@@ -106,6 +109,8 @@ def _from_file(file: Path, made: Any, config: Any) -> Any:
     refusal = f"{file} is no {made.__name__} of this model's config"
     with init_empty_weights():
         denoiser = made.from_config(config)
+    if mistaken := _mistaken(weights_file.types(file)):
+        raise ExportError(f"{file} is no denoiser alone: {mistaken}")
     own, weights = set(denoiser.state_dict()), weights_file.read_floating(file, without=MARKERS)
     if is_alone(weights) and not own & weights.keys():
         weights = {source.DENOISER + name.removeprefix(source.DENOISER): one for name, one in weights.items()}
@@ -113,8 +118,6 @@ def _from_file(file: Path, made: Any, config: Any) -> Any:
             return source.from_first_code(made, denoiser, weights)
         except Exception as error:  # diffusers fails in its own ways
             raise ExportError(f"{refusal}: {misfit(error)}") from error
-    if mistaken := _mistaken(weights):
-        raise ExportError(f"{file} is no denoiser alone: {mistaken}")
     if lacking := sorted(own - weights.keys()):
         raise ExportError(f"{refusal}: it has no weights {source.listed(lacking)}")
     if others := sorted(weights.keys() - own):

@@ -116,7 +116,7 @@ def _refuse_taken(
     """Where a prompt would not be read as it was meant: with tokens that stand for something else, too."""
     cure = f"give it another name with {file.name}=NAME"
     for one in (name, *(f"{name}_{number}" for number in range(1, vectors + 1))):
-        if one in vocabulary:
+        if one in vocabulary or f"{one.lower()}</w>" in vocabulary:
             raise ExportError(
                 f"{file} cannot be added as {name!r}: {one!r} is a token of the model already; {cure}"
             )

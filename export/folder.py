@@ -117,5 +117,9 @@ def move(partial: Path, target: Path) -> None:
         old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
         old.rmdir()
         patiently(os.replace, target, old)
-        patiently(os.replace, partial, target)
+        try:
+            patiently(os.replace, partial, target)
+        except BaseException:  # Ctrl-C among them
+            patiently(os.replace, old, target)
+            raise
         shutil.rmtree(old, ignore_errors=True)

@@ -46,6 +46,7 @@ def fuse(pipeline: Any, file: Path, scale: float) -> None:
 
     Raises ExportError where it is no whole LoRA, of a kind that is not known, or was made for another model.
     """
+    weights_file.refuse_quantized(file)
     weights = {name: weight.float() for name, weight in weights_file.read(file).items()}
     if all(_PROCESSOR in name for name in weights) and not any(name.startswith(_PARTS) for name in weights):
         weights = {f"unet.{name}": weight for name, weight in weights.items()}
@@ -67,7 +68,9 @@ def _fuse_by_peft(pipeline: Any, file: Path, weights: dict[str, torch.Tensor], s
     layers = _scaled(file, weights, by_alpha=not accounted)
     try:
         with source.quiet(logging.ERROR):
-            pipeline.load_lora_weights(str(file) if accounted else weights, adapter_name=_ADAPTER)
+            # With its name, for which diffusers would ask the hub.
+            told = {"weight_name": file.name} if accounted else {}
+            pipeline.load_lora_weights(str(file) if accounted else weights, adapter_name=_ADAPTER, **told)
             # The layers that peft has put in the place of plain ones.
             changed = [
                 layer

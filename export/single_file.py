@@ -8,7 +8,7 @@ place for.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from export.errors import ExportError, misfit
 
 # Merges of 2022 name the layers of the text encoder without what transformers has come to wrap them in.
 _UNWRAPPED = re.compile(r"(?<=^cond_stage_model\.transformer\.)(?=(embeddings|encoder|final_layer_norm)\.)")
+
+_LAYER = re.compile(rf"((?:{'|'.join(map(re.escape, source.ENCODERS))}).*?)\.encoder\.layers\.(\d{{1,4}})\.")
 
 _CONFIGS = ("*.json", "*.txt", "*.model")  # in all folders of a repository, tokenizers too
 
@@ -62,6 +64,7 @@ def load(file: Path, names: list[str], base: str, made: Any, parts: Mapping[str,
 
     Raises ExportError where it lacks weights, or has some that the configs have no place for.
     """
+    weights_file.refuse_quantized(file)
     readable = _renamed(file, names, scratch)
     refusal = f"{file} makes no {made.__name__} with the configs of {base}"
     try:
@@ -84,7 +87,26 @@ def load(file: Path, names: list[str], base: str, made: Any, parts: Mapping[str,
         used = len(getattr(pipeline, part).state_dict())
         if held > used:
             raise ExportError(f"{refusal}: it has {held} weights of the {part}, of which they name {used}")
+    encoders = [
+        part for name, part in pipelines.networks(pipeline).items() if name.startswith("text_encoder")
+    ]
+    known = {encoder.config.num_hidden_layers for encoder in encoders}
+    if others := {*_depths(names).values()} - known:
+        raise ExportError(
+            f"{refusal}: it has {others.pop()} layers of a text encoder, of which they name {max(known)}"
+        )
     return pipeline
+
+
+def _depths(names: Collection[str]) -> dict[str, int]:
+    """How many layers the text encoders have in a file of these names, each by what its names begin with. Of one in
+    OpenCLIP's layout diffusers leaves out the last layer where Stable Diffusion 2 does: of such nothing is said.
+    """
+    depths: dict[str, int] = {}
+    for name in names:
+        if found := _LAYER.match(name):
+            depths[found[1]] = max(depths.get(found[1], 0), int(found[2]) + 1)
+    return depths
 
 
 def _renamed(file: Path, names: list[str], scratch: Path) -> Path:

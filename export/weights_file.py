@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
@@ -82,6 +83,24 @@ def read_floating(file: Path, without: Collection[str] = ()) -> dict[str, torch.
     return weights
 
 
+def refuse_quantized(file: Path) -> None:
+    """Raises ExportError where weights in `file` are whole numbers, or others in it scale them: only the program that
+    wrote them knows what they stand for.
+    """
+    if _is_pickled(file):
+        held = {name: (one.is_floating_point(), one.dim()) for name, one in _unpickled(file).items()}
+    else:
+        with _opened(file) as weights:
+            slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118, it is no dict
+            held = {name: (one.get_dtype()[0] in "BF", len(one.get_shape())) for name, one in slices.items()}
+    for name, (floating, dimensions) in held.items():
+        whole = not floating and dimensions > 1 and name.endswith("weight")
+        if whole or name.endswith(("scale_weight", "scaled_fp8")):
+            raise ExportError(
+                f"{file} is quantized, as {name} in it says, in a way that is not read: get it in half precision"
+            )
+
+
 def metadata(file: Path) -> dict[str, str]:
     """What `file`, which can be read, says beside its weights."""
     if _is_pickled(file):
@@ -133,7 +152,8 @@ def _opened(file: Path) -> Iterator[Any]:
 
 def _unpickled(file: Path) -> dict[str, torch.Tensor]:
     try:
-        with alone(file):
+        with alone(file), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an old protocol, before it says what is wrong
             held = torch.load(file, "cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # torch fails in many ways, and says at length how to run what a file holds
         raise ExportError(

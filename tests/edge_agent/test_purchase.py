@@ -239,7 +239,7 @@ async def test_an_id_that_is_used_again_is_refused_by_the_name_that_its_app_gave
     first = await purchases.reserve(wish, CEILING, 60.0)
     purchases.concluded(purchases.key(wish))
     with pytest.raises(
-        DuplicateRequest, match="'again' was used before, .* not known yet: repeat it in"
+        DuplicateRequest, match=r"'again' was used before, .* not known yet: repeat it in"
     ) as duplicate:
         await purchases.reserve(wish, CEILING, 60.0)
     assert duplicate.value.retry_after_s

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -255,6 +256,52 @@ def test_what_a_file_says_of_its_denoiser_holds_for_that_one_alone(
         convert(str(predicting_v), str(tmp_path / "other"), base=str(model), report=silent)
 
 
+def test_a_file_says_in_its_metadata_that_it_predicts_v(file: Path, model: Path, tmp_path: Path) -> None:
+    for said, kind in (("v", "v_prediction"), ("epsilon", "epsilon")):
+        save_file(load_file(file), tmp_path / "said.safetensors", {"modelspec.prediction_type": said})
+        convert(str(tmp_path / "said.safetensors"), str(tmp_path / kind), base=str(model), report=silent)
+        assert DiffusionPipeline.from_pretrained(tmp_path / kind).scheduler.config.prediction_type == kind
+
+
+def test_more_layers_of_a_text_encoder_than_the_configs_name_are_refused(file: Path, tmp_path: Path) -> None:
+    """As by the folder of a model whose last one was left out."""
+    base = miniature_pipeline()
+    layers = base.text_encoder.text_model.encoder.layers
+    base.text_encoder.text_model.encoder.layers = layers[:-1]
+    base.text_encoder.config.num_hidden_layers = len(layers) - 1
+    base.save_pretrained(tmp_path / "skipped")
+    why = f"has {len(layers)} layers of a text encoder, of which they name {len(layers) - 1}$"
+    with pytest.raises(ExportError, match=why):
+        convert(str(file), str(tmp_path / "folder"), base=str(tmp_path / "skipped"), report=silent)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_quantized_weights_are_not_taken_for_the_weights(
+    file: Path, model: Path, tmp_path: Path, suffix: str
+) -> None:
+    weights = load_file(file)
+    inner = next(name for name in weights if name.endswith("attn1.to_q.weight"))
+    encoder = next(name for name in weights if name.endswith("self_attn.q_proj.weight"))
+    scale = encoder.removesuffix("weight") + "scale_weight"
+    pipeline = miniature_pipeline()
+    lora_for(pipeline, lora := tmp_path / "lora.safetensors")
+    down = next(name for name in load_file(lora) if name.endswith("lora_down.weight"))
+    for of, name, held in (
+        (weights, inner, weights[inner].to(torch.int8)),
+        (weights, scale, torch.tensor(2.0)),
+        (load_file(lora), down, load_file(lora)[down].to(torch.int8)),
+    ):
+        quantized = tmp_path / f"quantized{suffix}"
+        save_file(of | {name: held}, quantized) if suffix == ".safetensors" else torch.save(
+            of | {name: held}, quantized
+        )
+        options = {"loras": [(str(quantized), 1.0)]} if name == down else {"base": str(model)}
+        with pytest.raises(ExportError, match=rf"is quantized, as {re.escape(name)} in it says"):
+            convert(
+                str(model if name == down else quantized), str(tmp_path / "folder"), report=silent, **options
+            )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
 def test_what_a_file_says_by_names_without_a_value_is_none_of_its_weights(
     saved: tuple[Any, Path, Path], tmp_path: Path, dtype: torch.dtype
@@ -325,8 +372,11 @@ def test_two_loras_and_a_scheduler_make_one_folder(model: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("peft_says", [True, False])
-def test_a_lora_of_stable_diffusion_3_is_added_too(tmp_path: Path, peft_says: bool) -> None:
-    """In the layout that diffusers writes, with its account of the scale beside the weights, and without."""
+def test_a_lora_of_stable_diffusion_3_is_added_too(
+    tmp_path: Path, peft_says: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the layout that diffusers writes, with its account of the scale beside the weights, and without; offline."""
+    monkeypatch.setattr("diffusers.loaders.lora_base.HF_HUB_OFFLINE", True)
     pipeline = miniature_v3()
     pipeline.save_pretrained(tmp_path / "model")
     before = weights_of(pipeline)
@@ -719,6 +769,12 @@ def test_what_is_no_embedding_for_the_model_is_refused(
         ({"Easy": 3}, 1, "EasyV2", "'EasyV2' beside 'Easy': one is part of the other's name"),
         ({"EasyV2": 1}, 2, "Easy", "'Easy' beside 'EasyV2': one is part of the other's name"),
         ({}, 1, "cat", "'cat' is a token of the model already"),
+        (
+            {},
+            1,
+            "Dog",
+            "'Dog' is a token of the model already",
+        ),  # as dog</w>, and hotdog would be read as two words
         ({}, 1, " ", "'' cannot be written in a prompt"),
         ({}, 1, "a\nb", r"'a\\nb' cannot be written in a prompt"),
     ],

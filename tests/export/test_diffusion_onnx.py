@@ -221,6 +221,25 @@ def test_an_empty_folder_becomes_the_bundle(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.rglob("*")] == ["bundle", "file"]
 
 
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where Ctrl-C comes between the two renames."""
+    for name in ("made", "bundle"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    renamed, replace = [], os.replace
+
+    def interrupted(old: Path, new: Path) -> None:
+        renamed.append(old)
+        if len(renamed) == 2:
+            raise KeyboardInterrupt
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        move(tmp_path / "made", tmp_path / "bundle")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["bundle", "bundle", "made", "made"]
+
+
 def test_a_folder_that_is_no_bundle_is_never_replaced(
     pipeline: StableDiffusionPipeline, tmp_path: Path
 ) -> None:
