@@ -660,10 +660,12 @@ def _rounded(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
+MAX_DIGITS = 1000  # of a number; Python reads none of thousands
+
+
 def _number(maximum: int) -> Callable[[str], int]:
     def number(text: str) -> int:
-        # Python reads no number of thousands of digits.
-        if not text.isdecimal() or len(text.lstrip("0")) > len(str(maximum)) or int(text) > maximum:
+        if not text.isdecimal() or len(text) > MAX_DIGITS or int(text) > maximum:
             raise argparse.ArgumentTypeError(f"must be a whole number from 0 to {maximum}, not {text[:40]!r}")
         return int(text)
 

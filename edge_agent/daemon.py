@@ -316,7 +316,10 @@ class Daemon:
 def _log_refused(reload: asyncio.Task[Agent]) -> None:
     """Of a reload whose caller has gone away, so that nobody else hears of it."""
     if not reload.cancelled() and (error := reload.exception()) is not None:
-        log.warning("model refused", extra={"fields": {"error": str(error)}})
+        foreseen = isinstance(error, (RouteT2IError, OSError))
+        log.warning(
+            "model refused", extra={"fields": {"error": str(error)}}, exc_info=None if foreseen else error
+        )
 
 
 def _models_folder(settings: Settings) -> str:

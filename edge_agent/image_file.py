@@ -31,7 +31,8 @@ def checked(output: str | None) -> Path | None:
         raise InvalidRequest(
             f"nothing can be written into the folder {folder.absolute()}; choose another with -o"
         )
-    if not shutil.disk_usage(folder).free:
+    room = shutil.disk_usage(folder)
+    if room.total and not room.free:  # some file systems state neither
         raise InvalidRequest(f"the disk of {folder.absolute()} is full; make room, or choose another with -o")
     return file
 

@@ -102,13 +102,13 @@ class Purchases:
             # It may be the resolver's, which meanwhile has passed it over as under way.
             self.hand_over(key, sent=True)
             # The ledger knows it by a key that the caller never gave.
-            unknown = (
+            more = (
                 ", and what became of it is not known yet: repeat it in a moment"
                 if error.retry_after_s
-                else ""
+                else "; use a new one for a new image"
             )
             raise DuplicateRequest(
-                f"the request id {request.request_id!r} was used before{unknown}; use a new one for a new image",
+                f"the request id {request.request_id!r} was used before{more}",
                 retry_after_s=error.retry_after_s,
             ) from error
         except BaseException:

@@ -269,12 +269,12 @@ class Ledger:
         with self._transaction() as connection:
             now = self.clock()
             earlier = connection.execute(
-                "SELECT state FROM calls WHERE request_id = ?", (request_id,)
+                "SELECT state, cloud FROM calls WHERE request_id = ?", (request_id,)
             ).fetchone()
             if earlier is not None and earlier[0] != "released":
                 raise DuplicateRequest(
                     f"the request id {request_id!r} is {earlier[0]} already; use a new one for a new image",
-                    retry_after_s=OUTCOME_RETRY_S if earlier[0] == "reserved" else None,
+                    retry_after_s=OUTCOME_RETRY_S if earlier == ("reserved", cloud) else None,
                 )
             account = self._remembered(now) or self._counted(connection, now)
             refusal = self._refusal(account, app, ceiling_micro_usd, now)

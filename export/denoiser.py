@@ -90,8 +90,10 @@ def markers(model: str) -> list[str]:
     """
     if not (file := Path(model)).is_file():
         return []
-    held = {*weights_file.types(file)}
-    if weights_file.metadata(file).get("modelspec.prediction_type") == "v":
+    held, said = {*weights_file.types(file)}, weights_file.metadata(file)
+    # kohya's merge of a LoRA says so of all of the second version, whether they do or not.
+    guessed = said.get("modelspec.architecture", "").startswith("stable-diffusion-v2")
+    if said.get("modelspec.prediction_type") == "v" and not guessed:
         held.add(PREDICTS_V)
     return [name for name in MARKERS if name in held] if PREDICTS_V in held else []
 

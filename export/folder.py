@@ -120,6 +120,7 @@ def move(partial: Path, target: Path) -> None:
         try:
             patiently(os.replace, partial, target)
         except BaseException:  # Ctrl-C among them
-            patiently(os.replace, old, target)
+            if not target.exists():
+                patiently(os.replace, old, target)
             raise
         shutil.rmtree(old, ignore_errors=True)

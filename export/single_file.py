@@ -92,8 +92,9 @@ def load(file: Path, names: list[str], base: str, made: Any, parts: Mapping[str,
     ]
     known = {encoder.config.num_hidden_layers for encoder in encoders}
     if others := {*_depths(names).values()} - known:
+        named = " or ".join(map(str, sorted(known)))
         raise ExportError(
-            f"{refusal}: it has {others.pop()} layers of a text encoder, of which they name {max(known)}"
+            f"{refusal}: it has {others.pop()} layers of a text encoder, where they name {named}"
         )
     return pipeline
 

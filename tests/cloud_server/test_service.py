@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
+import threading
 import time
 import tracemalloc
 import uuid
@@ -20,10 +21,11 @@ import torch
 from PIL import Image
 
 from cloud_server import generator, service
-from cloud_server.journal import Finished
+from cloud_server.journal import Finished, Journal
 from cloud_server.request import Spec
 from tests.cloud_server.conftest import PRICE, Client, Running, serve
 from tests.miniature import miniature_pipeline
+from tests.running import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # one server serves all of these tests
 
@@ -570,6 +572,29 @@ async def test_one_log_line_a_request_and_no_prompt_in_it_or_in_a_file(
     assert fields[0]["charged_micro_usd"] == PRICE
     assert "secret" not in str(fields)
     assert b"secret" not in on_disk(running)
+
+
+async def test_the_log_says_what_a_caller_was_charged_who_leaves_at_that_moment(
+    running: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    began, finish = threading.Event(), Journal.finish
+
+    def slow(journal: Journal, *arguments: Any) -> None:
+        began.set()
+        time.sleep(0.3)
+        finish(journal, *arguments)
+
+    monkeypatch.setattr(Journal, "finish", slow)
+    with caplog.at_level("INFO", logger="cloud_server"):
+        call = asyncio.create_task(running.client.generate(request_id=(name := uuid.uuid4().hex), steps=1))
+        await until(began.is_set)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        await running.idle()
+    (line,) = [record.__dict__["fields"] for record in caplog.records if record.message == "call"]
+    assert (line["outcome"], line["charged_micro_usd"]) == ("CANCELLED", PRICE)
+    assert (await running.client.lookup(name)).charged
 
 
 async def test_no_caller_fills_the_log(

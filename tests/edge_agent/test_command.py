@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -223,6 +224,20 @@ def test_a_folder_that_one_may_not_enter_is_refused_before_the_image_is_made() -
 
 
 @pytest.mark.usefixtures("daemon")
+def test_an_image_is_not_paid_for_where_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is where a file system states no size, as some do."""
+    for total, free in ((1 << 20, 0), (0, 0), (1 << 20, 4096)):
+        usage = SimpleNamespace(total=total, free=free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
+        if total and not free:
+            with pytest.raises(InvalidRequest, match="is full; make room"):
+                image_file.checked(str(tmp_path / "cat.png"))
+        else:
+            assert image_file.checked(str(tmp_path / "cat.png")) == tmp_path / "cat.png"
+
+
 def test_no_thread_has_to_begin_for_a_call_to_end(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """A Ctrl-C between a call and the thread that gRPC reads it with would leave a channel that never closes."""
 

@@ -243,6 +243,12 @@ async def test_an_id_that_is_used_again_is_refused_by_the_name_that_its_app_gave
     ) as duplicate:
         await purchases.reserve(wish, CEILING, 60.0)
     assert duplicate.value.retry_after_s
+    other = Purchases(purchases.ledger, CloudClient("127.0.0.1:2"))  # which can never tell
+    with pytest.raises(
+        DuplicateRequest, match="'again' was used before; use a new one for a new image"
+    ) as duplicate:
+        await other.reserve(wish, CEILING, 60.0)
+    assert duplicate.value.retry_after_s is None
     await first.aclose()
 
 

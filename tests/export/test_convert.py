@@ -28,6 +28,7 @@ from export.diffusion_onnx import export_bundle
 from export.errors import ExportError
 from export.pipeline import denoiser_of, load, prepared
 from export.reference import largest_difference, reference_image
+from export.weights_file import refuse_quantized
 from tests.hub import NOBODY, asked_here, hub, silent_hub
 from tests.miniature import as_transformers_5_saves, miniature_pipeline, miniature_v3, miniature_xl
 from tests.single_file import save_single_file
@@ -256,11 +257,21 @@ def test_what_a_file_says_of_its_denoiser_holds_for_that_one_alone(
         convert(str(predicting_v), str(tmp_path / "other"), base=str(model), report=silent)
 
 
-def test_a_file_says_in_its_metadata_that_it_predicts_v(file: Path, model: Path, tmp_path: Path) -> None:
-    for said, kind in (("v", "v_prediction"), ("epsilon", "epsilon")):
-        save_file(load_file(file), tmp_path / "said.safetensors", {"modelspec.prediction_type": said})
-        convert(str(tmp_path / "said.safetensors"), str(tmp_path / kind), base=str(model), report=silent)
-        assert DiffusionPipeline.from_pretrained(tmp_path / kind).scheduler.config.prediction_type == kind
+@pytest.mark.parametrize(
+    ("architecture", "said", "kind"),
+    [
+        ("stable-diffusion-v1", "v", "v_prediction"),
+        ("stable-diffusion-v1", "epsilon", "epsilon"),
+        ("stable-diffusion-v2-768-v", "v", "epsilon"),  # as kohya's merges of all of the second version
+    ],
+)
+def test_a_file_says_in_its_metadata_that_it_predicts_v(
+    file: Path, model: Path, tmp_path: Path, architecture: str, said: str, kind: str
+) -> None:
+    told = {"modelspec.architecture": architecture, "modelspec.prediction_type": said}
+    save_file(load_file(file), tmp_path / "said.safetensors", told)
+    convert(str(tmp_path / "said.safetensors"), str(tmp_path / "folder"), base=str(model), report=silent)
+    assert DiffusionPipeline.from_pretrained(tmp_path / "folder").scheduler.config.prediction_type == kind
 
 
 def test_more_layers_of_a_text_encoder_than_the_configs_name_are_refused(file: Path, tmp_path: Path) -> None:
@@ -270,7 +281,7 @@ def test_more_layers_of_a_text_encoder_than_the_configs_name_are_refused(file: P
     base.text_encoder.text_model.encoder.layers = layers[:-1]
     base.text_encoder.config.num_hidden_layers = len(layers) - 1
     base.save_pretrained(tmp_path / "skipped")
-    why = f"has {len(layers)} layers of a text encoder, of which they name {len(layers) - 1}$"
+    why = f"has {len(layers)} layers of a text encoder, where they name {len(layers) - 1}$"
     with pytest.raises(ExportError, match=why):
         convert(str(file), str(tmp_path / "folder"), base=str(tmp_path / "skipped"), report=silent)
 
@@ -282,13 +293,14 @@ def test_quantized_weights_are_not_taken_for_the_weights(
     weights = load_file(file)
     inner = next(name for name in weights if name.endswith("attn1.to_q.weight"))
     encoder = next(name for name in weights if name.endswith("self_attn.q_proj.weight"))
-    scale = encoder.removesuffix("weight") + "scale_weight"
+    stem = encoder.removesuffix("weight")
     pipeline = miniature_pipeline()
     lora_for(pipeline, lora := tmp_path / "lora.safetensors")
     down = next(name for name in load_file(lora) if name.endswith("lora_down.weight"))
     for of, name, held in (
         (weights, inner, weights[inner].to(torch.int8)),
-        (weights, scale, torch.tensor(2.0)),
+        (weights, f"{stem}scale_weight", torch.tensor(2.0)),
+        (weights, f"{stem}weight_scale", torch.tensor(2.0)),
         (load_file(lora), down, load_file(lora)[down].to(torch.int8)),
     ):
         quantized = tmp_path / f"quantized{suffix}"
@@ -300,6 +312,16 @@ def test_quantized_weights_are_not_taken_for_the_weights(
             convert(
                 str(model if name == down else quantized), str(tmp_path / "folder"), report=silent, **options
             )
+
+
+def test_the_third_text_encoder_of_stable_diffusion_3_may_be_quantized(tmp_path: Path) -> None:
+    """It is left out."""
+    scales = (
+        "text_encoders.t5xxl.transformer.scaled_fp8",
+        "text_encoders.t5xxl.transformer.shared.scale_weight",
+    )
+    save_file({name: torch.tensor([2.0]) for name in scales}, file := tmp_path / "whole.safetensors")
+    refuse_quantized(file)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
