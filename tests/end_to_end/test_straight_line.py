@@ -14,7 +14,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from PIL import Image
 
 from edge_agent.bundle import Bundle
-from edge_agent.quota import Budget, Ledger
+from edge_agent.quota import Budget, Ledger, dollars
 from edge_agent.reader import Reader
 from tests.end_to_end.conftest import CEILING, PRICE, Gate, StartEdge, World
 from tests.routed import SLOW_STEPS
@@ -93,7 +93,7 @@ async def test_who_would_not_pay_the_price_does_not_ask_for_it_each_time(
         app = App(channel)
         asked = await app.generate(prompts[1], max_price_micro_usd=PRICE - 1)
         assert (asked.reason, asked.result.fallback, gate.connections) == ("pareto_cloud", True, 1)
-        assert f"costs {PRICE} micro-USD" in asked.result.fallback_error
+        assert f"it asks {dollars(PRICE)} for an image" in asked.result.fallback_error
         assert not (await app.status()).advice  # it was the caller's own price
         again = await app.generate(prompts[1], max_price_micro_usd=PRICE - 1)
         assert (again.reason, again.result.fallback, gate.connections) == ("cloud_unavailable", False, 1)
