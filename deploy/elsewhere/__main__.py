@@ -30,7 +30,6 @@ from edge_agent.client import AgentClient, Received
 from edge_agent.errors import RouteT2IError
 from edge_agent.policy import Decision
 from machine import ROOT, CannotPrepare, Machine, new
-from routet2i.edge.v1 import edge_pb2
 
 PROMPTS = ("a red apple on a beach", "three owls left of a tiny guitar at night")
 SEED = 7
@@ -123,7 +122,7 @@ def _daemon(machine: Machine, folder: Path) -> Iterator[AgentClient]:
 
 
 def _draw(client: AgentClient, prompt: str) -> Drawn:
-    image = {"prompt": prompt, "seed": SEED, "routing": edge_pb2.ROUTING_AUTO}
+    image = {"prompt": prompt, "seed": SEED}
     given_up = client.generate(**image)
     next(given_up)  # its decision, by when it is being made
     given_up.close()
