@@ -232,9 +232,8 @@ class Daemon:
 
     async def _reload(self, model: str) -> Agent:
         async with self._reloading:
-            models = await asyncio.shield(
-                self._load(model)
-            )  # the thread ends by itself, also when we shut down
+            # The thread ends by itself, also when we shut down.
+            models = await asyncio.shield(self._load(model))
             assert self.agent is not None  # noqa: S101  # the service asks for it before
             self._service.agent = self.agent = self.agent.succeeded_by(models)
             models.rest()

@@ -228,9 +228,8 @@ def _references(
         # One image: they take longer, and differ from the first in their number of steps alone.
         guided += reference_images(pipeline, by_count[default], scale, sizes[0], COMPARISONS[:1])
     negated = list[Reference]()
-    if pipelines.kind(
-        pipeline
-    ).takes_negative:  # of one size: what no negative prompt is does not depend on it
+    if pipelines.kind(pipeline).takes_negative:
+        # Of one size: what no negative prompt is does not depend on it.
         negated = reference_images(pipeline, by_count[fewest], scale, sizes[0], COMPARISONS[2:])
     return guided, unguided, negated
 
