@@ -37,7 +37,7 @@ from edge_agent.diffusion import providers
 from edge_agent.diffusion.generator import Generator
 from edge_agent.diffusion.providers import Choice
 from edge_agent.diffusion.sessions import Runtime
-from edge_agent.errors import BundleError, OutOfMemory, RehearsalEnded, RouteT2IError, StartRefused
+from edge_agent.errors import BundleError, OutOfMemory, RehearsalEnded, RouteT2IError, StartRefused, Unfit
 from edge_agent.purchase import Purchases
 from edge_agent.quota import Ledger, uptime
 from edge_agent.reader import Reader
@@ -421,7 +421,7 @@ def _open_better(settings: Settings, generator: Generator, choice: Choice, bundl
     """The generator on the better providers, with what they compile kept for the next start.
 
     What was kept may be of another driver or half written: where it cannot be used it goes, and is made anew. Not where
-    memory ran out, or we are stopped. Raises BundleError, GenerationFailed, OSError.
+    memory ran out, or we are stopped, or nothing kept is to blame. Raises BundleError, GenerationFailed, OSError.
     """
     cache = settings.cache_folder.absolute() / "engines" / f"{bundle.model_digest[:16]}-{ort.__version__}"
     kept = cache.is_dir() and any(cache.iterdir())
@@ -439,7 +439,7 @@ def _open_better(settings: Settings, generator: Generator, choice: Choice, bundl
 
     try:
         return opened()
-    except (RehearsalEnded, OutOfMemory):
+    except (RehearsalEnded, Unfit, OutOfMemory):
         raise
     except RouteT2IError:
         if not kept:

@@ -28,7 +28,8 @@ RouteT2IError
 │   ├── SourceRefused      it has no such model, or not for us
 │   └── SourceLied         what it sent is not what its manifest promises
 └── GenerationFailed     the image could not be made on this device
-    └── RehearsalEnded     a process that tried a graph was ended from outside, which says nothing of the graph
+    ├── RehearsalEnded     a process that tried a graph was ended from outside, which says nothing of the graph
+    └── Unfit              a provider runs nothing of a graph, or computes something else
 """
 
 from __future__ import annotations
@@ -189,6 +190,10 @@ class GenerationFailed(RouteT2IError):
 
 class RehearsalEnded(GenerationFailed):
     """A process that tried a graph was ended from outside, which says nothing of the graph."""
+
+
+class Unfit(GenerationFailed):
+    """A provider runs nothing of a graph, or computes something else. It would do so again."""
 
 
 GRPC_CODES: dict[type[RouteT2IError], grpc.StatusCode] = {

@@ -19,7 +19,7 @@ from edge_agent.diffusion.rehearsal import rehearse
 from edge_agent.diffusion.schedule import Schedule
 from edge_agent.diffusion.sessions import Runtime, Session, Stop
 from edge_agent.diffusion.text_encoder import TextEncoder, TextStates
-from edge_agent.errors import BundleError, GenerationFailed, InvalidRequest
+from edge_agent.errors import BundleError, GenerationFailed, InvalidRequest, Unfit
 from edge_agent.tokens import Tokenizer, Tokens
 
 Floats = NDArray[np.float32]
@@ -102,15 +102,16 @@ class Generator:
 
         Raises:
             BundleError: they cannot be opened there.
-            GenerationFailed: they fail there, also in rehearsal, or compute something else.
+            GenerationFailed: they fail there, also in rehearsal.
+            Unfit: nothing of the denoiser runs there, or one of them computes something else.
         """
         denoiser, decoder = _fixed(denoiser, self.denoiser.sessions), _fixed(decoder, self.decoder.sessions)
+        graph = self._bundle.path(graph_on(self._bundle, denoiser))
         (drawing,), (decoding,) = self.denoiser.sessions, self.decoder.sessions
-        for session, graph, runtime in (
-            (drawing, graph_on(self._bundle, denoiser), denoiser),
-            (decoding, DECODER, decoder),
-        ):
-            rehearse(self._bundle.path(graph), session.inputs, session.outputs, runtime)
+        best = denoiser.providers[0]
+        if best not in rehearse(graph, drawing.inputs, drawing.outputs, denoiser):
+            raise Unfit(f"{best} takes nothing of {graph}, and all would run on the others")
+        rehearse(self._bundle.path(DECODER), decoding.inputs, decoding.outputs, decoder)
         manifest = self._bundle.manifest
         other = copy.copy(self)
         other.denoiser = Denoiser(self._bundle, denoiser)
@@ -129,7 +130,7 @@ class Generator:
         for what, (expected, found) in (("denoiser", latents), ("decoder", colours)):
             # Not `>`: what is not a number is not near either.
             if not np.linalg.norm(found - expected) <= MOST_DIFFERENCE * np.linalg.norm(expected):
-                raise GenerationFailed(f"the {what} computes something else on {denoiser.providers[0]}")
+                raise Unfit(f"the {what} computes something else on {best}")
         return other
 
     def encode(self, prompt: str) -> tuple[Tokens, TextStates]:

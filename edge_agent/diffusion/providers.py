@@ -17,6 +17,7 @@ import io
 import json
 import re
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -250,9 +251,10 @@ def options(names: Iterable[str], cache: Path, *, half: bool) -> dict[str, dict[
 
     Args:
         cache: folder for what they compile. It is made.
-        half: whether the graph computes in half precision: TensorRT refuses it unless it is told.
+        half: whether the graph computes in half precision, which some versions of TensorRT refuse unless they are told.
 
-    Raises OSError when the folder cannot be made.
+    Raises OSError when the folder cannot be made or written to, of which compilers say nothing: they would begin anew
+    each time.
     """
     known = {
         "tensorrt": {  # onnxruntime takes True and False here, and refuses 1 and 0
@@ -262,6 +264,8 @@ def options(names: Iterable[str], cache: Path, *, half: bool) -> dict[str, dict[
             "trt_timing_cache_path": str(cache),
             "trt_fp16_enable": str(half),
         },
+        # The other format, CoreML's own default, knows no half precision and fewer operators.
+        "coreml": {"ModelFormat": "MLProgram", "ModelCacheDirectory": str(cache)},
         "openvino": {"cache_dir": str(cache)},
     }
     if full_name("openvino") in plugins.found():
@@ -272,6 +276,14 @@ def options(names: Iterable[str], cache: Path, *, half: bool) -> dict[str, dict[
     found = {full_name(name): known[name] for name in names if name in known}
     if found:
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            with tempfile.TemporaryFile(dir=cache):
+                pass
+        except OSError as error:
+            why = error.strerror or error
+            raise OSError(
+                f"{cache} cannot be written to ({why}); name another folder with --cache"
+            ) from error
     return found
 
 

@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -38,10 +39,12 @@ else:
     _CREATION_FLAGS = 0
 
 
-def rehearse(graph: Path, inputs: Sequence[str], outputs: Sequence[str], runtime: Runtime) -> None:
+def rehearse(graph: Path, inputs: Sequence[str], outputs: Sequence[str], runtime: Runtime) -> frozenset[str]:
     """Open the graph as a session on that runtime and run it once on noise; minutes where it has to be compiled.
 
     The runtime must leave no size of the inputs open, and its options no relative path.
+
+    Returns the providers that ran some of it, by onnxruntime's names.
 
     Raises:
         RehearsalEnded: the process was told to stop, or killed, as for want of memory, or ran out of it.
@@ -67,40 +70,44 @@ def rehearse(graph: Path, inputs: Sequence[str], outputs: Sequence[str], runtime
         start_new_session=True,  # a Ctrl-C is the daemon's
         creationflags=_CREATION_FLAGS,
     )
-    if done.returncode == 0:
-        return
-    said = _last_line(done.stderr)
+    answer = _answer(done.stdout)
+    if done.returncode == 0 and "ran_on" in answer:
+        return frozenset(answer["ran_on"])
+    said = answer.get("failed") or _last_line(done.stderr)
     if sys.platform != "win32" and -done.returncode in (signal.SIGTERM, signal.SIGKILL):
         raise RehearsalEnded(f"the process that tried {graph} was ended from outside, or for want of memory")
     if done.returncode < 0 or done.returncode >= _FIRST_EXCEPTION:
         how = f"signal {-done.returncode}" if done.returncode < 0 else f"0x{done.returncode:X}"
         crash = f"the process that tried {graph} crashed with {how}"
         raise GenerationFailed(f"{crash}: {_fit(said)}" if said else crash)
-    with suppress(ValueError, TypeError, KeyError):  # of what a library printed last
-        said = json.loads(_last_line(done.stdout))["failed"]
     if done.returncode == _NO_MEMORY:
         raise RehearsalEnded(_fit(said))
     raise GenerationFailed(_fit(said) or f"the process that tried {graph} failed and said nothing")
 
 
 def main() -> int:
-    """The process: the task on standard input, what went wrong as JSON in the last line of standard output."""
+    """The process: the task on standard input, the answer as JSON in a line of standard output. That is what the graph
+    `ran_on`, or why it `failed`.
+    """
     task = json.load(sys.stdin)
     _end_with(task["daemon"])
     _yield_to_images()
     given: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in task["runtime"].items()
     }
-    runtime = Runtime(**given)
-    providers.load_packaged_libraries(runtime.providers)
-    try:
-        session = Session(Path(task["path"]), task["inputs"], task["outputs"], runtime)
-        noise = np.random.default_rng(0)
-        session.run({name: noise.standard_normal(session.shapes[name]) for name in task["inputs"]})
-    except RouteT2IError as error:
-        sys.stdout.write("\n" + json.dumps({"failed": error.message}))
-        return _NO_MEMORY if isinstance(error, OutOfMemory) else 1
-    return 0
+    providers.load_packaged_libraries(given["providers"])
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        runtime = Runtime(**given | {"profile": str(Path(folder) / "run")})
+        answer: dict[str, Any]
+        try:
+            session = Session(Path(task["path"]), task["inputs"], task["outputs"], runtime)
+            noise = np.random.default_rng(0)
+            session.run({name: noise.standard_normal(session.shapes[name]) for name in task["inputs"]})
+            answer, status = {"ran_on": sorted(session.ran_on())}, 0
+        except RouteT2IError as error:
+            answer, status = {"failed": error.message}, _NO_MEMORY if isinstance(error, OutOfMemory) else 1
+    sys.stdout.write(f"\n{json.dumps(answer)}\n")
+    return status
 
 
 def _end_with(daemon: int) -> None:
@@ -120,6 +127,15 @@ def _yield_to_images() -> None:
     with suppress(OSError):
         # On Linux a session of its own, as this is, shares the cores with others by this alone.
         Path("/proc/self/autogroup").write_text(str(_NICE))
+
+
+def _answer(output: str) -> dict[str, Any]:
+    """The process's, among what libraries print."""
+    for line in reversed(output.splitlines()):
+        with suppress(ValueError):
+            if isinstance(answer := json.loads(line), dict):
+                return answer
+    return {}
 
 
 def _last_line(output: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -51,6 +52,10 @@ _DTYPES: dict[str, type[np.generic]] = {
 
 _OTHER_FLOATS = ("tensor(float16)", "tensor(double)")
 
+_NO_ARENA = "arena based allocator"
+"""What onnxruntime says, before it runs anything, of memory that is not its arena's and cannot be given back so.
+DirectML brings such an allocator for the CPU as well."""
+
 
 @dataclass(frozen=True)
 class Runtime:
@@ -65,6 +70,7 @@ class Runtime:
         default_factory=dict
     )  # of those that graphs leave open, by their names there
     unfused: tuple[str, ...] = ()  # onnxruntime's graph optimizers that are left out, by its names for them
+    profile: str = ""  # how the file begins in which onnxruntime notes what ran where; empty: it does not
 
     @property
     def on_cpu(self) -> bool:
@@ -177,7 +183,7 @@ class Session:
         self.sizes: dict[str, int] = {}  # what `expect` has told of the names in them
         self.inputs, self.outputs = tuple(inputs), tuple(outputs)  # by name
         self._casting = any(given[name].type in _OTHER_FLOATS for name in outputs)
-        self._devices = _devices(session.get_providers())
+        self._arenas = _arenas(session.get_providers())
 
     @property
     def fault(self) -> str:
@@ -214,6 +220,8 @@ class Session:
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if runtime.spinning else "0")
         options.enable_mem_pattern = not self.large
         options.log_severity_level = 3  # errors; the rest is about graphs nobody here can change
+        if runtime.profile:
+            options.enable_profiling, options.profile_file_prefix = True, runtime.profile
         for name, size in runtime.sizes.items():
             options.add_free_dimension_override_by_name(name, size)
         providers = [(name, dict(runtime.provider_options.get(name, {}))) for name in runtime.providers]
@@ -317,6 +325,15 @@ class Session:
             value.astype(np.float32, copy=False) if value.dtype.kind == "f" else value for value in outputs
         ]
 
+    def ran_on(self) -> frozenset[str]:
+        """The providers that ran nodes of the graph since it was loaded, by onnxruntime's names. It must be loaded, on
+        a runtime with a `profile`, which ends here. A provider that takes no node stays among the session's all the
+        same, without a word.
+        """
+        assert self._session is not None  # noqa: S101  # as asked
+        events = json.loads(Path(self._session.end_profiling()).read_text(encoding="utf-8"))
+        return frozenset(event["args"]["provider"] for event in events if "provider" in event["args"])
+
     def _run(self, feeds: Mapping[str, Array], stop: Stop | None, *, shrink: bool) -> Sequence[Array]:
         session = self._loaded(stop)
         try:
@@ -329,6 +346,9 @@ class Session:
         except Exception as error:  # onnxruntime's own exceptions share no base class
             if stop is not None:
                 stop.check()
+            if shrink and self._arenas and _NO_ARENA in str(error):
+                self._arenas = ""
+                return self._run(feeds, stop, shrink=False)
             _blame_memory(error, f"{self.path} cannot be run")
             raise GenerationFailed(f"onnxruntime failed in {self.path}: {error}") from error
 
@@ -336,8 +356,8 @@ class Session:
         self, session: ort.InferenceSession, feeds: Mapping[str, Array], stop: Stop, *, shrink: bool
     ) -> Sequence[Array]:
         options = ort.RunOptions()
-        if shrink:
-            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", self._devices)
+        if shrink and self._arenas:
+            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", self._arenas)
         end = partial(setattr, options, "terminate", True)
         stop.enter(end)
         try:
@@ -357,7 +377,7 @@ def _blame_memory(error: Exception, what: str) -> None:
         ) from error
 
 
-def _devices(providers: Sequence[str]) -> str:
-    """The arenas of a session, as onnxruntime's shrinkage option names them."""
+def _arenas(providers: Sequence[str]) -> str:
+    """Of a session, as onnxruntime's shrinkage option names them."""
     gpu = any(name.startswith(("CUDA", "Tensorrt")) for name in providers)
     return "cpu:0;gpu:0" if gpu else "cpu:0"

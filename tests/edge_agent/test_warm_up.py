@@ -1,7 +1,7 @@
 """A better set of sessions gets ready while another serves, and takes over between two images.
 
 The better ones here are sessions of one fixed size that also name a second provider of onnxruntime's CPU build. It
-takes no operator; all else is as with one that does.
+takes no operator, and rehearsals are told that it did; all else is as with one that does.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ import pytest_asyncio
 
 from edge_agent.bundle import DECODER, DENOISER, FUSED, Bundle, Size, write_manifest
 from edge_agent.daemon import _load_models
+from edge_agent.diffusion import generator as generator_module
 from edge_agent.diffusion import plugins, providers, rehearsal
 from edge_agent.diffusion.generator import Generator, Image
 from edge_agent.diffusion.sessions import Runtime
-from edge_agent.errors import BundleError, GenerationFailed, OutOfMemory, RehearsalEnded
+from edge_agent.errors import BundleError, GenerationFailed, OutOfMemory, RehearsalEnded, Unfit
 from edge_agent.settings import resolve
 from routet2i.edge.v1 import edge_pb2
 from tests.routed import SLOW_STEPS
@@ -38,6 +39,16 @@ BETTER = Runtime(threads=1, providers=("AzureExecutionProvider", "CPUExecutionPr
 IN_USE, WARMING_UP, PASSED_OVER = (
     edge_pb2.ProviderState.Value(f"PROVIDER_STATE_{name}") for name in ("IN_USE", "WARMING_UP", "PASSED_OVER")
 )
+
+
+@pytest.fixture(autouse=True)
+def taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second provider passes for one that runs some of the graph."""
+
+    def rehearse(*what: Any) -> frozenset[str]:
+        return rehearsal.rehearse(*what) | {BETTER.providers[0]}
+
+    monkeypatch.setattr("edge_agent.diffusion.generator.rehearse", rehearse)
 
 
 class Gate:
@@ -243,11 +254,11 @@ def test_the_better_generator_has_one_size_the_same_encoder_and_draws_the_same(
     bundle = Bundle.open(routed_bundle)
     generator = Generator(bundle, Runtime(threads=1))
     rehearsed: list[Path] = []
-    rehearse = rehearsal.rehearse
+    rehearse = generator_module.rehearse
 
-    def watched(graph: Path, *how: Any) -> None:
+    def watched(graph: Path, *how: Any) -> frozenset[str]:
         rehearsed.append(graph)
-        rehearse(graph, *how)
+        return rehearse(graph, *how)
 
     monkeypatch.setattr("edge_agent.diffusion.generator.rehearse", watched)
     better = generator.on(BETTER, BETTER)
@@ -310,6 +321,15 @@ def test_what_tensorrt_compiles_is_kept_by_model_and_version(tmp_path: Path) -> 
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.posix
+def test_a_cache_that_cannot_be_written_to_is_refused_before_anything_is_compiled(tmp_path: Path) -> None:
+    """A compiler would take its minutes, keep nothing, say nothing, and take them again at each start."""
+    no_folder = Path("/proc/self/fdinfo")  # lets nobody write, not even root
+    with pytest.raises(OSError, match=r"/proc/self/fdinfo cannot be written to .*; name another folder"):
+        providers.options(("tensorrt", "cpu"), no_folder, half=False)
+    assert providers.options(("cuda", "cpu"), no_folder, half=False) == {}
+
+
 def test_a_cache_that_cannot_be_used_is_made_anew_and_a_fault_of_the_models_is_not_hidden(
     routed_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -339,6 +359,27 @@ def test_a_cache_that_cannot_be_used_is_made_anew_and_a_fault_of_the_models_is_n
     (tmp_path / "other.engine").write_bytes(b"not in the cache")
     with pytest.raises(BundleError, match="another driver"):
         models.open_better()
+
+
+@pytest.mark.parametrize("fault", ["nothing", "something else"])
+def test_a_provider_that_would_fail_again_costs_no_second_time_what_was_compiled(
+    routed_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """Like TensorRT, which leaves a graph of more than 2 GB to the others without a word."""
+    monkeypatch.setattr(providers, "SLOW_TO_OPEN", frozenset({SECOND}))
+    flags = {"bundle": str(routed_bundle), "providers": f"{SECOND},cpu", "cache": str(tmp_path)}
+    models = _load_models(resolve(flags, {}))
+    assert models.open_better is not None
+    folder = tmp_path / "engines" / f"{models.reader.bundle.model_digest[:16]}-{ort.__version__}"
+    folder.mkdir(parents=True)
+    (folder / "unet.engine").write_bytes(b"minutes")
+    if fault == "nothing":
+        monkeypatch.setattr(generator_module, "rehearse", rehearsal.rehearse)
+    else:
+        monkeypatch.setattr(generator_module, "MOST_DIFFERENCE", -1.0)
+    with pytest.raises(Unfit, match=fault):
+        models.open_better()
+    assert (folder / "unet.engine").read_bytes() == b"minutes"
 
 
 @pytest.mark.posix

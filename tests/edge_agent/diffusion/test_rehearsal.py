@@ -27,12 +27,15 @@ def session(miniature_bundle: Path) -> Session:
     return session
 
 
-def tried(session: Session, runtime: Runtime = HERE) -> None:
-    rehearse(session.path, session.inputs, session.outputs, runtime)
+def tried(session: Session, runtime: Runtime = HERE) -> frozenset[str]:
+    return rehearse(session.path, session.inputs, session.outputs, runtime)
 
 
-def test_a_graph_that_runs_is_no_trouble(session: Session) -> None:
-    tried(session)
+def test_a_graph_that_runs_tells_where(session: Session) -> None:
+    """And not on a provider that leaves all of it to the next, which sessions list as theirs."""
+    assert tried(session) == {"CPUExecutionProvider"}
+    idle = Runtime(threads=1, providers=("AzureExecutionProvider", *HERE.providers), sizes=HERE.sizes)
+    assert tried(session, idle) == {"CPUExecutionProvider"}
 
 
 def test_what_the_runtime_refuses_is_said_in_its_words(session: Session) -> None:
@@ -74,6 +77,7 @@ def test_a_crash_is_told(session: Session, monkeypatch: pytest.MonkeyPatch) -> N
             "CUDA failure 2; file=a.cc ;",
         ),
         ("exit 1", "the process that tried {path} failed and said nothing"),
+        ("echo '[]'; exit 0", "the process that tried {path} failed and said nothing"),
     ],
 )
 def test_a_process_that_fails_or_crashes_is_not_ours_and_what_it_said_last_is_the_reason(

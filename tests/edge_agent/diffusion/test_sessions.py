@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,7 +19,7 @@ from onnx import TensorProto, helper
 
 from edge_agent import memory
 from edge_agent.bundle import file_states
-from edge_agent.diffusion import providers, sessions
+from edge_agent.diffusion import plugins, providers, sessions
 from edge_agent.diffusion.sessions import Runtime, Session, Stop
 from edge_agent.errors import BundleError, Busy, Cancelled, GenerationFailed, OutOfMemory
 from tests.running import process_environment
@@ -265,6 +266,26 @@ def test_a_run_that_shrinks_gives_the_memory_of_its_large_tensors_back(tmp_path:
     held = resident_bytes()
     session.run(feeds, stop=Stop(), shrink=True)
     assert held - resident_bytes() > 64_000_000
+
+
+def test_a_run_that_shrinks_is_made_where_no_arena_holds_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on DirectML, whose own allocator for the CPU is none. onnxruntime refuses such a run before it begins."""
+    made = plugins.session
+
+    def without_arena(path: str, options: ort.SessionOptions, *how: Any, **more: Any) -> ort.InferenceSession:
+        options.enable_cpu_mem_arena = False
+        return made(path, options, *how, **more)
+
+    monkeypatch.setattr(plugins, "session", without_arena)
+    path = save(
+        tmp_path / "a.onnx", [helper.make_node("Neg", ["x"], ["out"])], {"x": (TensorProto.FLOAT, [3])}
+    )
+    session = Session(path, ["x"], ["out"], ONE_THREAD)
+    x = np.ones(3, np.float32)
+    for _ in range(2):
+        np.testing.assert_array_equal(session.run({"x": x}, shrink=True)[0], -x)
 
 
 def test_only_a_large_graph_runs_without_the_memory_pattern(
