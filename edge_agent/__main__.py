@@ -38,6 +38,7 @@ try:
     from edge_agent.errors import (
         BundleError,
         Busy,
+        DeviceNotReady,
         InvalidRequest,
         LedgerError,
         PolicyConflict,
@@ -144,6 +145,7 @@ null. `unfamiliar` lists the tokens that the predictor has not learnt of: with a
 
 _EXIT_CODES: dict[type[RouteT2IError], int] = {
     StartRefused: BAD_INPUT,
+    DeviceNotReady: UNREACHABLE,
     BundleError: BAD_INPUT,
     LedgerError: BAD_INPUT,
     StoreError: BAD_INPUT,

@@ -37,7 +37,16 @@ from edge_agent.diffusion import providers
 from edge_agent.diffusion.generator import Generator
 from edge_agent.diffusion.providers import Choice
 from edge_agent.diffusion.sessions import Runtime
-from edge_agent.errors import BundleError, OutOfMemory, RehearsalEnded, RouteT2IError, StartRefused, Unfit
+from edge_agent.errors import (
+    BundleError,
+    DeviceNotReady,
+    GenerationFailed,
+    OutOfMemory,
+    RehearsalEnded,
+    RouteT2IError,
+    StartRefused,
+    Unfit,
+)
 from edge_agent.purchase import Purchases
 from edge_agent.quota import Ledger, uptime
 from edge_agent.reader import Reader
@@ -96,6 +105,8 @@ class Daemon:
         self._warming = asyncio.Lock()  # two at a time would share a cache, which one may throw away
         self._reloading = asyncio.Lock()
         self._reloads: set[asyncio.Task[Agent]] = set()  # which end whether or not their callers stay
+        self._doubts: asyncio.Task[None] | None = None
+        self._lost: RouteT2IError | None = None  # why nothing can be made any more
         self.agent: Agent | None = None  # once the models are loaded
 
     async def startup(self) -> None:
@@ -111,7 +122,7 @@ class Daemon:
                 # Now that the ledger is ours: of two that start at once only one comes here.
                 _clear_socket(socket_file)
             self._purchases = Purchases(ledger, _cloud_client(settings))
-            self._service = EdgeAgentService(self.reload, partial(_models_folder, settings))
+            self._service = EdgeAgentService(self.reload, partial(_models_folder, settings), self._doubt)
             await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
             await self._listen()
         except BaseException:
@@ -119,7 +130,9 @@ class Daemon:
             raise
 
     async def serve(self) -> None:
-        """Loads the bundle and serves it until `stop()`. Raises StartRefused, BundleError or LedgerError."""
+        """Loads the bundle and serves it until `stop()`. Raises StartRefused, BundleError or LedgerError, and
+        DeviceNotReady where a provider that the settings name was lost.
+        """
         loading = self._load()
         stopped = asyncio.ensure_future(self._stop.wait())
         try:
@@ -137,6 +150,8 @@ class Daemon:
             await self._log_serving()
             self._begin_warm_up(self.agent.models)
             await stopped
+            if self._lost is not None:
+                raise self._lost
         finally:
             stopped.cancel()
 
@@ -170,9 +185,10 @@ class Daemon:
         self._service.cut_off()
         await self._server.stop(CLOSE_S)
         await self._service.idle()  # a cancelled image leaves the device at once
-        for task in (*self._reloads, *self._warm_ups):
+        tasks = [*self._reloads, *self._warm_ups, *([self._doubts] if self._doubts is not None else [])]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._reloads, *self._warm_ups, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         if self.agent is not None:
             self.agent.close()
             await self.agent.device.close()
@@ -245,6 +261,38 @@ class Daemon:
         standings = self.agent.models.providers if self.agent is not None else ()
         taken = {each.name for each in standings if each.state is providers.State.IN_USE}
         return self._in_thread("loader", lambda: _load_or_give_back(self.settings, taken, model))
+
+    def _doubt(self) -> None:
+        """An image or a decision failed on this device: it may have been lost."""
+        if self._doubts is None or self._doubts.done():
+            self._doubts = asyncio.create_task(self._look_at_device())
+
+    async def _look_at_device(self) -> None:
+        """Where what the models run on no longer works, take them up anew on what does, or end the daemon where the
+        settings allow nothing else. A GPU that fell off the bus, or was suspended, is lost to a process until its end.
+        """
+        assert self.agent is not None  # noqa: S101  # which has failed
+        lost = await self._lost_provider(self.agent.models)
+        if lost is None:
+            return
+        name, failure = lost
+        log.warning("device lost", extra={"fields": {"provider": name, "error": failure}})
+        try:
+            await self.reload()
+        except (RouteT2IError, OSError) as error:
+            log.warning("model refused", extra={"fields": {"error": str(error)}})
+            again = f"{name} no longer works in this process: {failure}; start edge-agent again"
+            self._lost = DeviceNotReady(again)
+            self.stop()
+
+    async def _lost_provider(self, models: Resident) -> tuple[str, str] | None:
+        """The first of what they run on that no longer works, and why."""
+        for each in models.providers:
+            if each.state is providers.State.IN_USE and each.name != providers.CPU:
+                probe = partial(providers.probe, each.name)
+                if failure := await asyncio.shield(self._in_thread("probe", probe)):
+                    return each.name, failure
+        return None
 
     def _begin_warm_up(self, models: Resident) -> None:
         warm_up = asyncio.create_task(self._warm_up(models))
@@ -390,21 +438,23 @@ def _load_models(settings: Settings, taken: Collection[str] = (), model: str = "
 
 
 def _open(settings: Settings, bundle: Bundle, taken: Collection[str]) -> tuple[Generator, Choice]:
-    """The models on the best provider that opens them, unless the settings name which: that opens them or nothing does.
+    """The models on the best provider that opens and runs them, unless the settings name which: that does or nothing.
     What has no room for them is passed over, too, unless it is `taken`: the models on it may be about to go.
     """
     unfit = _unfit(bundle.manifest)
     while True:
         choice = providers.find(settings.providers, unfit)
-        serving = tuple(map(providers.full_name, choice.serving))
+        best, serving = choice.serving[0], tuple(map(providers.full_name, choice.serving))
         try:
-            return Generator(bundle, Runtime(threads=settings.threads or None, providers=serving)), choice
-        except (BundleError, OutOfMemory) as error:  # a GPU may be smaller than the machine
-            best = choice.serving[0]
+            generator = Generator(bundle, Runtime(threads=settings.threads or None, providers=serving))
+            if best != providers.CPU:
+                generator.tried()
+            return generator, choice
+        except (BundleError, OutOfMemory, GenerationFailed) as error:  # a GPU may be smaller than the machine
             in_the_way = isinstance(error, OutOfMemory) and best in taken
             if settings.providers or best == providers.CPU or in_the_way:
                 raise
-            unfit[best] = f"it does not open this model: {error.message}"
+            unfit[best] = f"it does not run this model: {error.message}"
 
 
 def _unfit(manifest: Manifest) -> dict[str, str]:

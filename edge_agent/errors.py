@@ -7,6 +7,7 @@ RouteT2IError
 ├── NotKept              the rest of an image is asked for that is not kept
 ├── DeadlinePassed       the caller's deadline is over
 ├── Busy                 the queue is full, `retry_after_s` says when to come back; or another process is at it
+│   ├── NotLoaded          a graph that could be loaded before cannot be now
 │   └── OutOfMemory        this device has too little memory for it now
 ├── QuotaExhausted       the budget or rate `budget` has no room for one more call
 ├── PolicyConflict       the caller asks for a route that this daemon cannot take
@@ -18,6 +19,7 @@ RouteT2IError
 │   ├── CloudRefused       it will not serve this request: price, size, credentials
 │   └── CloudLied          what it sent is not what it said: hash, format, size, price
 ├── StartRefused         a setting is wrong, or the address to listen on cannot be had
+│   └── DeviceNotReady     a provider that the settings name does not work, and may once it is tried again
 ├── BundleError          a bundle is incomplete, altered or of an unknown schema
 │   ├── NotABundle         a folder without a manifest: something else
 │   └── NewerBundle        whole, as far as can be seen, and of a schema that only a later edge-agent reads
@@ -79,6 +81,10 @@ class DeadlinePassed(RouteT2IError):
 
 class Busy(RouteT2IError):
     """The queue is full, or another process is doing what only one can do at a time."""
+
+
+class NotLoaded(Busy):
+    """A graph that could be loaded before cannot be now."""
 
 
 class OutOfMemory(Busy):
@@ -146,6 +152,10 @@ class CloudLied(CloudError):
 
 class StartRefused(RouteT2IError):
     """The daemon cannot start: a setting is wrong, or the address to listen on cannot be had."""
+
+
+class DeviceNotReady(StartRefused):
+    """A provider that the settings name does not work, or no longer, and may once it is tried again."""
 
 
 class BundleError(RouteT2IError):

@@ -21,9 +21,11 @@ from edge_agent.diffusion.providers import State
 from edge_agent.errors import (
     Cancelled,
     Draining,
+    GenerationFailed,
     InvalidRequest,
     LedgerError,
     NotKept,
+    NotLoaded,
     NotReady,
     OutOfMemory,
     RouteT2IError,
@@ -105,11 +107,18 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
     """The service. The daemon sets `agent` once the models are loaded, and `draining` when it shuts down.
 
     `reload` takes up a model by its name in `models_folder()`, by an empty one what is chosen, and returns its agent.
+    `doubt` is told when an image or a decision failed on this device.
     """
 
-    def __init__(self, reload: Callable[[str], Awaitable[Agent]], models_folder: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        reload: Callable[[str], Awaitable[Agent]],
+        models_folder: Callable[[], str],
+        doubt: Callable[[], None],
+    ) -> None:
         self._reload = reload
         self._models_folder = models_folder
+        self._doubt = doubt
         self.agent: Agent | None = None
         self.draining = False
         self._handlers: set[asyncio.Task[Any]] = set()  # of Generate and Route calls that have not ended
@@ -325,6 +334,8 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
                     retry_after_s=NO_MEMORY_RETRY_S,
                 )
             )
+            if isinstance(error, (GenerationFailed, NotLoaded)):
+                self._doubt()
             # As the caller is told it: cut where it repeats a long field.
             line |= {"outcome": grpc_code(error).name, "error": status_details(error).message}
             await _abort(context, error)

@@ -118,20 +118,25 @@ class Generator:
         other.decoder = Decoder(self._bundle, decoder)
         if not manifest.other_sizes:
             other.of_other_sizes = other.denoiser, other.decoder  # nothing holds on to the graphs of before
-        _, states = self.encode("")
-        schedule = self._schedules[min(self._schedules)]
-        noise = TorchNoise(0).draw(manifest.latent_shape(manifest.sizes[0]))
-        guidance = manifest.default_guidance
-        latents = [
-            each.denoiser.predict(noise, schedule.timesteps[0], states, states, guidance, last=True)
-            for each in (self, other)
-        ]
-        colours = [each.decoder.decode(noise) for each in (self, other)]
-        for what, (expected, found) in (("denoiser", latents), ("decoder", colours)):
+        for what, expected, found in zip(("denoiser", "decoder"), self.tried(), other.tried(), strict=True):
             # Not `>`: what is not a number is not near either.
             if not np.linalg.norm(found - expected) <= MOST_DIFFERENCE * np.linalg.norm(expected):
                 raise Unfit(f"the {what} computes something else on {best}")
         return other
+
+    def tried(self) -> tuple[Floats, Floats]:
+        """What denoiser and decoder, each run once, make of the same noise for an image of the default size.
+
+        Raises GenerationFailed, OutOfMemory and what else `Session.run` does, as opening them shows neither.
+        """
+        manifest = self._bundle.manifest
+        _, states = self.encode("")
+        schedule = self._schedules[min(self._schedules)]
+        noise = TorchNoise(0).draw(manifest.latent_shape(manifest.sizes[0]))
+        output = self.denoiser.predict(
+            noise, schedule.timesteps[0], states, states, manifest.default_guidance, last=True
+        )
+        return output, self.decoder.decode(noise)
 
     def encode(self, prompt: str) -> tuple[Tokens, TextStates]:
         """The prompt's tokens and states."""

@@ -26,7 +26,7 @@ import numpy as np
 import onnxruntime as ort
 
 from edge_agent.diffusion import plugins, sessions
-from edge_agent.errors import StartRefused
+from edge_agent.errors import DeviceNotReady, StartRefused
 
 CPU = "cpu"
 
@@ -181,7 +181,8 @@ def choose(
     `builds` are the distributions of onnxruntime that are installed. There should be one: they share their files.
 
     Raises:
-        StartRefused: a provider of the wish is not available or does not work.
+        StartRefused: a provider of the wish is not available, or does not work for want of a library.
+        DeviceNotReady: it does not work for another reason, such as a driver that is not ready yet.
     """
     available = tuple(available)
     for name in wish:
@@ -191,7 +192,8 @@ def choose(
                 f"{', '.join(available)}{_collision(builds)}"
             )
         if name in failures:
-            raise StartRefused(
+            refusal = StartRefused if _LACKING.search(failures[name]) else DeviceNotReady
+            raise refusal(
                 f"--providers names {name}, which does not work here: {failures[name]}. Leave it out, or leave "
                 "--providers out to take the best that works"
             )

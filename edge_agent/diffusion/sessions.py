@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from edge_agent import memory
 from edge_agent.bundle import Facts, FileState, Size, file_states
 from edge_agent.diffusion import plugins
-from edge_agent.errors import BundleError, Busy, Cancelled, GenerationFailed, OutOfMemory
+from edge_agent.errors import BundleError, Cancelled, GenerationFailed, NotLoaded, OutOfMemory
 
 Array = NDArray[Any]
 
@@ -37,8 +37,11 @@ what they record commands with, so that two fail, or crash the process (microsof
 
 _TURN = threading.Lock()
 
-# As C++, onnxruntime's arena, CUDA and its libraries put it; in lower case.
-_NO_MEMORY = ("bad_alloc", "failed to allocate memory", "out of memory", "alloc_failed")
+# As C++, onnxruntime's arena, CUDA and its libraries, and Windows put it; in lower case.
+_NO_MEMORY = (
+    *("bad_alloc", "failed to allocate memory", "out of memory", "out_of_memory", "not enough memory"),
+    *("alloc_failed", "allocation_failed"),
+)
 
 # Element types a graph may ask for, and how numpy spells them.
 _DTYPES: dict[str, type[np.generic]] = {
@@ -233,10 +236,12 @@ class Session:
             session = plugins.session(str(self.path), options, providers, disabled_optimizers=runtime.unfused)
         except Exception as error:  # onnxruntime's own exceptions share no base class
             stop.check()
-            _blame_memory(error, f"{self.path} cannot be loaded")
+            if lack := _lack_of_memory(error, f"{self.path} cannot be loaded"):
+                raise lack from error
             if self._known_good:  # and unchanged: the device lacks something, not the bundle
-                raise Busy(
-                    f"{self.path} could be loaded before and cannot now: {error}; free memory or file descriptors",
+                what = "memory or file descriptors" if runtime.on_cpu else "memory, also of the device"
+                raise NotLoaded(
+                    f"{self.path} could be loaded before and cannot now: {error}; free {what}",
                     retry_after_s=RELOAD_RETRY_S,
                 ) from error
             raise BundleError(f"{self.path} cannot be loaded by onnxruntime: {error}") from error
@@ -349,7 +354,10 @@ class Session:
             if shrink and self._arenas and _NO_ARENA in str(error):
                 self._arenas = ""
                 return self._run(feeds, stop, shrink=False)
-            _blame_memory(error, f"{self.path} cannot be run")
+            if lack := _lack_of_memory(error, f"{self.path} cannot be run"):
+                # With what its arena has grown to, or the next run would find as little.
+                self._session = self.loaded_at = None
+                raise lack from error
             raise GenerationFailed(f"onnxruntime failed in {self.path}: {error}") from error
 
     def _run_with_options(
@@ -367,14 +375,15 @@ class Session:
             stop.leave(end)
 
 
-def _blame_memory(error: Exception, what: str) -> None:
-    """Raise OutOfMemory where that is what onnxruntime's error comes of; otherwise nothing."""
+def _lack_of_memory(error: Exception, what: str) -> OutOfMemory | None:
+    """OutOfMemory where that is what onnxruntime's error comes of; otherwise None."""
     said = str(error)
-    if isinstance(error, MemoryError) or any(words in said.lower() for words in _NO_MEMORY):
-        raise OutOfMemory(
-            f"{what}: this device is out of memory; free some, or choose a smaller model ({' '.join(said.split())})",
-            retry_after_s=RELOAD_RETRY_S,
-        ) from error
+    if not isinstance(error, MemoryError) and not any(words in said.lower() for words in _NO_MEMORY):
+        return None
+    return OutOfMemory(
+        f"{what}: this device is out of memory; free some, or choose a smaller model ({' '.join(said.split())})",
+        retry_after_s=RELOAD_RETRY_S,
+    )
 
 
 def _arenas(providers: Sequence[str]) -> str:

@@ -472,7 +472,7 @@ def test_a_provider_that_does_not_open_the_models_is_passed_over_unless_it_is_na
     assert found["cpu"].state is providers.State.IN_USE and all(
         s._runtime.on_cpu for s in models.generator.sessions
     )
-    assert found["cuda"].reason.startswith("it does not open this model: ")
+    assert found["cuda"].reason.startswith("it does not run this model: ")
     with (
         pytest.warns(UserWarning, match="not in available provider"),
         pytest.raises(BundleError, match="CUDAExecutionProvider"),
@@ -506,3 +506,24 @@ def test_a_gpu_too_small_for_the_models_is_passed_over_unless_it_is_named(
     with pytest.raises(OutOfMemory):  # once those that serve are gone there may be room
         _load_models(resolve(flags, {}), {"cuda", "cpu"})
     assert _load_models(resolve(flags, {}), {"cpu"}).providers[0].name == "cpu"
+
+
+def test_a_gpu_that_holds_the_models_and_not_a_run_is_passed_over(
+    routed_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else each image would fail there, and be promised for a second later."""
+    run = ort.InferenceSession.run
+
+    def runs(session: ort.InferenceSession, outputs: Any, feeds: dict[str, Any], *how: Any) -> Any:
+        if BETTER.providers[0] in session.get_providers() and "latent_sample" in feeds:
+            raise RuntimeError("Failed to allocate memory for requested buffer of size 4194304")
+        return run(session, outputs, feeds, *how)
+
+    monkeypatch.setattr(plugins._Session, "run", runs)
+    monkeypatch.setattr(providers, "PREFERENCE", (SECOND, "cpu"))
+    flags = {"bundle": str(routed_bundle), "threads": "1"}
+    found = {each.name: each for each in _load_models(resolve(flags, {})).providers}
+    assert found["cpu"].state is providers.State.IN_USE
+    assert "vae_decoder" in found[SECOND].reason and "out of memory" in found[SECOND].reason
+    with pytest.raises(OutOfMemory):
+        _load_models(resolve(flags | {"providers": f"{SECOND},cpu"}, {}))

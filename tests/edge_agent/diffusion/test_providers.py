@@ -31,11 +31,12 @@ from edge_agent.diffusion.providers import (
     probe,
     with_origin,
 )
-from edge_agent.errors import StartRefused
+from edge_agent.errors import DeviceNotReady, StartRefused
 
 EVERYTHING = (*PREFERENCE, "azure")
 NOT_BUILT = "this onnxruntime is built without it"
-NO_CUDA = {"cuda": "libcublasLt.so.12: cannot open", "tensorrt": "libnvinfer.so.10: cannot open"}
+NO_FILE = "cannot open shared object file: No such file or directory"
+NO_CUDA = {"cuda": f"libcublasLt.so.12: {NO_FILE}", "tensorrt": f"libnvinfer.so.10: {NO_FILE}"}
 
 
 @pytest.mark.parametrize(
@@ -98,6 +99,11 @@ def test_a_wish_that_cannot_be_is_refused_with_the_reason() -> None:
     ) as refused:
         choose(("tensorrt", "cuda", "cpu"), NO_CUDA, ("cuda", "cpu"))
     assert "Leave it out" in refused.value.message
+    assert not isinstance(refused.value, DeviceNotReady)  # no start will find the library
+    with pytest.raises(DeviceNotReady, match=r"names cuda, .*: CUDA failure 46: .* busy or unavailable"):
+        choose(
+            ("cuda", "cpu"), {"cuda": "CUDA failure 46: all devices are busy or unavailable"}, ("cuda", "cpu")
+        )
     with pytest.raises(
         StartRefused, match=r"names coreml, which this onnxruntime .* built without; it has cuda, cpu"
     ):

@@ -154,6 +154,7 @@ limit(None)
 session = Session(path, ["x"], ["out"], runtime)
 limit(20_000_000)
 refused(lambda: session.run({"x": np.zeros(1, np.float32)}))
+assert session.loaded_at is None, "its arena is kept"
 limit(None)
 (out,) = session.run({"x": np.ones(1, np.float32)})
 assert out.shape == (4096, 4096), out.shape
@@ -183,6 +184,34 @@ def test_memory_that_runs_out_is_called_so_and_what_comes_after_it_works(tmp_pat
     loading, running = done.stdout.splitlines()
     assert "a.onnx cannot be loaded: this device is out of memory; free some, or" in loading
     assert "a.onnx cannot be run: this device is out of memory; free some, or" in running
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA failure 2: out of memory ; GPU=0",
+        "CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; GPU=0",
+        "CUDNN failure 4002: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED ; GPU=0",  # of cuDNN 9
+        "Failed to load kernel: CUDA_ERROR_OUT_OF_MEMORY",
+        "DmlExecutionProvider.cpp(1088) 8007000E Not enough memory resources are available",
+    ],
+)
+def test_a_device_without_memory_is_known_by_its_librarys_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    path = save(
+        tmp_path / "a.onnx", [helper.make_node("Neg", ["x"], ["out"])], {"x": (TensorProto.FLOAT, [3])}
+    )
+    session = Session(path, ["x"], ["out"], ONE_THREAD)
+
+    def run(*_: Any) -> None:
+        raise RuntimeError(said)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(plugins._Session, "run", run)
+        with pytest.raises(OutOfMemory, match="out of memory"):
+            session.run({"x": np.ones(3)})
+    np.testing.assert_array_equal(session.run({"x": np.ones(3)})[0], -np.ones(3))
 
 
 def test_a_large_graph_that_does_not_fit_is_refused_before_the_system_ends_a_process_for_it(
