@@ -73,11 +73,14 @@ async def test_what_was_cancelled_in_the_queue_frees_its_place_at_once() -> None
     job = Job(generator, states, states, 1, 4, 1.0, (64, 64), previews=False, deadline=None)
     device, over = Device(max_queue=0), threading.Event()
     device._worker.submit(over.wait, 60)  # as with an image that takes long
+    alone_s = device.expected_s((64, 64), 4)
     waiting = device.begin(job)
+    assert device.expected_s((64, 64), 4) == 2 * alone_s
     with pytest.raises(Busy):
         device.begin(job)
     waiting.close()
     await asyncio.sleep(0)
+    assert device.expected_s((64, 64), 4) == alone_s
     drawing = device.begin(job)
     over.set()
     async with aclosing(drawing.events()) as events:

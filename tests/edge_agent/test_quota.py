@@ -431,10 +431,13 @@ def test_a_disk_that_takes_nothing_when_the_clock_is_put_right_is_tried_again(pa
     ledger = machine.open(path, DAY)
     ledger.reserve("a", "app", 100)
     machine.now = NOON
-    ledger._connection.execute("PRAGMA query_only = ON")
+    # In the midst of the transaction, as a full disk does.
+    ledger._connection.execute(
+        "CREATE TEMP TRIGGER full BEFORE UPDATE ON calls BEGIN SELECT RAISE(FAIL, 'database or disk is full'); END"
+    )
     with pytest.raises(LedgerError):
         ledger.allows("app", 1)
-    ledger._connection.execute("PRAGMA query_only = OFF")
+    ledger._connection.execute("DROP TRIGGER full")
     assert not ledger.allows("app", 1)
     ledger.close()
 
