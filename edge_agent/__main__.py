@@ -321,11 +321,12 @@ def _serve(options: argparse.Namespace) -> int:
         raise
     finally:
         logging.shutdown()  # before anything else is said
+    code = DONE if daemon.lost is None else _complain(daemon.lost.message, _exit_code(daemon.lost))
     if daemon.still_working:
         # Everything is closed; only the thread is left, deep in native code that cannot be interrupted and must not
         # run while the interpreter is being taken down.
-        os._exit(DONE)
-    return DONE
+        os._exit(code)
+    return code
 
 
 def _generate(options: argparse.Namespace) -> int:

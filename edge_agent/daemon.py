@@ -106,7 +106,7 @@ class Daemon:
         self._reloading = asyncio.Lock()
         self._reloads: set[asyncio.Task[Agent]] = set()  # which end whether or not their callers stay
         self._doubts: asyncio.Task[None] | None = None
-        self._lost: RouteT2IError | None = None  # why nothing can be made any more
+        self.lost: DeviceNotReady | None = None  # why it stopped by itself
         self.agent: Agent | None = None  # once the models are loaded
 
     async def startup(self) -> None:
@@ -130,9 +130,7 @@ class Daemon:
             raise
 
     async def serve(self) -> None:
-        """Loads the bundle and serves it until `stop()`. Raises StartRefused, BundleError or LedgerError, and
-        DeviceNotReady where a provider that the settings name was lost.
-        """
+        """Loads the bundle and serves it until `stop()`. Raises StartRefused, BundleError or LedgerError."""
         loading = self._load()
         stopped = asyncio.ensure_future(self._stop.wait())
         try:
@@ -150,8 +148,6 @@ class Daemon:
             await self._log_serving()
             self._begin_warm_up(self.agent.models)
             await stopped
-            if self._lost is not None:
-                raise self._lost
         finally:
             stopped.cancel()
 
@@ -268,8 +264,8 @@ class Daemon:
             self._doubts = asyncio.create_task(self._look_at_device())
 
     async def _look_at_device(self) -> None:
-        """Where what the models run on no longer works, take them up anew on what does, or end the daemon where the
-        settings allow nothing else. A GPU that fell off the bus, or was suspended, is lost to a process until its end.
+        """Where what the models run on no longer works, take them up anew on what does, or stop where the settings
+        allow nothing else. A GPU that fell off the bus, or was suspended, is lost to a process until its end.
         """
         assert self.agent is not None  # noqa: S101  # which has failed
         lost = await self._lost_provider(self.agent.models)
@@ -282,7 +278,7 @@ class Daemon:
         except (RouteT2IError, OSError) as error:
             log.warning("model refused", extra={"fields": {"error": str(error)}})
             again = f"{name} no longer works in this process: {failure}; start edge-agent again"
-            self._lost = DeviceNotReady(again)
+            self.lost = DeviceNotReady(again)
             self.stop()
 
     async def _lost_provider(self, models: Resident) -> tuple[str, str] | None:
@@ -452,6 +448,10 @@ def _open(settings: Settings, bundle: Bundle, taken: Collection[str]) -> tuple[G
             return generator, choice
         except (BundleError, OutOfMemory, GenerationFailed) as error:  # a GPU may be smaller than the machine
             in_the_way = isinstance(error, OutOfMemory) and best in taken
+            if settings.providers and isinstance(error, GenerationFailed):
+                raise StartRefused(
+                    f"--providers names {best}, which does not run this model: {error}"
+                ) from error
             if settings.providers or best == providers.CPU or in_the_way:
                 raise
             unfit[best] = f"it does not run this model: {error.message}"

@@ -6,15 +6,18 @@ Here it is onnxruntime's second provider in its CPU build, whose sessions fail f
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
 import pytest
 
+from edge_agent.client import UNREACHABLE
 from edge_agent.diffusion import plugins, providers
-from edge_agent.errors import DeviceNotReady
-from tests.running import LOCAL, Here, daemon_here, until
+from tests.running import LOCAL, ROOT, Here, Process, daemon_here, process_environment, until
 
 NAME = "azure"
 SAID = "CUDA failure 700: an illegal memory access was encountered ; GPU=0"
@@ -65,15 +68,40 @@ async def test_the_next_best_provider_makes_the_images_after_one_was_lost(
         assert passed_over.reason == SAID
 
 
-async def test_a_daemon_that_may_use_nothing_else_ends_so_that_it_is_started_again(
-    routed_bundle: Path, tmp_path: Path, device: Device
+FAILING = f"""
+import onnxruntime
+from pathlib import Path
+
+run = onnxruntime.InferenceSession.run
+
+def runs(session, *how):
+    if Path("lost").exists() and "AzureExecutionProvider" in session.get_providers():
+        raise RuntimeError("{SAID}")
+    return run(session, *how)
+
+onnxruntime.InferenceSession.run = runs
+"""
+
+
+def test_a_daemon_that_may_use_nothing_else_ends_so_that_it_is_started_again(
+    routed_bundle: Path, tmp_path: Path
 ) -> None:
-    async with daemon_here(routed_bundle, tmp_path / "state", providers=f"{NAME},cpu") as here:
-        (serving,) = (task for task in asyncio.all_tasks() if "Daemon.serve" in repr(task.get_coro()))
-        device.lost = True
-        await fails(here)
-        with pytest.raises(DeviceNotReady, match=f"{NAME} no longer works .* illegal memory access"):
-            await asyncio.wait_for(serving, 30)
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(FAILING)
+    path = os.pathsep.join(map(str, (tmp_path / "site", ROOT, ROOT / "protos")))
+    daemon = Process(
+        "edge_agent", tmp_path, "--bundle", routed_bundle, "--providers", f"{NAME},cpu", PYTHONPATH=path
+    )
+    try:
+        daemon.wait_for("serving")
+        (tmp_path / "lost").touch()
+        command = [sys.executable, "-m", "edge_agent", "generate", "a cat", "--local", "-o", "a.png"]
+        subprocess.run(command, cwd=tmp_path, env=process_environment(tmp_path), check=False)
+        assert daemon.popen.wait(60) == UNREACHABLE
+        assert f"{NAME} no longer works in this process: {SAID}; start edge-agent again" in daemon.text
+        assert not (tmp_path / "a.png").exists()
+    finally:
+        daemon.end()
 
 
 async def test_an_image_that_fails_where_the_device_works_changes_nothing(
