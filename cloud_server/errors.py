@@ -31,7 +31,8 @@ class CloudServerError(Exception):
     """Base of every error this package raises on purpose. The message says what to do about it.
 
     `field` names the request field at fault; `retry_after_s` says when trying again may help, in seconds;
-    `facts` are machine-readable strings that travel as google.rpc.ErrorInfo metadata.
+    `facts` are machine-readable strings that travel as google.rpc.ErrorInfo metadata; `log_only` is what the log says
+    besides, and no caller hears.
     """
 
     def __init__(
@@ -41,12 +42,14 @@ class CloudServerError(Exception):
         field: str | None = None,
         retry_after_s: float | None = None,
         facts: dict[str, str] | None = None,
+        log_only: str = "",
     ) -> None:
         super().__init__(message)
         self.message = message
         self.field = field
         self.retry_after_s = retry_after_s
         self.facts = facts or {}
+        self.log_only = log_only
 
 
 class InvalidRequest(CloudServerError):

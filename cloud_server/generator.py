@@ -27,8 +27,25 @@ On two x86-64 cores it made a call of 1.3e10 (the starter's) take 1.55 times as 
 0.95 to 1.05 times, of 1.1e11 0.8 times and of 2e11 0.7 times. By size and not by a measurement at each start, which
 other work on the machine would turn around.
 """
-NO_MEMORY = ("allocate memory", "out of memory", "bad_alloc", "memoryerror")
-"""As the system, torch, CUDA, C++ and Python put it, in lower case."""
+NO_MEMORY = (
+    "allocate memory",
+    "not enough memory",
+    "out of memory",
+    "cuda_error_out_of_memory",
+    "cublas_status_alloc_failed",
+    "cudnn_status_alloc_failed",
+    "allocation_failed",
+    "bad_alloc",
+    "memoryerror",
+    "unable to allocate",
+)
+"""As the system, torch, CUDA, its libraries, C++, Python and numpy put it, in lower case."""
+NO_MEMORY_RETRY_S = 30.0
+"""What RetryInfo says after an image for which there was too little memory.
+
+Edges leave the cloud alone for that long, with all their images: long enough for the work of another process to pass,
+and half of what they heed at most, as images of other sizes may well go through.
+"""
 MIN_SIDE_MULTIPLE = 8  # diffusers' pipelines refuse sizes that are not multiples of 8 pixels
 
 
@@ -82,6 +99,7 @@ class Generator:
     def __init__(self, pipeline: Any, model: Model) -> None:
         self.model = model
         self._pipeline = pipeline
+        self._autoencoder_dtype = getattr(getattr(pipeline, "vae", None), "dtype", None)
         self._parameters = frozenset(inspect.signature(pipeline.__call__).parameters)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generator")
         if "callback_on_step_end" not in self._parameters:
@@ -122,7 +140,7 @@ class Generator:
         except Exception as error:  # loaders of many formats, each with its own exceptions
             said = reason(error).rstrip(".")
             cure = "Save it again with save_pretrained(), or choose another with --model"
-            if any(words in said.lower() for words in NO_MEMORY):
+            if _names(said, NO_MEMORY):
                 cure = "Free memory, or choose a smaller one with --model"
             raise StartRefused(f"cannot load the model in {model.folder}: {said}. {cure}") from error
         pipeline.set_progress_bar_config(disable=True)
@@ -220,13 +238,17 @@ class Generator:
             arguments["negative_prompt"] = spec.negative_prompt
         if stop.is_set():
             return None
+        failed = ""
         try:
             output = self._pipeline(**arguments)
         except _Stopped:
             return None
         # Whatever torch, diffusers or a driver raise; a panic in a native library is no Exception.
         except BaseException as error:
-            raise GenerationFailed(f"the pipeline failed: {reason(error)}") from error
+            failed = reason(error)
+        # Not in there, nor from that error: through its frames it would hold the image's tensors until some later time.
+        if failed:
+            raise self._failure(failed)
         if any(getattr(output, "nsfw_content_detected", None) or ()):
             raise ImageWithheld("the model's safety checker withheld the image; nothing is charged")
         generated = time.perf_counter()
@@ -240,6 +262,22 @@ class Generator:
             else None,
             png_s=time.perf_counter() - generated,
         )
+
+    def _failure(self, said: str) -> GenerationFailed:
+        """What an image comes to whose pipeline said this. Puts right what can be, so that the next one is made."""
+        try:
+            if self._autoencoder_dtype is not None:
+                # diffusers decodes in float32 what overflows in float16, and stays there where that fails.
+                self._pipeline.vae.to(self._autoencoder_dtype)
+        except Exception as error:  # torch's, of whatever backend
+            return GenerationFailed(f"the pipeline failed: {said}; and then: {reason(error)}")
+        if _names(said, NO_MEMORY):
+            return GenerationFailed(  # torch names the processes on the GPU, and what memory each has
+                "the server has too little memory for this image; ask for a smaller one, or try again later",
+                retry_after_s=NO_MEMORY_RETRY_S,
+                log_only=said,
+            )
+        return GenerationFailed(f"the pipeline failed: {said}")
 
     def _picture(self, image: Any) -> Any:
         """The PIL image of what the pipeline gave: that, or colours [H, W, C] from 0 to 1. Raises GenerationFailed."""
@@ -283,6 +321,10 @@ class Generator:
             f"the model in {self.model.folder} does not say its image size; write width and height to "
             "routet2i.json beside model_index.json"
         )
+
+
+def _names(said: str, words: tuple[str, ...]) -> bool:
+    return any(each in said.lower() for each in words)
 
 
 def _preview(pipeline: Any, latents: Any) -> bytes | None:
