@@ -13,9 +13,11 @@ CloudServerError
 ├── Unavailable          UNAVAILABLE
 ├── CallerGone           CANCELLED
 ├── GenerationFailed     INTERNAL
+├── DeviceLost           INTERNAL; exit code 3
 ├── JournalError         INTERNAL
 └── StartRefused         exit code 2
     ├── HubNotReached    exit code 3
+    ├── DeviceNotReady   exit code 3
     └── JournalNotReady  exit code 3
 """
 
@@ -100,6 +102,12 @@ class GenerationFailed(CloudServerError):
     """The pipeline raised. Nothing is charged."""
 
 
+class DeviceLost(CloudServerError):
+    """The device computes nothing more for this process, which has to end. Nothing is charged."""
+
+    exit_code = 3
+
+
 class JournalError(CloudServerError):
     """The journal of generations cannot be read or written."""
 
@@ -112,6 +120,12 @@ class StartRefused(CloudServerError):
 
 class HubNotReached(StartRefused):
     """The model is to come from a hub that does not answer: starting again may help."""
+
+    exit_code = 3
+
+
+class DeviceNotReady(StartRefused):
+    """Others have the device or its memory, or it is not up yet: starting again may help."""
 
     exit_code = 3
 
@@ -135,6 +149,7 @@ GRPC_CODES: dict[type[CloudServerError], grpc.StatusCode] = {
     Unavailable: grpc.StatusCode.UNAVAILABLE,
     CallerGone: grpc.StatusCode.CANCELLED,
     GenerationFailed: grpc.StatusCode.INTERNAL,
+    DeviceLost: grpc.StatusCode.INTERNAL,
     JournalError: grpc.StatusCode.INTERNAL,
 }
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cloud_server import complete, generator
-from cloud_server.errors import GenerationFailed, StartRefused
+from cloud_server.errors import DeviceNotReady, GenerationFailed
 from cloud_server.generator import Generator, Image
 from cloud_server.model import Card, Model, open_model
 from cloud_server.request import Spec
@@ -98,16 +98,17 @@ async def test_the_picture_is_the_one_that_diffusers_makes(kind: str) -> None:
         MemoryError(),
     ],
 )
-def test_a_model_that_memory_does_not_hold_is_not_to_be_saved_again(
+def test_a_model_that_memory_does_not_hold_is_to_be_tried_again_and_not_to_be_saved_again(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def full(*_: Any) -> Any:
         raise error
 
     monkeypatch.setattr(complete, "pipeline", full)
-    with pytest.raises(StartRefused, match="Free memory, or choose a smaller one with --model") as refused:
+    with pytest.raises(DeviceNotReady, match="Free memory, or choose a smaller one with --model") as refused:
         Generator.load(open_model(str(model_folder)), "cpu", "float32")
     assert "save_pretrained" not in refused.value.message
+    assert refused.value.exit_code == 3
 
 
 async def drawn(made_by: Generator) -> bytes:
