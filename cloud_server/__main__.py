@@ -29,7 +29,7 @@ try:
     from contextlib import suppress
 
     from cloud_server import log, settings, version
-    from cloud_server.errors import StartRefused
+    from cloud_server.errors import DeviceLost, StartRefused
 finally:
     signal.signal(signal.SIGINT, _before)
 
@@ -54,7 +54,8 @@ examples:
 SIGTERM, Ctrl-C and a terminal that closes let requests in flight finish (--grace-s); a second SIGTERM or
 Ctrl-C stops them at their next step. On Windows Ctrl-Break does what SIGTERM does elsewhere.
 Exit codes: 0 stopped when told to, 1 a fault of the program itself, 2 bad usage or could not start (the message says
-why), 3 a model's hub not reached, no room for the journal, or another server has it, 130 Ctrl-C in its first moments.
+why), 3 a model's hub not reached, no memory for the model, the device busy or lost, no room for the journal, or another
+server has it: starting again may help, 130 Ctrl-C in its first moments.
 """
 
 
@@ -127,11 +128,15 @@ def _serve(chosen: settings.Settings) -> int:
 
     try:
         server = asyncio.run(run(chosen))
+    except DeviceLost as lost:
+        logging.shutdown()
+        code = _complain(lost.message, lost.exit_code)
+        os._exit(code)  # torch might hang or crash as it lets go of the device
     finally:
         logging.shutdown()  # before anything else is said
-    if server.still_loading:
-        # Everything is closed; only the loader thread is left, deep in native code that cannot be interrupted
-        # and must not run while the interpreter is being taken down.
+    if server.still_working:
+        # Everything is closed; only the loader's or the model's thread is left, deep in native code that cannot be
+        # interrupted and must not run while the interpreter is being taken down.
         os._exit(0)
     return 0
 

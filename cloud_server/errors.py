@@ -13,9 +13,11 @@ CloudServerError
 ├── Unavailable          UNAVAILABLE
 ├── CallerGone           CANCELLED
 ├── GenerationFailed     INTERNAL
+├── DeviceLost           INTERNAL; exit code 3
 ├── JournalError         INTERNAL
 └── StartRefused         exit code 2
     ├── HubNotReached    exit code 3
+    ├── DeviceNotReady   exit code 3
     └── JournalNotReady  exit code 3
 """
 
@@ -31,7 +33,8 @@ class CloudServerError(Exception):
     """Base of every error this package raises on purpose. The message says what to do about it.
 
     `field` names the request field at fault; `retry_after_s` says when trying again may help, in seconds;
-    `facts` are machine-readable strings that travel as google.rpc.ErrorInfo metadata.
+    `facts` are machine-readable strings that travel as google.rpc.ErrorInfo metadata; `log_only` is what the log says
+    besides, and no caller hears.
     """
 
     def __init__(
@@ -41,12 +44,14 @@ class CloudServerError(Exception):
         field: str | None = None,
         retry_after_s: float | None = None,
         facts: dict[str, str] | None = None,
+        log_only: str = "",
     ) -> None:
         super().__init__(message)
         self.message = message
         self.field = field
         self.retry_after_s = retry_after_s
         self.facts = facts or {}
+        self.log_only = log_only
 
 
 class InvalidRequest(CloudServerError):
@@ -97,6 +102,12 @@ class GenerationFailed(CloudServerError):
     """The pipeline raised. Nothing is charged."""
 
 
+class DeviceLost(CloudServerError):
+    """The device computes nothing more for this process, which has to end. Nothing is charged."""
+
+    exit_code = 3
+
+
 class JournalError(CloudServerError):
     """The journal of generations cannot be read or written."""
 
@@ -109,6 +120,12 @@ class StartRefused(CloudServerError):
 
 class HubNotReached(StartRefused):
     """The model is to come from a hub that does not answer: starting again may help."""
+
+    exit_code = 3
+
+
+class DeviceNotReady(StartRefused):
+    """Others have the device or its memory, or it is not up yet: starting again may help."""
 
     exit_code = 3
 
@@ -132,6 +149,7 @@ GRPC_CODES: dict[type[CloudServerError], grpc.StatusCode] = {
     Unavailable: grpc.StatusCode.UNAVAILABLE,
     CallerGone: grpc.StatusCode.CANCELLED,
     GenerationFailed: grpc.StatusCode.INTERNAL,
+    DeviceLost: grpc.StatusCode.INTERNAL,
     JournalError: grpc.StatusCode.INTERNAL,
 }
 

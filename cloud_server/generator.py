@@ -11,11 +11,19 @@ import os
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from cloud_server.errors import GenerationFailed, ImageWithheld, StartRefused, reason
+from cloud_server.errors import (
+    CloudServerError,
+    DeviceLost,
+    DeviceNotReady,
+    GenerationFailed,
+    ImageWithheld,
+    StartRefused,
+    reason,
+)
 from cloud_server.model import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, WHAT_TO_INSTALL, Model
 from cloud_server.request import Limits, Spec
 
@@ -27,26 +35,64 @@ On two x86-64 cores it made a call of 1.3e10 (the starter's) take 1.55 times as 
 0.95 to 1.05 times, of 1.1e11 0.8 times and of 2e11 0.7 times. By size and not by a measurement at each start, which
 other work on the machine would turn around.
 """
-NO_MEMORY = ("allocate memory", "out of memory", "bad_alloc", "memoryerror")
-"""As the system, torch, CUDA, C++ and Python put it, in lower case."""
+NO_MEMORY = (
+    "allocate memory",
+    "not enough memory",
+    "out of memory",
+    "cuda_error_out_of_memory",
+    "cublas_status_alloc_failed",
+    "cudnn_status_alloc_failed",
+    "allocation_failed",
+    "bad_alloc",
+    "memoryerror",
+    "unable to allocate",
+)
+"""As the system, torch, CUDA, its libraries, C++, Python and numpy put it, in lower case."""
+NOT_YET = ("busy or unavailable", "system not yet initialized")
+"""As CUDA puts it, in lower case, where another process has the GPU to itself, or NVSwitch's fabric is not up yet."""
+NO_MEMORY_RETRY_S = 30.0
+"""What RetryInfo says after an image for which there was too little memory.
+
+Edges leave the cloud alone for that long, with all their images: long enough for the work of another process to pass,
+and half of what they heed at most, as images of other sizes may well go through.
+"""
 MIN_SIDE_MULTIPLE = 8  # diffusers' pipelines refuse sizes that are not multiples of 8 pixels
 
 
-def check_device(device: str) -> None:
-    """Raises StartRefused where torch has no such device, which takes none of the model to say."""
-    if device == "auto":
-        return
+def usable_device(wanted: str) -> str:
+    """The torch device that is wanted, where "auto" is CUDA when there is a GPU, else the CPU.
+
+    Raises DeviceNotReady where it may be usable later, else StartRefused where it computes nothing: that takes none of
+    the model to say.
+    """
+    device = wanted
     try:
         import torch
 
-        torch.empty(0, device=device)
+        if wanted == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        compute(device)
     except ImportError:
-        return  # `Generator.load` says what to install
+        pass  # `Generator.load` says what to install
     except Exception as error:  # torch's backends each raise their own
         said = reason(error).rstrip(".")
+        name = f"--device {wanted}" + (f" (here {device})" if device != wanted else "")
+        if _names(said, NO_MEMORY + NOT_YET):
+            raise DeviceNotReady(f"{name} cannot be used now: {said}. Free it, or try again later") from error
         raise StartRefused(
-            f"--device {device} cannot be used: {said}. Give auto, cpu, or a device that torch has here"
+            f"{name} cannot be used: {said}. Give --device cpu, or another that torch can use here"
         ) from error
+    return device
+
+
+def compute(device: Any) -> None:
+    """Has the device run a kernel and waits for it: tensors can be had of one that can do no more than that.
+
+    Raises whatever torch raises.
+    """
+    import torch
+
+    torch.ones(1, device=device).add(1).item()
 
 
 @dataclass(frozen=True)
@@ -77,13 +123,21 @@ class _Stopped(Exception):
 
 
 class Generator:
-    """One loaded pipeline. Makes one image at a time, whatever the callers do."""
+    """One loaded pipeline. Makes one image at a time, whatever the callers do.
+
+    `lost` is done once the device is, for this process: CUDA contexts do not heal.
+    """
 
     def __init__(self, pipeline: Any, model: Model) -> None:
         self.model = model
+        self.device = str(pipeline.device)
+        self.dtype = str(pipeline.dtype).removeprefix("torch.")
+        self.lost: Future[DeviceLost] = Future()
         self._pipeline = pipeline
+        self._autoencoder_dtype = getattr(getattr(pipeline, "vae", None), "dtype", None)
         self._parameters = frozenset(inspect.signature(pipeline.__call__).parameters)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generator")
+        self._making: Future[Image | None] | None = None  # the newest
         if "callback_on_step_end" not in self._parameters:
             raise StartRefused(
                 f"{type(pipeline).__name__} has no callback_on_step_end, so a cancelled call could not stop "
@@ -92,10 +146,12 @@ class Generator:
 
     @classmethod
     def load(cls, model: Model, device: str, dtype: str, threads: int = 0) -> Generator:
-        """Loads the weights; blocks for seconds to minutes. Raises StartRefused with what diffusers said.
+        """Loads the weights; blocks for seconds to minutes. `device` is what `usable_device` gave.
 
-        `device` "auto" is CUDA when there is a GPU, else the CPU; `dtype` "auto" is float16 on CUDA, else
-        float32. `threads` are torch's on a CPU, where 0 is one for a small denoiser and torch's own choice for a large.
+        `dtype` "auto" is float16 on CUDA, else float32. `threads` are torch's on a CPU, where 0 is one for a small
+        denoiser and torch's own choice for a large.
+
+        Raises DeviceNotReady where memory does not hold it, else StartRefused, with what diffusers said.
         """
         for library in ("DIFFUSERS", "TRANSFORMERS"):
             os.environ.setdefault(f"{library}_VERBOSITY", "error")  # both log while they are imported
@@ -115,16 +171,14 @@ class Generator:
             logs.disable_progress_bar()
             logs.disable_default_handler()
             logs.enable_propagation()
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             pipeline = complete.pipeline(model.folder, complete.dtype_for(device, dtype)).to(device)
         except Exception as error:  # loaders of many formats, each with its own exceptions
             said = reason(error).rstrip(".")
-            cure = "Save it again with save_pretrained(), or choose another with --model"
-            if any(words in said.lower() for words in NO_MEMORY):
-                cure = "Free memory, or choose a smaller one with --model"
-            raise StartRefused(f"cannot load the model in {model.folder}: {said}. {cure}") from error
+            kind, cure = StartRefused, "Save it again with save_pretrained(), or choose another with --model"
+            if _names(said, NO_MEMORY):
+                kind, cure = DeviceNotReady, "Free memory, or choose a smaller one with --model"
+            raise kind(f"cannot load the model in {model.folder}: {said}. {cure}") from error
         pipeline.set_progress_bar_config(disable=True)
         generator = cls(pipeline, model)
         if device.startswith("cpu") and (threads or generator._small()):
@@ -153,7 +207,8 @@ class Generator:
     async def generate(self, spec: Spec, preview: bool = False) -> AsyncGenerator[Step | Image, None]:
         """Steps, then one Image. Closing the generator stops the pipeline at its next step and awaits that.
 
-        Raises GenerationFailed when the pipeline raised, ImageWithheld when its safety checker blanked the image.
+        Raises GenerationFailed when the pipeline raised, DeviceLost when it did or will as the device is lost, and
+        ImageWithheld when its safety checker blanked the image.
         """
         loop = asyncio.get_running_loop()
         steps: asyncio.Queue[Step | None] = asyncio.Queue()
@@ -162,7 +217,8 @@ class Generator:
         def tell(step: Step) -> None:
             loop.call_soon_threadsafe(steps.put_nowait, step)
 
-        job = loop.run_in_executor(self._worker, self._make, spec, preview, stop, tell)
+        self._making = self._worker.submit(self._make, spec, preview, stop, tell)
+        job = asyncio.wrap_future(self._making)
 
         def done(job: asyncio.Future[Image | None]) -> None:
             job.exception()  # seen: nobody may be left to await it
@@ -178,9 +234,14 @@ class Generator:
             stop.set()
             await asyncio.wait([job])
 
+    @property
+    def busy(self) -> bool:
+        """Whether the pipeline runs. After `generate` was cancelled twice, in a step that does not end."""
+        return self._making is not None and not self._making.done()
+
     def close(self) -> None:
-        """Waits for the worker thread to end. The caller has closed every generation before."""
-        self._worker.shutdown(wait=True)
+        """Waits for the worker thread to end unless it is `busy`. The caller has closed every generation before."""
+        self._worker.shutdown(wait=not self.busy)
 
     def _make(
         self, spec: Spec, preview: bool, stop: threading.Event, tell: Callable[[Step], None]
@@ -220,13 +281,19 @@ class Generator:
             arguments["negative_prompt"] = spec.negative_prompt
         if stop.is_set():
             return None
+        if self.lost.done():
+            raise self.lost.result()
+        failed = ""
         try:
             output = self._pipeline(**arguments)
         except _Stopped:
             return None
         # Whatever torch, diffusers or a driver raise; a panic in a native library is no Exception.
         except BaseException as error:
-            raise GenerationFailed(f"the pipeline failed: {reason(error)}") from error
+            failed = reason(error)
+        # Not in there, nor from that error: through its frames it would hold the image's tensors until some later time.
+        if failed:
+            raise self._failure(failed)
         if any(getattr(output, "nsfw_content_detected", None) or ()):
             raise ImageWithheld("the model's safety checker withheld the image; nothing is charged")
         generated = time.perf_counter()
@@ -240,6 +307,26 @@ class Generator:
             else None,
             png_s=time.perf_counter() - generated,
         )
+
+    def _failure(self, said: str) -> CloudServerError:
+        """What an image comes to whose pipeline said this. Puts right what can be, so that the next one is made."""
+        try:
+            if self._autoencoder_dtype is not None:
+                # diffusers decodes in float32 what overflows in float16, and stays there where that fails.
+                self._pipeline.vae.to(self._autoencoder_dtype)
+            compute(self._pipeline.device)
+        except Exception as error:  # torch's, of whatever backend
+            if not _names(reason(error), NO_MEMORY):  # which others may have taken, and give back
+                lost = f"the device {self.device} is lost, so the server ends; starting it again may help"
+                self.lost.set_result(DeviceLost(lost, log_only=said))
+                return self.lost.result()
+        if _names(said, NO_MEMORY):
+            return GenerationFailed(  # torch names the processes on the GPU, and what memory each has
+                "the server has too little memory for this image; ask for a smaller one, or try again later",
+                retry_after_s=NO_MEMORY_RETRY_S,
+                log_only=said,
+            )
+        return GenerationFailed(f"the pipeline failed: {said}")
 
     def _picture(self, image: Any) -> Any:
         """The PIL image of what the pipeline gave: that, or colours [H, W, C] from 0 to 1. Raises GenerationFailed."""
@@ -283,6 +370,10 @@ class Generator:
             f"the model in {self.model.folder} does not say its image size; write width and height to "
             "routet2i.json beside model_index.json"
         )
+
+
+def _names(said: str, words: tuple[str, ...]) -> bool:
+    return any(each in said.lower() for each in words)
 
 
 def _preview(pipeline: Any, latents: Any) -> bytes | None:

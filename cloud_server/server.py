@@ -21,7 +21,7 @@ from grpc_reflection.v1alpha import reflection
 from cloud_server.admission import Admission
 from cloud_server.credentials import Credentials
 from cloud_server.errors import InvalidRequest, StartRefused
-from cloud_server.generator import Generator, check_device
+from cloud_server.generator import Generator, usable_device
 from cloud_server.journal import Journal
 from cloud_server.model import CARD_FILE, INDEX_FILE, open_model
 from cloud_server.request import Wish, validate
@@ -57,6 +57,7 @@ else:
     STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
     HANG_UP_SIGNALS = (signal.SIGHUP,)
 ROOM_BYTES = 256 * 1024  # of a request beside the prompts, and for one too long to be told so by us
+STEP_S = 10.0  # what a denoising step gets to end once its caller is cut off; in a dead driver it never does
 CLOSE_S = 1.0  # what handlers that were told to stop get to say so before their connections close
 
 
@@ -91,7 +92,10 @@ class Server:
         self._renewing = asyncio.create_task(self._credentials.keep_current())
 
     async def serve(self) -> None:
-        """Loads the model and serves it until `stop()`. Raises StartRefused when the model cannot be loaded."""
+        """Loads the model and serves it until `stop()`.
+
+        Raises StartRefused when the model cannot be loaded, and DeviceLost once its device is.
+        """
         loading = self._loading = self._load()
         stopped = asyncio.ensure_future(self._stop.wait())
         try:
@@ -100,9 +104,16 @@ class Server:
                 return
             serving = self._service.serving = loading.result()
             await self._set_health(health_pb2.HealthCheckResponse.SERVING)
-            model = serving.generator.model
-            log.info("serving", extra={"fields": {"model": model.name, "digest": model.digest}})
-            await stopped
+            generator, model = serving.generator, serving.generator.model
+            runs_on = {"device": generator.device, "dtype": generator.dtype}
+            fields = {"model": model.name, "digest": model.digest, **runs_on}
+            log.info("serving", extra={"fields": fields})
+            lost = asyncio.wrap_future(generator.lost)
+            await asyncio.wait((stopped, lost), return_when=asyncio.FIRST_COMPLETED)
+            if not self._stop.is_set():
+                fields = {"device": generator.device, "error": lost.result().log_only}
+                log.error("device lost", extra={"fields": fields})
+                raise lost.result()
         finally:
             stopped.cancel()
 
@@ -117,8 +128,10 @@ class Server:
         await asyncio.wait((idle, hurry), timeout=self.settings.grace_s, return_when=asyncio.FIRST_COMPLETED)
         idle.cancel()
         hurry.cancel()
-        self._service.cut_off()
-        await self._service.idle()  # a request that is cut off leaves the model at its next step
+        # A request that is cut off leaves the model at its next step, and amid one that hangs when it is cut off again.
+        for _ in range(2):
+            self._service.cut_off()
+            await asyncio.wait([asyncio.ensure_future(self._service.idle())], timeout=STEP_S)
         await self._server.stop(CLOSE_S)
         self._journal.close()
         if self._service.serving is not None:
@@ -136,9 +149,10 @@ class Server:
         self._stop.set()
 
     @property
-    def still_loading(self) -> bool:
-        """Whether a thread is loading the model, which nothing can interrupt."""
-        return self._loading is not None and not self._loading.done()
+    def still_working(self) -> bool:
+        """Whether a thread is loading the model, or hangs in it, which nothing can interrupt."""
+        loading = self._loading is not None and not self._loading.done()
+        return loading or (self._service.serving is not None and self._service.serving.generator.busy)
 
     async def _listen(self) -> None:
         # A character has at most four bytes.
@@ -183,10 +197,8 @@ class Server:
 
     def _open_model(self) -> Serving:
         settings = self.settings
-        check_device(settings.device)  # before all of the model is read for its digest
-        generator = Generator.load(
-            open_model(settings.model), settings.device, settings.dtype, settings.threads
-        )
+        device = usable_device(settings.device)  # before all of the model is read for its digest
+        generator = Generator.load(open_model(settings.model), device, settings.dtype, settings.threads)
         limits = generator.limits(
             max_side=settings.max_side,
             max_steps=settings.max_steps,
@@ -209,7 +221,7 @@ class Server:
 async def run(settings: Settings) -> Server:
     """Starts a server and serves until one of `STOP_SIGNALS`, a second one of which cuts the grace short, or SIGHUP.
 
-    Returns the stopped server. Raises StartRefused.
+    Returns the stopped server. Raises StartRefused and DeviceLost.
     """
     server = Server(settings)
     loop = asyncio.get_running_loop()

@@ -401,6 +401,7 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
             yield tenant
         except CloudServerError as error:
             line |= {"outcome": GRPC_CODES[type(error)].name, "error": error.message}
+            line |= {"cause": error.log_only} if error.log_only else {}
             status = grpc_status(error)
             trailing = (("grpc-status-details-bin", status.SerializeToString()),)
             await _abort(context, GRPC_CODES[type(error)], status.message, trailing)

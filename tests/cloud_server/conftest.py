@@ -213,8 +213,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
     """Starts processes, and kills those that a test leaves behind."""
     started: list[Process] = []
 
-    def start(*flags: str | Path, stderr: int | None = None) -> Process:
-        started.append(Process("cloud_server", tmp_path, *flags, stderr=stderr))
+    def start(*flags: str | Path, module: str = "cloud_server", stderr: int | None = None) -> Process:
+        started.append(Process(module, tmp_path, *flags, stderr=stderr))
         return started[-1]
 
     yield start

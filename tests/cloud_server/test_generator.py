@@ -1,8 +1,10 @@
-"""How many threads a model runs on, and that its pictures are those of diffusers."""
+"""How many threads a model runs on, that its pictures are those of diffusers, and what a failed one leaves behind."""
 
 from __future__ import annotations
 
+import gc
 import io
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,11 @@ import pytest
 import torch
 
 from cloud_server import complete, generator
-from cloud_server.errors import StartRefused
+from cloud_server.errors import DeviceNotReady, GenerationFailed
 from cloud_server.generator import Generator, Image
 from cloud_server.model import Card, Model, open_model
 from cloud_server.request import Spec
-from tests.miniature import miniature_lcm, miniature_pipeline
+from tests.miniature import miniature_lcm, miniature_pipeline, miniature_xl
 
 
 @pytest.fixture
@@ -83,18 +85,76 @@ async def test_the_picture_is_the_one_that_diffusers_makes(kind: str) -> None:
     [
         OSError("Cannot allocate memory (os error 12)"),  # safetensors
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:115] data. DefaultCPUAllocator: not enough memory: you tried"
+        ),
         RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("CUDA driver error: CUDA_ERROR_OUT_OF_MEMORY"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
         MemoryError("std::bad_alloc"),
+        MemoryError("Unable to allocate 2.00 GiB for an array"),  # numpy
         MemoryError(),
     ],
 )
-def test_a_model_that_memory_does_not_hold_is_not_to_be_saved_again(
+def test_a_model_that_memory_does_not_hold_is_to_be_tried_again_and_not_to_be_saved_again(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def full(*_: Any) -> Any:
         raise error
 
     monkeypatch.setattr(complete, "pipeline", full)
-    with pytest.raises(StartRefused, match="Free memory, or choose a smaller one with --model") as refused:
+    with pytest.raises(DeviceNotReady, match="Free memory, or choose a smaller one with --model") as refused:
         Generator.load(open_model(str(model_folder)), "cpu", "float32")
     assert "save_pretrained" not in refused.value.message
+    assert refused.value.exit_code == 3
+
+
+async def drawn(made_by: Generator) -> bytes:
+    """The PNG of a cat, after two steps."""
+    *_, image = [event async for event in made_by.generate(Spec("a cat", "", 7, 64, 64, 2, 3.0))]
+    assert isinstance(image, Image)
+    return image.png
+
+
+async def test_an_image_whose_decoding_found_no_memory_changes_nothing_of_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Diffusers turns a float16 autoencoder to float32 for the time of it, and forgets to turn it back."""
+    pipeline: Any = miniature_xl().to(torch.float16)
+    assert pipeline.vae.config.force_upcast
+    made_by = Generator(pipeline, Model("m", "", Path(), "0" * 64, Card()))
+    before = await drawn(made_by)
+
+    def full(*_: Any, **__: Any) -> None:
+        assert pipeline.vae.dtype == torch.float32
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.vae, "decode", full)
+        with pytest.raises(GenerationFailed):
+            await drawn(made_by)
+    assert await drawn(made_by) == before
+    made_by.close()
+
+
+async def test_a_failed_image_leaves_none_of_its_tensors_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are what the next one needs the memory for, and when cycles are collected nobody knows."""
+    pipeline = miniature_pipeline()
+    made_by = Generator(pipeline, Model("m", "", Path(), "0" * 64, Card()))
+    tensors: list[weakref.ref[torch.Tensor]] = []
+
+    def fail(latents: torch.Tensor, *_: Any, **__: Any) -> None:
+        tensors.append(weakref.ref(latents))
+        raise RuntimeError("a kernel failed")
+
+    monkeypatch.setattr(pipeline.vae, "decode", fail)
+    gc.disable()
+    try:
+        with pytest.raises(GenerationFailed, match="the pipeline failed: a kernel failed") as failed:
+            await drawn(made_by)
+        assert [tensor() for tensor in tensors] == [None], failed
+    finally:
+        gc.enable()
+    made_by.close()

@@ -19,6 +19,7 @@ from typing import Any
 
 import grpc
 import pytest
+import torch
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from cloud_server import credentials, server
@@ -52,7 +53,8 @@ async def test_it_loads_serves_drains_and_stops(
         assert early.error.code == "UNAVAILABLE"
         assert "loading" in early.error.message
         assert "RetryInfo" in early.error.details
-        await process.until('"serving"')
+        serving = json.loads(await process.until('"serving"'))
+        assert (serving["device"], serving["dtype"]) == ("cpu", "float32"), "what auto came to"
         assert await client.health_status() == "SERVING"
         assert await client.health_status("") == "SERVING"
 
@@ -145,6 +147,58 @@ async def test_when_the_grace_period_is_over_what_still_runs_is_told_so_and_stop
             assert await restarted.client.state(one) == "CANCELLED"
         again = await restarted.client.generate(request_id="slow", steps=1)
         assert again.error is None
+
+
+async def test_a_lost_device_ends_the_server_so_that_it_is_started_again(
+    start: Start, model_folder: Path, tmp_path: Path
+) -> None:
+    """Those whose images were in the making are told and not charged, and the log says what was lost and why."""
+    flags = ("--listen", "127.0.0.1:0", "--model", model_folder, "--state", tmp_path / "state")
+    process = start(*flags, module="tests.cloud_server.lost_device")
+    names = ("drawn", "waiting")
+    async with grpc.aio.insecure_channel(await process.address()) as channel:
+        await process.until('"serving"')
+        client = Client(channel)
+        calls = [client.call(request_id=one) for one in names]
+        for call in calls:
+            await anext(aiter(call))
+        (tmp_path / "lost").touch()
+        for answer in [await client.read(call) for call in calls]:
+            assert answer.error is not None
+            assert answer.error.code == "INTERNAL"
+            assert answer.error.message.startswith("the device cpu is lost")
+        assert await process.exit_code() == 3
+    (lost,) = [line for line in process.lines if line["event"] == "device lost"]
+    assert (lost["device"], lost["error"]) == ("cpu", "CUDA error: an illegal memory access was encountered")
+    assert {"draining", "stopped"} <= {line["event"] for line in process.lines}
+    ends = "cloud-server: the device cpu is lost, so the server ends; starting it again may help"
+    assert process.text.splitlines()[-1] == ends
+    async with serve(tmp_path / "state", model_folder) as restarted:
+        for one in names:
+            assert await restarted.client.state(one) == "FAILED"
+            assert not (await restarted.client.lookup(one)).charged
+
+
+async def test_a_step_that_hangs_keeps_neither_its_caller_nor_the_command_from_the_end(
+    start: Start, model_folder: Path, tmp_path: Path
+) -> None:
+    """As in a driver that answers no more. What can be told and written down still is."""
+    flags = ("--listen", "127.0.0.1:0", "--model", model_folder, "--state", tmp_path / "state")
+    process = start(*flags, "--grace-s", "0", module="tests.cloud_server.hanging_device")
+    async with grpc.aio.insecure_channel(await process.address()) as channel:
+        await process.until('"serving"')
+        call = Client(channel).call(request_id="hangs")
+        await anext(aiter(call))
+        await process.until("a step hangs")
+        process.popen.send_signal(STOP)
+        answer = await Client(channel).read(call)
+        assert answer.error is not None
+        assert answer.error.code == "UNAVAILABLE"
+        assert answer.error.message.startswith("the server was stopped before it was done")
+        assert await process.exit_code(20) == 0
+    assert process.lines[-1]["event"] == "stopped"
+    async with serve(tmp_path / "state", model_folder) as restarted:
+        assert await restarted.client.state("hangs") == "CANCELLED"
 
 
 @pytest.mark.posix
@@ -335,7 +389,7 @@ def test_a_model_whose_own_defaults_would_be_refused_is_not_served(
     assert f"cloud-server: the model's own defaults are not served: {words}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("device", ["foo", "cuda:99"])
+@pytest.mark.parametrize("device", ["foo", "cuda:99", "meta"])  # the last of which computes nothing
 def test_a_device_that_is_not_here_is_refused_before_the_model_is_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
@@ -346,6 +400,43 @@ def test_a_device_that_is_not_here_is_refused_before_the_model_is_read(
     where = ["--listen", "127.0.0.1:0", "--state", str(tmp_path / "state")]
     assert main(["serve", *where, "--device", device]) == 2
     assert f"cloud-server: --device {device} cannot be used: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("said", "code"),
+    [
+        ("CUDA error: no kernel image is available for execution on the device", 2),
+        ("CUDA error: CUDA-capable device(s) is/are busy or unavailable", 3),
+        ("Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized", 3),
+        ("CUDA error: out of memory", 3),
+    ],
+)
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_a_gpu_that_computes_nothing_is_refused_and_one_that_may_do_so_later_with_exit_code_3(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    said: str,
+    code: int,
+) -> None:
+    """The unit starts the server again after the one and not after the other."""
+    asked = []
+
+    def ones(*_: int, device: str) -> None:
+        asked.append(device)
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", ones)
+    where = ["--listen", "127.0.0.1:0", "--state", str(tmp_path / "state"), "--device", device]
+    assert main(["serve", *where]) == code
+    assert asked == ["cuda"]
+    name = "--device auto (here cuda)" if device == "auto" else "--device cuda"
+    words = "cannot be used now" if code == 3 else "cannot be used"
+    complaint = capsys.readouterr().err.splitlines()[-1]
+    assert complaint.startswith(f"cloud-server: {name} {words}: {said}. ")
+    assert ("Give --device cpu" in complaint) is (code == 2)
 
 
 def test_a_model_that_lacks_weights_is_refused_by_their_name(

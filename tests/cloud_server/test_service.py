@@ -475,7 +475,7 @@ async def test_a_pipeline_that_breaks_charges_nothing_and_the_next_call_is_serve
     running: Running, failure: type[BaseException]
 ) -> None:
     def break_down(*_: Any) -> None:
-        raise failure("CUDA error: out of memory")
+        raise failure("CUDA error: misaligned address")
 
     request_id = f"broken-{failure.__name__}"
     hook = running.pipeline.unet.register_forward_hook(break_down)
@@ -483,9 +483,35 @@ async def test_a_pipeline_that_breaks_charges_nothing_and_the_next_call_is_serve
     hook.remove()
     assert answer.error is not None
     assert answer.error.code == "INTERNAL"
-    assert answer.error.message == "the pipeline failed: CUDA error: out of memory"
+    assert answer.error.message == "the pipeline failed: CUDA error: misaligned address"
     assert await running.client.state(request_id) == "FAILED"
     assert (await running.client.generate(request_id=request_id)).error is None
+
+
+async def test_an_image_that_memory_does_not_hold_is_not_asked_for_again_at_once_and_only_the_log_says_who_has_it(
+    running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    said = "CUDA out of memory. Tried to allocate 2.00 GiB. Process 4711 has 70.2 GiB memory in use."
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError(said)
+
+    hook = running.pipeline.unet.register_forward_hook(full)
+    with caplog.at_level("INFO", logger="cloud_server"):
+        answer = await running.client.generate(request_id="too-large")
+        await running.idle()
+    hook.remove()
+    assert answer.error is not None
+    assert answer.error.code == "INTERNAL"
+    assert answer.error.message.startswith(
+        "the server has too little memory for this image; ask for a smaller"
+    )
+    assert "4711" not in str(answer.error)
+    assert answer.error.details["RetryInfo"].retry_delay.seconds == 30
+    (line,) = [record.__dict__["fields"] for record in caplog.records if record.message == "call"]
+    assert line["cause"] == said
+    assert await running.client.state("too-large") == "FAILED"
+    assert (await running.client.generate(request_id="too-large")).error is None
 
 
 async def test_an_image_of_what_is_no_number_is_neither_sent_nor_charged(running: Running) -> None:

@@ -76,5 +76,12 @@ def test_no_line_shuts_the_gpu_out(unit: Path) -> None:
 
 
 @pytest.mark.parametrize("unit", UNITS)
+def test_nvidias_setuid_helper_runs_before_the_sandbox_that_makes_it_powerless(unit: Path) -> None:
+    text = unit.read_text(encoding="utf-8")
+    assert "\nNoNewPrivileges=yes\n" in text
+    assert re.findall(r"^ExecStartPre=(\S+)", text, re.MULTILINE) == ["-+/usr/bin/nvidia-modprobe"]
+
+
+@pytest.mark.parametrize("unit", UNITS)
 def test_what_refused_to_start_is_not_started_again(unit: Path) -> None:
     assert f"\nRestartPreventExitStatus={BAD_INPUT}\n" in unit.read_text(encoding="utf-8")
