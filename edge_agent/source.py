@@ -356,6 +356,28 @@ class HubSource(WebSource):
         "set HF_TOKEN to a token that may read it, or look at the name: perhaps there is no such thing"
     )
 
+    def _refusal(self, error: urllib.error.HTTPError, name: str, last: urllib.request.Request) -> PullFailed:
+        """What the hub says in its headers beside the status, in words of ours."""
+        told = {
+            "Invalid credentials in Authorization header": (
+                "the token in HF_TOKEN is not valid or has expired; correct or unset it"
+            ),
+            "Access to this resource is disabled.": "the hub has disabled it",
+            "GatedRepo": f"agree to its terms at {self._base.geturl()}"
+            + (
+                "; a fine-grained token must also be allowed to read gated repositories"
+                if self._token
+                else ", and set HF_TOKEN to your token"
+            ),
+            "RevisionNotFound": f"it has no branch, tag or commit {self._revision}",
+            "RepoNotFound": "there is no such repository, or "
+            + ("the token may not read it" if self._token else "it is private: set HF_TOKEN"),
+        }
+        for header in ("X-Error-Code", "X-Error-Message"):
+            if why := told.get(error.headers.get(header, "")):
+                return SourceRefused(f"{self.place}: {why} ({error.code})")
+        return super()._refusal(error, name, last)
+
     def __init__(self, endpoint: str, repository: str, revision: str, token: str) -> None:
         super().__init__(f"{endpoint.rstrip('/')}/{repository}")
         self._repository, self._revision, self._token = repository, revision, token

@@ -637,6 +637,47 @@ def test_the_hub_says_how_to_be_let_in_and_what_to_export(web: Web, store: Store
     assert not store.folder.exists()
 
 
+@pytest.mark.parametrize(
+    ("code", "headers", "token", "words"),
+    [
+        (
+            401,
+            {"X-Error-Message": "Invalid credentials in Authorization header"},
+            "expired",
+            "the token in HF_TOKEN is not valid or has expired; correct or unset it",
+        ),
+        (
+            403,
+            {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to model someone/model is restricted"},
+            "valid",
+            "agree to its terms at {web}/someone/model; a fine-grained token must also be allowed",
+        ),
+        (
+            401,
+            {"X-Error-Code": "GatedRepo"},
+            "",
+            "agree to its terms at {web}/someone/model, and set HF_TOKEN to your token",
+        ),
+        (
+            403,
+            {"X-Error-Message": "Access to this resource is disabled."},
+            "valid",
+            "the hub has disabled it",
+        ),
+        (404, {"X-Error-Code": "RevisionNotFound"}, "", "it has no branch, tag or commit v1"),
+        (404, {"X-Error-Code": "RepoNotFound"}, "valid", "no such repository, or the token may not read it"),
+        (401, {"X-Error-Code": "RepoNotFound"}, "", "no such repository, or it is private: set HF_TOKEN"),
+    ],
+)
+def test_what_the_hub_says_beside_a_status_is_told_in_words_of_ours(
+    web: Web, code: int, headers: dict[str, str], token: str, words: str
+) -> None:
+    web.misbehave("status", code=code, headers=headers)
+    with pytest.raises(SourceRefused, match=f"^hf:someone/model@v1: .*{words.format(web=web.address)}.*"):
+        source_of("hf:someone/model@v1", {"HF_ENDPOINT": web.address, "HF_TOKEN": token}).manifest()
+    assert len(web.asked) == 1  # it has no pipeline either
+
+
 def test_the_hub_is_the_one_everybody_knows_unless_told_otherwise() -> None:
     source = source_of("hf:stabilityai/sd-turbo", {})
     assert isinstance(source, HubSource)
