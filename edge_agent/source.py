@@ -275,6 +275,8 @@ class WebSource:
             doubt = f", though {MANIFEST} lists it" if listed else "; is this the address of a bundle folder?"
             return _NotThere(f"{place} is not there ({status}){doubt}")
         if status in (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN):
+            if (host := self._who(last)) != self._base.netloc:
+                return SourceRefused(f"{host} refuses {name} ({status}); a firewall or proxy may block it")
             return SourceRefused(f"{place} is not for everybody ({status}); {self._how_to_be_let_in}")
         if status == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             return SourceLied(f"{place} is shorter than {MANIFEST} says")
@@ -294,9 +296,7 @@ class WebSource:
 
     def _silence(self, error: Exception, last: urllib.request.Request) -> PullFailed:
         """What it means that no answer came to `last`, the request that all redirects led to."""
-        own, host = self._base.netloc, printable(_host(last.full_url))
-        if host != own:
-            host = f"{host}, to which {own} redirects,"
+        own, host = self._base.netloc, self._who(last)
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         if isinstance(reason, ssl.SSLCertVerificationError):
             # A server without TLS may have led here, with nothing said of the authorities before.
@@ -331,6 +331,11 @@ class WebSource:
         return SourceUnreachable(
             f"{host} cannot be reached: {_reason(reason)}; check the address, the connection and that the server runs"
         )
+
+    def _who(self, last: urllib.request.Request) -> str:
+        """The host that `last` asks, and how it came to be asked where it is another than the source's own."""
+        own, host = self._base.netloc, printable(_host(last.full_url))
+        return host if host == own else f"{host}, to which {own} redirects,"
 
     # What the hub does otherwise.
 

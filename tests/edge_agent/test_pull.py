@@ -548,6 +548,23 @@ def test_where_a_redirect_leads_is_named_when_it_cannot_be_reached(web: Web) -> 
     assert "s3cret" not in raised.value.message
 
 
+@pytest.mark.parametrize("code", [401, 403])
+def test_where_a_redirect_leads_is_named_when_it_refuses_and_the_token_is_not_blamed(
+    web: Web, hollow: Path, code: int
+) -> None:
+    with web_server(hollow) as elsewhere:
+        web.misbehave("redirect", to=f"{elsewhere.address}/x?sig=s3cret")
+        elsewhere.misbehave("status", code=code)
+        host, asked = (each.address.removeprefix("http://") for each in (elsewhere, web))
+        with pytest.raises(
+            SourceRefused,
+            match=rf"^{host}, to which {asked} redirects, refuses manifest\.json \({code}\); a firewall",
+        ) as raised:
+            source_of("hf:someone/hollow", {"HF_ENDPOINT": web.address, "HF_TOKEN": "secret"}).manifest()
+    assert "HF_TOKEN" not in raised.value.message
+    assert "s3cret" not in raised.value.message
+
+
 def test_a_server_without_tls_is_told_from_one_that_is_not_there(web: Web) -> None:
     with pytest.raises(SourceUnreachable, match=r"over TLS: wrong version number; .*http://"):
         WebSource(web.address.replace("http:", "https:")).manifest()
