@@ -11,10 +11,14 @@ import os
 import re
 import shlex
 import ssl
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from email.message import Message
+from email.utils import mktime_tz, parsedate_tz
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,6 +49,9 @@ _MISMATCH = (62, 64)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # Python reads no number of thousands of digits.
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
+
+# Nothing remains of a limit for so many seconds: draft-ietf-httpapi-ratelimit-headers.
+_SPENT = re.compile(r";\s*r\s*=\s*0\s*;\s*t\s*=\s*(\d+)")
 
 
 class Source(Protocol):
@@ -286,11 +293,11 @@ class WebSource:
         if str(error.reason).startswith(urllib.request.HTTPRedirectHandler.inf_msg):
             return SourceRefused(f"{place} redirects in a circle, or too often ({said}); check the address")
         if status >= 500 or status in (http.HTTPStatus.TOO_MANY_REQUESTS, http.HTTPStatus.REQUEST_TIMEOUT):
-            after = error.headers.get("Retry-After", "")
-            when = f"; it says to come back in {after} s" if after.isdecimal() else ""
+            after_s = _retry_after_s(error.headers)
+            when = "" if after_s is None else f"; it says to come back in {after_s:.0f} s"
+            more = self._how_to_ask_more if status == http.HTTPStatus.TOO_MANY_REQUESTS else ""
             return SourceUnreachable(
-                f"{place} cannot be had at the moment ({said}){when}",
-                retry_after_s=float(after) if after.isdecimal() else None,
+                f"{place} cannot be had at the moment ({said}){when}{more}", retry_after_s=after_s
             )
         return SourceRefused(f"{place} cannot be had ({said})")
 
@@ -340,6 +347,7 @@ class WebSource:
     # What the hub does otherwise.
 
     _how_to_be_let_in = "make it readable without credentials, or put the bundle where it is"
+    _how_to_ask_more = ""
 
     def _address(self, name: str) -> str:
         return self._base._replace(path=f"{self._base.path}/{urllib.parse.quote(name)}").geturl()
@@ -386,6 +394,7 @@ class HubSource(WebSource):
     def __init__(self, endpoint: str, repository: str, revision: str, token: str) -> None:
         super().__init__(f"{endpoint.rstrip('/')}/{repository}")
         self._repository, self._revision, self._token = repository, revision, token
+        self._how_to_ask_more = "" if token else "; a token in HF_TOKEN raises the limit"
 
     @property
     def place(self) -> str:
@@ -466,6 +475,18 @@ def _wrong_authorities() -> str:
             "file, or unset it"
         )
     return ""
+
+
+def _retry_after_s(headers: Message) -> float | None:
+    """When the server wants to be asked again: in seconds, by a date, or as the hub says it; None where it does not."""
+    after = headers.get("Retry-After", "").strip()
+    if after.isdecimal():
+        return float(after)
+    with suppress(ValueError, OverflowError):  # a date that no calendar has
+        if date := parsedate_tz(after):
+            return max(0.0, mktime_tz(date) - time.time())
+    spent = _SPENT.search(headers.get("RateLimit", ""))
+    return float(spent[1]) if spent else None
 
 
 def _host(address: str) -> str:

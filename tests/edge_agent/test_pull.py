@@ -435,13 +435,48 @@ def test_a_server_that_is_overloaded_for_a_moment_is_asked_again(web: Web, store
     ]
 
 
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Retry-After": "3600"},
+        {"Retry-After": "Fri, 01 Jan 2100 00:00:00 GMT"},
+        {"RateLimit": '"pages";r=2;t=7, "resolvers";r=0;t=3600'},
+    ],
+)
 def test_a_server_that_wants_to_be_left_alone_for_long_is_left_to_the_next_pull(
-    web: Web, store: Store
+    web: Web, store: Store, headers: dict[str, str]
 ) -> None:
-    web.misbehave("status", at=TEXT_ENCODER, code=503, headers={"Retry-After": "3600"})
-    with pytest.raises(SourceUnreachable):
+    web.misbehave("status", at=TEXT_ENCODER, code=429, headers=headers)
+    with pytest.raises(SourceUnreachable, match=r"\(429 .*; it says to come back in \d{4,} s"):
         fetch(source(web), store)
     assert len(web.offsets(TEXT_ENCODER)) == 1
+
+
+@pytest.mark.parametrize(
+    ("headers", "wait_s"),
+    [
+        ({"Retry-After": "Thu, 01 Jan 1970 00:00:00 GMT"}, 0.0),
+        ({"Retry-After": "1", "RateLimit": '"resolvers";r=0;t=55'}, 1.0),
+        ({"Retry-After": "Mon, 31 Foo 99999 99:00:00 +99", "RateLimit": '"resolvers";r=0;t=55'}, 55.0),
+        ({"Retry-After": "soon"}, None),
+        ({"RateLimit": '"resolvers";r=9;t=55'}, None),
+    ],
+)
+def test_a_server_says_in_one_way_or_another_when_to_come_back(
+    web: Web, headers: dict[str, str], wait_s: float | None
+) -> None:
+    web.misbehave("status", code=429, headers=headers)
+    with pytest.raises(SourceUnreachable) as raised:
+        source(web).manifest()
+    assert raised.value.retry_after_s == wait_s
+
+
+@pytest.mark.parametrize("token", ["", "secret"])
+def test_who_asks_the_hub_too_often_without_a_token_is_told_that_one_helps(web: Web, token: str) -> None:
+    web.misbehave("status", code=429)
+    with pytest.raises(SourceUnreachable) as raised:
+        source_of("hf:someone/hollow", {"HF_ENDPOINT": web.address, "HF_TOKEN": token}).manifest()
+    assert ("a token in HF_TOKEN raises the limit" in raised.value.message) is (not token)
 
 
 def test_a_server_that_is_not_there_is_named_at_once(store: Store, web: Web) -> None:
