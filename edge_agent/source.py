@@ -71,7 +71,8 @@ class Source(Protocol):
 def source_of(text: str, environment: Mapping[str, str]) -> Source:
     """The source that `text` names: a folder, http(s)://..., or hf:OWNER/NAME[@REVISION].
 
-    HF_ENDPOINT and HF_TOKEN of the environment say where the hub is and who asks. Raises InvalidRequest.
+    HF_ENDPOINT and HF_TOKEN of the environment say where the hub is and who asks, as does the file of `hf auth login`.
+    Raises InvalidRequest.
     """
     if not text:
         raise InvalidRequest("the source is empty; name a folder, https://... or hf:OWNER/NAME")
@@ -83,12 +84,12 @@ def source_of(text: str, environment: Mapping[str, str]) -> Source:
             )
         endpoint = environment.get("HF_ENDPOINT") or HUB
         _check_address(endpoint, "HF_ENDPOINT")
-        token = environment.get("HF_TOKEN", "").strip()  # a file's last line break often comes along
+        token, kept_in = _token(environment)
         if not (token.isascii() and token.isprintable()):
             raise InvalidRequest(
-                "HF_TOKEN holds characters that no token can have; set it to the token alone"
+                f"{kept_in} holds characters that no token can have; set it to the token alone"
             )
-        return HubSource(endpoint, found[1], found[2] or "main", token)
+        return HubSource(endpoint, found[1], found[2] or "main", token, kept_in)
     if "://" in text:
         _check_address(text, "the source")
         return WebSource(text)
@@ -373,7 +374,7 @@ class HubSource(WebSource):
         """What the hub says in its headers beside the status, in words of ours."""
         told = {
             "Invalid credentials in Authorization header": (
-                "the token in HF_TOKEN is not valid or has expired; correct or unset it"
+                f"the token in {self._kept_in} is not valid or has expired; correct or remove it"
             ),
             "Access to this resource is disabled.": "the hub has disabled it",
             "GatedRepo": f"agree to its terms at {self._base.geturl()}"
@@ -384,16 +385,23 @@ class HubSource(WebSource):
             ),
             "RevisionNotFound": f"it has no branch, tag or commit {self._revision}",
             "RepoNotFound": "there is no such repository, or "
-            + ("the token may not read it" if self._token else "it is private: set HF_TOKEN"),
+            + (
+                f"the token in {self._kept_in} may not read it"
+                if self._token
+                else "it is private: set HF_TOKEN"
+            ),
         }
         for header in ("X-Error-Code", "X-Error-Message"):
             if why := told.get(error.headers.get(header, "")):
                 return SourceRefused(f"{self.place}: {why} ({error.code})")
         return super()._refusal(error, name, last)
 
-    def __init__(self, endpoint: str, repository: str, revision: str, token: str) -> None:
+    def __init__(
+        self, endpoint: str, repository: str, revision: str, token: str, kept_in: str = "HF_TOKEN"
+    ) -> None:
         super().__init__(f"{endpoint.rstrip('/')}/{repository}")
-        self._repository, self._revision, self._token = repository, revision, token
+        self._repository, self._revision = repository, revision
+        self._token, self._kept_in = token, kept_in
         self._how_to_ask_more = "" if token else "; a token in HF_TOKEN raises the limit"
 
     @property
@@ -460,6 +468,28 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
                     request.add_unredirected_header(header, value)
         self.last = request
         return request
+
+
+def _token(environment: Mapping[str, str]) -> tuple[str, str]:
+    """The token for the hub and where it is kept, looked for where the hub's own library does; empty without one."""
+    for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        if token := environment.get(variable, "").strip():  # a file's last line break often comes along
+            return token, variable
+    if environment.get("HF_HUB_DISABLE_IMPLICIT_TOKEN", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return "", ""
+    cache = environment.get("XDG_CACHE_HOME") or "~/.cache"
+    home = environment.get("HF_HOME") or f"{cache}/huggingface"
+    file = environment.get("HF_TOKEN_PATH") or f"{home}/token"
+    file = os.path.expandvars(os.path.expanduser(file))  # noqa: PTH111  # no home, no token: that is no error
+    try:
+        return Path(file).read_text(encoding="latin-1").strip(), file
+    except (FileNotFoundError, NotADirectoryError):
+        return "", ""
+    except OSError as error:
+        raise InvalidRequest(
+            f"{file}, which `hf auth login` keeps the token in, cannot be read: {_reason(error)}; "
+            "HF_HUB_DISABLE_IMPLICIT_TOKEN=1 does without"
+        ) from error
 
 
 def _wrong_authorities() -> str:

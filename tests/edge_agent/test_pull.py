@@ -70,6 +70,13 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "models", STARTER)
 
 
+@pytest.fixture(autouse=True)
+def nobody_has_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The token of whoever runs the tests is no business of theirs."""
+    for home in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(home, str(tmp_path))
+
+
 @pytest.fixture
 def web(hollow: Path, tmp_path: Path) -> Iterator[Web]:
     """A server with a copy of the bundle at /b that a test may damage."""
@@ -642,6 +649,50 @@ def test_a_token_with_its_files_line_break_is_taken_without_it(web: Web, store: 
     assert {asked.headers.get("Authorization") for asked in web.asked} == {"Bearer secret"}
 
 
+@pytest.mark.parametrize(
+    ("environment", "sent"),
+    [
+        ({}, "in ~/.cache/huggingface/token"),
+        ({"HF_TOKEN": "set", "HUGGING_FACE_HUB_TOKEN": "older", "HF_TOKEN_PATH": "~/other"}, "set"),
+        ({"HF_TOKEN": " ", "HUGGING_FACE_HUB_TOKEN": "older"}, "older"),
+        ({"HF_TOKEN_PATH": "~/other", "HF_HOME": "~/home"}, "in ~/other"),
+        ({"HF_HOME": "$HOME/home", "XDG_CACHE_HOME": "~/xdg"}, "in ~/home/token"),
+        ({"XDG_CACHE_HOME": "~/xdg"}, "in ~/xdg/huggingface/token"),
+        ({"HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}, ""),
+        ({"HF_HUB_DISABLE_IMPLICIT_TOKEN": "1", "HF_TOKEN": "set"}, "set"),
+        ({"HF_TOKEN_PATH": "~/none"}, ""),
+    ],
+)
+def test_the_token_is_looked_for_where_the_hubs_own_library_does(
+    web: Web, hollow: Path, tmp_path: Path, environment: dict[str, str], sent: str
+) -> None:
+    hub(web, hollow)
+    for file in (".cache/huggingface/token", "other", "home/token", "xdg/huggingface/token"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(f"in ~/{file}\n")
+    source_of("hf:someone/hollow", {"HF_ENDPOINT": web.address, **environment}).manifest()
+    assert web.asked[0].headers.get("Authorization", "") == (f"Bearer {sent}" if sent else "")
+
+
+def test_a_kept_token_that_does_not_serve_is_told_by_its_file(web: Web, tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    environment = {"HF_ENDPOINT": web.address, "HF_TOKEN_PATH": str(file)}
+    file.mkdir()
+    with pytest.raises(InvalidRequest, match=f"^{re.escape(str(file))}, .* cannot be read: "):
+        source_of("hf:someone/hollow", environment)
+    file.rmdir()
+    file.write_bytes("s3crét".encode())
+    with pytest.raises(InvalidRequest, match=f"^{re.escape(str(file))} holds") as raised:
+        source_of("hf:someone/hollow", environment)
+    assert "s3" not in raised.value.message
+    file.write_text("expired")
+    web.misbehave(
+        "status", code=401, headers={"X-Error-Message": "Invalid credentials in Authorization header"}
+    )
+    with pytest.raises(SourceRefused, match=f"the token in {re.escape(str(file))} is not valid"):
+        source_of("hf:someone/hollow", environment).manifest()
+
+
 @pytest.mark.parametrize("token", ["s3\rcret", "s3\x00cret", "s3cret🐈", "s3crét"])
 def test_a_token_that_no_header_can_hold_is_refused_and_told_to_nobody(token: str) -> None:
     with pytest.raises(InvalidRequest, match="HF_TOKEN holds") as raised:
@@ -696,7 +747,7 @@ def test_the_hub_says_how_to_be_let_in_and_what_to_export(web: Web, store: Store
             401,
             {"X-Error-Message": "Invalid credentials in Authorization header"},
             "expired",
-            "the token in HF_TOKEN is not valid or has expired; correct or unset it",
+            "the token in HF_TOKEN is not valid or has expired; correct or remove it",
         ),
         (
             403,
@@ -717,7 +768,12 @@ def test_the_hub_says_how_to_be_let_in_and_what_to_export(web: Web, store: Store
             "the hub has disabled it",
         ),
         (404, {"X-Error-Code": "RevisionNotFound"}, "", "it has no branch, tag or commit v1"),
-        (404, {"X-Error-Code": "RepoNotFound"}, "valid", "no such repository, or the token may not read it"),
+        (
+            404,
+            {"X-Error-Code": "RepoNotFound"},
+            "valid",
+            "no such repository, or the token in HF_TOKEN may not read it",
+        ),
         (401, {"X-Error-Code": "RepoNotFound"}, "", "no such repository, or it is private: set HF_TOKEN"),
     ],
 )
