@@ -40,6 +40,7 @@ HUB = "https://huggingface.co"
 TIMEOUT_S = 30.0
 """How long a server may take to answer, and to send the next bytes."""
 
+_HUB_HOSTS = ("huggingface.co", "hf.co")
 _MODEL_INDEX = "model_index.json"
 _HUB = re.compile(r"hf:([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(\S+))?", re.ASCII)
 # OpenSSL's numbers of a certificate that is not valid yet, and of one that has expired.
@@ -435,8 +436,8 @@ class _LessSafe(urllib.error.HTTPError):
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to other web addresses, never out of TLS, with credentials only on the same server, and without
-    reading what comes along with them.
+    """Follows redirects to other web addresses, never out of TLS, with credentials only on the same server or to the
+    hub, and without reading what comes along with them.
     """
 
     last: urllib.request.Request
@@ -462,7 +463,9 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         # What opens the proxy is added anew where the next request goes through it, too.
         headers = {name: value for name, value in req.headers.items() if name != "Proxy-authorization"}
         request = urllib.request.Request(newurl, headers=headers)  # noqa: S310  # http or https
-        if (old.scheme, old.netloc) == (new.scheme, new.netloc):
+        # Mirrors such as hf-mirror.com leave private repositories to the hub.
+        to_the_hub = new.scheme == "https" and new.hostname in _HUB_HOSTS
+        if to_the_hub or (old.scheme, old.netloc) == (new.scheme, new.netloc):
             for header, value in req.unredirected_hdrs.items():
                 if header == "Authorization":
                     request.add_unredirected_header(header, value)

@@ -45,6 +45,7 @@ class Web:
     headers: dict[str, str] = field(default_factory=dict)  # sent with every answer
     block_bytes: int = 1 << 16
     pause_s: float = 0.0  # after each block
+    behind: tuple[Path, Path] | None = None  # as a proxy: the certificate and key of all servers behind it
     asked: list[Asked] = field(default_factory=list)
 
     def misbehave(self, manner: str, at: str = "", times: int = 1 << 30, **how: object) -> None:
@@ -66,8 +67,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     web: Web
 
     def do_CONNECT(self) -> None:
-        """What a proxy is asked for the sake of TLS."""
-        self._head(self.web.code, {"Content-Length": "0"})
+        """What a proxy is asked for the sake of TLS. One with a certificate is the server behind it, too."""
+        web = self.web
+        if web.behind is None:
+            return self._head(web.code, {"Content-Length": "0"})
+        self._head(200, {})
+        self.request = _tls(*web.behind).wrap_socket(self.connection, server_side=True)
+        self.setup()
+        self.close_connection = False
+        return None
 
     def do_GET(self) -> None:
         web, path = self.web, unquote(urlsplit(self.path).path)
@@ -153,6 +161,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
+def _tls(certificate: Path, key: Path) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    return context
+
+
 class _Server(http.server.ThreadingHTTPServer):
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that goes away is what half of the tests are about."""
@@ -164,9 +178,7 @@ def web_server(folder: Path, certificate: tuple[Path, Path] | None = None) -> It
     web = Web(folder)
     server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"web": web}))
     if certificate is not None:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(*certificate)
-        server.socket = context.wrap_socket(server.socket, server_side=True)
+        server.socket = _tls(*certificate).wrap_socket(server.socket, server_side=True)
     web.address = f"http{'s' if certificate else ''}://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()

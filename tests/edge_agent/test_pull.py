@@ -643,6 +643,32 @@ def test_the_hub_is_asked_at_its_plain_addresses_with_the_token_kept_to_itself(
     assert same(store.folder / "hollow", hollow)
 
 
+@pytest.mark.parametrize(
+    ("host", "sent"),
+    [
+        ("huggingface.co", "Bearer secret"),
+        ("hf.co", "Bearer secret"),
+        ("cas-bridge.hf.co", None),
+        ("huggingface.co.example", None),
+    ],
+)
+def test_a_mirror_that_leaves_a_repository_to_the_hub_has_the_token_go_along_and_no_other_host_gets_it(
+    web: Web, hollow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str, sent: str | None
+) -> None:
+    with web_server(hollow) as elsewhere:
+        elsewhere.behind = certificate(tmp_path, f"DNS:{host}")
+        monkeypatch.setenv("http_proxy", web.address)
+        monkeypatch.setenv("https_proxy", elsewhere.address)
+        monkeypatch.setenv("SSL_CERT_FILE", str(elsewhere.behind[0]))
+        web.misbehave("redirect", to=f"https://{host}/{MANIFEST}")
+        environment = {"HF_ENDPOINT": "http://mirror.example", "HF_TOKEN": "secret"}
+        source_of("hf:someone/hollow", environment).manifest()
+    assert [asked.headers.get("Authorization") for asked in (*web.asked, *elsewhere.asked)] == [
+        "Bearer secret",
+        sent,
+    ]
+
+
 def test_a_token_with_its_files_line_break_is_taken_without_it(web: Web, store: Store, hollow: Path) -> None:
     hub(web, hollow)
     fetch(source_of("hf:someone/hollow", {"HF_ENDPOINT": web.address, "HF_TOKEN": " secret\r\n"}), store)
@@ -968,15 +994,21 @@ def test_a_real_disk_that_fills_up_half_way_is_the_same(web: Web, hollow: Path, 
         subprocess.run(["umount", disk], check=True)
 
 
+def certificate(folder: Path, names: str) -> tuple[Path, Path]:
+    """One of its own authority, for these names, and its key."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs the program openssl")
+    key, pem = folder / "key.pem", folder / "certificate.pem"
+    make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=models"
+    options = ["-addext", f"subjectAltName={names}", "-keyout", str(key), "-out", str(pem)]
+    subprocess.run([*make.split(), *options], check=True, capture_output=True)
+    return pem, key
+
+
 def test_over_tls_only_a_trusted_server_is_pulled_from(
     hollow: Path, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if shutil.which("openssl") is None:
-        pytest.skip("needs the program openssl")
-    key, pem = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=models"
-    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(pem)]
-    subprocess.run([*make.split(), *names], check=True, capture_output=True)
+    pem, key = certificate(tmp_path, "IP:127.0.0.1")
     with web_server(hollow, (pem, key)) as web, web_server(hollow) as plain:
         with pytest.raises(
             SourceRefused, match=r"certificate of 127\.0\.0\.1.*not to be trusted.*SSL_CERT_FILE"
