@@ -262,7 +262,9 @@ class WebSource:
             raise self._refusal(error, name, self._redirects.last) from error
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise self._silence(error, self._redirects.last) from error
-        if response.headers.get("Content-Encoding", "identity").lower() != "identity":
+        encodings = ",".join(response.headers.get_all("Content-Encoding", []))
+        # The last one is of the upload, and what some stores leave of it on files that are as they were.
+        if {each.strip().lower() for each in encodings.split(",")} - {"", "identity", "aws-chunked"}:
             response.close()
             raise SourceRefused(
                 f"{self.place} sends {name} compressed, although it was asked for as it is; turn that off for bundles"

@@ -500,6 +500,15 @@ def test_a_compressed_answer_is_refused(web: Web, store: Store) -> None:
     web.misbehave("compressed", at=DENOISER)
     with pytest.raises(SourceRefused, match="compressed"):
         fetch(source(web), store)
+    web.headers = {"Content-Encoding": "aws-chunked, gzip"}
+    with pytest.raises(SourceRefused, match=r"manifest\.json compressed"):
+        fetch(source(web), store)
+
+
+@pytest.mark.parametrize("encoding", ["", "Identity", "aws-chunked", "identity, AWS-chunked,"])
+def test_an_encoding_that_changes_nothing_is_none(web: Web, encoding: str) -> None:
+    web.headers = {"Content-Encoding": encoding}
+    assert source(web).manifest() == (web.folder / "b" / MANIFEST).read_bytes()
 
 
 def test_a_redirect_is_followed_with_the_range_and_a_circle_is_not(
