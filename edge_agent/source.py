@@ -47,6 +47,7 @@ _HUB = re.compile(r"hf:([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(\S+))?", re.A
 _OUT_OF_DATE = (9, 10)
 # Its numbers of one for another name or another address.
 _MISMATCH = (62, 64)
+_SECONDS = re.compile(r"\s*\d{1,6}\s*", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # Python reads no number of thousands of digits.
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
@@ -90,7 +91,12 @@ def source_of(text: str, environment: Mapping[str, str]) -> Source:
             raise InvalidRequest(
                 f"{kept_in} holds characters that no token can have; set it to the token alone"
             )
-        return HubSource(endpoint, found[1], found[2] or "main", token, kept_in)
+        patience_s = environment.get("HF_HUB_DOWNLOAD_TIMEOUT") or "0"
+        if not _SECONDS.fullmatch(patience_s):
+            raise InvalidRequest(
+                f"HF_HUB_DOWNLOAD_TIMEOUT is {patience_s!r}, which is no whole number of seconds below a million"
+            )
+        return HubSource(endpoint, found[1], found[2] or "main", token, kept_in, float(patience_s))
     if "://" in text:
         _check_address(text, "the source")
         return WebSource(text)
@@ -233,7 +239,7 @@ class WebSource:
                     if left == 0 and (promised is not None or not exactly):
                         return
         except (OSError, http.client.HTTPException) as error:
-            raise SourceUnreachable(f"{self.place} broke off in {name}: {_reason(error)}") from error
+            raise SourceUnreachable(f"{self.place} broke off in {name}: {self._reason(error)}") from error
         if got < (promised or 0) or (exactly and left > 0):
             raise SourceUnreachable(
                 f"{self.place} broke off in {name}: {_reason(http.client.IncompleteRead(b''))}"
@@ -256,7 +262,9 @@ class WebSource:
             request.add_unredirected_header(header, value)
         self._redirects.last = request
         try:
-            response: http.client.HTTPResponse = self._opener.open(request, timeout=TIMEOUT_S)
+            response: http.client.HTTPResponse = self._opener.open(
+                request, timeout=max(TIMEOUT_S, self._patience_s)
+            )
         except urllib.error.HTTPError as error:
             error.close()
             raise self._refusal(error, name, self._redirects.last) from error
@@ -331,7 +339,7 @@ class WebSource:
         if last.host != urllib.parse.unquote(wanted.netloc):
             variable = f"{wanted.scheme.upper()}_PROXY"
             return SourceUnreachable(
-                f"{host} cannot be reached through the proxy {printable(last.host)}: {_reason(reason)}; check "
+                f"{host} cannot be reached through the proxy {printable(last.host)}: {self._reason(reason)}; check "
                 f"{variable} (http://USER:PASSWORD@HOST:PORT), or name the host in NO_PROXY if there is a way without"
             )
         if isinstance(reason, ssl.SSLError):
@@ -340,7 +348,8 @@ class WebSource:
                 "with http:// instead"
             )
         return SourceUnreachable(
-            f"{host} cannot be reached: {_reason(reason)}; check the address, the connection and that the server runs"
+            f"{host} cannot be reached: {self._reason(reason)}; check the address, the connection and that the server "
+            "runs"
         )
 
     def _who(self, last: urllib.request.Request) -> str:
@@ -348,10 +357,15 @@ class WebSource:
         own, host = self._base.netloc, printable(_host(last.full_url))
         return host if host == own else f"{host}, to which {own} redirects,"
 
+    def _reason(self, error: object) -> str:
+        return _reason(error) + (self._how_to_be_patient if isinstance(error, TimeoutError) else "")
+
     # What the hub does otherwise.
 
     _how_to_be_let_in = "make it readable without credentials, or put the bundle where it is"
     _how_to_ask_more = ""
+    _how_to_be_patient = ""
+    _patience_s = 0.0  # where it is more than TIMEOUT_S
 
     def _address(self, name: str) -> str:
         return self._base._replace(path=f"{self._base.path}/{urllib.parse.quote(name)}").geturl()
@@ -399,12 +413,21 @@ class HubSource(WebSource):
                 return SourceRefused(f"{self.place}: {why} ({error.code})")
         return super()._refusal(error, name, last)
 
+    _how_to_be_patient = " (HF_HUB_DOWNLOAD_TIMEOUT may say to wait longer, in seconds)"
+
     def __init__(
-        self, endpoint: str, repository: str, revision: str, token: str, kept_in: str = "HF_TOKEN"
+        self,
+        endpoint: str,
+        repository: str,
+        revision: str,
+        token: str,
+        kept_in: str = "HF_TOKEN",
+        patience_s: float = 0.0,
     ) -> None:
         super().__init__(f"{endpoint.rstrip('/')}/{repository}")
         self._repository, self._revision = repository, revision
         self._token, self._kept_in = token, kept_in
+        self._patience_s = patience_s
         self._how_to_ask_more = "" if token else "; a token in HF_TOKEN raises the limit"
 
     @property

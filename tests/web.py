@@ -29,10 +29,11 @@ class Asked:
 class Web:
     """What the server does. `manner` holds for the files whose path ends in `at`, the first `times` times.
 
-    honest, no_range, stop (half of what is asked for, then the connection ends), hang (the same, then nothing), anew
-    (two or three quarters in turns, from the beginning each time), wrong (one bit), longer and shorter (whole answers
-    of another size), endless (no size, and no end), cut (a chunk that ends early), other_part (of the file than was
-    asked for), compressed, redirect (to `to`), chatty_redirect (the same, with a body of 64 MB), status (`code`).
+    honest, late (after a second), no_range, stop (half of what is asked for, then the connection ends), hang (the same,
+    then nothing), anew (two or three quarters in turns, from the beginning each time), wrong (one bit), longer and
+    shorter (whole answers of another size), endless (no size, and no end), cut (a chunk that ends early), other_part
+    (of the file than was asked for), compressed, redirect (to `to`), chatty_redirect (the same, with a body of 64 MB),
+    status (`code`).
     """
 
     folder: Path
@@ -101,6 +102,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return None
         if manner == "status":
             return self._head(web.code, {"Content-Length": "0", **web.headers})
+        if manner == "late":
+            time.sleep(1)
         file = web.folder / path.lstrip("/")
         if not file.is_file():
             return self._head(404, {"Content-Length": "0"})

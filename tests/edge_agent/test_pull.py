@@ -236,6 +236,33 @@ def test_a_server_that_falls_silent_is_asked_again(
     assert same(store.folder / "hollow", hollow)
 
 
+def test_a_hub_may_be_silent_for_as_long_as_its_variable_says(
+    web: Web, store: Store, hollow: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_agent.source.TIMEOUT_S", 0.2)
+    hub(web, hollow)
+    environment = {"HF_ENDPOINT": web.address}
+    web.misbehave("late", at=DENOISER, times=1)
+    (trouble,) = [
+        event.trouble
+        for event in pull(source_of("hf:someone/hollow", environment), store, waits_s=NO_WAITS)
+        if isinstance(event, Fetched) and event.trouble
+    ]
+    assert "no answer in time (HF_HUB_DOWNLOAD_TIMEOUT may" in trouble
+    assert len(web.offsets(DENOISER)) == 2
+    web.asked.clear()
+    web.times = 1
+    environment["HF_HUB_DOWNLOAD_TIMEOUT"] = "20"
+    fetch(source_of("hf:someone/hollow", environment), store, "again")
+    assert len(web.offsets(DENOISER)) == 1
+
+
+@pytest.mark.parametrize("seconds", ["ten", "-1", "1e3", "99999999", "٣"])
+def test_a_timeout_that_is_no_number_of_seconds_is_refused(seconds: str) -> None:
+    with pytest.raises(InvalidRequest, match="^HF_HUB_DOWNLOAD_TIMEOUT is"):
+        source_of("hf:someone/hollow", {"HF_HUB_DOWNLOAD_TIMEOUT": seconds})
+
+
 @pytest.mark.parametrize(
     ("manner", "words"),
     [
