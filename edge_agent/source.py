@@ -260,7 +260,7 @@ class WebSource:
             request.add_header("Range", f"bytes={offset}-")
         for header, value in self._credentials().items():
             request.add_unredirected_header(header, value)
-        self._redirects.last = request
+        self._redirects.last, self._redirects.commit = request, ""
         try:
             response: http.client.HTTPResponse = self._opener.open(
                 request, timeout=max(TIMEOUT_S, self._patience_s)
@@ -444,7 +444,7 @@ class HubSource(WebSource):
         return {"Authorization": f"Bearer {self._token}"} if self._token else {}
 
     def _settle_on(self, response: http.client.HTTPResponse) -> None:
-        commit = response.headers.get("X-Repo-Commit", "")
+        commit = response.headers.get("X-Repo-Commit") or self._redirects.commit
         if _COMMIT.fullmatch(commit):
             self._revision = commit
 
@@ -468,6 +468,9 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     last: urllib.request.Request
     """Where they have led so far. Whoever opens an address sets it."""
 
+    commit: str
+    """That the hub named on the way: where it redirects to, none may be known. Set likewise."""
+
     http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302  # Python 3.10 does not know it
 
     def redirect_request(
@@ -480,6 +483,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         newurl: str,
     ) -> urllib.request.Request:
         """The request that follows; raises _LessSafe where none may."""
+        self.commit = headers.get("X-Repo-Commit") or self.commit
         fp.close()  # urllib would read its body, which may have no end, into memory
         old, new = urllib.parse.urlsplit(req.full_url), urllib.parse.urlsplit(newurl)
         if new.scheme not in ("http", "https") or (old.scheme == "https" and new.scheme == "http"):
