@@ -321,6 +321,9 @@ class WebSource:
             # A server without TLS may have led here, with nothing said of the authorities before.
             cure = _wrong_authorities() or (
                 "if an authority of your own vouches for it, name that authority's PEM file in SSL_CERT_FILE"
+                if _has_authorities()
+                else "this Python finds no certificates of authorities; install ca-certificates, or name the system's "
+                "file, such as /etc/pki/tls/certs/ca-bundle.crt, in SSL_CERT_FILE"
             )
             if reason.verify_code in _OUT_OF_DATE:
                 cure = "its owner has to renew it, unless the clock of this machine is wrong"
@@ -537,6 +540,13 @@ def _wrong_authorities() -> str:
             "file, or unset it"
         )
     return ""
+
+
+def _has_authorities() -> bool:
+    """Whether Python finds any, be they in OpenSSL's folder, in its file or on Windows the system's own."""
+    folder = ssl.get_default_verify_paths().capath
+    in_folder = folder is not None and any(Path(folder).glob("*"))
+    return in_folder or ssl.create_default_context().cert_store_stats()["x509"] > 0
 
 
 def _retry_after_s(headers: Message) -> float | None:

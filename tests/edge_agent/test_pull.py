@@ -1084,6 +1084,22 @@ def test_over_tls_only_a_trusted_server_is_pulled_from(
     assert same(store.folder / "hollow", hollow)
 
 
+@pytest.mark.posix
+@pytest.mark.parametrize("folder", ["none", "empty"])
+def test_a_python_without_authorities_is_told_from_a_server_without_one(
+    hollow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    """As one that brings its own OpenSSL, which looks elsewhere than this system keeps them."""
+    monkeypatch.setenv("SSL_CERT_FILE", "")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path / folder))
+    with (
+        web_server(hollow, certificate(tmp_path, "IP:127.0.0.1")) as web,
+        pytest.raises(SourceRefused, match="this Python finds no certificates of authorities; install"),
+    ):
+        WebSource(web.address).manifest()
+
+
 @pytest.mark.parametrize(
     ("code", "says"), [(9, "certificate is not yet valid"), (10, "certificate has expired")]
 )
