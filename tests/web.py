@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import http.server
 import re
+import shutil
 import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +14,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+import pytest
 
 
 @dataclass
@@ -162,6 +166,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # its name in the base class
         pass
+
+
+def certificate(folder: Path, names: str) -> tuple[Path, Path]:
+    """One of its own authority, for these names, and its key."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs the program openssl")
+    key, pem = folder / "key.pem", folder / "certificate.pem"
+    make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=models"
+    options = ["-addext", f"subjectAltName={names}", "-keyout", str(key), "-out", str(pem)]
+    subprocess.run([*make.split(), *options], check=True, capture_output=True)
+    return pem, key
 
 
 def _tls(certificate: Path, key: Path) -> ssl.SSLContext:

@@ -50,7 +50,7 @@ from edge_agent.source import FolderSource, HubSource, WebSource, source_of
 from edge_agent.store import Store
 from tests.hollow import EMPTY, SIZES, hollow_bundle
 from tests.running import process_environment
-from tests.web import Web, web_server
+from tests.web import Web, certificate, web_server
 
 KILLS = int(os.environ.get("ROUTET2I_KILLS", "2"))
 """How often a pull is killed at a random moment; a hundred take some minutes."""
@@ -1041,17 +1041,6 @@ def test_a_real_disk_that_fills_up_half_way_is_the_same(web: Web, hollow: Path, 
         assert same(store.folder / "hollow", hollow)
     finally:
         subprocess.run(["umount", disk], check=True)
-
-
-def certificate(folder: Path, names: str) -> tuple[Path, Path]:
-    """One of its own authority, for these names, and its key."""
-    if shutil.which("openssl") is None:
-        pytest.skip("needs the program openssl")
-    key, pem = folder / "key.pem", folder / "certificate.pem"
-    make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=models"
-    options = ["-addext", f"subjectAltName={names}", "-keyout", str(key), "-out", str(pem)]
-    subprocess.run([*make.split(), *options], check=True, capture_output=True)
-    return pem, key
 
 
 def test_over_tls_only_a_trusted_server_is_pulled_from(
