@@ -42,7 +42,7 @@ TIMEOUT_S = 30.0
 
 _HUB_HOSTS = ("huggingface.co", "hf.co")
 _MODEL_INDEX = "model_index.json"
-_HUB = re.compile(r"hf:([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(\S+))?", re.ASCII)
+_HUB = re.compile(r"hf:(\w[\w.-]*/\w[\w.-]*)(?:@(\S+))?", re.ASCII)
 # OpenSSL's numbers of a certificate that is not valid yet, and of one that has expired.
 _OUT_OF_DATE = (9, 10)
 # Its numbers of one for another name or another address.
@@ -84,8 +84,8 @@ def source_of(text: str, environment: Mapping[str, str]) -> Source:
             raise InvalidRequest(
                 f"{text!r} names no repository of the hub; write hf:OWNER/NAME or hf:OWNER/NAME@REVISION"
             )
-        endpoint = environment.get("HF_ENDPOINT") or HUB
-        _check_address(endpoint, "HF_ENDPOINT")
+        endpoint = environment.get("HF_ENDPOINT", "").strip() or HUB
+        _check_address(endpoint, "HF_ENDPOINT", "a token belongs in HF_TOKEN")
         token, kept_in = _token(environment)
         if not (token.isascii() and token.isprintable()):
             raise InvalidRequest(
@@ -98,7 +98,7 @@ def source_of(text: str, environment: Mapping[str, str]) -> Source:
             )
         return HubSource(endpoint, found[1], found[2] or "main", token, kept_in, float(patience_s))
     if "://" in text:
-        _check_address(text, "the source")
+        _check_address(text, "the source", "others see the command line")
         return WebSource(text)
     folder = expanded(text)
     try:
@@ -341,6 +341,11 @@ class WebSource:
         wanted = urllib.parse.urlsplit(last.full_url)
         if last.host != urllib.parse.unquote(wanted.netloc):
             variable = f"{wanted.scheme.upper()}_PROXY"
+            if urllib.request.getproxies().get(wanted.scheme, "").startswith("socks"):
+                return SourceRefused(
+                    f"{host} cannot be reached through the proxy {printable(last.host)}, which speaks SOCKS: name one "
+                    f"that speaks HTTP in {variable}"
+                )
             return SourceUnreachable(
                 f"{host} cannot be reached through the proxy {printable(last.host)}: {self._reason(reason)}; check "
                 f"{variable} (http://USER:PASSWORD@HOST:PORT), or name the host in NO_PROXY if there is a way without"
@@ -566,7 +571,8 @@ def _host(address: str) -> str:
     return urllib.parse.urlsplit(address).netloc.rpartition("@")[2]
 
 
-def _check_address(address: str, what: str) -> None:
+def _check_address(address: str, what: str, why_without: str) -> None:
+    """Raises InvalidRequest, calling it `what`, where it is none, or holds a password; `why_without` goes with that."""
     try:
         parts = urllib.parse.urlsplit(address)
         good = (
@@ -581,7 +587,7 @@ def _check_address(address: str, what: str) -> None:
     if not good:
         raise InvalidRequest(f"{what} is {address!r}, which is no http:// or https:// address")
     if "@" in parts.netloc:
-        raise InvalidRequest(f"{what} must not hold a user name or password: others see the command line")
+        raise InvalidRequest(f"{what} must not hold a user name or password: {why_without}")
 
 
 def _unexported(place: str, model: str) -> SourceRefused:

@@ -616,6 +616,15 @@ def test_a_proxy_that_does_not_let_through_is_named(
     assert "s3cret" not in raised.value.message
 
 
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_proxy_that_speaks_socks_is_refused(monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
+    monkeypatch.setenv(f"{scheme}_proxy", "socks5h://user:s3cret@127.0.0.1:1")
+    words = f"proxy 127.0.0.1:1, which speaks SOCKS: name one that speaks HTTP in {scheme.upper()}_PROXY"
+    with pytest.raises(SourceRefused, match=words) as raised:
+        WebSource(f"{scheme}://models.example.com/b").manifest()
+    assert "s3cret" not in raised.value.message
+
+
 def test_where_a_redirect_leads_is_named_when_it_cannot_be_reached(web: Web) -> None:
     web.misbehave("redirect", to="http://user:s3cret@127.0.0.1:1/x?sig=s3cret")
     asked = web.address.removeprefix("http://")
@@ -868,6 +877,20 @@ def test_the_hub_is_the_one_everybody_knows_unless_told_otherwise() -> None:
         source._address(DENOISER)
         == "https://huggingface.co/stabilityai/sd-turbo/resolve/main/unet/model.onnx"
     )
+
+
+def test_a_hub_whose_address_holds_a_password_is_told_where_a_token_belongs() -> None:
+    with pytest.raises(
+        InvalidRequest, match=r"HF_ENDPOINT must not hold .*: a token belongs in HF_TOKEN"
+    ) as raised:
+        source_of("hf:a/b", {"HF_ENDPOINT": "https://user:s3cret@hub.example"})
+    assert "s3cret" not in raised.value.message
+
+
+def test_a_name_may_begin_with_an_underscore_and_a_hubs_address_end_with_a_blank() -> None:
+    source = source_of("hf:_a/_b", {"HF_ENDPOINT": "https://hub.example/ "})
+    assert isinstance(source, HubSource)
+    assert source._address(MANIFEST) == "https://hub.example/_a/_b/resolve/main/manifest.json"
 
 
 @pytest.mark.parametrize(
