@@ -395,6 +395,28 @@ class HubSource(WebSource):
         "set HF_TOKEN to a token that may read it, or look at the name: perhaps there is no such thing"
     )
 
+    _how_to_be_patient = " (HF_HUB_DOWNLOAD_TIMEOUT may say to wait longer, in seconds)"
+
+    def __init__(
+        self,
+        endpoint: str,
+        repository: str,
+        revision: str,
+        token: str,
+        kept_in: str = "HF_TOKEN",
+        patience_s: float = 0.0,
+    ) -> None:
+        super().__init__(f"{endpoint.rstrip('/')}/{repository}")
+        self._repository, self._revision = repository, revision
+        self._token, self._kept_in = token, kept_in
+        self._patience_s = patience_s
+        self._how_to_ask_more = "" if token else "; a token in HF_TOKEN raises the limit"
+
+    @property
+    def place(self) -> str:
+        """As it is written on the command line."""
+        return f"hf:{self._repository}@{self._revision}"
+
     def _refusal(self, error: urllib.error.HTTPError, name: str, last: urllib.request.Request) -> PullFailed:
         """What the hub says in its headers beside the status, in words of ours."""
         told = {
@@ -420,28 +442,6 @@ class HubSource(WebSource):
             if why := told.get(error.headers.get(header, "")):
                 return SourceRefused(f"{self.place}: {why} ({error.code})")
         return super()._refusal(error, name, last)
-
-    _how_to_be_patient = " (HF_HUB_DOWNLOAD_TIMEOUT may say to wait longer, in seconds)"
-
-    def __init__(
-        self,
-        endpoint: str,
-        repository: str,
-        revision: str,
-        token: str,
-        kept_in: str = "HF_TOKEN",
-        patience_s: float = 0.0,
-    ) -> None:
-        super().__init__(f"{endpoint.rstrip('/')}/{repository}")
-        self._repository, self._revision = repository, revision
-        self._token, self._kept_in = token, kept_in
-        self._patience_s = patience_s
-        self._how_to_ask_more = "" if token else "; a token in HF_TOKEN raises the limit"
-
-    @property
-    def place(self) -> str:
-        """As it is written on the command line."""
-        return f"hf:{self._repository}@{self._revision}"
 
     def _address(self, name: str) -> str:
         revision = urllib.parse.quote(self._revision, safe="")
