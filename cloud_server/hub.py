@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import errno
-import math
 import os
 import socket
+import ssl
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from huggingface_hub import constants, model_info
+from huggingface_hub import __version__, constants, get_token, model_info
 from huggingface_hub.errors import (
+    DisabledRepoError,
     EntryNotFoundError,
+    FileMetadataError,
     GatedRepoError,
     HfHubHTTPError,
     LocalEntryNotFoundError,
@@ -22,21 +24,36 @@ from huggingface_hub.errors import (
 _LATER = 429
 """In HTTP, too many requests; those above are the server's own trouble."""
 
+_NOT_LET_IN = (401, 403)
+
 _FORGOTTEN_S = 60.0
 """How long a hub is not asked again that let us wait, as one that is silent does for 10 s. A refusal comes at once."""
 
 _NO_WAY = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN})
 """What the system says of a host to which no way leads; Python has no classes for these."""
 
-_unreached_at: dict[str, float] = {}  # by the hub's address; time.monotonic(), s
+_unreached: dict[str, tuple[float, Exception]] = {}
+"""By the hub's address: until when (time.monotonic) it is not asked again, and what came of asking it last."""
 
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+
+_AUTHORITIES = "REQUESTS_CA_BUNDLE" if __version__.startswith("0.") else "SSL_CERT_FILE"
+"""The variable that names the authorities to trust, as the transport below the hub's library has it."""
 
 
 def why(model: str, error: BaseException) -> str:
     """What the hub answered, or that it did not, and what to do about it; empty where it has the model."""
     hub = f"the hub at {constants.ENDPOINT}"
-    for each in behind(error):
+    for each in _causes(error):
+        if isinstance(each, ssl.SSLCertVerificationError):
+            return (
+                f"the certificate of {hub} is not to be trusted: {each.verify_message}; if an authority of your own "
+                f"vouches for it, name that authority's PEM file in {_AUTHORITIES}"
+            )
+        if isinstance(each, FileMetadataError):
+            return f"{hub} answers without the headers of a hub; check HF_ENDPOINT"
+        if isinstance(each, DisabledRepoError):
+            return f"{hub} has disabled it"
         if isinstance(each, GatedRepoError):
             terms = f"{constants.ENDPOINT}/{model}"
             return (
@@ -44,7 +61,13 @@ def why(model: str, error: BaseException) -> str:
             )
         if isinstance(each, RepositoryNotFoundError):
             return f"{hub} has no such model, or not for everybody: look at the name; for one that is private {_LOG_IN}"
-        if status := _status(each):
+        status = _status(each)
+        if status in _NOT_LET_IN and get_token():
+            return (
+                f"{hub} refuses the token ({status}), which is not valid, has expired or may not read it: "
+                "`hf auth login`, or unset HF_TOKEN"
+            )
+        if status:
             return f"{hub} answers with the error {status}" + (
                 ": try again later" if status >= _LATER else ""
             )
@@ -64,32 +87,52 @@ def out_of_reach(model: str | os.PathLike[str]) -> bool:
     """
     if Path(model).is_dir():
         return False
-    if time.monotonic() < _unreached_at.get(constants.ENDPOINT, -math.inf) + _FORGOTTEN_S:
+    if constants.ENDPOINT in _unreached and time.monotonic() < _unreached[constants.ENDPOINT][0]:
         return True
     limit_s = constants.HF_HUB_ETAG_TIMEOUT  # without one it waits for ever
     try:
         model_info(os.fspath(model), timeout=limit_s)
     except Exception as error:  # the library raises whatever its transport raises
-        unreached = _is_unreached(error)
-        if unreached and not any(isinstance(each, ConnectionError) for each in behind(error)):
-            _unreached_at[constants.ENDPOINT] = time.monotonic()
-        return unreached
+        if _is_unreached(error):
+            at_once = any(isinstance(each, (ConnectionError, ssl.SSLError)) for each in behind(error))
+            _unreached[constants.ENDPOINT] = (time.monotonic() + (0.0 if at_once else _FORGOTTEN_S), error)
+            return True
+    _unreached.pop(constants.ENDPOINT, None)
     return False
 
 
 def may_recover(error: BaseException) -> bool:
     """Whether the hub was not reached, or had no answer for now, whatever the libraries have made of it since."""
-    if constants.HF_HUB_OFFLINE:
+    causes = list(_causes(error))
+    if constants.HF_HUB_OFFLINE or any(
+        isinstance(each, (ssl.SSLCertVerificationError, FileMetadataError)) or 0 < _status(each) < _LATER
+        for each in causes
+    ):
         return False
-    return _is_unreached(error) or any(_status(each) >= _LATER for each in behind(error))
+    return _is_unreached(error) or any(_status(each) >= _LATER for each in causes)
 
 
 def _is_unreached(error: BaseException) -> bool:
+    unreached = (
+        ConnectionError,
+        TimeoutError,
+        socket.gaierror,
+        ssl.SSLCertVerificationError,
+        LocalEntryNotFoundError,
+    )
     return any(
-        isinstance(each, (ConnectionError, TimeoutError, socket.gaierror, LocalEntryNotFoundError))
-        or (isinstance(each, OSError) and each.errno in _NO_WAY)
+        isinstance(each, unreached) or (isinstance(each, OSError) and each.errno in _NO_WAY)
         for each in behind(error)
     )
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """What is behind `error`; where a copy alone was looked for, as the hub was not reached, also what is behind
+    that.
+    """
+    yield from behind(error)
+    if any(isinstance(each, LocalEntryNotFoundError) for each in behind(error)):
+        yield from behind(_unreached.get(constants.ENDPOINT, (0.0, None))[1])
 
 
 def _status(error: BaseException) -> int:

@@ -64,8 +64,9 @@ examples:
   edge-agent models pull hf:someone/sd-turbo-bundle@v1 --use    a repository of the hub, at a branch, tag or commit
 
 Every file is compared with its sha256 in the manifest, and the model is listed once all of it is there. Whatever ends a
-pull, the same command goes on where it stopped. HF_ENDPOINT names another hub, HF_TOKEN opens private repositories,
-and SSL_CERT_FILE names the certificates of your own authority. Nothing that is pulled is ever run as code.
+pull, the same command goes on where it stopped. HF_ENDPOINT names another hub, HF_TOKEN opens private repositories, as
+does `hf auth login`, and SSL_CERT_FILE names the certificates of your own authority. Nothing that is pulled is ever run
+as code.
 
 --json prints one object: name, folder, digest, bytes, fetched_bytes, was_installed, current, served,
 calibrated, advice.

@@ -11,10 +11,14 @@ import os
 import re
 import shlex
 import ssl
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from email.message import Message
+from email.utils import mktime_tz, parsedate_tz
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,15 +40,20 @@ HUB = "https://huggingface.co"
 TIMEOUT_S = 30.0
 """How long a server may take to answer, and to send the next bytes."""
 
+_HUB_HOSTS = ("huggingface.co", "hf.co")
 _MODEL_INDEX = "model_index.json"
-_HUB = re.compile(r"hf:([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(\S+))?", re.ASCII)
+_HUB = re.compile(r"hf:(\w[\w.-]*/\w[\w.-]*)(?:@(\S+))?", re.ASCII)
 # OpenSSL's numbers of a certificate that is not valid yet, and of one that has expired.
 _OUT_OF_DATE = (9, 10)
 # Its numbers of one for another name or another address.
 _MISMATCH = (62, 64)
+_SECONDS = re.compile(r"\s*\d{1,6}\s*", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # Python reads no number of thousands of digits.
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
+
+# Nothing remains of a limit for so many seconds: draft-ietf-httpapi-ratelimit-headers.
+_SPENT = re.compile(r";\s*r\s*=\s*0\s*;\s*t\s*=\s*(\d+)")
 
 
 class Source(Protocol):
@@ -64,7 +73,8 @@ class Source(Protocol):
 def source_of(text: str, environment: Mapping[str, str]) -> Source:
     """The source that `text` names: a folder, http(s)://..., or hf:OWNER/NAME[@REVISION].
 
-    HF_ENDPOINT and HF_TOKEN of the environment say where the hub is and who asks. Raises InvalidRequest.
+    HF_ENDPOINT and HF_TOKEN of the environment say where the hub is and who asks, as does the file of `hf auth login`.
+    Raises InvalidRequest.
     """
     if not text:
         raise InvalidRequest("the source is empty; name a folder, https://... or hf:OWNER/NAME")
@@ -74,16 +84,21 @@ def source_of(text: str, environment: Mapping[str, str]) -> Source:
             raise InvalidRequest(
                 f"{text!r} names no repository of the hub; write hf:OWNER/NAME or hf:OWNER/NAME@REVISION"
             )
-        endpoint = environment.get("HF_ENDPOINT") or HUB
-        _check_address(endpoint, "HF_ENDPOINT")
-        token = environment.get("HF_TOKEN", "").strip()  # a file's last line break often comes along
+        endpoint = environment.get("HF_ENDPOINT", "").strip() or HUB
+        _check_address(endpoint, "HF_ENDPOINT", "a token belongs in HF_TOKEN")
+        token, kept_in = _token(environment)
         if not (token.isascii() and token.isprintable()):
             raise InvalidRequest(
-                "HF_TOKEN holds characters that no token can have; set it to the token alone"
+                f"{kept_in} holds characters that no token can have; set it to the token alone"
             )
-        return HubSource(endpoint, found[1], found[2] or "main", token)
+        patience_s = environment.get("HF_HUB_DOWNLOAD_TIMEOUT") or "0"
+        if not _SECONDS.fullmatch(patience_s):
+            raise InvalidRequest(
+                f"HF_HUB_DOWNLOAD_TIMEOUT is {patience_s!r}, which is no whole number of seconds below a million"
+            )
+        return HubSource(endpoint, found[1], found[2] or "main", token, kept_in, float(patience_s))
     if "://" in text:
-        _check_address(text, "the source")
+        _check_address(text, "the source", "others see the command line")
         return WebSource(text)
     folder = expanded(text)
     try:
@@ -224,7 +239,7 @@ class WebSource:
                     if left == 0 and (promised is not None or not exactly):
                         return
         except (OSError, http.client.HTTPException) as error:
-            raise SourceUnreachable(f"{self.place} broke off in {name}: {_reason(error)}") from error
+            raise SourceUnreachable(f"{self.place} broke off in {name}: {self._reason(error)}") from error
         if got < (promised or 0) or (exactly and left > 0):
             raise SourceUnreachable(
                 f"{self.place} broke off in {name}: {_reason(http.client.IncompleteRead(b''))}"
@@ -245,15 +260,19 @@ class WebSource:
             request.add_header("Range", f"bytes={offset}-")
         for header, value in self._credentials().items():
             request.add_unredirected_header(header, value)
-        self._redirects.last = request
+        self._redirects.last, self._redirects.commit = request, ""
         try:
-            response: http.client.HTTPResponse = self._opener.open(request, timeout=TIMEOUT_S)
+            response: http.client.HTTPResponse = self._opener.open(
+                request, timeout=max(TIMEOUT_S, self._patience_s)
+            )
         except urllib.error.HTTPError as error:
             error.close()
             raise self._refusal(error, name, self._redirects.last) from error
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise self._silence(error, self._redirects.last) from error
-        if response.headers.get("Content-Encoding", "identity").lower() != "identity":
+        encodings = ",".join(response.headers.get_all("Content-Encoding", []))
+        # The last one is of the upload, and what some stores leave of it on files that are as they were.
+        if {each.strip().lower() for each in encodings.split(",")} - {"", "identity", "aws-chunked"}:
             response.close()
             raise SourceRefused(
                 f"{self.place} sends {name} compressed, although it was asked for as it is; turn that off for bundles"
@@ -275,6 +294,8 @@ class WebSource:
             doubt = f", though {MANIFEST} lists it" if listed else "; is this the address of a bundle folder?"
             return _NotThere(f"{place} is not there ({status}){doubt}")
         if status in (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN):
+            if (host := self._who(last)) != self._base.netloc:
+                return SourceRefused(f"{host} refuses {name} ({status}); a firewall or proxy may block it")
             return SourceRefused(f"{place} is not for everybody ({status}); {self._how_to_be_let_in}")
         if status == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             return SourceLied(f"{place} is shorter than {MANIFEST} says")
@@ -284,24 +305,25 @@ class WebSource:
         if str(error.reason).startswith(urllib.request.HTTPRedirectHandler.inf_msg):
             return SourceRefused(f"{place} redirects in a circle, or too often ({said}); check the address")
         if status >= 500 or status in (http.HTTPStatus.TOO_MANY_REQUESTS, http.HTTPStatus.REQUEST_TIMEOUT):
-            after = error.headers.get("Retry-After", "")
-            when = f"; it says to come back in {after} s" if after.isdecimal() else ""
+            after_s = _retry_after_s(error.headers)
+            when = "" if after_s is None else f"; it says to come back in {after_s:.0f} s"
+            more = self._how_to_ask_more if status == http.HTTPStatus.TOO_MANY_REQUESTS else ""
             return SourceUnreachable(
-                f"{place} cannot be had at the moment ({said}){when}",
-                retry_after_s=float(after) if after.isdecimal() else None,
+                f"{place} cannot be had at the moment ({said}){when}{more}", retry_after_s=after_s
             )
         return SourceRefused(f"{place} cannot be had ({said})")
 
     def _silence(self, error: Exception, last: urllib.request.Request) -> PullFailed:
         """What it means that no answer came to `last`, the request that all redirects led to."""
-        own, host = self._base.netloc, printable(_host(last.full_url))
-        if host != own:
-            host = f"{host}, to which {own} redirects,"
+        own, host = self._base.netloc, self._who(last)
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         if isinstance(reason, ssl.SSLCertVerificationError):
             # A server without TLS may have led here, with nothing said of the authorities before.
             cure = _wrong_authorities() or (
                 "if an authority of your own vouches for it, name that authority's PEM file in SSL_CERT_FILE"
+                if _has_authorities()
+                else "this Python finds no certificates of authorities; install ca-certificates, or name the system's "
+                "file, such as /etc/pki/tls/certs/ca-bundle.crt, in SSL_CERT_FILE"
             )
             if reason.verify_code in _OUT_OF_DATE:
                 cure = "its owner has to renew it, unless the clock of this machine is wrong"
@@ -319,8 +341,13 @@ class WebSource:
         wanted = urllib.parse.urlsplit(last.full_url)
         if last.host != urllib.parse.unquote(wanted.netloc):
             variable = f"{wanted.scheme.upper()}_PROXY"
+            if urllib.request.getproxies().get(wanted.scheme, "").startswith("socks"):
+                return SourceRefused(
+                    f"{host} cannot be reached through the proxy {printable(last.host)}, which speaks SOCKS: name one "
+                    f"that speaks HTTP in {variable}"
+                )
             return SourceUnreachable(
-                f"{host} cannot be reached through the proxy {printable(last.host)}: {_reason(reason)}; check "
+                f"{host} cannot be reached through the proxy {printable(last.host)}: {self._reason(reason)}; check "
                 f"{variable} (http://USER:PASSWORD@HOST:PORT), or name the host in NO_PROXY if there is a way without"
             )
         if isinstance(reason, ssl.SSLError):
@@ -329,12 +356,24 @@ class WebSource:
                 "with http:// instead"
             )
         return SourceUnreachable(
-            f"{host} cannot be reached: {_reason(reason)}; check the address, the connection and that the server runs"
+            f"{host} cannot be reached: {self._reason(reason)}; check the address, the connection and that the server "
+            "runs"
         )
+
+    def _who(self, last: urllib.request.Request) -> str:
+        """The host that `last` asks, and how it came to be asked where it is another than the source's own."""
+        own, host = self._base.netloc, printable(_host(last.full_url))
+        return host if host == own else f"{host}, to which {own} redirects,"
+
+    def _reason(self, error: object) -> str:
+        return _reason(error) + (self._how_to_be_patient if isinstance(error, TimeoutError) else "")
 
     # What the hub does otherwise.
 
     _how_to_be_let_in = "make it readable without credentials, or put the bundle where it is"
+    _how_to_ask_more = ""
+    _how_to_be_patient = ""
+    _patience_s = 0.0  # where it is more than TIMEOUT_S
 
     def _address(self, name: str) -> str:
         return self._base._replace(path=f"{self._base.path}/{urllib.parse.quote(name)}").geturl()
@@ -356,14 +395,53 @@ class HubSource(WebSource):
         "set HF_TOKEN to a token that may read it, or look at the name: perhaps there is no such thing"
     )
 
-    def __init__(self, endpoint: str, repository: str, revision: str, token: str) -> None:
+    _how_to_be_patient = " (HF_HUB_DOWNLOAD_TIMEOUT may say to wait longer, in seconds)"
+
+    def __init__(
+        self,
+        endpoint: str,
+        repository: str,
+        revision: str,
+        token: str,
+        kept_in: str = "HF_TOKEN",
+        patience_s: float = 0.0,
+    ) -> None:
         super().__init__(f"{endpoint.rstrip('/')}/{repository}")
-        self._repository, self._revision, self._token = repository, revision, token
+        self._repository, self._revision = repository, revision
+        self._token, self._kept_in = token, kept_in
+        self._patience_s = patience_s
+        self._how_to_ask_more = "" if token else "; a token in HF_TOKEN raises the limit"
 
     @property
     def place(self) -> str:
         """As it is written on the command line."""
         return f"hf:{self._repository}@{self._revision}"
+
+    def _refusal(self, error: urllib.error.HTTPError, name: str, last: urllib.request.Request) -> PullFailed:
+        """What the hub says in its headers beside the status, in words of ours."""
+        told = {
+            "Invalid credentials in Authorization header": (
+                f"the token in {self._kept_in} is not valid or has expired; correct or remove it"
+            ),
+            "Access to this resource is disabled.": "the hub has disabled it",
+            "GatedRepo": f"agree to its terms at {self._base.geturl()}"
+            + (
+                "; a fine-grained token must also be allowed to read gated repositories"
+                if self._token
+                else ", and set HF_TOKEN to your token"
+            ),
+            "RevisionNotFound": f"it has no branch, tag or commit {self._revision}",
+            "RepoNotFound": "there is no such repository, or "
+            + (
+                f"the token in {self._kept_in} may not read it"
+                if self._token
+                else "it is private: set HF_TOKEN"
+            ),
+        }
+        for header in ("X-Error-Code", "X-Error-Message"):
+            if why := told.get(error.headers.get(header, "")):
+                return SourceRefused(f"{self.place}: {why} ({error.code})")
+        return super()._refusal(error, name, last)
 
     def _address(self, name: str) -> str:
         revision = urllib.parse.quote(self._revision, safe="")
@@ -374,7 +452,7 @@ class HubSource(WebSource):
         return {"Authorization": f"Bearer {self._token}"} if self._token else {}
 
     def _settle_on(self, response: http.client.HTTPResponse) -> None:
-        commit = response.headers.get("X-Repo-Commit", "")
+        commit = response.headers.get("X-Repo-Commit") or self._redirects.commit
         if _COMMIT.fullmatch(commit):
             self._revision = commit
 
@@ -391,12 +469,15 @@ class _LessSafe(urllib.error.HTTPError):
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to other web addresses, never out of TLS, with credentials only on the same server, and without
-    reading what comes along with them.
+    """Follows redirects to other web addresses, never out of TLS, with credentials only on the same server or to the
+    hub, and without reading what comes along with them.
     """
 
     last: urllib.request.Request
     """Where they have led so far. Whoever opens an address sets it."""
+
+    commit: str
+    """That the hub named on the way: where it redirects to, none may be known. Set likewise."""
 
     http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302  # Python 3.10 does not know it
 
@@ -410,6 +491,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         newurl: str,
     ) -> urllib.request.Request:
         """The request that follows; raises _LessSafe where none may."""
+        self.commit = headers.get("X-Repo-Commit") or self.commit
         fp.close()  # urllib would read its body, which may have no end, into memory
         old, new = urllib.parse.urlsplit(req.full_url), urllib.parse.urlsplit(newurl)
         if new.scheme not in ("http", "https") or (old.scheme == "https" and new.scheme == "http"):
@@ -418,12 +500,36 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         # What opens the proxy is added anew where the next request goes through it, too.
         headers = {name: value for name, value in req.headers.items() if name != "Proxy-authorization"}
         request = urllib.request.Request(newurl, headers=headers)  # noqa: S310  # http or https
-        if (old.scheme, old.netloc) == (new.scheme, new.netloc):
+        # Mirrors such as hf-mirror.com leave private repositories to the hub.
+        to_the_hub = new.scheme == "https" and new.hostname in _HUB_HOSTS
+        if to_the_hub or (old.scheme, old.netloc) == (new.scheme, new.netloc):
             for header, value in req.unredirected_hdrs.items():
                 if header == "Authorization":
                     request.add_unredirected_header(header, value)
         self.last = request
         return request
+
+
+def _token(environment: Mapping[str, str]) -> tuple[str, str]:
+    """The token for the hub and where it is kept, looked for where the hub's own library does; empty without one."""
+    for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        if token := environment.get(variable, "").strip():  # a file's last line break often comes along
+            return token, variable
+    if environment.get("HF_HUB_DISABLE_IMPLICIT_TOKEN", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return "", ""
+    cache = environment.get("XDG_CACHE_HOME") or "~/.cache"
+    home = environment.get("HF_HOME") or f"{cache}/huggingface"
+    file = environment.get("HF_TOKEN_PATH") or f"{home}/token"
+    file = os.path.expandvars(os.path.expanduser(file))  # noqa: PTH111  # no home, no token: that is no error
+    try:
+        return Path(file).read_text(encoding="latin-1").strip(), file
+    except (FileNotFoundError, NotADirectoryError):
+        return "", ""
+    except OSError as error:
+        raise InvalidRequest(
+            f"{file}, which `hf auth login` keeps the token in, cannot be read: {_reason(error)}; "
+            "HF_HUB_DISABLE_IMPLICIT_TOKEN=1 does without"
+        ) from error
 
 
 def _wrong_authorities() -> str:
@@ -441,12 +547,32 @@ def _wrong_authorities() -> str:
     return ""
 
 
+def _has_authorities() -> bool:
+    """Whether Python finds any, be they in OpenSSL's folder, in its file or on Windows the system's own."""
+    folder = ssl.get_default_verify_paths().capath
+    in_folder = folder is not None and any(Path(folder).glob("*"))
+    return in_folder or ssl.create_default_context().cert_store_stats()["x509"] > 0
+
+
+def _retry_after_s(headers: Message) -> float | None:
+    """When the server wants to be asked again: in seconds, by a date, or as the hub says it; None where it does not."""
+    after = headers.get("Retry-After", "").strip()
+    if after.isdecimal():
+        return float(after)
+    with suppress(ValueError, OverflowError):  # a date that no calendar has
+        if date := parsedate_tz(after):
+            return max(0.0, mktime_tz(date) - time.time())
+    spent = _SPENT.search(headers.get("RateLimit", ""))
+    return float(spent[1]) if spent else None
+
+
 def _host(address: str) -> str:
     """Host and port, without the password that somebody may have written before them."""
     return urllib.parse.urlsplit(address).netloc.rpartition("@")[2]
 
 
-def _check_address(address: str, what: str) -> None:
+def _check_address(address: str, what: str, why_without: str) -> None:
+    """Raises InvalidRequest, calling it `what`, where it is none, or holds a password; `why_without` goes with that."""
     try:
         parts = urllib.parse.urlsplit(address)
         good = (
@@ -461,7 +587,7 @@ def _check_address(address: str, what: str) -> None:
     if not good:
         raise InvalidRequest(f"{what} is {address!r}, which is no http:// or https:// address")
     if "@" in parts.netloc:
-        raise InvalidRequest(f"{what} must not hold a user name or password: others see the command line")
+        raise InvalidRequest(f"{what} must not hold a user name or password: {why_without}")
 
 
 def _unexported(place: str, model: str) -> SourceRefused:

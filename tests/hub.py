@@ -98,7 +98,7 @@ def asked_here(address: str, cache: Path) -> Iterator[None]:
         patch.setattr(constants, "ENDPOINT", address)
         patch.setattr(constants, "HF_HUB_CACHE", str(cache))
         patch.setattr(hf_api.api, "endpoint", address)
-        patch.setattr(asking, "_unreached_at", {})  # the address may have been another's
+        patch.setattr(asking, "_unreached", {})  # the address may have been another's
         template = address + "/{repo_id}/resolve/{revision}/{filename}"
         for module in (constants, file_download):  # where the library's versions look
             patch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
@@ -106,13 +106,14 @@ def asked_here(address: str, cache: Path) -> Iterator[None]:
 
 
 @contextmanager
-def refusing_hub(status: int, code: str = "") -> Iterator[str]:
-    """The address of a hub that answers everything with this status of HTTP and this code of its own."""
+def refusing_hub(status: int, code: str = "", message: str = "") -> Iterator[str]:
+    """The address of a hub that answers everything with this status of HTTP, and this code and message of its own."""
+    headers = {"X-Error-Code": code, "X-Error-Message": message, "Content-Length": "0"}
 
     class Handler(_Silent):
         def do_GET(self) -> None:
             self.send_response(status)
-            for header, value in {"X-Error-Code": code, "Content-Length": "0"}.items():
+            for header, value in headers.items():
                 self.send_header(header, value)
             self.end_headers()
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import http.server
 import re
+import shutil
 import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +14,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+import pytest
 
 
 @dataclass
@@ -29,10 +33,11 @@ class Asked:
 class Web:
     """What the server does. `manner` holds for the files whose path ends in `at`, the first `times` times.
 
-    honest, no_range, stop (half of what is asked for, then the connection ends), hang (the same, then nothing), anew
-    (two or three quarters in turns, from the beginning each time), wrong (one bit), longer and shorter (whole answers
-    of another size), endless (no size, and no end), cut (a chunk that ends early), other_part (of the file than was
-    asked for), compressed, redirect (to `to`), chatty_redirect (the same, with a body of 64 MB), status (`code`).
+    honest, late (after a second), no_range, stop (half of what is asked for, then the connection ends), hang (the same,
+    then nothing), anew (two or three quarters in turns, from the beginning each time), wrong (one bit), longer and
+    shorter (whole answers of another size), endless (no size, and no end), cut (a chunk that ends early), other_part
+    (of the file than was asked for), compressed, redirect (to `to`), chatty_redirect (the same, with a body of 64 MB),
+    status (`code`).
     """
 
     folder: Path
@@ -45,6 +50,7 @@ class Web:
     headers: dict[str, str] = field(default_factory=dict)  # sent with every answer
     block_bytes: int = 1 << 16
     pause_s: float = 0.0  # after each block
+    behind: tuple[Path, Path] | None = None  # as a proxy: the certificate and key of all servers behind it
     asked: list[Asked] = field(default_factory=list)
 
     def misbehave(self, manner: str, at: str = "", times: int = 1 << 30, **how: object) -> None:
@@ -66,8 +72,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     web: Web
 
     def do_CONNECT(self) -> None:
-        """What a proxy is asked for the sake of TLS."""
-        self._head(self.web.code, {"Content-Length": "0"})
+        """What a proxy is asked for the sake of TLS. One with a certificate is the server behind it, too."""
+        web = self.web
+        if web.behind is None:
+            return self._head(web.code, {"Content-Length": "0"})
+        self._head(200, {})
+        self.request = _tls(*web.behind).wrap_socket(self.connection, server_side=True)
+        self.setup()
+        self.close_connection = False
+        return None
 
     def do_GET(self) -> None:
         web, path = self.web, unquote(urlsplit(self.path).path)
@@ -93,6 +106,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return None
         if manner == "status":
             return self._head(web.code, {"Content-Length": "0", **web.headers})
+        if manner == "late":
+            time.sleep(1)
         file = web.folder / path.lstrip("/")
         if not file.is_file():
             return self._head(404, {"Content-Length": "0"})
@@ -153,6 +168,23 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
+def certificate(folder: Path, names: str) -> tuple[Path, Path]:
+    """One of its own authority, for these names, and its key."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs the program openssl")
+    key, pem = folder / "key.pem", folder / "certificate.pem"
+    make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=models"
+    options = ["-addext", f"subjectAltName={names}", "-keyout", str(key), "-out", str(pem)]
+    subprocess.run([*make.split(), *options], check=True, capture_output=True)
+    return pem, key
+
+
+def _tls(certificate: Path, key: Path) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    return context
+
+
 class _Server(http.server.ThreadingHTTPServer):
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that goes away is what half of the tests are about."""
@@ -164,9 +196,7 @@ def web_server(folder: Path, certificate: tuple[Path, Path] | None = None) -> It
     web = Web(folder)
     server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"web": web}))
     if certificate is not None:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(*certificate)
-        server.socket = context.wrap_socket(server.socket, server_side=True)
+        server.socket = _tls(*certificate).wrap_socket(server.socket, server_side=True)
     web.address = f"http{'s' if certificate else ''}://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()

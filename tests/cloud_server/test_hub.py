@@ -22,6 +22,7 @@ from cloud_server.model import locate
 from tests.hub import NOBODY, asked_here, refusing_hub, silent_hub
 from tests.hub import hub as served
 from tests.miniature import save_miniature
+from tests.web import certificate, web_server
 
 ASKING: dict[str, Callable[[], Any]] = {
     "its library": lambda: hf_hub_download("owner/name", "model_index.json"),
@@ -50,6 +51,8 @@ ASKING: dict[str, Callable[[], Any]] = {
         (429, "", "answers with the error 429: try again later$", True),
         (503, "", "answers with the error 503: try again later$", True),
         (404, "EntryNotFound", "^$", False),
+        (403, "", "answers with the error 403$", False),
+        (200, "", "answers without the headers of a hub; check HF_ENDPOINT$", False),
     ],
 )
 def test_an_answer_says_what_to_do(
@@ -62,6 +65,7 @@ def test_an_answer_says_what_to_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(time, "sleep", lambda _s: None)  # between the library's own tries
+    monkeypatch.setattr(hub, "get_token", lambda: None)
     with (
         refusing_hub(status, code) as address,
         asked_here(address, tmp_path),
@@ -70,6 +74,49 @@ def test_an_answer_says_what_to_do(
         ASKING[asked_by]()
     assert re.search(told, hub.why("owner/name", caught.value))
     assert hub.may_recover(caught.value) is recovers
+
+
+@pytest.mark.parametrize("asked_by", ASKING)
+@pytest.mark.parametrize(
+    ("status", "message", "told"),
+    [
+        (401, "Invalid credentials in Authorization header", r"refuses the token \(401\).* unset HF_TOKEN$"),
+        (403, "", r"refuses the token \(403\).* unset HF_TOKEN$"),
+        (403, "Access to this resource is disabled.", "has disabled it$"),
+    ],
+)
+def test_who_has_a_token_is_told_what_the_hub_makes_of_it(
+    tmp_path: Path, asked_by: str, status: int, message: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "expired")
+    with (
+        refusing_hub(status, message=message) as address,
+        asked_here(address, tmp_path),
+        pytest.raises(Exception) as caught,  # each library raises its own
+    ):
+        ASKING[asked_by]()
+    assert re.search(told, hub.why("owner/name", caught.value))
+    assert not hub.may_recover(caught.value)
+
+
+def test_a_hub_with_a_certificate_that_nobody_trusts_is_told_at_once_and_what_is_kept_serves(
+    tmp_path: Path,
+) -> None:
+    with served(save_miniature(tmp_path / "model")) as address, asked_here(address, tmp_path / "cache"):
+        folder = locate("owner/name")
+    with (
+        web_server(tmp_path, certificate(tmp_path, "IP:127.0.0.1")) as web,
+        asked_here(web.address, tmp_path / "cache"),
+    ):
+        began = time.monotonic()
+        assert locate("owner/name") == folder
+        with pytest.raises(
+            StartRefused,
+            match=r"certificate of the hub.* not to be trusted: self.signed.*PEM file in [A-Z_]+$",
+        ) as refused:
+            locate("owner/another")
+        assert time.monotonic() - began < 15  # the library tries for 23 s
+    assert not isinstance(refused.value, HubNotReached)
 
 
 def test_a_hub_is_out_of_reach_where_nobody_answers_and_not_where_it_refuses(

@@ -50,7 +50,7 @@ from edge_agent.source import FolderSource, HubSource, WebSource, source_of
 from edge_agent.store import Store
 from tests.hollow import EMPTY, SIZES, hollow_bundle
 from tests.running import process_environment
-from tests.web import Web, web_server
+from tests.web import Web, certificate, web_server
 
 KILLS = int(os.environ.get("ROUTET2I_KILLS", "2"))
 """How often a pull is killed at a random moment; a hundred take some minutes."""
@@ -68,6 +68,13 @@ def hollow(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "models", STARTER)
+
+
+@pytest.fixture(autouse=True)
+def nobody_has_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The token of whoever runs the tests is no business of theirs."""
+    for home in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(home, str(tmp_path))
 
 
 @pytest.fixture
@@ -227,6 +234,33 @@ def test_a_server_that_falls_silent_is_asked_again(
     fetch(source(web), store)
     assert web.offsets(DENOISER) == [0, SIZES[DENOISER] // 2]
     assert same(store.folder / "hollow", hollow)
+
+
+def test_a_hub_may_be_silent_for_as_long_as_its_variable_says(
+    web: Web, store: Store, hollow: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_agent.source.TIMEOUT_S", 0.2)
+    hub(web, hollow)
+    environment = {"HF_ENDPOINT": web.address}
+    web.misbehave("late", at=DENOISER, times=1)
+    (trouble,) = [
+        event.trouble
+        for event in pull(source_of("hf:someone/hollow", environment), store, waits_s=NO_WAITS)
+        if isinstance(event, Fetched) and event.trouble
+    ]
+    assert "no answer in time (HF_HUB_DOWNLOAD_TIMEOUT may" in trouble
+    assert len(web.offsets(DENOISER)) == 2
+    web.asked.clear()
+    web.times = 1
+    environment["HF_HUB_DOWNLOAD_TIMEOUT"] = "20"
+    fetch(source_of("hf:someone/hollow", environment), store, "again")
+    assert len(web.offsets(DENOISER)) == 1
+
+
+@pytest.mark.parametrize("seconds", ["ten", "-1", "1e3", "99999999", "٣"])
+def test_a_timeout_that_is_no_number_of_seconds_is_refused(seconds: str) -> None:
+    with pytest.raises(InvalidRequest, match="HF_HUB_DOWNLOAD_TIMEOUT is"):
+        source_of("hf:someone/hollow", {"HF_HUB_DOWNLOAD_TIMEOUT": seconds})
 
 
 @pytest.mark.parametrize(
@@ -435,13 +469,48 @@ def test_a_server_that_is_overloaded_for_a_moment_is_asked_again(web: Web, store
     ]
 
 
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Retry-After": "3600"},
+        {"Retry-After": "Fri, 01 Jan 2100 00:00:00 GMT"},
+        {"RateLimit": '"pages";r=2;t=7, "resolvers";r=0;t=3600'},
+    ],
+)
 def test_a_server_that_wants_to_be_left_alone_for_long_is_left_to_the_next_pull(
-    web: Web, store: Store
+    web: Web, store: Store, headers: dict[str, str]
 ) -> None:
-    web.misbehave("status", at=TEXT_ENCODER, code=503, headers={"Retry-After": "3600"})
-    with pytest.raises(SourceUnreachable):
+    web.misbehave("status", at=TEXT_ENCODER, code=429, headers=headers)
+    with pytest.raises(SourceUnreachable, match=r"\(429 .*; it says to come back in \d{4,} s"):
         fetch(source(web), store)
     assert len(web.offsets(TEXT_ENCODER)) == 1
+
+
+@pytest.mark.parametrize(
+    ("headers", "wait_s"),
+    [
+        ({"Retry-After": "Thu, 01 Jan 1970 00:00:00 GMT"}, 0.0),
+        ({"Retry-After": "1", "RateLimit": '"resolvers";r=0;t=55'}, 1.0),
+        ({"Retry-After": "Mon, 31 Foo 99999 99:00:00 +99", "RateLimit": '"resolvers";r=0;t=55'}, 55.0),
+        ({"Retry-After": "soon"}, None),
+        ({"RateLimit": '"resolvers";r=9;t=55'}, None),
+    ],
+)
+def test_a_server_says_in_one_way_or_another_when_to_come_back(
+    web: Web, headers: dict[str, str], wait_s: float | None
+) -> None:
+    web.misbehave("status", code=429, headers=headers)
+    with pytest.raises(SourceUnreachable) as raised:
+        source(web).manifest()
+    assert raised.value.retry_after_s == wait_s
+
+
+@pytest.mark.parametrize("token", ["", "secret"])
+def test_who_asks_the_hub_too_often_without_a_token_is_told_that_one_helps(web: Web, token: str) -> None:
+    web.misbehave("status", code=429)
+    with pytest.raises(SourceUnreachable) as raised:
+        source_of("hf:someone/hollow", {"HF_ENDPOINT": web.address, "HF_TOKEN": token}).manifest()
+    assert ("a token in HF_TOKEN raises the limit" in raised.value.message) is (not token)
 
 
 def test_a_server_that_is_not_there_is_named_at_once(store: Store, web: Web) -> None:
@@ -458,6 +527,15 @@ def test_a_compressed_answer_is_refused(web: Web, store: Store) -> None:
     web.misbehave("compressed", at=DENOISER)
     with pytest.raises(SourceRefused, match="compressed"):
         fetch(source(web), store)
+    web.headers = {"Content-Encoding": "aws-chunked, gzip"}
+    with pytest.raises(SourceRefused, match=r"manifest\.json compressed"):
+        fetch(source(web), store)
+
+
+@pytest.mark.parametrize("encoding", ["", "Identity", "aws-chunked", "identity, AWS-chunked,"])
+def test_an_encoding_that_changes_nothing_is_none(web: Web, encoding: str) -> None:
+    web.headers = {"Content-Encoding": encoding}
+    assert source(web).manifest() == (web.folder / "b" / MANIFEST).read_bytes()
 
 
 def test_a_redirect_is_followed_with_the_range_and_a_circle_is_not(
@@ -538,6 +616,15 @@ def test_a_proxy_that_does_not_let_through_is_named(
     assert "s3cret" not in raised.value.message
 
 
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_proxy_that_speaks_socks_is_refused(monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
+    monkeypatch.setenv(f"{scheme}_proxy", "socks5h://user:s3cret@127.0.0.1:1")
+    words = f"proxy 127.0.0.1:1, which speaks SOCKS: name one that speaks HTTP in {scheme.upper()}_PROXY"
+    with pytest.raises(SourceRefused, match=words) as raised:
+        WebSource(f"{scheme}://models.example.com/b").manifest()
+    assert "s3cret" not in raised.value.message
+
+
 def test_where_a_redirect_leads_is_named_when_it_cannot_be_reached(web: Web) -> None:
     web.misbehave("redirect", to="http://user:s3cret@127.0.0.1:1/x?sig=s3cret")
     asked = web.address.removeprefix("http://")
@@ -545,6 +632,23 @@ def test_where_a_redirect_leads_is_named_when_it_cannot_be_reached(web: Web) -> 
         SourceUnreachable, match=rf"^127\.0\.0\.1:1, to which {asked} redirects, cannot be reached"
     ) as raised:
         source(web).manifest()
+    assert "s3cret" not in raised.value.message
+
+
+@pytest.mark.parametrize("code", [401, 403])
+def test_where_a_redirect_leads_is_named_when_it_refuses_and_the_token_is_not_blamed(
+    web: Web, hollow: Path, code: int
+) -> None:
+    with web_server(hollow) as elsewhere:
+        web.misbehave("redirect", to=f"{elsewhere.address}/x?sig=s3cret")
+        elsewhere.misbehave("status", code=code)
+        host, asked = (each.address.removeprefix("http://") for each in (elsewhere, web))
+        with pytest.raises(
+            SourceRefused,
+            match=rf"^{host}, to which {asked} redirects, refuses manifest\.json \({code}\); a firewall",
+        ) as raised:
+            source_of("hf:someone/hollow", {"HF_ENDPOINT": web.address, "HF_TOKEN": "secret"}).manifest()
+    assert "HF_TOKEN" not in raised.value.message
     assert "s3cret" not in raised.value.message
 
 
@@ -584,10 +688,93 @@ def test_the_hub_is_asked_at_its_plain_addresses_with_the_token_kept_to_itself(
     assert same(store.folder / "hollow", hollow)
 
 
+def test_a_commit_that_the_hub_names_where_it_redirects_holds_for_all_files(
+    web: Web, store: Store, hollow: Path
+) -> None:
+    commit = "c0ffee" + "0" * 34
+    hub(web, hollow, commit)
+    web.headers = {"X-Repo-Commit": commit}
+    with web_server(hollow) as store_of_files:
+        web.misbehave("redirect", at=MANIFEST, to=f"{store_of_files.address}/{MANIFEST}")
+        fetch(source_of("hf:someone/hollow", {"HF_ENDPOINT": web.address}), store)
+    assert [asked.path.split("/")[4] for asked in web.asked[:2]] == ["main", commit]
+    assert same(store.folder / "hollow", hollow)
+
+
+@pytest.mark.parametrize(
+    ("host", "sent"),
+    [
+        ("huggingface.co", "Bearer secret"),
+        ("hf.co", "Bearer secret"),
+        ("cas-bridge.hf.co", None),
+        ("huggingface.co.example", None),
+    ],
+)
+def test_a_mirror_that_leaves_a_repository_to_the_hub_has_the_token_go_along_and_no_other_host_gets_it(
+    web: Web, hollow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str, sent: str | None
+) -> None:
+    with web_server(hollow) as elsewhere:
+        elsewhere.behind = certificate(tmp_path, f"DNS:{host}")
+        monkeypatch.setenv("http_proxy", web.address)
+        monkeypatch.setenv("https_proxy", elsewhere.address)
+        monkeypatch.setenv("SSL_CERT_FILE", str(elsewhere.behind[0]))
+        web.misbehave("redirect", to=f"https://{host}/{MANIFEST}")
+        environment = {"HF_ENDPOINT": "http://mirror.example", "HF_TOKEN": "secret"}
+        source_of("hf:someone/hollow", environment).manifest()
+    assert [asked.headers.get("Authorization") for asked in (*web.asked, *elsewhere.asked)] == [
+        "Bearer secret",
+        sent,
+    ]
+
+
 def test_a_token_with_its_files_line_break_is_taken_without_it(web: Web, store: Store, hollow: Path) -> None:
     hub(web, hollow)
     fetch(source_of("hf:someone/hollow", {"HF_ENDPOINT": web.address, "HF_TOKEN": " secret\r\n"}), store)
     assert {asked.headers.get("Authorization") for asked in web.asked} == {"Bearer secret"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "sent"),
+    [
+        ({}, "in ~/.cache/huggingface/token"),
+        ({"HF_TOKEN": "set", "HUGGING_FACE_HUB_TOKEN": "older", "HF_TOKEN_PATH": "~/other"}, "set"),
+        ({"HF_TOKEN": " ", "HUGGING_FACE_HUB_TOKEN": "older"}, "older"),
+        ({"HF_TOKEN_PATH": "~/other", "HF_HOME": "~/home"}, "in ~/other"),
+        ({"HF_HOME": "$HOME/home", "XDG_CACHE_HOME": "~/xdg"}, "in ~/home/token"),
+        ({"XDG_CACHE_HOME": "~/xdg"}, "in ~/xdg/huggingface/token"),
+        ({"HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}, ""),
+        ({"HF_HUB_DISABLE_IMPLICIT_TOKEN": "1", "HF_TOKEN": "set"}, "set"),
+        ({"HF_TOKEN_PATH": "~/none"}, ""),
+    ],
+)
+def test_the_token_is_looked_for_where_the_hubs_own_library_does(
+    web: Web, hollow: Path, tmp_path: Path, environment: dict[str, str], sent: str
+) -> None:
+    hub(web, hollow)
+    for file in (".cache/huggingface/token", "other", "home/token", "xdg/huggingface/token"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(f"in ~/{file}\n")
+    source_of("hf:someone/hollow", {"HF_ENDPOINT": web.address, **environment}).manifest()
+    assert web.asked[0].headers.get("Authorization", "") == (f"Bearer {sent}" if sent else "")
+
+
+def test_a_kept_token_that_does_not_serve_is_told_by_its_file(web: Web, tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    environment = {"HF_ENDPOINT": web.address, "HF_TOKEN_PATH": str(file)}
+    file.mkdir()
+    with pytest.raises(InvalidRequest, match=f"^{re.escape(str(file))}, .* cannot be read: "):
+        source_of("hf:someone/hollow", environment)
+    file.rmdir()
+    file.write_bytes("s3crét".encode())
+    with pytest.raises(InvalidRequest, match=f"^{re.escape(str(file))} holds") as raised:
+        source_of("hf:someone/hollow", environment)
+    assert "s3" not in raised.value.message
+    file.write_text("expired")
+    web.misbehave(
+        "status", code=401, headers={"X-Error-Message": "Invalid credentials in Authorization header"}
+    )
+    with pytest.raises(SourceRefused, match=f"the token in {re.escape(str(file))} is not valid"):
+        source_of("hf:someone/hollow", environment).manifest()
 
 
 @pytest.mark.parametrize("token", ["s3\rcret", "s3\x00cret", "s3cret🐈", "s3crét"])
@@ -637,6 +824,52 @@ def test_the_hub_says_how_to_be_let_in_and_what_to_export(web: Web, store: Store
     assert not store.folder.exists()
 
 
+@pytest.mark.parametrize(
+    ("code", "headers", "token", "words"),
+    [
+        (
+            401,
+            {"X-Error-Message": "Invalid credentials in Authorization header"},
+            "expired",
+            "the token in HF_TOKEN is not valid or has expired; correct or remove it",
+        ),
+        (
+            403,
+            {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to model someone/model is restricted"},
+            "valid",
+            "agree to its terms at {web}/someone/model; a fine-grained token must also be allowed",
+        ),
+        (
+            401,
+            {"X-Error-Code": "GatedRepo"},
+            "",
+            "agree to its terms at {web}/someone/model, and set HF_TOKEN to your token",
+        ),
+        (
+            403,
+            {"X-Error-Message": "Access to this resource is disabled."},
+            "valid",
+            "the hub has disabled it",
+        ),
+        (404, {"X-Error-Code": "RevisionNotFound"}, "", "it has no branch, tag or commit v1"),
+        (
+            404,
+            {"X-Error-Code": "RepoNotFound"},
+            "valid",
+            "no such repository, or the token in HF_TOKEN may not read it",
+        ),
+        (401, {"X-Error-Code": "RepoNotFound"}, "", "no such repository, or it is private: set HF_TOKEN"),
+    ],
+)
+def test_what_the_hub_says_beside_a_status_is_told_in_words_of_ours(
+    web: Web, code: int, headers: dict[str, str], token: str, words: str
+) -> None:
+    web.misbehave("status", code=code, headers=headers)
+    with pytest.raises(SourceRefused, match=f"^hf:someone/model@v1: .*{words.format(web=web.address)}.*"):
+        source_of("hf:someone/model@v1", {"HF_ENDPOINT": web.address, "HF_TOKEN": token}).manifest()
+    assert len(web.asked) == 1  # it has no pipeline either
+
+
 def test_the_hub_is_the_one_everybody_knows_unless_told_otherwise() -> None:
     source = source_of("hf:stabilityai/sd-turbo", {})
     assert isinstance(source, HubSource)
@@ -644,6 +877,20 @@ def test_the_hub_is_the_one_everybody_knows_unless_told_otherwise() -> None:
         source._address(DENOISER)
         == "https://huggingface.co/stabilityai/sd-turbo/resolve/main/unet/model.onnx"
     )
+
+
+def test_a_hub_whose_address_holds_a_password_is_told_where_a_token_belongs() -> None:
+    with pytest.raises(
+        InvalidRequest, match=r"HF_ENDPOINT must not hold .*: a token belongs in HF_TOKEN"
+    ) as raised:
+        source_of("hf:a/b", {"HF_ENDPOINT": "https://user:s3cret@hub.example"})
+    assert "s3cret" not in raised.value.message
+
+
+def test_a_name_may_begin_with_an_underscore_and_a_hubs_address_end_with_a_blank() -> None:
+    source = source_of("hf:_a/_b", {"HF_ENDPOINT": "https://hub.example/ "})
+    assert isinstance(source, HubSource)
+    assert source._address(MANIFEST) == "https://hub.example/_a/_b/resolve/main/manifest.json"
 
 
 @pytest.mark.parametrize(
@@ -822,12 +1069,7 @@ def test_a_real_disk_that_fills_up_half_way_is_the_same(web: Web, hollow: Path, 
 def test_over_tls_only_a_trusted_server_is_pulled_from(
     hollow: Path, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if shutil.which("openssl") is None:
-        pytest.skip("needs the program openssl")
-    key, pem = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=models"
-    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(pem)]
-    subprocess.run([*make.split(), *names], check=True, capture_output=True)
+    pem, key = certificate(tmp_path, "IP:127.0.0.1")
     with web_server(hollow, (pem, key)) as web, web_server(hollow) as plain:
         with pytest.raises(
             SourceRefused, match=r"certificate of 127\.0\.0\.1.*not to be trusted.*SSL_CERT_FILE"
@@ -852,6 +1094,22 @@ def test_over_tls_only_a_trusted_server_is_pulled_from(
         web.misbehave("honest")
         fetch(WebSource(web.address), store)
     assert same(store.folder / "hollow", hollow)
+
+
+@pytest.mark.posix
+@pytest.mark.parametrize("folder", ["none", "empty"])
+def test_a_python_without_authorities_is_told_from_a_server_without_one(
+    hollow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    """As one that brings its own OpenSSL, which looks elsewhere than this system keeps them."""
+    monkeypatch.setenv("SSL_CERT_FILE", "")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path / folder))
+    with (
+        web_server(hollow, certificate(tmp_path, "IP:127.0.0.1")) as web,
+        pytest.raises(SourceRefused, match="this Python finds no certificates of authorities; install"),
+    ):
+        WebSource(web.address).manifest()
 
 
 @pytest.mark.parametrize(
