@@ -71,7 +71,7 @@ wheel: $(ENV)  ## build the wheels into dist/: edge and cloud server, and the cl
 	$(BIN)/python -m hatchling build -t wheel
 	cd deploy/cloud-starter && ../../$(BIN)/python -m hatchling build -t wheel -d ../../dist
 
-edge-versions: $(ENV)  ## install the edge alone on Python 3.10 to 3.14, with the newest packages and the oldest, and route a prompt
+edge-versions: $(ENV)  ## on Linux: install the edge alone on Python 3.10 to 3.14, with the newest packages and the oldest, and route a prompt
 	@.ci/edge-versions
 
 aarch64-wheels: $(ENV)  ## check that the edge installs on aarch64 without compiling, on Python 3.10 and 3.12

@@ -336,7 +336,7 @@ class Generator:
             return image
         if not np.isfinite(image).all():  # which would be drawn in black
             raise GenerationFailed(
-                "the model gave numbers that are not finite; try another seed or --dtype float32"
+                "the model gave numbers that are not finite; try another seed, --dtype float32 or --device cpu"
             )
         return self._pipeline.numpy_to_pil(image)[0]
 

@@ -149,6 +149,7 @@ class Journal:
             _check(connection, path)  # before anything is written: another program's file stays as it is
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("PRAGMA fullfsync = ON")  # or macOS leaves it in the drive's cache
             # What is removed is overwritten in the file, also by an SQLite that was not built to do so.
             connection.execute("PRAGMA secure_delete = ON")
             connection.execute("BEGIN IMMEDIATE")

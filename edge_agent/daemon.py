@@ -586,5 +586,6 @@ def _answers(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(1.0)
         refused = probe.connect_ex(str(path))
-    # A socket whose process is gone refuses. One that does not take us in (full backlog) is somebody's.
+    # A socket whose process is gone refuses. One that does not take us in (full backlog) is somebody's, and refuses on
+    # macOS alone: there the lock on the ledger tells, unless that lies elsewhere.
     return refused not in (errno.ECONNREFUSED, errno.ENOENT)

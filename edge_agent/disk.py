@@ -27,12 +27,23 @@ def write_durably(path: Path, text: str) -> None:
         with part.open("x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
+            settle(file.fileno())
         patiently(os.replace, part, path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def settle(descriptor: int) -> None:
+    """Returns once what was written to the file lies on the disk: macOS' `fsync` leaves it in the drive's cache."""
+    if sys.platform == "darwin":
+        import fcntl
+
+        with suppress(OSError):  # of a file system that cannot
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(descriptor)
 
 
 def patiently(work: Callable[..., Found], *arguments: Any, **named: Any) -> Found:
@@ -53,7 +64,7 @@ def sync(folder: Path) -> None:
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        settle(descriptor)
     finally:
         os.close(descriptor)
 

@@ -29,7 +29,7 @@ from edge_agent.bundle import (
     Manifest,
     parse_manifest,
 )
-from edge_agent.disk import patiently
+from edge_agent.disk import patiently, settle
 from edge_agent.errors import (
     BundleError,
     NewerBundle,
@@ -271,7 +271,7 @@ def _emptied(file: IO[bytes]) -> Any:
 
 def _settle(file: IO[bytes]) -> None:
     file.flush()
-    os.fsync(file.fileno())
+    settle(file.fileno())
 
 
 def _size(path: Path) -> int:

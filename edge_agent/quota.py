@@ -629,6 +629,9 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
         raise sqlite3.DatabaseError(f"database disk image is malformed: {found}")
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
+    connection.execute(
+        "PRAGMA fullfsync = ON"
+    )  # or macOS leaves in the drive's cache what it has synchronized
     # Fails here, at start, when the file cannot be written or another process has it.
     connection.execute("BEGIN EXCLUSIVE")
     if not tables:

@@ -312,7 +312,8 @@ class Settings:
         "",
         _path,
         "FILE",
-        "PEM file with the certificates to trust for the cloud server; default: the system's. With it, TLS is used "
+        "PEM file with the certificates to trust for the cloud server; default: those that come with gRPC, and never "
+        "the system's. With it, TLS is used "
         "also towards a cloud server on this machine",
     )
     cloud_token: str = _setting(

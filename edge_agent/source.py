@@ -322,8 +322,8 @@ class WebSource:
             cure = _wrong_authorities() or (
                 "if an authority of your own vouches for it, name that authority's PEM file in SSL_CERT_FILE"
                 if _has_authorities()
-                else "this Python finds no certificates of authorities; install ca-certificates, or name the system's "
-                "file, such as /etc/pki/tls/certs/ca-bundle.crt, in SSL_CERT_FILE"
+                else "this Python finds no certificates of authorities; install ca-certificates (on macOS run its "
+                "'Install Certificates.command'), or name a file of them in SSL_CERT_FILE"
             )
             if reason.verify_code in _OUT_OF_DATE:
                 cure = "its owner has to renew it, unless the clock of this machine is wrong"

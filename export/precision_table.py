@@ -59,10 +59,13 @@ bundle = Bundle.open(sys.argv[1])
 generator, facts = Generator(bundle), bundle.manifest
 loaded = time.perf_counter() - began
 def memory():
-    if sys.platform == "win32":
+    if sys.platform != "linux":
         import psutil  # which accelerate needs
         held = psutil.Process().memory_info()
-        return held.rss, held.peak_wset
+        if sys.platform == "win32":
+            return held.rss, held.peak_wset
+        import resource
+        return held.rss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
     status = open("/proc/self/status").read()
     return [int(status.split(name)[1].split()[0]) * 1024 for name in ("VmRSS:", "VmHWM:")]
 import json

@@ -33,9 +33,11 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips what the marker `posix` says has nothing to test here."""
+    """Skips what the markers `posix` and `linux` say has nothing to test here."""
     if os.name != "posix" and item.get_closest_marker("posix"):
         pytest.skip("POSIX only")
+    if sys.platform != "linux" and item.get_closest_marker("linux"):
+        pytest.skip("Linux only")
 
 
 @pytest.fixture(scope="session")

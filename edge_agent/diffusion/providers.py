@@ -42,8 +42,11 @@ _FULL_NAMES = {
 }
 _SHORT_NAMES = {full: short for short, full in _FULL_NAMES.items()}
 
-PREFERENCE = tuple(_FULL_NAMES)
-"""What is taken of what works, best first. Anything else onnxruntime may have is taken only when it is asked for."""
+PREFERENCE = ("tensorrt", "cuda", "directml", "openvino", CPU)
+"""What is taken of what works, best first. Anything else onnxruntime may have is taken only when it is asked for.
+
+CoreML among it: every Mac has it, and of other models people report times and memory many times the CPU's
+(sam-dumont/immich-video-memory-generator#810)."""
 
 SLOW_TO_OPEN = frozenset({"tensorrt", "coreml", "openvino"})
 """Providers that compile a graph for the device when its session is opened: seconds, with TensorRT many minutes."""

@@ -15,6 +15,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -111,13 +113,22 @@ def main() -> int:
 
 
 def _end_with(daemon: int) -> None:
-    """Be ended when the daemon's process is, and before it when memory runs out. Only Linux can be told."""
+    """Be ended when the daemon's process is. Linux is told so, and to end this one first when memory runs out."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
         if os.getppid() != daemon:  # it went before that
             os._exit(1)
         with suppress(OSError):
             Path("/proc/self/oom_score_adj").write_text("1000")
+    elif os.name == "posix":
+        threading.Thread(target=_watch, args=(daemon,), daemon=True).start()
+
+
+def _watch(daemon: int) -> None:
+    """End this process, whatever a compiler does in it, once the daemon has gone and another is its parent."""
+    while os.getppid() == daemon:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 def _yield_to_images() -> None:

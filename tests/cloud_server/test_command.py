@@ -29,7 +29,7 @@ def digest(model_folder: Path, folder: Path, output: int) -> tuple[int, str]:
     return finished.returncode, finished.stderr
 
 
-@pytest.mark.posix
+@pytest.mark.linux
 def test_a_digest_whose_reader_is_gone_or_whose_disk_is_full_ends_without_a_traceback(
     model_folder: Path, tmp_path: Path
 ) -> None:
@@ -45,7 +45,7 @@ def test_a_digest_whose_reader_is_gone_or_whose_disk_is_full_ends_without_a_trac
     assert (tmp_path / "digest").read_text() == f"{open_model(str(model_folder)).digest}\n"
 
 
-@pytest.mark.posix
+@pytest.mark.linux
 def test_a_refusal_that_nobody_takes_keeps_its_exit_code_and_stays_out_of_the_digest(tmp_path: Path) -> None:
     command = f"{sys.executable} -m cloud_server digest --model /nowhere"
     for closed in ("2>&-", "2>/dev/full"):

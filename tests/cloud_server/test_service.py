@@ -525,7 +525,7 @@ async def test_an_image_of_what_is_no_number_is_neither_sent_nor_charged(running
     hook.remove()
     assert answer.error is not None
     assert answer.error.code == "INTERNAL"
-    assert "not finite; try another seed or --dtype float32" in answer.error.message
+    assert "not finite; try another seed, --dtype float32 or --device cpu" in answer.error.message
     assert await running.client.state("no-number") == "FAILED"
     assert not (await running.client.lookup("no-number")).charged
     assert (await running.client.generate(request_id="no-number")).error is None

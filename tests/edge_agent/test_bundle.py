@@ -432,7 +432,7 @@ def test_a_file_is_put_into_a_finished_bundle_and_another_taken_out(
     assert [path.name for path in (bundle_copy / "predictor").iterdir()] == ["new.json"]
 
 
-@pytest.mark.posix
+@pytest.mark.linux
 def test_a_folder_whose_name_is_no_utf_8_is_refused(miniature_bundle: Path, tmp_path: Path) -> None:
     folder = tmp_path / os.fsdecode(b"b\xff")
     folder.symlink_to(miniature_bundle)

@@ -166,7 +166,7 @@ def test_a_pipe_is_not_replaced_by_the_image(tmp_path: Path) -> None:
 
 
 @pytest.mark.posix
-@pytest.mark.parametrize("name", ["/dev/stdout", "/proc/self/fd/1", "out.png"])
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "out.png"])
 def test_the_file_that_standard_output_goes_to_is_not_replaced_by_the_image(
     folder: Path, tmp_path: Path, name: str
 ) -> None:
@@ -714,7 +714,7 @@ def test_an_address_may_begin_at_home(run: Run, daemon: Process) -> None:
     assert run("quota", "--agent", "unix:~/edge-agent/agent.sock").code == 0  # the fixture's HOME has it, too
 
 
-@pytest.mark.posix
+@pytest.mark.linux
 @pytest.mark.parametrize(
     ("command", "words"),
     [
@@ -742,7 +742,7 @@ def test_streams_that_were_closed_before_are_not_needed(daemon: Process, folder:
     assert (shell(folder, "quota >&-").returncode, shell(folder, "quota >&-").stderr) == (0, "")
 
 
-@pytest.mark.posix
+@pytest.mark.linux
 def test_remarks_that_nobody_takes_change_neither_output_nor_exit_code(
     folder: Path, routed_bundle: Path
 ) -> None:

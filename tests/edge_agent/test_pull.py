@@ -1035,12 +1035,12 @@ def fill(file: Path) -> None:
 
 def alone_with_its_mounts() -> bool:
     """Whether what this thread mounts from now on is seen by nobody else, and gone with it."""
-    libc = ctypes.CDLL(None)
+    libc = ctypes.CDLL(None)  # Linux's
     new_mounts, private, recursive = 0x20000, 0x40000, 0x4000
     return libc.unshare(new_mounts) == 0 == libc.mount(b"none", b"/", None, private | recursive, None)
 
 
-@pytest.mark.posix
+@pytest.mark.linux
 def test_a_real_disk_that_fills_up_half_way_is_the_same(web: Web, hollow: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()

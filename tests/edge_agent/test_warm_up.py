@@ -321,7 +321,7 @@ def test_what_tensorrt_compiles_is_kept_by_model_and_version(tmp_path: Path) -> 
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.posix
+@pytest.mark.linux
 def test_a_cache_that_cannot_be_written_to_is_refused_before_anything_is_compiled(tmp_path: Path) -> None:
     """A compiler would take its minutes, keep nothing, say nothing, and take them again at each start."""
     no_folder = Path("/proc/self/fdinfo")  # lets nobody write, not even root

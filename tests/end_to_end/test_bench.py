@@ -23,7 +23,9 @@ def bench(*arguments: str, out: Path) -> tuple[subprocess.CompletedProcess[str],
 
 
 @pytest.mark.posix  # which tells what memory processes hold
-@pytest.mark.parametrize("group", ["decision", "agent", "idle", "import", "installed"])
+@pytest.mark.parametrize(
+    "group", ["decision", "agent", pytest.param("idle", marks=pytest.mark.linux), "import", "installed"]
+)
 def test_the_edges_rows_are_measured_and_written(group: str, routed_bundle: Path, tmp_path: Path) -> None:
     finished, record = bench("--only", group, "--bundle", str(routed_bundle), out=tmp_path)
     assert finished.returncode == 0, finished.stderr

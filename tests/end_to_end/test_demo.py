@@ -116,7 +116,7 @@ def test_ctrl_c_stops_both_servers_and_leaves_no_traceback(command: Sequence[str
     assert not any(server.is_running() for server in servers)
 
 
-@pytest.mark.posix
+@pytest.mark.linux
 def test_a_terminal_that_is_closed_takes_both_servers_along(command: Sequence[str], tmp_path: Path) -> None:
     record = tmp_path / "out" / "record.jsonl"
     terminal, end = os.openpty()

@@ -133,7 +133,7 @@ def test_a_new_predictor_takes_the_old_calibration_away(tmp_path: Path, chain: C
     assert Bundle.open(copy).model_digest == Bundle.open(chain.bundle).model_digest
 
 
-@pytest.mark.posix
+@pytest.mark.linux
 def test_a_bundle_behind_a_link_where_nothing_can_be_written_gets_its_predictor(
     tmp_path: Path, chain: Chain
 ) -> None:

@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 
 from edge_agent.diffusion import plugins
 from edge_agent.diffusion.providers import (
+    _FULL_NAMES,
     _GRAPH,
     CPU,
     PREFERENCE,
@@ -47,7 +48,7 @@ NO_CUDA = {"cuda": f"libcublasLt.so.12: {NO_FILE}", "tensorrt": f"libnvinfer.so.
         (("cuda", "cpu"), {}, ("cuda", "cpu"), ()),
         (("tensorrt", "cuda", "cpu"), {}, ("cuda", "cpu"), ("tensorrt", "cuda", "cpu")),
         (("tensorrt", "cuda", "cpu"), {"tensorrt": "no libnvinfer"}, ("cuda", "cpu"), ()),
-        (("coreml", "cpu"), {}, ("cpu",), ("coreml", "cpu")),
+        (("coreml", "cpu"), {}, ("cpu",), ()),
         (("directml", "cpu"), {}, ("directml", "cpu"), ()),
         (("openvino", "cpu"), {}, ("cpu",), ("openvino", "cpu")),
     ],
@@ -64,7 +65,6 @@ def test_every_provider_is_either_used_or_passed_over_with_a_reason() -> None:
     assert choice.serving == ("cuda", "cpu")
     assert choice.passed_over == {
         "tensorrt": "no libnvinfer",
-        "coreml": NOT_BUILT,
         "directml": NOT_BUILT,
         "openvino": "cuda comes before it",
         "azure": "taken only when asked for, as in --providers azure,cpu",
@@ -142,8 +142,8 @@ def test_people_are_shown_what_serves_what_warms_up_and_what_was_passed_over() -
     )
 
 
-def test_what_is_slow_to_open_is_among_what_is_taken() -> None:
-    assert set(PREFERENCE) > SLOW_TO_OPEN and CPU not in SLOW_TO_OPEN
+def test_what_is_taken_or_slow_to_open_is_known_by_name() -> None:
+    assert {*PREFERENCE, *SLOW_TO_OPEN} <= set(_FULL_NAMES) and CPU not in SLOW_TO_OPEN
 
 
 def test_the_graph_that_is_tried_is_the_one_its_comment_says() -> None:
