@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -310,15 +311,18 @@ class Generator:
 
     def _failure(self, said: str) -> CloudServerError:
         """What an image comes to whose pipeline said this. Puts right what can be, so that the next one is made."""
-        try:
-            if self._autoencoder_dtype is not None:
+        with suppress(
+            Exception
+        ):  # of a lost device, as is found next; or there is no memory, and then for no image
+            if self._autoencoder_dtype is not None and self._pipeline.vae.dtype != self._autoencoder_dtype:
                 # diffusers decodes in float32 what overflows in float16, and stays there where that fails.
                 self._pipeline.vae.to(self._autoencoder_dtype)
+        try:
             compute(self._pipeline.device)
         except Exception as error:  # torch's, of whatever backend
             if not _names(reason(error), NO_MEMORY):  # which others may have taken, and give back
                 lost = f"the device {self.device} is lost, so the server ends; starting it again may help"
-                self.lost.set_result(DeviceLost(lost, log_only=said))
+                self.lost.set_result(DeviceLost(lost, log_only=f"{said}; then {reason(error)}"))
                 return self.lost.result()
         if _names(said, NO_MEMORY):
             return GenerationFailed(  # torch names the processes on the GPU, and what memory each has

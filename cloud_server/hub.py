@@ -95,7 +95,8 @@ def out_of_reach(model: str | os.PathLike[str]) -> bool:
     except Exception as error:  # the library raises whatever its transport raises
         if _is_unreached(error):
             at_once = any(isinstance(each, (ConnectionError, ssl.SSLError)) for each in behind(error))
-            _unreached[constants.ENDPOINT] = (time.monotonic() + (0.0 if at_once else _FORGOTTEN_S), error)
+            until = time.monotonic() + (0.0 if at_once else _FORGOTTEN_S)
+            _unreached[constants.ENDPOINT] = until, error
             return True
     _unreached.pop(constants.ENDPOINT, None)
     return False

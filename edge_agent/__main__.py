@@ -93,8 +93,8 @@ Commands other than serve talk to a running daemon. They find it by --agent, els
 EDGE_AGENT_ADDRESS, else at the default socket. `edge-agent COMMAND --help` has examples of each.
 
 exit codes: 0 done, 1 a fault of the program itself, 2 bad usage or input, or a damaged model, 3 daemon, cloud or
-source of a model not reachable or busy, or no room for the ledger, 4 refused by quota or policy, 130 Ctrl-C (0 from
-serve, except in its first moments)
+source of a model not reachable or busy, a provider that is named busy or lost, or no room for the ledger or in memory,
+4 refused by quota or policy, 130 Ctrl-C (0 from serve, except in its first moments)
 """
 
 SERVE_EPILOG = """\
@@ -110,7 +110,8 @@ examples:
       another machine's cloud server over TLS, two budgets, and no more than ten calls a minute
 
 SIGTERM, Ctrl-C and a terminal that closes let images in the making finish (--grace-s); a second SIGTERM or
-Ctrl-C stops them at their next step. The exit code is 0 either way. On Windows Ctrl-Break does what SIGTERM does
+Ctrl-C stops them at their next step. The exit code is 0 either way, and 3 after a provider was lost that
+--providers names. On Windows Ctrl-Break does what SIGTERM does
 elsewhere.
 """
 
@@ -322,9 +323,9 @@ def _serve(options: argparse.Namespace) -> int:
     finally:
         logging.shutdown()  # before anything else is said
     code = DONE if daemon.lost is None else _complain(daemon.lost.message, _exit_code(daemon.lost))
-    if daemon.still_working:
-        # Everything is closed; only the thread is left, deep in native code that cannot be interrupted and must not
-        # run while the interpreter is being taken down.
+    if daemon.still_working or daemon.lost is not None:
+        # Everything is closed. A thread that is left is deep in native code that cannot be interrupted and must not run
+        # while the interpreter is being taken down, and what lets go of a lost device may hang.
         os._exit(code)
     return code
 

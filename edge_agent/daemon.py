@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Collection
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -131,7 +132,7 @@ class Daemon:
 
     async def serve(self) -> None:
         """Loads the bundle and serves it until `stop()`. Raises StartRefused, BundleError or LedgerError."""
-        loading = self._load()
+        loading = self._load(self.settings)
         stopped = asyncio.ensure_future(self._stop.wait())
         try:
             await asyncio.wait((stopped, loading), return_when=asyncio.FIRST_COMPLETED)
@@ -245,18 +246,21 @@ class Daemon:
     async def _reload(self, model: str) -> Agent:
         async with self._reloading:
             # The thread ends by itself, also when we shut down.
-            models = await asyncio.shield(self._load(model))
-            assert self.agent is not None  # noqa: S101  # the service asks for it before
-            self._service.agent = self.agent = self.agent.succeeded_by(models)
-            models.rest()
-            await self._log_serving()
-            self._begin_warm_up(models)
-            return self.agent
+            return await self._take_up(await asyncio.shield(self._load(self.settings, model)))
 
-    def _load(self, model: str = "") -> asyncio.Future[Resident]:
+    async def _take_up(self, models: Resident) -> Agent:
+        """Serve these models from now on."""
+        assert self.agent is not None  # noqa: S101  # the service asks for it before
+        self._service.agent = self.agent = self.agent.succeeded_by(models)
+        models.rest()
+        await self._log_serving()
+        self._begin_warm_up(models)
+        return self.agent
+
+    def _load(self, settings: Settings, model: str = "") -> asyncio.Future[Resident]:
         standings = self.agent.models.providers if self.agent is not None else ()
         taken = {each.name for each in standings if each.state is providers.State.IN_USE}
-        return self._in_thread("loader", lambda: _load_or_give_back(self.settings, taken, model))
+        return self._in_thread("loader", lambda: _load_or_give_back(settings, taken, model))
 
     def _doubt(self) -> None:
         """An image or a decision failed on this device: it may have been lost."""
@@ -268,25 +272,32 @@ class Daemon:
         allow nothing else. A GPU that fell off the bus, or was suspended, is lost to a process until its end.
         """
         assert self.agent is not None  # noqa: S101  # which has failed
-        lost = await self._lost_provider(self.agent.models)
-        if lost is None:
+        models = self.agent.models
+        lost = await self._lost_provider(models)
+        if lost is None or self._stop.is_set():
             return
         name, failure = lost
         log.warning("device lost", extra={"fields": {"provider": name, "error": failure}})
+        served = replace(self.settings, bundle=str(models.reader.bundle.folder))
         try:
-            await self.reload()
-        except (RouteT2IError, OSError) as error:
-            log.warning("model refused", extra={"fields": {"error": str(error)}})
+            async with self._reloading:
+                if self.agent.models is models:  # nobody has taken up others meanwhile
+                    await self._take_up(await asyncio.shield(self._load(served)))
+        except Exception as error:  # whatever it is, nothing can be made here any more
+            foreseen = isinstance(error, (RouteT2IError, OSError))
+            fields = {"error": str(error)}
+            log.warning("model refused", extra={"fields": fields}, exc_info=None if foreseen else error)
             again = f"{name} no longer works in this process: {failure}; start edge-agent again"
             self.lost = DeviceNotReady(again)
-            self.stop()
+            self.drain()
 
     async def _lost_provider(self, models: Resident) -> tuple[str, str] | None:
-        """The first of what they run on that no longer works, and why."""
+        """The first of what they run on that no longer works, and why, other than for want of memory."""
         for each in models.providers:
             if each.state is providers.State.IN_USE and each.name != providers.CPU:
                 probe = partial(providers.probe, each.name)
-                if failure := await asyncio.shield(self._in_thread("probe", probe)):
+                failure = await asyncio.shield(self._in_thread("probe", probe))
+                if failure and not providers.passes(failure):
                     return each.name, failure
         return None
 
@@ -404,12 +415,17 @@ def _load_or_give_back(settings: Settings, taken: Collection[str], model: str) -
     try:
         return _load_models(settings, taken, model)
     except BaseException as error:
-        held: BaseException | None = error
-        while held is not None:
-            traceback.clear_frames(held.__traceback__)
-            held = held.__cause__
-        memory.give_back()
+        _let_go(error)
         raise
+
+
+def _let_go(error: BaseException) -> None:
+    """Give back what the frames hold that `error` came through."""
+    held: BaseException | None = error
+    while held is not None:
+        traceback.clear_frames(held.__traceback__)
+        held = held.__cause__
+    memory.give_back()
 
 
 def _load_models(settings: Settings, taken: Collection[str] = (), model: str = "") -> Resident:
@@ -442,19 +458,24 @@ def _open(settings: Settings, bundle: Bundle, taken: Collection[str]) -> tuple[G
         choice = providers.find(settings.providers, unfit)
         best, serving = choice.serving[0], tuple(map(providers.full_name, choice.serving))
         try:
-            generator = Generator(bundle, Runtime(threads=settings.threads or None, providers=serving))
-            if best != providers.CPU:
-                generator.tried()
-            return generator, choice
+            return _tried(bundle, Runtime(threads=settings.threads or None, providers=serving)), choice
         except (BundleError, OutOfMemory, GenerationFailed) as error:  # a GPU may be smaller than the machine
             in_the_way = isinstance(error, OutOfMemory) and best in taken
             if settings.providers and isinstance(error, GenerationFailed):
-                raise StartRefused(
-                    f"--providers names {best}, which does not run this model: {error}"
-                ) from error
+                refusal = DeviceNotReady if providers.passes(error.message) else StartRefused
+                raise refusal(f"--providers names {best}, which does not run this model: {error}") from error
             if settings.providers or best == providers.CPU or in_the_way:
                 raise
             unfit[best] = f"it does not run this model: {error.message}"
+            _let_go(error)  # before the next provider takes as much
+
+
+def _tried(bundle: Bundle, runtime: Runtime) -> Generator:
+    """The models, opened there, and run once where that is not the CPU."""
+    generator = Generator(bundle, runtime)
+    if not runtime.on_cpu:
+        generator.tried()
+    return generator
 
 
 def _unfit(manifest: Manifest) -> dict[str, str]:

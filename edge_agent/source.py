@@ -41,6 +41,7 @@ TIMEOUT_S = 30.0
 """How long a server may take to answer, and to send the next bytes."""
 
 _HUB_HOSTS = ("huggingface.co", "hf.co")
+_HUB_TOKEN = "Bearer hf_"  # noqa: S105  # how those begin that the hub hands out
 _MODEL_INDEX = "model_index.json"
 _HUB = re.compile(r"hf:(\w[\w.-]*/\w[\w.-]*)(?:@(\S+))?", re.ASCII)
 # OpenSSL's numbers of a certificate that is not valid yet, and of one that has expired.
@@ -500,12 +501,12 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         # What opens the proxy is added anew where the next request goes through it, too.
         headers = {name: value for name, value in req.headers.items() if name != "Proxy-authorization"}
         request = urllib.request.Request(newurl, headers=headers)  # noqa: S310  # http or https
-        # Mirrors such as hf-mirror.com leave private repositories to the hub.
+        same_server = (old.scheme, old.netloc) == (new.scheme, new.netloc)
         to_the_hub = new.scheme == "https" and new.hostname in _HUB_HOSTS
-        if to_the_hub or (old.scheme, old.netloc) == (new.scheme, new.netloc):
-            for header, value in req.unredirected_hdrs.items():
-                if header == "Authorization":
-                    request.add_unredirected_header(header, value)
+        authorization = req.unredirected_hdrs.get("Authorization", "")
+        # Mirrors such as hf-mirror.com leave private repositories to the hub. A mirror's own token is not for it.
+        if authorization and (same_server or (to_the_hub and authorization.startswith(_HUB_TOKEN))):
+            request.add_unredirected_header("Authorization", authorization)
         self.last = request
         return request
 

@@ -86,6 +86,9 @@ _BRINGS = {
 )
 """Where libraries that NVIDIA's providers need come from, by how their names begin."""
 
+_NOT_YET = ("busy or unavailable", "not yet initialized")
+"""As CUDA puts it, in lower case, where another process has the GPU to itself, or a fabric of GPUs is not up yet."""
+
 _PROBE_OPTIONS = {
     # One node is too few for TensorRT, so that no engine is built for it; that its libraries load still shows.
     "tensorrt": {"trt_min_subgraph_size": "1000"},
@@ -184,8 +187,7 @@ def choose(
     `builds` are the distributions of onnxruntime that are installed. There should be one: they share their files.
 
     Raises:
-        StartRefused: a provider of the wish is not available, or does not work for want of a library.
-        DeviceNotReady: it does not work for another reason, such as a driver that is not ready yet.
+        StartRefused: a provider of the wish is not available or does not work; DeviceNotReady where it may soon.
     """
     available = tuple(available)
     for name in wish:
@@ -195,8 +197,7 @@ def choose(
                 f"{', '.join(available)}{_collision(builds)}"
             )
         if name in failures:
-            refusal = StartRefused if _LACKING.search(failures[name]) else DeviceNotReady
-            raise refusal(
+            raise (DeviceNotReady if passes(failures[name]) else StartRefused)(
                 f"--providers names {name}, which does not work here: {failures[name]}. Leave it out, or leave "
                 "--providers out to take the best that works"
             )
@@ -221,6 +222,11 @@ def choose(
         else:
             passed_over[name] = f"taken only when asked for, as in --providers {name},cpu"
     return Choice(serving, better, passed_over)
+
+
+def passes(failure: str) -> bool:
+    """Whether what a provider said may be over in a while, as where another process has the device or its memory."""
+    return sessions.lacks_memory(failure) or any(words in failure.lower() for words in _NOT_YET)
 
 
 def probe(name: str) -> str:

@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,27 +51,29 @@ def rehearse(graph: Path, inputs: Sequence[str], outputs: Sequence[str], runtime
     Raises:
         RehearsalEnded: the process was told to stop, or killed, as for want of memory, or ran out of it.
         GenerationFailed: the graph cannot be opened or run there, or crashed the process; with what it said last.
+        OSError: there is no folder for temporary files.
     """
-    task = {
-        "path": str(graph.absolute()),
-        "inputs": inputs,
-        "outputs": outputs,
-        "runtime": asdict(runtime),
-        "daemon": os.getpid(),
-    }
-    # What it imports comes from where the daemon has it, and never from the working folder.
-    path = [str(Path(entry).absolute()) for entry in sys.path if entry]
-    code = f"import sys; sys.path[:] = {path!r}; from {__name__} import main; sys.exit(main())"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        input=json.dumps(task),
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
-        start_new_session=True,  # a Ctrl-C is the daemon's
-        creationflags=_CREATION_FLAGS,
-    )
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        task = {
+            "path": str(graph.absolute()),
+            "inputs": inputs,
+            "outputs": outputs,
+            "runtime": asdict(replace(runtime, profile=str(Path(folder) / "run"))),
+            "daemon": os.getpid(),
+        }
+        # What it imports comes from where the daemon has it, and never from the working folder.
+        path = [str(Path(entry).absolute()) for entry in sys.path if entry]
+        code = f"import sys; sys.path[:] = {path!r}; from {__name__} import main; sys.exit(main())"
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            input=json.dumps(task),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            start_new_session=True,  # a Ctrl-C is the daemon's
+            creationflags=_CREATION_FLAGS,
+        )
     answer = _answer(done.stdout)
     if done.returncode == 0 and "ran_on" in answer:
         return frozenset(answer["ran_on"])
@@ -98,16 +100,14 @@ def main() -> int:
         name: tuple(value) if isinstance(value, list) else value for name, value in task["runtime"].items()
     }
     providers.load_packaged_libraries(given["providers"])
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        runtime = Runtime(**given | {"profile": str(Path(folder) / "run")})
-        answer: dict[str, Any]
-        try:
-            session = Session(Path(task["path"]), task["inputs"], task["outputs"], runtime)
-            noise = np.random.default_rng(0)
-            session.run({name: noise.standard_normal(session.shapes[name]) for name in task["inputs"]})
-            answer, status = {"ran_on": sorted(session.ran_on())}, 0
-        except RouteT2IError as error:
-            answer, status = {"failed": error.message}, _NO_MEMORY if isinstance(error, OutOfMemory) else 1
+    answer: dict[str, Any]
+    try:
+        session = Session(Path(task["path"]), task["inputs"], task["outputs"], Runtime(**given))
+        noise = np.random.default_rng(0)
+        session.run({name: noise.standard_normal(session.shapes[name]) for name in task["inputs"]})
+        answer, status = {"ran_on": sorted(session.ran_on())}, 0
+    except RouteT2IError as error:
+        answer, status = {"failed": error.message}, _NO_MEMORY if isinstance(error, OutOfMemory) else 1
     sys.stdout.write(f"\n{json.dumps(answer)}\n")
     return status
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -236,8 +237,8 @@ class Session:
             session = plugins.session(str(self.path), options, providers, disabled_optimizers=runtime.unfused)
         except Exception as error:  # onnxruntime's own exceptions share no base class
             stop.check()
-            if lack := _lack_of_memory(error, f"{self.path} cannot be loaded"):
-                raise lack from error
+            if lacks_memory(error):
+                raise _out_of_memory(error, f"{self.path} cannot be loaded") from error
             if self._known_good:  # and unchanged: the device lacks something, not the bundle
                 what = "memory or file descriptors" if runtime.on_cpu else "memory, also of the device"
                 raise NotLoaded(
@@ -354,10 +355,14 @@ class Session:
             if shrink and self._arenas and _NO_ARENA in str(error):
                 self._arenas = ""
                 return self._run(feeds, stop, shrink=False)
-            if lack := _lack_of_memory(error, f"{self.path} cannot be run"):
-                # With what its arena has grown to, or the next run would find as little.
-                self._session = self.loaded_at = None
-                raise lack from error
+            if lacks_memory(error):
+                # It goes with what its arena has grown to, or the next run would find as little: at once, so that
+                # neither this frame nor those that the error knows hold on to it.
+                if self._session is session:
+                    self._session = self.loaded_at = None
+                del session
+                traceback.clear_frames(error.__traceback__)
+                raise _out_of_memory(error, f"{self.path} cannot be run") from error
             raise GenerationFailed(f"onnxruntime failed in {self.path}: {error}") from error
 
     def _run_with_options(
@@ -375,13 +380,15 @@ class Session:
             stop.leave(end)
 
 
-def _lack_of_memory(error: Exception, what: str) -> OutOfMemory | None:
-    """OutOfMemory where that is what onnxruntime's error comes of; otherwise None."""
-    said = str(error)
-    if not isinstance(error, MemoryError) and not any(words in said.lower() for words in _NO_MEMORY):
-        return None
+def lacks_memory(failure: Exception | str) -> bool:
+    """Whether an error of onnxruntime's, or what one said, comes of too little memory."""
+    return isinstance(failure, MemoryError) or any(words in str(failure).lower() for words in _NO_MEMORY)
+
+
+def _out_of_memory(error: Exception, what: str) -> OutOfMemory:
+    said = " ".join(str(error).split())
     return OutOfMemory(
-        f"{what}: this device is out of memory; free some, or choose a smaller model ({' '.join(said.split())})",
+        f"{what}: this device is out of memory; free some, or choose a smaller model ({said})",
         retry_after_s=RELOAD_RETRY_S,
     )
 

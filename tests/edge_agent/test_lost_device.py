@@ -6,17 +6,26 @@ Here it is onnxruntime's second provider in its CPU build, whose sessions fail f
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
+import shutil
 import subprocess
 import sys
+import time
+import weakref
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
 import pytest
 
+from edge_agent import daemon as daemon_module
 from edge_agent.client import UNREACHABLE
+from edge_agent.daemon import _load_models
 from edge_agent.diffusion import plugins, providers
+from edge_agent.resident import Resident
+from edge_agent.settings import Settings, resolve
 from tests.running import LOCAL, ROOT, Here, Process, daemon_here, process_environment, until
 
 NAME = "azure"
@@ -28,6 +37,7 @@ class Device:
 
     lost = False
     falters = False  # once
+    said = SAID
 
 
 @pytest.fixture
@@ -37,7 +47,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     def runs(session: ort.InferenceSession, *how: Any) -> Any:
         if "AzureExecutionProvider" in session.get_providers() and (device.lost or device.falters):
             device.falters = False
-            raise RuntimeError(SAID)
+            raise RuntimeError(device.said)
         return run(session, *how)
 
     monkeypatch.setattr(plugins._Session, "run", runs)
@@ -113,5 +123,94 @@ async def test_an_image_that_fails_where_the_device_works_changes_nothing(
         device.falters = True
         await fails(here)
         assert (await here.app.generate(routing=LOCAL)).result is not None
-        await asyncio.sleep(0.2)  # by then it would have been looked at and taken for lost
+        assert here.daemon._doubts is not None
+        await here.daemon._doubts
         assert here.daemon.agent.models is models and not device.falters
+
+
+async def test_a_device_that_has_no_memory_just_now_is_not_lost(
+    routed_bundle: Path, tmp_path: Path, device: Device
+) -> None:
+    device.said = "CUDA failure 2: out of memory ; GPU=0"
+    async with daemon_here(routed_bundle, tmp_path / "state", providers=f"{NAME},cpu") as here:
+        device.lost = True
+        here.daemon._doubt()
+        assert here.daemon._doubts is not None
+        await here.daemon._doubts
+        assert here.daemon.lost is None
+        device.lost = False
+
+
+async def test_the_models_that_serve_stay_and_are_taken_up_once(
+    routed_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: Device
+) -> None:
+    """Another may have been chosen, or be on its way, when the device is lost."""
+    models = tmp_path / "models"
+    shutil.copytree(routed_bundle, models / "served")
+    async with daemon_here("", tmp_path / "state", models=models) as here:
+        await here.daemon.reload("served")
+        device.lost = True
+        await fails(here)
+        assert here.daemon._doubts is not None
+        await here.daemon._doubts
+        assert here.daemon.agent is not None and here.daemon.agent.reader.bundle.folder.name == "served"
+        assert here.daemon.agent.models.providers[0].name == "cpu"
+
+    device.lost, loaded, load = False, list[str](), daemon_module._load_models
+
+    def slowly(settings: Settings, taken: Collection[str] = (), model: str = "") -> Resident:
+        loaded.append(model)
+        time.sleep(1.0)
+        return load(settings, taken, model)
+
+    async with daemon_here(routed_bundle, tmp_path / "other") as here:
+        monkeypatch.setattr(daemon_module, "_load_models", slowly)
+        device.lost = True
+        reload = asyncio.create_task(here.daemon.reload())
+        await until(lambda: loaded)
+        await fails(here)
+        await reload
+        assert here.daemon._doubts is not None
+        await here.daemon._doubts
+        assert len(loaded) == 1
+
+
+async def test_a_loss_while_the_daemon_drains_cuts_nothing_short(
+    routed_bundle: Path, tmp_path: Path, device: Device
+) -> None:
+    async with daemon_here(routed_bundle, tmp_path / "state", providers=f"{NAME},cpu") as here:
+        here.daemon.stop()
+        device.lost = True
+        here.daemon._doubt()
+        assert here.daemon._doubts is not None
+        await here.daemon._doubts
+        assert not here.daemon._hurry.is_set() and here.daemon.lost is None
+
+
+def test_a_gpu_that_was_passed_over_is_given_back_before_the_next_is_filled(
+    routed_bundle: Path, monkeypatch: pytest.MonkeyPatch, device: Device
+) -> None:
+    opened, alive, session = list[Any](), list[int](), plugins.session
+
+    def noted(model: Any, options: Any, on: Any, **more: Any) -> ort.InferenceSession:
+        made = session(model, options, on, **more)
+        if not isinstance(model, bytes):  # it is no probe
+            alive.append(sum(each() is not None for each in opened))
+            opened.append(weakref.ref(made))
+        return made
+
+    def run(session: ort.InferenceSession, outputs: Any, feeds: dict[str, Any], *how: Any) -> Any:
+        if "AzureExecutionProvider" in session.get_providers() and "latent_sample" in feeds:
+            raise RuntimeError("CUDA failure 2: out of memory")
+        return ort.InferenceSession.run(session, outputs, feeds, *how)
+
+    monkeypatch.setattr(plugins, "session", noted)
+    monkeypatch.setattr(plugins._Session, "run", run)
+    gc.collect()
+    gc.disable()
+    try:
+        models = _load_models(resolve({"bundle": str(routed_bundle), "threads": "1"}, {}))
+    finally:
+        gc.enable()
+    assert models.providers[0].name == "cpu"
+    assert alive[:6] == [0, 1, 2, 0, 1, 2]  # text encoder, denoiser and decoder, twice

@@ -702,16 +702,23 @@ def test_a_commit_that_the_hub_names_where_it_redirects_holds_for_all_files(
 
 
 @pytest.mark.parametrize(
-    ("host", "sent"),
+    ("host", "token", "goes_along"),
     [
-        ("huggingface.co", "Bearer secret"),
-        ("hf.co", "Bearer secret"),
-        ("cas-bridge.hf.co", None),
-        ("huggingface.co.example", None),
+        ("huggingface.co", "hf_secret", True),
+        ("hf.co", "hf_secret", True),
+        ("huggingface.co", "the-mirrors-own", False),
+        ("cas-bridge.hf.co", "hf_secret", False),
+        ("huggingface.co.example", "hf_secret", False),
     ],
 )
-def test_a_mirror_that_leaves_a_repository_to_the_hub_has_the_token_go_along_and_no_other_host_gets_it(
-    web: Web, hollow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str, sent: str | None
+def test_a_mirror_that_leaves_a_repository_to_the_hub_has_the_hubs_token_go_along_and_no_other_host_gets_it(
+    web: Web,
+    hollow: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    host: str,
+    token: str,
+    goes_along: bool,
 ) -> None:
     with web_server(hollow) as elsewhere:
         elsewhere.behind = certificate(tmp_path, f"DNS:{host}")
@@ -719,12 +726,10 @@ def test_a_mirror_that_leaves_a_repository_to_the_hub_has_the_token_go_along_and
         monkeypatch.setenv("https_proxy", elsewhere.address)
         monkeypatch.setenv("SSL_CERT_FILE", str(elsewhere.behind[0]))
         web.misbehave("redirect", to=f"https://{host}/{MANIFEST}")
-        environment = {"HF_ENDPOINT": "http://mirror.example", "HF_TOKEN": "secret"}
+        environment = {"HF_ENDPOINT": "http://mirror.example", "HF_TOKEN": token}
         source_of("hf:someone/hollow", environment).manifest()
-    assert [asked.headers.get("Authorization") for asked in (*web.asked, *elsewhere.asked)] == [
-        "Bearer secret",
-        sent,
-    ]
+    sent = [asked.headers.get("Authorization") for asked in (*web.asked, *elsewhere.asked)]
+    assert sent == [f"Bearer {token}", f"Bearer {token}" if goes_along else None]
 
 
 def test_a_token_with_its_files_line_break_is_taken_without_it(web: Web, store: Store, hollow: Path) -> None:

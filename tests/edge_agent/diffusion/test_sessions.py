@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -207,10 +208,13 @@ def test_a_device_without_memory_is_known_by_its_librarys_words(
     def run(*_: Any) -> None:
         raise RuntimeError(said)
 
+    arena = weakref.ref(session._session)
     with monkeypatch.context() as patched:
         patched.setattr(plugins._Session, "run", run)
-        with pytest.raises(OutOfMemory, match="out of memory"):
+        with pytest.raises(OutOfMemory, match="out of memory") as raised:
             session.run({"x": np.ones(3)})
+    assert arena() is None, "the error holds what the session took"
+    assert raised.value.retry_after_s
     np.testing.assert_array_equal(session.run({"x": np.ones(3)})[0], -np.ones(3))
 
 
