@@ -49,8 +49,14 @@ NO_MEMORY = (
     "unable to allocate",
 )
 """As the system, torch, CUDA, its libraries, C++, Python and numpy put it, in lower case."""
-NOT_YET = ("busy or unavailable", "system not yet initialized")
-"""As CUDA puts it, in lower case, where another process has the GPU to itself, or NVSwitch's fabric is not up yet."""
+NOT_YET = (
+    "busy or unavailable",
+    "system not yet initialized",
+    "unknown error",
+    "no cuda gpus are available",
+)
+"""As CUDA and torch put it, in lower case, where another process has the GPU to itself, NVSwitch's fabric is not up
+yet, the driver has just been replaced, or the GPU fell off the bus."""
 NO_MEMORY_RETRY_S = 30.0
 """What RetryInfo says after an image for which there was too little memory.
 

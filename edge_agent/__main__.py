@@ -110,8 +110,8 @@ examples:
       another machine's cloud server over TLS, two budgets, and no more than ten calls a minute
 
 SIGTERM, Ctrl-C and a terminal that closes let images in the making finish (--grace-s); a second SIGTERM or
-Ctrl-C stops them at their next step. The exit code is 0 either way, and 3 after a provider was lost that
---providers names. On Windows Ctrl-Break does what SIGTERM does
+Ctrl-C stops them at their next step. The exit code is 0 either way, and 3 where a device was lost and nothing else
+may or can take its place. On Windows Ctrl-Break does what SIGTERM does
 elsewhere.
 """
 

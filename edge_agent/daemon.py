@@ -37,7 +37,7 @@ from edge_agent.device import Device
 from edge_agent.diffusion import providers
 from edge_agent.diffusion.generator import Generator
 from edge_agent.diffusion.providers import Choice
-from edge_agent.diffusion.sessions import Runtime
+from edge_agent.diffusion.sessions import Runtime, lacks_memory
 from edge_agent.errors import (
     BundleError,
     DeviceNotReady,
@@ -287,9 +287,10 @@ class Daemon:
             foreseen = isinstance(error, (RouteT2IError, OSError))
             fields = {"error": str(error)}
             log.warning("model refused", extra={"fields": fields}, exc_info=None if foreseen else error)
-            again = f"{name} no longer works in this process: {failure}; start edge-agent again"
-            self.lost = DeviceNotReady(again)
-            self.drain()
+            if not self._stop.is_set():
+                again = f"{name} no longer works in this process: {failure}; start edge-agent again"
+                self.lost = DeviceNotReady(again)
+                self.drain()
 
     async def _lost_provider(self, models: Resident) -> tuple[str, str] | None:
         """The first of what they run on that no longer works, and why, other than for want of memory."""
@@ -297,7 +298,7 @@ class Daemon:
             if each.state is providers.State.IN_USE and each.name != providers.CPU:
                 probe = partial(providers.probe, each.name)
                 failure = await asyncio.shield(self._in_thread("probe", probe))
-                if failure and not providers.passes(failure):
+                if failure and not lacks_memory(failure):
                     return each.name, failure
         return None
 
@@ -462,8 +463,8 @@ def _open(settings: Settings, bundle: Bundle, taken: Collection[str]) -> tuple[G
         except (BundleError, OutOfMemory, GenerationFailed) as error:  # a GPU may be smaller than the machine
             in_the_way = isinstance(error, OutOfMemory) and best in taken
             if settings.providers and isinstance(error, GenerationFailed):
-                refusal = DeviceNotReady if providers.passes(error.message) else StartRefused
-                raise refusal(f"--providers names {best}, which does not run this model: {error}") from error
+                said = f"--providers names {best}, which does not run this model: {error}"
+                raise providers.refusal(error.message)(said) from error
             if settings.providers or best == providers.CPU or in_the_way:
                 raise
             unfit[best] = f"it does not run this model: {error.message}"

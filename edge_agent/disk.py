@@ -38,8 +38,6 @@ def write_durably(path: Path, text: str) -> None:
 def settle(descriptor: int) -> None:
     """Returns once what was written to the file lies on the disk: macOS' `fsync` leaves it in the drive's cache."""
     if sys.platform == "darwin":
-        import fcntl
-
         with suppress(OSError):  # of a file system that cannot
             fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
             return

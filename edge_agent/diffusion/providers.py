@@ -86,8 +86,9 @@ _BRINGS = {
 )
 """Where libraries that NVIDIA's providers need come from, by how their names begin."""
 
-_NOT_YET = ("busy or unavailable", "not yet initialized")
-"""As CUDA puts it, in lower case, where another process has the GPU to itself, or a fabric of GPUs is not up yet."""
+_LASTING = ("no kernel image", "computes wrong results", "fell back to the CPU", "finds no device")
+"""What is said of a provider that no other start will find working; so is a library that it lacks. All else may pass:
+another process has the GPU or its memory, a driver is not up yet, or was replaced and is loaded anew."""
 
 _PROBE_OPTIONS = {
     # One node is too few for TensorRT, so that no engine is built for it; that its libraries load still shows.
@@ -197,7 +198,7 @@ def choose(
                 f"{', '.join(available)}{_collision(builds)}"
             )
         if name in failures:
-            raise (DeviceNotReady if passes(failures[name]) else StartRefused)(
+            raise refusal(failures[name])(
                 f"--providers names {name}, which does not work here: {failures[name]}. Leave it out, or leave "
                 "--providers out to take the best that works"
             )
@@ -224,9 +225,10 @@ def choose(
     return Choice(serving, better, passed_over)
 
 
-def passes(failure: str) -> bool:
-    """Whether what a provider said may be over in a while, as where another process has the device or its memory."""
-    return sessions.lacks_memory(failure) or any(words in failure.lower() for words in _NOT_YET)
+def refusal(failure: str) -> type[StartRefused]:
+    """What a start comes to for which a provider is named that says this: DeviceNotReady where it may pass."""
+    lasts = _LACKING.search(failure) or any(words in failure for words in _LASTING)
+    return StartRefused if lasts else DeviceNotReady
 
 
 def probe(name: str) -> str:

@@ -354,6 +354,7 @@ class Session:
                 stop.check()
             if shrink and self._arenas and _NO_ARENA in str(error):
                 self._arenas = ""
+                del session  # which this frame would hold should that run be out of memory
                 return self._run(feeds, stop, shrink=False)
             if lacks_memory(error):
                 # It goes with what its arena has grown to, or the next run would find as little: at once, so that

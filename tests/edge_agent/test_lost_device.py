@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
-import time
+import threading
 import weakref
 from collections.abc import Collection
 from pathlib import Path
@@ -156,11 +156,11 @@ async def test_the_models_that_serve_stay_and_are_taken_up_once(
         assert here.daemon.agent is not None and here.daemon.agent.reader.bundle.folder.name == "served"
         assert here.daemon.agent.models.providers[0].name == "cpu"
 
-    device.lost, loaded, load = False, list[str](), daemon_module._load_models
+    device.lost, loaded, load, failed = False, list[str](), daemon_module._load_models, threading.Event()
 
     def slowly(settings: Settings, taken: Collection[str] = (), model: str = "") -> Resident:
         loaded.append(model)
-        time.sleep(1.0)
+        assert failed.wait(60)
         return load(settings, taken, model)
 
     async with daemon_here(routed_bundle, tmp_path / "other") as here:
@@ -169,6 +169,7 @@ async def test_the_models_that_serve_stay_and_are_taken_up_once(
         reload = asyncio.create_task(here.daemon.reload())
         await until(lambda: loaded)
         await fails(here)
+        failed.set()
         await reload
         assert here.daemon._doubts is not None
         await here.daemon._doubts

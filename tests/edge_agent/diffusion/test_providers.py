@@ -30,6 +30,7 @@ from edge_agent.diffusion.providers import (
     find,
     full_name,
     probe,
+    refusal,
     with_origin,
 )
 from edge_agent.errors import DeviceNotReady, StartRefused
@@ -100,6 +101,11 @@ def test_a_wish_that_cannot_be_is_refused_with_the_reason() -> None:
         choose(("tensorrt", "cuda", "cpu"), NO_CUDA, ("cuda", "cpu"))
     assert "Leave it out" in refused.value.message
     assert not isinstance(refused.value, DeviceNotReady)  # no start will find the library
+    assert {
+        refusal(said)
+        for said in ("CUDA failure 209: no kernel image is available", "it computes wrong results: 1")
+    } == {StartRefused}
+    assert refusal("CUDA failure 999: unknown error") is DeviceNotReady  # as after the loss of a device
     with pytest.raises(DeviceNotReady, match=r"names cuda, .*: CUDA failure 46: .* busy or unavailable"):
         choose(
             ("cuda", "cpu"), {"cuda": "CUDA failure 46: all devices are busy or unavailable"}, ("cuda", "cpu")
