@@ -17,6 +17,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime as ort
 import pytest
 
@@ -73,7 +74,8 @@ async def test_the_next_best_provider_makes_the_images_after_one_was_lost(
 
         await until(on_cpu)
         after = await here.app.generate(routing=LOCAL, seed=5)
-        assert after.picture.tobytes() == before.picture.tobytes()
+        difference = np.asarray(after.picture, int) - np.asarray(before.picture, int)
+        assert np.abs(difference).max() <= 1  # the CPU's graph rounds otherwise
         (passed_over,) = (each for each in (await here.app.status()).providers if each.name == NAME)
         assert passed_over.reason == SAID
 
