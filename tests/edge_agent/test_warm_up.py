@@ -12,7 +12,7 @@ import shutil
 import sys
 import threading
 import weakref
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -361,45 +361,49 @@ def test_a_cache_that_cannot_be_used_is_made_anew_and_a_fault_of_the_models_is_n
         models.open_better()
 
 
-@pytest.mark.parametrize("fault", ["nothing", "something else"])
-def test_a_provider_that_would_fail_again_costs_no_second_time_what_was_compiled(
-    routed_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
-) -> None:
-    """Like TensorRT, which leaves a graph of more than 2 GB to the others without a word."""
+@pytest.fixture
+def compiled(
+    routed_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Callable[[], Generator], Path]:
+    """What opens the models on a better provider, and what that compiled for them at an earlier start."""
     monkeypatch.setattr(providers, "SLOW_TO_OPEN", frozenset({SECOND}))
     flags = {"bundle": str(routed_bundle), "providers": f"{SECOND},cpu", "cache": str(tmp_path)}
     models = _load_models(resolve(flags, {}))
     assert models.open_better is not None
     folder = tmp_path / "engines" / f"{models.reader.bundle.model_digest[:16]}-{ort.__version__}"
     folder.mkdir(parents=True)
-    (folder / "unet.engine").write_bytes(b"minutes")
+    engine = folder / "unet.engine"
+    engine.write_bytes(b"minutes")
+    return models.open_better, engine
+
+
+@pytest.mark.parametrize("fault", ["nothing", "something else"])
+def test_a_provider_that_would_fail_again_costs_no_second_time_what_was_compiled(
+    compiled: tuple[Callable[[], Generator], Path], monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """Like TensorRT, which leaves a graph of more than 2 GB to the others without a word."""
+    open_better, engine = compiled
     if fault == "nothing":
         monkeypatch.setattr(generator_module, "rehearse", rehearsal.rehearse)
     else:
         monkeypatch.setattr(generator_module, "MOST_DIFFERENCE", -1.0)
     with pytest.raises(Unfit, match=fault):
-        models.open_better()
-    assert (folder / "unet.engine").read_bytes() == b"minutes"
+        open_better()
+    assert engine.read_bytes() == b"minutes"
 
 
 @pytest.mark.posix
 def test_what_was_compiled_is_kept_where_trying_it_was_ended_from_outside(
-    routed_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compiled: tuple[Callable[[], Generator], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when the daemon is stopped meanwhile, or memory runs out: minutes of work are still good."""
-    monkeypatch.setattr(providers, "SLOW_TO_OPEN", frozenset({SECOND}))
-    flags = {"bundle": str(routed_bundle), "providers": f"{SECOND},cpu", "cache": str(tmp_path)}
-    models = _load_models(resolve(flags, {}))
-    assert models.open_better is not None
-    folder = tmp_path / "engines" / f"{models.reader.bundle.model_digest[:16]}-{ort.__version__}"
-    folder.mkdir(parents=True)
-    (folder / "unet.engine").write_bytes(b"minutes")
+    open_better, engine = compiled
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     (tmp_path / "python").write_text("#!/bin/sh\nkill -TERM $$\n")
     (tmp_path / "python").chmod(0o700)
     with pytest.raises(RehearsalEnded):
-        models.open_better()
-    assert (folder / "unet.engine").read_bytes() == b"minutes"
+        open_better()
+    assert engine.read_bytes() == b"minutes"
 
 
 def test_tensorrt_is_told_which_graphs_are_in_half_precision(
