@@ -18,9 +18,13 @@ import onnxruntime as ort
 CPU_PROVIDER = "CPUExecutionProvider"
 
 _PREFIX = "onnxruntime_ep_"
+_PACKAGES = (f"{_PREFIX}*", "onnxruntime_qnn")
 
 KINDS = ("GPU", "CPU", "NPU")
 """Of devices, best first, where a provider has several: an NPU runs few graphs."""
+
+_KINDS_OF_QNN = ("NPU", "GPU", "CPU")
+"""Made for the NPU; on the CPU it is there to compare with."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,8 @@ def session(
 
 def _packages() -> list[str]:
     """By name, of those installed beside onnxruntime: a look at everything that could be imported takes too long."""
-    return sorted(file.parent.name for file in Path(ort.__file__).parents[1].glob(f"{_PREFIX}*/__init__.py"))
+    beside = Path(ort.__file__).parents[1]
+    return sorted(file.parent.name for each in _PACKAGES for file in beside.glob(f"{each}/__init__.py"))
 
 
 def _registered(package: str) -> dict[str, Plugin]:
@@ -80,7 +85,8 @@ def _registered(package: str) -> dict[str, Plugin]:
             return {}
         if not hasattr(ort, "register_execution_provider_library"):
             raise ImportError(f"onnxruntime {ort.__version__} is too old for plugins")
-        ort.register_execution_provider_library(package, described.get_library_path())
+        # By the provider's name: those of NVIDIA, Qualcomm and AMD call their provider what they are registered as.
+        ort.register_execution_provider_library(names[0], described.get_library_path())
         devices = ort.get_ep_devices()
     except Exception as error:
         # A package in disorder, or onnxruntime, whose own exceptions share no base class.
@@ -91,6 +97,7 @@ def _registered(package: str) -> dict[str, Plugin]:
     plugins = {}
     for name in names:
         own = {device.device.type.name: device for device in reversed(devices) if device.ep_name == name}
-        best = next((own[kind] for kind in KINDS if kind in own), None)
+        kinds = _KINDS_OF_QNN if name.startswith("QNN") else KINDS
+        best = next((own[kind] for kind in kinds if kind in own), None)
         plugins[name] = Plugin(best, "" if best else f"{package} finds no device of its kind here")
     return plugins

@@ -24,7 +24,7 @@ from edge_agent.errors import StartRefused
 NAME = "OpenVINOExecutionProvider"
 PACKAGE = "onnxruntime_ep_made"
 
-Install = Callable[[str], None]
+Install = Callable[..., None]
 
 knows_plugins = pytest.mark.skipif(
     not hasattr(ort, "register_execution_provider_library"), reason="this onnxruntime is from before plugins"
@@ -39,21 +39,25 @@ def record_of(folder: Path, package: str) -> None:
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
-    """Puts a package with this text beside onnxruntime."""
+    """Puts a package with this text, and of that name, beside onnxruntime."""
     (tmp_path / "onnxruntime").mkdir()
     record_of(tmp_path, "onnxruntime")
     monkeypatch.setattr(ort, "__file__", str(tmp_path / "onnxruntime" / "__init__.py"))
     monkeypatch.syspath_prepend(tmp_path)
 
-    def write(text: str) -> None:
-        (tmp_path / PACKAGE).mkdir()
-        (tmp_path / PACKAGE / "__init__.py").write_text(text)
-        record_of(tmp_path, PACKAGE)
+    installed = []
+
+    def write(text: str, package: str = PACKAGE) -> None:
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text(text)
+        record_of(tmp_path, package)
+        installed.append(package)
 
     plugins.found.cache_clear()
     yield write
     plugins.found.cache_clear()
-    sys.modules.pop(PACKAGE, None)
+    for package in installed:
+        sys.modules.pop(package, None)
 
 
 def made(provider: str, library: Path) -> str:
@@ -97,14 +101,32 @@ def test_an_onnxruntime_from_before_plugins_says_so(
     assert "is too old for plugins" in plugins.found()[NAME].failure
 
 
+def device(name: str, kind: str) -> SimpleNamespace:
+    return SimpleNamespace(ep_name=name, device=SimpleNamespace(type=SimpleNamespace(name=kind)))
+
+
+def test_a_library_that_calls_its_provider_what_it_is_registered_as_is_found(
+    install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of Qualcomm, NVIDIA and AMD do. Qualcomm's goes by another name, and is made for the NPU."""
+    names = {PACKAGE: NAME, "onnxruntime_qnn": "QNNExecutionProvider"}
+    for package, name in names.items():
+        install(made(name, tmp_path / "made.so"), package)
+    offered: list[SimpleNamespace] = []
+
+    def register(name: str, _path: str) -> None:
+        offered.extend(device(name, kind) for kind in ("CPU", "GPU", "NPU"))
+
+    monkeypatch.setattr(ort, "register_execution_provider_library", register, raising=False)
+    monkeypatch.setattr(ort, "get_ep_devices", lambda: offered, raising=False)
+    kinds = {name: plugin.device.device.type.name for name, plugin in plugins.found().items()}
+    assert kinds == {NAME: "GPU", "QNNExecutionProvider": "NPU"}
+
+
 def test_of_a_plugins_devices_the_first_of_the_best_kind_is_taken(
     install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Others are of other plugins, or choose among these."""
-
-    def device(name: str, kind: str) -> SimpleNamespace:
-        return SimpleNamespace(ep_name=name, device=SimpleNamespace(type=SimpleNamespace(name=kind)))
-
     offered = [device(NAME, kind) for kind in ("NPU", "GPU", "GPU", "CPU")]
     others = [device("CPUExecutionProvider", "GPU"), device(f"{NAME}.AUTO", "GPU")]
     install(made(NAME, tmp_path / "made.so"))
