@@ -48,11 +48,16 @@ PREFERENCE = ("tensorrt", "cuda", "directml", "openvino", CPU)
 CoreML among it: every Mac has it, and of other models people report times and memory many times the CPU's
 (sam-dumont/immich-video-memory-generator#810)."""
 
-SLOW_TO_OPEN = frozenset({"tensorrt", "coreml", "openvino"})
-"""Providers that compile a graph for the device when its session is opened: seconds, with TensorRT many minutes."""
+QUICK_TO_OPEN = frozenset({"cuda", "rocm", "directml", "webgpu", CPU})
+"""Providers that run a graph as it is, for images of any size. Others are taken for compilers, which many are: their
+sessions take seconds to open, with TensorRT many minutes, and whether they run anything has to be seen."""
 
-_PLACE = re.compile(r"^\S+\.(cc|cpp|h|cu)(:\d+|\(\d+\)\S*)\s+(onnxruntime::\S+\s+)?")
-"""What an exception begins with that names the line of onnxruntime's source, and on Windows the function."""
+_PLACE = re.compile(
+    r"^.*(\.(cc|cpp|h|cu)(:\d+|\(\d+\)\S*)\s+(onnxruntime::\S+\s+)?"
+    r"|\[ONNXRuntimeError\] : \d+ : \w+ : | was false\. |(?=CUDA failure \d))(?=.)"
+)
+"""What an exception says before it comes to what is wrong: the line of onnxruntime's source, the function with its
+types, the condition that was checked, once or several times over."""
 
 _LOG_NOTHING, _LOG_WARNINGS = 4, 2  # severities of onnxruntime; the second is its default
 
@@ -204,9 +209,9 @@ def choose(
             )
     order = wish or [name for name in PREFERENCE if name in available and name not in failures]
     order = (*(name for name in order if name != CPU), CPU)
-    quick = tuple(name for name in order if name not in SLOW_TO_OPEN)
+    quick = tuple(name for name in order if name in QUICK_TO_OPEN)
     serving = quick if wish else tuple(dict.fromkeys((quick[0], CPU)))
-    better = (order[0], *serving) if order[0] in SLOW_TO_OPEN else ()
+    better = () if order[0] in QUICK_TO_OPEN else (order[0], *serving)
     used = {*serving, *better}
     passed_over = {}
     for name in dict.fromkeys((*PREFERENCE, *available)):
@@ -218,6 +223,8 @@ def choose(
             passed_over[name] = failures[name]
         elif name in order:
             passed_over[name] = f"{order[0]} comes before it"
+        elif name == "azure":  # which every onnxruntime for the CPU has
+            passed_over[name] = "it runs nothing on this device"
         elif wish:
             passed_over[name] = "not among --providers"
         else:
@@ -280,6 +287,7 @@ def options(names: Iterable[str], cache: Path, *, half: bool) -> dict[str, dict[
         # The other format, CoreML's own default, knows no half precision and fewer operators.
         "coreml": {"ModelFormat": "MLProgram", "ModelCacheDirectory": str(cache)},
         "openvino": {"cache_dir": str(cache)},
+        "migraphx": {"migraphx_model_cache_dir": str(cache)},
     }
     if full_name("openvino") in plugins.found():
         # The plugin takes OpenVINO's own options, for each kind of device. Left to itself it computes in bfloat16 where

@@ -53,6 +53,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
 
     monkeypatch.setattr(plugins._Session, "run", runs)
     monkeypatch.setattr(providers, "PREFERENCE", (NAME, providers.CPU))
+    monkeypatch.setattr(providers, "QUICK_TO_OPEN", {NAME, providers.CPU})
     return device
 
 
@@ -83,7 +84,9 @@ async def test_the_next_best_provider_makes_the_images_after_one_was_lost(
 FAILING = f"""
 import onnxruntime
 from pathlib import Path
+from edge_agent.diffusion import providers
 
+providers.QUICK_TO_OPEN = {{"{NAME}", "cpu"}}
 run = onnxruntime.InferenceSession.run
 
 def runs(session, *how):

@@ -79,7 +79,6 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
             made.running -= 1
 
     monkeypatch.setattr(Generator, "on", held)
-    monkeypatch.setattr(providers, "SLOW_TO_OPEN", frozenset({SECOND}))
     return made
 
 
@@ -333,7 +332,6 @@ def test_a_cache_that_cannot_be_written_to_is_refused_before_anything_is_compile
 def test_a_cache_that_cannot_be_used_is_made_anew_and_a_fault_of_the_models_is_not_hidden(
     routed_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(providers, "SLOW_TO_OPEN", frozenset({SECOND}))
     flags = {
         "bundle": str(routed_bundle),
         "threads": "1",
@@ -366,7 +364,6 @@ def compiled(
     routed_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Callable[[], Generator], Path]:
     """What opens the models on a better provider, and what that compiled for them at an earlier start."""
-    monkeypatch.setattr(providers, "SLOW_TO_OPEN", frozenset({SECOND}))
     flags = {"bundle": str(routed_bundle), "providers": f"{SECOND},cpu", "cache": str(tmp_path)}
     models = _load_models(resolve(flags, {}))
     assert models.open_better is not None
@@ -525,6 +522,7 @@ def test_a_gpu_that_holds_the_models_and_not_a_run_is_passed_over(
 
     monkeypatch.setattr(plugins._Session, "run", runs)
     monkeypatch.setattr(providers, "PREFERENCE", (SECOND, "cpu"))
+    monkeypatch.setattr(providers, "QUICK_TO_OPEN", {SECOND, "cpu"})
     flags = {"bundle": str(routed_bundle), "threads": "1"}
     found = {each.name: each for each in _load_models(resolve(flags, {})).providers}
     assert found["cpu"].state is providers.State.IN_USE

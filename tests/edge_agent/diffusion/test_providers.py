@@ -20,7 +20,6 @@ from edge_agent.diffusion.providers import (
     _GRAPH,
     CPU,
     PREFERENCE,
-    SLOW_TO_OPEN,
     Choice,
     Standing,
     State,
@@ -35,7 +34,7 @@ from edge_agent.diffusion.providers import (
 )
 from edge_agent.errors import DeviceNotReady, StartRefused
 
-EVERYTHING = (*PREFERENCE, "azure")
+EVERYTHING = (*PREFERENCE, "rocm", "migraphx", "azure")
 NOT_BUILT = "this onnxruntime is built without it"
 NO_FILE = "cannot open shared object file: No such file or directory"
 NO_CUDA = {"cuda": f"libcublasLt.so.12: {NO_FILE}", "tensorrt": f"libnvinfer.so.10: {NO_FILE}"}
@@ -62,13 +61,14 @@ def test_the_best_that_works_is_taken_and_what_is_slow_to_open_comes_later(
 
 
 def test_every_provider_is_either_used_or_passed_over_with_a_reason() -> None:
-    choice = choose(("tensorrt", "cuda", "openvino", "azure", "cpu"), {"tensorrt": "no libnvinfer"})
+    choice = choose(("tensorrt", "cuda", "openvino", "rocm", "azure", "cpu"), {"tensorrt": "no libnvinfer"})
     assert choice.serving == ("cuda", "cpu")
     assert choice.passed_over == {
         "tensorrt": "no libnvinfer",
         "directml": NOT_BUILT,
         "openvino": "cuda comes before it",
-        "azure": "taken only when asked for, as in --providers azure,cpu",
+        "rocm": "taken only when asked for, as in --providers rocm,cpu",
+        "azure": "it runs nothing on this device",
     }
 
 
@@ -81,7 +81,8 @@ def test_every_provider_is_either_used_or_passed_over_with_a_reason() -> None:
         (("tensorrt", "cpu"), ("cpu",), ("tensorrt", "cpu")),
         (("tensorrt", "cuda"), ("cuda", "cpu"), ("tensorrt", "cuda", "cpu")),
         (("cuda", "tensorrt"), ("cuda", "cpu"), ()),
-        (("azure", "cpu"), ("azure", "cpu"), ()),
+        (("rocm", "cpu"), ("rocm", "cpu"), ()),
+        (("migraphx", "cpu"), ("cpu",), ("migraphx", "cpu")),  # as any that nobody here knows
         (("cpu", "cuda"), ("cuda", "cpu"), ()),
         (("cpu", "tensorrt", "cuda"), ("cuda", "cpu"), ("tensorrt", "cuda", "cpu")),
     ],
@@ -148,8 +149,8 @@ def test_people_are_shown_what_serves_what_warms_up_and_what_was_passed_over() -
     )
 
 
-def test_what_is_taken_or_slow_to_open_is_known_by_name() -> None:
-    assert {*PREFERENCE, *SLOW_TO_OPEN} <= set(_FULL_NAMES) and CPU not in SLOW_TO_OPEN
+def test_what_is_taken_is_known_by_name() -> None:
+    assert set(PREFERENCE) <= set(_FULL_NAMES)
 
 
 def test_the_graph_that_is_tried_is_the_one_its_comment_says() -> None:
@@ -222,14 +223,46 @@ def test_a_companion_of_onnxruntime_is_not_taken_for_a_second_build(
     assert _builds() == ("onnxruntime", "onnxruntime-gpu")
 
 
+@pytest.mark.parametrize(
+    ("name", "said", "wrong"),
+    [
+        (
+            "directml",  # where Windows lacks it
+            r"E:\_work\1\s\onnxruntime\core\providers\dml\dml_provider_factory.cc:338 "
+            "onnxruntime::DMLProviderFactoryCreator::CreateFromDeviceOptions DXCore is not available on this platform.",
+            "DXCore is not available on this platform.",
+        ),
+        (
+            "qnn",
+            "[ONNXRuntimeError] : 1 : FAIL : /onnxruntime_src/onnxruntime/core/session/plugin_ep/ep_plugin.cc:393 "
+            "virtual std::unique_ptr<onnxruntime::IExecutionProvider> onnxruntime::PluginExecutionProviderFactory::"
+            "CreateProvider(const OrtSessionOptions&, const OrtLogger&) [ONNXRuntimeError] : 1 : FAIL : "
+            "Could not determine default backend path for device\n",
+            "Could not determine default backend path for device",
+        ),
+        (
+            "webgpu",
+            "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : /onnxruntime_src/onnxruntime/core/providers/webgpu/context.cc"
+            ":118 onnxruntime::webgpu::WebGpuContext::Initialize(const onnxruntime::webgpu::WebGpuContextConfig&)::"
+            "<lambda()>::<lambda(wgpu::RequestAdapterStatus, wgpu::Adapter)> status == wgpu::RequestAdapterStatus::"
+            "Success was false. Failed to get a WebGPU adapter: No supported adapters.",
+            "Failed to get a WebGPU adapter: No supported adapters.",
+        ),
+        (
+            "cuda",
+            "/onnxruntime_src/onnxruntime/core/providers/cuda/cuda_call.cc:129 std::conditional_t<THRW, void, "
+            "onnxruntime::common::Status> onnxruntime::CudaCall(ERRTYPE, const char*) [with ERRTYPE = cudaError] CUDA "
+            "failure 35: CUDA driver version is insufficient ; GPU=0 ; file=/onnxruntime_src/cuda_provider.cc ; line=9",
+            "CUDA failure 35: CUDA driver version is insufficient ; GPU=0 ; file=/onnxruntime_src/cuda_provider.cc "
+            "; line=9",
+        ),
+    ],
+)
 def test_people_are_told_what_is_wrong_and_not_where_onnxruntime_noticed(
-    monkeypatch: pytest.MonkeyPatch,
+    name: str, said: str, wrong: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
-        raise RuntimeError(  # as DirectML does where Windows lacks it
-            r"E:\_work\1\s\onnxruntime\core\providers\dml\dml_provider_factory.cc:338 "
-            "onnxruntime::DMLProviderFactoryCreator::CreateFromDeviceOptions DXCore is not available on this platform."
-        )
+        raise RuntimeError(said)
 
     monkeypatch.setattr(plugins, "session", fail)
-    assert probe("directml") == "DXCore is not available on this platform."
+    assert probe(name) == wrong
