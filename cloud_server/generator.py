@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import Any
 
 from cloud_server.errors import (
@@ -40,20 +41,24 @@ NO_MEMORY = (
     "allocate memory",
     "not enough memory",
     "out of memory",
-    "cuda_error_out_of_memory",
-    "cublas_status_alloc_failed",
+    "out_of_memory",
+    "out_of_device_memory",
+    "blas_status_alloc_failed",
     "cudnn_status_alloc_failed",
+    "invalid buffer size",
     "allocation_failed",
     "bad_alloc",
     "memoryerror",
     "unable to allocate",
 )
-"""As the system, torch, CUDA, its libraries, C++, Python and numpy put it, in lower case."""
+"""As the system, torch, CUDA, ROCm, their libraries, Intel's and Apple's GPUs, C++, Python and numpy put it, in lower
+case."""
 NOT_YET = (
     "busy or unavailable",
     "system not yet initialized",
     "unknown error",
-    "no cuda gpus are available",
+    "gpus are available",
+    "no xpu devices are available",
 )
 """As CUDA and torch put it, in lower case, where another process has the GPU to itself, NVSwitch's fabric is not up
 yet, the driver has just been replaced, or the GPU fell off the bus."""
@@ -63,6 +68,7 @@ NO_MEMORY_RETRY_S = 30.0
 Edges leave the cloud alone for that long, with all their images: long enough for the work of another process to pass,
 and half of what they heed at most, as images of other sizes may well go through.
 """
+MOST_SAID = 300  # characters of what torch says of a device
 MIN_SIDE_MULTIPLE = 8  # diffusers' pipelines refuse sizes that are not multiples of 8 pixels
 
 
@@ -72,17 +78,18 @@ def usable_device(wanted: str) -> str:
     Raises DeviceNotReady where it may be usable later, else StartRefused where it computes nothing: that takes none of
     the model to say.
     """
-    device = wanted
     try:
         import torch
-
+    except ImportError:
+        return wanted  # `Generator.load` says what to install
+    device = wanted
+    try:
         if wanted == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         compute(device)
-    except ImportError:
-        pass  # `Generator.load` says what to install
     except Exception as error:  # torch's backends each raise their own
-        said = reason(error).rstrip(".")
+        # Of one that it lacks torch names all that it has instead, in thousands of characters.
+        said = shorten(reason(error).rstrip("."), MOST_SAID, placeholder=" [...]")
         name = f"--device {wanted}" + (f" (here {device})" if device != wanted else "")
         if _names(said, NO_MEMORY + NOT_YET):
             raise DeviceNotReady(f"{name} cannot be used now: {said}. Free it, or try again later") from error
