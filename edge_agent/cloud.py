@@ -326,7 +326,7 @@ class CloudClient:
         answer = await self._answer("LookupGeneration", question, timeout_s)
         charged = answer.charged_micro_usd if answer.charged else 0
         if answer.request_id != request_id or charged < 0:
-            raise CloudLied(f"the cloud at {self.address} answered for another request", never_ran=False)
+            raise CloudLied(f"the cloud at {self.address} answered for another request")
         ended = {
             cloud_pb2.GENERATION_STATE_FINISHED,
             cloud_pb2.GENERATION_STATE_FAILED,
@@ -359,9 +359,7 @@ class CloudClient:
             except grpc.aio.AioRpcError as error:
                 raise self._explained(error, accepted=True, timeout_s=timeout_s) from error
         if answer is None:  # what gRPC makes of bytes that it cannot decode
-            raise CloudLied(
-                f"the cloud at {self.address} sent an answer that cannot be read", never_ran=False
-            )
+            raise CloudLied(f"the cloud at {self.address} sent an answer that cannot be read")
         return answer
 
     @asynccontextmanager
@@ -489,7 +487,7 @@ class CloudClient:
                 f"the cloud at {self.address} takes no prompt of that length: {text}", never_ran=not accepted
             )
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED and status is None:
-            return CloudLied(f"the cloud at {self.address} sent too much: {text}", never_ran=False)
+            return CloudLied(f"the cloud at {self.address} sent too much: {text}")
         if code is grpc.StatusCode.DEADLINE_EXCEEDED and status is None:
             if not accepted and timeout_s >= self._connect_timeout_s:
                 self._failed()

@@ -79,17 +79,16 @@ class ImageStream:
     ) -> CloudAccepted | Progress | CloudImage | None:
         """The event in `response`; None for a piece of the image, or what is told again. Raises CloudLied."""
         if response is None:  # what gRPC makes of bytes that it cannot decode
-            raise CloudLied("the cloud sent a message that cannot be read", never_ran=False)
+            raise CloudLied("the cloud sent a message that cannot be read")
         kind = response.WhichOneof("event")
         if (kind == "accepted") is self._begun:
-            raise CloudLied(f"the cloud sent {kind} where it may not", never_ran=False)
+            raise CloudLied(f"the cloud sent {kind} where it may not")
         if kind == "accepted":
             self._begun = True
             price = response.accepted.charged_micro_usd
             if not 0 <= price <= self._ceiling_micro_usd:
                 raise CloudLied(
-                    f"the cloud's price is {price} micro-dollars, and {self._ceiling_micro_usd} were offered",
-                    never_ran=False,
+                    f"the cloud's price is {price} micro-dollars, and {self._ceiling_micro_usd} were offered"
                 )
             digest = checked_digest(response.accepted.model_digest)
             before, self.accepted = (
@@ -99,7 +98,7 @@ class ImageStream:
             if before is None:
                 return self.accepted
             if (price, digest) != (before.charged_micro_usd, before.model_digest):
-                raise CloudLied("the rest of the cloud's image is of another price or model", never_ran=False)
+                raise CloudLied("the rest of the cloud's image is of another price or model")
             return None
         if kind == "progress":
             return self._progress(response.progress)
@@ -123,22 +122,19 @@ class ImageStream:
 
     def _append(self, chunk: image_pb2.ImageChunk) -> None:
         if chunk.offset != len(self.received):
-            raise CloudLied(
-                f"the cloud sent byte {chunk.offset} where byte {len(self.received)} is due", never_ran=False
-            )
+            raise CloudLied(f"the cloud sent byte {chunk.offset} where byte {len(self.received)} is due")
         if len(self.received) + len(chunk.data) > self._max_image_bytes:
-            raise CloudLied(f"the cloud's image exceeds {self._max_image_bytes} bytes", never_ran=False)
+            raise CloudLied(f"the cloud's image exceeds {self._max_image_bytes} bytes")
         self.received += chunk.data
 
     async def _image(self, result: cloud_pb2.Result) -> CloudImage:
         accepted = cast(CloudAccepted, self.accepted)
         if result.request_id != self.request.request_id:
-            raise CloudLied("the cloud's result is another request's", never_ran=False)
+            raise CloudLied("the cloud's result is another request's")
         if not 0 <= result.charged_micro_usd <= accepted.charged_micro_usd:
             raise CloudLied(
                 f"the cloud charged {result.charged_micro_usd} micro-dollars after it had accepted at "
-                f"{accepted.charged_micro_usd}",
-                never_ran=False,
+                f"{accepted.charged_micro_usd}"
             )
         info, png = result.image, bytes(self.received)
         self._check_facts(info, accepted)
@@ -176,37 +172,33 @@ class ImageStream:
         if not (math.isfinite(guidance) and math.isclose(guidance, wanted, rel_tol=1e-6)):
             wrong.append("guidance scale")
         if wrong:
-            raise CloudLied(f"the cloud's image has another {wrong[0]} than was asked for", never_ran=False)
+            raise CloudLied(f"the cloud's image has another {wrong[0]} than was asked for")
 
 
 def checked_digest(text: str) -> str:
     """A model's digest, as the cloud gives it. Raises CloudLied when it is none."""
     if not re.fullmatch("[0-9a-f]{64}", text):
-        raise CloudLied("what the cloud sent as its model's digest is not 64 hex digits", never_ran=False)
+        raise CloudLied("what the cloud sent as its model's digest is not 64 hex digits")
     return text
 
 
 def _check_png(png: bytes, sha256: str, width: int, height: int) -> None:
     """Raises CloudLied unless `png` has this hash and decodes, to its last row, to an image of this size."""
     if hashlib.sha256(png).hexdigest() != sha256:
-        raise CloudLied(f"the cloud's {len(png)} bytes have not the sha256 they came with", never_ran=False)
+        raise CloudLied(f"the cloud's {len(png)} bytes have not the sha256 they came with")
     try:
         with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
             size = image.size
             if size == (width, height):  # before any pixel is unpacked
                 image.load()
     except UnidentifiedImageError as error:  # whose text shows our buffer
-        raise CloudLied("what the cloud sent is not a PNG image", never_ran=False) from error
+        raise CloudLied("what the cloud sent is not a PNG image") from error
     except Exception as error:  # a decoder fed with garbage may raise anything
-        raise CloudLied(f"what the cloud sent is not a PNG image: {error}", never_ran=False) from error
+        raise CloudLied(f"what the cloud sent is not a PNG image: {error}") from error
     if png[12:16] != b"IHDR":  # which decoders forgive
-        raise CloudLied(
-            "what the cloud sent is not a PNG image: it does not begin with IHDR", never_ran=False
-        )
+        raise CloudLied("what the cloud sent is not a PNG image: it does not begin with IHDR")
     if size != (width, height):
-        raise CloudLied(
-            f"the cloud's image has {size[0]}x{size[1]} pixels instead of {width}x{height}", never_ran=False
-        )
+        raise CloudLied(f"the cloud's image has {size[0]}x{size[1]} pixels instead of {width}x{height}")
 
 
 def _wire_request(
