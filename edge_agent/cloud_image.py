@@ -43,13 +43,9 @@ class CloudAccepted:
 
 @dataclass(frozen=True)
 class CloudImage:
-    """A checked PNG, and the facts the cloud gives of its making."""
+    """A PNG of the size and seed that were asked for, and what else the cloud says of its making."""
 
     png: bytes
-    sha256: str
-    width: int
-    height: int
-    seed: int
     steps: int
     guidance_scale: float
     model_digest: str
@@ -84,22 +80,7 @@ class ImageStream:
         if (kind == "accepted") is self._begun:
             raise CloudLied(f"the cloud sent {kind} where it may not")
         if kind == "accepted":
-            self._begun = True
-            price = response.accepted.charged_micro_usd
-            if not 0 <= price <= self._ceiling_micro_usd:
-                raise CloudLied(
-                    f"the cloud's price is {price} micro-dollars, and {self._ceiling_micro_usd} were offered"
-                )
-            digest = checked_digest(response.accepted.model_digest)
-            before, self.accepted = (
-                self.accepted,
-                CloudAccepted(response.accepted.queue_position, price, digest),
-            )
-            if before is None:
-                return self.accepted
-            if (price, digest) != (before.charged_micro_usd, before.model_digest):
-                raise CloudLied("the rest of the cloud's image is of another price or model")
-            return None
+            return self._accept(response.accepted)
         if kind == "progress":
             return self._progress(response.progress)
         if kind == "image_chunk":
@@ -108,6 +89,21 @@ class ImageStream:
         if kind == "result":
             return await self._image(response.result)
         return None  # an event of a later version of the wire
+
+    def _accept(self, answer: cloud_pb2.Accepted) -> CloudAccepted | None:
+        """None where the rest of an image is accepted, as the image was before."""
+        self._begun = True
+        price, before = answer.charged_micro_usd, self.accepted
+        if not 0 <= price <= self._ceiling_micro_usd:
+            raise CloudLied(
+                f"the cloud's price is {price} micro-dollars, and {self._ceiling_micro_usd} were offered"
+            )
+        self.accepted = CloudAccepted(answer.queue_position, price, checked_digest(answer.model_digest))
+        if before is None:
+            return self.accepted
+        if (price, self.accepted.model_digest) != (before.charged_micro_usd, before.model_digest):
+            raise CloudLied("the rest of the cloud's image is of another price or model")
+        return None
 
     def _progress(self, progress: image_pb2.Progress) -> Progress | None:
         """None for what is none, and no preview where it is not what was asked for: the image may be right all the
@@ -138,15 +134,10 @@ class ImageStream:
             )
         info, png = result.image, bytes(self.received)
         self._check_facts(info, accepted)
-        width, height = self.request.size
         # Hashing and decoding take tens of milliseconds for a large image: not on the event loop.
-        await asyncio.to_thread(_check_png, png, info.sha256, width, height)
+        await asyncio.to_thread(_check_png, png, info.sha256, self.request.size)
         return CloudImage(
             png=png,
-            sha256=info.sha256,
-            width=width,
-            height=height,
-            seed=info.seed,
             steps=info.steps,
             guidance_scale=info.guidance_scale,
             model_digest=accepted.model_digest,
@@ -182,14 +173,14 @@ def checked_digest(text: str) -> str:
     return text
 
 
-def _check_png(png: bytes, sha256: str, width: int, height: int) -> None:
+def _check_png(png: bytes, sha256: str, asked: tuple[int, int]) -> None:
     """Raises CloudLied unless `png` has this hash and decodes, to its last row, to an image of this size."""
     if hashlib.sha256(png).hexdigest() != sha256:
         raise CloudLied(f"the cloud's {len(png)} bytes have not the sha256 they came with")
     try:
         with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
             size = image.size
-            if size == (width, height):  # before any pixel is unpacked
+            if size == asked:  # before any pixel is unpacked
                 image.load()
     except UnidentifiedImageError as error:  # whose text shows our buffer
         raise CloudLied("what the cloud sent is not a PNG image") from error
@@ -197,8 +188,8 @@ def _check_png(png: bytes, sha256: str, width: int, height: int) -> None:
         raise CloudLied(f"what the cloud sent is not a PNG image: {error}") from error
     if png[12:16] != b"IHDR":  # which decoders forgive
         raise CloudLied("what the cloud sent is not a PNG image: it does not begin with IHDR")
-    if size != (width, height):
-        raise CloudLied(f"the cloud's image has {size[0]}x{size[1]} pixels instead of {width}x{height}")
+    if size != asked:
+        raise CloudLied(f"the cloud's image has {size[0]}x{size[1]} pixels instead of {asked[0]}x{asked[1]}")
 
 
 def _wire_request(
