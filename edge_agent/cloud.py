@@ -454,20 +454,14 @@ class CloudClient:
         """A gRPC error of a connected call as one of ours."""
         code, text = error.code(), printable(error.details() or "no reason given")
         status = sent_status(error)
-        never_ran = not accepted and status is not None and code in _NOTHING_RAN
-        hint = ""
-        if status is None and any(words in text for words in _PROXYS_WORDS):
-            hint = (
-                "; a proxy before the cloud server, or a network that asks for a login, has answered in its place or "
-                "cut it off: see the proxy's log and timeouts, and whether the cloud server runs"
-            )
-            if not accepted:
-                self._failed()
-        elif status is None and code is grpc.StatusCode.UNIMPLEMENTED:
-            # A gRPC server that has no such service says so, and ran nothing.
-            hint = "; what answers there is no cloud server: check --cloud"
-            never_ran = not accepted
-            self._failed()
+        if status is None:
+            return self._broken(code, text, accepted=accepted, timeout_s=timeout_s)
+        return self._answered(code, text, status, never_ran=not accepted and code in _NOTHING_RAN)
+
+    def _answered(
+        self, code: grpc.StatusCode, text: str, status: Status, *, never_ran: bool
+    ) -> CloudUnavailable | CloudRefused:
+        """What the cloud server itself says."""
         if code in _REFUSALS:
             price = _price_micro_usd(status) if never_ran else None
             if price is not None:
@@ -476,23 +470,10 @@ class CloudClient:
             if never_ran and code is grpc.StatusCode.UNAUTHENTICATED:  # so would any other request be
                 self._failed()
             return CloudRefused(
-                f"the cloud at {self.address} refused: {text}{hint}",
+                f"the cloud at {self.address} refused: {text}",
                 never_ran=never_ran,
                 price_micro_usd=price,
                 field=_field(status) if never_ran else "",
-            )
-        if code is grpc.StatusCode.RESOURCE_EXHAUSTED and status is None and text.startswith(_TOO_LONG):
-            # Its gRPC, before anything of it heard of the call.
-            return CloudRefused(
-                f"the cloud at {self.address} takes no prompt of that length: {text}", never_ran=not accepted
-            )
-        if code is grpc.StatusCode.RESOURCE_EXHAUSTED and status is None:
-            return CloudLied(f"the cloud at {self.address} sent too much: {text}")
-        if code is grpc.StatusCode.DEADLINE_EXCEEDED and status is None:
-            if not accepted and timeout_s >= self._connect_timeout_s:
-                self._failed()
-            return CloudUnavailable(
-                f"the cloud at {self.address} was not done within {round(timeout_s, 1):g} s", never_ran=False
             )
         retry_after_s = _retry_after_s(status)
         if retry_after_s is not None:
@@ -500,13 +481,49 @@ class CloudClient:
         elif code is grpc.StatusCode.UNAVAILABLE:
             self._failed()
         return CloudUnavailable(
-            f"the cloud at {self.address} failed: {text} ({code.name}){hint}",
+            f"the cloud at {self.address} failed: {text} ({code.name})",
             never_ran=never_ran,
             retry_after_s=retry_after_s,
         )
 
+    def _broken(self, code: grpc.StatusCode, text: str, *, accepted: bool, timeout_s: float) -> CloudError:
+        """What gRPC says here or there, or what stands between: seldom does that tell whether anything ran."""
+        never_ran, hint = False, ""
+        if any(words in text for words in _PROXYS_WORDS):
+            hint = (
+                "; a proxy before the cloud server, or a network that asks for a login, has answered in its place or "
+                "cut it off: see the proxy's log and timeouts, and whether the cloud server runs"
+            )
+            if not accepted:
+                self._failed()
+        elif code is grpc.StatusCode.UNIMPLEMENTED:
+            # A gRPC server that has no such service says so, and ran nothing.
+            hint = "; what answers there is no cloud server: check --cloud"
+            never_ran = not accepted
+            self._failed()
+        if code in _REFUSALS:
+            return CloudRefused(f"the cloud at {self.address} refused: {text}{hint}", never_ran=never_ran)
+        if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+            if text.startswith(_TOO_LONG):  # before anything of the cloud server heard of the call
+                return CloudRefused(
+                    f"the cloud at {self.address} takes no prompt of that length: {text}",
+                    never_ran=not accepted,
+                )
+            return CloudLied(f"the cloud at {self.address} sent too much: {text}")
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+            if not accepted and timeout_s >= self._connect_timeout_s:
+                self._failed()
+            return CloudUnavailable(
+                f"the cloud at {self.address} was not done within {round(timeout_s, 1):g} s", never_ran=False
+            )
+        if code is grpc.StatusCode.UNAVAILABLE:
+            self._failed()
+        return CloudUnavailable(
+            f"the cloud at {self.address} failed: {text} ({code.name}){hint}", never_ran=False
+        )
 
-def _retry_after_s(status: Status | None) -> float | None:
+
+def _retry_after_s(status: Status) -> float | None:
     """How long the cloud wants to be left alone, as far as it is heeded."""
     retry = _detail(status, RetryInfo)
     if not retry.HasField("retry_delay"):
@@ -515,13 +532,13 @@ def _retry_after_s(status: Status | None) -> float | None:
     return min(max(0.0, milliseconds / 1000), LONGEST_RETRY_S)
 
 
-def _field(status: Status | None) -> str:
+def _field(status: Status) -> str:
     """What of the request the cloud does not take, where it names that."""
     violations = _detail(status, BadRequest).field_violations
     return violations[0].field if violations else ""
 
 
-def _price_micro_usd(status: Status | None) -> int | None:
+def _price_micro_usd(status: Status) -> int | None:
     """What an image costs, where that is why the cloud refused it."""
     refusal = _detail(status, ErrorInfo)
     if refusal.reason == "PRICE_ABOVE_CEILING":
@@ -531,9 +548,9 @@ def _price_micro_usd(status: Status | None) -> int | None:
     return None
 
 
-def _detail(status: Status | None, kind: type[Detail]) -> Detail:
+def _detail(status: Status, kind: type[Detail]) -> Detail:
     """The status's detail of this kind; an empty one where it has none that can be read."""
-    for packed in status.details if status is not None else ():
+    for packed in status.details:
         detail = kind()
         with suppress(DecodeError):  # a cloud's bad advice is none
             if packed.Unpack(detail):
