@@ -176,7 +176,3 @@ class Reader:
         ids = tokens.ids[0].tolist()
         own = zip(tokens.own, tokens.texts, strict=True)
         return tuple([text for position, text in own if ids[position] not in self._familiar])
-
-    def negative_states(self, prompt: str) -> TextStates:
-        """The states of a negative prompt, which may be empty."""
-        return self._text_encoder.encode_negative(self._tokenizer.encode(prompt), empty=not prompt)
