@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
-from edge_agent import daemon, memory
+from edge_agent import loader, memory
 from edge_agent.bundle import CALIBRATION, DECODER, DENOISER, Bundle, put_file, write_manifest
 from edge_agent.diffusion import sessions
 from edge_agent.diffusion.decoder import Decoder
@@ -65,15 +65,15 @@ import json, sys
 from pathlib import Path
 from edge_agent import memory
 memory.share_one_heap()
-from edge_agent.daemon import _load_models
+from edge_agent.loader import load
 from edge_agent.settings import resolve
 
-models = _load_models(resolve({}, {}))
+models = load(resolve({}, {}))
 facts = models.reader.bundle.manifest
 found = []
 for _ in range(int(sys.argv[1])):
     states = models.reader.read("two dogs on a beach").states
-    nothing = models.reader.negative_states("")
+    nothing = models.generator.encode_negative("")
     *_, image = models.generator.generate(states, nothing, 1, facts.default_steps, facts.default_guidance)
     models.unload()
     found.append(int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) * 1024)
@@ -417,13 +417,13 @@ async def test_what_is_refused_is_in_the_log_where_its_caller_has_gone(
 ) -> None:
     """He who stays is told, and the log's line of his call says so."""
     caplog.set_level(logging.INFO, "edge_agent")
-    load, go_on = daemon._load_models, threading.Event()
+    load, go_on = loader.load, threading.Event()
 
     def slow(settings: Settings, taken: Collection[str], model: str) -> Resident:
         assert go_on.wait(60)
         return load(settings, taken, model)
 
-    monkeypatch.setattr(daemon, "_load_models", slow)
+    monkeypatch.setattr(loader, "load", slow)
     (store.path("other") / DENOISER).write_bytes(b"damaged")
     asking = here.app.stub.ReloadModel(edge_pb2.ReloadModelRequest(model="other"), timeout=60)
     await until(lambda: here.daemon._reloading.locked())
@@ -449,7 +449,7 @@ async def test_a_model_that_is_removed_while_it_is_loaded_is_not_served(
         store.remove("other")
         return found
 
-    monkeypatch.setattr(daemon, "Reader", removed_meanwhile)
+    monkeypatch.setattr(loader, "Reader", removed_meanwhile)
     with pytest.raises(grpc.aio.AioRpcError, match="was removed while it was loaded"):
         await reload(here, "other")
     assert (await here.app.generate()).code == "OK"
@@ -485,14 +485,14 @@ async def test_what_a_link_led_to_is_served_until_a_reload(
 async def test_a_shutdown_does_not_wait_for_a_reload(
     routed_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load, go_on = daemon._load_models, threading.Event()
+    load, go_on = loader.load, threading.Event()
 
     def slow(settings: Settings, taken: Collection[str], model: str) -> Resident:
         assert go_on.wait(60)
         return load(settings, taken, model)
 
     async with daemon_here(routed_bundle, tmp_path) as here:
-        monkeypatch.setattr(daemon, "_load_models", slow)
+        monkeypatch.setattr(loader, "load", slow)
         reloading = asyncio.create_task(reload(here))
         await until(lambda: here.daemon._reloading.locked())
         here.daemon.stop()
