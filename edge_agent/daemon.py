@@ -11,7 +11,7 @@ import ssl
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -78,10 +78,9 @@ class Daemon:
         self._hurry = asyncio.Event()
         self._health = health.aio.HealthServicer()
         self._working: list[asyncio.Future[Any]] = []  # of threads that nothing can interrupt
-        self._warm_ups: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()  # that nobody need await; a shutdown ends them
         self._warming = asyncio.Lock()  # two at a time would share a cache, which one may throw away
         self._reloading = asyncio.Lock()
-        self._reloads: set[asyncio.Task[Agent]] = set()  # which end whether or not their callers stay
         self._doubts: asyncio.Task[None] | None = None
         self.lost: DeviceNotReady | None = None  # why it stopped by itself
         self.agent: Agent | None = None  # once the models are loaded
@@ -119,7 +118,7 @@ class Daemon:
             self.agent.models.rest()
             await self._set_health(health_pb2.HealthCheckResponse.SERVING)
             await self._log_serving()
-            self._begin_warm_up(self.agent.models)
+            self._begin(self._warm_up(self.agent.models))
             await stopped
         finally:
             stopped.cancel()
@@ -132,13 +131,11 @@ class Daemon:
 
         A caller who goes away does not stop it: what is loaded by then must be served or given back.
         """
-        reload = asyncio.create_task(self._reload(model))
-        self._reloads.add(reload)
-        reload.add_done_callback(self._reloads.discard)
+        reload = self._begin(self._reload(model))
         try:
             return await asyncio.shield(reload)
         except asyncio.CancelledError:
-            reload.add_done_callback(_log_refused)
+            reload.add_done_callback(_log_if_refused)
             raise
 
     async def shutdown(self) -> None:
@@ -154,10 +151,9 @@ class Daemon:
         self._service.cut_off()
         await self._server.stop(CLOSE_S)
         await self._service.idle()  # a cancelled image leaves the device at once
-        tasks = [*self._reloads, *self._warm_ups, *([self._doubts] if self._doubts is not None else [])]
-        for task in tasks:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         if self.agent is not None:
             self.agent.close()
             await self.agent.device.close()
@@ -207,7 +203,7 @@ class Daemon:
         self._service.agent = self.agent = self.agent.succeeded_by(models)
         models.rest()
         await self._log_serving()
-        self._begin_warm_up(models)
+        self._begin(self._warm_up(models))
         return self.agent
 
     def _load(self, settings: Settings, model: str = "") -> asyncio.Future[Resident]:
@@ -218,7 +214,7 @@ class Daemon:
     def _doubt(self) -> None:
         """An image or a decision failed on this device: it may have been lost."""
         if self._doubts is None or self._doubts.done():
-            self._doubts = asyncio.create_task(self._look_at_device())
+            self._doubts = self._begin(self._look_at_device())
 
     async def _look_at_device(self) -> None:
         """Where what the models run on no longer works, take them up anew on what does, or stop where the settings
@@ -237,9 +233,7 @@ class Daemon:
                 if self.agent.models is models:  # nobody has taken up others meanwhile
                     await self._take_up(await asyncio.shield(self._load(served)))
         except Exception as error:  # whatever it is, nothing can be made here any more
-            foreseen = isinstance(error, (RouteT2IError, OSError))
-            fields = {"error": str(error)}
-            log.warning("model refused", extra={"fields": fields}, exc_info=None if foreseen else error)
+            _log_refused(error)
             if not self._stop.is_set():
                 again = f"{name} no longer works in this process: {failure}; start edge-agent again"
                 self.lost = DeviceNotReady(again)
@@ -254,11 +248,6 @@ class Daemon:
                 if failure and not lacks_memory(failure):
                     return each.name, failure
         return None
-
-    def _begin_warm_up(self, models: Resident) -> None:
-        warm_up = asyncio.create_task(self._warm_up(models))
-        self._warm_ups.add(warm_up)
-        warm_up.add_done_callback(self._warm_ups.discard)
 
     async def _warm_up(self, models: Resident) -> None:
         """Opens the models on better providers while they serve, and has them serve there once they can.
@@ -286,6 +275,13 @@ class Daemon:
             models.take_up(better)
             seconds = round(time.monotonic() - began, 1)
             log.info("warmed up", extra={"fields": fields | {"seconds": seconds}})
+
+    def _begin(self, work: Coroutine[Any, Any, Found]) -> asyncio.Task[Found]:
+        """In a task that ends whether or not somebody awaits it, at the latest in a shutdown."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     def _in_thread(self, name: str, work: Callable[[], Found]) -> asyncio.Future[Found]:
         """What `work` returns. In a daemon thread, so that a daemon told to stop need not wait for it."""
@@ -321,13 +317,17 @@ class Daemon:
             await self._health.set(service, status)
 
 
-def _log_refused(reload: asyncio.Task[Agent]) -> None:
+def _log_if_refused(reload: asyncio.Task[Agent]) -> None:
     """Of a reload whose caller has gone away, so that nobody else hears of it."""
     if not reload.cancelled() and (error := reload.exception()) is not None:
-        foreseen = isinstance(error, (RouteT2IError, OSError))
-        log.warning(
-            "model refused", extra={"fields": {"error": str(error)}}, exc_info=None if foreseen else error
-        )
+        _log_refused(error)
+
+
+def _log_refused(error: BaseException) -> None:
+    foreseen = isinstance(error, (RouteT2IError, OSError))
+    log.warning(
+        "model refused", extra={"fields": {"error": str(error)}}, exc_info=None if foreseen else error
+    )
 
 
 def _models_folder(settings: Settings) -> str:

@@ -431,7 +431,7 @@ async def test_what_is_refused_is_in_the_log_where_its_caller_has_gone(
         asking.cancel()
         await until(lambda: any(record.message == "call" for record in caplog.records))
     go_on.set()
-    await until(lambda: not here.daemon._reloads)
+    await until(lambda: not here.daemon._tasks)
     with pytest.raises((grpc.aio.AioRpcError, asyncio.CancelledError)):
         await asking
     refused = [record for record in caplog.records if record.message == "model refused"]
@@ -466,7 +466,7 @@ async def test_a_reload_whose_caller_goes_away_is_finished_all_the_same(here: He
     await until(lambda: here.daemon.agent is not old)
     assert Path((await here.app.status()).bundle) == store.path("other")
     await until(lambda: not old.models.loaded)
-    assert here.daemon._reloads == set()
+    assert here.daemon._tasks == set()
 
 
 @pytest.mark.posix
@@ -501,7 +501,7 @@ async def test_a_shutdown_does_not_wait_for_a_reload(
         assert here.daemon.still_working
         go_on.set()
         await until(lambda: not here.daemon.still_working)
-    assert here.daemon._reloads == set()
+    assert here.daemon._tasks == set()
     assert not here.daemon._reloading.locked()
     assert isinstance((await asyncio.gather(reloading, return_exceptions=True))[0], BaseException)
 
