@@ -11,7 +11,7 @@ from functools import partial
 import onnxruntime as ort
 
 from edge_agent import memory
-from edge_agent.bundle import DECODER, MANIFEST, Bundle, Manifest
+from edge_agent.bundle import Bundle
 from edge_agent.diffusion import providers
 from edge_agent.diffusion.generator import Generator
 from edge_agent.diffusion.providers import Choice
@@ -24,6 +24,7 @@ from edge_agent.errors import (
     RouteT2IError,
     Unfit,
 )
+from edge_agent.manifest import DECODER, MANIFEST, Manifest
 from edge_agent.reader import Reader
 from edge_agent.request import Limits
 from edge_agent.resident import Resident

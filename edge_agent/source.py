@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from edge_agent.bundle import MANIFEST, MAX_MANIFEST_BYTES, READ_BYTES, Bundle, FileEntry
+from edge_agent.bundle import READ_BYTES, Bundle
 from edge_agent.errors import InvalidRequest, SourceRefused
 from edge_agent.hub_source import HubSource
+from edge_agent.manifest import MANIFEST, MAX_MANIFEST_BYTES, FileEntry
 from edge_agent.settings import expanded
 from edge_agent.web_source import MODEL_INDEX, WebSource, check_address, unexported
 

@@ -18,7 +18,7 @@ from email.utils import mktime_tz, parsedate_tz
 from pathlib import Path
 
 from edge_agent import version
-from edge_agent.bundle import MANIFEST, MAX_MANIFEST_BYTES, READ_BYTES, FileEntry
+from edge_agent.bundle import READ_BYTES
 from edge_agent.errors import (
     InvalidRequest,
     PullFailed,
@@ -27,6 +27,7 @@ from edge_agent.errors import (
     SourceUnreachable,
     printable,
 )
+from edge_agent.manifest import MANIFEST, MAX_MANIFEST_BYTES, FileEntry
 from edge_agent.redirects import LessSafe, Redirects, host_of
 
 TIMEOUT_S = 30.0

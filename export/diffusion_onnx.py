@@ -26,20 +26,19 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from edge_agent import tokens
-from edge_agent.bundle import (
+from edge_agent.bundle import Bundle, write_manifest
+from edge_agent.errors import BundleError, StoreError
+from edge_agent.manifest import (
     CALIBRATION,
     DENOISER,
     MANIFEST,
     MAX_SIZES,
     PREDICTOR,
     TRANSFORMER,
-    Bundle,
     Size,
     parse_manifest,
     schedule_file,
-    write_manifest,
 )
-from edge_agent.errors import BundleError, StoreError
 from edge_agent.request import Limits
 from edge_agent.store import name_from
 from export import attention, folder, graphs, source, tokenizer_json

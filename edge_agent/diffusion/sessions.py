@@ -18,9 +18,10 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edge_agent import memory
-from edge_agent.bundle import Facts, FileState, Size, file_states
+from edge_agent.bundle import FileState, file_states
 from edge_agent.diffusion import plugins
 from edge_agent.errors import BundleError, Cancelled, GenerationFailed, NotLoaded, OutOfMemory
+from edge_agent.manifest import Facts, Size
 
 Array = NDArray[Any]
 

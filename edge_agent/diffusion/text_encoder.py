@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.bundle import TEXT_ENCODER, TEXT_ENCODER_2, TOKENIZER, TOKENIZER_2, Bundle
+from edge_agent.bundle import Bundle
 from edge_agent.diffusion.sessions import Runtime, Session
 from edge_agent.errors import BundleError, GenerationFailed
+from edge_agent.manifest import TEXT_ENCODER, TEXT_ENCODER_2, TOKENIZER, TOKENIZER_2
 from edge_agent.tokens import Tokenizer, Tokens
 
 Floats = NDArray[np.float32]

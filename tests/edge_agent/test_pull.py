@@ -24,15 +24,7 @@ from typing import Any
 
 import pytest
 
-from edge_agent.bundle import (
-    DECODER,
-    DENOISER,
-    MANIFEST,
-    SCHEMA_VERSION,
-    TEXT_ENCODER,
-    Bundle,
-    write_manifest,
-)
+from edge_agent.bundle import Bundle, write_manifest
 from edge_agent.errors import (
     BundleError,
     Busy,
@@ -45,6 +37,7 @@ from edge_agent.errors import (
     StoreError,
 )
 from edge_agent.hub_source import HubSource
+from edge_agent.manifest import DECODER, DENOISER, MANIFEST, SCHEMA_VERSION, TEXT_ENCODER
 from edge_agent.pull import SPARE_BYTES, Fetched, Pulled, pull
 from edge_agent.settings import STARTER
 from edge_agent.source import FolderSource, source_of
@@ -972,7 +965,7 @@ def test_a_folder_with_a_link_in_it_is_refused(hollow: Path, store: Store, tmp_p
 
 
 def test_a_calibration_that_cannot_be_read_keeps_a_bundle_out(store: Store, tmp_path: Path) -> None:
-    from edge_agent.bundle import CALIBRATION, PREDICTOR
+    from edge_agent.manifest import CALIBRATION, PREDICTOR
 
     folder = hollow_bundle(tmp_path / "calibrated")
     (folder / PREDICTOR).parent.mkdir()

@@ -24,12 +24,13 @@ import pytest
 import pytest_asyncio
 
 from edge_agent import loader, memory
-from edge_agent.bundle import CALIBRATION, DECODER, DENOISER, Bundle, put_file, write_manifest
+from edge_agent.bundle import Bundle, put_file, write_manifest
 from edge_agent.diffusion import sessions
 from edge_agent.diffusion.decoder import Decoder
 from edge_agent.diffusion.generator import Generator
 from edge_agent.diffusion.sessions import Runtime, Session
 from edge_agent.errors import BundleError
+from edge_agent.manifest import CALIBRATION, DECODER, DENOISER
 from edge_agent.reader import Reader
 from edge_agent.resident import Resident
 from edge_agent.settings import STARTER, Settings

@@ -22,13 +22,14 @@ import onnxruntime as ort
 import pytest
 import pytest_asyncio
 
-from edge_agent.bundle import DECODER, DENOISER, FUSED, Bundle, Size, write_manifest
+from edge_agent.bundle import Bundle, write_manifest
 from edge_agent.diffusion import generator as generator_module
 from edge_agent.diffusion import plugins, providers, rehearsal
 from edge_agent.diffusion.generator import Generator, Image
 from edge_agent.diffusion.sessions import Runtime
 from edge_agent.errors import BundleError, GenerationFailed, OutOfMemory, RehearsalEnded, Unfit
 from edge_agent.loader import load
+from edge_agent.manifest import DECODER, DENOISER, FUSED, Size
 from edge_agent.settings import resolve
 from routet2i.edge.v1 import edge_pb2
 from tests.routed import SLOW_STEPS
