@@ -370,9 +370,8 @@ def _cloud_client(settings: Settings) -> CloudClient | None:
     token = None
     if settings.cloud_token:
         try:
-            token = (
-                expanded(settings.cloud_token).read_text(encoding="utf-8-sig").strip()
-            )  # as Windows saves it, too
+            text = expanded(settings.cloud_token).read_text(encoding="utf-8-sig")  # as Windows saves it, too
+            token = text.strip()
         except (OSError, ValueError) as error:
             raise StartRefused(f"cannot read the token in {settings.cloud_token}: {error}") from error
         # As a line of the server's own list has it.

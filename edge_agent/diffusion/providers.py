@@ -349,9 +349,8 @@ def load_packaged_libraries(names: Iterable[str]) -> None:
     """
     if {full_name("cuda"), full_name("tensorrt")}.isdisjoint(names):
         return
-    if importlib.util.find_spec("nvidia") is not None and hasattr(
-        ort, "preload_dlls"
-    ):  # onnxruntime 1.21 or newer
+    since_1_21 = hasattr(ort, "preload_dlls")
+    if since_1_21 and importlib.util.find_spec("nvidia") is not None:
         with contextlib.redirect_stdout(io.StringIO()):  # what it prints comes back as the probe's reason
             ort.preload_dlls()
 
