@@ -50,8 +50,9 @@ try:
         StoreError,
     )
     from edge_agent.image import Progress
+    from edge_agent.money import dollars, parse_dollars
     from edge_agent.policy import Decision, decide
-    from edge_agent.quota import BudgetState, dollars
+    from edge_agent.quota import BudgetState
     from edge_agent.request import (
         MAX_SEED,
         ImageRequest,
@@ -678,7 +679,7 @@ def _number(maximum: int) -> Callable[[str], int]:
 
 def _money(text: str) -> int:
     try:
-        return settings.parse_dollars(text)
+        return parse_dollars(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

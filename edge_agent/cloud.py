@@ -27,7 +27,7 @@ from edge_agent.address import is_local
 from edge_agent.cloud_image import MAX_IMAGE_BYTES, CloudAccepted, CloudImage, ImageStream, checked_digest
 from edge_agent.errors import CloudError, CloudLied, CloudRefused, CloudUnavailable, printable, sent_status
 from edge_agent.image import Progress
-from edge_agent.quota import dollars
+from edge_agent.money import dollars
 from edge_agent.request import ImageRequest
 from routet2i.cloud.v1 import cloud_pb2
 from routet2i.cloud.v1.cloud_pb2_grpc import CloudServerServiceStub

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, cast, get_args
 
 from edge_agent.errors import DuplicateRequest, LedgerError, QuotaExhausted, RouteT2IError
+from edge_agent.money import MAX_MICRO_USD, dollars
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,8 @@ _HELD_RETRY_S = 5.0
 
 _EFFECTIVE_IDS = os.access in os.supports_effective_ids
 
-_MAX_INTEGER = 2**63 - 1
+_LAST_ROW = 2**63 - 1
+"""The highest number that SQLite gives a row."""
 
 _ADVICE = (
     ("not a database", "is not a quota ledger: move it away, or name another state folder with --state"),
@@ -114,8 +116,8 @@ class Budget:
     def __post_init__(self) -> None:
         if self.window not in get_args(Window):
             raise ValueError(f"budget {self.name!r}: a window is one of {', '.join(get_args(Window))}")
-        if not 0 <= self.cap_micro_usd <= _MAX_INTEGER:
-            raise ValueError(f"budget {self.name!r}: the cap must not be negative, nor above {_MAX_INTEGER}")
+        if not 0 <= self.cap_micro_usd <= MAX_MICRO_USD:
+            raise ValueError(f"budget {self.name!r}: the cap must not be negative, nor above {MAX_MICRO_USD}")
 
 
 @dataclass(frozen=True)
@@ -454,7 +456,7 @@ class Ledger:
         if not self._clock_was_set():
             return
         before, now = self._zero, self._zero_now()
-        ends = [row for row, _ in self._made[1:]] + [_MAX_INTEGER]
+        ends = [row for row, _ in self._made[1:]] + [_LAST_ROW]
         moves = [
             (max(zero, now) - max(zero, before), row, end)
             for (row, zero), end in zip(self._made, ends, strict=True)
@@ -603,13 +605,6 @@ def window_bounds(window: Window, now: float) -> tuple[float, float | None]:
     return start, start + seconds
 
 
-def dollars(micro_usd: int) -> str:
-    """Micro-dollars for people: 1_250_000 is "$1.25", 40 is "$0.00004"."""
-    whole, fraction = divmod(micro_usd, 1_000_000)
-    digits = f"{fraction:06d}".rstrip("0")
-    return f"${whole}.{digits:0<2}"
-
-
 def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     """Check that the file is a ledger (an empty file becomes one) and hold it. Foreign files stay as is."""
     # First of all: it keeps other processes out, and does away with the shared memory that a WAL else needs.
@@ -629,9 +624,8 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
         raise sqlite3.DatabaseError(f"database disk image is malformed: {found}")
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
-    connection.execute(
-        "PRAGMA fullfsync = ON"
-    )  # or macOS leaves in the drive's cache what it has synchronized
+    # Or macOS leaves in the drive's cache what it has synchronized.
+    connection.execute("PRAGMA fullfsync = ON")
     # Fails here, at start, when the file cannot be written or another process has it.
     connection.execute("BEGIN EXCLUSIVE")
     if not tables:
@@ -652,5 +646,5 @@ def _explained(path: Path, error: Exception) -> LedgerError:
 
 
 def _check_money(micro_usd: int) -> None:
-    if not 0 <= micro_usd <= _MAX_INTEGER:
+    if not 0 <= micro_usd <= MAX_MICRO_USD:
         raise ValueError(f"not an amount of micro-dollars: {micro_usd}")

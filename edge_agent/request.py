@@ -12,6 +12,7 @@ from enum import Enum
 from typing import NamedTuple, cast
 
 from edge_agent.errors import DeadlinePassed, InvalidRequest, UnknownApp
+from edge_agent.money import MAX_MICRO_USD
 
 
 class Routing(Enum):
@@ -40,8 +41,8 @@ MAX_SEED = 2**SEED_BITS - 1
 MAX_ID_CHARS = 128
 """Longest request id and app name, in characters: they are keys in the ledger and in two services' logs."""
 
-MAX_MONEY = 2**63 - 1
-"""Money is a signed 64-bit integer of micro-dollars on the wire and in the ledger."""
+MAX_OFFSET = 2**63 - 1
+"""Of a byte in an image: a signed 64-bit integer on the wire."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]+")
 _APP = re.compile(r"[ -~]+")
@@ -147,8 +148,8 @@ def validate(
     if request.traceparent and not _TRACEPARENT.fullmatch(request.traceparent):
         raise InvalidRequest("not a W3C traceparent (00-<32 hex>-<16 hex>-<2 hex>)", field="traceparent")
     _check_range(request.seed, "seed", MAX_SEED)
-    _check_range(request.max_price_micro_usd, "max_price_micro_usd", MAX_MONEY)
-    _check_range(request.resume_offset, "resume_offset", MAX_MONEY)
+    _check_range(request.max_price_micro_usd, "max_price_micro_usd", MAX_MICRO_USD)
+    _check_range(request.resume_offset, "resume_offset", MAX_OFFSET)
     width, height = _size(request, limits)
     if request.steps is not None and request.steps not in limits.steps:
         have = ", ".join(str(count) for count in sorted(limits.steps))

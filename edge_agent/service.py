@@ -153,7 +153,7 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
                         await _write(context, edge_pb2.GenerateResponse(progress=progress))
                     else:
                         line |= _outcome(event)
-                        await self._write_image(context, event, agent)
+                        await _write_image(context, event, agent)
 
     async def Route(self, request: edge_pb2.RouteRequest, context: Any) -> edge_pb2.RouteResponse:
         """Only the decision."""
@@ -292,12 +292,6 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
         for handler in self._handlers:
             handler.cancel()
 
-    async def _write_image(self, context: Any, result: Result, agent: Agent) -> None:
-        for start in range(0, len(result.png), CHUNK_BYTES):
-            chunk = image_pb2.ImageChunk(offset=start, data=result.png[start : start + CHUNK_BYTES])
-            await _write(context, edge_pb2.GenerateResponse(image_chunk=chunk))
-        await _write(context, edge_pb2.GenerateResponse(result=_result(result, agent)))
-
     @asynccontextmanager
     async def _counted(self) -> AsyncIterator[None]:
         handler = asyncio.current_task()
@@ -370,6 +364,13 @@ async def _abort(context: Any, error: BaseException) -> None:
             await context.abort(grpc_code(error), status.message, details)
     except (grpc.aio.InternalError, TimeoutError):
         raise asyncio.CancelledError from None  # nobody is left to be told
+
+
+async def _write_image(context: Any, result: Result, agent: Agent) -> None:
+    for start in range(0, len(result.png), CHUNK_BYTES):
+        chunk = image_pb2.ImageChunk(offset=start, data=result.png[start : start + CHUNK_BYTES])
+        await _write(context, edge_pb2.GenerateResponse(image_chunk=chunk))
+    await _write(context, edge_pb2.GenerateResponse(result=_result(result, agent)))
 
 
 async def _write(context: Any, response: edge_pb2.GenerateResponse) -> None:
