@@ -24,7 +24,7 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
 from edge_agent.address import is_local
-from edge_agent.cloud_image import MAX_IMAGE_BYTES, CloudAccepted, CloudImage, ImageStream, checked_digest
+from edge_agent.cloud_image import CloudAccepted, CloudImage, ImageStream, checked_digest
 from edge_agent.errors import CloudError, CloudLied, CloudRefused, CloudUnavailable, printable, sent_status
 from edge_agent.image import Progress
 from edge_agent.money import dollars
@@ -183,7 +183,6 @@ class CloudClient:
         ca_file: Path | None = None,
         token: str | None = None,
         connect_timeout_s: float = 5.0,
-        max_image_bytes: int = MAX_IMAGE_BYTES,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.address = address
@@ -196,7 +195,6 @@ class CloudClient:
         self._ca_file = ca_file
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._connect_timeout_s = connect_timeout_s
-        self._max_image_bytes = max_image_bytes
         self._monotonic = monotonic
         self._failures = 0
         self._retry_at = -math.inf
@@ -246,7 +244,7 @@ class CloudClient:
         forgotten. Otherwise, also after a cancellation, `lookup` tells what it came to.
         """
         deadline = self._monotonic() + timeout_s
-        stream = ImageStream(request, ceiling_micro_usd, self._max_image_bytes)
+        stream = ImageStream(request, ceiling_micro_usd)
         broken: CloudError | None = None  # at first: what a later call comes to is not what the image came to
         asked = False
         for _ in range(MOST_RESUMES + 1):

@@ -56,11 +56,11 @@ class CloudImage:
 class ImageStream:
     """The answer to one call, checked as it comes in."""
 
-    def __init__(self, request: ImageRequest, ceiling_micro_usd: int, max_image_bytes: int) -> None:
+    def __init__(self, request: ImageRequest, ceiling_micro_usd: int) -> None:
         self.request = request
         self._ceiling_micro_usd = ceiling_micro_usd
         own = math.prod(request.size) * MAX_PIXEL_BYTES + MAX_OTHER_BYTES
-        self._max_image_bytes = min(max_image_bytes, own)
+        self._max_image_bytes = min(MAX_IMAGE_BYTES, own)
         self.accepted: CloudAccepted | None = None
         self.received = bytearray()
         self._begun = False  # whether the call under way has been accepted
