@@ -44,6 +44,9 @@ MAX_ID_CHARS = 128
 MAX_OFFSET = 2**63 - 1
 """Of a byte in an image: a signed 64-bit integer on the wire."""
 
+MAX_GUIDANCE = 50.0
+"""Largest guidance scale that is taken."""
+
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]+")
 _APP = re.compile(r"[ -~]+")
 
@@ -108,7 +111,6 @@ class Limits:
     sizes: tuple[tuple[int, int], ...]
     steps: tuple[int, ...]
     max_prompt_chars: int = 2_000
-    max_guidance: float = 50.0
     apps: frozenset[str] | None = None
 
 
@@ -157,9 +159,9 @@ def validate(
             f"{request.steps} steps are not compiled into this bundle; it has {have}", field="steps"
         )
     guidance = request.guidance_scale
-    if guidance is not None and not 0 <= guidance <= limits.max_guidance:  # also refuses NaN
+    if guidance is not None and not 0 <= guidance <= MAX_GUIDANCE:  # also refuses NaN
         raise InvalidRequest(
-            f"guidance_scale must be between 0 and {limits.max_guidance:g}, not {guidance:.9g}",
+            f"guidance_scale must be between 0 and {MAX_GUIDANCE:g}, not {guidance:.9g}",
             field="guidance_scale",
         )
     seed = draw_seed() if request.seed is None else request.seed

@@ -39,7 +39,7 @@ from edge_agent.manifest import (
     parse_manifest,
     schedule_file,
 )
-from edge_agent.request import Limits
+from edge_agent.request import MAX_GUIDANCE
 from edge_agent.store import name_from
 from export import attention, folder, graphs, source, tokenizer_json
 from export import pipeline as pipelines
@@ -204,9 +204,9 @@ def _refuse_options(
     _refuse_name(name)
     if licence is not None and (not licence.strip() or not licence.isprintable()):
         raise ExportError(f"a licence of {licence!r} does not work: it must be printable text on one line")
-    if guidance is not None and not 0 <= guidance <= Limits.max_guidance:
+    if guidance is not None and not 0 <= guidance <= MAX_GUIDANCE:
         raise ExportError(
-            f"a guidance scale of {guidance:g} does not work: the edge takes 0 to {Limits.max_guidance:g}"
+            f"a guidance scale of {guidance:g} does not work: the edge takes 0 to {MAX_GUIDANCE:g}"
         )
     for each in sizes:
         pipelines.refuse_large(each)
