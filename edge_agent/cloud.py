@@ -293,13 +293,10 @@ class CloudClient:
                     async for response in call:
                         unanswered.close()
                         event = await stream.take(response)
-                        if isinstance(event, (CloudAccepted, CloudImage)):
-                            self._failures, self._retry_at = 0, -math.inf
-                        if isinstance(event, CloudAccepted):
-                            self._told(event.charged_micro_usd)
-                            self._refused_sizes.pop(stream.request.size, None)
-                        if event is not None:
-                            yield event
+                        if event is None:
+                            continue
+                        self._heed(event, stream.request)
+                        yield event
                         if isinstance(event, CloudImage):
                             # Hung up on before it has said that all went well, the server would count a call as
                             # cancelled.
@@ -444,6 +441,14 @@ class CloudClient:
         if now >= self._retry_at:
             self._retry_at = now + min(LONGEST_RETRY_S, FIRST_RETRY_S * 2.0 ** min(self._failures, 16))
             self._failures += 1
+
+    def _heed(self, event: CloudAccepted | Progress | CloudImage, request: ImageRequest) -> None:
+        """Remember what it says of the cloud."""
+        if isinstance(event, (CloudAccepted, CloudImage)):
+            self._failures, self._retry_at = 0, -math.inf
+        if isinstance(event, CloudAccepted):
+            self._told(event.charged_micro_usd)
+            self._refused_sizes.pop(request.size, None)
 
     def _told(self, price_micro_usd: int) -> None:
         self._price_micro_usd, self._price_until = price_micro_usd, self._monotonic() + REMEMBERED_S

@@ -524,38 +524,11 @@ class Ledger:
     ) -> QuotaExhausted | None:
         """Why there is no room for one more call of `app` at this ceiling; None when there is."""
         for state in account.states:
-            if state.app not in (None, app):
-                continue
-            overdrawn = state.spent_micro_usd + state.reserved_micro_usd > state.cap_micro_usd
-            closed = state.cap_micro_usd == 0  # no cloud, also where a call costs nothing
-            if closed or overdrawn or ceiling_micro_usd > state.remaining_micro_usd:
-                _, end = window_bounds(state.window, now)
-                fits_later = not closed and ceiling_micro_usd <= state.cap_micro_usd
-                retry_after_s = end - now if fits_later and end is not None else None
-                left, cap = dollars(state.remaining_micro_usd), dollars(state.cap_micro_usd)
-                held = ""
-                if not closed and state.spent_micro_usd + ceiling_micro_usd <= state.cap_micro_usd:
-                    held = (
-                        f"; {dollars(state.reserved_micro_usd)} is set aside for other calls until they end"
-                    )
-                    retry_after_s = _HELD_RETRY_S
-                return QuotaExhausted(
-                    f"the budget {state.name!r} ({state.window}) has {left} left of {cap}, "
-                    f"and this call may cost {dollars(ceiling_micro_usd)}{held}",
-                    budget=state.name,
-                    retry_after_s=retry_after_s,
-                )
+            if state.app in (None, app) and (refusal := _overspent(state, ceiling_micro_usd, now)):
+                return refusal
         for rate, reserved_at in zip(self._rates, account.recent, strict=True):
-            recent = _recent(rate, reserved_at, now)
-            if len(recent) >= rate.max_calls:
-                # There is room again once the last `max_calls` calls but one are all that is recent.
-                leaves = recent[len(recent) - rate.max_calls] if rate.max_calls else None
-                return QuotaExhausted(
-                    f"the rate {rate.name!r} allows {rate.max_calls} cloud calls in {rate.per_seconds:g} s, "
-                    f"and there were {len(recent)}",
-                    budget=rate.name,
-                    retry_after_s=leaves + rate.per_seconds - now if leaves is not None else None,
-                )
+            if refusal := _too_often(rate, _recent(rate, reserved_at, now), now):
+                return refusal
         return None
 
 
@@ -587,6 +560,41 @@ def _state(connection: sqlite3.Connection, budget: Budget, start: float) -> Budg
 def _recent(rate: Rate, reserved_at: tuple[float, ...], now: float) -> tuple[float, ...]:
     """Those of the ascending times that `rate` counts now."""
     return reserved_at[bisect.bisect_right(reserved_at, now - rate.per_seconds) :]
+
+
+def _overspent(state: BudgetState, ceiling_micro_usd: int, now: float) -> QuotaExhausted | None:
+    """Why the budget has no room for a call at this ceiling; None when it has."""
+    cap, spent, reserved = state.cap_micro_usd, state.spent_micro_usd, state.reserved_micro_usd
+    closed = cap == 0  # no cloud, also where a call costs nothing
+    if not closed and spent + reserved <= cap and ceiling_micro_usd <= state.remaining_micro_usd:
+        return None
+    held, retry_after_s = "", None
+    if not closed and spent + ceiling_micro_usd <= cap:
+        held = f"; {dollars(reserved)} is set aside for other calls until they end"
+        retry_after_s = _HELD_RETRY_S
+    elif not closed and ceiling_micro_usd <= cap:
+        _, end = window_bounds(state.window, now)
+        retry_after_s = end - now if end is not None else None
+    return QuotaExhausted(
+        f"the budget {state.name!r} ({state.window}) has {dollars(state.remaining_micro_usd)} left of {dollars(cap)}, "
+        f"and this call may cost {dollars(ceiling_micro_usd)}{held}",
+        budget=state.name,
+        retry_after_s=retry_after_s,
+    )
+
+
+def _too_often(rate: Rate, recent: tuple[float, ...], now: float) -> QuotaExhausted | None:
+    """Why the rate, which counts the calls of these times, has no room for one more; None when it has."""
+    if len(recent) < rate.max_calls:
+        return None
+    # There is room again once the last `max_calls` calls but one are all that is recent.
+    leaves = recent[len(recent) - rate.max_calls] if rate.max_calls else None
+    return QuotaExhausted(
+        f"the rate {rate.name!r} allows {rate.max_calls} cloud calls in {rate.per_seconds:g} s, "
+        f"and there were {len(recent)}",
+        budget=rate.name,
+        retry_after_s=leaves + rate.per_seconds - now if leaves is not None else None,
+    )
 
 
 def window_bounds(window: Window, now: float) -> tuple[float, float | None]:

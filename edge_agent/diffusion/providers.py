@@ -208,21 +208,20 @@ def choose(
     serving = quick if wish else tuple(dict.fromkeys((quick[0], CPU)))
     better = (order[0], *serving) if order[0] in SLOW_TO_OPEN else ()
     used = {*serving, *better}
-    passed_over = {}
-    for name in dict.fromkeys((*PREFERENCE, *available)):
-        if name in used:
-            continue
+
+    def why_not(name: str) -> str:
         if name not in available:
-            passed_over[name] = "this onnxruntime is built without it" + _collision(builds)
-        elif name in failures:
-            passed_over[name] = failures[name]
-        elif name in order:
-            passed_over[name] = f"{order[0]} comes before it"
-        elif wish:
-            passed_over[name] = "not among --providers"
-        else:
-            passed_over[name] = f"taken only when asked for, as in --providers {name},cpu"
-    return Choice(serving, better, passed_over)
+            return "this onnxruntime is built without it" + _collision(builds)
+        if name in failures:
+            return failures[name]
+        if name in order:
+            return f"{order[0]} comes before it"
+        if wish:
+            return "not among --providers"
+        return f"taken only when asked for, as in --providers {name},cpu"
+
+    others = [name for name in dict.fromkeys((*PREFERENCE, *available)) if name not in used]
+    return Choice(serving, better, {name: why_not(name) for name in others})
 
 
 def refusal(failure: str) -> type[StartRefused]:
