@@ -20,6 +20,7 @@ with interruptible():
     import logging
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from datetime import datetime
+    from typing import Any
 
     from edge_agent import image_file, log, memory, models, route, settings, version
     from edge_agent.client import BAD_INPUT, BROKEN, DONE, REFUSED, UNREACHABLE, CallFailed, Received
@@ -139,6 +140,32 @@ def parser() -> argparse.ArgumentParser:
     serve = add_command(commands, "serve", _serve, "start the daemon", SERVE_EPILOG, client=False)
     settings.add_flags(serve)
 
+    _add_generate(commands)
+    route.add_command(commands)
+
+    quota = add_command(
+        commands,
+        "quota",
+        _quota,
+        "show the budgets and what is left of them",
+        "--json prints one object a line: name, window, cap_micro_usd, spent_micro_usd, reserved_micro_usd, "
+        "remaining_micro_usd. Rates are in the table only.\n",
+    )
+    quota.add_argument("--app", default="", metavar="NAME", help="only the budgets that count for this app")
+
+    add_command(
+        commands,
+        "status",
+        _status,
+        "show what the daemon is doing, and what to do when it does not route",
+        "--json prints one object; `advice` lists what is not as it should be.\n",
+    )
+
+    models.add_commands(commands)
+    return top
+
+
+def _add_generate(commands: Any) -> None:
     generate = add_command(commands, "generate", _generate, "make an image", GENERATE_EPILOG)
     generate.add_argument("prompt", metavar="PROMPT", help="what the picture shows")
     generate.add_argument(
@@ -169,29 +196,6 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--request-id", metavar="ID", help="name of this request (default: drawn)")
     add_app(generate)
     add_timeout(generate)
-
-    route.add_command(commands)
-
-    quota = add_command(
-        commands,
-        "quota",
-        _quota,
-        "show the budgets and what is left of them",
-        "--json prints one object a line: name, window, cap_micro_usd, spent_micro_usd, reserved_micro_usd, "
-        "remaining_micro_usd. Rates are in the table only.\n",
-    )
-    quota.add_argument("--app", default="", metavar="NAME", help="only the budgets that count for this app")
-
-    add_command(
-        commands,
-        "status",
-        _status,
-        "show what the daemon is doing, and what to do when it does not route",
-        "--json prints one object; `advice` lists what is not as it should be.\n",
-    )
-
-    models.add_commands(commands)
-    return top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """The manifest: what a bundle states about its models, and every file of it with its bytes and sha256.
 
-It is read from a folder or, before anything is fetched, from a source. Whatever a program could do with what it says is
-checked here: types, bounds, and that files have plain paths inside the bundle.
+It is read from a folder or, before anything is fetched, from a source. Nobody need look twice at what it says: types,
+bounds, and that files have plain paths inside the bundle are checked here.
 """
 
 from __future__ import annotations
@@ -260,6 +260,16 @@ def parse_unfinished(text: bytes, path: Path | str) -> Manifest:
         schema_version=version,
         files=_parse_files(document, path),
     )
+    _check_sizes(manifest, path)
+    if manifest.latent_scaling == 0.0:
+        raise BundleError(f"{path}: latent_scaling must not be zero")
+    if manifest.default_steps not in manifest.steps:
+        raise BundleError(f"{path}: default_steps {manifest.default_steps} is not among steps {steps}")
+    return manifest
+
+
+def _check_sizes(manifest: Manifest, path: Path | str) -> None:
+    """Raises BundleError for sizes that no decoder makes, or that are there twice."""
     factor = manifest.factor
     if (manifest.width, manifest.height) != (factor * manifest.latent_width, factor * manifest.latent_height):
         raise BundleError(
@@ -276,11 +286,6 @@ def parse_unfinished(text: bytes, path: Path | str) -> Manifest:
         raise BundleError(
             f"{path}: with other_sizes, time_ids must be those of an image's size and crop, six"
         )
-    if manifest.latent_scaling == 0.0:
-        raise BundleError(f"{path}: latent_scaling must not be zero")
-    if manifest.default_steps not in manifest.steps:
-        raise BundleError(f"{path}: default_steps {manifest.default_steps} is not among steps {steps}")
-    return manifest
 
 
 def _plain(document: dict[str, Any], name: str, kind: type, path: Path | str) -> Any:
