@@ -302,32 +302,25 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
         finally:
             self._handlers.discard(handler)
 
+    def _admitted(self, request: Any) -> Agent:
+        """Who serves the request. Raises InvalidRequest, Draining or NotReady where nobody does."""
+        if isinstance(request, Malformed):
+            raise InvalidRequest(f"the request cannot be read: {request.reason}; text must be valid UTF-8")
+        if self.draining:
+            raise Draining("the daemon is shutting down and takes no new requests")
+        if self.agent is None:
+            raise NotReady("the models are still loading; try again shortly", retry_after_s=LOADING_RETRY_S)
+        return self.agent
+
     @asynccontextmanager
     async def _call(self, request: Any, context: Any, line: Line) -> AsyncIterator[Agent]:
         """Hands out the agent, turns errors into statuses, and writes the call's one log line."""
         began, loop = time.perf_counter(), asyncio.get_running_loop()
         line["outcome"] = "OK"
         try:
-            if isinstance(request, Malformed):
-                raise InvalidRequest(
-                    f"the request cannot be read: {request.reason}; text must be valid UTF-8"
-                )
-            if self.draining:
-                raise Draining("the daemon is shutting down and takes no new requests")
-            if self.agent is None:
-                raise NotReady(
-                    "the models are still loading; try again shortly", retry_after_s=LOADING_RETRY_S
-                )
-            yield self.agent
+            yield self._admitted(request)
         except (RouteT2IError, MemoryError) as raised:
-            error = (
-                raised
-                if isinstance(raised, RouteT2IError)
-                else OutOfMemory(
-                    "this device is out of memory; free some, or choose a smaller model",
-                    retry_after_s=NO_MEMORY_RETRY_S,
-                )
-            )
+            error = raised if isinstance(raised, RouteT2IError) else _out_of_memory()
             if isinstance(error, (GenerationFailed, NotLoaded)):
                 self._doubt()
             # As the caller is told it: cut where it repeats a long field.
@@ -353,6 +346,13 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
                 write()
             else:  # once the status is on its way: nobody waits for a line in a log
                 loop.call_soon(write)
+
+
+def _out_of_memory() -> OutOfMemory:
+    """In place of Python's own MemoryError, which says nothing."""
+    return OutOfMemory(
+        "this device is out of memory; free some, or choose a smaller model", retry_after_s=NO_MEMORY_RETRY_S
+    )
 
 
 async def _abort(context: Any, error: BaseException) -> None:
