@@ -160,6 +160,8 @@ class Reservation:
     """Money set aside for one call of `cloud`, which ends at `expires_at`; times are in seconds since 1970."""
 
     request_id: str
+    app: str
+    ceiling_micro_usd: int
     reserved_at: float
     cloud: str
     expires_at: float
@@ -345,7 +347,7 @@ class Ledger:
         """The reservations neither settled nor released, oldest first: in flight, or cut short by a crash."""
         with self._alone() as connection:
             rows = connection.execute(
-                "SELECT request_id, reserved_at, cloud, expires_at FROM calls "
+                "SELECT request_id, app, ceiling_micro_usd, reserved_at, cloud, expires_at FROM calls "
                 "WHERE state = 'reserved' ORDER BY reserved_at, request_id"
             ).fetchall()
         return [Reservation(*row) for row in rows]

@@ -101,7 +101,7 @@ def test_the_account_is_at_hand_until_a_window_begins_also_when_a_reservation_wa
 
 def test_reserved_money_is_gone_until_what_was_charged_is_known(open_ledger: Open) -> None:
     ledger = open_ledger(DAY)
-    reservation = Reservation("r", NOON, "cloud:1", NOON + 30)
+    reservation = Reservation("r", "app", 40, NOON, "cloud:1", NOON + 30)
     ledger.reserve("r", "app", 40, "cloud:1", 30.0)
     assert ledger.unresolved() == [reservation]
     assert ledger.states() == (BudgetState("daily", "day", 100, 0, 40, 60),)
