@@ -6,34 +6,23 @@ import os
 import signal
 import sys
 
-INTERRUPTED = 130  # exit code, after Ctrl-C
-
-
-def _interrupted(*_: object) -> None:
-    """Ends the program, which has nothing open yet. An exception would be lost where a native library is imported, or
-    come out of it as another.
-    """
-    os._exit(INTERRUPTED)
-
+from edge_agent.interrupt import INTERRUPTED, interrupted, interruptible
 
 # Read by gRPC when it is imported. It has words of its own, such as for a stranger's handshake that fails, which are no
 # lines of our log, and where nobody reads standard error the threads that serve would wait there.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
-_before = signal.signal(signal.SIGINT, _interrupted)
-try:
+with interruptible():
     import argparse
     import asyncio
     import errno
     import io
     import logging
-    from collections import Counter
     from collections.abc import Callable, Iterable, Iterator, Sequence
-    from contextlib import contextmanager
     from datetime import datetime
     from typing import Any
 
-    from edge_agent import image_file, log, memory, models, settings, version
+    from edge_agent import image_file, log, memory, models, route, settings, version
     from edge_agent.client import BAD_INPUT, BROKEN, DONE, REFUSED, UNREACHABLE, CallFailed, Received
     from edge_agent.errors import (
         BundleError,
@@ -49,22 +38,16 @@ try:
         StartRefused,
         StoreError,
     )
+    from edge_agent.facts import budget_facts, image_facts
     from edge_agent.image import Progress
-    from edge_agent.policy import Decision, decide
-    from edge_agent.quota import BudgetState, dollars
-    from edge_agent.request import (
-        MAX_SEED,
-        ImageRequest,
-        Limits,
-        Privacy,
-        Routing,
-        check_request_id,
-        validate,
-    )
+    from edge_agent.money import dollars, parse_dollars
+    from edge_agent.policy import Decision
+    from edge_agent.request import MAX_SEED, Routing, check_request_id
     from edge_agent.store import STARTER_NAME
-    from edge_agent.superiority import METRICS
     from edge_agent.terminal import (
+        add_app,
         add_command,
+        add_timeout,
         client,
         on_terminal,
         print_facts,
@@ -72,8 +55,6 @@ try:
         print_table,
         remark,
     )
-finally:
-    signal.signal(signal.SIGINT, _before)
 
 SWITCH_S = 1e-4
 """How long a thread may keep Python to itself while the daemon's others wait for it. The device's thread wants it for
@@ -126,24 +107,6 @@ cost_micro_usd, timings_ms. `route` is what was decided, `served_by` who made th
 says what went wrong in the cloud, otherwise it is null. Not together with -o -, which is standard output's, too.
 """
 
-ROUTE_EPILOG = """\
-examples:
-  edge-agent route "a red apple" "three owls left of a tiny guitar at night"
-  edge-agent route - --json < prompts.txt
-  edge-agent route --explain "three strawberries on white"
-
-Nothing is generated, reserved or sent. With --bundle, --routing-rate or --config, or where no daemon runs and neither
---agent nor EDGE_AGENT_ADDRESS names one, the bundle is loaded in this process and the answer is the prediction alone:
-a cloud within reach and no quota are taken for granted.
-
---explain deletes each token in turn and reads the prompt again, so it takes as long as a decision for each of them.
-What moves PRS most, without it, decided most. Of a prompt that is longer than the model reads, no word moves up.
-
---json prints one object a line: prompt, route, reason, prs, alpha, edge_quality, cloud_quality, tokens, quota,
-timings_ms, unfamiliar. A token has its text, its pull on each metric's gap and, with --explain, prs_without, otherwise
-null. `unfamiliar` lists the tokens that the predictor has not learnt of: with any of them the prediction is a guess.
-"""
-
 _EXIT_CODES: dict[type[RouteT2IError], int] = {
     StartRefused: BAD_INPUT,
     DeviceNotReady: UNREACHABLE,
@@ -177,6 +140,32 @@ def parser() -> argparse.ArgumentParser:
     serve = add_command(commands, "serve", _serve, "start the daemon", SERVE_EPILOG, client=False)
     settings.add_flags(serve)
 
+    _add_generate(commands)
+    route.add_command(commands)
+
+    quota = add_command(
+        commands,
+        "quota",
+        _quota,
+        "show the budgets and what is left of them",
+        "--json prints one object a line: name, window, cap_micro_usd, spent_micro_usd, reserved_micro_usd, "
+        "remaining_micro_usd. Rates are in the table only.\n",
+    )
+    quota.add_argument("--app", default="", metavar="NAME", help="only the budgets that count for this app")
+
+    add_command(
+        commands,
+        "status",
+        _status,
+        "show what the daemon is doing, and what to do when it does not route",
+        "--json prints one object; `advice` lists what is not as it should be.\n",
+    )
+
+    models.add_commands(commands)
+    return top
+
+
+def _add_generate(commands: Any) -> None:
     generate = add_command(commands, "generate", _generate, "make an image", GENERATE_EPILOG)
     generate.add_argument("prompt", metavar="PROMPT", help="what the picture shows")
     generate.add_argument(
@@ -205,42 +194,8 @@ def parser() -> argparse.ArgumentParser:
         )
     generate.add_argument("--max-price", type=_money, metavar="USD", help="most that this image may cost")
     generate.add_argument("--request-id", metavar="ID", help="name of this request (default: drawn)")
-    _app(generate)
-    _timeout(generate)
-
-    route = add_command(commands, "route", _route, "say where prompts would go, and why", ROUTE_EPILOG)
-    route.add_argument(
-        "prompts", metavar="PROMPT", nargs="+", help="a prompt; - reads one a line from standard input"
-    )
-    route.add_argument(
-        "--explain",
-        action="store_true",
-        help="say what PRS would be without each token; reads the prompt for each",
-    )
-    settings.add_flags(route, ("bundle", "routing_rate"))
-    _app(route)
-    _timeout(route)
-
-    quota = add_command(
-        commands,
-        "quota",
-        _quota,
-        "show the budgets and what is left of them",
-        "--json prints one object a line: name, window, cap_micro_usd, spent_micro_usd, reserved_micro_usd, "
-        "remaining_micro_usd. Rates are in the table only.\n",
-    )
-    quota.add_argument("--app", default="", metavar="NAME", help="only the budgets that count for this app")
-
-    add_command(
-        commands,
-        "status",
-        _status,
-        "show what the daemon is doing, and what to do when it does not route",
-        "--json prints one object; `advice` lists what is not as it should be.\n",
-    )
-
-    models.add_commands(commands)
-    return top
+    add_app(generate)
+    add_timeout(generate)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -280,16 +235,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Where libraries are imported while nothing is open: see `_interrupted`."""
-    before = signal.signal(signal.SIGINT, _interrupted)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def _drop_output() -> None:
     """Nothing more is written, also not what is still in a buffer when the program ends."""
     if sys.stdout is not None:
@@ -310,7 +255,7 @@ def _serve(options: argparse.Namespace) -> int:
         logging.getLogger("edge_agent").warning("advice", extra={"fields": {"do": advice}})
     memory.share_one_heap()
     sys.setswitchinterval(SWITCH_S)
-    signal.signal(signal.SIGINT, _interrupted)  # until the daemon takes it over
+    signal.signal(signal.SIGINT, interrupted)  # until the daemon takes it over
     from edge_agent.daemon import run  # the commands need none of it
 
     try:
@@ -366,7 +311,7 @@ def _generate(options: argparse.Namespace) -> int:
     if received.fallback_error:
         remark(f"made on this device, because {received.fallback_error}")
     if options.json:
-        print_json(_image_facts(decision, received, file))
+        print_json(image_facts(decision, received, file))
     elif target is not image_file.STANDARD_OUTPUT:
         cost = f" for {dollars(received.cost_micro_usd)}" if received.cost_micro_usd else ""
         seconds = received.timings_ms.get("total", 0.0) / 1e3
@@ -377,129 +322,11 @@ def _generate(options: argparse.Namespace) -> int:
     return DONE
 
 
-def _route(options: argparse.Namespace) -> int:
-    prompts = _Prompts(options.prompts)
-    try:
-        return _routed(options, prompts)
-    except RouteT2IError as error:
-        if prompts.line:  # of a long file, where to look and from where to go on
-            error.message = f"line {prompts.line} of standard input: {error.message}"
-        raise
-
-
-def _routed(options: argparse.Namespace, prompts: Iterable[str]) -> int:
-    agent = client(options)
-    own_terms = any(name in options for name in ("bundle", "routing_rate", "config"))
-    named = bool(options.agent or os.environ.get(settings.ADDRESS_VARIABLE))
-    if own_terms or (not named and not agent.reachable()):
-        decisions = _routed_here(options, prompts)
-    else:
-        decisions = (
-            (prompt, agent.route(prompt, app=options.app, explain=options.explain)) for prompt in prompts
-        )
-    if options.json:
-        for prompt, decision in decisions:
-            print_json(_decision_facts(prompt, decision))
-    elif options.explain:
-        for prompt, decision in decisions:
-            _print_explained(prompt, decision)
-    else:
-        print_table(
-            ("prompt", "PRS", "alpha", "route", "reason", "ms"),
-            (
-                (
-                    prompt,
-                    _rounded(decision.prs),
-                    _rounded(decision.alpha),
-                    decision.route,
-                    decision.reason.value,
-                    f"{decision.timings_ms.get('total', 0):.1f}",
-                )
-                for prompt, decision in decisions
-            ),
-        )
-    return DONE
-
-
-def _print_explained(prompt: str, decision: Decision) -> None:
-    print(f"{prompt}\n  {decision.route} ({decision.reason.value})", end="")
-    if decision.prs is None or decision.alpha is None:
-        print("; nothing to explain: there is no calibration for these models")
-        return
-    print(f", PRS {decision.prs:.3f}, alpha {decision.alpha:.3f}")
-    if decision.unfamiliar:
-        print(f"  a guess, as the predictor has not learnt of: {', '.join(decision.unfamiliar)}")
-    moved = [
-        (name, token.prs_without, token.prs_without - decision.prs)
-        for name, token in zip(
-            _distinct([token.text for token in decision.tokens]), decision.tokens, strict=True
-        )
-        if token.prs_without is not None
-    ]
-    if not decision.tokens:
-        print("  nothing to delete: the model on this device reads nothing in it")
-        return
-    if not moved:
-        print("  nothing was measured: the daemon is older than this command; restart it")
-        return
-    print_table(
-        ("  without", "PRS", "moved"),
-        (
-            (f"  {text}", f"{prs:.3f}", f"{by:+.3f}")
-            for text, prs, by in sorted(moved, key=lambda one: -abs(one[2]))
-        ),
-    )
-
-
-def _distinct(texts: Sequence[str]) -> Iterator[str]:
-    """The texts, each that stands there more than once with which of them it is."""
-    often = Counter(texts)
-    seen: Counter[str] = Counter()
-    for text in texts:
-        seen[text] += 1
-        yield f"{text} ({seen[text]} of {often[text]})" if often[text] > 1 else text
-
-
-def _routed_here(options: argparse.Namespace, prompts: Iterable[str]) -> Iterator[tuple[str, Decision]]:
-    """Decisions of a bundle loaded in this process."""
-    with _interruptible():
-        from edge_agent.bundle import Bundle
-        from edge_agent.diffusion.sessions import Runtime
-        from edge_agent.reader import Reader
-
-    chosen = settings.resolve(vars(options), os.environ)
-    bundle = Bundle.open(chosen.bundle_folder)
-    remark(f"without a daemon, so by prediction alone, with {bundle.folder}")
-    reader = Reader.open(bundle, chosen.routing_rate, Runtime(threads=chosen.threads or None))
-    if reader.advice:
-        remark(reader.advice)
-    limits = Limits(
-        bundle.manifest.sizes, bundle.manifest.steps, max_prompt_chars=chosen.max_prompt_characters
-    )
-    for prompt in prompts:
-        validate(ImageRequest(request_id="route", prompt=prompt), limits)
-        reading = reader.read(prompt)
-        route, reason = decide(
-            reading.prs,
-            reader.alpha,
-            routing=Routing.AUTO,
-            privacy=Privacy.NORMAL,
-            cloud_available=True,
-            quota_allows=True,
-        )
-        decision = reading.decision(route, reason, reader.alpha)
-        if options.explain and reader.alpha is not None:
-            decision = decision.explained(
-                [reader.prs_without(reading.tokens, position) for position in reading.tokens.own]
-            )
-        yield prompt, decision
-
-
 def _quota(options: argparse.Namespace) -> int:
     budgets, rates = client(options).quota(options.app)
     if options.json:
         for budget in budgets:
-            print_json(_budget_facts(budget))
+            print_json(budget_facts(budget))
     else:
         print_table(
             ("budget", "window", "cap", "spent", "reserved", "remaining"),
@@ -538,49 +365,6 @@ def _status(options: argparse.Namespace) -> int:
     return print_facts(facts, options)
 
 
-def _app(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--app", default="default", metavar="NAME", help="in whose name to ask (default: default)"
-    )
-
-
-def _timeout(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--timeout", type=float, metavar="SECONDS", help="give up after so long (default: never)"
-    )
-
-
-class _Prompts:
-    """The prompts that a command is given, those of standard input in place of "-": one a line that is not empty."""
-
-    def __init__(self, arguments: Sequence[str]) -> None:
-        self._arguments = arguments
-        self.line = 0  # of standard input, that of the prompt in hand; 0 for one that was an argument
-
-    def __iter__(self) -> Iterator[str]:
-        for argument in self._arguments:
-            if argument == "-":
-                yield from self._lines()
-                self.line = 0
-            else:
-                yield argument
-
-    def _lines(self) -> Iterator[str]:
-        if sys.stdin is None:
-            raise InvalidRequest("standard input is closed, so no prompt can be read from it")
-        # A byte order mark is no part of the first prompt.
-        sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")  # type: ignore[union-attr]
-        try:
-            for number, line in enumerate(sys.stdin, 1):
-                if line.strip():
-                    self.line = number
-                    yield line.rstrip("\r\n")
-        except OSError as error:
-            raise InvalidRequest(
-                f"standard input cannot be read: {error.strerror}; send the prompts with < FILE, or name them"
-            ) from error
-
-
 def _file(options: argparse.Namespace) -> str | None:
     """The file that is asked for; None where only the daemon can name it."""
     output: str | None = options.output
@@ -608,62 +392,6 @@ def _shown(events: Iterable[Decision | Progress | Received]) -> Iterator[Decisio
             yield event
 
 
-def _image_facts(decision: Decision, received: Received, file: str) -> dict[str, Any]:
-    return {
-        "request_id": received.request_id,
-        "route": decision.route,
-        "served_by": received.served_by,
-        "reason": decision.reason.value,
-        "fallback": received.fallback_error or None,
-        "prs": decision.prs,
-        "alpha": decision.alpha,
-        "seed": received.seed,
-        "width": received.width,
-        "height": received.height,
-        "file": file,
-        "sha256": received.sha256,
-        "cost_micro_usd": received.cost_micro_usd,
-        "timings_ms": received.timings_ms,
-    }
-
-
-def _decision_facts(prompt: str, decision: Decision) -> dict[str, Any]:
-    def metrics(values: tuple[float, ...]) -> dict[str, float]:
-        return dict(zip(METRICS, values, strict=False))  # empty where no predictor ran
-
-    return {
-        "prompt": prompt,
-        "route": decision.route,
-        "reason": decision.reason.value,
-        "prs": decision.prs,
-        "alpha": decision.alpha,
-        "edge_quality": metrics(decision.edge_quality),
-        "cloud_quality": metrics(decision.cloud_quality),
-        "tokens": [
-            {"text": token.text, "pull": metrics(token.pull), "prs_without": token.prs_without}
-            for token in decision.tokens
-        ],
-        "quota": {budget.name: _budget_facts(budget) for budget in decision.quota},
-        "timings_ms": dict(decision.timings_ms),
-        "unfamiliar": list(decision.unfamiliar),
-    }
-
-
-def _budget_facts(budget: BudgetState) -> dict[str, Any]:
-    return {
-        "name": budget.name,
-        "window": budget.window,
-        "cap_micro_usd": budget.cap_micro_usd,
-        "spent_micro_usd": budget.spent_micro_usd,
-        "reserved_micro_usd": budget.reserved_micro_usd,
-        "remaining_micro_usd": budget.remaining_micro_usd,
-    }
-
-
-def _rounded(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
-
-
 MAX_DIGITS = 1000  # of a number; Python reads none of thousands
 
 
@@ -678,7 +406,7 @@ def _number(maximum: int) -> Callable[[str], int]:
 
 def _money(text: str) -> int:
     try:
-        return settings.parse_dollars(text)
+        return parse_dollars(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

@@ -17,6 +17,7 @@ from edge_agent.bundle import LEARN
 from edge_agent.cloud import SIDES, SLOW_CONNECTION_S, CloudClient
 from edge_agent.cloud_image import CloudAccepted, CloudImage
 from edge_agent.device import Device, Drawing, Drawn, Job
+from edge_agent.diffusion.text_encoder import TextStates
 from edge_agent.errors import CloudError, CloudRefused, LedgerError, QuotaExhausted
 from edge_agent.image import Progress, with_facts
 from edge_agent.policy import Decision, Reason, Route, decide
@@ -115,7 +116,7 @@ class Agent:
         # Apart from the device's worker: a decision must not wait for the image before it.
         self._reading = ThreadPoolExecutor(1, thread_name_prefix="reading")
         self._reading_ms = math.inf  # what the last one took
-        self._nothing_negative: Any = None  # token states of the empty negative prompt
+        self._nothing_negative: TextStates | None = None  # token states of the empty negative prompt
         self._asking: asyncio.Task[None] | None = None  # which model the cloud has
         self._ask_again_at = -math.inf  # time.monotonic(), s
 
@@ -384,13 +385,14 @@ class Agent:
                 else:
                     yield event
 
-    async def _negative_states(self, request: ImageRequest, reading: Reading, guidance: float) -> Any:
-        if not self.models.generator.denoiser.guides(guidance):
+    async def _negative_states(self, request: ImageRequest, reading: Reading, guidance: float) -> TextStates:
+        generator = self.models.generator
+        if not generator.denoiser.guides(guidance):
             return reading.states  # takes no part
         if request.negative_prompt:
-            return await self._beside(self.reader.negative_states, request.negative_prompt)
+            return await self._beside(generator.encode_negative, request.negative_prompt)
         if self._nothing_negative is None:
-            self._nothing_negative = await self._beside(self.reader.negative_states, "")
+            self._nothing_negative = await self._beside(generator.encode_negative, "")
         return self._nothing_negative
 
     def _told(

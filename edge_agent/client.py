@@ -130,7 +130,7 @@ class AgentClient:
         request = edge_pb2.GenerateRequest(image=_image_request(fields), routing=f"ROUTING_{routing.name}")
         png = bytearray()
         received = None
-        with self._stub() as stub, _explained(self.address):
+        with self._stub() as stub:
             for response in stub.Generate(request, timeout=self._timeout_s):
                 kind = response.WhichOneof("event")
                 if kind == "decision":
@@ -151,22 +151,22 @@ class AgentClient:
     def route(self, prompt: str, *, explain: bool = False, **fields: Any) -> Decision:
         """Only the decision. With `explain` its tokens have `prs_without`."""
         request = edge_pb2.RouteRequest(image=_image_request({"prompt": prompt, **fields}), explain=explain)
-        with self._stub() as stub, _explained(self.address):
+        with self._stub() as stub:
             return decision(stub.Route(request, timeout=self._timeout_s).decision)
 
     def quota(self, app: str = "") -> tuple[list[BudgetState], list[RateState]]:
         """The budgets that count for `app`, all of them when it is empty; and the rates."""
         _check_text("app", app)
-        with self._stub() as stub, _explained(self.address, _SILENT):
+        with self._stub(_SILENT) as stub:
             answer = stub.GetQuota(edge_pb2.GetQuotaRequest(app=app), timeout=self._timeout_s or ANSWER_S)
         rates = [RateState(rate.name, rate.max_calls, rate.per_seconds, rate.calls) for rate in answer.rates]
         return [_budget(budget) for budget in answer.budgets], rates
 
     def status(self) -> dict[str, Any]:
         """What the daemon is doing: the wire's GetStatusResponse as plain values."""
-        with self._stub() as stub, _explained(self.address, _SILENT):
+        with self._stub(_SILENT) as stub:
             answer = stub.GetStatus(edge_pb2.GetStatusRequest(), timeout=self._timeout_s or ANSWER_S)
-        facts = {name: getattr(answer, name) for name in answer.DESCRIPTOR.fields_by_name}
+        facts = _plain(answer)
         facts["alpha"] = answer.alpha if answer.HasField("alpha") else None
         facts["cloud_health"] = _meaning(_HEALTHS, answer.cloud_health)
         facts["providers"] = [
@@ -182,25 +182,24 @@ class AgentClient:
 
     def reload(self, model: str) -> dict[str, Any]:
         """Has the daemon take up `model`; what serves now. CallFailed names the file that was refused."""
-        with self._stub() as stub, _explained(self.address):
+        with self._stub() as stub:
             answer = stub.ReloadModel(edge_pb2.ReloadModelRequest(model=model))
-        return {name: getattr(answer, name) for name in answer.DESCRIPTOR.fields_by_name}
+        return _plain(answer)
 
     def models(self) -> list[dict[str, Any]]:
         """The models: the wire's Model as plain values."""
-        with self._stub() as stub, _explained(self.address, _SILENT):
+        with self._stub(_SILENT) as stub:
             answer = stub.ListModels(edge_pb2.ListModelsRequest(), timeout=self._timeout_s or ANSWER_S)
-        found = []
-        for model in answer.models:
-            facts = {name: getattr(model, name) for name in model.DESCRIPTOR.fields_by_name}
-            plain = {
+        return [
+            _plain(model)
+            | {
                 "side": _meaning(_ROUTES, model.side),
                 "steps": list(model.steps),
                 "price_micro_usd": model.price_micro_usd if model.HasField("price_micro_usd") else None,
                 "sizes": [[size.width, size.height] for size in model.sizes],
             }
-            found.append(facts | plain)
-        return found
+            for model in answer.models
+        ]
 
     def must_be_reachable(self) -> None:
         """Raises CallFailed where nothing listens there, and InvalidRequest when the address is not one."""
@@ -212,38 +211,34 @@ class AgentClient:
             )
 
     @contextmanager
-    def _stub(self) -> Iterator[EdgeAgentServiceStub]:
+    def _stub(self, late: str = _LATE) -> Iterator[EdgeAgentServiceStub]:
+        """For one call, whose failure becomes CallFailed; `late` is said of a daemon that takes too long."""
         self.must_be_reachable()
         with grpc.insecure_channel(self.address, options=_OPTIONS) as channel:
-            yield EdgeAgentServiceStub(channel)
+            try:
+                yield EdgeAgentServiceStub(channel)
+            except grpc.RpcError as error:
+                raise _explained(error, self.address, late) from error
 
 
-@contextmanager
-def _explained(address: str, late: str = _LATE) -> Iterator[None]:
-    try:
-        yield
-    except grpc.RpcError as error:
-        call: Any = error
-        code = call.code()
-        message = call.details() or code.name
-        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-            message = f"the daemon at {address} {late}"
-        elif code is grpc.StatusCode.UNIMPLEMENTED:  # gRPC's own words are "Method not found!"
-            message = (
-                f"what answers at {address} is no edge-agent, or an older one; name the daemon with --agent"
-            )
-        elif code is grpc.StatusCode.UNAVAILABLE and _NO_ANSWER in message:
-            message = f"the daemon at {address} {_SILENT}"  # the system took the connection in its place
-        elif code is grpc.StatusCode.UNAVAILABLE and sent_status(error) is None:
-            message = (
-                f"the daemon at {address} went away before it was done: see its log, and the system's for a process "
-                f"ended for want of memory ({message})"
-            )
-        exit_code = _EXIT_CODES.get(code, BROKEN)
-        if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-            exit_code = _exhausted(sent_status(error))
-        no_room = code is grpc.StatusCode.RESOURCE_EXHAUSTED
-        raise CallFailed(message, exit_code, no_room=no_room) from error
+def _explained(error: grpc.RpcError, address: str, late: str) -> CallFailed:
+    call: Any = error
+    code, status = call.code(), sent_status(error)
+    message = call.details() or code.name
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        message = f"the daemon at {address} {late}"
+    elif code is grpc.StatusCode.UNIMPLEMENTED:  # gRPC's own words are "Method not found!"
+        message = f"what answers at {address} is no edge-agent, or an older one; name the daemon with --agent"
+    elif code is grpc.StatusCode.UNAVAILABLE and _NO_ANSWER in message:
+        message = f"the daemon at {address} {_SILENT}"  # the system took the connection in its place
+    elif code is grpc.StatusCode.UNAVAILABLE and status is None:
+        message = (
+            f"the daemon at {address} went away before it was done: see its log, and the system's for a process "
+            f"ended for want of memory ({message})"
+        )
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return CallFailed(message, _exhausted(status), no_room=True)
+    return CallFailed(message, _EXIT_CODES.get(code, BROKEN))
 
 
 def _exhausted(status: Status | None) -> int:
@@ -253,6 +248,11 @@ def _exhausted(status: Status | None) -> int:
     if any(detail.Is(QuotaFailure.DESCRIPTOR) for detail in status.details):
         return REFUSED
     return UNREACHABLE  # the device's queue is full: later it is not
+
+
+def _plain(message: Any) -> dict[str, Any]:
+    """A message's fields by their names, as protobuf has them."""
+    return {name: getattr(message, name) for name in message.DESCRIPTOR.fields_by_name}
 
 
 def _image_request(fields: dict[str, Any]) -> image_pb2.ImageRequest:

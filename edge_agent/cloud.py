@@ -24,10 +24,10 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
 from edge_agent.address import is_local
-from edge_agent.cloud_image import MAX_IMAGE_BYTES, CloudAccepted, CloudImage, ImageStream, checked_digest
+from edge_agent.cloud_image import CloudAccepted, CloudImage, ImageStream, checked_digest
 from edge_agent.errors import CloudError, CloudLied, CloudRefused, CloudUnavailable, printable, sent_status
 from edge_agent.image import Progress
-from edge_agent.quota import dollars
+from edge_agent.money import dollars
 from edge_agent.request import ImageRequest
 from routet2i.cloud.v1 import cloud_pb2
 from routet2i.cloud.v1.cloud_pb2_grpc import CloudServerServiceStub
@@ -183,7 +183,6 @@ class CloudClient:
         ca_file: Path | None = None,
         token: str | None = None,
         connect_timeout_s: float = 5.0,
-        max_image_bytes: int = MAX_IMAGE_BYTES,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.address = address
@@ -196,7 +195,6 @@ class CloudClient:
         self._ca_file = ca_file
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._connect_timeout_s = connect_timeout_s
-        self._max_image_bytes = max_image_bytes
         self._monotonic = monotonic
         self._failures = 0
         self._retry_at = -math.inf
@@ -246,7 +244,7 @@ class CloudClient:
         forgotten. Otherwise, also after a cancellation, `lookup` tells what it came to.
         """
         deadline = self._monotonic() + timeout_s
-        stream = ImageStream(request, ceiling_micro_usd, self._max_image_bytes)
+        stream = ImageStream(request, ceiling_micro_usd)
         broken: CloudError | None = None  # at first: what a later call comes to is not what the image came to
         asked = False
         for _ in range(MOST_RESUMES + 1):
@@ -295,13 +293,10 @@ class CloudClient:
                     async for response in call:
                         unanswered.close()
                         event = await stream.take(response)
-                        if isinstance(event, (CloudAccepted, CloudImage)):
-                            self._failures, self._retry_at = 0, -math.inf
-                        if isinstance(event, CloudAccepted):
-                            self._told(event.charged_micro_usd)
-                            self._refused_sizes.pop(stream.request.size, None)
-                        if event is not None:
-                            yield event
+                        if event is None:
+                            continue
+                        self._heed(event, stream.request)
+                        yield event
                         if isinstance(event, CloudImage):
                             # Hung up on before it has said that all went well, the server would count a call as
                             # cancelled.
@@ -326,7 +321,7 @@ class CloudClient:
         answer = await self._answer("LookupGeneration", question, timeout_s)
         charged = answer.charged_micro_usd if answer.charged else 0
         if answer.request_id != request_id or charged < 0:
-            raise CloudLied(f"the cloud at {self.address} answered for another request", never_ran=False)
+            raise CloudLied(f"the cloud at {self.address} answered for another request")
         ended = {
             cloud_pb2.GENERATION_STATE_FINISHED,
             cloud_pb2.GENERATION_STATE_FAILED,
@@ -359,9 +354,7 @@ class CloudClient:
             except grpc.aio.AioRpcError as error:
                 raise self._explained(error, accepted=True, timeout_s=timeout_s) from error
         if answer is None:  # what gRPC makes of bytes that it cannot decode
-            raise CloudLied(
-                f"the cloud at {self.address} sent an answer that cannot be read", never_ran=False
-            )
+            raise CloudLied(f"the cloud at {self.address} sent an answer that cannot be read")
         return answer
 
     @asynccontextmanager
@@ -449,6 +442,14 @@ class CloudClient:
             self._retry_at = now + min(LONGEST_RETRY_S, FIRST_RETRY_S * 2.0 ** min(self._failures, 16))
             self._failures += 1
 
+    def _heed(self, event: CloudAccepted | Progress | CloudImage, request: ImageRequest) -> None:
+        """Remember what it says of the cloud."""
+        if isinstance(event, (CloudAccepted, CloudImage)):
+            self._failures, self._retry_at = 0, -math.inf
+        if isinstance(event, CloudAccepted):
+            self._told(event.charged_micro_usd)
+            self._refused_sizes.pop(request.size, None)
+
     def _told(self, price_micro_usd: int) -> None:
         self._price_micro_usd, self._price_until = price_micro_usd, self._monotonic() + REMEMBERED_S
 
@@ -456,20 +457,14 @@ class CloudClient:
         """A gRPC error of a connected call as one of ours."""
         code, text = error.code(), printable(error.details() or "no reason given")
         status = sent_status(error)
-        never_ran = not accepted and status is not None and code in _NOTHING_RAN
-        hint = ""
-        if status is None and any(words in text for words in _PROXYS_WORDS):
-            hint = (
-                "; a proxy before the cloud server, or a network that asks for a login, has answered in its place or "
-                "cut it off: see the proxy's log and timeouts, and whether the cloud server runs"
-            )
-            if not accepted:
-                self._failed()
-        elif status is None and code is grpc.StatusCode.UNIMPLEMENTED:
-            # A gRPC server that has no such service says so, and ran nothing.
-            hint = "; what answers there is no cloud server: check --cloud"
-            never_ran = not accepted
-            self._failed()
+        if status is None:
+            return self._broken(code, text, accepted=accepted, timeout_s=timeout_s)
+        return self._answered(code, text, status, never_ran=not accepted and code in _NOTHING_RAN)
+
+    def _answered(
+        self, code: grpc.StatusCode, text: str, status: Status, *, never_ran: bool
+    ) -> CloudUnavailable | CloudRefused:
+        """What the cloud server itself says."""
         if code in _REFUSALS:
             price = _price_micro_usd(status) if never_ran else None
             if price is not None:
@@ -478,23 +473,10 @@ class CloudClient:
             if never_ran and code is grpc.StatusCode.UNAUTHENTICATED:  # so would any other request be
                 self._failed()
             return CloudRefused(
-                f"the cloud at {self.address} refused: {text}{hint}",
+                f"the cloud at {self.address} refused: {text}",
                 never_ran=never_ran,
                 price_micro_usd=price,
                 field=_field(status) if never_ran else "",
-            )
-        if code is grpc.StatusCode.RESOURCE_EXHAUSTED and status is None and text.startswith(_TOO_LONG):
-            # Its gRPC, before anything of it heard of the call.
-            return CloudRefused(
-                f"the cloud at {self.address} takes no prompt of that length: {text}", never_ran=not accepted
-            )
-        if code is grpc.StatusCode.RESOURCE_EXHAUSTED and status is None:
-            return CloudLied(f"the cloud at {self.address} sent too much: {text}", never_ran=False)
-        if code is grpc.StatusCode.DEADLINE_EXCEEDED and status is None:
-            if not accepted and timeout_s >= self._connect_timeout_s:
-                self._failed()
-            return CloudUnavailable(
-                f"the cloud at {self.address} was not done within {round(timeout_s, 1):g} s", never_ran=False
             )
         retry_after_s = _retry_after_s(status)
         if retry_after_s is not None:
@@ -502,13 +484,49 @@ class CloudClient:
         elif code is grpc.StatusCode.UNAVAILABLE:
             self._failed()
         return CloudUnavailable(
-            f"the cloud at {self.address} failed: {text} ({code.name}){hint}",
+            f"the cloud at {self.address} failed: {text} ({code.name})",
             never_ran=never_ran,
             retry_after_s=retry_after_s,
         )
 
+    def _broken(self, code: grpc.StatusCode, text: str, *, accepted: bool, timeout_s: float) -> CloudError:
+        """What gRPC says here or there, or what stands between: seldom does that tell whether anything ran."""
+        never_ran, hint = False, ""
+        if any(words in text for words in _PROXYS_WORDS):
+            hint = (
+                "; a proxy before the cloud server, or a network that asks for a login, has answered in its place or "
+                "cut it off: see the proxy's log and timeouts, and whether the cloud server runs"
+            )
+            if not accepted:
+                self._failed()
+        elif code is grpc.StatusCode.UNIMPLEMENTED:
+            # A gRPC server that has no such service says so, and ran nothing.
+            hint = "; what answers there is no cloud server: check --cloud"
+            never_ran = not accepted
+            self._failed()
+        if code in _REFUSALS:
+            return CloudRefused(f"the cloud at {self.address} refused: {text}{hint}", never_ran=never_ran)
+        if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+            if text.startswith(_TOO_LONG):  # before anything of the cloud server heard of the call
+                return CloudRefused(
+                    f"the cloud at {self.address} takes no prompt of that length: {text}",
+                    never_ran=not accepted,
+                )
+            return CloudLied(f"the cloud at {self.address} sent too much: {text}")
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+            if not accepted and timeout_s >= self._connect_timeout_s:
+                self._failed()
+            return CloudUnavailable(
+                f"the cloud at {self.address} was not done within {round(timeout_s, 1):g} s", never_ran=False
+            )
+        if code is grpc.StatusCode.UNAVAILABLE:
+            self._failed()
+        return CloudUnavailable(
+            f"the cloud at {self.address} failed: {text} ({code.name}){hint}", never_ran=False
+        )
 
-def _retry_after_s(status: Status | None) -> float | None:
+
+def _retry_after_s(status: Status) -> float | None:
     """How long the cloud wants to be left alone, as far as it is heeded."""
     retry = _detail(status, RetryInfo)
     if not retry.HasField("retry_delay"):
@@ -517,13 +535,13 @@ def _retry_after_s(status: Status | None) -> float | None:
     return min(max(0.0, milliseconds / 1000), LONGEST_RETRY_S)
 
 
-def _field(status: Status | None) -> str:
+def _field(status: Status) -> str:
     """What of the request the cloud does not take, where it names that."""
     violations = _detail(status, BadRequest).field_violations
     return violations[0].field if violations else ""
 
 
-def _price_micro_usd(status: Status | None) -> int | None:
+def _price_micro_usd(status: Status) -> int | None:
     """What an image costs, where that is why the cloud refused it."""
     refusal = _detail(status, ErrorInfo)
     if refusal.reason == "PRICE_ABOVE_CEILING":
@@ -533,9 +551,9 @@ def _price_micro_usd(status: Status | None) -> int | None:
     return None
 
 
-def _detail(status: Status | None, kind: type[Detail]) -> Detail:
+def _detail(status: Status, kind: type[Detail]) -> Detail:
     """The status's detail of this kind; an empty one where it has none that can be read."""
-    for packed in status.details if status is not None else ():
+    for packed in status.details:
         detail = kind()
         with suppress(DecodeError):  # a cloud's bad advice is none
             if packed.Unpack(detail):

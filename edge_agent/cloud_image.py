@@ -43,13 +43,9 @@ class CloudAccepted:
 
 @dataclass(frozen=True)
 class CloudImage:
-    """A checked PNG, and the facts the cloud gives of its making."""
+    """A PNG of the size and seed that were asked for, and what else the cloud says of its making."""
 
     png: bytes
-    sha256: str
-    width: int
-    height: int
-    seed: int
     steps: int
     guidance_scale: float
     model_digest: str
@@ -60,11 +56,11 @@ class CloudImage:
 class ImageStream:
     """The answer to one call, checked as it comes in."""
 
-    def __init__(self, request: ImageRequest, ceiling_micro_usd: int, max_image_bytes: int) -> None:
+    def __init__(self, request: ImageRequest, ceiling_micro_usd: int) -> None:
         self.request = request
         self._ceiling_micro_usd = ceiling_micro_usd
         own = math.prod(request.size) * MAX_PIXEL_BYTES + MAX_OTHER_BYTES
-        self._max_image_bytes = min(max_image_bytes, own)
+        self._max_image_bytes = min(MAX_IMAGE_BYTES, own)
         self.accepted: CloudAccepted | None = None
         self.received = bytearray()
         self._begun = False  # whether the call under way has been accepted
@@ -79,28 +75,12 @@ class ImageStream:
     ) -> CloudAccepted | Progress | CloudImage | None:
         """The event in `response`; None for a piece of the image, or what is told again. Raises CloudLied."""
         if response is None:  # what gRPC makes of bytes that it cannot decode
-            raise CloudLied("the cloud sent a message that cannot be read", never_ran=False)
+            raise CloudLied("the cloud sent a message that cannot be read")
         kind = response.WhichOneof("event")
         if (kind == "accepted") is self._begun:
-            raise CloudLied(f"the cloud sent {kind} where it may not", never_ran=False)
+            raise CloudLied(f"the cloud sent {kind} where it may not")
         if kind == "accepted":
-            self._begun = True
-            price = response.accepted.charged_micro_usd
-            if not 0 <= price <= self._ceiling_micro_usd:
-                raise CloudLied(
-                    f"the cloud's price is {price} micro-dollars, and {self._ceiling_micro_usd} were offered",
-                    never_ran=False,
-                )
-            digest = checked_digest(response.accepted.model_digest)
-            before, self.accepted = (
-                self.accepted,
-                CloudAccepted(response.accepted.queue_position, price, digest),
-            )
-            if before is None:
-                return self.accepted
-            if (price, digest) != (before.charged_micro_usd, before.model_digest):
-                raise CloudLied("the rest of the cloud's image is of another price or model", never_ran=False)
-            return None
+            return self._accept(response.accepted)
         if kind == "progress":
             return self._progress(response.progress)
         if kind == "image_chunk":
@@ -109,6 +89,21 @@ class ImageStream:
         if kind == "result":
             return await self._image(response.result)
         return None  # an event of a later version of the wire
+
+    def _accept(self, answer: cloud_pb2.Accepted) -> CloudAccepted | None:
+        """None where the rest of an image is accepted, as the image was before."""
+        self._begun = True
+        price, before = answer.charged_micro_usd, self.accepted
+        if not 0 <= price <= self._ceiling_micro_usd:
+            raise CloudLied(
+                f"the cloud's price is {price} micro-dollars, and {self._ceiling_micro_usd} were offered"
+            )
+        self.accepted = CloudAccepted(answer.queue_position, price, checked_digest(answer.model_digest))
+        if before is None:
+            return self.accepted
+        if (price, self.accepted.model_digest) != (before.charged_micro_usd, before.model_digest):
+            raise CloudLied("the rest of the cloud's image is of another price or model")
+        return None
 
     def _progress(self, progress: image_pb2.Progress) -> Progress | None:
         """None for what is none, and no preview where it is not what was asked for: the image may be right all the
@@ -123,34 +118,26 @@ class ImageStream:
 
     def _append(self, chunk: image_pb2.ImageChunk) -> None:
         if chunk.offset != len(self.received):
-            raise CloudLied(
-                f"the cloud sent byte {chunk.offset} where byte {len(self.received)} is due", never_ran=False
-            )
+            raise CloudLied(f"the cloud sent byte {chunk.offset} where byte {len(self.received)} is due")
         if len(self.received) + len(chunk.data) > self._max_image_bytes:
-            raise CloudLied(f"the cloud's image exceeds {self._max_image_bytes} bytes", never_ran=False)
+            raise CloudLied(f"the cloud's image exceeds {self._max_image_bytes} bytes")
         self.received += chunk.data
 
     async def _image(self, result: cloud_pb2.Result) -> CloudImage:
         accepted = cast(CloudAccepted, self.accepted)
         if result.request_id != self.request.request_id:
-            raise CloudLied("the cloud's result is another request's", never_ran=False)
+            raise CloudLied("the cloud's result is another request's")
         if not 0 <= result.charged_micro_usd <= accepted.charged_micro_usd:
             raise CloudLied(
                 f"the cloud charged {result.charged_micro_usd} micro-dollars after it had accepted at "
-                f"{accepted.charged_micro_usd}",
-                never_ran=False,
+                f"{accepted.charged_micro_usd}"
             )
         info, png = result.image, bytes(self.received)
         self._check_facts(info, accepted)
-        width, height = self.request.size
         # Hashing and decoding take tens of milliseconds for a large image: not on the event loop.
-        await asyncio.to_thread(_check_png, png, info.sha256, width, height)
+        await asyncio.to_thread(_check_png, png, info.sha256, self.request.size)
         return CloudImage(
             png=png,
-            sha256=info.sha256,
-            width=width,
-            height=height,
-            seed=info.seed,
             steps=info.steps,
             guidance_scale=info.guidance_scale,
             model_digest=accepted.model_digest,
@@ -176,37 +163,33 @@ class ImageStream:
         if not (math.isfinite(guidance) and math.isclose(guidance, wanted, rel_tol=1e-6)):
             wrong.append("guidance scale")
         if wrong:
-            raise CloudLied(f"the cloud's image has another {wrong[0]} than was asked for", never_ran=False)
+            raise CloudLied(f"the cloud's image has another {wrong[0]} than was asked for")
 
 
 def checked_digest(text: str) -> str:
     """A model's digest, as the cloud gives it. Raises CloudLied when it is none."""
     if not re.fullmatch("[0-9a-f]{64}", text):
-        raise CloudLied("what the cloud sent as its model's digest is not 64 hex digits", never_ran=False)
+        raise CloudLied("what the cloud sent as its model's digest is not 64 hex digits")
     return text
 
 
-def _check_png(png: bytes, sha256: str, width: int, height: int) -> None:
+def _check_png(png: bytes, sha256: str, asked: tuple[int, int]) -> None:
     """Raises CloudLied unless `png` has this hash and decodes, to its last row, to an image of this size."""
     if hashlib.sha256(png).hexdigest() != sha256:
-        raise CloudLied(f"the cloud's {len(png)} bytes have not the sha256 they came with", never_ran=False)
+        raise CloudLied(f"the cloud's {len(png)} bytes have not the sha256 they came with")
     try:
         with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
             size = image.size
-            if size == (width, height):  # before any pixel is unpacked
+            if size == asked:  # before any pixel is unpacked
                 image.load()
     except UnidentifiedImageError as error:  # whose text shows our buffer
-        raise CloudLied("what the cloud sent is not a PNG image", never_ran=False) from error
+        raise CloudLied("what the cloud sent is not a PNG image") from error
     except Exception as error:  # a decoder fed with garbage may raise anything
-        raise CloudLied(f"what the cloud sent is not a PNG image: {error}", never_ran=False) from error
+        raise CloudLied(f"what the cloud sent is not a PNG image: {error}") from error
     if png[12:16] != b"IHDR":  # which decoders forgive
-        raise CloudLied(
-            "what the cloud sent is not a PNG image: it does not begin with IHDR", never_ran=False
-        )
-    if size != (width, height):
-        raise CloudLied(
-            f"the cloud's image has {size[0]}x{size[1]} pixels instead of {width}x{height}", never_ran=False
-        )
+        raise CloudLied("what the cloud sent is not a PNG image: it does not begin with IHDR")
+    if size != asked:
+        raise CloudLied(f"the cloud's image has {size[0]}x{size[1]} pixels instead of {asked[0]}x{asked[1]}")
 
 
 def _wire_request(

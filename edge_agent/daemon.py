@@ -4,54 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import errno
 import logging
 import os
-import shutil
 import signal
-import socket
 import ssl
-import stat
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
-import onnxruntime as ort
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from edge_agent import memory
-from edge_agent.address import split_address
+from edge_agent import listening, loader
 from edge_agent.agent import Agent, Terms
-from edge_agent.bundle import DECODER, MANIFEST, Bundle, Manifest
 from edge_agent.cloud import CloudClient
 from edge_agent.device import Device
 from edge_agent.diffusion import providers
 from edge_agent.diffusion.generator import Generator
-from edge_agent.diffusion.providers import Choice
-from edge_agent.diffusion.sessions import Runtime, lacks_memory
-from edge_agent.errors import (
-    BundleError,
-    DeviceNotReady,
-    GenerationFailed,
-    OutOfMemory,
-    RehearsalEnded,
-    RouteT2IError,
-    StartRefused,
-    Unfit,
-)
+from edge_agent.diffusion.sessions import lacks_memory
+from edge_agent.errors import DeviceNotReady, RouteT2IError, StartRefused
 from edge_agent.purchase import Purchases
 from edge_agent.quota import Ledger, uptime
-from edge_agent.reader import Reader
-from edge_agent.request import Limits
 from edge_agent.resident import Resident
 from edge_agent.service import EdgeAgentService, HandOverMalformed
 from edge_agent.settings import Settings, expanded
@@ -88,9 +67,6 @@ CLOSE_S = 1.0
 ROOM_BYTES = 256 * 1024
 """Of a request beside the longest prompt and negative prompt: enough for one that is too long to be told so by us."""
 
-PRIVATE = 0o700
-"""Mode of the socket's folder: only the user whose daemon it is gets in."""
-
 
 class Daemon:
     """One edge agent. `startup()`, then `serve()` until `stop()` is called, then `shutdown()`."""
@@ -102,10 +78,9 @@ class Daemon:
         self._hurry = asyncio.Event()
         self._health = health.aio.HealthServicer()
         self._working: list[asyncio.Future[Any]] = []  # of threads that nothing can interrupt
-        self._warm_ups: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()  # that nobody need await; a shutdown ends them
         self._warming = asyncio.Lock()  # two at a time would share a cache, which one may throw away
         self._reloading = asyncio.Lock()
-        self._reloads: set[asyncio.Task[Agent]] = set()  # which end whether or not their callers stay
         self._doubts: asyncio.Task[None] | None = None
         self.lost: DeviceNotReady | None = None  # why it stopped by itself
         self.agent: Agent | None = None  # once the models are loaded
@@ -113,15 +88,11 @@ class Daemon:
     async def startup(self) -> None:
         """Opens ledger and address; health says NOT_SERVING. Raises StartRefused or LedgerError."""
         settings = self.settings
-        path = settings.address.removeprefix("unix:")
-        socket_file = None if path == settings.address else Path(path)
-        if socket_file is not None:
-            _check_socket(socket_file)
+        listening.check(settings.address)
         ledger = Ledger.open(settings.ledger_file, settings.budget, settings.rate, uptime=uptime)
         try:
-            if socket_file is not None:
-                # Now that the ledger is ours: of two that start at once only one comes here.
-                _clear_socket(socket_file)
+            # Now that the ledger is ours: of two that start at once only one comes here.
+            listening.clear(settings.address)
             self._purchases = Purchases(ledger, _cloud_client(settings))
             self._service = EdgeAgentService(self.reload, partial(_models_folder, settings), self._doubt)
             await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
@@ -147,7 +118,7 @@ class Daemon:
             self.agent.models.rest()
             await self._set_health(health_pb2.HealthCheckResponse.SERVING)
             await self._log_serving()
-            self._begin_warm_up(self.agent.models)
+            self._begin(self._warm_up(self.agent.models))
             await stopped
         finally:
             stopped.cancel()
@@ -160,13 +131,11 @@ class Daemon:
 
         A caller who goes away does not stop it: what is loaded by then must be served or given back.
         """
-        reload = asyncio.create_task(self._reload(model))
-        self._reloads.add(reload)
-        reload.add_done_callback(self._reloads.discard)
+        reload = self._begin(self._reload(model))
         try:
             return await asyncio.shield(reload)
         except asyncio.CancelledError:
-            reload.add_done_callback(_log_refused)
+            reload.add_done_callback(_log_if_refused)
             raise
 
     async def shutdown(self) -> None:
@@ -182,10 +151,9 @@ class Daemon:
         self._service.cut_off()
         await self._server.stop(CLOSE_S)
         await self._service.idle()  # a cancelled image leaves the device at once
-        tasks = [*self._reloads, *self._warm_ups, *([self._doubts] if self._doubts is not None else [])]
-        for task in tasks:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         if self.agent is not None:
             self.agent.close()
             await self.agent.device.close()
@@ -220,28 +188,9 @@ class Daemon:
         edge_pb2_grpc.add_EdgeAgentServiceServicer_to_server(self._service, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE, HEALTH, reflection.SERVICE_NAME), self._server)
-        self.address = self._bind()
+        self.address = listening.bind(self._server, self.settings.address)
         await self._server.start()
         log.info("listening", extra={"fields": {"address": self.address}})
-
-    def _bind(self) -> str:
-        address = self.settings.address
-        before = os.umask(0o177)  # a socket file that only its owner may connect to
-        try:
-            port = 0 if _taken(address) else self._server.add_insecure_port(address)
-        except RuntimeError:
-            port = 0
-        finally:
-            os.umask(before)
-        if port == 0:
-            raise StartRefused(
-                f"cannot listen on {address}: it is taken, or not this machine's. Stop what uses it, or choose "
-                "another address with --listen"
-            )
-        if address.startswith("unix:"):
-            return address
-        host, _ = split_address(address)
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     async def _reload(self, model: str) -> Agent:
         async with self._reloading:
@@ -254,18 +203,18 @@ class Daemon:
         self._service.agent = self.agent = self.agent.succeeded_by(models)
         models.rest()
         await self._log_serving()
-        self._begin_warm_up(models)
+        self._begin(self._warm_up(models))
         return self.agent
 
     def _load(self, settings: Settings, model: str = "") -> asyncio.Future[Resident]:
         standings = self.agent.models.providers if self.agent is not None else ()
         taken = {each.name for each in standings if each.state is providers.State.IN_USE}
-        return self._in_thread("loader", lambda: _load_or_give_back(settings, taken, model))
+        return self._in_thread("loader", partial(loader.load, settings, taken, model))
 
     def _doubt(self) -> None:
         """An image or a decision failed on this device: it may have been lost."""
         if self._doubts is None or self._doubts.done():
-            self._doubts = asyncio.create_task(self._look_at_device())
+            self._doubts = self._begin(self._look_at_device())
 
     async def _look_at_device(self) -> None:
         """Where what the models run on no longer works, take them up anew on what does, or stop where the settings
@@ -284,9 +233,7 @@ class Daemon:
                 if self.agent.models is models:  # nobody has taken up others meanwhile
                     await self._take_up(await asyncio.shield(self._load(served)))
         except Exception as error:  # whatever it is, nothing can be made here any more
-            foreseen = isinstance(error, (RouteT2IError, OSError))
-            fields = {"error": str(error)}
-            log.warning("model refused", extra={"fields": fields}, exc_info=None if foreseen else error)
+            _log_refused(error)
             if not self._stop.is_set():
                 again = f"{name} no longer works in this process: {failure}; start edge-agent again"
                 self.lost = DeviceNotReady(again)
@@ -301,11 +248,6 @@ class Daemon:
                 if failure and not lacks_memory(failure):
                     return each.name, failure
         return None
-
-    def _begin_warm_up(self, models: Resident) -> None:
-        warm_up = asyncio.create_task(self._warm_up(models))
-        self._warm_ups.add(warm_up)
-        warm_up.add_done_callback(self._warm_ups.discard)
 
     async def _warm_up(self, models: Resident) -> None:
         """Opens the models on better providers while they serve, and has them serve there once they can.
@@ -333,6 +275,13 @@ class Daemon:
             models.take_up(better)
             seconds = round(time.monotonic() - began, 1)
             log.info("warmed up", extra={"fields": fields | {"seconds": seconds}})
+
+    def _begin(self, work: Coroutine[Any, Any, Found]) -> asyncio.Task[Found]:
+        """In a task that ends whether or not somebody awaits it, at the latest in a shutdown."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     def _in_thread(self, name: str, work: Callable[[], Found]) -> asyncio.Future[Found]:
         """What `work` returns. In a daemon thread, so that a daemon told to stop need not wait for it."""
@@ -368,13 +317,17 @@ class Daemon:
             await self._health.set(service, status)
 
 
-def _log_refused(reload: asyncio.Task[Agent]) -> None:
+def _log_if_refused(reload: asyncio.Task[Agent]) -> None:
     """Of a reload whose caller has gone away, so that nobody else hears of it."""
     if not reload.cancelled() and (error := reload.exception()) is not None:
-        foreseen = isinstance(error, (RouteT2IError, OSError))
-        log.warning(
-            "model refused", extra={"fields": {"error": str(error)}}, exc_info=None if foreseen else error
-        )
+        _log_refused(error)
+
+
+def _log_refused(error: BaseException) -> None:
+    foreseen = isinstance(error, (RouteT2IError, OSError))
+    log.warning(
+        "model refused", extra={"fields": {"error": str(error)}}, exc_info=None if foreseen else error
+    )
 
 
 def _models_folder(settings: Settings) -> str:
@@ -411,124 +364,14 @@ async def run(settings: Settings) -> Daemon:
     return daemon
 
 
-def _load_or_give_back(settings: Settings, taken: Collection[str], model: str) -> Resident:
-    """The models. Where one of them cannot be loaded those before it go at once: the error would hold on to them."""
-    try:
-        return _load_models(settings, taken, model)
-    except BaseException as error:
-        _let_go(error)
-        raise
-
-
-def _let_go(error: BaseException) -> None:
-    """Give back what the frames hold that `error` came through."""
-    held: BaseException | None = error
-    while held is not None:
-        traceback.clear_frames(held.__traceback__)
-        held = held.__cause__
-    memory.give_back()
-
-
-def _load_models(settings: Settings, taken: Collection[str] = (), model: str = "") -> Resident:
-    folder = settings.store.path(model) if model else settings.bundle_folder
-    # The folder itself and no link to it: what the link leads to may change, and these graphs be loaded again.
-    # Path.resolve would raise something of its own for a loop of links.
-    bundle = Bundle.open(os.path.realpath(folder))
-    generator, choice = _open(settings, bundle, taken)
-    followed = settings.state_folder if settings.follow_prompts else None
-    reader = Reader(bundle, generator.tokenizer, generator.text_encoder, settings.routing_rate, followed)
-    manifest = bundle.manifest
-    limits = Limits(
-        sizes=manifest.sizes,
-        steps=manifest.steps,
-        max_prompt_chars=settings.max_prompt_characters,
-        apps=frozenset(settings.apps) or None,
-    )
-    better = partial(_open_better, settings, generator, choice, bundle) if choice.better else None
-    if not (bundle.folder / MANIFEST).exists():
-        raise BundleError(f"{bundle.folder} was removed while it was loaded")
-    return Resident(reader, generator, limits, choice, settings.keep_alive_s, better)
-
-
-def _open(settings: Settings, bundle: Bundle, taken: Collection[str]) -> tuple[Generator, Choice]:
-    """The models on the best provider that opens and runs them, unless the settings name which: that does or nothing.
-    What has no room for them is passed over, too, unless it is `taken`: the models on it may be about to go.
-    """
-    unfit = _unfit(bundle.manifest)
-    while True:
-        choice = providers.find(settings.providers, unfit)
-        best, serving = choice.serving[0], tuple(map(providers.full_name, choice.serving))
-        try:
-            return _tried(bundle, Runtime(threads=settings.threads or None, providers=serving)), choice
-        except (BundleError, OutOfMemory, GenerationFailed) as error:  # a GPU may be smaller than the machine
-            in_the_way = isinstance(error, OutOfMemory) and best in taken
-            if settings.providers and isinstance(error, GenerationFailed):
-                said = f"--providers names {best}, which does not run this model: {error}"
-                raise providers.refusal(error.message)(said) from error
-            if settings.providers or best == providers.CPU or in_the_way:
-                raise
-            unfit[best] = f"it does not run this model: {error.message}"
-            _let_go(error)  # before the next provider takes as much
-
-
-def _tried(bundle: Bundle, runtime: Runtime) -> Generator:
-    """The models, opened there, and run once where that is not the CPU."""
-    generator = Generator(bundle, runtime)
-    if not runtime.on_cpu:
-        generator.tried()
-    return generator
-
-
-def _unfit(manifest: Manifest) -> dict[str, str]:
-    """Providers that would take long over such models to run them badly, and why."""
-    if "int8" not in map(manifest.dtype, (manifest.denoiser, DECODER)):
-        return {}
-    return {
-        "tensorrt": "it takes graphs in eight bits in hundreds of pieces, with an engine for each; the form for a GPU "
-        "is fp16"
-    }
-
-
-def _open_better(settings: Settings, generator: Generator, choice: Choice, bundle: Bundle) -> Generator:
-    """The generator on the better providers, with what they compile kept for the next start.
-
-    What was kept may be of another driver or half written: where it cannot be used it goes, and is made anew. Not where
-    memory ran out, or we are stopped, or nothing kept is to blame. Raises BundleError, GenerationFailed, OSError.
-    """
-    cache = settings.cache_folder.absolute() / "engines" / f"{bundle.model_digest[:16]}-{ort.__version__}"
-    kept = cache.is_dir() and any(cache.iterdir())
-
-    def runtime(graph: str) -> Runtime:
-        half = bundle.manifest.dtype(graph) == "fp16"
-        return Runtime(
-            threads=settings.threads or None,
-            providers=tuple(map(providers.full_name, choice.better)),
-            provider_options=providers.options(choice.better, cache, half=half),
-        )
-
-    def opened() -> Generator:
-        return generator.on(runtime(bundle.manifest.denoiser), runtime(DECODER))
-
-    try:
-        return opened()
-    except (RehearsalEnded, Unfit, OutOfMemory):
-        raise
-    except RouteT2IError:
-        if not kept:
-            raise
-        shutil.rmtree(cache)
-        return opened()
-
-
 def _cloud_client(settings: Settings) -> CloudClient | None:
     if not settings.cloud:
         return None
     token = None
     if settings.cloud_token:
         try:
-            token = (
-                expanded(settings.cloud_token).read_text(encoding="utf-8-sig").strip()
-            )  # as Windows saves it, too
+            text = expanded(settings.cloud_token).read_text(encoding="utf-8-sig")  # as Windows saves it, too
+            token = text.strip()
         except (OSError, ValueError) as error:
             raise StartRefused(f"cannot read the token in {settings.cloud_token}: {error}") from error
         # As a line of the server's own list has it.
@@ -548,66 +391,3 @@ def _cloud_client(settings: Settings) -> CloudClient | None:
     return CloudClient(
         settings.cloud, ca_file=ca_file, token=token, connect_timeout_s=settings.cloud_connect_timeout_s
     )
-
-
-def _taken(address: str) -> bool:
-    """Whether somebody listens at one of the addresses of a name. gRPC is content where another one of them is free:
-    both would then get some of the calls.
-    """
-    if address.startswith("unix:"):
-        return False
-    host, port = split_address(address)
-    with suppress(socket.gaierror):  # gRPC may know the name all the same
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        return any(_in_use(family, place) for family, _, _, _, place in found)
-    return False
-
-
-def _in_use(family: int, place: Any) -> bool:
-    try:
-        with socket.socket(family) as probe:
-            if os.name == "posix":  # as gRPC does; on Windows it would share the address
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(place)
-    except OSError as error:
-        return error.errno == errno.EADDRINUSE
-    return False
-
-
-def _check_socket(path: Path) -> None:
-    """Make the socket's folder. What lies at `path` afterwards, if anything, is the socket of a daemon that was killed.
-
-    Raises StartRefused when a daemon answers there, or something else lies there.
-    """
-    try:
-        path.parent.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
-        if not path.exists():
-            return
-        if not stat.S_ISSOCK(path.stat().st_mode):
-            raise StartRefused(f"{path} is there and is no socket; choose another with --listen unix:PATH")
-        if _answers(path):
-            raise StartRefused(
-                f"an edge-agent is already running at {path}; use that one, stop it, or choose another --listen"
-            )
-    except OSError as error:
-        raise StartRefused(
-            f"cannot make the socket {path}: {error.strerror}; choose another with --listen unix:PATH"
-        ) from error
-
-
-def _clear_socket(path: Path) -> None:
-    """Take away the socket of a daemon that was killed. Raises what `_check_socket` does."""
-    _check_socket(path)
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        raise StartRefused(f"cannot remove the old socket {path}: {error.strerror}") from error
-
-
-def _answers(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1.0)
-        refused = probe.connect_ex(str(path))
-    # A socket whose process is gone refuses. One that does not take us in (full backlog) is somebody's, and refuses on
-    # macOS alone: there the lock on the ledger tells, unless that lies elsewhere.
-    return refused not in (errno.ECONNREFUSED, errno.ENOENT)

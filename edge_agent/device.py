@@ -10,12 +10,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 
-from edge_agent.bundle import Size
 from edge_agent.diffusion.generator import Generator, Image
 from edge_agent.diffusion.sessions import Stop
 from edge_agent.diffusion.text_encoder import TextStates
 from edge_agent.errors import Busy, Cancelled, DeadlinePassed
 from edge_agent.image import PREVIEW_SIDE, Progress, encode_png
+from edge_agent.manifest import Size
 
 PROGRESS_EVERY_S = 0.05
 """Nobody watches more than twenty steps a second, and to tell one takes a hundredth of a small image's time. With

@@ -147,7 +147,10 @@ class CloudRefused(CloudError):
 
 
 class CloudLied(CloudError):
-    """What the cloud sent is not what it said it was."""
+    """What the cloud sent is not what it said it was. It may have charged all the same."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, never_ran=False)
 
 
 class StartRefused(RouteT2IError):

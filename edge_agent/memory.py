@@ -62,9 +62,8 @@ def _left_by(group: Path, swap: int) -> float:
     """How many bytes a group's limits leave, where the machine has so many of `swap`; infinity where it has none."""
     try:
         used = _table(group / "memory.stat")
-        left = float((group / "memory.max").read_text().replace("max", "inf")) - _number(
-            group / "memory.current"
-        )
+        most = float((group / "memory.max").read_text().replace("max", "inf"))
+        left = most - _number(group / "memory.current")
         left += used["active_file"] + used["inactive_file"]  # cached files, which make room
     except (OSError, ValueError, LookupError):
         return math.inf

@@ -388,20 +388,20 @@ def _store(options: argparse.Namespace) -> Store:
     return store
 
 
-def _running(options: argparse.Namespace, timeout_s: float | None = None) -> AgentClient | None:
+def _running(options: argparse.Namespace) -> AgentClient | None:
     """The daemon, where one runs. Raises CallFailed where --agent names one that does not."""
     daemon = client(options)
     if options.agent:
         daemon.must_be_reachable()
     elif not daemon.reachable():
         return None
-    return daemon if timeout_s is None else AgentClient(daemon.address, timeout_s)
+    return daemon
 
 
 def _status(options: argparse.Namespace) -> dict[str, Any] | None:
     """What a running daemon says of itself; None where none runs. Raises CallFailed for one that says nothing."""
-    agent = _running(options, CONNECT_S)
-    return agent.status() if agent is not None else None
+    daemon = _running(options)
+    return None if daemon is None else AgentClient(daemon.address, CONNECT_S).status()
 
 
 def _served(options: argparse.Namespace) -> str | None:
@@ -413,8 +413,9 @@ def _served(options: argparse.Namespace) -> str | None:
     return status["bundle"] if status is not None else None
 
 
-def _is_served(store: Store, name: str, served: str | None) -> bool:
-    return served is not None and os.path.realpath(served) == os.path.realpath(store.path(name))
+def _is_served(store: Store, name: str, served: str | None) -> bool | None:
+    """Whether the model lies in the folder `served`; None where that is not known."""
+    return None if served is None else os.path.realpath(served) == os.path.realpath(store.path(name))
 
 
 def _find(store: Store, wanted: str) -> str:
@@ -442,10 +443,7 @@ def _digest(store: Store, name: str) -> str:
 
 def _summary(store: Store, name: str, current: str, served: str | None) -> dict[str, Any]:
     """A line of the list."""
-    marks = {
-        "current": name == current,
-        "served": None if served is None else _is_served(store, name, served),
-    }
+    marks = {"current": name == current, "served": _is_served(store, name, served)}
     try:
         bundle = Bundle.open(store.path(name), verify=False)
         calibrated = not bundle.advice
@@ -472,14 +470,8 @@ def _damaged(folder: Path, name: str, error: str) -> dict[str, Any]:
     unknown = dict.fromkeys(
         ("calibrated", "digest", "folder", "bytes", "width", "height", "sizes", "steps", "licence")
     )
-    return {
-        "name": name,
-        "current": False,
-        "served": None,
-        **unknown,
-        "folder": str(folder),
-        "error": error,
-    }
+    known = {"folder": str(folder), "error": error}
+    return {"name": name, "current": False, "served": None} | unknown | known
 
 
 def _facts(store: Store, name: str, served: str | None) -> dict[str, Any]:
@@ -491,7 +483,7 @@ def _facts(store: Store, name: str, served: str | None) -> dict[str, Any]:
     return {
         "name": name,
         "current": _current(store) == name,
-        "served": None if served is None else _is_served(store, name, served),
+        "served": _is_served(store, name, served),
         "folder": str(bundle.folder),
         "bytes": manifest.total_bytes,
         "files": len(manifest.files),

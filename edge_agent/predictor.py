@@ -10,9 +10,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.bundle import MAX_TEXT_TOKENS, FileState
+from edge_agent.bundle import FileState
 from edge_agent.diffusion.sessions import Runtime, Session
 from edge_agent.errors import BundleError
+from edge_agent.manifest import MAX_TEXT_TOKENS
 from edge_agent.superiority import METRICS
 
 INPUTS = ("states", "mask", "ids")

@@ -20,15 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from edge_agent.bundle import (
-    MANIFEST,
-    MAX_MANIFEST_BYTES,
-    READ_BYTES,
-    Bundle,
-    FileEntry,
-    Manifest,
-    parse_manifest,
-)
+from edge_agent.bundle import READ_BYTES, Bundle
 from edge_agent.disk import patiently, settle
 from edge_agent.errors import (
     BundleError,
@@ -40,6 +32,7 @@ from edge_agent.errors import (
     SourceUnreachable,
     StoreError,
 )
+from edge_agent.manifest import MANIFEST, MAX_MANIFEST_BYTES, FileEntry, Manifest, parse_manifest
 from edge_agent.source import Source
 from edge_agent.store import Store, check_name, name_from
 

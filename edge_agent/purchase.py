@@ -29,7 +29,8 @@ from edge_agent.errors import (
     RouteT2IError,
 )
 from edge_agent.image import Progress
-from edge_agent.quota import OUTCOME_RETRY_S, Ledger, Reservation, dollars
+from edge_agent.money import dollars
+from edge_agent.quota import OUTCOME_RETRY_S, Ledger, Reservation
 from edge_agent.request import ImageRequest
 
 log = logging.getLogger(__name__)
@@ -314,6 +315,7 @@ class Purchase:
         self._purchases = purchases
         self._cloud = cloud
         self._request = request
+        self._key = request.request_id  # as ledger and cloud know it
         self._ceiling_micro_usd = ceiling_micro_usd
         self._deadline = deadline  # time.monotonic(), s
         self._sent = False
@@ -330,15 +332,13 @@ class Purchase:
             try:
                 async for event in events:
                     if isinstance(event, CloudAccepted):
-                        self._purchases.accepted(self._request.request_id)
+                        self._purchases.accepted(self._key)
                     if isinstance(event, CloudImage):
-                        self._concluded = await self._purchases.settle(
-                            self._request.request_id, event.charged_micro_usd
-                        )
+                        self._concluded = await self._purchases.settle(self._key, event.charged_micro_usd)
                     yield event
             except CloudError as error:
                 if error.never_ran:
-                    self._concluded = await self._purchases.release(self._request.request_id)
+                    self._concluded = await self._purchases.release(self._key)
                 raise
 
     def _goes_out(self) -> None:
@@ -346,15 +346,14 @@ class Purchase:
 
     async def aclose(self) -> None:
         """Give back what was never sent; hand what is of unknown outcome to the resolver."""
-        key = self._request.request_id
         try:
             if not self._sent:
-                self._concluded = await self._purchases.release(key)
+                self._concluded = await self._purchases.release(self._key)
         finally:
             if self._concluded:
-                self._purchases.concluded(key)
+                self._purchases.concluded(self._key)
             else:
-                self._purchases.hand_over(key, sent=self._sent)
+                self._purchases.hand_over(self._key, sent=self._sent)
 
 
 async def _read_ahead(events: CloudEvents) -> CloudEvents:

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, cast, get_args
 
 from edge_agent.errors import DuplicateRequest, LedgerError, QuotaExhausted, RouteT2IError
+from edge_agent.money import MAX_MICRO_USD, dollars
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,8 @@ _HELD_RETRY_S = 5.0
 
 _EFFECTIVE_IDS = os.access in os.supports_effective_ids
 
-_MAX_INTEGER = 2**63 - 1
+_LAST_ROW = 2**63 - 1
+"""The highest number that SQLite gives a row."""
 
 _ADVICE = (
     ("not a database", "is not a quota ledger: move it away, or name another state folder with --state"),
@@ -114,8 +116,8 @@ class Budget:
     def __post_init__(self) -> None:
         if self.window not in get_args(Window):
             raise ValueError(f"budget {self.name!r}: a window is one of {', '.join(get_args(Window))}")
-        if not 0 <= self.cap_micro_usd <= _MAX_INTEGER:
-            raise ValueError(f"budget {self.name!r}: the cap must not be negative, nor above {_MAX_INTEGER}")
+        if not 0 <= self.cap_micro_usd <= MAX_MICRO_USD:
+            raise ValueError(f"budget {self.name!r}: the cap must not be negative, nor above {MAX_MICRO_USD}")
 
 
 @dataclass(frozen=True)
@@ -161,8 +163,8 @@ class Reservation:
     app: str
     ceiling_micro_usd: int
     reserved_at: float
-    cloud: str = ""
-    expires_at: float = 0.0
+    cloud: str
+    expires_at: float
 
 
 @dataclass(frozen=True)
@@ -454,7 +456,7 @@ class Ledger:
         if not self._clock_was_set():
             return
         before, now = self._zero, self._zero_now()
-        ends = [row for row, _ in self._made[1:]] + [_MAX_INTEGER]
+        ends = [row for row, _ in self._made[1:]] + [_LAST_ROW]
         moves = [
             (max(zero, now) - max(zero, before), row, end)
             for (row, zero), end in zip(self._made, ends, strict=True)
@@ -524,38 +526,11 @@ class Ledger:
     ) -> QuotaExhausted | None:
         """Why there is no room for one more call of `app` at this ceiling; None when there is."""
         for state in account.states:
-            if state.app not in (None, app):
-                continue
-            overdrawn = state.spent_micro_usd + state.reserved_micro_usd > state.cap_micro_usd
-            closed = state.cap_micro_usd == 0  # no cloud, also where a call costs nothing
-            if closed or overdrawn or ceiling_micro_usd > state.remaining_micro_usd:
-                _, end = window_bounds(state.window, now)
-                fits_later = not closed and ceiling_micro_usd <= state.cap_micro_usd
-                retry_after_s = end - now if fits_later and end is not None else None
-                left, cap = dollars(state.remaining_micro_usd), dollars(state.cap_micro_usd)
-                held = ""
-                if not closed and state.spent_micro_usd + ceiling_micro_usd <= state.cap_micro_usd:
-                    held = (
-                        f"; {dollars(state.reserved_micro_usd)} is set aside for other calls until they end"
-                    )
-                    retry_after_s = _HELD_RETRY_S
-                return QuotaExhausted(
-                    f"the budget {state.name!r} ({state.window}) has {left} left of {cap}, "
-                    f"and this call may cost {dollars(ceiling_micro_usd)}{held}",
-                    budget=state.name,
-                    retry_after_s=retry_after_s,
-                )
+            if state.app in (None, app) and (refusal := _overspent(state, ceiling_micro_usd, now)):
+                return refusal
         for rate, reserved_at in zip(self._rates, account.recent, strict=True):
-            recent = _recent(rate, reserved_at, now)
-            if len(recent) >= rate.max_calls:
-                # There is room again once the last `max_calls` calls but one are all that is recent.
-                leaves = recent[len(recent) - rate.max_calls] if rate.max_calls else None
-                return QuotaExhausted(
-                    f"the rate {rate.name!r} allows {rate.max_calls} cloud calls in {rate.per_seconds:g} s, "
-                    f"and there were {len(recent)}",
-                    budget=rate.name,
-                    retry_after_s=leaves + rate.per_seconds - now if leaves is not None else None,
-                )
+            if refusal := _too_often(rate, _recent(rate, reserved_at, now), now):
+                return refusal
         return None
 
 
@@ -589,6 +564,41 @@ def _recent(rate: Rate, reserved_at: tuple[float, ...], now: float) -> tuple[flo
     return reserved_at[bisect.bisect_right(reserved_at, now - rate.per_seconds) :]
 
 
+def _overspent(state: BudgetState, ceiling_micro_usd: int, now: float) -> QuotaExhausted | None:
+    """Why the budget has no room for a call at this ceiling; None when it has."""
+    cap, spent, reserved = state.cap_micro_usd, state.spent_micro_usd, state.reserved_micro_usd
+    closed = cap == 0  # no cloud, also where a call costs nothing
+    if not closed and spent + reserved <= cap and ceiling_micro_usd <= state.remaining_micro_usd:
+        return None
+    held, retry_after_s = "", None
+    if not closed and spent + ceiling_micro_usd <= cap:
+        held = f"; {dollars(reserved)} is set aside for other calls until they end"
+        retry_after_s = _HELD_RETRY_S
+    elif not closed and ceiling_micro_usd <= cap:
+        _, end = window_bounds(state.window, now)
+        retry_after_s = end - now if end is not None else None
+    return QuotaExhausted(
+        f"the budget {state.name!r} ({state.window}) has {dollars(state.remaining_micro_usd)} left of {dollars(cap)}, "
+        f"and this call may cost {dollars(ceiling_micro_usd)}{held}",
+        budget=state.name,
+        retry_after_s=retry_after_s,
+    )
+
+
+def _too_often(rate: Rate, recent: tuple[float, ...], now: float) -> QuotaExhausted | None:
+    """Why the rate, which counts the calls of these times, has no room for one more; None when it has."""
+    if len(recent) < rate.max_calls:
+        return None
+    # There is room again once the last `max_calls` calls but one are all that is recent.
+    leaves = recent[len(recent) - rate.max_calls] if rate.max_calls else None
+    return QuotaExhausted(
+        f"the rate {rate.name!r} allows {rate.max_calls} cloud calls in {rate.per_seconds:g} s, "
+        f"and there were {len(recent)}",
+        budget=rate.name,
+        retry_after_s=leaves + rate.per_seconds - now if leaves is not None else None,
+    )
+
+
 def window_bounds(window: Window, now: float) -> tuple[float, float | None]:
     """Start and end, in seconds since 1970, of the window that `now` lies in; `total` has no end (None)."""
     if window == "total":
@@ -601,13 +611,6 @@ def window_bounds(window: Window, now: float) -> tuple[float, float | None]:
     seconds = 3_600 if window == "hour" else 86_400  # UTC days have no daylight saving
     start = now // seconds * seconds
     return start, start + seconds
-
-
-def dollars(micro_usd: int) -> str:
-    """Micro-dollars for people: 1_250_000 is "$1.25", 40 is "$0.00004"."""
-    whole, fraction = divmod(micro_usd, 1_000_000)
-    digits = f"{fraction:06d}".rstrip("0")
-    return f"${whole}.{digits:0<2}"
 
 
 def _prepare(connection: sqlite3.Connection, path: Path) -> None:
@@ -629,9 +632,8 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
         raise sqlite3.DatabaseError(f"database disk image is malformed: {found}")
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
-    connection.execute(
-        "PRAGMA fullfsync = ON"
-    )  # or macOS leaves in the drive's cache what it has synchronized
+    # Or macOS leaves in the drive's cache what it has synchronized.
+    connection.execute("PRAGMA fullfsync = ON")
     # Fails here, at start, when the file cannot be written or another process has it.
     connection.execute("BEGIN EXCLUSIVE")
     if not tables:
@@ -652,5 +654,5 @@ def _explained(path: Path, error: Exception) -> LedgerError:
 
 
 def _check_money(micro_usd: int) -> None:
-    if not 0 <= micro_usd <= _MAX_INTEGER:
+    if not 0 <= micro_usd <= MAX_MICRO_USD:
         raise ValueError(f"not an amount of micro-dollars: {micro_usd}")

@@ -8,9 +8,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from edge_agent.bundle import PREDICTOR, Bundle
+from edge_agent.bundle import Bundle
 from edge_agent.diffusion.sessions import Runtime, Session
 from edge_agent.diffusion.text_encoder import TextEncoder, TextStates
+from edge_agent.manifest import PREDICTOR
 from edge_agent.policy import Decision, Reason, Route, TokenPull
 from edge_agent.predictor import Prediction, Predictor
 from edge_agent.quota import BudgetState
@@ -176,7 +177,3 @@ class Reader:
         ids = tokens.ids[0].tolist()
         own = zip(tokens.own, tokens.texts, strict=True)
         return tuple([text for position, text in own if ids[position] not in self._familiar])
-
-    def negative_states(self, prompt: str) -> TextStates:
-        """The states of a negative prompt, which may be empty."""
-        return self._text_encoder.encode_negative(self._tokenizer.encode(prompt), empty=not prompt)

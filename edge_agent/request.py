@@ -12,6 +12,7 @@ from enum import Enum
 from typing import NamedTuple, cast
 
 from edge_agent.errors import DeadlinePassed, InvalidRequest, UnknownApp
+from edge_agent.money import MAX_MICRO_USD
 
 
 class Routing(Enum):
@@ -40,8 +41,11 @@ MAX_SEED = 2**SEED_BITS - 1
 MAX_ID_CHARS = 128
 """Longest request id and app name, in characters: they are keys in the ledger and in two services' logs."""
 
-MAX_MONEY = 2**63 - 1
-"""Money is a signed 64-bit integer of micro-dollars on the wire and in the ledger."""
+MAX_OFFSET = 2**63 - 1
+"""Of a byte in an image: a signed 64-bit integer on the wire."""
+
+MAX_GUIDANCE = 50.0
+"""Largest guidance scale that is taken."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]+")
 _APP = re.compile(r"[ -~]+")
@@ -107,7 +111,6 @@ class Limits:
     sizes: tuple[tuple[int, int], ...]
     steps: tuple[int, ...]
     max_prompt_chars: int = 2_000
-    max_guidance: float = 50.0
     apps: frozenset[str] | None = None
 
 
@@ -147,8 +150,8 @@ def validate(
     if request.traceparent and not _TRACEPARENT.fullmatch(request.traceparent):
         raise InvalidRequest("not a W3C traceparent (00-<32 hex>-<16 hex>-<2 hex>)", field="traceparent")
     _check_range(request.seed, "seed", MAX_SEED)
-    _check_range(request.max_price_micro_usd, "max_price_micro_usd", MAX_MONEY)
-    _check_range(request.resume_offset, "resume_offset", MAX_MONEY)
+    _check_range(request.max_price_micro_usd, "max_price_micro_usd", MAX_MICRO_USD)
+    _check_range(request.resume_offset, "resume_offset", MAX_OFFSET)
     width, height = _size(request, limits)
     if request.steps is not None and request.steps not in limits.steps:
         have = ", ".join(str(count) for count in sorted(limits.steps))
@@ -156,9 +159,9 @@ def validate(
             f"{request.steps} steps are not compiled into this bundle; it has {have}", field="steps"
         )
     guidance = request.guidance_scale
-    if guidance is not None and not 0 <= guidance <= limits.max_guidance:  # also refuses NaN
+    if guidance is not None and not 0 <= guidance <= MAX_GUIDANCE:  # also refuses NaN
         raise InvalidRequest(
-            f"guidance_scale must be between 0 and {limits.max_guidance:g}, not {guidance:.9g}",
+            f"guidance_scale must be between 0 and {MAX_GUIDANCE:g}, not {guidance:.9g}",
             field="guidance_scale",
         )
     seed = draw_seed() if request.seed is None else request.seed

@@ -52,7 +52,7 @@ class Resident:
         self.keep_alive_s = keep_alive_s
         self._uses = 0
         self._spare_due = False  # whether the spare graphs are to be unloaded after the last use
-        self._succeeded = False
+        self.succeeded = False  # whether others are used in their place
         self._timer: asyncio.TimerHandle | None = None
         self._unloaded_at: float | None = None
         # Of them a request holds on to those that it still uses.
@@ -82,11 +82,6 @@ class Resident:
         self._warm_up = WarmUp(failure=failure)
         if not self._uses:  # trying them loaded what may have been unloaded meanwhile
             self.rest()
-
-    @property
-    def succeeded(self) -> bool:
-        """Whether others are used in their place."""
-        return self._succeeded
 
     @property
     def loaded(self) -> bool:
@@ -136,7 +131,7 @@ class Resident:
         if self._spare_due:
             self._spare_due = False
             loop.run_in_executor(None, self._unload, self.generator.spare_sessions)
-        if self._succeeded:
+        if self.succeeded:
             loop.run_in_executor(None, self._go)
         elif self.keep_alive_s:
             self._timer = loop.call_later(self.keep_alive_s, lambda: loop.run_in_executor(None, self._go))
@@ -144,7 +139,7 @@ class Resident:
     def succeed(self, by: Resident) -> None:
         """Others are used from now on: go after the last use."""
         self.reader.save()
-        self._succeeded = True
+        self.succeeded = True
         by._predecessors = weakref.WeakSet((*self._predecessors, self))
         if not self._uses:
             self.rest()

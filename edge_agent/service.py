@@ -153,7 +153,7 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
                         await _write(context, edge_pb2.GenerateResponse(progress=progress))
                     else:
                         line |= _outcome(event)
-                        await self._write_image(context, event, agent)
+                        await _write_image(context, event, agent)
 
     async def Route(self, request: edge_pb2.RouteRequest, context: Any) -> edge_pb2.RouteResponse:
         """Only the decision."""
@@ -292,12 +292,6 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
         for handler in self._handlers:
             handler.cancel()
 
-    async def _write_image(self, context: Any, result: Result, agent: Agent) -> None:
-        for start in range(0, len(result.png), CHUNK_BYTES):
-            chunk = image_pb2.ImageChunk(offset=start, data=result.png[start : start + CHUNK_BYTES])
-            await _write(context, edge_pb2.GenerateResponse(image_chunk=chunk))
-        await _write(context, edge_pb2.GenerateResponse(result=_result(result, agent)))
-
     @asynccontextmanager
     async def _counted(self) -> AsyncIterator[None]:
         handler = asyncio.current_task()
@@ -308,32 +302,25 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
         finally:
             self._handlers.discard(handler)
 
+    def _admitted(self, request: Any) -> Agent:
+        """Who serves the request. Raises InvalidRequest, Draining or NotReady where nobody does."""
+        if isinstance(request, Malformed):
+            raise InvalidRequest(f"the request cannot be read: {request.reason}; text must be valid UTF-8")
+        if self.draining:
+            raise Draining("the daemon is shutting down and takes no new requests")
+        if self.agent is None:
+            raise NotReady("the models are still loading; try again shortly", retry_after_s=LOADING_RETRY_S)
+        return self.agent
+
     @asynccontextmanager
     async def _call(self, request: Any, context: Any, line: Line) -> AsyncIterator[Agent]:
         """Hands out the agent, turns errors into statuses, and writes the call's one log line."""
         began, loop = time.perf_counter(), asyncio.get_running_loop()
         line["outcome"] = "OK"
         try:
-            if isinstance(request, Malformed):
-                raise InvalidRequest(
-                    f"the request cannot be read: {request.reason}; text must be valid UTF-8"
-                )
-            if self.draining:
-                raise Draining("the daemon is shutting down and takes no new requests")
-            if self.agent is None:
-                raise NotReady(
-                    "the models are still loading; try again shortly", retry_after_s=LOADING_RETRY_S
-                )
-            yield self.agent
+            yield self._admitted(request)
         except (RouteT2IError, MemoryError) as raised:
-            error = (
-                raised
-                if isinstance(raised, RouteT2IError)
-                else OutOfMemory(
-                    "this device is out of memory; free some, or choose a smaller model",
-                    retry_after_s=NO_MEMORY_RETRY_S,
-                )
-            )
+            error = raised if isinstance(raised, RouteT2IError) else _out_of_memory()
             if isinstance(error, (GenerationFailed, NotLoaded)):
                 self._doubt()
             # As the caller is told it: cut where it repeats a long field.
@@ -361,6 +348,13 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
                 loop.call_soon(write)
 
 
+def _out_of_memory() -> OutOfMemory:
+    """In place of Python's own MemoryError, which says nothing."""
+    return OutOfMemory(
+        "this device is out of memory; free some, or choose a smaller model", retry_after_s=NO_MEMORY_RETRY_S
+    )
+
+
 async def _abort(context: Any, error: BaseException) -> None:
     status = status_details(error)
     details = (("grpc-status-details-bin", status.SerializeToString()),)
@@ -370,6 +364,13 @@ async def _abort(context: Any, error: BaseException) -> None:
             await context.abort(grpc_code(error), status.message, details)
     except (grpc.aio.InternalError, TimeoutError):
         raise asyncio.CancelledError from None  # nobody is left to be told
+
+
+async def _write_image(context: Any, result: Result, agent: Agent) -> None:
+    for start in range(0, len(result.png), CHUNK_BYTES):
+        chunk = image_pb2.ImageChunk(offset=start, data=result.png[start : start + CHUNK_BYTES])
+        await _write(context, edge_pb2.GenerateResponse(image_chunk=chunk))
+    await _write(context, edge_pb2.GenerateResponse(result=_result(result, agent)))
 
 
 async def _write(context: Any, response: edge_pb2.GenerateResponse) -> None:

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import Field, dataclass, field, fields
-from decimal import Decimal
 from pathlib import Path
 from typing import Any, cast, get_args
 
 from edge_agent.address import is_local, split_address
 from edge_agent.errors import InvalidRequest, StartRefused
+from edge_agent.money import parse_dollars
 from edge_agent.quota import Budget, Rate, Window
-from edge_agent.request import MAX_MONEY, check_app
+from edge_agent.request import check_app
 from edge_agent.store import Store
 
 if sys.version_info >= (3, 11):
@@ -100,17 +101,6 @@ def socket_address(path: str) -> str:
     return f"unix:{absolute}"
 
 
-def parse_dollars(text: str) -> int:
-    """Micro-dollars of an amount in US dollars, such as 0.04. Raises ValueError."""
-    try:
-        micro = Decimal(text.strip().removeprefix("$")) * 1_000_000
-        if "_" not in text and micro == micro.to_integral_value() and 0 <= micro <= MAX_MONEY:
-            return int(micro)
-    except (ArithmeticError, ValueError):
-        pass
-    raise ValueError(f"{text!r} is not an amount of US dollars with at most six decimals, such as 0.04")
-
-
 # What a setting may be. Each takes the text of a flag or variable and raises ValueError with a phrase that says what
 # is expected.
 
@@ -146,11 +136,16 @@ def _cloud(value: str) -> str:
     return value
 
 
-def _share(value: str) -> float:
+def _number(value: str) -> float:
+    """NaN, which lies within no bounds, where it is none."""
     try:
-        number = float(value)
+        return float(value)
     except ValueError:
-        number = -1.0
+        return math.nan
+
+
+def _share(value: str) -> float:
+    number = _number(value)
     if not 0 <= number <= 1:
         raise ValueError("a share between 0 and 1 is expected")
     return number
@@ -169,10 +164,7 @@ def _count_from_1(value: str) -> int:
 
 
 def _seconds(value: str) -> float:
-    try:
-        number = float(value)
-    except ValueError:
-        number = -1.0
+    number = _number(value)
     if not 0 < number <= 1e9:
         raise ValueError("a number of seconds above 0 is expected")
     return number
@@ -185,19 +177,11 @@ def _seconds_or_none(value: str) -> float:
 
 
 def _switch(value: str) -> bool:
-    words = {
-        "true": True,
-        "on": True,
-        "yes": True,
-        "1": True,
-        "false": False,
-        "off": False,
-        "no": False,
-        "0": False,
-    }
-    if value.lower() not in words:
-        raise ValueError("true or false is expected")
-    return words[value.lower()]
+    if value.lower() in ("true", "on", "yes", "1"):
+        return True
+    if value.lower() in ("false", "off", "no", "0"):
+        return False
+    raise ValueError("true or false is expected")
 
 
 def _log_format(value: str) -> str:

@@ -20,9 +20,10 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
-from edge_agent.bundle import MANIFEST, Bundle, mode_of
+from edge_agent.bundle import Bundle, mode_of
 from edge_agent.disk import DISK_FULL, lock_file, patiently, sync, unlock_file, write_durably
 from edge_agent.errors import Busy, StoreError
+from edge_agent.manifest import MANIFEST
 
 STARTER_NAME = "starter"
 RESERVED = (STARTER_NAME, "edge", "cloud")

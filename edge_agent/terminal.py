@@ -53,6 +53,20 @@ def add_command(
     return added
 
 
+def add_app(command: argparse.ArgumentParser) -> None:
+    """Adds --app, for commands that ask in an app's name."""
+    command.add_argument(
+        "--app", default="default", metavar="NAME", help="in whose name to ask (default: default)"
+    )
+
+
+def add_timeout(command: argparse.ArgumentParser) -> None:
+    """Adds --timeout, which `client` heeds."""
+    command.add_argument(
+        "--timeout", type=float, metavar="SECONDS", help="give up after so long (default: never)"
+    )
+
+
 def client(options: argparse.Namespace) -> AgentClient:
     """The daemon that the options, else the environment, name. Raises InvalidRequest or StartRefused."""
     address = options.agent or os.environ.get(settings.ADDRESS_VARIABLE) or ""

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as TokenizersTokenizer
 
-from edge_agent.bundle import MAX_TEXT_TOKENS, TOKENIZER, TOKENIZER_2, Bundle
+from edge_agent.bundle import Bundle
 from edge_agent.errors import BundleError
+from edge_agent.manifest import MAX_TEXT_TOKENS, TOKENIZER, TOKENIZER_2
 
 FILE = "tokenizer.json"
 

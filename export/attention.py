@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto, helper, numpy_helper
 
-from edge_agent.bundle import FUSED
+from edge_agent.manifest import FUSED
 from export import graph_file
 
 OPERATOR, DOMAIN = "MultiHeadAttention", "com.microsoft"

@@ -23,8 +23,9 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from edge_agent.bundle import CALIBRATION, PREDICTOR, Bundle, put_file
+from edge_agent.bundle import Bundle, put_file
 from edge_agent.calibration import Calibration
+from edge_agent.manifest import CALIBRATION, PREDICTOR
 from edge_agent.predictor import Predictor
 from edge_agent.superiority import (
     ALPHA_BOUND,

@@ -26,21 +26,20 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from edge_agent import tokens
-from edge_agent.bundle import (
+from edge_agent.bundle import Bundle, write_manifest
+from edge_agent.errors import BundleError, StoreError
+from edge_agent.manifest import (
     CALIBRATION,
     DENOISER,
     MANIFEST,
     MAX_SIZES,
     PREDICTOR,
     TRANSFORMER,
-    Bundle,
     Size,
     parse_manifest,
     schedule_file,
-    write_manifest,
 )
-from edge_agent.errors import BundleError, StoreError
-from edge_agent.request import Limits
+from edge_agent.request import MAX_GUIDANCE
 from edge_agent.store import name_from
 from export import attention, folder, graphs, source, tokenizer_json
 from export import pipeline as pipelines
@@ -205,9 +204,9 @@ def _refuse_options(
     _refuse_name(name)
     if licence is not None and (not licence.strip() or not licence.isprintable()):
         raise ExportError(f"a licence of {licence!r} does not work: it must be printable text on one line")
-    if guidance is not None and not 0 <= guidance <= Limits.max_guidance:
+    if guidance is not None and not 0 <= guidance <= MAX_GUIDANCE:
         raise ExportError(
-            f"a guidance scale of {guidance:g} does not work: the edge takes 0 to {Limits.max_guidance:g}"
+            f"a guidance scale of {guidance:g} does not work: the edge takes 0 to {MAX_GUIDANCE:g}"
         )
     for each in sizes:
         pipelines.refuse_large(each)

@@ -19,7 +19,7 @@ from diffusers import AutoencoderTiny, StableDiffusionXLPipeline
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from edge_agent.bundle import TRANSFORMER, Size
+from edge_agent.manifest import TRANSFORMER, Size
 from export.errors import ExportError, reason
 from export.pipeline import denoiser_of, drop_origin
 from export.source import quiet

@@ -30,7 +30,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from cloud_server import complete, hub
 from edge_agent import tokens
-from edge_agent.bundle import MANIFEST, AddedConditioning, JointConditioning, Size
+from edge_agent.manifest import MANIFEST, AddedConditioning, JointConditioning, Size
 from export import autoencoder as autoencoders
 from export import source, weights_file
 from export.errors import ExportError, reason

@@ -36,10 +36,11 @@ from onnxruntime.quantization import (
 )
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
-from edge_agent.bundle import DENOISER, FUSED, PREDICTOR, Bundle, Size, write_manifest
+from edge_agent.bundle import Bundle, write_manifest
 from edge_agent.diffusion.generator import Generator, Image
 from edge_agent.diffusion.sessions import Array, Session
 from edge_agent.errors import GenerationFailed
+from edge_agent.manifest import DENOISER, FUSED, PREDICTOR, Size
 from export import attention, graph_file, source
 from export.errors import ExportError, reason
 from export.terminal import say

@@ -25,8 +25,9 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from edge_agent.bundle import PREDICTOR, Bundle
+from edge_agent.bundle import Bundle
 from edge_agent.diffusion.generator import Image
+from edge_agent.manifest import PREDICTOR
 from edge_agent.reader import Reader
 from edge_agent.superiority import METRICS, relative_superiority
 from export.arguments import at_least
@@ -53,7 +54,8 @@ _PAINTER = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the parent, which ends this
 began = time.perf_counter()
-from edge_agent.bundle import PREDICTOR, Bundle
+from edge_agent.bundle import Bundle
+from edge_agent.manifest import PREDICTOR
 from edge_agent.diffusion.generator import Generator
 bundle = Bundle.open(sys.argv[1])
 generator, facts = Generator(bundle), bundle.manifest

@@ -18,7 +18,8 @@ import numpy as np
 import onnx
 import torch
 
-from edge_agent.bundle import CALIBRATION, PREDICTOR, Bundle, put_file
+from edge_agent.bundle import Bundle, put_file
+from edge_agent.manifest import CALIBRATION, PREDICTOR
 from edge_agent.predictor import INPUTS, OUTPUTS, Predictor
 from edge_agent.superiority import METRICS
 from export.errors import ExportError

@@ -15,7 +15,7 @@ WORTH_SHOWING = 0.5
 
 @dataclass(frozen=True)
 class PreviewMap:
-    """What `edge_agent.bundle.Facts.latent_to_rgb` holds, and how good it is."""
+    """What `edge_agent.manifest.Facts.latent_to_rgb` holds, and how good it is."""
 
     rows: tuple[tuple[float, float, float], ...]  # red, green, blue for each channel, then the constant
     explained: float  # share of the colours' variance

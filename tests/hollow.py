@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from edge_agent.bundle import DECODER, DENOISER, TEXT_ENCODER, TOKENIZER, schedule_file, write_manifest
+from edge_agent.bundle import write_manifest
+from edge_agent.manifest import DECODER, DENOISER, TEXT_ENCODER, TOKENIZER, schedule_file
 
 SIZES = {
     DENOISER: 1_500_000,

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from cloud_server.model import open_model
-from edge_agent.bundle import CALIBRATION, Bundle, schedule_file, write_manifest
+from edge_agent.bundle import Bundle, write_manifest
+from edge_agent.manifest import CALIBRATION, schedule_file
 from edge_agent.superiority import METRICS
 from edge_agent.tokens import Tokenizer
 from export import predictor_onnx

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from cancellation import FREE_MS
 from child import Reply, answer, asked
-from edge_agent.bundle import DECODER, Bundle
+from edge_agent.bundle import Bundle
 from edge_agent.diffusion.denoiser import graph_on
 from edge_agent.diffusion.sessions import Runtime
+from edge_agent.manifest import DECODER
 from estimate import Estimate
 from images import FULL_SIZE, full_size_folders
 from plan import Plan

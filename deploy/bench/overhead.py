@@ -85,7 +85,7 @@ def measure(folder: Path, threads: int, images: int) -> Reply:
     manifest = bundle.manifest
     generator = Generator(bundle, Runtime(threads=threads))
     reader = Reader(bundle, generator.tokenizer, generator.text_encoder, routing_rate=0.5)
-    negative = reader.negative_states("")  # the agent keeps these too
+    negative = generator.encode_negative("")  # the agent keeps these too
 
     def direct(prompt: str, seed: int) -> bytes:
         states = reader.read(prompt).states

@@ -6,8 +6,8 @@ import json
 from dataclasses import dataclass
 
 from edge_agent.client import Received
+from edge_agent.money import dollars
 from edge_agent.policy import Decision
-from edge_agent.quota import dollars
 
 
 @dataclass(frozen=True)

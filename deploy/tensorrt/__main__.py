@@ -15,10 +15,11 @@ import venv
 from pathlib import Path
 from typing import Any
 
-from edge_agent.bundle import DECODER, Bundle
+from edge_agent.bundle import Bundle
 from edge_agent.diffusion.generator import Generator
 from edge_agent.diffusion.sessions import Session
 from edge_agent.errors import BundleError
+from edge_agent.manifest import DECODER
 from edge_agent.settings import STARTER
 
 ROOT = Path(__file__).resolve().parents[2]

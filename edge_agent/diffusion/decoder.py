@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.bundle import DECODER, Bundle
+from edge_agent.bundle import Bundle
 from edge_agent.diffusion.sessions import Runtime, Session, Stop
 from edge_agent.errors import GenerationFailed
+from edge_agent.manifest import DECODER
 
 
 class Decoder:

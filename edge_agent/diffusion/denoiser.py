@@ -13,10 +13,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.bundle import FUSED, AddedConditioning, Bundle
+from edge_agent.bundle import Bundle
 from edge_agent.diffusion.sessions import Runtime, Session, Stop
 from edge_agent.diffusion.text_encoder import TextStates
 from edge_agent.errors import BundleError
+from edge_agent.manifest import FUSED, AddedConditioning
 
 Floats = NDArray[np.float32]
 

@@ -11,7 +11,7 @@ import onnxruntime as ort
 import PIL.Image
 from numpy.typing import NDArray
 
-from edge_agent.bundle import DECODER, Bundle, Size, schedule_file
+from edge_agent.bundle import Bundle
 from edge_agent.diffusion.decoder import Decoder
 from edge_agent.diffusion.denoiser import Denoiser, graph_on
 from edge_agent.diffusion.noise import TorchNoise
@@ -20,6 +20,7 @@ from edge_agent.diffusion.schedule import Schedule
 from edge_agent.diffusion.sessions import Runtime, Session, Stop
 from edge_agent.diffusion.text_encoder import TextEncoder, TextStates
 from edge_agent.errors import BundleError, GenerationFailed, InvalidRequest, Unfit
+from edge_agent.manifest import DECODER, Size, schedule_file
 from edge_agent.tokens import Tokenizer, Tokens
 
 Floats = NDArray[np.float32]

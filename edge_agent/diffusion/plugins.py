@@ -89,10 +89,9 @@ def _registered(package: str) -> dict[str, Plugin]:
         ort.register_execution_provider_library(names[0], described.get_library_path())
         devices = ort.get_ep_devices()
     except Exception as error:
-        # A package in disorder, or onnxruntime, whose own exceptions share no base class.
-        why = str(error).rpartition(" with error: ")[
-            2
-        ]  # what the system says of a library, before it the library
+        # A package in disorder, or onnxruntime, whose own exceptions share no base class, and which repeats the
+        # library's name before it says what the system does.
+        _, _, why = str(error).rpartition(" with error: ")
         return dict.fromkeys(names, Plugin(failure=f"{package} cannot be registered: {why}"))
     plugins = {}
     for name in names:

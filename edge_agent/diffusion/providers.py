@@ -213,23 +213,22 @@ def choose(
     serving = quick if wish else tuple(dict.fromkeys((quick[0], CPU)))
     better = () if order[0] in QUICK_TO_OPEN else (order[0], *serving)
     used = {*serving, *better}
-    passed_over = {}
-    for name in dict.fromkeys((*PREFERENCE, *available)):
-        if name in used:
-            continue
+
+    def why_not(name: str) -> str:
         if name not in available:
-            passed_over[name] = "this onnxruntime is built without it" + _collision(builds)
-        elif name in failures:
-            passed_over[name] = failures[name]
-        elif name in order:
-            passed_over[name] = f"{order[0]} comes before it"
-        elif name == "azure":  # which every onnxruntime for the CPU has
-            passed_over[name] = "it runs nothing on this device"
-        elif wish:
-            passed_over[name] = "not among --providers"
-        else:
-            passed_over[name] = f"taken only when asked for, as in --providers {name},cpu"
-    return Choice(serving, better, passed_over)
+            return "this onnxruntime is built without it" + _collision(builds)
+        if name in failures:
+            return failures[name]
+        if name in order:
+            return f"{order[0]} comes before it"
+        if name == "azure":  # which every onnxruntime for the CPU has
+            return "it runs nothing on this device"
+        if wish:
+            return "not among --providers"
+        return f"taken only when asked for, as in --providers {name},cpu"
+
+    others = [name for name in dict.fromkeys((*PREFERENCE, *available)) if name not in used]
+    return Choice(serving, better, {name: why_not(name) for name in others})
 
 
 def refusal(failure: str) -> type[StartRefused]:
@@ -357,9 +356,8 @@ def load_packaged_libraries(names: Iterable[str]) -> None:
     """
     if {full_name("cuda"), full_name("tensorrt")}.isdisjoint(names):
         return
-    if importlib.util.find_spec("nvidia") is not None and hasattr(
-        ort, "preload_dlls"
-    ):  # onnxruntime 1.21 or newer
+    since_1_21 = hasattr(ort, "preload_dlls")
+    if since_1_21 and importlib.util.find_spec("nvidia") is not None:
         with contextlib.redirect_stdout(io.StringIO()):  # what it prints comes back as the probe's reason
             ort.preload_dlls()
 

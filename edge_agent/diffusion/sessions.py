@@ -18,9 +18,10 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edge_agent import memory
-from edge_agent.bundle import Facts, FileState, Size, file_states
+from edge_agent.bundle import FileState, file_states
 from edge_agent.diffusion import plugins
 from edge_agent.errors import BundleError, Cancelled, GenerationFailed, NotLoaded, OutOfMemory
+from edge_agent.manifest import Facts, Size
 
 Array = NDArray[Any]
 
@@ -70,9 +71,8 @@ class Runtime:
     spinning: bool = False
     providers: tuple[str, ...] = (plugins.CPU_PROVIDER,)  # onnxruntime's names, best first
     provider_options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # by onnxruntime's name
-    sizes: Mapping[str, int] = field(
-        default_factory=dict
-    )  # of those that graphs leave open, by their names there
+    # Of those that graphs leave open, by their names there.
+    sizes: Mapping[str, int] = field(default_factory=dict)
     unfused: tuple[str, ...] = ()  # onnxruntime's graph optimizers that are left out, by its names for them
     profile: str = ""  # how the file begins in which onnxruntime notes what ran where; empty: it does not
 
@@ -292,18 +292,15 @@ class Session:
         """
         for name, expected in sizes.items():
             found = self.shapes[name]
-            if name in self._dtypes:
-                named = [
-                    (free, size) for free, size in zip(found, expected, strict=False) if isinstance(free, str)
-                ]
-                self.sizes |= {free: size or 1 for free, size in named}
-            pairs = zip(found, expected, strict=False)
+            pairs = list(zip(found, expected, strict=False))
             if len(found) != len(expected) or any(
                 isinstance(size, int) and wanted is not None and size != wanted for size, wanted in pairs
             ):
                 raise BundleError(
                     f"{self.path}: {name} has the shape {found}, the manifest asks for {expected}"
                 )
+            if name in self._dtypes:
+                self.sizes |= {size: wanted or 1 for size, wanted in pairs if isinstance(size, str)}
 
     def run(
         self, inputs: Mapping[str, Array], *, stop: Stop | None = None, shrink: bool = False

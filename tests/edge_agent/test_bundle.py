@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from edge_agent import bundle as bundle_module
-from edge_agent.bundle import (
+from edge_agent import manifest as manifest_module
+from edge_agent.bundle import Bundle, put_file, write_manifest
+from edge_agent.errors import BundleError, NewerBundle, NotABundle
+from edge_agent.manifest import (
     CALIBRATION,
     DECODER,
     DENOISER,
@@ -23,13 +25,9 @@ from edge_agent.bundle import (
     TOKENIZER_2,
     TRANSFORMER,
     AddedConditioning,
-    Bundle,
     JointConditioning,
-    put_file,
     schedule_file,
-    write_manifest,
 )
-from edge_agent.errors import BundleError, NewerBundle, NotABundle
 from tests.external import move_weights
 from tests.running import as_shown
 
@@ -324,8 +322,8 @@ def test_what_a_newer_schema_adds_changes_no_older_bundles_digest() -> None:
     """A calibration made for schema 1 names its models by it. The sum is of the manifest alone."""
     manifest = json.loads((Path(__file__).parent / "schema_1_manifest.json").read_bytes())
     assert manifest["schema_version"] == 1
-    parsed = bundle_module._parse(json.dumps(manifest).encode(), Path("manifest.json"))
-    assert bundle_module._model_digest(parsed) == STARTER_DIGEST
+    parsed = manifest_module.parse_unfinished(json.dumps(manifest).encode(), Path("manifest.json"))
+    assert parsed.model_digest == STARTER_DIGEST
 
 
 def test_a_bundle_is_written_in_the_oldest_schema_that_can_run_it(bundle_copy: Path) -> None:

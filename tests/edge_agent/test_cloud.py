@@ -32,6 +32,7 @@ from grpc_status.rpc_status import to_status
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from edge_agent import cloud_image
 from edge_agent.address import is_local
 from edge_agent.cloud import MAX_MESSAGE_BYTES, MOST_RESUMES, SLOW_CONNECTION_S, CloudClient, Outcome
 from edge_agent.cloud_image import MAX_PREVIEW_BYTES, CloudAccepted, CloudImage
@@ -269,10 +270,6 @@ async def test_an_image_arrives_with_its_progress_and_its_facts(cloud: Cloud) ->
     ]
     assert events[3] == CloudImage(
         png=data,
-        sha256=hashlib.sha256(data).hexdigest(),
-        width=200,
-        height=200,
-        seed=7,
         steps=3,
         guidance_scale=2.5,
         model_digest="ab" * 32,
@@ -412,7 +409,10 @@ async def test_an_image_may_be_as_large_as_its_pixels_make_it(cloud: Cloud) -> N
     assert isinstance(error, CloudLied) and "exceeds 1081344 bytes" in error.message
 
 
-async def test_an_image_larger_than_any_image_is_cut_off(cloud: Cloud) -> None:
+async def test_an_image_larger_than_any_image_is_cut_off(
+    cloud: Cloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cloud_image, "MAX_IMAGE_BYTES", 2**20)
     sent = 0
 
     async def flood(context: grpc.aio.ServicerContext[Any, Any]) -> None:
@@ -422,7 +422,7 @@ async def test_an_image_larger_than_any_image_is_cut_off(cloud: Cloud) -> None:
             sent += 65_536
 
     cloud.script = [accepted(), flood]
-    error = await failure(CloudClient(cloud.address, max_image_bytes=2**20))
+    error = await failure(CloudClient(cloud.address))
     assert isinstance(error, CloudLied)
     assert "exceeds 1048576 bytes" in error.message
     await asyncio.wait_for(cloud.cancelled.wait(), 5)

@@ -29,11 +29,12 @@ import pytest
 from grpc import _channel as grpc_channel
 
 from edge_agent import client, image_file
-from edge_agent.__main__ import _drop_output, _print_explained, main
-from edge_agent.bundle import DECODER
+from edge_agent.__main__ import _drop_output, main
 from edge_agent.client import _exhausted
 from edge_agent.errors import Busy, InvalidRequest, QuotaExhausted, status_details
+from edge_agent.manifest import DECODER
 from edge_agent.policy import Decision, Reason, TokenPull
+from edge_agent.route import _print_explained
 from edge_agent.settings import SOCKET_PATH_BYTES, STARTER
 from edge_agent.superiority import METRICS
 from routet2i.edge.v1 import edge_pb2, edge_pb2_grpc

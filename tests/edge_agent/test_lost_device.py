@@ -21,9 +21,8 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from edge_agent import daemon as daemon_module
+from edge_agent import loader
 from edge_agent.client import UNREACHABLE
-from edge_agent.daemon import _load_models
 from edge_agent.diffusion import plugins, providers
 from edge_agent.resident import Resident
 from edge_agent.settings import Settings, resolve
@@ -161,7 +160,7 @@ async def test_the_models_that_serve_stay_and_are_taken_up_once(
         assert here.daemon.agent is not None and here.daemon.agent.reader.bundle.folder.name == "served"
         assert here.daemon.agent.models.providers[0].name == "cpu"
 
-    device.lost, loaded, load, failed = False, list[str](), daemon_module._load_models, threading.Event()
+    device.lost, loaded, load, failed = False, list[str](), loader.load, threading.Event()
 
     def slowly(settings: Settings, taken: Collection[str] = (), model: str = "") -> Resident:
         loaded.append(model)
@@ -169,7 +168,7 @@ async def test_the_models_that_serve_stay_and_are_taken_up_once(
         return load(settings, taken, model)
 
     async with daemon_here(routed_bundle, tmp_path / "other") as here:
-        monkeypatch.setattr(daemon_module, "_load_models", slowly)
+        monkeypatch.setattr(loader, "load", slowly)
         device.lost = True
         reload = asyncio.create_task(here.daemon.reload())
         await until(lambda: loaded)
@@ -215,7 +214,7 @@ def test_a_gpu_that_was_passed_over_is_given_back_before_the_next_is_filled(
     gc.collect()
     gc.disable()
     try:
-        models = _load_models(resolve({"bundle": str(routed_bundle), "threads": "1"}, {}))
+        models = loader.load(resolve({"bundle": str(routed_bundle), "threads": "1"}, {}))
     finally:
         gc.enable()
     assert models.providers[0].name == "cpu"

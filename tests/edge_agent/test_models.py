@@ -18,17 +18,10 @@ import onnx
 import pytest
 
 from edge_agent.__main__ import main
-from edge_agent.bundle import (
-    CALIBRATION,
-    DENOISER,
-    MANIFEST,
-    PREDICTOR,
-    SCHEMA_VERSION,
-    Bundle,
-    write_manifest,
-)
+from edge_agent.bundle import Bundle, write_manifest
 from edge_agent.client import UNREACHABLE, AgentClient, CallFailed
 from edge_agent.errors import Busy, StoreError
+from edge_agent.manifest import CALIBRATION, DENOISER, MANIFEST, PREDICTOR, SCHEMA_VERSION
 from edge_agent.settings import STARTER
 from edge_agent.store import Store
 from tests.hollow import SIZES, hollow_bundle

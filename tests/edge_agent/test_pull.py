@@ -24,15 +24,7 @@ from typing import Any
 
 import pytest
 
-from edge_agent.bundle import (
-    DECODER,
-    DENOISER,
-    MANIFEST,
-    SCHEMA_VERSION,
-    TEXT_ENCODER,
-    Bundle,
-    write_manifest,
-)
+from edge_agent.bundle import Bundle, write_manifest
 from edge_agent.errors import (
     BundleError,
     Busy,
@@ -44,10 +36,13 @@ from edge_agent.errors import (
     SourceUnreachable,
     StoreError,
 )
+from edge_agent.hub_source import HubSource
+from edge_agent.manifest import DECODER, DENOISER, MANIFEST, SCHEMA_VERSION, TEXT_ENCODER
 from edge_agent.pull import SPARE_BYTES, Fetched, Pulled, pull
 from edge_agent.settings import STARTER
-from edge_agent.source import FolderSource, HubSource, WebSource, source_of
+from edge_agent.source import FolderSource, source_of
 from edge_agent.store import Store
+from edge_agent.web_source import WebSource
 from tests.hollow import EMPTY, SIZES, hollow_bundle
 from tests.running import process_environment
 from tests.web import Web, certificate, web_server
@@ -229,7 +224,7 @@ def test_what_lies_where_a_model_would_be_is_told_before_it_is_fetched(web: Web,
 def test_a_server_that_falls_silent_is_asked_again(
     web: Web, store: Store, hollow: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edge_agent.source.TIMEOUT_S", 0.3)
+    monkeypatch.setattr("edge_agent.web_source.TIMEOUT_S", 0.3)
     web.misbehave("hang", at=DENOISER, times=1)
     fetch(source(web), store)
     assert web.offsets(DENOISER) == [0, SIZES[DENOISER] // 2]
@@ -239,7 +234,7 @@ def test_a_server_that_falls_silent_is_asked_again(
 def test_a_hub_may_be_silent_for_as_long_as_its_variable_says(
     web: Web, store: Store, hollow: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edge_agent.source.TIMEOUT_S", 0.2)
+    monkeypatch.setattr("edge_agent.web_source.TIMEOUT_S", 0.2)
     hub(web, hollow)
     environment = {"HF_ENDPOINT": web.address}
     web.misbehave("late", at=DENOISER, times=1)
@@ -794,7 +789,7 @@ def test_what_http_cannot_carry_is_refused_and_told_to_nobody(web: Web, store: S
     web.misbehave("redirect", at=DENOISER, to="http://[::1/x?sig=s3cret")
     for asked in (
         WebSource(f"{web.address}/b?sig=s3cret y"),
-        HubSource(web.address, "someone/hollow", "main", "s3cret\r"),
+        HubSource(web.address, "someone/hollow", "main", "s3cret\r", "HF_TOKEN", 0.0),
         source(web),
     ):
         with pytest.raises(SourceRefused, match=r"127\.0\.0\.1:\d+ cannot be asked") as raised:
@@ -970,7 +965,7 @@ def test_a_folder_with_a_link_in_it_is_refused(hollow: Path, store: Store, tmp_p
 
 
 def test_a_calibration_that_cannot_be_read_keeps_a_bundle_out(store: Store, tmp_path: Path) -> None:
-    from edge_agent.bundle import CALIBRATION, PREDICTOR
+    from edge_agent.manifest import CALIBRATION, PREDICTOR
 
     folder = hollow_bundle(tmp_path / "calibrated")
     (folder / PREDICTOR).parent.mkdir()

@@ -28,7 +28,6 @@ from edge_agent.quota import (
     RateState,
     Reservation,
     Window,
-    dollars,
     uptime,
     window_bounds,
 )
@@ -505,13 +504,6 @@ def test_limits_that_cannot_be_are_refused_by_name(make: Callable[[], object]) -
 def test_two_limits_of_one_name_are_refused(open_ledger: Open) -> None:
     with pytest.raises(ValueError, match="names of their own"):
         open_ledger(DAY, Rate("daily", 1, 1.0))
-
-
-@pytest.mark.parametrize(
-    ("micro_usd", "text"), [(0, "$0.00"), (40, "$0.00004"), (1_250_000, "$1.25"), (3_000_000, "$3.00")]
-)
-def test_money_reads_as_dollars(micro_usd: int, text: str) -> None:
-    assert dollars(micro_usd) == text
 
 
 # Many at once

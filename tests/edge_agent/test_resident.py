@@ -23,13 +23,14 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
-from edge_agent import daemon, memory
-from edge_agent.bundle import CALIBRATION, DECODER, DENOISER, Bundle, put_file, write_manifest
+from edge_agent import loader, memory
+from edge_agent.bundle import Bundle, put_file, write_manifest
 from edge_agent.diffusion import sessions
 from edge_agent.diffusion.decoder import Decoder
 from edge_agent.diffusion.generator import Generator
 from edge_agent.diffusion.sessions import Runtime, Session
 from edge_agent.errors import BundleError
+from edge_agent.manifest import CALIBRATION, DECODER, DENOISER
 from edge_agent.reader import Reader
 from edge_agent.resident import Resident
 from edge_agent.settings import STARTER, Settings
@@ -65,15 +66,15 @@ import json, sys
 from pathlib import Path
 from edge_agent import memory
 memory.share_one_heap()
-from edge_agent.daemon import _load_models
+from edge_agent.loader import load
 from edge_agent.settings import resolve
 
-models = _load_models(resolve({}, {}))
+models = load(resolve({}, {}))
 facts = models.reader.bundle.manifest
 found = []
 for _ in range(int(sys.argv[1])):
     states = models.reader.read("two dogs on a beach").states
-    nothing = models.reader.negative_states("")
+    nothing = models.generator.encode_negative("")
     *_, image = models.generator.generate(states, nothing, 1, facts.default_steps, facts.default_guidance)
     models.unload()
     found.append(int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) * 1024)
@@ -417,13 +418,13 @@ async def test_what_is_refused_is_in_the_log_where_its_caller_has_gone(
 ) -> None:
     """He who stays is told, and the log's line of his call says so."""
     caplog.set_level(logging.INFO, "edge_agent")
-    load, go_on = daemon._load_models, threading.Event()
+    load, go_on = loader.load, threading.Event()
 
     def slow(settings: Settings, taken: Collection[str], model: str) -> Resident:
         assert go_on.wait(60)
         return load(settings, taken, model)
 
-    monkeypatch.setattr(daemon, "_load_models", slow)
+    monkeypatch.setattr(loader, "load", slow)
     (store.path("other") / DENOISER).write_bytes(b"damaged")
     asking = here.app.stub.ReloadModel(edge_pb2.ReloadModelRequest(model="other"), timeout=60)
     await until(lambda: here.daemon._reloading.locked())
@@ -431,7 +432,7 @@ async def test_what_is_refused_is_in_the_log_where_its_caller_has_gone(
         asking.cancel()
         await until(lambda: any(record.message == "call" for record in caplog.records))
     go_on.set()
-    await until(lambda: not here.daemon._reloads)
+    await until(lambda: not here.daemon._tasks)
     with pytest.raises((grpc.aio.AioRpcError, asyncio.CancelledError)):
         await asking
     refused = [record for record in caplog.records if record.message == "model refused"]
@@ -449,7 +450,7 @@ async def test_a_model_that_is_removed_while_it_is_loaded_is_not_served(
         store.remove("other")
         return found
 
-    monkeypatch.setattr(daemon, "Reader", removed_meanwhile)
+    monkeypatch.setattr(loader, "Reader", removed_meanwhile)
     with pytest.raises(grpc.aio.AioRpcError, match="was removed while it was loaded"):
         await reload(here, "other")
     assert (await here.app.generate()).code == "OK"
@@ -466,7 +467,7 @@ async def test_a_reload_whose_caller_goes_away_is_finished_all_the_same(here: He
     await until(lambda: here.daemon.agent is not old)
     assert Path((await here.app.status()).bundle) == store.path("other")
     await until(lambda: not old.models.loaded)
-    assert here.daemon._reloads == set()
+    assert here.daemon._tasks == set()
 
 
 @pytest.mark.posix
@@ -485,14 +486,14 @@ async def test_what_a_link_led_to_is_served_until_a_reload(
 async def test_a_shutdown_does_not_wait_for_a_reload(
     routed_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load, go_on = daemon._load_models, threading.Event()
+    load, go_on = loader.load, threading.Event()
 
     def slow(settings: Settings, taken: Collection[str], model: str) -> Resident:
         assert go_on.wait(60)
         return load(settings, taken, model)
 
     async with daemon_here(routed_bundle, tmp_path) as here:
-        monkeypatch.setattr(daemon, "_load_models", slow)
+        monkeypatch.setattr(loader, "load", slow)
         reloading = asyncio.create_task(reload(here))
         await until(lambda: here.daemon._reloading.locked())
         here.daemon.stop()
@@ -501,7 +502,7 @@ async def test_a_shutdown_does_not_wait_for_a_reload(
         assert here.daemon.still_working
         go_on.set()
         await until(lambda: not here.daemon.still_working)
-    assert here.daemon._reloads == set()
+    assert here.daemon._tasks == set()
     assert not here.daemon._reloading.locked()
     assert isinstance((await asyncio.gather(reloading, return_exceptions=True))[0], BaseException)
 

@@ -20,7 +20,6 @@ from edge_agent.settings import (
     Settings,
     default_address,
     flag,
-    parse_dollars,
     resolve,
     socket_address,
     unknown,
@@ -183,13 +182,6 @@ def test_a_budget_of_an_app_that_may_not_call_is_refused() -> None:
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StartRefused, match="cannot read"):
         resolve({"config": str(tmp_path / "none.toml")}, {})
-
-
-@pytest.mark.parametrize(
-    ("text", "micro_usd"), [("1", 1_000_000), ("0.01", 10_000), ("$0.000001", 1), ("0", 0), ("1e-3", 1_000)]
-)
-def test_dollars_become_whole_micro_dollars(text: str, micro_usd: int) -> None:
-    assert parse_dollars(text) == micro_usd
 
 
 @pytest.mark.posix

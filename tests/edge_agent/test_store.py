@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.bundle import CALIBRATION, DENOISER, Bundle, write_manifest
+from edge_agent.bundle import Bundle, write_manifest
 from edge_agent.errors import BundleError, Busy, StoreError
+from edge_agent.manifest import CALIBRATION, DENOISER
 from edge_agent.settings import STARTER, resolve
 from edge_agent.store import MAX_NAME_CHARS, Store, _make_writable, check_name, name_from
 

@@ -22,13 +22,14 @@ import onnxruntime as ort
 import pytest
 import pytest_asyncio
 
-from edge_agent.bundle import DECODER, DENOISER, FUSED, Bundle, Size, write_manifest
-from edge_agent.daemon import _load_models
+from edge_agent.bundle import Bundle, write_manifest
 from edge_agent.diffusion import generator as generator_module
 from edge_agent.diffusion import plugins, providers, rehearsal
 from edge_agent.diffusion.generator import Generator, Image
 from edge_agent.diffusion.sessions import Runtime
 from edge_agent.errors import BundleError, GenerationFailed, OutOfMemory, RehearsalEnded, Unfit
+from edge_agent.loader import load
+from edge_agent.manifest import DECODER, DENOISER, FUSED, Size
 from edge_agent.settings import resolve
 from routet2i.edge.v1 import edge_pb2
 from tests.routed import SLOW_STEPS
@@ -338,7 +339,7 @@ def test_a_cache_that_cannot_be_used_is_made_anew_and_a_fault_of_the_models_is_n
         "providers": f"{SECOND},cpu",
         "cache": str(tmp_path),
     }
-    models = _load_models(resolve(flags, {}))
+    models = load(resolve(flags, {}))
     assert models.open_better is not None
     on = Generator.on
 
@@ -365,7 +366,7 @@ def compiled(
 ) -> tuple[Callable[[], Generator], Path]:
     """What opens the models on a better provider, and what that compiled for them at an earlier start."""
     flags = {"bundle": str(routed_bundle), "providers": f"{SECOND},cpu", "cache": str(tmp_path)}
-    models = _load_models(resolve(flags, {}))
+    models = load(resolve(flags, {}))
     assert models.open_better is not None
     folder = tmp_path / "engines" / f"{models.reader.bundle.model_digest[:16]}-{ort.__version__}"
     folder.mkdir(parents=True)
@@ -418,7 +419,7 @@ def test_tensorrt_is_told_which_graphs_are_in_half_precision(
         "providers": "tensorrt,cpu",
         "cache": str(tmp_path / "cache"),
     }
-    models = _load_models(resolve(flags, {}))
+    models = load(resolve(flags, {}))
     assert models.open_better is not None
     told: list[str] = []
     on = Generator.on
@@ -451,7 +452,7 @@ def test_tensorrt_is_not_given_graphs_in_eight_bits_unless_asked(
         ({"text_encoder": "int8", "vae_decoder": "int8"}, {"providers": "tensorrt,cpu"}, True),
     ):
         write_manifest(bundle, dtypes=dtypes)
-        models = _load_models(resolve(flags | wish, {}))
+        models = load(resolve(flags | wish, {}))
         (tensorrt,) = (each for each in models.providers if each.name == "tensorrt")
         assert (models.open_better is not None) is better
         assert ("hundreds of pieces" in tensorrt.reason) is not better
@@ -468,7 +469,7 @@ def test_a_provider_that_does_not_open_the_models_is_passed_over_unless_it_is_na
     monkeypatch.setattr(providers, "probe", lambda _name: "")
     flags = {"bundle": str(bundle), "threads": "1"}
     with pytest.warns(UserWarning, match="not in available provider"):
-        models = _load_models(resolve(flags, {}))
+        models = load(resolve(flags, {}))
     found = {each.name: each for each in models.providers}
     assert found["cpu"].state is providers.State.IN_USE and all(
         s._runtime.on_cpu for s in models.generator.sessions
@@ -478,7 +479,7 @@ def test_a_provider_that_does_not_open_the_models_is_passed_over_unless_it_is_na
         pytest.warns(UserWarning, match="not in available provider"),
         pytest.raises(BundleError, match="CUDAExecutionProvider"),
     ):
-        _load_models(resolve(flags | {"providers": "cuda,cpu"}, {}))
+        load(resolve(flags | {"providers": "cuda,cpu"}, {}))
 
 
 def test_a_gpu_too_small_for_the_models_is_passed_over_unless_it_is_named(
@@ -498,15 +499,15 @@ def test_a_gpu_too_small_for_the_models_is_passed_over_unless_it_is_named(
     monkeypatch.setattr(providers, "probe", lambda _name: "")
     monkeypatch.setattr(plugins, "session", small)
     flags = {"bundle": str(routed_bundle), "threads": "1"}
-    models = _load_models(resolve(flags, {}))
+    models = load(resolve(flags, {}))
     found = {each.name: each for each in models.providers}
     assert found["cpu"].state is providers.State.IN_USE
     assert "this device is out of memory" in found["cuda"].reason
     with pytest.raises(OutOfMemory):
-        _load_models(resolve(flags | {"providers": "cuda,cpu"}, {}))
+        load(resolve(flags | {"providers": "cuda,cpu"}, {}))
     with pytest.raises(OutOfMemory):  # once those that serve are gone there may be room
-        _load_models(resolve(flags, {}), {"cuda", "cpu"})
-    assert _load_models(resolve(flags, {}), {"cpu"}).providers[0].name == "cpu"
+        load(resolve(flags, {}), {"cuda", "cpu"})
+    assert load(resolve(flags, {}), {"cpu"}).providers[0].name == "cpu"
 
 
 def test_a_gpu_that_holds_the_models_and_not_a_run_is_passed_over(
@@ -524,8 +525,8 @@ def test_a_gpu_that_holds_the_models_and_not_a_run_is_passed_over(
     monkeypatch.setattr(providers, "PREFERENCE", (SECOND, "cpu"))
     monkeypatch.setattr(providers, "QUICK_TO_OPEN", {SECOND, "cpu"})
     flags = {"bundle": str(routed_bundle), "threads": "1"}
-    found = {each.name: each for each in _load_models(resolve(flags, {})).providers}
+    found = {each.name: each for each in load(resolve(flags, {})).providers}
     assert found["cpu"].state is providers.State.IN_USE
     assert "vae_decoder" in found[SECOND].reason and "out of memory" in found[SECOND].reason
     with pytest.raises(OutOfMemory):
-        _load_models(resolve(flags | {"providers": f"{SECOND},cpu"}, {}))
+        load(resolve(flags | {"providers": f"{SECOND},cpu"}, {}))

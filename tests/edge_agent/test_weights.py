@@ -12,7 +12,7 @@ import pytest
 from google.protobuf.message import DecodeError
 from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, helper
 
-from edge_agent.bundle import DECODER
+from edge_agent.manifest import DECODER
 from edge_agent.weights import locations
 from tests.external import name_weights
 

@@ -18,9 +18,10 @@ from typing import Any
 
 import diffusers
 
-from edge_agent.bundle import Bundle, schedule_file, write_manifest
+from edge_agent.bundle import Bundle, write_manifest
 from edge_agent.diffusion.generator import Generator
 from edge_agent.diffusion.sessions import Runtime
+from edge_agent.manifest import schedule_file
 from export import pipeline as pipelines
 from export.diffusion_onnx import export_bundle
 from export.reference import difference, reference_image

@@ -13,7 +13,7 @@ import onnxruntime as ort
 import pytest
 from onnx import NodeProto, helper, numpy_helper
 
-from edge_agent.bundle import DENOISER, FUSED, TEXT_ENCODER
+from edge_agent.manifest import DENOISER, FUSED, TEXT_ENCODER
 from export import graph_file
 from export.attention import OPERATOR, fuse
 

@@ -33,11 +33,12 @@ from onnx import numpy_helper
 from transformers import CLIPImageProcessor
 
 from cloud_server import complete
-from edge_agent.bundle import CALIBRATION, MANIFEST, PREDICTOR, Bundle, schedule_file, write_manifest
+from edge_agent.bundle import Bundle, write_manifest
 from edge_agent.diffusion.decoder import Decoder
 from edge_agent.diffusion.generator import Generator
 from edge_agent.diffusion.schedule import Schedule
 from edge_agent.diffusion.sessions import Runtime
+from edge_agent.manifest import CALIBRATION, MANIFEST, PREDICTOR, schedule_file
 from export import diffusion_onnx, graphs
 from export.__main__ import INTERRUPTED
 from export.__main__ import main as edge_export

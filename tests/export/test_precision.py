@@ -14,9 +14,10 @@ import onnx
 import pytest
 import torch
 
-from edge_agent.bundle import DECODER, DENOISER, FUSED, TEXT_ENCODER, Bundle, write_manifest
+from edge_agent.bundle import Bundle, write_manifest
 from edge_agent.diffusion.generator import Generator, Image
 from edge_agent.errors import BundleError
+from edge_agent.manifest import DECODER, DENOISER, FUSED, TEXT_ENCODER
 from export import graph_file, precision
 from export.diffusion_onnx import export_bundle
 from export.errors import ExportError

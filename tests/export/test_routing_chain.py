@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_agent.bundle import CALIBRATION, PREDICTOR, Bundle
+from edge_agent.bundle import Bundle
 from edge_agent.errors import BundleError
+from edge_agent.manifest import CALIBRATION, PREDICTOR
 from edge_agent.predictor import Predictor
 from edge_agent.superiority import METRICS, paper_scale, relative_superiority
 from edge_agent.tokens import Tokenizer

@@ -12,10 +12,11 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from edge_agent.bundle import Bundle, schedule_file, write_manifest
+from edge_agent.bundle import Bundle, write_manifest
 from edge_agent.diffusion.generator import Generator, Image
 from edge_agent.diffusion.noise import TorchNoise
 from edge_agent.diffusion.sessions import Runtime
+from edge_agent.manifest import schedule_file
 from export.errors import ExportError
 from export.schedule import Loop, NotLinear, compile_schedule
 from tests.miniature import miniature_pipeline

@@ -17,10 +17,11 @@ from diffusers import AutoencoderTiny, StableDiffusion3Pipeline
 from transformers import CLIPTextModel, T5Config, T5EncoderModel
 
 from cloud_server import complete
-from edge_agent.bundle import FUSED, TRANSFORMER, Bundle, write_manifest
+from edge_agent.bundle import Bundle, write_manifest
 from edge_agent.diffusion.generator import Generator, Step
 from edge_agent.diffusion.sessions import Runtime
 from edge_agent.errors import BundleError
+from edge_agent.manifest import FUSED, TRANSFORMER
 from edge_agent.reader import Reader
 from export import diffusion_onnx
 from export.diffusion_onnx import export_bundle, main

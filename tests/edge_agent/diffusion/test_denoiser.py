@@ -9,9 +9,10 @@ import pytest
 import torch
 from diffusers import LatentConsistencyModelPipeline
 
-from edge_agent.bundle import DENOISER, FUSED, Bundle, write_manifest
+from edge_agent.bundle import Bundle, write_manifest
 from edge_agent.diffusion.denoiser import graph_on, guidance_embedding
 from edge_agent.diffusion.sessions import Runtime
+from edge_agent.manifest import DENOISER, FUSED
 
 
 @pytest.mark.parametrize("size", [8, 9, 256])

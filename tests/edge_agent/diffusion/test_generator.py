@@ -16,23 +16,22 @@ import torch
 from diffusers import StableDiffusionPipeline
 from onnxruntime.tools.onnx_model_utils import make_dim_param_fixed
 
-from edge_agent.bundle import (
-    DECODER,
-    DENOISER,
-    TEXT_ENCODER,
-    TEXT_ENCODER_2,
-    TOKENIZER,
-    TOKENIZER_2,
-    Bundle,
-    schedule_file,
-    write_manifest,
-)
+from edge_agent.bundle import Bundle, write_manifest
 from edge_agent.diffusion import denoiser, plugins, sessions, text_encoder
 from edge_agent.diffusion.denoiser import Denoiser
 from edge_agent.diffusion.generator import Generator, Image, Step
 from edge_agent.diffusion.sessions import Runtime, Session, Stop
 from edge_agent.diffusion.text_encoder import TextEncoder
 from edge_agent.errors import BundleError, Cancelled, GenerationFailed, InvalidRequest
+from edge_agent.manifest import (
+    DECODER,
+    DENOISER,
+    TEXT_ENCODER,
+    TEXT_ENCODER_2,
+    TOKENIZER,
+    TOKENIZER_2,
+    schedule_file,
+)
 from edge_agent.reader import Reader
 from export.diffusion_onnx import export_bundle
 from tests.miniature import miniature_pipeline, miniature_xl

@@ -11,11 +11,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from edge_agent.bundle import DECODER, Bundle
+from edge_agent.bundle import Bundle
 from edge_agent.diffusion.decoder import Decoder
 from edge_agent.diffusion.rehearsal import rehearse
 from edge_agent.diffusion.sessions import Runtime, Session
 from edge_agent.errors import GenerationFailed, RehearsalEnded
+from edge_agent.manifest import DECODER
 from tests.running import as_shown, process_environment, until
 
 HERE = Runtime(threads=1, sizes={"batch_size": 1, "latent_height": 8, "latent_width": 8})
