@@ -70,8 +70,8 @@ a first image, in two terminals:
   edge-agent serve
   edge-agent generate "a red apple on a beach" -o apple.png
 
-Commands other than serve talk to a running daemon. They find it by --agent, else by the environment variable
-EDGE_AGENT_ADDRESS, else at the default socket. `edge-agent COMMAND --help` has examples of each.
+generate, quota and status ask a running daemon; so does route where there is one. They find it by --agent, else by the
+environment variable EDGE_AGENT_ADDRESS, else at the default socket. `edge-agent COMMAND --help` has examples of each.
 
 exit codes: 0 done, 1 a fault of the program itself, 2 bad usage or input, or a damaged model, 3 daemon, cloud or
 source of a model not reachable or busy, a provider that is named busy or lost, or no room for the ledger or in memory,
@@ -92,8 +92,7 @@ examples:
 
 SIGTERM, Ctrl-C and a terminal that closes let images in the making finish (--grace-s); a second SIGTERM or
 Ctrl-C stops them at their next step. The exit code is 0 either way, and 3 where a device was lost and nothing else
-may or can take its place. On Windows Ctrl-Break does what SIGTERM does
-elsewhere.
+may or can take its place. On Windows Ctrl-Break does what SIGTERM does elsewhere.
 """
 
 GENERATE_EPILOG = """\
@@ -148,7 +147,7 @@ def parser() -> argparse.ArgumentParser:
         "quota",
         _quota,
         "show the budgets and what is left of them",
-        "--json prints one object a line: name, window, cap_micro_usd, spent_micro_usd, reserved_micro_usd, "
+        "--json prints one object a line: name, window, cap_micro_usd, spent_micro_usd, reserved_micro_usd,\n"
         "remaining_micro_usd. Rates are in the table only.\n",
     )
     quota.add_argument("--app", default="", metavar="NAME", help="only the budgets that count for this app")

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 The models on this device. One comes with the project, the starter; others are pulled, and one is chosen: `serve` runs
-the chosen one unless --bundle names another. Only `show edge` and `show cloud` need a running daemon.
+the chosen one unless --bundle names another. Only `show edge` and `show cloud` need a running daemon, and the other
+actions the one that --agent names, where it does.
 """
 
 EPILOG = """\

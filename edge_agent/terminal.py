@@ -47,7 +47,7 @@ def add_command(
         added.add_argument(
             "--agent",
             metavar="ADDRESS",
-            help="the daemon: unix:PATH or HOST:PORT (default: EDGE_AGENT_ADDRESS)",
+            help="the daemon: unix:PATH or HOST:PORT (default: EDGE_AGENT_ADDRESS, or the default socket)",
         )
         added.add_argument("--json", action="store_true", help="print JSON, one object a line")
     return added
