@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 
-from cloud_server import complete, hub
+from cloud_server import complete, hub, part_files
 from export import denoiser as denoisers
 from export import embedding, folder, lora, single_file, source, weights_file
 from export import pipeline as pipelines
@@ -179,7 +179,7 @@ def _refuse_infinite(network: torch.nn.Module, part: str, dtype: torch.dtype) ->
 
 def _stored(where: Path, part: str) -> torch.dtype:
     """The type of the weights of `part` in a file or folder: half precision where none is in float32."""
-    files = [where] if where.is_file() else complete.weights_at(where)
+    files = [where] if where.is_file() else part_files.weights_at(where)
     held = {name: dtype for file in files for name, dtype in weights_file.types(file).items()}
     for marker in denoisers.MARKERS:
         held.pop(marker, None)

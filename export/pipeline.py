@@ -28,7 +28,7 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import c
 from huggingface_hub import ModelCard
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from cloud_server import complete, hub
+from cloud_server import complete, hub, model_index, part_files
 from edge_agent import tokens
 from edge_agent.bundle import MANIFEST, AddedConditioning, JointConditioning, Size
 from export import autoencoder as autoencoders
@@ -95,8 +95,8 @@ def load(
     """
     try:
         index = _index(model, report)
-        _refuse_class(index["_class_name"], complete.named(index))
-        _refuse_t5(index["_class_name"], "text_encoder_3" in complete.named(index), without_t5)
+        _refuse_class(index["_class_name"], model_index.named(index))
+        _refuse_t5(index["_class_name"], "text_encoder_3" in model_index.named(index), without_t5)
         made = _CLASSES[index["_class_name"]]
         others = dict.fromkeys((*_idle(made), *parts))
         with source.quiet():
@@ -114,7 +114,7 @@ def class_of(model: str | os.PathLike[str], report: Callable[[str], None] = lamb
         index = _index(model, report)
     except OSError as error:
         raise ExportError(f"{model} cannot be loaded as a diffusers pipeline: {reason(error)}") from error
-    _refuse_class(index["_class_name"], complete.named(index))
+    _refuse_class(index["_class_name"], model_index.named(index))
     return _CLASSES[index["_class_name"]]
 
 
@@ -384,8 +384,8 @@ def _index(model: str | os.PathLike[str], report: Callable[[str], None]) -> dict
         )
     if folder.is_dir():
         try:
-            complete.refuse_absent(folder / "model_index.json")
-            complete.refuse_no_object(folder / "model_index.json")
+            part_files.refuse_absent(folder / "model_index.json")
+            part_files.refuse_no_object(folder / "model_index.json")
         except ValueError as error:
             raise ExportError(str(error)) from error
     source.tell_of_hub(model, report)
@@ -401,7 +401,7 @@ def _index(model: str | os.PathLike[str], report: Callable[[str], None]) -> dict
             f"{model} cannot be loaded as a diffusers pipeline: {source.why_not(model, error)}"
         ) from error
     try:
-        complete.check_index(index)
+        model_index.check(index)
     except ValueError as error:
         raise ExportError(f"{model} cannot be loaded as a diffusers pipeline: {error}") from error
     made = index.get("_class_name")
@@ -494,7 +494,7 @@ def _instead_of(name: str, parts: Collection[str] | None) -> str:
 
 def _idle(made: type) -> set[str]:
     """The parts that the class `made` takes and the edge does not run. They need be neither there nor loaded."""
-    return complete.parts_of({"_class_name": made.__name__}) - set(KINDS[made].parts)
+    return model_index.parts_of({"_class_name": made.__name__}) - set(KINDS[made].parts)
 
 
 def _refuse_unsupported(pipeline: Any) -> None:
