@@ -95,7 +95,6 @@ def load(
     """
     try:
         index = _index(model, report)
-        _refuse_class(index["_class_name"], model_index.named(index))
         _refuse_t5(index["_class_name"], "text_encoder_3" in model_index.named(index), without_t5)
         made = _CLASSES[index["_class_name"]]
         others = dict.fromkeys((*_idle(made), *parts))
@@ -111,11 +110,9 @@ def load(
 def class_of(model: str | os.PathLike[str], report: Callable[[str], None] = lambda _: None) -> Any:
     """The class of the pipeline in `model`, a folder or hub id. Raises ExportError as `load` does."""
     try:
-        index = _index(model, report)
+        return _CLASSES[_index(model, report)["_class_name"]]
     except OSError as error:
         raise ExportError(f"{model} cannot be loaded as a diffusers pipeline: {reason(error)}") from error
-    _refuse_class(index["_class_name"], model_index.named(index))
-    return _CLASSES[index["_class_name"]]
 
 
 def left_out(made: type) -> dict[str, Any]:
@@ -365,7 +362,7 @@ def facts(pipeline: Any, size: tuple[int, int]) -> dict[str, Any]:
 
 
 def _index(model: str | os.PathLike[str], report: Callable[[str], None]) -> dict[str, Any]:
-    """What the model_index.json of `model` says; its _class_name is some text."""
+    """What the model_index.json of `model` says, whose _class_name is a supported one."""
     folder = Path(model)
     source.refuse_mistyped(model, "a diffusers pipeline")
     if folder.is_file() and folder.suffix not in weights_file.SUFFIXES:
@@ -413,6 +410,7 @@ def _index(model: str | os.PathLike[str], report: Callable[[str], None]) -> dict
         raise ExportError(
             f"{model}: the _class_name in model_index.json must be a pipeline's class, not {made!r:.40}"
         )
+    _refuse_class(made, model_index.named(index))
     return dict(index)
 
 
