@@ -36,6 +36,7 @@ from export.outcomes import (
     INSPECTOR,
     MODELS,
     Outcomes,
+    facts_of,
     read_table,
     write_table,
 )
@@ -146,12 +147,12 @@ def digest_of(model: str) -> str:
 
 def inspector_of(matrix: Path | None) -> dict[str, str]:
     """What an earlier matrix says of whose verdicts it has."""
-    stated = {} if matrix is None else read_table(matrix).schema.metadata or {}
-    return {INSPECTOR: stated[INSPECTOR.encode()].decode()} if INSPECTOR.encode() in stated else {}
+    stated = {} if matrix is None else facts_of(read_table(matrix))
+    return {INSPECTOR: stated[INSPECTOR]} if INSPECTOR in stated else {}
 
 
 def take_over(
-    matrix: Path, facts: Mapping[str, str], parts: Path, wanted: Sequence[Piece], adherence: bool = False
+    matrix: Path, facts: Mapping[str, str], parts: Path, wanted: Sequence[Piece], adherence: bool
 ) -> None:
     """Put the pieces that an earlier matrix has whole into the folder ``parts``, as if they had been measured.
 
@@ -161,7 +162,7 @@ def take_over(
     """
     Outcomes.read(matrix)
     table = read_table(matrix)
-    stated = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+    stated = facts_of(table)
     unstated = {PREPROCESSING: facts.get(PREPROCESSING), CLOUD_DTYPE: EARLIER_DTYPE}
     other = {name for name, fact in facts.items() if (unstated | stated).get(name) != fact}
     of_models = {"edge": {digest_of("edge")}, "cloud": {digest_of("cloud"), CLOUD_DTYPE}}
