@@ -33,6 +33,7 @@ from tests.cloud_server.conftest import PRICE, Client, Process, Running, serve
 from tests.hangup import hanging_up
 from tests.miniature import forget
 from tests.running import STOP, short_folder, until
+from tests.web import certificate as make_certificate
 
 Start = Callable[..., Process]
 STOPS = [STOP, *([signal.SIGHUP] if sys.platform != "win32" else [])]
@@ -471,18 +472,7 @@ def test_without_settings_the_model_is_the_starter() -> None:
 
 @pytest.fixture
 def certificate(tmp_path: Path) -> tuple[Path, Path]:
-    if shutil.which("openssl") is None:
-        pytest.skip("needs the openssl command to make a certificate")
-    return make_certificate(tmp_path)
-
-
-def make_certificate(folder: Path) -> tuple[Path, Path]:
-    """A certificate for localhost and its key."""
-    certificate, key = folder / "cert.pem", folder / "key.pem"
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 1 -subj /CN=localhost"
-    names = ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(certificate)]
-    subprocess.run([*command.split(), *names], check=True, capture_output=True)
-    return certificate, key
+    return make_certificate(tmp_path, "DNS:localhost")
 
 
 async def test_beyond_loopback_tls_and_tokens_let_the_right_caller_in(
@@ -516,7 +506,7 @@ async def test_a_renewed_certificate_is_shown_to_the_next_caller_and_a_wrong_one
     """The server serves on all the while; a pair is of no use until both its files are there."""
     (tmp_path / "new").mkdir()
     chain, key = certificate
-    old, (new, new_key) = chain.read_bytes(), make_certificate(tmp_path / "new")
+    old, (new, new_key) = chain.read_bytes(), make_certificate(tmp_path / "new", "DNS:localhost")
     async with serve(tmp_path / "state", model_folder, tls_cert=str(chain), tls_key=str(key)) as running:
 
         async def served(trusted: bytes) -> bool:
