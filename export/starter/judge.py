@@ -179,7 +179,7 @@ def train(
     ``autoencoder`` is the one pictures are taken through (default: the recipe's, ``work/decoder/model``).
     """
     folder = work / "judge"
-    restorer = frozen_autoencoder(work, autoencoder)
+    restorer, painted = frozen_autoencoder(work, autoencoder), sketches(work)
     metrics = load_metrics()
     rng = np.random.default_rng(SEED)
     corpus = [caption(scene, rng) for scene in sample_scenes("judge", 5000, seed=SEED)]
@@ -197,7 +197,6 @@ def train(
     )
     restorer.to(run.device)
     pairs = [text for metric in metrics for text in (metric.positive, metric.negative)]
-    painted = sketches(work)
     fast = CLIPTokenizerFast.from_pretrained(folder / "tokenizer")
 
     def batch_of(step: int) -> tuple[np.ndarray, ...]:
