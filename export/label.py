@@ -341,23 +341,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; finished pieces are kept, and the same command goes on from there")
         raise
+    facts = models | measured | inspector_of(options.extend)
+    return _assembled(options.out, parts, every, facts)
+
+
+def _assembled(out: Path, parts: Path, every: Sequence[Piece], facts: Mapping[str, str]) -> int:
+    """Write the matrix of all pieces, where they are made; the exit code."""
     tables = [table for piece in every if (table := measurements(parts, piece)) is not None]
     if len(tables) < len(every):
         print(
             f"{len(tables)} of {len(every)} pieces are made; the same command without --share makes the rest"
         )
         return 1
-    table = pa.concat_tables(tables, promote_options="default")
-    table, withheld = without_withheld(table)
+    table, withheld = without_withheld(pa.concat_tables(tables, promote_options="default"))
+    prompts = len({prompt.prompt_id for piece in every for prompt in piece.prompts})
     if withheld:
         print(
-            f"left out {withheld} of {len(prompts)} prompts: the cloud's safety checker withheld a picture of each"
+            f"left out {withheld} of {prompts} prompts: the cloud's safety checker withheld a picture of each"
         )
-    if withheld == len(prompts):
+    if withheld == prompts:
         raise ExportError("no prompt is left to route: label others, or a model without a safety checker")
-    facts = models | measured | inspector_of(options.extend)
-    write_table(table.replace_schema_metadata(facts), options.out)
-    print(f"{table.num_rows} images of {len(prompts) - withheld} prompts -> {options.out}")
+    write_table(table.replace_schema_metadata(facts), out)
+    print(f"{table.num_rows} images of {prompts - withheld} prompts -> {out}")
     return 0
 
 
