@@ -324,9 +324,8 @@ class Generator:
 
     def _failure(self, said: str) -> CloudServerError:
         """What an image comes to whose pipeline said this. Puts right what can be, so that the next one is made."""
-        with suppress(
-            Exception
-        ):  # of a lost device, as is found next; or there is no memory, and then for no image
+        # Of a lost device, as is found next; or there is no memory, and then for no image.
+        with suppress(Exception):
             if self._autoencoder_dtype is not None and self._pipeline.vae.dtype != self._autoencoder_dtype:
                 # diffusers decodes in float32 what overflows in float16, and stays there where that fails.
                 self._pipeline.vae.to(self._autoencoder_dtype)

@@ -37,6 +37,11 @@ DEFAULT_STEPS = 25  # enough for DPM-Solver++, which most pipelines ship with or
 DEFAULT_GUIDANCE_SCALE = 7.5  # diffusers' default for Stable Diffusion
 HASH_BLOCK = 1 << 20  # bytes read at a time
 
+WHAT_TO_INSTALL = "install what a server needs: pip install 'routet2i[cloud]'"
+_WHAT_TO_DO = (
+    "Give --model a folder saved by a diffusers pipeline's save_pretrained(), or a hub id such as owner/name."
+)
+
 
 @dataclass(frozen=True)
 class Card:
@@ -107,13 +112,6 @@ def locate(model: str) -> Path:
         refused = HubNotReached if hub.may_recover(error) else StartRefused
         told = hub.why(model, error) or f"the hub did not give it: {error}. {_WHAT_TO_DO}"
         raise refused(f"there is no folder {model}, and {told}") from error
-
-
-WHAT_TO_INSTALL = "install what a server needs: pip install 'routet2i[cloud]'"
-
-_WHAT_TO_DO = (
-    "Give --model a folder saved by a diffusers pipeline's save_pretrained(), or a hub id such as owner/name."
-)
 
 
 def _mode(path: Path) -> int:

@@ -170,17 +170,14 @@ class Server:
         log.info("listening", extra={"fields": fields})
 
     def _bind(self) -> int:
-        settings = self.settings
-        try:
-            port = 0 if _taken(settings.listen) else self._credentials.add_port(self._server, settings.listen)
-        except (RuntimeError, OSError):
-            port = 0
-        if port == 0:
-            raise StartRefused(
-                f"cannot listen on {settings.listen}: the port is taken, or the address is not this "
-                "machine's. Stop what uses it, or choose another with --listen"
-            )
-        return port
+        listen = self.settings.listen
+        with suppress(RuntimeError, OSError):
+            if not _taken(listen) and (port := self._credentials.add_port(self._server, listen)):
+                return port
+        raise StartRefused(
+            f"cannot listen on {listen}: the port is taken, or the address is not this machine's. Stop what uses it, "
+            "or choose another with --listen"
+        )
 
     def _load(self) -> asyncio.Future[Serving]:
         """Loads the model in a daemon thread, so that a server told to stop need not wait for it."""

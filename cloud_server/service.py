@@ -191,14 +191,13 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
         """The whole request: one image, made or sent again."""
         arrived = time.perf_counter()
         check(wish)
-        if (finished := await self._kept(tenant, wish)) is None:  # what is kept needs no model
-            serving = self._serving()
-            spec = validate(wish, serving.limits, drawn_seed=secrets.randbelow(2**32))
         timings: dict[str, float] = {}
-        if finished is not None:
+        if (finished := await self._kept(tenant, wish)) is not None:  # which needs no model
             line["replayed"] = True
             await stream.send(_accepted(0, finished.charged_micro_usd, finished.model_digest))
         else:
+            serving = self._serving()
+            spec = validate(wish, serving.limits, drawn_seed=secrets.randbelow(2**32))
             digest, price = serving.generator.model.digest, self.price_micro_usd
             if wish.max_price_micro_usd is not None and price > wish.max_price_micro_usd:
                 raise PriceAboveCeiling(

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 
-from cloud_server import complete, hub
+from cloud_server import complete, hub, part_files
 from export import denoiser as denoisers
-from export import embedding, folder, lora, single_file, source, weights_file
+from export import embedding, folder, lora, single_file, source, support, weights_file
 from export import pipeline as pipelines
 from export.errors import ExportError
 from export.scheduler import believed, choose_scheduler, refuse_unable
@@ -79,11 +79,11 @@ def convert(
         made = pipelines.class_of(base, report)
         if embeddings:
             embedding.refuse_class(made)
-        if clip_skip != 1 and "text_encoder_2" in pipelines.KINDS[made].parts:
+        if clip_skip != 1 and "text_encoder_2" in support.KINDS[made].parts:
             raise ExportError(f"--clip-skip is for models of one text encoder, and {made.__name__} has two")
         parts, kept_in = {}, {}
         if denoiser is not None:
-            part = pipelines.denoiser_part(made)
+            part = support.denoiser_part(made)
             parts[part], kept_in[part] = denoisers.load(denoiser, part, base, report)
             if loras:
                 parts[part].float()
@@ -140,7 +140,7 @@ def _save(pipeline: Any, kept_in: Mapping[str, Path], single: Path | None, out: 
     """
     with source.quiet():
         for part, network in pipelines.networks(pipeline).items():
-            dtype = _stored(kept_in.get(part, single or pipelines.origin(pipeline) / part), part)
+            dtype = _stored(kept_in.get(part, single or support.origin(pipeline) / part), part)
             network.to(dtype)
             _refuse_infinite(network, part, dtype)
         pipeline.save_pretrained(out)
@@ -179,7 +179,7 @@ def _refuse_infinite(network: torch.nn.Module, part: str, dtype: torch.dtype) ->
 
 def _stored(where: Path, part: str) -> torch.dtype:
     """The type of the weights of `part` in a file or folder: half precision where none is in float32."""
-    files = [where] if where.is_file() else complete.weights_at(where)
+    files = [where] if where.is_file() else part_files.weights_at(where)
     held = {name: dtype for file in files for name, dtype in weights_file.types(file).items()}
     for marker in denoisers.MARKERS:
         held.pop(marker, None)

@@ -12,7 +12,7 @@ from accelerate import init_empty_weights
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from huggingface_hub import hf_hub_download
 
-from cloud_server import complete, hub
+from cloud_server import complete, hub, part_files
 from export import source, weights_file
 from export.errors import ExportError, misfit
 
@@ -61,7 +61,7 @@ def load(
     try:
         with source.quiet(logging.ERROR), complete.bars_on_terminals_alone():
             if Path(base).is_dir():
-                complete.refuse_faulty(made, Path(base, part), weights=False)
+                part_files.refuse_faulty(made, Path(base, part), weights=False)
             config = made.load_config(base, subfolder=part, local_files_only=hub.out_of_reach(base))
             if Path(model).is_file():
                 return _from_file(Path(model), made, config), Path(model)

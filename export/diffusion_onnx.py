@@ -41,7 +41,7 @@ from edge_agent.manifest import (
 )
 from edge_agent.request import MAX_GUIDANCE
 from edge_agent.store import name_from
-from export import attention, folder, graphs, source, tokenizer_json
+from export import attention, folder, graphs, source, support, tokenizer_json
 from export import pipeline as pipelines
 from export.errors import ExportError
 from export.preview import WORTH_SHOWING, fit_preview
@@ -130,8 +130,8 @@ def export_bundle(
         if scheduler is not None:
             with source.quiet():
                 pipeline.scheduler = choose_scheduler(pipeline.scheduler, scheduler)
-        pipelines.refuse_scheduler(pipeline)
-        kind = pipelines.kind(pipeline)
+        support.refuse_scheduler(pipeline)
+        kind = support.kind(pipeline)
         _refuse_kept(keep, pipeline, dtype)
         asked, sizes = bool(sizes), pipelines.sizes_of(pipeline, sizes)
         size = sizes[0]
@@ -227,7 +227,7 @@ def _references(
         # One image: they take longer, and differ from the first in their number of steps alone.
         guided += reference_images(pipeline, by_count[default], scale, sizes[0], COMPARISONS[:1])
     negated = list[Reference]()
-    if pipelines.kind(pipeline).takes_negative:
+    if support.kind(pipeline).takes_negative:
         # Of one size: what no negative prompt is does not depend on it.
         negated = reference_images(pipeline, by_count[fewest], scale, sizes[0], COMPARISONS[2:])
     return guided, unguided, negated
@@ -269,7 +269,7 @@ def _refuse_name(name: str) -> None:
 def _tokenizers(pipeline: Any, model: Any, report: Report) -> dict[str, Any]:
     """The converted tokenizers by their folders. Raises ExportError, naming the folder."""
     converted = {}
-    for part in pipelines.kind(pipeline).parts:
+    for part in support.kind(pipeline).parts:
         if part.startswith("tokenizer"):
             where = Path(model, part) if isinstance(model, (str, os.PathLike)) else part
             try:
@@ -285,9 +285,7 @@ def _tokenizers(pipeline: Any, model: Any, report: Report) -> dict[str, Any]:
 
 
 def _refuse_kept(keep: Collection[str], pipeline: Any, dtype: Dtype) -> None:
-    models = [
-        part for part in pipelines.kind(pipeline).parts if hasattr(getattr(pipeline, part), "parameters")
-    ]
+    models = [part for part in support.kind(pipeline).parts if hasattr(getattr(pipeline, part), "parameters")]
     parts = sorted("vae_decoder" if part == "vae" else part for part in models)
     if unknown := sorted(set(keep) - set(parts)):
         raise ExportError(f"--keep: the bundle has no {', '.join(unknown)}; its parts are {', '.join(parts)}")

@@ -16,8 +16,7 @@ from diffusers.loaders import TextualInversionLoaderMixin
 from diffusers.loaders.textual_inversion import TEXT_INVERSION_NAME, TEXT_INVERSION_NAME_SAFE
 from tokenizers import AddedToken
 
-from export import pipeline as pipelines
-from export import source, weights_file
+from export import source, support, weights_file
 from export.errors import ExportError
 
 # How the vectors for each text encoder are called in files that people pass around. Where there is but one encoder they
@@ -47,7 +46,7 @@ def add(pipeline: Any, file: Path, name: str | None = None) -> str:
     Raises ExportError where the file holds no vectors for these text encoders, or the name is taken.
     """
     weights = weights_file.read_floating(file)
-    two = "text_encoder_2" in pipelines.kind(pipeline).parts
+    two = "text_encoder_2" in support.kind(pipeline).parts
     wanted = _OF_TWO if two else _OF_ONE[:1]
     if not two and len(weights) == 1 and not weights.keys() & {*_OF_TWO}:
         wanted = tuple(weights)
@@ -120,7 +119,7 @@ def _refuse_taken(
             raise ExportError(
                 f"{file} cannot be added as {name!r}: {one!r} is a token of the model already; {cure}"
             )
-    several = pipelines.concepts(added)
+    several = support.concepts(added)
     for other, count in several.items() | {(one, 1) for one in set(added) - several.keys()}:
         if name == f"{other}_{count}":
             raise ExportError(

@@ -21,8 +21,9 @@ from onnx import numpy_helper
 
 from edge_agent.manifest import TRANSFORMER, Size
 from export.errors import ExportError, reason
-from export.pipeline import denoiser_of, drop_origin
+from export.pipeline import drop_origin
 from export.source import quiet
+from export.support import denoiser_of
 from export.tokenizer_json import PROBES
 
 _INTEGERS = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}

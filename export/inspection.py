@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from export.bootstrap import estimate, resampled
-from export.errors import DAMAGED_NPZ, ExportError
-from export.outcomes import INSPECTION, INSPECTOR, MODELS, Outcomes, read_table, write_table
+from export.errors import ExportError
+from export.outcomes import INSPECTION, INSPECTOR, MODELS, Outcomes, facts_of, read_table, write_table
 from export.output import check_output, shown, write_output
-from export.pieces import made_with
+from export.pieces import Key, all_pictures, made_with
 from export.prompts import SHARES, Prompt, redrawn, scenes_of
 from export.starter.inspector import Inspector, Sight
 from export.starter.shipped import STARTER_INSPECTOR
@@ -105,28 +105,10 @@ def kind_of(scene: Scene) -> str:
     return KINDS[len(scene.groups)]
 
 
-def pictures(folder: Path) -> Iterator[tuple[str, int, int, NDArray[np.uint8]]]:
-    """(model, prompt id, draw, picture) of all that `edge-export label` kept; ExportError for what is not its."""
-    for file in sorted(folder.glob("*.npz")):
-        try:
-            model, draw, first, last, number = file.stem.split("-")
-            with np.load(file) as kept:
-                images = kept["images"]
-            ids = range(int(first), int(last) + 1)
-            if model not in MODELS or not len(images) == len(ids) == int(number):
-                raise ValueError("its name and its pictures do not agree")
-        except DAMAGED_NPZ as error:
-            raise ExportError(
-                f"{file} is not a piece of `edge-export label` ({error}): remove it, and label again"
-            ) from error
-        for prompt_id, image in zip(ids, images, strict=True):
-            yield model, prompt_id, int(draw), image
-
-
 def inspect(
     table: pa.Table, folder: Path, inspector: Inspector, scenes: Mapping[int, Scene]
-) -> tuple[pa.Table, dict[tuple[str, int, int], Verdict]]:
-    """The labels with the verdicts, and these by (model, prompt id, seed)."""
+) -> tuple[pa.Table, dict[Key, Verdict]]:
+    """The labels with the verdicts, and these by their pictures."""
     if not scenes:
         raise ExportError(
             "the inspector knows the starter's scenes only, and these labels are of other prompts: there is nothing "
@@ -135,12 +117,12 @@ def inspect(
     _made_by_the_same_models(table, folder)
     keys = zip(*(table[name].to_pylist() for name in ("model", "prompt_id", "seed")), strict=True)
     rows = {key: row for row, key in enumerate(keys)}
-    found: dict[tuple[str, int, int], Verdict] = {}
-    facts = dict(table.schema.metadata or {})
-    if facts.get(INSPECTOR.encode()) != inspector.digest.encode():
+    found: dict[Key, Verdict] = {}
+    facts = facts_of(table)
+    if facts.get(INSPECTOR) != inspector.digest:
         table = table.drop_columns([name for name in INSPECTION if name in table.column_names])
     strict, share = (_column(table, name) for name in INSPECTION)
-    batch: list[tuple[tuple[str, int, int], NDArray[np.uint8]]] = []
+    batch: list[tuple[Key, NDArray[np.uint8]]] = []
 
     def look() -> None:
         sights = inspector.look([Image.fromarray(image) for _, image in batch])
@@ -150,9 +132,8 @@ def inspect(
         batch.clear()
 
     with progress() as bar:
-        for model, prompt_id, draw, image in bar.track(pictures(folder), len(table), description="inspect"):
-            key = (model, prompt_id, prompt_id * 1000 + draw)
-            if key in rows and prompt_id in scenes:
+        for key, image in bar.track(all_pictures(folder), len(table), description="inspect"):
+            if key in rows and key[1] in scenes:
                 batch.append((key, image))
             if len(batch) == 64:
                 look()
@@ -181,7 +162,7 @@ def _made_by_the_same_models(table: pa.Table, folder: Path) -> None:
         raise ExportError(
             f"{folder} holds no images of `edge-export label`: name the folder `images` under --parts"
         )
-    facts = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+    facts = facts_of(table)
     for name, digest in made.items():
         if facts.get(name) != digest:
             raise ExportError(
@@ -233,7 +214,7 @@ def scenes_of_prompts(ids: Iterable[int], prompts: Mapping[int, Prompt]) -> NDAr
 
 
 def against_eye(
-    found: Mapping[tuple[str, int, int], Verdict], prompts: Mapping[int, Prompt], audit: Path = AUDIT
+    found: Mapping[Key, Verdict], prompts: Mapping[int, Prompt], audit: Path = AUDIT
 ) -> list[str]:
     """Table rows: agreement and kappa with the verdicts in ``audit``; [] when none of its images is there.
 
@@ -265,12 +246,12 @@ def against_eye(
     return lines
 
 
-def _identity(entry: Mapping[str, object]) -> tuple[str, int, int]:
+def _identity(entry: Mapping[str, object]) -> Key:
     return str(entry["model"]), int(str(entry["prompt_id"])), int(str(entry["seed"]))
 
 
-def verdicts(table: pa.Table) -> dict[tuple[str, int, int], tuple[float, float]]:
-    """What the labels say of each image, by (model, prompt id, seed): whether all is there, and how much of it."""
+def verdicts(table: pa.Table) -> dict[Key, tuple[float, float]]:
+    """What the labels say of each image: whether all is there, and how much of it."""
     keys = zip(*(table[name].to_pylist() for name in ("model", "prompt_id", "seed")), strict=True)
     values = np.stack([_column(table, name) for name in INSPECTION], axis=1)
     return {
@@ -279,7 +260,7 @@ def verdicts(table: pa.Table) -> dict[tuple[str, int, int], tuple[float, float]]
 
 
 def of_models(
-    said: Mapping[tuple[str, int, int], tuple[float, float]],
+    said: Mapping[Key, tuple[float, float]],
     prompts: Mapping[int, Prompt],
     splits: Collection[str] = ("test",),
 ) -> list[str]:
@@ -317,8 +298,8 @@ def prompts_of(outcomes: Outcomes) -> dict[int, Prompt]:
 
 def report(
     inspector: Inspector,
-    found: Mapping[tuple[str, int, int], Verdict],
-    said: Mapping[tuple[str, int, int], tuple[float, float]],
+    found: Mapping[Key, Verdict],
+    said: Mapping[Key, tuple[float, float]],
     prompts: Mapping[int, Prompt],
     command: str,
 ) -> str:

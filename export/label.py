@@ -36,6 +36,7 @@ from export.outcomes import (
     INSPECTOR,
     MODELS,
     Outcomes,
+    facts_of,
     read_table,
     write_table,
 )
@@ -146,12 +147,12 @@ def digest_of(model: str) -> str:
 
 def inspector_of(matrix: Path | None) -> dict[str, str]:
     """What an earlier matrix says of whose verdicts it has."""
-    stated = {} if matrix is None else read_table(matrix).schema.metadata or {}
-    return {INSPECTOR: stated[INSPECTOR.encode()].decode()} if INSPECTOR.encode() in stated else {}
+    stated = {} if matrix is None else facts_of(read_table(matrix))
+    return {INSPECTOR: stated[INSPECTOR]} if INSPECTOR in stated else {}
 
 
 def take_over(
-    matrix: Path, facts: Mapping[str, str], parts: Path, wanted: Sequence[Piece], adherence: bool = False
+    matrix: Path, facts: Mapping[str, str], parts: Path, wanted: Sequence[Piece], adherence: bool
 ) -> None:
     """Put the pieces that an earlier matrix has whole into the folder ``parts``, as if they had been measured.
 
@@ -161,7 +162,7 @@ def take_over(
     """
     Outcomes.read(matrix)
     table = read_table(matrix)
-    stated = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+    stated = facts_of(table)
     unstated = {PREPROCESSING: facts.get(PREPROCESSING), CLOUD_DTYPE: EARLIER_DTYPE}
     other = {name for name, fact in facts.items() if (unstated | stated).get(name) != fact}
     of_models = {"edge": {digest_of("edge")}, "cloud": {digest_of("cloud"), CLOUD_DTYPE}}
@@ -340,23 +341,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; finished pieces are kept, and the same command goes on from there")
         raise
+    facts = models | measured | inspector_of(options.extend)
+    return _assembled(options.out, parts, every, facts)
+
+
+def _assembled(out: Path, parts: Path, every: Sequence[Piece], facts: Mapping[str, str]) -> int:
+    """Write the matrix of all pieces, where they are made; the exit code."""
     tables = [table for piece in every if (table := measurements(parts, piece)) is not None]
     if len(tables) < len(every):
         print(
             f"{len(tables)} of {len(every)} pieces are made; the same command without --share makes the rest"
         )
         return 1
-    table = pa.concat_tables(tables, promote_options="default")
-    table, withheld = without_withheld(table)
+    table, withheld = without_withheld(pa.concat_tables(tables, promote_options="default"))
+    prompts = len({prompt.prompt_id for piece in every for prompt in piece.prompts})
     if withheld:
         print(
-            f"left out {withheld} of {len(prompts)} prompts: the cloud's safety checker withheld a picture of each"
+            f"left out {withheld} of {prompts} prompts: the cloud's safety checker withheld a picture of each"
         )
-    if withheld == len(prompts):
+    if withheld == prompts:
         raise ExportError("no prompt is left to route: label others, or a model without a safety checker")
-    facts = models | measured | inspector_of(options.extend)
-    write_table(table.replace_schema_metadata(facts), options.out)
-    print(f"{table.num_rows} images of {len(prompts) - withheld} prompts -> {options.out}")
+    write_table(table.replace_schema_metadata(facts), out)
+    print(f"{table.num_rows} images of {prompts - withheld} prompts -> {out}")
     return 0
 
 

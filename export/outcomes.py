@@ -165,10 +165,15 @@ class Outcomes:
             raise ExportError(
                 f"{path}: a quality outside [0, 1] or not a number at {_image(column, wrong[0])}; label it again"
             )
-        seeds = {
-            model: _seeds(path, model, ids, row_of, column["seed"], values, column["model"] == model)
-            for model in MODELS
-        }
+
+        def by_seed(rows: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+            """By model [N, S, M], of a row an image."""
+            return {
+                model: _seeds(path, model, ids, row_of, column["seed"], rows, column["model"] == model)
+                for model in MODELS
+            }
+
+        seeds = by_seed(values)
         _same_seeds(path, ids, row_of, column["seed"], column["model"] == "edge", splits == "train")
         inspected: dict[str, NDArray[np.float32]] = {}
         for name in (name for name in INSPECTION if name in table.column_names):
@@ -180,15 +185,10 @@ class Outcomes:
                     f"the columns {' and '.join(INSPECTION)}, and run `edge-export inspect` again"
                 )
         if INSPECTED in table.column_names:
-            verdict = table[INSPECTED].to_numpy().astype(np.float32)[:, None]
-            inspected = {
-                model: _seeds(path, model, ids, row_of, column["seed"], verdict, column["model"] == model)[
-                    ..., 0
-                ]
-                for model in MODELS
-            }
-        facts = table.schema.metadata or {}
-        declared = _known_metrics(path, facts.get(b"metrics"))
+            verdicts = by_seed(table[INSPECTED].to_numpy().astype(np.float32)[:, None])
+            inspected = {model: verdict[..., 0] for model, verdict in verdicts.items()}
+        facts = facts_of(table)
+        declared = _known_metrics(path, facts.get("metrics"))
         _remark_unread(path, table.schema, declared)
         return cls(
             ids.astype(np.int64),
@@ -199,7 +199,7 @@ class Outcomes:
             seeds["cloud"],
             inspected.get("edge"),
             inspected.get("cloud"),
-            {name: facts[name.encode()].decode() for name in FACTS if name.encode() in facts},
+            {name: facts[name] for name in FACTS if name in facts},
         )
 
 
@@ -221,6 +221,11 @@ def read_table(path: Path) -> pa.Table:
     if unknown := set(table["model"].unique().to_pylist()) - {*MODELS}:
         raise ExportError(f"{path}: unknown model {sorted(map(str, unknown))[0]!r}; there are edge and cloud")
     return table
+
+
+def facts_of(table: pa.Table) -> dict[str, str]:
+    """What the metadata of a matrix states, FACTS and others."""
+    return {name.decode(): fact.decode() for name, fact in (table.schema.metadata or {}).items()}
 
 
 def write_table(table: pa.Table, path: Path) -> None:
@@ -309,7 +314,7 @@ def _remark_unread(path: Path, schema: pa.Schema, declared: Sequence[str]) -> No
             )
 
 
-def _known_metrics(path: Path, stated: bytes | None) -> tuple[str, ...]:
+def _known_metrics(path: Path, stated: str | None) -> tuple[str, ...]:
     """The metrics that the metadata names, () where it does not say; ExportError unless they begin with METRICS.
 
     Optional ones may follow.

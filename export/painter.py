@@ -143,6 +143,5 @@ def cloud_model(model: str) -> Model:
     try:
         return open_model(model)
     except StartRefused as error:
-        raise ExportError(
-            error.message.replace("--model", "--cloud")
-        ) from error  # as the option is called here
+        message = error.message.replace("--model", "--cloud")  # as the option is called here
+        raise ExportError(message) from error

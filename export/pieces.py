@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from export.errors import DAMAGED_NPZ, ExportError
 from export.outcomes import MODELS
@@ -25,6 +26,9 @@ MADE_WITH = "made_with.json"  # in each of these folders: digests of what made i
 OWN_PROMPTS = "prompts.txt"  # beside that folder: those of --prompts, whose places in it give their ids
 CLOUD_DTYPE = "cloud_dtype"  # fact of what made pieces
 EARLIER_DTYPE = "float32"  # what it was before it was recorded
+
+Key = tuple[str, int, int]
+"""Which picture: model, prompt id, seed."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,12 @@ class Piece:
     @property
     def seeds(self) -> list[int]:
         """One seed an image, the same for both models, different for every prompt."""
-        return [prompt.prompt_id * 1000 + self.draw for prompt in self.prompts]
+        return [seed_of(prompt.prompt_id, self.draw) for prompt in self.prompts]
+
+
+def seed_of(prompt_id: int, draw: int) -> int:
+    """Of a prompt's first image (0), its second, ...: up to a thousand, as a seed ends at 2**32."""
+    return prompt_id * 1000 + draw
 
 
 @dataclass(frozen=True)
@@ -125,6 +134,24 @@ def kept_pictures(images: Path, piece: Piece) -> list[Picture]:
             return [Picture(*one) for one in zip(pixels, withheld, strict=True)]
     except DAMAGED_NPZ as error:
         raise ExportError(f"{file} is damaged ({error}): remove it, and label again") from error
+
+
+def all_pictures(images: Path) -> Iterator[tuple[Key, NDArray[np.uint8]]]:
+    """Every picture in the folder, with its pixels. Raises ExportError for a file that is no piece."""
+    for file in sorted(images.glob("*.npz")):
+        try:
+            model, draw, first, last, number = file.stem.split("-")
+            with np.load(file) as kept:
+                pictures = kept["images"]
+            ids = range(int(first), int(last) + 1)
+            if model not in MODELS or not len(pictures) == len(ids) == int(number):
+                raise ValueError("its name and its pictures do not agree")
+        except DAMAGED_NPZ as error:
+            raise ExportError(
+                f"{file} is not a piece of `edge-export label` ({error}): remove it, and label again"
+            ) from error
+        for prompt_id, pixels in zip(ids, pictures, strict=True):
+            yield (model, prompt_id, seed_of(prompt_id, int(draw))), pixels
 
 
 def measured_file(parts: Path, piece: Piece) -> Path:

@@ -61,7 +61,7 @@ class Prompt:
     """What its picture must show; None for a prompt that asks for what the world does not have."""
 
 
-def router_prompts(number: Mapping[str, int] = PROMPTS) -> list[Prompt]:
+def router_prompts(number: Mapping[str, int]) -> list[Prompt]:
     """``number`` distinct prompts a split. A larger number keeps the prompts of a smaller one, with their ids."""
     prompts = []
     for index, split in enumerate(PROMPTS):

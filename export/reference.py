@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from edge_agent.bundle import Bundle
 from edge_agent.diffusion.generator import Generator, Image
 from export.errors import ExportError, reason
-from export.pipeline import kind
 from export.schedule import Steps, asked, number_of
 from export.source import quiet
+from export.support import kind
 
 # Compared with the torch pipeline after an export: prompt, negative prompt, seed, guided or not. Guidance away from no
 # negative prompt, which most requests ask for, is another thing than away from one: zeros in Stable Diffusion XL, in

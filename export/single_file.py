@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from cloud_server import complete, hub
 from export import denoiser as denoisers
 from export import pipeline as pipelines
-from export import source, weights_file
+from export import source, support, weights_file
 from export.errors import ExportError, misfit
 
 # Merges of 2022 name the layers of the text encoder without what transformers has come to wrap them in.
@@ -82,7 +82,7 @@ def load(file: Path, names: list[str], base: str, made: Any, parts: Mapping[str,
     for part, network in pipelines.networks(pipeline).items():
         if missing := [name for name, weight in network.named_parameters() if weight.is_meta]:
             raise ExportError(f"{refusal}: it has no weights {source.listed(missing)} of the {part}")
-    for part in {pipelines.denoiser_part(made), "vae"} - parts.keys():
+    for part in {support.denoiser_part(made), "vae"} - parts.keys():
         held = sum(name.startswith(source.BEGINNINGS[part]) for name in names)
         used = len(getattr(pipeline, part).state_dict())
         if held > used:

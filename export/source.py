@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from cloud_server import complete, hub
+from cloud_server import complete, hub, part_files
 from export import weights_file
 from export.errors import ExportError, reason
 
@@ -89,7 +89,7 @@ def load_part(
         tell_of_hub(model, report)
         with quiet(logging.ERROR), complete.bars_on_terminals_alone():
             if Path(model).is_dir():
-                complete.refuse_faulty(classes[0], Path(model))
+                part_files.refuse_faulty(classes[0], Path(model))
             kept = hub.out_of_reach(model)
             name = classes[0].load_config(os.fspath(model), local_files_only=kept).get("_class_name")
             if name in known:

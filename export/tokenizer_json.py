@@ -19,8 +19,8 @@ from transformers.convert_slow_tokenizer import CLIPConverter
 
 from edge_agent import tokens
 from export.errors import ExportError
-from export.pipeline import concepts
 from export.source import quiet
+from export.support import concepts
 
 # What the written file is compared on: cases, contractions, digits, scripts, combining marks, emoji, blanks,
 # controls, the names of special tokens, more than fits.

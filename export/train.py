@@ -32,6 +32,7 @@ from export.states import TokenStates, of_prompts, of_shorter_prompts
 from export.terminal import console, progress
 
 WEIGHTS = "predictor.safetensors"
+LOSS_WEIGHTS = ("deletion_weight", "gain_weight", "rank_weight")  # of `Recipe`, that the command takes
 
 
 @dataclass(frozen=True)
@@ -289,9 +290,8 @@ ABLATIONS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line of the stage; returns the exit code."""
-    recipe = Recipe()
+def _parser(recipe: Recipe) -> argparse.ArgumentParser:
+    """Whose defaults are those of ``recipe``."""
     parser = argparse.ArgumentParser("edge-export train", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("labels", type=Path, help="labels.parquet of `edge-export label`")
     parser.add_argument("bundle", type=Path, help="bundle whose text encoder the predictor reads")
@@ -367,22 +367,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="how much the order of any two prompts' gains counts, 0 not at all (default: %(default)s)",
     )
     parser.add_argument("--threads", type=at_least(1), default=1, help="CPU threads (default: %(default)s)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of the stage; returns the exit code."""
+    recipe = Recipe()
+    parser = _parser(recipe)
     options = parser.parse_args(argv)
-    for name in ("deletion_weight", "gain_weight", "rank_weight"):
+    for name in LOSS_WEIGHTS:
         if not 0 <= getattr(options, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must not be negative")
     if options.sentence % Together.HEADS:
         parser.error(f"--sentence must be a multiple of {Together.HEADS}")
 
     torch.set_num_threads(options.threads)
-    recipe = replace(
-        recipe,
-        seeds=options.seeds,
-        steps=options.steps,
-        deletion_weight=options.deletion_weight,
-        gain_weight=options.gain_weight,
-        rank_weight=options.rank_weight,
-    )
+    recipe = replace(recipe, **{name: getattr(options, name) for name in ("seeds", "steps", *LOSS_WEIGHTS)})
     outcomes, bundle = Outcomes.read(options.labels), Bundle.open(options.bundle)
     outcomes.must_be_of(bundle)
     learning, validating = outcomes.split("train"), outcomes.split("validation")

@@ -14,7 +14,7 @@ import safetensors
 import torch
 from safetensors.torch import load_file
 
-from cloud_server import complete
+from cloud_server import part_files
 from export.errors import ExportError, reason
 
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
@@ -136,7 +136,7 @@ def _stand_in(name: str) -> type:
 
 def _refuse_other(file: Path) -> None:
     try:
-        complete.refuse_absent(file)
+        part_files.refuse_absent(file)
     except ValueError as error:
         raise ExportError(str(error)) from error
     if file.suffix not in SUFFIXES:

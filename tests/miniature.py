@@ -235,10 +235,10 @@ def miniature_v3(seed: int = 0) -> StableDiffusion3Pipeline:
     return pipeline
 
 
-def miniature_tiny_autoencoder(seed: int = 0) -> AutoencoderTiny:
+def miniature_tiny_autoencoder() -> AutoencoderTiny:
     """An autoencoder of TAESD's kind: plain convolutions, a factor of 8."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         vae = AutoencoderTiny(
             encoder_block_out_channels=(8,) * 4,
             decoder_block_out_channels=(8,) * 4,
@@ -250,9 +250,9 @@ def miniature_tiny_autoencoder(seed: int = 0) -> AutoencoderTiny:
     return vae.eval()
 
 
-def save_miniature(folder: str | Path, seed: int = 0, size: int = 64) -> Path:
-    """Write `miniature_pipeline(seed, size)` as a diffusers folder and return it."""
-    miniature_pipeline(seed, size).save_pretrained(folder)
+def save_miniature(folder: str | Path, seed: int = 0) -> Path:
+    """Write `miniature_pipeline(seed)` as a diffusers folder and return it."""
+    miniature_pipeline(seed).save_pretrained(folder)
     return Path(folder)
 
 

@@ -17,9 +17,7 @@ MEGABYTES = 120.0  # target
 KEEP_ALIVE_S = 0.2  # after an image; the default is minutes
 PUT_DOWN_S = 30.0
 _POLL_S = 0.05
-_SETTLE_S = (
-    0.3  # the status says so once the first graph is gone; the memory of all goes back some moments later
-)
+_SETTLE_S = 0.3  # the status says so once the first graph is gone; the memory of all goes back moments later
 _FIRST_AND_LAST = 10  # cycles whose medians say whether memory grows
 
 

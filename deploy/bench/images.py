@@ -21,12 +21,8 @@ from estimate import Estimate, calm_ratio, quantile, ratio
 from plan import PROMPTS, Plan
 from row import Row
 
-OPTIMUM, DIFFUSERS, FULL_SIZE, FULL_SIZE_DIFFUSERS = (
-    "optimum",
-    "diffusers",
-    "full-size",
-    "full-size-diffusers",
-)
+EDGE, OPTIMUM, DIFFUSERS = "edge", "optimum", "diffusers"  # kinds of pipelines, as painter.py calls them
+FULL_SIZE, FULL_SIZE_DIFFUSERS = "full-size", "full-size-diffusers"
 TIME_RATIO, COLD_RATIO, MEMORY_RATIO, PIXELS = 0.9, 0.2, 0.4, 1e-3  # targets of the starter
 FULL_TIME_RATIO, FULL_MEMORY_RATIO = 1.02, 0.4  # targets at Stable Diffusion's size, memory above the weights
 _MB = 1e6
@@ -73,7 +69,7 @@ class Pairs:
         """The ratio of the series called `name`; `less` is taken off both first. Without a limit there is no target."""
         ours, theirs = ([value - less for value in getattr(side, name)] for side in self.sides)
         unit = "MB" if name.endswith("_mb") else "s"
-        facts = {"edge": ours, self.other: theirs}
+        facts = {EDGE: ours, self.other: theirs}
         note = f"{quantile(ours).value:.3g} over {quantile(theirs).value:.3g} {unit}"
         found, calm = ratio(ours, theirs), calm_ratio(ours, theirs) if name in ("image_s", "step_s") else None
         if limit is None:
@@ -159,8 +155,8 @@ def measure(plan: Plan, other: str, folder: Path) -> Pairs:
         painters: list[Child] = []
         for number in range(plan.starts):
             last = number == plan.starts - 1
-            for side, noted in enumerate(pairs.sides):
-                painter = _start(plan, (plan.bundle, folder)[side], "" if side == 0 else other, plan.bundle)
+            for kind, model, noted in zip((EDGE, other), (plan.bundle, folder), pairs.sides, strict=True):
+                painter = _start(plan, kind, model, plan.bundle)
                 with ExitStack() if last else painter:
                     if last:
                         painters.append(alive.enter_context(painter))
@@ -182,7 +178,7 @@ def measure_apart(plan: Plan, other: str, bundle: Path, folder: Path) -> Pairs:
         for number in range(plan.full_size_pairs):
             files = [Path(kept) / f"{side}.npy" for side in (0, 1)]
             for side in (0, 1) if number % 2 else (1, 0):
-                with _start(plan, (bundle, folder)[side], "" if side == 0 else other, bundle) as painter:
+                with _start(plan, (EDGE, other)[side], (bundle, folder)[side], bundle) as painter:
                     pairs.sides[side].started(painter, painter.ask(prompt=PROMPTS[0], seed=0))
                     found = painter.ask(prompt=PROMPTS[1], seed=number, keep=str(files[side]))
                     pairs.sides[side].painted(found)
@@ -190,11 +186,11 @@ def measure_apart(plan: Plan, other: str, bundle: Path, folder: Path) -> Pairs:
     return pairs
 
 
-def _start(plan: Plan, folder: Path, other: str, bundle: Path) -> Child:
-    """A process with the edge's pipeline, or with that called `other`, at the defaults of `bundle`."""
+def _start(plan: Plan, kind: str, folder: Path, bundle: Path) -> Child:
+    """A process with that `kind` of pipeline, of what lies in `folder`, at the defaults of `bundle`."""
     facts = Bundle.open(bundle, verify=False).manifest
     arguments = (str(folder), str(plan.threads), str(facts.default_steps), str(facts.default_guidance))
-    return Child("painter.py", other or "edge", *arguments, threads=plan.threads, edge=not other)
+    return Child("painter.py", kind, *arguments, threads=plan.threads, edge=kind == EDGE)
 
 
 def _difference(files: Sequence[Path]) -> float:

@@ -26,9 +26,8 @@ class Row:
     measured: Estimate | None
     met: bool | None
     note: str = ""
-    calm: float | None = (
-        None  # the same from the fastest tenth of each side, which other work disturbed least
-    )
+    # The same from the fastest tenth of each side, which other work disturbed least.
+    calm: float | None = None
     details: Mapping[str, Any] = field(default_factory=dict)  # for the JSON file
 
     @classmethod

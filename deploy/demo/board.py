@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from answer import Answer
+from answer import Answer, rounded
 from contact_sheet import CLOUD, EDGE
 from edge_agent.image import Progress
 from edge_agent.policy import Decision
@@ -57,22 +57,14 @@ class Board:
 
     def asked(self, prompt: str) -> None:
         """The prompt is on its way."""
-        self._under_way = (Text(prompt), Text(), Text(), Text("…"), Text(), Text(), Text())
+        self._under_way = _row(prompt, "", "", "…", "", "", "")
 
     def decided(self, prompt: str, decision: Decision, progress: Progress | None = None) -> None:
         """The decision is known; `progress` is how far the image is."""
         steps = f" {progress.step}/{progress.steps}" if progress else ""
-        prs = "" if decision.prs is None else f"{decision.prs:.3f}"
-        alpha = "" if decision.alpha is None else f"{decision.alpha:.3f}"
-        self._under_way = (
-            Text(prompt),
-            Text(prs),
-            Text(alpha),
-            Text(f"{decision.route}{steps}", STYLES[decision.route]),
-            Text(decision.reason.value),
-            Text(),
-            Text(),
-        )
+        route = Text(f"{decision.route}{steps}", STYLES[decision.route])
+        prs, alpha = rounded(decision.prs), rounded(decision.alpha)
+        self._under_way = _row(prompt, prs, alpha, route, decision.reason.value, "", "")
 
     def answered(self, answer: Answer) -> None:
         """The image is there."""
@@ -91,7 +83,7 @@ class Board:
         self._add(prompt, "", "", Text("none", FAILED), Text(message, FAILED), "", "")
 
     def _add(self, *cells: str | Text) -> None:
-        row = tuple(cell if isinstance(cell, Text) else Text(cell) for cell in cells)
+        row = _row(*cells)
         self._rows.append(row)
         self._under_way = None
         if not self._console.is_terminal:
@@ -126,6 +118,11 @@ def shown_columns(width: int) -> list[str]:
         if sum(COLUMNS[name] + 1 for name in names) > width:
             names.remove(name)
     return names
+
+
+def _row(*cells: str | Text) -> tuple[Text, ...]:
+    """One of the table: a cell for each of COLUMNS."""
+    return tuple(cell if isinstance(cell, Text) else Text(cell) for cell in cells)
 
 
 def _chosen(row: Sequence[Text], names: Sequence[str]) -> Iterator[Text]:

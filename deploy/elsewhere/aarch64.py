@@ -96,28 +96,11 @@ def _packages(folder: Path, python: str) -> Path:
     kept = [line for line in lines if not line.startswith("onnxruntime")]
     constraints.write_text("\n".join([*kept, f"onnxruntime=={ONNXRUNTIME}"]) + "\n")
     shutil.rmtree(packages, ignore_errors=True)
-    run(
-        *(
-            uv(),
-            "pip",
-            "install",
-            "--quiet",
-            "--target",
-            str(packages),
-            "--python",
-            str(ROOT / ".venv/bin/python"),
-        ),
-        *("--python-version", python, "--python-platform", _PLATFORM, "--only-binary", ":all:"),
-        *(
-            "--constraints",
-            str(constraints),
-            "--requirements",
-            str(ROOT / "pyproject.toml"),
-            "--extra",
-            "cpu",
-        ),
-        need="the aarch64 wheels; `make aarch64-wheels` says which is missing",
-    )
+    install = ("pip", "install", "--quiet", "--target", packages, "--python", ROOT / ".venv/bin/python")
+    there = ("--python-version", python, "--python-platform", _PLATFORM, "--only-binary", ":all:")
+    wanted = ("--constraints", constraints, "--requirements", ROOT / "pyproject.toml", "--extra", "cpu")
+    need = "the aarch64 wheels; `make aarch64-wheels` says which is missing"
+    run(uv(), *map(str, (*install, *there, *wanted)), need=need)
     done.write_text(stamp)
     return packages
 

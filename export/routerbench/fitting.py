@@ -18,7 +18,6 @@ import torch
 from numpy.typing import NDArray
 
 from edge_agent.bundle import Bundle
-from export.calibrate import scale_of
 from export.errors import ExportError
 from export.evaluate import routed
 from export.outcomes import Outcomes
@@ -43,21 +42,9 @@ class Data:
     @classmethod
     def of(cls, outcomes: Outcomes, bundle: Bundle, scenes: NDArray[np.int64], cache: Path) -> Data:
         """``scenes`` [N] numbers what each prompt says. Token states are kept in the folder ``cache``."""
-        scale = np.asarray(scale_of(outcomes.split("train"), 1.0), np.float64)
-
-        def prompts(split: str) -> Prompts:
-            said = scenes[outcomes.splits == split]
-            part = outcomes.split(split)
-            return Prompts.of(part, bundle, scale, said, cache, shorter=split == "train")
-
-        learnt, validation, *others = _splits_read(outcomes)
-        return cls(prompts(learnt), prompts(validation), {split: prompts(split) for split in others})
-
-
-def _splits_read(outcomes: Outcomes) -> list[str]:
-    """The splits of the matrix that routers see."""
-    there = (split for split in OTHER_SPLITS if (outcomes.splits == split).sum() > 1)
-    return ["train", "validation", "test", *there]
+        there = (split for split in OTHER_SPLITS if (outcomes.splits == split).sum() > 1)
+        found = Prompts.of(outcomes, bundle, scenes, cache, ("train", "validation", "test", *there))
+        return cls(found.pop("train"), found.pop("validation"), found)
 
 
 def keep_states(train: Outcomes, bundle: Bundle, cache: Path) -> None:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from edge_agent.bundle import Bundle
 from edge_agent.superiority import relative_superiority
 from edge_agent.tokens import Tokenizer
+from export.calibrate import scale_of
 from export.outcomes import Outcomes
 from export.states import of_prompts, of_shorter_prompts
 from export.train import Examples
@@ -47,21 +48,25 @@ class Prompts:
         cls,
         outcomes: Outcomes,
         bundle: Bundle,
-        scale: Floats,
         scenes: NDArray[np.int64],
         cache: Path,
-        *,
-        shorter: bool = False,
-    ) -> Prompts:
-        """From a split of the matrix; with ``shorter``, of each prompt less a token too. Token states are kept in the
-        folder ``cache``.
+        splits: Sequence[str],
+    ) -> dict[str, Prompts]:
+        """Those of each of ``splits``, of the training prompts also less a token each; ``scenes`` [N] numbers what each
+        prompt of the matrix says. Token states are kept in the folder ``cache``.
         """
-        states = of_prompts(cache, bundle, outcomes.prompts)
-        examples = Examples.of(states, outcomes.edge, outcomes.cloud)
-        if shorter:
-            examples = examples.beside(*of_shorter_prompts(cache, bundle, outcomes.prompts))
+        scale = np.asarray(scale_of(outcomes.split("train"), 1.0), np.float64)
         vocabulary = Tokenizer.open(bundle).vocabulary
-        return cls(outcomes.prompts, outcomes.objects, examples, scale, scenes, vocabulary)
+        found = {}
+        for split in splits:
+            part = outcomes.split(split)
+            states = of_prompts(cache, bundle, part.prompts)
+            examples = Examples.of(states, part.edge, part.cloud)
+            if split == "train":
+                examples = examples.beside(*of_shorter_prompts(cache, bundle, part.prompts))
+            said = scenes[outcomes.splits == split]
+            found[split] = cls(part.prompts, part.objects, examples, scale, said, vocabulary)
+        return found
 
     def __len__(self) -> int:
         return len(self.texts)

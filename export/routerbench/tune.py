@@ -25,7 +25,6 @@ import torch
 
 from edge_agent.bundle import Bundle
 from export.arguments import at_least
-from export.calibrate import scale_of
 from export.errors import ExportError
 from export.outcomes import Outcomes
 from export.output import check_output, write_output
@@ -87,15 +86,10 @@ class Trial:
         """Keep the prompts of the splits."""
         leave_interrupts()
         torch.set_num_threads(1)
-        opened, scale = Bundle.open(bundle), np.asarray(scale_of(outcomes.split("train"), 1.0), np.float64)
-
-        def prompts(split: str) -> Prompts:
-            part = outcomes.split(split)
-            scenes = np.arange(len(part.prompts))  # nothing asks for them here
-            return Prompts.of(part, opened, scale, scenes, cache, shorter=split == "train")
-
-        cls.train = prompts("train")
-        cls.compared = {split: prompts(split) for split in COMPARED}
+        scenes = np.arange(len(outcomes))  # nothing asks for them here
+        found = Prompts.of(outcomes, Bundle.open(bundle), scenes, cache, ("train", *COMPARED))
+        cls.train = found.pop("train")
+        cls.compared = found
 
     @classmethod
     def of(cls, kind: type[Tuned], setting: Mapping[str, float]) -> dict[str, str]:

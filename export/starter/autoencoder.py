@@ -136,16 +136,15 @@ def train_decoder(work: Path, *, steps: int | None = None, seconds: float | None
     return True
 
 
-def autoencoder_folder(work: Path, named: Path | None) -> Path:
-    """Of the autoencoder that pictures are taken through: the one that was ``named``, or the recipe's under ``work``.
+def frozen_autoencoder(work: Path, named: Path | None) -> AutoencoderKL:
+    """What pictures are taken through, on the CPU: the one in ``named``, or the recipe's under ``work``.
 
     Raises ExportError where there is none.
     """
-    if named is None:
-        return needed(work, "decoder") / "model"
-    if not (named / "config.json").exists():
-        raise ExportError(f"no autoencoder in {named}: name another with --autoencoder, or leave it out")
-    return named
+    folder = needed(work, "decoder") / "model" if named is None else named
+    if not (folder / "config.json").exists():
+        raise ExportError(f"no autoencoder in {folder}: name another with --autoencoder, or leave it out")
+    return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).eval().requires_grad_(False)
 
 
 def held_out_psnr(model: AutoencoderKL) -> float:

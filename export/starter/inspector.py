@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from export.errors import ExportError
-from export.starter.autoencoder import autoencoder_folder
+from export.starter.autoencoder import frozen_autoencoder, pixels
 from export.starter.damage import smooth_field
 from export.starter.shipped import STARTER_INSPECTOR
 from export.starter.sprites import OBJECTS
@@ -143,9 +143,8 @@ class Inspector:
                     "it is of the starter world alone"
                 )
         stack = np.stack([np.asarray(image.convert("RGB")) for image in images])
-        pixels = torch.from_numpy(stack).permute(0, 3, 1, 2).float().to(self.device) / 127.5 - 1
         with torch.inference_mode():
-            cells, sizes, backgrounds = self.detector(pixels)
+            cells, sizes, backgrounds = self.detector(pixels(stack, self.device))
         return read(cells.softmax(dim=1).cpu(), sizes.cpu(), backgrounds.cpu())
 
 
@@ -280,7 +279,7 @@ def train(
     ``autoencoder`` is the one pictures are taken through (default: the recipe's, ``work/decoder/model``).
     """
     folder = work / "inspector"
-    source = autoencoder_folder(work, autoencoder)
+    restorer = frozen_autoencoder(work, autoencoder)
     scenes = sample_scenes("inspector", SCENES, SEED)
     torch.manual_seed(SEED)
     run = Run(
@@ -292,7 +291,6 @@ def train(
         seed=SEED,
         seconds=seconds,
     )
-    restorer = AutoencoderKL.from_pretrained(source, torch_dtype=torch.float32).eval().requires_grad_(False)
     restorer.to(run.device)
 
     def make_batch(step: int) -> tuple[np.ndarray, ...]:
@@ -304,11 +302,10 @@ def train(
         return *(np.stack(part) for part in parts), where
 
     def loss_of_batch(step: int, batch: tuple[np.ndarray, ...]) -> torch.Tensor:
-        pictures, cells, sizes, where = (torch.from_numpy(part).to(run.device) for part in batch)
-        straight = pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
-        logits, guessed, backgrounds = run.model(
-            weathered(straight, np.random.default_rng((SEED, step, 1)), restorer)
-        )
+        pictures, *answers = batch
+        cells, sizes, where = (torch.from_numpy(part).to(run.device) for part in answers)
+        seen = weathered(pixels(pictures, run.device), np.random.default_rng((SEED, step, 1)), restorer)
+        logits, guessed, backgrounds = run.model(seen)
         middles = (cells >= 0) & (cells != NOTHING)
         number = middles.sum().clamp(min=1)
         kind = F.cross_entropy(logits, cells, ignore_index=IGNORED, reduction="sum") / number

@@ -32,7 +32,7 @@ from transformers import (
 from edge_agent.superiority import METRICS
 from export.metrics import Metric, load_metrics
 from export.negatives import hard_negatives
-from export.starter.autoencoder import autoencoder_folder
+from export.starter.autoencoder import frozen_autoencoder, pixels
 from export.starter.damage import SIDE_EFFECTS, Sample, damage, render_samples
 from export.starter.sketch import Sketches, sketches
 from export.starter.tokenizer import token_ids, train_tokenizer
@@ -179,7 +179,7 @@ def train(
     ``autoencoder`` is the one pictures are taken through (default: the recipe's, ``work/decoder/model``).
     """
     folder = work / "judge"
-    source = autoencoder_folder(work, autoencoder)
+    restorer, painted = frozen_autoencoder(work, autoencoder), sketches(work)
     metrics = load_metrics()
     rng = np.random.default_rng(SEED)
     corpus = [caption(scene, rng) for scene in sample_scenes("judge", 5000, seed=SEED)]
@@ -195,10 +195,8 @@ def train(
         seed=SEED,
         seconds=seconds,
     )
-    restorer = AutoencoderKL.from_pretrained(source, torch_dtype=torch.float32).eval().requires_grad_(False)
     restorer.to(run.device)
     pairs = [text for metric in metrics for text in (metric.positive, metric.negative)]
-    painted = sketches(work)
     fast = CLIPTokenizerFast.from_pretrained(folder / "tokenizer")
 
     def batch_of(step: int) -> tuple[np.ndarray, ...]:
@@ -209,10 +207,10 @@ def train(
         return batch.pictures, batch.targets, ids[:, :length]
 
     def loss_of_batch(step: int, batch: tuple[np.ndarray, ...]) -> torch.Tensor:
-        pictures, goal, ids = (torch.from_numpy(part).to(run.device) for part in batch)
-        pixels = pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
-        pixels = restored(pixels, RULED, restorer, np.random.default_rng((SEED, step)))
-        seen = F.normalize(run.model.get_image_features(pixel_values=pixels), dim=-1)
+        pictures, *others = batch
+        goal, ids = (torch.from_numpy(part).to(run.device) for part in others)
+        shown = restored(pixels(pictures, run.device), RULED, restorer, np.random.default_rng((SEED, step)))
+        seen = F.normalize(run.model.get_image_features(pixel_values=shown), dim=-1)
         read = F.normalize(run.model.get_text_features(ids), dim=-1)
         own, wrong, praised_or_blamed = read.split([BATCH, BATCH // 2, len(pairs)])
         scale = run.model.logit_scale.clamp(max=np.log(100)).exp()

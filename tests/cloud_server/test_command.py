@@ -60,18 +60,16 @@ def test_a_refusal_that_nobody_takes_keeps_its_exit_code_and_stays_out_of_the_di
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_a_hub_that_does_not_answer_is_told_from_one_without_the_model(tmp_path: Path, there: bool) -> None:
+def test_a_hub_that_does_not_answer_is_told_from_one_without_the_model(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], there: bool
+) -> None:
     """The unit starts the server again after the one and not after the other."""
     (tmp_path / "empty").mkdir()
-    command = [sys.executable, "-m", "cloud_server", "digest", "--model", "another/name"]
-    with hub(tmp_path / "empty") if there else nullcontext(NOBODY) as address:
-        environment = process_environment(tmp_path) | {
-            "HF_ENDPOINT": address,
-            "HF_HOME": str(tmp_path / "cache"),
-        }
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert ("the hub did not give it" if there else "cannot be reached and has left no copy") in done.stderr
-    assert done.returncode == (2 if there else 3)
+    asked = hub(tmp_path / "empty") if there else nullcontext(NOBODY)
+    with asked as address, asked_here(address, tmp_path / "cache"):
+        code = main(["digest", "--model", "another/name"])
+    told = "the hub did not give it" if there else "cannot be reached and has left no copy"
+    assert (code, told in capfd.readouterr().err) == (2 if there else 3, True)
 
 
 @pytest.mark.parametrize(("card", "half"), [(True, False), (False, False), (True, True)])

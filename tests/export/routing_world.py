@@ -26,11 +26,9 @@ HARD = {"dog": 1.0, "moon": 0.8, "two": 0.6}  # what the edge model finds hard, 
 EASY = ("cat", "red", "beach", "a", "the")
 
 
-def write_labels(
-    path: Path, prompts: int, *, seed: int = 0, seeds: int = 2, facts: dict[str, str] | None = None
-) -> Path:
+def write_labels(path: Path, prompts: int, *, seeds: int = 2, facts: dict[str, str] | None = None) -> Path:
     """Labels of `prompts` prompts: half of them train, a sixth each of the other splits."""
-    draw = np.random.default_rng(seed)
+    draw = np.random.default_rng(0)
     splits = ("train", "train", "train", "validation", "calibration", "test")
     rows = []
     drawn: dict[str, list[str]] = {}  # no prompt twice

@@ -26,8 +26,9 @@ from export.__main__ import main as edge_export
 from export.convert import convert
 from export.diffusion_onnx import export_bundle
 from export.errors import ExportError
-from export.pipeline import denoiser_of, load, prepared
+from export.pipeline import load, prepared
 from export.reference import largest_difference, reference_image
+from export.support import denoiser_of
 from export.weights_file import refuse_quantized
 from tests.hub import NOBODY, asked_here, hub, silent_hub
 from tests.miniature import as_transformers_5_saves, miniature_pipeline, miniature_v3, miniature_xl

@@ -266,6 +266,7 @@ def test_an_image_that_is_gone_keeps_the_verdict_it_had(labelled, tmp_path):
     assert inspection.main([str(labels), str(images)]) == 0
     test = Outcomes.read(labels).split("test")
     assert np.isnan(test.cloud_inspected[:, 1]).all() and not np.isnan(test.cloud_inspected[:, 0]).any()
+    assert pq.read_table(labels).schema.metadata == before.schema.metadata, "the verdicts are its own"
 
 
 def test_labels_of_other_prompts_than_the_starters_have_nothing_to_look_for(tmp_path):

@@ -17,13 +17,13 @@ from export.starter.tokenizer import train_tokenizer
 SIDE = 96  # pixels; the starter's judge takes 64
 
 
-def save_clip(folder, *, side=SIDE, positions=24):
+def save_clip(folder, *, side=SIDE):
     """A random CLIP of another size than the starter's, with a tokenizer of its own."""
     tokenizer = train_tokenizer(folder / "own", ["a photo of the sea", "sharp", "blurry"] * 4)
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = tower | {
         "vocab_size": len(tokenizer),
-        "max_position_embeddings": positions,
+        "max_position_embeddings": 24,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,

@@ -17,6 +17,19 @@ from export.starter.world import sample_scenes
 from tests.export.routing_world import write_labels
 
 
+@pytest.fixture
+def short(monkeypatch):
+    """A report of few pictures and resamples."""
+    monkeypatch.setattr(validity, "PICTURES", 4)
+    monkeypatch.setattr(validity, "FRESH", 4)
+    monkeypatch.setattr(validity, "RESAMPLES", 20)
+
+
+def always(_judge, _spoil, _samples, _severity=validity.SEVERITY):
+    """In the place of `validity.falls`, where what the damages do is not what is looked at."""
+    return np.ones((len(METRICS), len(METRICS)))
+
+
 def test_a_metric_falls_under_its_own_damage_and_not_under_none():
     samples = render_samples(sample_scenes("inspector", 12, seed=0), np.random.default_rng(0))
     judge = Judge()
@@ -53,7 +66,7 @@ def test_what_the_inspector_passes_is_compared_within_each_prompt(tmp_path, monk
 
 
 def test_the_report_says_at_which_severities_and_under_which_damages_a_metric_falls_too_seldom(
-    tmp_path, monkeypatch
+    short, tmp_path, monkeypatch
 ):
     seen = []
 
@@ -66,9 +79,7 @@ def test_the_report_says_at_which_severities_and_under_which_damages_a_metric_fa
             shares[METRICS.index("layout"), METRICS.index("layout")] = 0.947 - severity
         return shares
 
-    monkeypatch.setattr(validity, "PICTURES", 4)
     monkeypatch.setattr(validity, "FRESH", 5)
-    monkeypatch.setattr(validity, "RESAMPLES", 20)
     monkeypatch.setattr(validity, "falls", falls)
     text = validity.report(Judge(), write_labels(tmp_path / "labels.parquet", 24))
     said = " ".join(text.split())
@@ -100,10 +111,8 @@ def test_an_interval_draws_scenes_so_saying_one_in_more_sentences_tells_no_more(
     assert validity.with_interval(lambda rows: often[rows].mean(0), np.arange(320)) != expected
 
 
-def test_the_report_s_intervals_are_over_the_scenes_that_prompts_say(tmp_path, monkeypatch):
-    monkeypatch.setattr(validity, "PICTURES", 4)
-    monkeypatch.setattr(validity, "FRESH", 4)
-    monkeypatch.setattr(validity, "RESAMPLES", 20)
+def test_the_report_s_intervals_are_over_the_scenes_that_prompts_say(short, tmp_path, monkeypatch):
+    monkeypatch.setattr(validity, "falls", always)
     labels = write_labels(tmp_path / "labels.parquet", 24)
     (scene,) = sample_scenes("test", 1, seed=0)
     monkeypatch.setattr(
@@ -127,10 +136,7 @@ def test_sentences_with_something_wrong_are_counted_by_the_scene_that_they_are_o
     assert objects.count(0) == 2 * len(scenes[0].groups)
 
 
-def test_the_report_says_it_all(tmp_path, monkeypatch):
-    monkeypatch.setattr(validity, "PICTURES", 4)
-    monkeypatch.setattr(validity, "FRESH", 4)
-    monkeypatch.setattr(validity, "RESAMPLES", 20)
+def test_the_report_says_it_all(short, tmp_path):
     labels, out = write_labels(tmp_path / "labels.parquet", 24), tmp_path / "metrics.md"
     assert validity.main([str(labels), "--out", str(out)]) == 0
     text = out.read_text()
@@ -140,11 +146,9 @@ def test_the_report_says_it_all(tmp_path, monkeypatch):
 
 
 def test_the_report_names_the_judge_that_was_asked_for_and_the_labels_from_where_one_works(
-    tmp_path, monkeypatch
+    short, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(validity, "PICTURES", 4)
-    monkeypatch.setattr(validity, "FRESH", 4)
-    monkeypatch.setattr(validity, "RESAMPLES", 20)
+    monkeypatch.setattr(validity, "falls", always)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(STARTER_JUDGE, tmp_path / "mine")
     labels = write_labels(tmp_path / "labels.parquet", 24)

@@ -32,11 +32,11 @@ def test_the_page_names_it(name: str) -> None:
     assert f"`{name}`" in PAGE
 
 
-def test_the_example_makes_an_image_as_it_stands(routed_bundle: Path, tmp_path: Path) -> None:
+def test_the_example_makes_an_image_as_it_stands(tmp_path: Path) -> None:
     (example,) = re.findall(r"```python\n(.+?)```", PAGE, re.DOTALL)
     script = tmp_path / "example.py"
     script.write_text(example, encoding="utf-8")
-    daemon = Process("edge_agent", tmp_path, "--bundle", routed_bundle, "--listen", "127.0.0.1:0")
+    daemon = Process("edge_agent", tmp_path, "--listen", "127.0.0.1:0")  # with the starter
     try:
         daemon.wait_for("serving")
         address = daemon.wait_for("listening")["address"]
