@@ -9,7 +9,6 @@ from __future__ import annotations
 import http.client
 import os
 import re
-import shlex
 import ssl
 import time
 import urllib.error
@@ -31,6 +30,7 @@ from edge_agent.errors import (
     SourceRefused,
     SourceUnreachable,
     printable,
+    quoted,
 )
 from edge_agent.settings import expanded
 
@@ -594,7 +594,7 @@ def _check_address(address: str, what: str, why_without: str) -> None:
 def _unexported(place: str, model: str) -> SourceRefused:
     return SourceRefused(
         f"{place} is a diffusers pipeline and no bundle: export it first with "
-        f"`edge-export diffusion {shlex.quote(model)} OUT`, and pull OUT"
+        f"`edge-export diffusion {quoted(model)} OUT`, and pull OUT"
     )
 
 

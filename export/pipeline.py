@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from cloud_server import complete, hub
 from edge_agent import tokens
 from edge_agent.bundle import MANIFEST, AddedConditioning, JointConditioning, Size
+from edge_agent.errors import quoted
 from export import autoencoder as autoencoders
 from export import source, weights_file
 from export.errors import ExportError, reason
@@ -374,7 +374,7 @@ def _index(model: str | os.PathLike[str], report: Callable[[str], None]) -> dict
     if folder.is_file():
         raise ExportError(
             f"{folder} is a file, and a pipeline is a folder: make one with "
-            f"edge-export convert {shlex.quote(str(folder))} FOLDER"
+            f"edge-export convert {quoted(str(folder))} FOLDER"
         )
     if (folder / MANIFEST).is_file():
         raise ExportError(f"{folder} is a bundle already; name the diffusers folder that it was made from")
