@@ -163,4 +163,4 @@ def _last_line(output: str) -> str:
 
 def _fit(said: str) -> str:
     """Fit for a terminal, and at a length people read."""
-    return printable(" ".join(said.split()))[-_LONGEST_REASON:]
+    return printable(said)[-_LONGEST_REASON:]

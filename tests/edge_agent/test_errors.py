@@ -21,6 +21,7 @@ from edge_agent.errors import (
     QuotaExhausted,
     RouteT2IError,
     grpc_code,
+    printable,
     quoted,
     status_details,
 )
@@ -92,3 +93,9 @@ def test_a_path_in_a_command_is_one_word_to_the_shell_of_its_system(monkeypatch:
     monkeypatch.setattr(errors, "os", SimpleNamespace(name="nt"))
     assert quoted(r"C:\Users\me\model") == r"C:\Users\me\model"
     assert quoted(r"C:\Users\me\my model") == r'"C:\Users\me\my model"'
+
+
+def test_what_a_library_says_in_lines_is_one_line_and_moves_no_cursor() -> None:
+    """As Windows does, within what gRPC says."""
+    assert printable("refused (Connection refused.\r\n -- 10061)") == "refused (Connection refused. -- 10061)"
+    assert printable("\x1b[2Jgone\u202e") == "?[2Jgone?"
