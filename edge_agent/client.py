@@ -18,7 +18,7 @@ from google.rpc.error_details_pb2 import QuotaFailure
 from google.rpc.status_pb2 import Status
 
 from edge_agent.address import split_address
-from edge_agent.errors import InvalidRequest, RouteT2IError, sent_status
+from edge_agent.errors import InvalidRequest, RouteT2IError, printable, sent_status
 from edge_agent.image import Progress
 from edge_agent.policy import Decision, Reason, Route, TokenPull
 from edge_agent.quota import BudgetState, RateState
@@ -234,7 +234,7 @@ def _explained(error: grpc.RpcError, address: str, late: str) -> CallFailed:
     elif code is grpc.StatusCode.UNAVAILABLE and status is None:
         message = (
             f"the daemon at {address} went away before it was done: see its log, and the system's for a process "
-            f"ended for want of memory ({message})"
+            f"ended for want of memory ({printable(message)})"
         )
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return CallFailed(message, _exhausted(status), no_room=True)

@@ -37,6 +37,9 @@ RouteT2IError
 from __future__ import annotations
 
 import math
+import os
+import shlex
+import subprocess
 from typing import Any
 
 import grpc
@@ -281,8 +284,16 @@ def status_details(error: BaseException) -> Status:
 
 
 def printable(text: str) -> str:
-    """What another machine says, fit for terminal and log: ? for what moves a cursor, hides or ends a line."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
+    """What another machine says, or a library, as a line fit for terminal and log: ? for what moves a cursor or hides.
+
+    Windows ends what it says with an end of line, which gRPC puts in the midst of its own words.
+    """
+    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
+
+
+def quoted(text: str) -> str:
+    """As one word of a command that people copy. Windows' own shell knows no single quotes."""
+    return subprocess.list2cmdline([text]) if os.name == "nt" else shlex.quote(text)
 
 
 def sent_status(error: grpc.RpcError) -> Status | None:

@@ -261,7 +261,8 @@ class Store:
             try:
                 patiently(os.replace, path, Path(away) / path.name)
             finally:
-                shutil.rmtree(away)
+                # Windows keeps files that a program still has mapped; the next removal takes them.
+                shutil.rmtree(away, ignore_errors=os.name == "nt")
             return freed
 
     def _undisturbed(self, name: str) -> AbstractContextManager[None]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import os
 import re
-import shlex
 import ssl
 import time
 import urllib.error
@@ -26,6 +25,7 @@ from edge_agent.errors import (
     SourceRefused,
     SourceUnreachable,
     printable,
+    quoted,
 )
 from edge_agent.manifest import MANIFEST, MAX_MANIFEST_BYTES, FileEntry
 from edge_agent.redirects import LessSafe, Redirects, host_of
@@ -351,7 +351,7 @@ def unexported(place: str, model: str) -> SourceRefused:
     """What a pipeline that is no bundle is refused with; `model` is what the export calls it."""
     return SourceRefused(
         f"{place} is a diffusers pipeline and no bundle: export it first with "
-        f"`edge-export diffusion {shlex.quote(model)} OUT`, and pull OUT"
+        f"`edge-export diffusion {quoted(model)} OUT`, and pull OUT"
     )
 
 

@@ -6,7 +6,6 @@ import copy
 import inspect
 import json
 import os
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import c
 from huggingface_hub import ModelCard
 
 from cloud_server import complete, hub, model_index, part_files
+from edge_agent.errors import quoted
 from edge_agent.manifest import MANIFEST, AddedConditioning, JointConditioning, Size
 from export import autoencoder as autoencoders
 from export import source, weights_file
@@ -313,7 +313,7 @@ def _index(model: str | os.PathLike[str], report: Callable[[str], None]) -> dict
     if folder.is_file():
         raise ExportError(
             f"{folder} is a file, and a pipeline is a folder: make one with "
-            f"edge-export convert {shlex.quote(str(folder))} FOLDER"
+            f"edge-export convert {quoted(str(folder))} FOLDER"
         )
     if (folder / MANIFEST).is_file():
         raise ExportError(f"{folder} is a bundle already; name the diffusers folder that it was made from")

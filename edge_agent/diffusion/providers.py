@@ -16,8 +16,8 @@ import importlib.util
 import io
 import json
 import re
+import secrets
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -296,9 +296,10 @@ def options(names: Iterable[str], cache: Path, *, half: bool) -> dict[str, dict[
     found = {full_name(name): known[name] for name in names if name in known}
     if found:
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        probe = cache / secrets.token_hex(8)  # tempfile may try for ever where it may not, on Windows
         try:
-            with tempfile.TemporaryFile(dir=cache):
-                pass
+            probe.touch()
+            probe.unlink()
         except OSError as error:
             why = error.strerror or error
             raise OSError(

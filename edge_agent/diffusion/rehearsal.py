@@ -36,6 +36,8 @@ _FIRST_EXCEPTION = 0xC000_0000  # from here on the exit status on Windows is tha
 _LONGEST_REASON = 300  # characters of what a library says
 
 if sys.platform == "win32":  # as `_yield_to_images` and a new session do elsewhere
+    import _winapi
+
     _CREATION_FLAGS = subprocess.BELOW_NORMAL_PRIORITY_CLASS | subprocess.CREATE_NO_WINDOW
 else:
     _CREATION_FLAGS = 0
@@ -120,14 +122,19 @@ def _end_with(daemon: int) -> None:
             os._exit(1)
         with suppress(OSError):
             Path("/proc/self/oom_score_adj").write_text("1000")
-    elif os.name == "posix":
+    else:
         threading.Thread(target=_watch, args=(daemon,), daemon=True).start()
 
 
 def _watch(daemon: int) -> None:
-    """End this process, whatever a compiler does in it, once the daemon has gone and another is its parent."""
-    while os.getppid() == daemon:
-        time.sleep(1.0)
+    """End this process, whatever a compiler does in it, once the daemon has gone."""
+    if sys.platform == "win32":  # where no other becomes its parent
+        with suppress(OSError):  # it went before that
+            handle = _winapi.OpenProcess(_winapi.SYNCHRONIZE, False, daemon)
+            _winapi.WaitForSingleObject(handle, _winapi.INFINITE)
+    else:
+        while os.getppid() == daemon:
+            time.sleep(1.0)
     os._exit(1)
 
 
@@ -156,4 +163,4 @@ def _last_line(output: str) -> str:
 
 def _fit(said: str) -> str:
     """Fit for a terminal, and at a length people read."""
-    return printable(" ".join(said.split()))[-_LONGEST_REASON:]
+    return printable(said)[-_LONGEST_REASON:]

@@ -481,7 +481,9 @@ async def test_a_ledger_that_breaks_keeps_prompts_on_the_edge_and_is_logged_once
         scripted_cloud(digest) as cloud,
         daemon_here(routed_bundle, tmp_path, cloud=cloud.address) as here,
     ):
-        here.daemon._purchases.ledger._connection.close()
+        ledger = here.daemon._purchases.ledger
+        with ledger._lock:  # which a look at what an earlier daemon left may hold: sqlite3 crashes without
+            ledger._connection.close()
         answer = await here.app.generate(CLOUD_PROMPT)
         assert (answer.reason, answer.served_by) == ("quota_exhausted", "edge")
         assert (await here.app.route(CLOUD_PROMPT)).reason == edge_pb2.DECISION_REASON_QUOTA_EXHAUSTED

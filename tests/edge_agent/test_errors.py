@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shlex
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -19,6 +21,8 @@ from edge_agent.errors import (
     QuotaExhausted,
     RouteT2IError,
     grpc_code,
+    printable,
+    quoted,
     status_details,
 )
 
@@ -82,3 +86,16 @@ def test_a_message_is_cut_to_what_headers_take(letter: str) -> None:
     status = status_details(InvalidRequest(letter * 20_000, field="media_type"))
     assert 900 < len(status.message.encode()) <= MAX_MESSAGE_BYTES
     assert status.ByteSize() < 3 * MAX_MESSAGE_BYTES
+
+
+def test_a_path_in_a_command_is_one_word_to_the_shell_of_its_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shlex.split(quoted("/home/me/it's mine")) == ["/home/me/it's mine"]
+    monkeypatch.setattr(errors, "os", SimpleNamespace(name="nt"))
+    assert quoted(r"C:\Users\me\model") == r"C:\Users\me\model"
+    assert quoted(r"C:\Users\me\my model") == r'"C:\Users\me\my model"'
+
+
+def test_what_a_library_says_in_lines_is_one_line_and_moves_no_cursor() -> None:
+    """As Windows does, within what gRPC says."""
+    assert printable("refused (Connection refused.\r\n -- 10061)") == "refused (Connection refused. -- 10061)"
+    assert printable("\x1b[2Jgone\u202e") == "?[2Jgone?"

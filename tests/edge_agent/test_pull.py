@@ -816,7 +816,8 @@ def test_the_hub_says_how_to_be_let_in_and_what_to_export(web: Web, store: Store
         fetch(source(web), store)
     (web.folder / "b").rename(web.folder / "my b")
     with pytest.raises(
-        SourceRefused, match=r"no bundle: export it first with `edge-export diffusion '.*/my b' OUT`"
+        SourceRefused,
+        match=r"no bundle: export it first with `edge-export diffusion (['\"]).*[/\\]my b\1 OUT`",
     ):
         fetch(FolderSource(web.folder / "my b"), store)
     with pytest.raises(SourceUnreachable, match="cannot be reached"):

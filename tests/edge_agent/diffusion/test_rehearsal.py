@@ -115,6 +115,24 @@ def test_a_process_that_runs_out_of_memory_says_nothing_of_the_graph(
         tried(session)
 
 
+async def test_a_process_that_is_to_end_with_another_does(tmp_path: Path) -> None:
+    waits = "import os, time; from edge_agent.diffusion.rehearsal import _end_with; _end_with(os.getppid()); "
+    waits += "print(flush=True); time.sleep(120)"
+    starts = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    daemon = psutil.Popen(
+        [sys.executable, "-c", starts, waits], stdout=subprocess.PIPE, env=process_environment(tmp_path)
+    )
+    try:
+        daemon.stdout.readline()
+        (process,) = daemon.children()
+        assert process.is_running()
+    finally:
+        daemon.kill()
+        daemon.wait()
+    with suppress(psutil.NoSuchProcess):
+        await until(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system cannot be told")
 async def test_a_rehearsal_does_not_outlive_the_daemon_and_comes_after_it_for_memory_and_cores(
     tmp_path: Path,
