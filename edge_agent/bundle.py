@@ -82,6 +82,10 @@ MAX_FILES = 1000
 MAX_PATH_BYTES = 200  # in UTF-8: file systems count bytes, and take 255 or fewer for a name
 MAX_INT = 2**31 - 1  # of a count
 MAX_SIDE = 1 << 14  # of an image, in pixels: what is larger fills the memory
+MAX_LATENTS = (
+    1 << 26
+)  # numbers of one image's latents; those of the largest image with 16 channels and a factor of 8
+MAX_EMBEDDING = 1 << 14
 MAX_SIZES = 100  # besides the default
 MAX_FILE_BYTES = 2**63 - 1
 # CLIP reads 77, T5 in the largest models 512. A tokenizer pads to as many as it is told, and ends the process where
@@ -254,6 +258,9 @@ class Bundle:
                 why = "it is a file, not a folder" if mode else "the folder does not exist"
                 raise BundleError(f"no bundle at {root}: {why}")
             _refuse_links(root, MANIFEST)
+            mode = mode_of(root / MANIFEST)
+            if mode and not stat.S_ISREG(mode):  # from a pipe, reading would wait for ever
+                raise BundleError(f"{root / MANIFEST} is not a plain file")
             with (root / MANIFEST).open("rb") as file:
                 text = file.read(MAX_MANIFEST_BYTES + 1)
         except FileNotFoundError as error:
@@ -433,8 +440,8 @@ def _parse(text: bytes, path: Path | str) -> Manifest:
         raise BundleError(f"{path}: steps must list step counts from 1 to {MAX_INT}")
     if document.get("guidance_embedding") is not None:
         facts["guidance_embedding"] = _typed(document, "guidance_embedding", int, path)
-        if not 4 <= facts["guidance_embedding"] <= MAX_INT:
-            raise BundleError(f"{path}: guidance_embedding must be from 4 to {MAX_INT}")
+        if not 4 <= facts["guidance_embedding"] <= MAX_EMBEDDING:
+            raise BundleError(f"{path}: guidance_embedding must be from 4 to {MAX_EMBEDDING}")
     manifest = Manifest(
         **facts,
         steps=tuple(sorted(steps)),
@@ -464,6 +471,9 @@ def _parse(text: bytes, path: Path | str) -> Manifest:
         raise BundleError(
             f"{path}: sides of other_sizes must be multiples of {factor}, as a decoder makes them"
         )
+    # A graph may leave them open, so that nothing but the manifest says how much is to be drawn.
+    if any(math.prod(manifest.latent_shape(size)) > MAX_LATENTS for size in manifest.sizes):
+        raise BundleError(f"{path}: latents of more than {MAX_LATENTS:,} numbers fill the memory")
     if len(set(manifest.sizes)) < len(manifest.sizes):
         raise BundleError(f"{path}: other_sizes must be others than width and height, each named once")
     if manifest.other_sizes and manifest.added and len(manifest.added.time_ids) != 6:
