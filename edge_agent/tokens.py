@@ -22,6 +22,11 @@ FILE = "tokenizer.json"
 MOST_GROWTH = 32
 """How many times as long as written a prompt may become, as far as its tokenizer's parts tell; CLIP's, twice."""
 
+MOST_ADDED = 100_000_000
+"""Squares of the lengths of the tokens that were added to a vocabulary, in all. So the library takes longer to learn
+them: one of 10,000 characters takes it three seconds, of a million eight hours.
+"""
+
 
 class Tokens(NamedTuple):
     """One prompt in L positions, padding included, of which T are its own."""
@@ -119,6 +124,8 @@ class Tokenizer:
             growth = _growth([stated.get(part) for part in ("normalizer", "pre_tokenizer", "post_processor")])
             if growth > MOST_GROWTH:
                 raise ValueError("it makes too much of a prompt")
+            if sum(len(token["content"]) ** 2 for token in stated.get("added_tokens") or ()) > MOST_ADDED:
+                raise ValueError("its added tokens are too long")
             tokenizer = TokenizersTokenizer.from_buffer(text)
         length = (tokenizer.truncation or {}).get("max_length")
         padding = tokenizer.padding or {}

@@ -208,6 +208,15 @@ def test_a_tokenizer_that_makes_too_much_of_a_prompt_is_refused_before_it_reads_
         Tokenizer.load(path.parent)
 
 
+def test_added_tokens_that_take_the_library_hours_are_refused(bundle_copy: Path) -> None:
+    path = bundle_copy / "tokenizer" / "tokenizer.json"
+    document = json.loads(path.read_bytes())
+    document["added_tokens"].append(document["added_tokens"][0] | {"content": "x" * 1_000_000, "id": 5000})
+    path.write_text(json.dumps(document))
+    with pytest.raises(BundleError, match=r"tokenizer\.json .* added tokens are too long"):
+        Tokenizer.load(path.parent)
+
+
 def test_a_tokenizer_that_fails_on_a_prompt_alone_is_told_of_by_name(bundle_copy: Path) -> None:
     """It reads what it is tried on when it is loaded. Of what it has no word for the library raises an Exception."""
     path = bundle_copy / "tokenizer" / "tokenizer.json"
