@@ -226,6 +226,9 @@ def _manifest_text(root: Path) -> bytes:
             why = "it is a file, not a folder" if mode else "the folder does not exist"
             raise BundleError(f"no bundle at {root}: {why}")
         _refuse_links(root, MANIFEST)
+        mode = mode_of(root / MANIFEST)
+        if mode and not stat.S_ISREG(mode):  # from a pipe, reading would wait for ever
+            raise BundleError(f"{root / MANIFEST} is not a plain file")
         with (root / MANIFEST).open("rb") as file:
             return file.read(MAX_MANIFEST_BYTES + 1)
     except FileNotFoundError as error:

@@ -77,6 +77,9 @@ def _parse(text: bytes, path: Path) -> Calibration:
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         names = ", ".join(entry.name for entry in fields(Calibration) if entry.name != "calibration_id")
         raise BundleError(f"{path} is not a calibration ({names}): {error!r}") from error
+    for name in ("edge_digest", "cloud_digest"):  # which are shown on terminals and sent to apps
+        if not getattr(calibration, name).isprintable():
+            raise BundleError(f"{path}: {name} must be printable text on one line")
     if not len(calibration.metrics) == len(calibration.scale) == len(calibration.weights) > 0:
         raise BundleError(f"{path}: metrics, scale and weights must have the same length")
     try:

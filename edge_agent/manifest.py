@@ -58,6 +58,8 @@ MAX_FILES = 1000
 MAX_PATH_BYTES = 200  # in UTF-8: file systems count bytes, and take 255 or fewer for a name
 MAX_INT = 2**31 - 1  # of a count
 MAX_SIDE = 1 << 14  # of an image, in pixels: what is larger fills the memory
+MAX_LATENTS = 1 << 26  # numbers of one image's: of the largest image with 16 channels and a factor of 8
+MAX_EMBEDDING = 1 << 14
 MAX_SIZES = 100  # besides the default
 MAX_FILE_BYTES = 2**63 - 1
 # CLIP reads 77, T5 in the largest models 512. A tokenizer pads to as many as it is told, and ends the process where
@@ -247,8 +249,8 @@ def parse_unfinished(text: bytes, path: Path | str) -> Manifest:
         raise BundleError(f"{path}: steps must list step counts from 1 to {MAX_INT}")
     if document.get("guidance_embedding") is not None:
         facts["guidance_embedding"] = _typed(document, "guidance_embedding", int, path)
-        if not 4 <= facts["guidance_embedding"] <= MAX_INT:
-            raise BundleError(f"{path}: guidance_embedding must be from 4 to {MAX_INT}")
+        if not 4 <= facts["guidance_embedding"] <= MAX_EMBEDDING:
+            raise BundleError(f"{path}: guidance_embedding must be from 4 to {MAX_EMBEDDING}")
     manifest = Manifest(
         **facts,
         steps=tuple(sorted(steps)),
@@ -280,6 +282,9 @@ def _check_sizes(manifest: Manifest, path: Path | str) -> None:
         raise BundleError(
             f"{path}: sides of other_sizes must be multiples of {factor}, as a decoder makes them"
         )
+    # A graph may leave them open, so that nothing but the manifest says how much is to be drawn.
+    if any(math.prod(manifest.latent_shape(size)) > MAX_LATENTS for size in manifest.sizes):
+        raise BundleError(f"{path}: latents of more than {MAX_LATENTS:,} numbers fill the memory")
     if len(set(manifest.sizes)) < len(manifest.sizes):
         raise BundleError(f"{path}: other_sizes must be others than width and height, each named once")
     if manifest.other_sizes and manifest.added and len(manifest.added.time_ids) != 6:

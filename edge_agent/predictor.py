@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edge_agent.bundle import FileState
 from edge_agent.diffusion.sessions import Runtime, Session
-from edge_agent.errors import BundleError
+from edge_agent.errors import BundleError, GenerationFailed
 from edge_agent.manifest import MAX_TEXT_TOKENS
 from edge_agent.superiority import METRICS
 
@@ -68,6 +68,7 @@ class Predictor:
                 f"{error.message}; a predictor of an earlier version is made anew with `edge-export train`, "
                 "`edge-export predictor` and `edge-export calibrate`, on labels of `edge-export label`"
             ) from error
+        session.expect(states=(None, None, None), edge=(None, None))
         own_width, metrics = session.shapes["states"][-1], session.shapes["edge"][-1]
         if metrics != len(METRICS):
             raise BundleError(f"{path} predicts {metrics} metrics; this version compares {len(METRICS)}")
@@ -86,7 +87,8 @@ class Predictor:
         """Predict from the `states` [1, L, d] and `ids` [1, L] of a prompt, whose `own` tokens have these T positions.
 
         Raises:
-            GenerationFailed: the states have another size than the graph reads, or an id is none of its vocabulary.
+            GenerationFailed: the states have another size than the graph reads, an id is none of its vocabulary, or
+                what the graph gives is not a finite number for each metric and token.
         """
         # As in training: only the prompt's own tokens, the first in the first place. Of none, one that does not count.
         read = own or (0,)
@@ -96,4 +98,16 @@ class Predictor:
         mask = _TRUE[:, :count] if own else _FALSE
         inputs = {"states": states[:, place], "mask": mask, "ids": ids[:, place]}
         edge, cloud, pull = self._session.run(inputs)
+        metrics = len(METRICS)
+        shapes = (1, metrics), (1, metrics), (1, count, metrics)
+        if (edge.shape, cloud.shape, pull.shape) != shapes:  # which a graph need not tell before, nor keep to
+            raise GenerationFailed(
+                f"{self._session.path} gave the shapes {edge.shape}, {cloud.shape} and {pull.shape} in the place of "
+                f"{shapes}; make the predictor again"
+            )
+        # Each sum is not finite where one of its numbers is not; of a few numbers Python's is the quicker one.
+        if not np.isfinite(edge.sum() + cloud.sum() + pull.sum()):
+            raise GenerationFailed(
+                f"{self._session.path} gave numbers that are not finite; make the predictor again"
+            )
         return Prediction(edge[0].tolist(), cloud[0].tolist(), pull[0].tolist() if own else [])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,14 @@ from edge_agent.errors import BundleError
 from edge_agent.manifest import MAX_TEXT_TOKENS, TOKENIZER, TOKENIZER_2
 
 FILE = "tokenizer.json"
+
+MOST_GROWTH = 32
+"""How many times as long as written a prompt may become, as far as its tokenizer's parts tell; CLIP's, twice."""
+
+MOST_ADDED = 100_000_000
+"""Squares of the lengths of the tokens that were added to a vocabulary, in all. So the library takes longer to learn
+them: one of 10,000 characters takes it three seconds, of a million eight hours.
+"""
 
 
 class Tokens(NamedTuple):
@@ -58,8 +68,17 @@ class Tokens(NamedTuple):
 class Tokenizer:
     """A tokenizer.json that carries its own padding and truncation, as the export writes it."""
 
-    def __init__(self, tokenizer: TokenizersTokenizer, length: int, second: Tokenizer | None = None) -> None:
-        """`tokenizer` pads and truncates every prompt to `length`. It is taken over, and pads no longer."""
+    def __init__(
+        self,
+        tokenizer: TokenizersTokenizer,
+        length: int,
+        second: Tokenizer | None = None,
+        path: Path = Path(FILE),
+    ) -> None:
+        """`tokenizer`, read from `path`, pads and truncates every prompt to `length`. It is taken over, and pads no
+        longer.
+        """
+        self._path = path
         # Padding is done here: the library makes an object of every token, and most of a short prompt's are padding.
         padding = tokenizer.padding or {}
         tokenizer.no_padding()
@@ -101,6 +120,13 @@ class Tokenizer:
         except OSError as error:
             raise BundleError(f"{path} cannot be read: {error.strerror}") from error
         with _refused(path):
+            # Before the library has any of it: it ends the process where memory does not do.
+            stated = json.loads(text)
+            growth = _growth([stated.get(part) for part in ("normalizer", "pre_tokenizer", "post_processor")])
+            if growth > MOST_GROWTH:
+                raise ValueError("it makes too much of a prompt")
+            if sum(len(token["content"]) ** 2 for token in stated.get("added_tokens") or ()) > MOST_ADDED:
+                raise ValueError("its added tokens are too long")
             tokenizer = TokenizersTokenizer.from_buffer(text)
         length = (tokenizer.truncation or {}).get("max_length")
         padding = tokenizer.padding or {}
@@ -114,7 +140,7 @@ class Tokenizer:
         with _refused(path):
             # With start and end too long: some settings only fail on such a text.
             tokenizer.encode("a " * length)
-        return cls(tokenizer, int(length), second)
+        return cls(tokenizer, int(length), second, path)
 
     @property
     def vocabulary(self) -> int:
@@ -133,12 +159,17 @@ class Tokenizer:
         """Tokens of `prompt`, which must be valid Unicode (`edge_agent.request` refuses lone surrogates).
 
         What is made of several tokens, such as an emoji, or a concept of several vectors, is the text of each of them.
+
+        Raises BundleError where the file is not one that reads this prompt.
         """
         second = self._second.encode(prompt) if self._second else None
         if any(concept in prompt for concept in self._concepts):
             prompt = self._written_out(prompt)
-        encoding = self._tokenizer.encode(prompt)
+        with _refused(self._path):
+            encoding = self._tokenizer.encode(prompt)
         found, ids = encoding.ids, self._nothing.copy()
+        if len(found) > self.length:  # what stands around a prompt may be more than the library knows of
+            raise BundleError(f"{self._path} makes more than {self.length} tokens; export the bundle again")
         first = self.length - len(found) if self._at_the_end else 0
         ids[0, first : first + len(found)] = found
         own: list[int] = []
@@ -154,7 +185,8 @@ class Tokenizer:
 
     def _written_out(self, prompt: str) -> str:
         """`prompt` with the tokens of all vectors of a concept in the place of its name, as diffusers reads it."""
-        encoding = self._tokenizer.encode(prompt)
+        with _refused(self._path):
+            encoding = self._tokenizer.encode(prompt)
         read = {token for part in (encoding, *encoding.overflowing) for token in part.tokens}
         for concept in sorted(read & self._concepts.keys()):
             vectors = " ".join(self._concepts[concept])
@@ -174,6 +206,30 @@ def concepts(added: Collection[str], length: int = MAX_TEXT_TOKENS) -> dict[str,
         if len(vectors) > 1:
             found[name] = vectors
     return found
+
+
+def _growth(state: Any) -> int:
+    """How many times as long a text may become in parts of a tokenizer, as they are stated. By what they state and not
+    by their types, without which the library reads them, too.
+    """
+    if isinstance(state, list):
+        return math.prod(map(_growth, state))
+    if not isinstance(state, dict):
+        return 1
+    growth = math.prod(map(_growth, state.values()))
+    if "content" in state:  # in the place of each match
+        growth *= max(1, len(state["content"]))
+    if "prepend" in state:  # to each word
+        growth *= 1 + len(state["prepend"])
+    # A character for each byte, which takes two.
+    if "add_prefix_space" in state or state.get("type") == "ByteLevel":
+        growth *= 2
+    # Where the prompt stands: of what does not fit each piece is put together with each.
+    if "single" in state:
+        growth *= max(1, sum("Sequence" in piece for piece in state["single"])) ** 3
+    if "precompiled_charsmap" in state:  # takes as much memory as it says
+        growth *= 1 + MOST_GROWTH
+    return growth
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """Where an ONNX graph says that its weights lie: in the files that its tensors name as their external data.
 
-onnxruntime opens those files wherever they are. Only the few fields that lead to their names are read, off protobuf's
+onnxruntime opens those files wherever they are. What can be without end is refused on the way: a loop, whose count may
+be anything, and functions of the model's own, whose calls onnxruntime writes out, which a few lines bring to billions
+of nodes. The export makes neither. Only the few fields that lead to their names are read, off protobuf's
 wire format, so that weights inside the graph, which may be gigabytes, are neither read nor copied; and the edge does
 without the onnx package.
 """
@@ -11,18 +13,22 @@ import mmap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from edge_agent.errors import BundleError
+
 # Field numbers of onnx.proto: the messages that lead to tensors, wherever a graph may have them.
 _INSIDE: Mapping[str, Mapping[int, str]] = {
-    "Model": {7: "Graph", 20: "TrainingInfo", 25: "Function"},
+    "Model": {7: "Graph", 20: "TrainingInfo"},
     "TrainingInfo": {1: "Graph", 2: "Graph"},
     "Graph": {1: "Node", 5: "Tensor", 15: "SparseTensor"},
-    "Function": {7: "Node", 11: "Attribute"},
     "Node": {5: "Attribute"},
     "Attribute": {5: "Tensor", 6: "Graph", 10: "Tensor", 11: "Graph", 22: "SparseTensor", 23: "SparseTensor"},
     "SparseTensor": {1: "Tensor", 2: "Tensor"},
     "Tensor": {13: "ExternalData"},
     "ExternalData": {},
 }
+_FUNCTIONS = 25  # of Model
+_OPERATOR = 4  # of Node
+_LOOPS = (b"Loop", b"Scan")
 _KEY, _VALUE = 1, 2  # of ExternalData
 _LOCATION = b"location"
 
@@ -35,7 +41,7 @@ def locations(graph: Path) -> set[str]:
 
     A file that is not ONNX is read as far as it goes: onnxruntime takes none of it.
 
-    Raises OSError.
+    Raises OSError, and BundleError where it has loops or functions.
     """
     found: set[str] = set()
     if graph.stat().st_size == 0:  # what is empty cannot be mapped
@@ -48,6 +54,13 @@ def locations(graph: Path) -> set[str]:
             entry = {}  # of a field that is there twice the last counts
             try:
                 for number, begins, ends in _fields(content, start, end):
+                    endless = (message == "Model" and number == _FUNCTIONS) or (
+                        message == "Node" and number == _OPERATOR and content[begins:ends] in _LOOPS
+                    )
+                    if endless:
+                        raise BundleError(
+                            f"{graph} has a loop or functions, which may be without end; export it again"
+                        )
                     if number in inside:
                         messages.append((inside[number], begins, ends))
                     elif message == "ExternalData":

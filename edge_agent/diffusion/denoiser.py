@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from edge_agent.bundle import Bundle
 from edge_agent.diffusion.sessions import Runtime, Session, Stop
 from edge_agent.diffusion.text_encoder import TextStates
-from edge_agent.errors import BundleError
+from edge_agent.errors import BundleError, GenerationFailed
 from edge_agent.manifest import FUSED, AddedConditioning
 
 Floats = NDArray[np.float32]
@@ -123,6 +123,7 @@ class Denoiser:
 
         Raises:
             Cancelled, GenerationFailed: see `Session.run`.
+            GenerationFailed: what the graph gives is not of the latents' size.
         """
         prompts = [negative, states] if self.guides(guidance_scale) else [states]
         if len(prompts) == 1 or self.passes == "batch":
@@ -169,6 +170,12 @@ class Denoiser:
             inputs["encoder_hidden_states"] = np.pad(states, room)
             inputs["pooled_projections"] = np.concatenate(pooled)
         (output,) = self._session.run(inputs, stop=stop, shrink=last)
+        expected = (count, *latents.shape[1:])
+        if output.shape != expected:  # which a graph need not tell before, nor keep to
+            raise GenerationFailed(
+                f"{self._session.path} gave the shape {output.shape} where the manifest asks for {expected}; export "
+                "the bundle again"
+            )
         return output
 
     def _time_ids(self, added: AddedConditioning, latents: Floats) -> Floats:

@@ -29,6 +29,9 @@ from edge_agent.errors import BundleError, NewerBundle
 
 FORMAT = 1
 
+MAX_FRESH = 4
+"""Fresh noises for each call of the denoiser. Schedulers draw one or two; each takes the memory of the latents."""
+
 Floats = NDArray[np.float32]
 
 
@@ -109,6 +112,10 @@ class Schedule:
             or len(schedule.clean) != calls
         ):
             raise BundleError(f"{path} is not a lower-triangular schedule of {calls} calls")
+        if fresh[-1] > MAX_FRESH * calls:
+            raise BundleError(
+                f"{path} draws {fresh[-1]:,} noises for {calls} calls; at most {MAX_FRESH} each"
+            )
         return schedule
 
 

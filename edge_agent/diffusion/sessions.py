@@ -181,6 +181,9 @@ class Session:
             raise BundleError(
                 f"{path} asks for inputs of the types {sorted(unknown)}, which are not supported"
             )
+        # Also what is no tensor at all: a sequence of some, or an optional one.
+        if unknown := {given[name].type for name in outputs} - {"tensor(float)", *_OTHER_FLOATS}:
+            raise BundleError(f"{path} gives outputs of the types {sorted(unknown)}, which are not supported")
         self._dtypes = {name: _DTYPES[node.type] for name, node in found.items()}
         # Of every input and output; a size that may vary is None or has a name.
         self.shapes = {n.name: tuple(n.shape) for n in (*session.get_inputs(), *session.get_outputs())}

@@ -93,11 +93,20 @@ class TextEncoder:
         states, *vectors = self._session.run({"input_ids": tokens.ids})
         if self._second is not None and tokens.ids_2 is not None:
             more, vector = self._second.run({"input_ids": tokens.ids_2})
-            states = np.concatenate((states, more), axis=-1)
             vectors.append(vector)
-        if states.shape[1:] != self._shape:
+            # Before they are put together, which takes what fits alone.
+            shapes = [vector.shape for vector in vectors]
+            if states.shape[:-1] != more.shape[:-1] or any(
+                len(shape) != 2 or shape[0] != 1 for shape in shapes
+            ):
+                raise BundleError(
+                    f"{self._session.path} and {self._second.path} give states {states.shape} and {more.shape}, and "
+                    f"vectors {shapes}, which do not fit together; export the bundle again"
+                )
+            states = np.concatenate((states, more), axis=-1)
+        if states.shape != (1, *self._shape):
             raise BundleError(
-                f"{self._session.path} gives states {states.shape[1:]}, the manifest says {self._shape}"
+                f"{self._session.path} gives states {states.shape}, the manifest says {(1, *self._shape)}"
             )
         return TextStates(states, np.concatenate(vectors, axis=-1) if vectors else None)
 

@@ -162,6 +162,8 @@ def test_a_newer_schema_says_what_to_do(bundle_copy: Path) -> None:
         ({"default_steps": 16}, "default_steps"),
         ({"guidance_embedding": "8"}, "guidance_embedding"),
         ({"guidance_embedding": 2}, "guidance_embedding"),
+        ({"guidance_embedding": 10**9}, "guidance_embedding"),
+        ({"latent_channels": 10**9, "latent_to_rgb": None}, "latents of more than 67,108,864 numbers"),
         ({"dtypes": ["fp16"]}, "dtypes must be"),
         ({"dtypes": {"unet": "bf16"}}, "dtypes must be of fp16, int8, by folder"),
         ({"other_sizes": []}, "other_sizes must list up to 100 pairs"),
@@ -208,6 +210,14 @@ def test_a_manifest_with_a_wrong_fact_names_it(bundle_copy: Path, changes: dict[
 def test_a_manifest_that_is_not_json_is_named(bundle_copy: Path, content: bytes) -> None:
     (bundle_copy / MANIFEST).write_bytes(content)
     with pytest.raises(BundleError, match=r"manifest\.json"):
+        Bundle.open(bundle_copy)
+
+
+@pytest.mark.posix
+def test_a_manifest_that_is_a_pipe_is_not_waited_for(bundle_copy: Path) -> None:
+    (bundle_copy / MANIFEST).unlink()
+    os.mkfifo(bundle_copy / MANIFEST)
+    with pytest.raises(BundleError, match=r"manifest\.json is not a plain file"):
         Bundle.open(bundle_copy)
 
 

@@ -71,6 +71,8 @@ def test_alpha_sends_at_most_the_rate_and_is_at_most_one_half(rho: float, alpha:
         ({"scale": None}, "not a calibration"),
         ({"familiar": ["word"]}, "not a calibration"),
         ({"scale": [10**400] * 2}, "not a calibration"),
+        ({"edge_digest": "red\x1b[31m"}, "edge_digest must be printable"),
+        ({"cloud_digest": "\ud800"}, "cloud_digest must be printable"),
     ],
 )
 def test_an_inconsistent_file_is_refused_by_name(tmp_path: Path, change: dict[str, Any], why: str) -> None:

@@ -90,6 +90,26 @@ def test_states_of_another_size_are_refused(graph: Path) -> None:
         Predictor.load(graph).predict(np.zeros((1, TOKENS, 3), np.float32), range(TOKENS), IDS)
 
 
+@pytest.mark.parametrize(
+    ("shapes", "number", "why"),
+    [
+        ([(1, 9), (1, 10), (1, TOKENS, 10)], 0.5, "gave the shapes"),
+        ([(1, 10), (10,), (1, TOKENS, 10)], 0.5, "gave the shapes"),
+        ([(1, 10), (1, 10), (1, 3, 10)], 0.5, "gave the shapes"),
+        ([(1, 10), (1, 10), (1, TOKENS, 10)], np.nan, "not finite"),
+        ([(1, 10), (1, 10), (1, TOKENS, 10)], np.inf, "not finite"),
+    ],
+)
+def test_what_is_no_prediction_is_told_of_by_the_graphs_name(
+    graph: Path, monkeypatch: pytest.MonkeyPatch, shapes: list[tuple[int, ...]], number: float, why: str
+) -> None:
+    predictor = Predictor.load(graph)
+    made = [np.full(shape, number, np.float32) for shape in shapes]
+    monkeypatch.setattr(predictor.sessions[0], "run", lambda _: made)
+    with pytest.raises(GenerationFailed, match=rf"model\.onnx gave .*{why.removeprefix('gave ')}"):
+        predictor.predict(np.zeros((1, TOKENS, WIDTH), np.float32), range(TOKENS), IDS)
+
+
 def test_a_file_that_is_no_predictor_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"nothing")
     with pytest.raises(BundleError, match=r"model\.onnx"):

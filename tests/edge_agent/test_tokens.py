@@ -172,6 +172,76 @@ def test_a_tokenizer_that_fails_on_long_prompts_is_refused_when_it_is_loaded(bun
         Tokenizer.load(bundle_copy / "tokenizer")
 
 
+@pytest.mark.parametrize(
+    ("part", "state"),
+    [
+        ("normalizer", {"type": "Replace", "pattern": {"Regex": "."}, "content": "x" * 100_000}),
+        ("normalizer", {"type": "Prepend", "prepend": "x" * 10_000_000}),
+        ("normalizer", {"prepend": "x" * 10_000_000}),  # as earlier versions of the library wrote it
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "/////w=="}),
+        (
+            "pre_tokenizer",
+            {
+                "type": "Sequence",
+                "pretokenizers": [{"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}]
+                * 40,
+            },
+        ),
+        (
+            "post_processor",
+            {
+                "type": "TemplateProcessing",
+                "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 5,
+                "pair": [],
+                "special_tokens": {},
+            },
+        ),
+    ],
+)
+def test_a_tokenizer_that_makes_too_much_of_a_prompt_is_refused_before_it_reads_anything(
+    bundle_copy: Path, part: str, state: dict[str, Any]
+) -> None:
+    """The library would end the process, or be at it for minutes."""
+    path = bundle_copy / "tokenizer" / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {part: state}))
+    with pytest.raises(BundleError, match=r"tokenizer\.json .* makes too much of a prompt"):
+        Tokenizer.load(path.parent)
+
+
+def test_added_tokens_that_take_the_library_hours_are_refused(bundle_copy: Path) -> None:
+    path = bundle_copy / "tokenizer" / "tokenizer.json"
+    document = json.loads(path.read_bytes())
+    document["added_tokens"].append(document["added_tokens"][0] | {"content": "x" * 1_000_000, "id": 5000})
+    path.write_text(json.dumps(document))
+    with pytest.raises(BundleError, match=r"tokenizer\.json .* added tokens are too long"):
+        Tokenizer.load(path.parent)
+
+
+def test_a_tokenizer_that_fails_on_a_prompt_alone_is_told_of_by_name(bundle_copy: Path) -> None:
+    """It reads what it is tried on when it is loaded. Of what it has no word for the library raises an Exception."""
+    path = bundle_copy / "tokenizer" / "tokenizer.json"
+    document = json.loads(path.read_bytes())
+    words = {"type": "WordLevel", "vocab": {"a</w>": 0, "a": 1, "Ġ": 2}, "unk_token": "missing"}
+    path.write_text(json.dumps(document | {"model": words}))
+    tokenizer = Tokenizer.load(path.parent)
+    with pytest.raises(BundleError, match=r"tokenizer\.json is not a tokenizer that works: .*UNK"):
+        tokenizer.encode("zebra")
+
+
+def test_a_tokenizer_that_puts_more_around_a_prompt_than_it_says_is_refused(bundle_copy: Path) -> None:
+    path = bundle_copy / "tokenizer" / "tokenizer.json"
+    around = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "x", "type_id": 0}}] * 100
+        + [{"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [],
+        "special_tokens": {"x": {"id": "x", "ids": [1], "tokens": ["x"]}},
+    }
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"post_processor": around}))
+    with pytest.raises(BundleError, match=r"tokenizer\.json makes more than 77 tokens"):
+        Tokenizer.load(path.parent).encode("a cat")
+
+
 def test_the_largest_id_is_the_vocabularys_unless_padding_has_a_larger_one(
     bundle_copy: Path, tokenizer: Tokenizer
 ) -> None:

@@ -10,8 +10,10 @@ import torch
 from diffusers import LatentConsistencyModelPipeline
 
 from edge_agent.bundle import Bundle, write_manifest
-from edge_agent.diffusion.denoiser import graph_on, guidance_embedding
+from edge_agent.diffusion.denoiser import Denoiser, graph_on, guidance_embedding
 from edge_agent.diffusion.sessions import Runtime
+from edge_agent.diffusion.text_encoder import TextStates
+from edge_agent.errors import GenerationFailed
 from edge_agent.manifest import DENOISER, FUSED
 
 
@@ -43,3 +45,17 @@ def test_a_bundle_without_fused_attention_runs_as_it_was_traced(bundle_copy: Pat
     (bundle_copy / "unet" / FUSED).unlink()
     write_manifest(bundle_copy)
     assert graph_on(Bundle.open(bundle_copy), Runtime()) == DENOISER
+
+
+def test_a_graph_that_gives_another_size_than_the_latents_makes_no_image(
+    miniature_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that leaves its sizes open does not tell before it has run."""
+    bundle = Bundle.open(miniature_bundle)
+    denoiser, facts = Denoiser(bundle, Runtime(threads=1)), bundle.manifest
+    shape = facts.latent_shape(facts.sizes[0])
+    monkeypatch.setattr(denoiser.sessions[0], "run", lambda *_, **__: [np.zeros((1, *shape[1:]), np.float32)])
+    states = TextStates(np.zeros((1, facts.text_tokens, facts.text_hidden), np.float32))
+    assert denoiser.predict(np.zeros(shape, np.float32), 1.0, states, states, 1.0).shape == shape
+    with pytest.raises(GenerationFailed, match="where the manifest asks for"):
+        denoiser.predict(np.zeros(shape, np.float32), 1.0, states, states, 5.0)  # two passes in one batch

@@ -386,6 +386,17 @@ def test_a_text_encoder_that_fails_on_every_id_is_not_laid_to_the_tokenizer(
         Generator(Bundle.open(bundle_copy))
 
 
+@pytest.mark.parametrize("shape", [(2, 77, 32), (1, 76, 32), (77, 32), (1, 77, 1)])
+def test_states_of_another_size_than_the_manifest_says_are_refused(
+    miniature_bundle: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]
+) -> None:
+    """A graph that leaves its sizes open does not tell before it has run, nor does it keep to those it tells."""
+    made = Generator(Bundle.open(miniature_bundle))
+    monkeypatch.setattr(made.text_encoder.sessions[0], "run", lambda _: [np.zeros(shape, np.float32)])
+    with pytest.raises(BundleError, match=r"gives states \(.*, the manifest says"):
+        made.encode("a cat")
+
+
 def test_a_second_tokenizer_of_another_model_is_refused_like_the_first(tmp_path: Path) -> None:
     facts: dict[str, Any] = {"steps": (4,), "guidance": 5.0, "name": "xl", "licence": "Apache-2.0"}
     export_bundle(miniature_xl(), tmp_path / "xl", **facts)

@@ -381,6 +381,25 @@ def test_float16_outputs_come_back_as_float32(tmp_path: Path) -> None:
     assert out.dtype == np.float32
 
 
+def test_a_graph_that_gives_what_is_no_tensor_of_floats_is_refused_by_name(tmp_path: Path) -> None:
+    floats = helper.make_tensor_type_proto(TensorProto.FLOAT, [1])
+    for operator, kind in (
+        ("SequenceConstruct", helper.make_sequence_type_proto(floats)),
+        ("Optional", helper.make_optional_type_proto(floats)),
+        ("IsNaN", helper.make_tensor_type_proto(TensorProto.BOOL, [1])),
+    ):
+        graph = helper.make_graph(
+            [helper.make_node(operator, ["x"], ["out"])],
+            "made",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])],
+            [helper.make_value_info("out", kind)],
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+        onnx.save(model, tmp_path / "odd.onnx")
+        with pytest.raises(BundleError, match=r"odd\.onnx gives outputs of the types"):
+            Session(tmp_path / "odd.onnx", ["x"], ["out"], ONE_THREAD)
+
+
 def test_a_graph_with_another_signature_is_refused_by_name(tmp_path: Path) -> None:
     node = helper.make_node("Identity", ["x"], ["out"])
     path = save(tmp_path / "other.onnx", [node], {"x": (TensorProto.FLOAT, [1])})
