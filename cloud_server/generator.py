@@ -78,20 +78,21 @@ def usable_device(wanted: str) -> str:
     Raises DeviceNotReady where it may be usable later, else StartRefused where it computes nothing: that takes none of
     the model to say.
     """
-    try:
-        import torch
-    except ImportError:
-        return wanted  # `Generator.load` says what to install
     device = wanted
     try:
+        try:
+            import torch
+        except ImportError:
+            return wanted  # `Generator.load` says what to install
         if wanted == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         compute(device)
     except Exception as error:  # torch's backends each raise their own
+        whole = reason(error).rstrip(".")
         # Of one that it lacks torch names all that it has instead, in thousands of characters.
-        said = shorten(reason(error).rstrip("."), MOST_SAID, placeholder=" [...]")
+        said = shorten(whole, MOST_SAID, placeholder=" [...]")
         name = f"--device {wanted}" + (f" (here {device})" if device != wanted else "")
-        if _names(said, NO_MEMORY + NOT_YET):
+        if _names(whole, NO_MEMORY + NOT_YET):
             raise DeviceNotReady(f"{name} cannot be used now: {said}. Free it, or try again later") from error
         raise StartRefused(
             f"{name} cannot be used: {said}. Give --device cpu, or another that torch can use here"

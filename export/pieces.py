@@ -53,7 +53,7 @@ class Piece:
 
 
 def seed_of(prompt_id: int, draw: int) -> int:
-    """Of a prompt's first image (0), its second, ...: up to a thousand, as a seed ends at 2**32."""
+    """Of a prompt's first image (0), its second, ...: past a thousand the next prompt's begin."""
     return prompt_id * 1000 + draw
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.abc
 import json
 import os
 import re
@@ -444,6 +445,33 @@ def test_a_gpu_that_computes_nothing_is_refused_and_one_that_may_do_so_later_wit
     complaint = capsys.readouterr().err.splitlines()[-1]
     assert complaint.startswith(f"cloud-server: {name} {words}: {said}. ")
     assert ("Give --device cpu" in complaint) is (code == 2)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError("libcublas.so.12: cannot open shared object file"), 2),
+        (RuntimeError("in a word " * 60 + "CUDA error: out of memory"), 3),
+    ],
+)
+def test_a_torch_that_cannot_be_imported_is_no_traceback(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    code: int,
+) -> None:
+    """Nor is what decides lost where much is said before it."""
+
+    class Finder(importlib.abc.MetaPathFinder):
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "torch":
+                raise error
+
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    assert main(["serve", "--listen", "127.0.0.1:0", "--state", str(tmp_path / "state")]) == code
+    assert "--device auto cannot be used" in capsys.readouterr().err
 
 
 def test_a_model_that_lacks_weights_is_refused_by_their_name(

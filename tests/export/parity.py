@@ -22,7 +22,7 @@ from edge_agent.bundle import Bundle, write_manifest
 from edge_agent.diffusion.generator import Generator
 from edge_agent.diffusion.sessions import Runtime
 from edge_agent.manifest import schedule_file
-from export import pipeline as pipelines
+from export import support
 from export.diffusion_onnx import export_bundle
 from export.reference import difference, reference_image
 from export.schedule import compile_schedule
@@ -125,7 +125,7 @@ class Parity:
         pipeline.scheduler = schedulers[scheduler]
         steps = FEWEST_STEPS + list(SCHEDULERS).index(scheduler)
         guidance = COLUMNS[column].guidance
-        negatives = (NEGATIVE, "") if guidance > 1 and pipelines.kind(pipeline).takes_negative else ("",)
+        negatives = (NEGATIVE, "") if guidance > 1 and support.kind(pipeline).takes_negative else ("",)
         references = [
             reference_image(pipeline, PROMPT, negative, SEED, steps, guidance) for negative in negatives
         ]
@@ -148,7 +148,7 @@ class Parity:
                 if name in column.schedulers:
                     changes = column.changes if config else {}
                     schedulers[name] = made(**config, **changes)
-                    compiled = compile_schedule(schedulers[name], count, pipelines.kind(pipeline).loop)
+                    compiled = compile_schedule(schedulers[name], count, support.kind(pipeline).loop)
                     compiled.save(folder / schedule_file(count))
                     counts.append(count)
             write_manifest(folder, steps=counts, default_steps=counts[0])

@@ -196,12 +196,12 @@ def test_of_what_torch_says_of_a_graph_one_line_is_shown(
 
 def test_a_pipeline_that_nobody_else_has_gives_its_weights_up_as_they_are_traced(tmp_path: Path) -> None:
     """At Stable Diffusion XL's widths an export takes 12 GB that way, and took 19."""
-    pipeline = miniature_pipeline()
-    parts = (pipeline.text_encoder, pipeline.unet)
+    pipeline = miniature_xl()
+    parts = (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.unet)
     for consume, where in ((False, "cpu"), (True, "meta")):
         graphs.trace(pipeline, tmp_path / where, (64, 64), silent, consume=consume)
         assert {weight.device.type for part in parts for weight in part.parameters()} == {where}
-    assert facts(pipeline, (64, 64))["text_hidden"] == 32  # which asks its configs alone
+    assert facts(pipeline, (64, 64))["text_hidden"] == 56  # which asks its configs alone
 
 
 def test_an_empty_folder_becomes_the_bundle(tmp_path: Path) -> None:
