@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -105,9 +106,10 @@ class Predictor:
                 f"{self._session.path} gave the shapes {edge.shape}, {cloud.shape} and {pull.shape} in the place of "
                 f"{shapes}; make the predictor again"
             )
-        # Each sum is not finite where one of its numbers is not; of a few numbers Python's is the quicker one.
-        if not np.isfinite(edge.sum() + cloud.sum() + pull.sum()):
+        found = Prediction(edge[0].tolist(), cloud[0].tolist(), pull[0].tolist())
+        # The sum is not finite where a number is not; of a few numbers Python's is the quicker one.
+        if not math.isfinite(sum(found.edge) + sum(found.cloud) + sum(map(sum, found.pull))):
             raise GenerationFailed(
                 f"{self._session.path} gave numbers that are not finite; make the predictor again"
             )
-        return Prediction(edge[0].tolist(), cloud[0].tolist(), pull[0].tolist() if own else [])
+        return found if own else found._replace(pull=[])

@@ -237,7 +237,7 @@ def _refused(path: Path) -> Iterator[None]:
     """Whatever tokenizers raises becomes a BundleError that names the file."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # bare Exception, ValueError, and a panic in Rust, which is no Exception
         raise BundleError(

@@ -28,7 +28,7 @@ _INSIDE: Mapping[str, Mapping[int, str]] = {
 }
 _FUNCTIONS = 25  # of Model
 _OPERATOR = 4  # of Node
-_LOOPS = (b"Loop", b"Scan")
+_LOOPS = (b"Loop", b"Scan", b"SequenceMap")
 _KEY, _VALUE = 1, 2  # of ExternalData
 _LOCATION = b"location"
 

@@ -327,9 +327,7 @@ class Session:
             outputs = self._run(feeds, stop, shrink=shrink)
         if not self._casting:
             return list(outputs)
-        return [
-            value.astype(np.float32, copy=False) if value.dtype.kind == "f" else value for value in outputs
-        ]
+        return [value.astype(np.float32, copy=False) for value in outputs]
 
     def ran_on(self) -> frozenset[str]:
         """The providers that ran nodes of the graph since it was loaded, by onnxruntime's names. It must be loaded, on

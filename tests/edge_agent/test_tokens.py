@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -261,3 +262,15 @@ def test_a_file_that_is_no_tokenizer_is_refused_by_name(tmp_path: Path, content:
 def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"tokenizer\.json cannot be read"):
         Tokenizer.load(tmp_path)
+
+
+def test_too_little_memory_is_no_fault_of_the_file(
+    miniature_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: str) -> None:
+        raise MemoryError
+
+    tokenizer = Tokenizer.load(miniature_bundle / "tokenizer")
+    monkeypatch.setattr(tokenizer, "_tokenizer", SimpleNamespace(encode=full))
+    with pytest.raises(MemoryError):
+        tokenizer.encode("a cat")

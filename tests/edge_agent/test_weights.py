@@ -76,10 +76,12 @@ def test_a_graph_in_a_graph_in_a_graph_is_read_to_the_last(tmp_path: Path) -> No
 
 def test_what_may_be_without_end_is_refused_by_name(tmp_path: Path) -> None:
     """The one would hold up whoever loads it; of calls of the other onnxruntime makes nodes until memory is full."""
-    inner = GraphProto(node=[helper.make_node("Loop", [], [])])
-    loop = ModelProto(graph=GraphProto(node=[helper.make_node("If", [], [], then_branch=inner)]))
+    inner = [GraphProto(node=[helper.make_node(loop, [], [])]) for loop in ("Loop", "Scan", "SequenceMap")]
+    loops = [
+        ModelProto(graph=GraphProto(node=[helper.make_node("If", [], [], then_branch=x)])) for x in inner
+    ]
     functions = ModelProto(functions=[onnx.FunctionProto(name="f", node=[helper.make_node("g", [], [])])])
-    for model in (loop, functions):
+    for model in (*loops, functions):
         with pytest.raises(BundleError, match=r"model\.onnx has a loop or functions"):
             read(tmp_path, model.SerializeToString())
 

@@ -400,7 +400,16 @@ def test_states_of_another_size_than_the_manifest_says_are_refused(
 def test_a_second_tokenizer_of_another_model_is_refused_like_the_first(tmp_path: Path) -> None:
     facts: dict[str, Any] = {"steps": (4,), "guidance": 5.0, "name": "xl", "licence": "Apache-2.0"}
     export_bundle(miniature_xl(), tmp_path / "xl", **facts)
-    Reader.open(Bundle.open(tmp_path / "xl"), 0.5)
+    generator = Generator(Bundle.open(tmp_path / "xl"))
+    _, second = generator.text_encoder.sessions
+    tokens, _ = generator.encode("a cat")
+    assert tokens.ids_2 is not None
+    states, vector = second.run({"input_ids": tokens.ids_2})
+    for other in ([states[:, 1:], vector], [states, vector[0]]):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(second, "run", lambda _, other=other: other)
+            with pytest.raises(BundleError, match="which do not fit together"):
+                generator.encode("a cat")
     give_larger_ids(tmp_path / "xl" / "tokenizer_2")
     write_manifest(tmp_path / "xl")
     words = f"{as_shown(TOKENIZER_2)} gives token ids up to .*{as_shown(TEXT_ENCODER_2)} fails"

@@ -154,6 +154,16 @@ def test_a_session_goes_to_the_plugins_device(monkeypatch: pytest.MonkeyPatch) -
     np.testing.assert_array_equal(session.run(None, {"x": x})[0], x @ x)
 
 
+def test_migraphx_is_told_where_to_keep_what_it_compiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it compiles anew at each start, and whenever models that were unloaded are loaded again."""
+    name = "MIGraphXExecutionProvider"
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [name, "CPUExecutionProvider"])
+    told = providers.options(("migraphx", "cpu"), tmp_path, half=False)
+    assert told == {name: {"migraphx_model_cache_dir": str(tmp_path)}}
+
+
 def test_openvinos_plugin_is_told_of_cache_and_precision_in_its_own_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
