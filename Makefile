@@ -11,7 +11,7 @@ BUF_VERSION := 1.75.0
 BUF := npx --yes --loglevel=error @bufbuild/buf@$(BUF_VERSION)
 ARGS ?=
 
-.PHONY: help env demo bench routerbench parity test lint format protos protos-baseline node constraints wheel edge-versions aarch64-wheels aarch64 webgpu tensorrt clean
+.PHONY: help env demo bench routerbench parity test test-long lint format protos protos-baseline node constraints wheel edge-versions aarch64-wheels aarch64 webgpu tensorrt clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,10 @@ routerbench: $(ENV)  ## compare routers on the shipped outcomes, report in route
 # A file's tests stay together, as they share what was made for them; a process wants up to a gigabyte.
 test: $(ENV)  ## run the tests, a process a core; ARGS="-k quota" runs some of them, ARGS="-n 0" one by one
 	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
+
+test-long: $(ENV)  ## the tests of what stays in memory and of killed pulls, at full length: 1,000 cancellations, 200 unloads
+	@ROUTET2I_CANCELLATIONS=1000 ROUTET2I_CYCLES=200 ROUTET2I_KILLS=50 $(BIN)/python -m pytest \
+	  tests/edge_agent/test_pull.py tests/edge_agent/test_resident.py -k "memory or killed" $(ARGS)
 
 parity: $(ENV)  ## measure pixels against diffusers, class by scheduler, and write docs/parity.md
 	@OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.export.parity  # threads cost more than so small models save

@@ -35,6 +35,8 @@ def test_the_edges_rows_are_measured_and_written(group: str, routed_bundle: Path
         numbers = [row["measured"][name] for name in ("low", "value", "high")]
         assert all(map(math.isfinite, numbers)) and numbers == sorted(numbers)
         assert isinstance(row["met"], bool) == bool(row["target"])
+        if row["unit"] == "MB":  # what a busy machine does not change
+            assert row["met"] is not False, row
         assert row["what"] in (tmp_path / "bench.md").read_text()
     assert record["bundle"]["name"] == "miniature"
     assert record["machine"]["versions"]["onnxruntime"]
