@@ -213,7 +213,9 @@ def _growth(state: Any) -> int:
     by their types, without which the library reads them, too.
     """
     if isinstance(state, list):
-        return math.prod(map(_growth, state))
+        # The library also reads parts that are lists, their values in its order and without their names.
+        unnamed = any(isinstance(each, list) for each in state)
+        return (1 + MOST_GROWTH if unnamed else 1) * math.prod(map(_growth, state))
     if not isinstance(state, dict):
         return 1
     growth = math.prod(map(_growth, state.values()))
