@@ -37,7 +37,15 @@ from edge_agent.errors import (
     StoreError,
 )
 from edge_agent.hub_source import HubSource
-from edge_agent.manifest import DECODER, DENOISER, MANIFEST, SCHEMA_VERSION, TEXT_ENCODER
+from edge_agent.manifest import (
+    DECODER,
+    DENOISER,
+    MANIFEST,
+    MAX_JSON_BYTES,
+    SCHEMA_VERSION,
+    TEXT_ENCODER,
+    TOKENIZER,
+)
 from edge_agent.pull import SPARE_BYTES, Fetched, Pulled, pull
 from edge_agent.settings import STARTER
 from edge_agent.source import FolderSource, source_of
@@ -931,6 +939,14 @@ def test_a_path_that_leads_outside_is_refused_before_anything_is_written(
     with pytest.raises(BundleError, match=r"manifest\.json lists"):
         fetch(source(web), store)
     assert not store.folder.exists()
+    assert len(web.asked) == 1
+
+
+def test_json_that_would_fill_the_memory_is_refused_before_it_is_fetched(web: Web, store: Store) -> None:
+    files = json.loads((web.folder / "b" / MANIFEST).read_text())["files"]
+    edit_manifest(web, files=files | {TOKENIZER: {"bytes": MAX_JSON_BYTES + 1, "sha256": "0" * 64}})
+    with pytest.raises(BundleError, match=r"tokenizer\.json has 67,108,865 bytes; .*at most"):
+        fetch(source(web), store)
     assert len(web.asked) == 1
 
 
