@@ -43,6 +43,11 @@ _MISMATCH = (62, 64)
 # Python reads no number of thousands of digits.
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
 
+_LONGEST_S = 1e9  # thirty years
+
+_LONGEST_REASON = 300
+"""Characters of what another machine says: the line in the place of a status may have 65,536."""
+
 # Nothing remains of a limit for so many seconds: draft-ietf-httpapi-ratelimit-headers.
 _SPENT = re.compile(r";\s*r\s*=\s*0\s*;\s*t\s*=\s*(\d+)")
 
@@ -213,6 +218,8 @@ class WebSource:
             return SourceUnreachable(
                 f"{place} cannot be had at the moment ({said}){when}{more}", retry_after_s=after_s
             )
+        if 300 <= status < 400 and not isinstance(error, LessSafe):
+            said += ", which leads to no web address"
         return SourceRefused(f"{place} cannot be had ({said})")
 
     def _silence(self, error: Exception, last: urllib.request.Request) -> PullFailed:
@@ -320,12 +327,16 @@ def _retry_after_s(headers: Message) -> float | None:
     """When the server wants to be asked again: in seconds, by a date, or as the hub says it; None where it does not."""
     after = headers.get("Retry-After", "").strip()
     if after.isdecimal():
-        return float(after)
+        return _seconds(after)
     with suppress(ValueError, OverflowError):  # a date that no calendar has
         if date := parsedate_tz(after):
             return max(0.0, mktime_tz(date) - time.time())
     spent = _SPENT.search(headers.get("RateLimit", ""))
-    return float(spent[1]) if spent else None
+    return _seconds(spent[1]) if spent else None
+
+
+def _seconds(digits: str) -> float:
+    return min(float(digits), _LONGEST_S)  # of a few hundred it would be infinity
 
 
 def check_address(address: str, what: str, why_without: str) -> None:
@@ -364,4 +375,4 @@ def reason_of(error: object) -> str:
     if isinstance(error, ssl.SSLError) and error.reason:  # such as WRONG_VERSION_NUMBER
         return error.reason.replace("_", " ").lower()
     said = str(getattr(error, "strerror", None) or error) or type(error).__name__
-    return printable(said)  # some of it may be the server's
+    return printable(said[:_LONGEST_REASON])  # some of it may be the server's
