@@ -39,15 +39,15 @@ class Redirects(urllib.request.HTTPRedirectHandler):
         headers: Any,
         newurl: str,
     ) -> urllib.request.Request:
-        """The request that follows; raises LessSafe where none may, and ValueError where none can."""
+        """The request that follows; raises LessSafe where none may."""
         self.commit = headers.get("X-Repo-Commit") or self.commit
         fp.close()  # urllib would read its body, which may have no end, into memory
         old, new = urllib.parse.urlsplit(req.full_url), urllib.parse.urlsplit(newurl)
         if new.scheme not in ("http", "https") or (old.scheme == "https" and new.scheme == "http"):
             reason = printable(f"redirects to {new.scheme}://{host_of(newurl)}, which is less safe")
             raise LessSafe(req.full_url, code, reason, headers, fp)
-        if "@" in new.netloc:  # which http.client takes for a part of the host's name
-            raise ValueError("a redirect with a user's name")
+        # A user's name, which no redirect needs, http.client would take for a part of the host's.
+        newurl = new._replace(netloc=host_of(newurl)).geturl()
         # What opens the proxy is added anew where the next request goes through it, too.
         headers = {name: value for name, value in req.headers.items() if name != "Proxy-authorization"}
         request = urllib.request.Request(newurl, headers=headers)  # noqa: S310  # http or https
