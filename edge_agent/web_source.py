@@ -98,9 +98,7 @@ class WebSource:
         with response:
             text = b"".join(self._blocks(response, MANIFEST, MAX_MANIFEST_BYTES + 1))
         if text.lstrip().startswith(b"<"):
-            raise SourceRefused(
-                f"{self.place}/{MANIFEST} is a web page, a login perhaps; look at it in a browser"
-            )
+            raise SourceRefused(self._web_page(MANIFEST))
         self._settle_on(response)
         return text
 
@@ -115,13 +113,15 @@ class WebSource:
         return start, self._blocks(response, name, entry.bytes - start, exactly=True)
 
     def _start(self, response: http.client.HTTPResponse, name: str, entry: FileEntry, offset: int) -> int:
-        """Where the answer begins. Raises SourceLied when it is not what was asked for."""
+        """Where the answer begins. Raises SourceLied when it is not what was asked for, and SourceRefused."""
         start, total = 0, "*" if response.length is None else str(response.length)
         if response.status == http.HTTPStatus.PARTIAL_CONTENT:
             part = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", "").strip())
             if part is None or int(part[1]) != offset:
-                raise SourceLied(f"{self.place}: another part of {name} came than was asked for")
+                raise SourceLied(f"{self.place}: another part of {name} came than was asked for; pull again")
             start, total = offset, part[3]
+        elif offset and response.headers.get_content_type() == "text/html":  # and not the file from its start
+            raise SourceRefused(self._web_page(name))
         if total not in ("*", str(entry.bytes)):
             raise SourceLied(
                 f"{self.place}: {name} has {total} bytes where {MANIFEST} says {entry.bytes}; have it exported again"
@@ -141,7 +141,9 @@ class WebSource:
                 while block := response.read1(min(READ_BYTES, left + more)):
                     got, left = got + len(block), left - len(block)
                     if left < 0:
-                        raise SourceLied(f"{self.place}: {name} goes on beyond what {MANIFEST} says")
+                        raise SourceLied(
+                            f"{self.place}: {name} goes on beyond what {MANIFEST} says; have it exported again"
+                        )
                     yield block
                     if left == 0 and (promised is not None or not exactly):
                         return
@@ -205,7 +207,7 @@ class WebSource:
                 return SourceRefused(f"{host} refuses {name} ({status}); a firewall or proxy may block it")
             return SourceRefused(f"{place} is not for everybody ({status}); {self._how_to_be_let_in}")
         if status == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-            return SourceLied(f"{place} is shorter than {MANIFEST} says")
+            return SourceLied(f"{place} is shorter than {MANIFEST} says; have it exported again")
         # The server's own words are not repeated: they could be anything, and urllib's quote signed addresses.
         reason = error.reason if isinstance(error, LessSafe) else http.client.responses.get(status, "")
         said = f"{status} {reason}".strip()
@@ -268,6 +270,9 @@ class WebSource:
             f"{host} cannot be reached: {self._reason(reason)}; check the address, the connection and that the server "
             "runs"
         )
+
+    def _web_page(self, name: str) -> str:
+        return f"{self.place}/{name} is a web page, a login perhaps; look at it in a browser"
 
     def _who(self, last: urllib.request.Request) -> str:
         """The host that `last` asks, and how it came to be asked where it is another than the source's own."""

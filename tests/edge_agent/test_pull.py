@@ -334,6 +334,23 @@ def test_a_server_that_does_not_give_the_rest_as_asked_is_asked_for_the_whole_fi
     assert same(store.folder / "hollow", hollow)
 
 
+def test_a_login_page_in_the_place_of_the_rest_costs_nothing_of_what_came(
+    web: Web, store: Store, hollow: Path
+) -> None:
+    web.misbehave("stop", at=DENOISER)
+    with pytest.raises(SourceUnreachable):
+        fetch(source(web), store)
+    came = web.sent(DENOISER)
+    web.misbehave("page", at=DENOISER)
+    with pytest.raises(SourceRefused, match=r"model\.onnx is a web page, a login perhaps.*for another try"):
+        fetch(source(web), store)
+    web.misbehave("honest")
+    web.asked.clear()
+    fetch(source(web), store)
+    assert web.offsets(DENOISER) == [came]
+    assert same(store.folder / "hollow", hollow)
+
+
 def test_a_file_that_changed_between_two_attempts_is_fetched_anew(
     web: Web, store: Store, hollow: Path
 ) -> None:
