@@ -226,9 +226,9 @@ def _growth(state: Any) -> int:
     # A character for each byte, which takes two.
     if "add_prefix_space" in state or state.get("type") == "ByteLevel":
         growth *= 2
-    # Where the prompt stands: of what does not fit each piece is put together with each.
-    if "single" in state:
-        growth *= max(1, sum("Sequence" in piece for piece in state["single"])) ** 3
+    # Where the prompt stands twice, each piece of what does not fit is put together with each.
+    if "single" in state and sum("Sequence" in piece for piece in state["single"]) > 1:
+        growth *= 1 + MOST_GROWTH
     if "precompiled_charsmap" in state:  # takes as much memory as it says
         growth *= 1 + MOST_GROWTH
     return growth

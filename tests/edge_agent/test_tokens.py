@@ -198,7 +198,7 @@ PAIR = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
             "post_processor",
             {
                 "type": "TemplateProcessing",
-                "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 5,
+                "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 2,
                 "pair": [],
                 "special_tokens": {},
             },
