@@ -50,7 +50,7 @@ class HubSource(WebSource):
     def named(cls, text: str, environment: Mapping[str, str]) -> HubSource:
         """The repository that `text` names: hf:OWNER/NAME[@REVISION]. Raises InvalidRequest."""
         found = _HUB.fullmatch(text)
-        if found is None:
+        if found is None or not text.isprintable():  # as what is no UTF-8
             raise InvalidRequest(
                 f"{text!r} names no repository of the hub; write hf:OWNER/NAME or hf:OWNER/NAME@REVISION"
             )

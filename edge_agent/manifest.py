@@ -62,6 +62,7 @@ MAX_LATENTS = 1 << 26  # numbers of one image's: of the largest image with 16 ch
 MAX_EMBEDDING = 1 << 14
 MAX_SIZES = 100  # besides the default
 MAX_FILE_BYTES = 2**63 - 1
+MAX_JSON_BYTES = 1 << 26  # twice the largest tokenizers'; when read, JSON may take twenty times its size
 # CLIP reads 77, T5 in the largest models 512. A tokenizer pads to as many as it is told, and ends the process where
 # memory does not do.
 MAX_TEXT_TOKENS = 1 << 14
@@ -420,6 +421,10 @@ def _parse_files(document: dict[str, Any], path: Path | str) -> dict[str, FileEn
         if not 0 <= found.bytes <= MAX_FILE_BYTES or not _SHA256.fullmatch(found.sha256):
             raise BundleError(
                 f"{path}: the entry of {name} must hold bytes, from 0 to {MAX_FILE_BYTES}, and a sha256 in hex"
+            )
+        if name.endswith(".json") and found.bytes > MAX_JSON_BYTES:
+            raise BundleError(
+                f"{path}: {name} has {found.bytes:,} bytes; a bundle's JSON has at most {MAX_JSON_BYTES:,}"
             )
         entries[name] = found
     return entries

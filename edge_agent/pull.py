@@ -203,13 +203,16 @@ def _fetch(
         digest, size = _hashed(file, entry)
         started_over = False
         failures = 0
+        whole = False  # whether all of it is asked for; what is there stays until that comes
         most = size  # that there have been; a server that begins anew each time has brought nothing before it has more
         yield size, 0, ""
         while True:
             pieced = size > 0
+            unanswered = size < entry.bytes
             try:
-                if size < entry.bytes:
-                    start, blocks = source.read(name, entry, size)
+                if unanswered:
+                    start, blocks = source.read(name, entry, 0 if whole else size)
+                    unanswered = whole = False
                     with closing(blocks):  # type: ignore[type-var]  # it is a generator
                         if start != size:
                             digest, size, pieced = _emptied(file), 0, False
@@ -236,8 +239,13 @@ def _fetch(
                     f"{source.place}: {name} does not match its sha256 in {MANIFEST}, so it was altered on the way or "
                     "at its source; nothing was installed: pull again, or have it exported again"
                 )
-            digest, size = _emptied(file), 0
-            most = 0
+            if (
+                unanswered
+            ):  # with this file, but perhaps by another server: as where people log in to a network
+                whole = True
+            else:
+                digest, size = _emptied(file), 0
+                most = 0
             # Pieces may not belong together: the power can have gone, or the file was another in between.
             if started_over or not pieced:
                 raise lie

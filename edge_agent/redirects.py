@@ -46,6 +46,8 @@ class Redirects(urllib.request.HTTPRedirectHandler):
         if new.scheme not in ("http", "https") or (old.scheme == "https" and new.scheme == "http"):
             reason = printable(f"redirects to {new.scheme}://{host_of(newurl)}, which is less safe")
             raise LessSafe(req.full_url, code, reason, headers, fp)
+        # A user's name, which no redirect needs, http.client would take for a part of the host's.
+        newurl = new._replace(netloc=host_of(newurl)).geturl()
         # What opens the proxy is added anew where the next request goes through it, too.
         headers = {name: value for name, value in req.headers.items() if name != "Proxy-authorization"}
         request = urllib.request.Request(newurl, headers=headers)  # noqa: S310  # http or https

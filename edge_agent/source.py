@@ -81,6 +81,8 @@ class FolderSource:
 
     def _blocks(self, name: str, start: int, end: int) -> Iterator[bytes]:
         try:
+            if not (self.folder / name).is_file():  # by now: to open a pipe would wait for ever
+                raise SourceRefused(f"{self.folder / name} is gone, or no plain file any more; pull again")
             with (self.folder / name).open("rb") as file:
                 file.seek(start)
                 while start < end and (block := file.read(min(READ_BYTES, end - start))):

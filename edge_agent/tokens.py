@@ -213,7 +213,9 @@ def _growth(state: Any) -> int:
     by their types, without which the library reads them, too.
     """
     if isinstance(state, list):
-        return math.prod(map(_growth, state))
+        # The library also reads parts that are lists, their values in its order and without their names.
+        unnamed = any(isinstance(each, list) for each in state)
+        return (1 + MOST_GROWTH if unnamed else 1) * math.prod(map(_growth, state))
     if not isinstance(state, dict):
         return 1
     growth = math.prod(map(_growth, state.values()))
@@ -224,9 +226,9 @@ def _growth(state: Any) -> int:
     # A character for each byte, which takes two.
     if "add_prefix_space" in state or state.get("type") == "ByteLevel":
         growth *= 2
-    # Where the prompt stands: of what does not fit each piece is put together with each.
-    if "single" in state:
-        growth *= max(1, sum("Sequence" in piece for piece in state["single"])) ** 3
+    # Where the prompt stands twice, each piece of what does not fit is put together with each.
+    if "single" in state and sum("Sequence" in piece for piece in state["single"]) > 1:
+        growth *= 1 + MOST_GROWTH
     if "precompiled_charsmap" in state:  # takes as much memory as it says
         growth *= 1 + MOST_GROWTH
     return growth

@@ -43,6 +43,11 @@ _MISMATCH = (62, 64)
 # Python reads no number of thousands of digits.
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
 
+_LONGEST_S = 1e9  # thirty years
+
+_LONGEST_REASON = 300
+"""Characters of what another machine says: the line in the place of a status may have 65,536."""
+
 # Nothing remains of a limit for so many seconds: draft-ietf-httpapi-ratelimit-headers.
 _SPENT = re.compile(r";\s*r\s*=\s*0\s*;\s*t\s*=\s*(\d+)")
 
@@ -93,9 +98,7 @@ class WebSource:
         with response:
             text = b"".join(self._blocks(response, MANIFEST, MAX_MANIFEST_BYTES + 1))
         if text.lstrip().startswith(b"<"):
-            raise SourceRefused(
-                f"{self.place}/{MANIFEST} is a web page, a login perhaps; look at it in a browser"
-            )
+            raise SourceRefused(self._web_page(MANIFEST))
         self._settle_on(response)
         return text
 
@@ -110,13 +113,15 @@ class WebSource:
         return start, self._blocks(response, name, entry.bytes - start, exactly=True)
 
     def _start(self, response: http.client.HTTPResponse, name: str, entry: FileEntry, offset: int) -> int:
-        """Where the answer begins. Raises SourceLied when it is not what was asked for."""
+        """Where the answer begins. Raises SourceLied when it is not what was asked for, and SourceRefused."""
         start, total = 0, "*" if response.length is None else str(response.length)
         if response.status == http.HTTPStatus.PARTIAL_CONTENT:
             part = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", "").strip())
             if part is None or int(part[1]) != offset:
-                raise SourceLied(f"{self.place}: another part of {name} came than was asked for")
+                raise SourceLied(f"{self.place}: another part of {name} came than was asked for; pull again")
             start, total = offset, part[3]
+        elif offset and response.headers.get_content_type() == "text/html":  # and not the file from its start
+            raise SourceRefused(self._web_page(name))
         if total not in ("*", str(entry.bytes)):
             raise SourceLied(
                 f"{self.place}: {name} has {total} bytes where {MANIFEST} says {entry.bytes}; have it exported again"
@@ -136,7 +141,9 @@ class WebSource:
                 while block := response.read1(min(READ_BYTES, left + more)):
                     got, left = got + len(block), left - len(block)
                     if left < 0:
-                        raise SourceLied(f"{self.place}: {name} goes on beyond what {MANIFEST} says")
+                        raise SourceLied(
+                            f"{self.place}: {name} goes on beyond what {MANIFEST} says; have it exported again"
+                        )
                     yield block
                     if left == 0 and (promised is not None or not exactly):
                         return
@@ -200,7 +207,7 @@ class WebSource:
                 return SourceRefused(f"{host} refuses {name} ({status}); a firewall or proxy may block it")
             return SourceRefused(f"{place} is not for everybody ({status}); {self._how_to_be_let_in}")
         if status == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-            return SourceLied(f"{place} is shorter than {MANIFEST} says")
+            return SourceLied(f"{place} is shorter than {MANIFEST} says; have it exported again")
         # The server's own words are not repeated: they could be anything, and urllib's quote signed addresses.
         reason = error.reason if isinstance(error, LessSafe) else http.client.responses.get(status, "")
         said = f"{status} {reason}".strip()
@@ -213,6 +220,8 @@ class WebSource:
             return SourceUnreachable(
                 f"{place} cannot be had at the moment ({said}){when}{more}", retry_after_s=after_s
             )
+        if 300 <= status < 400 and not isinstance(error, LessSafe):
+            said += ", which leads to no web address"
         return SourceRefused(f"{place} cannot be had ({said})")
 
     def _silence(self, error: Exception, last: urllib.request.Request) -> PullFailed:
@@ -261,6 +270,9 @@ class WebSource:
             f"{host} cannot be reached: {self._reason(reason)}; check the address, the connection and that the server "
             "runs"
         )
+
+    def _web_page(self, name: str) -> str:
+        return f"{self.place}/{name} is a web page, a login perhaps; look at it in a browser"
 
     def _who(self, last: urllib.request.Request) -> str:
         """The host that `last` asks, and how it came to be asked where it is another than the source's own."""
@@ -320,12 +332,16 @@ def _retry_after_s(headers: Message) -> float | None:
     """When the server wants to be asked again: in seconds, by a date, or as the hub says it; None where it does not."""
     after = headers.get("Retry-After", "").strip()
     if after.isdecimal():
-        return float(after)
+        return _seconds(after)
     with suppress(ValueError, OverflowError):  # a date that no calendar has
         if date := parsedate_tz(after):
             return max(0.0, mktime_tz(date) - time.time())
     spent = _SPENT.search(headers.get("RateLimit", ""))
-    return float(spent[1]) if spent else None
+    return _seconds(spent[1]) if spent else None
+
+
+def _seconds(digits: str) -> float:
+    return min(float(digits), _LONGEST_S)  # of a few hundred it would be infinity
 
 
 def check_address(address: str, what: str, why_without: str) -> None:
@@ -364,4 +380,4 @@ def reason_of(error: object) -> str:
     if isinstance(error, ssl.SSLError) and error.reason:  # such as WRONG_VERSION_NUMBER
         return error.reason.replace("_", " ").lower()
     said = str(getattr(error, "strerror", None) or error) or type(error).__name__
-    return printable(said)  # some of it may be the server's
+    return printable(said[:_LONGEST_REASON])  # some of it may be the server's

@@ -36,8 +36,8 @@ class Web:
     honest, late (after a second), no_range, stop (half of what is asked for, then the connection ends), hang (the same,
     then nothing), anew (two or three quarters in turns, from the beginning each time), wrong (one bit), longer and
     shorter (whole answers of another size), endless (no size, and no end), cut (a chunk that ends early), other_part
-    (of the file than was asked for), compressed, redirect (to `to`), chatty_redirect (the same, with a body of 64 MB),
-    status (`code`).
+    (of the file than was asked for), compressed, page (of HTML, without its size), redirect (to `to`),
+    chatty_redirect (the same, with a body of 64 MB), status (`code`).
     """
 
     folder: Path
@@ -108,6 +108,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self._head(web.code, {"Content-Length": "0", **web.headers})
         if manner == "late":
             time.sleep(1)
+        if manner == "page":
+            self._head(200, {"Content-Type": "text/html; charset=utf-8"})
+            return self._write(asked, b"<html>Who are you?</html>")
         file = web.folder / path.lstrip("/")
         if not file.is_file():
             return self._head(404, {"Content-Length": "0"})

@@ -37,7 +37,15 @@ from edge_agent.errors import (
     StoreError,
 )
 from edge_agent.hub_source import HubSource
-from edge_agent.manifest import DECODER, DENOISER, MANIFEST, SCHEMA_VERSION, TEXT_ENCODER
+from edge_agent.manifest import (
+    DECODER,
+    DENOISER,
+    MANIFEST,
+    MAX_JSON_BYTES,
+    SCHEMA_VERSION,
+    TEXT_ENCODER,
+    TOKENIZER,
+)
 from edge_agent.pull import SPARE_BYTES, Fetched, Pulled, pull
 from edge_agent.settings import STARTER
 from edge_agent.source import FolderSource, source_of
@@ -304,22 +312,42 @@ def test_a_part_that_begins_beyond_all_numbers_is_another_than_was_asked_for(web
 def test_a_server_that_does_not_give_the_rest_as_asked_is_asked_for_the_whole_file_once(
     web: Web, store: Store, hollow: Path, manner: str
 ) -> None:
-    def break_off() -> None:
+    """What there is of it stays until the whole file comes: a network's login page may have answered."""
+
+    def break_off() -> bytes:
         web.misbehave("stop", at=DENOISER)
         with pytest.raises(SourceUnreachable):
             fetch(source(web), store)
         web.asked.clear()
         web.misbehave("status" if manner == "refused" else manner, at=DENOISER, code=416)
+        return (store.partial("hollow") / DENOISER).read_bytes()
 
-    break_off()
-    with pytest.raises(SourceLied):
+    there = break_off()
+    with pytest.raises(SourceLied, match="is kept for another try"):
         fetch(source(web), store)
-    assert len(web.offsets(DENOISER)) == 2 and web.offsets(DENOISER)[1] == 0
-    assert not store.partial("hollow").exists()
+    assert web.offsets(DENOISER) == [len(there), 0]
+    assert (store.partial("hollow") / DENOISER).read_bytes() == there
     break_off()
     web.times = 1
     fetch(source(web), store)
     assert web.offsets(DENOISER)[1:] == [0]
+    assert same(store.folder / "hollow", hollow)
+
+
+def test_a_login_page_in_the_place_of_the_rest_costs_nothing_of_what_came(
+    web: Web, store: Store, hollow: Path
+) -> None:
+    web.misbehave("stop", at=DENOISER)
+    with pytest.raises(SourceUnreachable):
+        fetch(source(web), store)
+    came = web.sent(DENOISER)
+    web.misbehave("page", at=DENOISER)
+    with pytest.raises(SourceRefused, match=r"model\.onnx is a web page, a login perhaps.*for another try"):
+        fetch(source(web), store)
+    web.misbehave("honest")
+    web.asked.clear()
+    fetch(source(web), store)
+    assert web.offsets(DENOISER) == [came]
     assert same(store.folder / "hollow", hollow)
 
 
@@ -487,6 +515,8 @@ def test_a_server_that_wants_to_be_left_alone_for_long_is_left_to_the_next_pull(
         ({"Retry-After": "Thu, 01 Jan 1970 00:00:00 GMT"}, 0.0),
         ({"Retry-After": "1", "RateLimit": '"resolvers";r=0;t=55'}, 1.0),
         ({"Retry-After": "Mon, 31 Foo 99999 99:00:00 +99", "RateLimit": '"resolvers";r=0;t=55'}, 55.0),
+        ({"Retry-After": "9" * 400}, 1e9),
+        ({"RateLimit": f'"resolvers";r=0;t={"9" * 400}'}, 1e9),
         ({"Retry-After": "soon"}, None),
         ({"RateLimit": '"resolvers";r=9;t=55'}, None),
     ],
@@ -551,7 +581,8 @@ def test_a_redirect_is_followed_with_the_range_and_a_circle_is_not(
     ):
         fetch(source(web), store)  # the other is closed by now
     with web_server(hollow) as other:
-        web.misbehave("redirect", at=DENOISER, to=f"{other.address}/{DENOISER}")
+        host = other.address.removeprefix("http://")
+        web.misbehave("redirect", at=DENOISER, to=f"http://user:password@{host}/{DENOISER}")
         fetch(source(web), store)
     assert other.offsets(DENOISER) == [kept]
     assert same(store.folder / "hollow", hollow)
@@ -897,7 +928,8 @@ def test_a_name_may_begin_with_an_underscore_and_a_hubs_address_end_with_a_blank
 @pytest.mark.parametrize(
     "text",
     [
-        "hf:model", "hf:a/b/c", "hf:../b", "hf:a/b@", "hf:a/b@x y", "ftp://host/b", "file:///etc", "http://", "http://:1/b",
+        "hf:model", "hf:a/b/c", "hf:../b", "hf:a/b@", "hf:a/b@x y", "hf:a/b@\udcff",
+        "ftp://host/b", "file:///etc", "http://", "http://:1/b",
         "http://host:port/b", "http://user:pass@host/b", "http://ho st/b", "http://host/\x1b[31m", "no/such/folder",
         "x" * 300, "",
     ],
@@ -934,6 +966,14 @@ def test_a_path_that_leads_outside_is_refused_before_anything_is_written(
     assert len(web.asked) == 1
 
 
+def test_json_that_would_fill_the_memory_is_refused_before_it_is_fetched(web: Web, store: Store) -> None:
+    files = json.loads((web.folder / "b" / MANIFEST).read_text())["files"]
+    edit_manifest(web, files=files | {TOKENIZER: {"bytes": MAX_JSON_BYTES + 1, "sha256": "0" * 64}})
+    with pytest.raises(BundleError, match=r"tokenizer\.json has 67,108,865 bytes; .*at most"):
+        fetch(source(web), store)
+    assert len(web.asked) == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "kind", "words"),
     [
@@ -963,6 +1003,20 @@ def test_a_folder_with_a_link_in_it_is_refused(hollow: Path, store: Store, tmp_p
     (folder / DENOISER).symlink_to(hollow / DENOISER)
     with pytest.raises(BundleError, match="symbolic link"):
         fetch(FolderSource(folder), store)
+
+
+@pytest.mark.posix
+def test_a_file_that_becomes_a_pipe_meanwhile_is_not_waited_for(
+    hollow: Path, store: Store, tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(hollow, folder)
+    pulling = pull(FolderSource(folder), store)
+    next(pulling)
+    (folder / DENOISER).unlink()
+    os.mkfifo(folder / DENOISER)
+    with pytest.raises(SourceRefused, match=r"model\.onnx is gone, or no plain file any more"):
+        list(pulling)
 
 
 def test_a_calibration_that_cannot_be_read_keeps_a_bundle_out(store: Store, tmp_path: Path) -> None:
@@ -1235,7 +1289,7 @@ def test_a_pull_shows_its_progress_on_a_terminal(web: Web, tmp_path: Path) -> No
 
 def test_a_server_cannot_write_on_the_terminal(store: Store) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        answers = iter((b"HTTP/1.1 500 \x1b[31mred\r\n\r\n", b"\x1b[31mred\r\n\r\n"))
+        answers = [b"HTTP/1.1 500 \x1b[31mred\r\n\r\n", b"\x1b[31mred\r\n\r\n", b"x" * 60_000 + b"\r\n\r\n"]
 
         def answer() -> None:
             for text in answers:
@@ -1245,23 +1299,26 @@ def test_a_server_cannot_write_on_the_terminal(store: Store) -> None:
                     caller.sendall(text)
 
         threading.Thread(target=answer, daemon=True).start()
-        for _ in range(2):
+        for _ in answers:
             with pytest.raises(SourceUnreachable) as raised:
                 fetch(WebSource(f"http://127.0.0.1:{listener.getsockname()[1]}/b"), store)
-            assert raised.value.message.isprintable()
+            assert raised.value.message.isprintable() and len(raised.value.message) < 500
 
 
 @pytest.mark.parametrize(
     ("head", "words"),
     [
         ("302 \x1b[31mred\r\nLocation: /b/manifest.json?sig=s3cret", "302 Found"),
-        ("302 \x1b[31mred\r\nLocation: file:///s3cret\x1b[2J?sig=s3cret", "302 Found"),
+        (
+            "302 \x1b[31mred\r\nLocation: file:///s3cret\x1b[2J?sig=s3cret",
+            "302 Found, which leads to no web address",
+        ),
         (
             "302 \x1b[31mred\r\nLocation: ftp://s3cret@ho\x1bst/x?sig=s3cret",
             r"redirects to ftp://ho%1Bst, which",
         ),
         ("300 \x1b[31mred", "300 Multiple Choices"),
-        ("399 \x1b[31mred", r"\(399\)"),
+        ("399 \x1b[31mred", r"\(399, which leads to no web address\)"),
     ],
 )
 def test_a_redirect_that_is_not_followed_is_told_in_words_of_ours(

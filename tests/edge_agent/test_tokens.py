@@ -173,12 +173,18 @@ def test_a_tokenizer_that_fails_on_long_prompts_is_refused_when_it_is_loaded(bun
         Tokenizer.load(bundle_copy / "tokenizer")
 
 
+PAIR = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
+
+
 @pytest.mark.parametrize(
     ("part", "state"),
     [
         ("normalizer", {"type": "Replace", "pattern": {"Regex": "."}, "content": "x" * 100_000}),
         ("normalizer", {"type": "Prepend", "prepend": "x" * 10_000_000}),
         ("normalizer", {"prepend": "x" * 10_000_000}),  # as earlier versions of the library wrote it
+        ("normalizer", ["x" * 10_000_000]),  # which it reads as the same
+        ("normalizer", {"type": "Sequence", "normalizers": [[{"Regex": "."}, "x" * 100_000]]}),
+        ("post_processor", [[{"Sequence": {"id": "A", "type_id": 0}}] * 5, PAIR, {}]),
         ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "/////w=="}),
         (
             "pre_tokenizer",
@@ -192,7 +198,7 @@ def test_a_tokenizer_that_fails_on_long_prompts_is_refused_when_it_is_loaded(bun
             "post_processor",
             {
                 "type": "TemplateProcessing",
-                "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 5,
+                "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 2,
                 "pair": [],
                 "special_tokens": {},
             },

@@ -86,6 +86,17 @@ def test_what_may_be_without_end_is_refused_by_name(tmp_path: Path) -> None:
             read(tmp_path, model.SerializeToString())
 
 
+@pytest.mark.parametrize("field", [b"\x3a\x00", b"\x08\x01"])  # an empty graph, and a number
+def test_what_only_takes_time_and_memory_to_look_through_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: bytes
+) -> None:
+    """Empty messages took 66 times the file's size in memory."""
+    monkeypatch.setattr("edge_agent.weights.MOST_FIELDS", 1_000)
+    assert read(tmp_path, field * 1_000) == set()
+    with pytest.raises(BundleError, match=r"model\.onnx has more parts than any graph"):
+        read(tmp_path, field * 1_001)
+
+
 def test_weights_inside_the_graph_are_none(tmp_path: Path, miniature_bundle: Path) -> None:
     assert locations(miniature_bundle / DECODER) == set()
     made = TensorProto(name="w", data_type=TensorProto.UINT8, dims=[9], raw_data=b"j\x0d\n\x08location")
