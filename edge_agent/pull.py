@@ -239,9 +239,7 @@ def _fetch(
                     f"{source.place}: {name} does not match its sha256 in {MANIFEST}, so it was altered on the way or "
                     "at its source; nothing was installed: pull again, or have it exported again"
                 )
-            if (
-                unanswered
-            ):  # with this file, but perhaps by another server: as where people log in to a network
+            if unanswered:  # with this file; perhaps by another server, as where people log in to a network
                 whole = True
             else:
                 digest, size = _emptied(file), 0
