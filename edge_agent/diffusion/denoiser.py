@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_agent.bundle import Bundle
+from edge_agent.diffusion.plugins import CPU_PROVIDER
 from edge_agent.diffusion.sessions import Runtime, Session, Stop
 from edge_agent.diffusion.text_encoder import TextStates
 from edge_agent.errors import BundleError, GenerationFailed
@@ -27,6 +28,12 @@ Passes = Literal["batch", "separate"]
 On the CPU a small network is faster on both, since its runs are mostly overhead. A large one as it was traced is faster
 on each, whose activations stay in the caches more often: at Stable Diffusion 1.5's size by 6 %, in 1.1 GB less memory.
 With its attention fused neither is faster, and each for itself takes 0.15 GB less and can be stopped sooner.
+"""
+
+FUSES = frozenset({CPU_PROVIDER, "DmlExecutionProvider"})
+"""Providers, by onnxruntime's names, whose operator for attention was seen to compute what the traced nodes do; on
+DirectML that was on a GPU in software. WebGPU's computes something else (onnxruntime 1.27, in software as well), CUDA's
+was not tried, and compilers need not have it.
 """
 
 SMALL_WORK = 2e9
@@ -188,14 +195,12 @@ class Denoiser:
 
 
 def graph_on(bundle: Bundle, runtime: Runtime) -> str:
-    """Which of the bundle's graphs of the denoiser to run there, by its name in the manifest.
-
-    The fused one on the CPU, whose operator was seen to compute the same. WebGPU's computes something else
-    (onnxruntime 1.27 on a GPU in software), CUDA's was not tried, and compilers need not have it.
+    """Which of the bundle's graphs of the denoiser to run there, by its name in the manifest: the fused one where all
+    that may run it are in FUSES.
     """
     traced = bundle.manifest.denoiser
     fused = f"{traced.rpartition('/')[0]}/{FUSED}"
-    return fused if fused in bundle.manifest.files and runtime.on_cpu else traced
+    return fused if fused in bundle.manifest.files and FUSES.issuperset(runtime.providers) else traced
 
 
 def guidance_embedding(guidance_scale: float, size: int) -> Floats:
