@@ -190,7 +190,10 @@ class Server:
                 loading.set_exception(error)
 
         threading.Thread(target=load, name="loader", daemon=True).start()
-        return asyncio.wrap_future(loading)
+        loaded = asyncio.wrap_future(loading)
+        # Asked for its error also where the end was faster: asyncio warns of those that nobody asked for.
+        loaded.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return loaded
 
     def _open_model(self) -> Serving:
         settings = self.settings

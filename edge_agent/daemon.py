@@ -129,9 +129,11 @@ class Daemon:
         Both bundles' models are in memory until the requests that began with the old ones have ended. Raises
         BundleError, or what else `Settings.bundle_folder` does, when the new one is refused: then the old one goes on.
 
-        A caller who goes away does not stop it: what is loaded by then must be served or given back.
+        A caller who goes away does not stop it once it has begun: what is loaded by then must be served or given back.
         """
+        await self._reloading.acquire()
         reload = self._begin(self._reload(model))
+        reload.add_done_callback(lambda _: self._reloading.release())
         try:
             return await asyncio.shield(reload)
         except asyncio.CancelledError:
@@ -193,9 +195,8 @@ class Daemon:
         log.info("listening", extra={"fields": {"address": self.address}})
 
     async def _reload(self, model: str) -> Agent:
-        async with self._reloading:
-            # The thread ends by itself, also when we shut down.
-            return await self._take_up(await asyncio.shield(self._load(self.settings, model)))
+        # The thread ends by itself, also when we shut down.
+        return await self._take_up(await asyncio.shield(self._load(self.settings, model)))
 
     async def _take_up(self, models: Resident) -> Agent:
         """Serve these models from now on."""
@@ -295,6 +296,8 @@ class Daemon:
 
         threading.Thread(target=run, name=name, daemon=True).start()
         working = asyncio.wrap_future(outcome)
+        # Asked for its error also where the end was faster: asyncio warns of those that nobody asked for.
+        working.add_done_callback(lambda done: done.cancelled() or done.exception())
         self._working = [*(each for each in self._working if not each.done()), working]
         return working
 

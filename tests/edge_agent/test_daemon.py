@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import shutil
 import signal
@@ -23,9 +24,11 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from edge_agent import loader
 from edge_agent.__main__ import main
 from edge_agent.client import BAD_INPUT, UNREACHABLE
-from edge_agent.daemon import HANG_UP_SIGNALS, STOP_SIGNALS, run
+from edge_agent.daemon import HANG_UP_SIGNALS, STOP_SIGNALS, Daemon, run
+from edge_agent.errors import BundleError
 from edge_agent.quota import Ledger
 from edge_agent.settings import resolve
 from routet2i.edge.v1 import edge_pb2, edge_pb2_grpc
@@ -432,6 +435,34 @@ async def test_bytes_that_are_no_message_leave_no_traceback_whoever_sends_them(s
             assert "cannot be read" in answer.message
     assert "deserializing" in process.text  # of what the cloud sent
     assert "Unexpected" not in process.text and "Traceback" not in process.text
+
+
+async def test_a_model_that_is_refused_once_the_daemon_leaves_is_no_line_of_the_log(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    begun, end = threading.Event(), threading.Event()
+
+    def load(*_: object) -> None:
+        begun.set()
+        end.wait()
+        raise BundleError("a file of it is damaged")
+
+    monkeypatch.setattr(loader, "load", load)
+
+    async def live() -> None:
+        daemon = Daemon(resolve({"listen": "127.0.0.1:0", "state": str(folder)}, {}))
+        await daemon.startup()
+        serving = asyncio.create_task(daemon.serve())
+        await until(begun.is_set)
+        daemon.stop()
+        await serving
+        end.set()
+        await until(lambda: not daemon.still_working)
+        await daemon.shutdown()
+
+    await live()
+    gc.collect()
+    assert "never retrieved" not in caplog.text
 
 
 def test_who_watches_its_health_and_reads_nothing_holds_up_neither_the_others_nor_the_end(
