@@ -471,7 +471,8 @@ def _wish(image: image_pb2.ImageRequest) -> Wish:
         steps=optional("steps"),
         guidance_scale=optional("guidance_scale"),
         media_type=image.media_type,
-        local_only=image.privacy == image_pb2.PRIVACY_LOCAL_ONLY,
+        # Also what a later version of the wire may call a privacy: it is no wish to be sent here.
+        local_only=image.privacy not in (image_pb2.PRIVACY_UNSPECIFIED, image_pb2.PRIVACY_NORMAL),
         max_price_micro_usd=optional("max_price_micro_usd"),
         resume_offset=image.resume_offset,
     )
