@@ -70,6 +70,13 @@ def png(width: int = 64, height: int = 64, image_format: str = "PNG") -> bytes:
     return file.getvalue()
 
 
+def moving() -> bytes:
+    file = io.BytesIO()
+    frames = [Image.new("L", (64, 64), shade) for shade in (0, 255)]
+    frames[0].save(file, "PNG", save_all=True, append_images=frames[1:])
+    return file.getvalue()
+
+
 def accepted(price: int = PRICE, digest: str = "ab" * 32) -> Response:
     return Response(
         accepted=cloud_pb2.Accepted(queue_position=2, charged_micro_usd=price, model_digest=digest)
@@ -339,6 +346,7 @@ async def test_no_connection_exists_before_the_first_call_nor_after_the_last(clo
         ([accepted(), *chunks(png(image_format="JPEG")), result(png(image_format="JPEG"))], "not a PNG"),
         ([accepted(), result(b"")], "not a PNG"),
         ([accepted(), *chunks(headless()), result(headless())], "does not begin with IHDR"),
+        ([accepted(), *chunks(moving()), result(moving())], "is animated"),
         ([accepted(), *chunks(png(32, 64)), result(png(32, 64))], "32x64 pixels instead of 64x64"),
         ([accepted(), chunk(0, b"12"), chunk(3, b"4")], "byte 3 where byte 2 is due"),
         ([accepted(), chunk(0, b"12"), chunk(0, b"12")], "byte 0 where byte 2 is due"),
@@ -374,7 +382,7 @@ async def test_a_lie_is_found_and_named_and_the_call_ended(
     "then", [[accepted(digest="none"), stall], [accepted(), abort(grpc.StatusCode.INTERNAL, "")], [stall]]
 )
 async def test_a_failure_that_is_kept_keeps_no_connection(cloud: Cloud, then: list[Any]) -> None:
-    """Not past the next collection of garbage, which grpcio 1.83 needs for each call."""
+    """At the latest once garbage is collected, which grpcio 1.83 would need for each call."""
     cloud.script = then
     kept = [await failure(CloudClient(cloud.address), timeout_s=0.5) for _ in range(3)]
 
