@@ -89,7 +89,8 @@ def check(wish: Wish) -> None:
     _check_text("app", wish.app)
     if wish.local_only:
         raise InvalidRequest(
-            "the prompt is marked local-only and must not be sent to a cloud server", field="privacy"
+            "the prompt is marked local-only, or with a privacy that this server does not know: keep it on the device",
+            field="privacy",
         )
     if wish.media_type not in ("", MEDIA_TYPE):
         raise InvalidRequest(f"only {MEDIA_TYPE} is served, not {wish.media_type[:40]!r}", field="media_type")

@@ -15,13 +15,14 @@ from contextlib import suppress
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from cloud_server.admission import Admission
 from cloud_server.credentials import Credentials
 from cloud_server.errors import InvalidRequest, StartRefused
 from cloud_server.generator import Generator, usable_device
+from cloud_server.health import Health
 from cloud_server.journal import Journal
 from cloud_server.model import CARD_FILE, INDEX_FILE, open_model
 from cloud_server.request import Wish, validate
@@ -69,7 +70,7 @@ class Server:
         self.port = 0
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
-        self._health = health.aio.HealthServicer()
+        self._health = Health(SERVICE)
         self._loading: asyncio.Future[Serving] | None = None
 
     async def startup(self) -> None:
@@ -84,7 +85,6 @@ class Server:
                 journal=self._journal,
                 credentials=self._credentials,
             )
-            await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
             await self._listen()
         except BaseException:
             self._journal.close()
@@ -103,7 +103,7 @@ class Server:
             if self._stop.is_set():
                 return
             serving = self._service.serving = loading.result()
-            await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+            self._health.set(health_pb2.HealthCheckResponse.SERVING)
             generator, model = serving.generator, serving.generator.model
             runs_on = {"device": generator.device, "dtype": generator.dtype}
             fields = {"model": model.name, "digest": model.digest, **runs_on}
@@ -121,7 +121,7 @@ class Server:
         """Drains: health NOT_SERVING, new requests refused, those in flight get the grace period to finish."""
         self._service.draining = True
         self._renewing.cancel()
-        await self._health.enter_graceful_shutdown()
+        self._health.set(health_pb2.HealthCheckResponse.NOT_SERVING)
         log.info("draining", extra={"fields": {"in_flight": self._service.in_flight}})
         idle = asyncio.ensure_future(self._service.idle())
         hurry = asyncio.ensure_future(self._hurry.wait())
@@ -190,7 +190,10 @@ class Server:
                 loading.set_exception(error)
 
         threading.Thread(target=load, name="loader", daemon=True).start()
-        return asyncio.wrap_future(loading)
+        loaded = asyncio.wrap_future(loading)
+        # Asked for its error also where the end was faster: asyncio warns of those that nobody asked for.
+        loaded.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return loaded
 
     def _open_model(self) -> Serving:
         settings = self.settings
@@ -209,10 +212,6 @@ class Server:
                 f"{INDEX_FILE}, or raise the setting that bounds them"
             ) from error
         return Serving(generator, limits)
-
-    async def _set_health(self, status: Any) -> None:
-        for service in ("", SERVICE):
-            await self._health.set(service, status)
 
 
 async def run(settings: Settings) -> Server:

@@ -85,18 +85,23 @@ class Malformed:
 
 
 class HandOverMalformed(grpc.aio.ServerInterceptor):
-    """Lets the service refuse malformed requests itself; gRPC would answer UNKNOWN and log a traceback."""
+    """Lets the services refuse malformed requests themselves; gRPC would answer UNKNOWN and log a traceback.
+
+    Reflection, which is not ours, refuses one without a question in its own way, so that is what it gets.
+    """
 
     async def intercept_service(self, continuation: Any, details: Any) -> Any:
         """GRPC's hook; see the class."""
         handler = await continuation(details)
-        if handler is None or not details.method.startswith("/routet2i."):
+        if handler is None:
             return handler
 
         def deserialize(data: bytes) -> Any:
             try:
                 return handler.request_deserializer(data)
             except DecodeError as error:
+                if handler.request_streaming:
+                    return handler.request_deserializer(b"")
                 return Malformed(str(error))
 
         return handler._replace(request_deserializer=deserialize)
@@ -466,7 +471,8 @@ def _wish(image: image_pb2.ImageRequest) -> Wish:
         steps=optional("steps"),
         guidance_scale=optional("guidance_scale"),
         media_type=image.media_type,
-        local_only=image.privacy == image_pb2.PRIVACY_LOCAL_ONLY,
+        # Also what a later version of the wire may call a privacy: it is no wish to be sent here.
+        local_only=image.privacy not in (image_pb2.PRIVACY_UNSPECIFIED, image_pb2.PRIVACY_NORMAL),
         max_price_micro_usd=optional("max_price_micro_usd"),
         resume_offset=image.resume_offset,
     )

@@ -281,7 +281,7 @@ class CloudClient:
         timeout_s = max(0.0, deadline - self._monotonic())
         async with self._connection(timeout_s) as channel:
             sending()
-            call = CloudServerServiceStub(channel).Generate(
+            call: Any = CloudServerServiceStub(channel).Generate(
                 stream.wire_request(),
                 timeout=max(0.0, deadline - self._monotonic()),
                 metadata=self._metadata,
@@ -290,7 +290,8 @@ class CloudClient:
                 with ExitStack() as unanswered:
                     # A server accepts at once. Behind a proxy, which takes every connection, only that tells.
                     unanswered.enter_context(self._waits(self._connect_timeout_s))
-                    async for response in call:
+                    # Not `async for`: it makes a generator that holds on to the call, which holds on to it.
+                    while (response := await call.read()) is not grpc.aio.EOF:
                         unanswered.close()
                         event = await stream.take(response)
                         if event is None:
@@ -307,9 +308,11 @@ class CloudClient:
                 explained = self._explained(error, accepted=accepted, timeout_s=timeout_s)
                 if isinstance(explained, CloudRefused) and explained.field in SIDES:
                     self._refused_sizes[stream.request.size] = self._monotonic() + REMEMBERED_S
-                raise explained from error
+                raise explained from error.with_traceback(None)  # whose frames are the call's
             finally:
                 call.cancel()  # which the channel's end is not to it in grpcio before 1.83
+                # Its connection ends with it, and not before: a failure, which this frame is a part of, may be kept.
+                del call
             raise CloudUnavailable(
                 f"the cloud at {self.address} broke off after {len(stream.received)} bytes of the image",
                 never_ran=False,
@@ -352,7 +355,8 @@ class CloudClient:
                     question, timeout=max(0.0, deadline - self._monotonic()), metadata=self._metadata
                 )
             except grpc.aio.AioRpcError as error:
-                raise self._explained(error, accepted=True, timeout_s=timeout_s) from error
+                explained = self._explained(error, accepted=True, timeout_s=timeout_s)
+                raise explained from error.with_traceback(None)  # as in `_received`
         if answer is None:  # what gRPC makes of bytes that it cannot decode
             raise CloudLied(f"the cloud at {self.address} sent an answer that cannot be read")
         return answer

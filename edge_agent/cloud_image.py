@@ -182,12 +182,15 @@ def _check_png(png: bytes, sha256: str, asked: tuple[int, int]) -> None:
             size = image.size
             if size == asked:  # before any pixel is unpacked
                 image.load()
+            moves = image.is_animated  # type: ignore[attr-defined]  # of a PNG it says so
     except UnidentifiedImageError as error:  # whose text shows our buffer
         raise CloudLied("what the cloud sent is not a PNG image") from error
     except Exception as error:  # a decoder fed with garbage may raise anything
         raise CloudLied(f"what the cloud sent is not a PNG image: {error}") from error
     if png[12:16] != b"IHDR":  # which decoders forgive
         raise CloudLied("what the cloud sent is not a PNG image: it does not begin with IHDR")
+    if moves:  # only its first picture was looked at
+        raise CloudLied("what the cloud sent is not a PNG image: it is animated")
     if size != asked:
         raise CloudLied(f"the cloud's image has {size[0]}x{size[1]} pixels instead of {asked[0]}x{asked[1]}")
 

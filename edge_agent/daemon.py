@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from edge_agent import listening, loader
@@ -29,6 +29,7 @@ from edge_agent.diffusion import providers
 from edge_agent.diffusion.generator import Generator
 from edge_agent.diffusion.sessions import lacks_memory
 from edge_agent.errors import DeviceNotReady, RouteT2IError, StartRefused
+from edge_agent.health import Health
 from edge_agent.purchase import Purchases
 from edge_agent.quota import Ledger, uptime
 from edge_agent.resident import Resident
@@ -76,7 +77,7 @@ class Daemon:
         self.address = settings.address  # with the port that was found, once it listens
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
-        self._health = health.aio.HealthServicer()
+        self._health = Health(SERVICE)
         self._working: list[asyncio.Future[Any]] = []  # of threads that nothing can interrupt
         self._tasks: set[asyncio.Task[Any]] = set()  # that nobody need await; a shutdown ends them
         self._warming = asyncio.Lock()  # two at a time would share a cache, which one may throw away
@@ -95,7 +96,6 @@ class Daemon:
             listening.clear(settings.address)
             self._purchases = Purchases(ledger, _cloud_client(settings))
             self._service = EdgeAgentService(self.reload, partial(_models_folder, settings), self._doubt)
-            await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
             await self._listen()
         except BaseException:
             ledger.close()
@@ -116,7 +116,7 @@ class Daemon:
             await self._purchases.start()
             self._service.agent = self.agent
             self.agent.models.rest()
-            await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+            self._health.set(health_pb2.HealthCheckResponse.SERVING)
             await self._log_serving()
             self._begin(self._warm_up(self.agent.models))
             await stopped
@@ -129,9 +129,11 @@ class Daemon:
         Both bundles' models are in memory until the requests that began with the old ones have ended. Raises
         BundleError, or what else `Settings.bundle_folder` does, when the new one is refused: then the old one goes on.
 
-        A caller who goes away does not stop it: what is loaded by then must be served or given back.
+        A caller who goes away does not stop it once it has begun: what is loaded by then must be served or given back.
         """
+        await self._reloading.acquire()
         reload = self._begin(self._reload(model))
+        reload.add_done_callback(lambda _: self._reloading.release())
         try:
             return await asyncio.shield(reload)
         except asyncio.CancelledError:
@@ -141,7 +143,7 @@ class Daemon:
     async def shutdown(self) -> None:
         """Drains: health NOT_SERVING, new requests refused, those in flight get the grace period to finish."""
         self._service.draining = True
-        await self._health.enter_graceful_shutdown()
+        self._health.set(health_pb2.HealthCheckResponse.NOT_SERVING)
         log.info("draining", extra={"fields": {"in_flight": self._service.in_flight}})
         idle = asyncio.ensure_future(self._service.idle())
         hurry = asyncio.ensure_future(self._hurry.wait())
@@ -193,9 +195,8 @@ class Daemon:
         log.info("listening", extra={"fields": {"address": self.address}})
 
     async def _reload(self, model: str) -> Agent:
-        async with self._reloading:
-            # The thread ends by itself, also when we shut down.
-            return await self._take_up(await asyncio.shield(self._load(self.settings, model)))
+        # The thread ends by itself, also when we shut down.
+        return await self._take_up(await asyncio.shield(self._load(self.settings, model)))
 
     async def _take_up(self, models: Resident) -> Agent:
         """Serve these models from now on."""
@@ -295,6 +296,8 @@ class Daemon:
 
         threading.Thread(target=run, name=name, daemon=True).start()
         working = asyncio.wrap_future(outcome)
+        # Asked for its error also where the end was faster: asyncio warns of those that nobody asked for.
+        working.add_done_callback(lambda done: done.cancelled() or done.exception())
         self._working = [*(each for each in self._working if not each.done()), working]
         return working
 
@@ -311,10 +314,6 @@ class Daemon:
             )
         for each in advice:
             log.warning("advice", extra={"fields": {"do": each}})
-
-    async def _set_health(self, status: Any) -> None:
-        for service in ("", SERVICE):
-            await self._health.set(service, status)
 
 
 def _log_if_refused(reload: asyncio.Task[Agent]) -> None:

@@ -39,6 +39,9 @@ FIRST_RETRY_S = 1.0
 LONGEST_RETRY_S = 60.0
 """The resolver asks again after 1 s, then 2, 4, ... up to a minute, while an outcome is unknown."""
 
+MOST_UNDER_WAY = 64
+"""Cloud calls at a time. Each has a connection, and a service often may have 1,024 files open for all that it does."""
+
 FORGOTTEN = (
     "the cloud accepted this call and now has never heard of it: does more than one cloud server answer at its "
     "address, or was its journal deleted?"
@@ -81,6 +84,12 @@ class Purchases:
         if key in self._under_way:
             raise DuplicateRequest(
                 f"the request id {request.request_id!r} is under way; use a new one for a new image",
+                retry_after_s=OUTCOME_RETRY_S,
+            )
+        if len(self._under_way) >= MOST_UNDER_WAY:
+            raise QuotaExhausted(
+                f"{MOST_UNDER_WAY} cloud calls are under way, as many as there may be at a time; try again later",
+                budget="calls under way",
                 retry_after_s=OUTCOME_RETRY_S,
             )
         self._under_way.add(key)

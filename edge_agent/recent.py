@@ -62,7 +62,8 @@ class Recent:
         places = (np.arange(WEIGHT) + 0.5) / WEIGHT
         self._prior = np.quantile(calibration.scores, places, method="inverted_cdf").tolist()
         self.alpha = self._alpha()
-        self._unsaved = 0
+        # Each counted by one thread at a time: how many were added, and how many of them the file has.
+        self._added = self._saved = 0
         self._writing = threading.Lock()
 
     @property
@@ -75,22 +76,22 @@ class Recent:
         self._scores.append(prs)
         if self._follow:
             self.alpha = self._alpha()
-        self._unsaved += 1
-        return self._file is not None and self._unsaved % SAVED_EVERY == 0
+        self._added += 1
+        return self._file is not None and (self._added - self._saved) % SAVED_EVERY == 0
 
     def save(self) -> None:
         """To the file, where there is one; waits for the disk, in any thread. A disk that takes nothing is told of in
         the log alone: only time is lost.
         """
         with self._writing:
-            if self._file is None or not self._unsaved:
+            added, scores = self._added, list(self._scores)
+            if self._file is None or added == self._saved:
                 return
-            unsaved, scores = self._unsaved, list(self._scores)
             part = self._file.with_name(self._file.name + ".part")
             try:
                 part.write_text(json.dumps(scores) + "\n")
                 os.replace(part, self._file)
-                self._unsaved -= unsaved
+                self._saved = added
             except OSError as error:
                 with suppress(OSError):
                     part.unlink(missing_ok=True)

@@ -86,18 +86,23 @@ class Malformed:
 
 
 class HandOverMalformed(grpc.aio.ServerInterceptor):
-    """Lets the service refuse malformed requests itself; gRPC would answer UNKNOWN and log a traceback."""
+    """Lets the services refuse malformed requests themselves; gRPC would answer UNKNOWN and log a traceback.
+
+    Reflection, which is not ours, refuses one without a question in its own way, so that is what it gets.
+    """
 
     async def intercept_service(self, continuation: Any, details: Any) -> Any:
         """GRPC's hook; see the class."""
         handler = await continuation(details)
-        if handler is None or not details.method.startswith("/routet2i."):
+        if handler is None:
             return handler
 
         def deserialize(data: bytes) -> Any:
             try:
                 return handler.request_deserializer(data)
             except DecodeError as error:
+                if handler.request_streaming:
+                    return handler.request_deserializer(b"")
                 return Malformed(str(error))
 
         return handler._replace(request_deserializer=deserialize)

@@ -5,36 +5,32 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 from edge_agent.address import split_address
 
 _DATA, _HEADERS, _RST_STREAM, _SETTINGS, _GOAWAY = 0, 1, 3, 4, 7
 _END_STREAM, _END_HEADERS = 1, 4
+_WINDOW_SIZE = 4  # of a setting
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 
 def call(address: str, method: bytes) -> None:
     """Calls `method`, such as /package.Service/Method, at unix:PATH or HOST:PORT; returns once there is an answer."""
-    fields = {
-        b":method": b"POST",
-        b":scheme": b"http",
-        b":path": method,
-        b":authority": b"localhost",
-        b"content-type": b"application/grpc",
-        b"te": b"trailers",
-    }
     with _connected(address) as connection:
         connection.settimeout(10)
-        connection.sendall(
-            _PREFACE
-            + _frame(_SETTINGS, 0, 0, b"")
-            + _frame(_HEADERS, _END_HEADERS, 1, b"".join(map(_literal, fields, fields.values())))
-            + _frame(_DATA, _END_STREAM, 1, bytes(5))  # an empty message
-        )
+        connection.sendall(_call(method))
         with suppress(ConnectionError):
             connection.recv(1000)
+
+
+@contextmanager
+def unread(address: str, method: bytes) -> Iterator[None]:
+    """Calls `method` and takes no byte of its answer."""
+    with _connected(address) as connection:
+        connection.sendall(_call(method, settings=struct.pack(">HI", _WINDOW_SIZE, 0)))
+        yield
 
 
 @asynccontextmanager
@@ -80,6 +76,24 @@ async def proxy(
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
     server.close()
+
+
+def _call(method: bytes, settings: bytes = b"") -> bytes:
+    """A new connection's first bytes: a call with an empty message."""
+    fields = {
+        b":method": b"POST",
+        b":scheme": b"http",
+        b":path": method,
+        b":authority": b"localhost",
+        b"content-type": b"application/grpc",
+        b"te": b"trailers",
+    }
+    return (
+        _PREFACE
+        + _frame(_SETTINGS, 0, 0, settings)
+        + _frame(_HEADERS, _END_HEADERS, 1, b"".join(map(_literal, fields, fields.values())))
+        + _frame(_DATA, _END_STREAM, 1, bytes(5))
+    )
 
 
 def _connected(address: str) -> socket.socket:

@@ -21,6 +21,7 @@ from typing import Any
 import grpc
 import pytest
 import torch
+from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from cloud_server import credentials, server
@@ -238,15 +239,29 @@ async def test_a_call_whose_method_is_no_text_ends_neither_the_server_nor_the_ca
         assert (await running.client.read(call)).result is not None
 
 
+async def test_who_watches_its_health_and_reads_nothing_does_not_hold_up_the_others(
+    tmp_path: Path, model_folder: Path
+) -> None:
+    """Nor the end, which has to tell them. No token is asked of either."""
+    async with serve(tmp_path, model_folder) as running:
+        with http2.unread(f"127.0.0.1:{running.server.port}", b"/grpc.health.v1.Health/Watch"):
+            assert await running.client.health_status("") == "SERVING", "by then it has been called"
+            watched = running.client.health.Watch(health_pb2.HealthCheckRequest(), timeout=10)
+            assert (await watched.read()).status == health_pb2.HealthCheckResponse.SERVING
+            running.server._health.set(health_pb2.HealthCheckResponse.NOT_SERVING)
+            assert (await watched.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+
+
 async def test_bytes_that_are_no_message_leave_no_traceback(
     start: Start, model_folder: Path, tmp_path: Path
 ) -> None:
     process = start("--listen", "127.0.0.1:0", "--model", model_folder, "--state", tmp_path / "state")
     async with grpc.aio.insecure_channel(await process.address()) as channel:
-        with pytest.raises(grpc.RpcError):
+        with pytest.raises(grpc.RpcError, match="INVALID_ARGUMENT"):
             await channel.unary_unary("/grpc.health.v1.Health/Check")(b"\xff\xff")
-    await process.until("DecodeError")
-    assert "Traceback" not in process.text
+        reflection = channel.stream_stream("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")
+        assert [b"invalid argument" in told async for told in reflection(iter([b"\xff\xff"]))] == [True]
+    assert "Unexpected" not in process.text and "Traceback" not in process.text
 
 
 async def test_who_asks_again_while_it_leaves_gets_the_same_exit_code(

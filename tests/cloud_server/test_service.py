@@ -112,6 +112,7 @@ BAD_INPUT: list[tuple[dict[str, Any], str, str]] = [
     ({"guidance_scale": float("inf")}, "guidance_scale", "between 0"),
     ({"media_type": "image/jpeg"}, "media_type", "image/png"),
     ({"privacy": "PRIVACY_LOCAL_ONLY"}, "privacy", "local-only"),
+    ({"privacy": 3}, "privacy", "does not know"),
     ({"max_price_micro_usd": -1}, "max_price_micro_usd", "negative"),
     ({"resume_offset": -1}, "resume_offset", "negative"),
 ]

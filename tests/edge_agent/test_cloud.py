@@ -6,6 +6,7 @@ Against a real gRPC server on a real loopback socket, which misbehaves as each t
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import io
 import math
@@ -66,6 +67,13 @@ def png(width: int = 64, height: int = 64, image_format: str = "PNG") -> bytes:
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, image_format)
+    return file.getvalue()
+
+
+def moving() -> bytes:
+    file = io.BytesIO()
+    frames = [Image.new("L", (64, 64), shade) for shade in (0, 255)]
+    frames[0].save(file, "PNG", save_all=True, append_images=frames[1:])
     return file.getvalue()
 
 
@@ -134,6 +142,7 @@ class Cloud(cloud_pb2_grpc.CloudServerServiceServicer):
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
     address: str = ""
     connections: int = 0
+    open: int = 0  # of the connections
 
     async def Generate(
         self, request: cloud_pb2.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -190,8 +199,10 @@ async def served(cloud: Cloud) -> AsyncIterator[Cloud]:
 
     async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         cloud.connections += 1
+        cloud.open += 1
         there_reader, there_writer = await asyncio.open_connection("127.0.0.1", port)
         await asyncio.gather(pump(reader, there_writer), pump(there_reader, writer))
+        cloud.open -= 1
 
     listener = await asyncio.start_server(forward, "127.0.0.1", 0)
     cloud.address = f"127.0.0.1:{listener.sockets[0].getsockname()[1]}"
@@ -335,6 +346,7 @@ async def test_no_connection_exists_before_the_first_call_nor_after_the_last(clo
         ([accepted(), *chunks(png(image_format="JPEG")), result(png(image_format="JPEG"))], "not a PNG"),
         ([accepted(), result(b"")], "not a PNG"),
         ([accepted(), *chunks(headless()), result(headless())], "does not begin with IHDR"),
+        ([accepted(), *chunks(moving()), result(moving())], "is animated"),
         ([accepted(), *chunks(png(32, 64)), result(png(32, 64))], "32x64 pixels instead of 64x64"),
         ([accepted(), chunk(0, b"12"), chunk(3, b"4")], "byte 3 where byte 2 is due"),
         ([accepted(), chunk(0, b"12"), chunk(0, b"12")], "byte 0 where byte 2 is due"),
@@ -364,6 +376,22 @@ async def test_a_lie_is_found_and_named_and_the_call_ended(
     assert "BytesIO" not in error.message
     assert not error.never_ran
     await asyncio.wait_for(cloud.cancelled.wait(), 5)
+
+
+@pytest.mark.parametrize(
+    "then", [[accepted(digest="none"), stall], [accepted(), abort(grpc.StatusCode.INTERNAL, "")], [stall]]
+)
+async def test_a_failure_that_is_kept_keeps_no_connection(cloud: Cloud, then: list[Any]) -> None:
+    """At the latest once garbage is collected, which grpcio 1.83 would need for each call."""
+    cloud.script = then
+    kept = [await failure(CloudClient(cloud.address), timeout_s=0.5) for _ in range(3)]
+
+    def closed() -> bool:
+        gc.collect()
+        return cloud.open == 0
+
+    await until(closed, timeout_s=5)
+    assert cloud.connections >= len(kept)
 
 
 @pytest.mark.parametrize("guidance_scale", [math.nan, math.inf])

@@ -309,6 +309,30 @@ async def test_32_at_once_against_a_budget_for_5(routed_bundle: Path, digest: st
         assert (await here.app.route(CLOUD_PROMPT)).reason == edge_pb2.DECISION_REASON_QUOTA_EXHAUSTED
 
 
+async def test_no_app_takes_up_more_connections_to_the_cloud_than_there_may_be(
+    routed_bundle: Path, digest: str, tmp_path: Path
+) -> None:
+    """However little its calls may cost: beyond some number of them no file is left to the daemon for other apps."""
+    async with (
+        scripted_cloud(digest) as cloud,
+        daemon_here(routed_bundle, tmp_path, cloud=cloud.address, budget="1000") as here,
+    ):
+        cloud.manner = "hang"
+        calls = [here.app.call(CLOUD_PROMPT, routing=CLOUD) for _ in range(purchase.MOST_UNDER_WAY)]
+        await until(lambda: len(cloud.received) == len(calls))
+        refused = await here.app.generate(CLOUD_PROMPT, routing=CLOUD)
+        assert refused.code == "RESOURCE_EXHAUSTED"
+        assert refused.details["QuotaFailure"].violations[0].subject == "calls under way"
+        assert "RetryInfo" in refused.details
+        answer = await here.app.generate(CLOUD_PROMPT)
+        assert (answer.served_by, answer.reason) == ("edge", "quota_exhausted")
+        cloud.manner = "honest"
+        for call in calls:
+            call.cancel()
+        await here.restless()
+        assert (await here.app.generate(CLOUD_PROMPT)).served_by == "cloud"
+
+
 async def test_edge_prompts_open_no_connection(routed_bundle: Path, digest: str, tmp_path: Path) -> None:
     async with (
         scripted_cloud(digest) as cloud,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import shutil
 import signal
@@ -23,9 +24,11 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from edge_agent import loader
 from edge_agent.__main__ import main
 from edge_agent.client import BAD_INPUT, UNREACHABLE
-from edge_agent.daemon import HANG_UP_SIGNALS, STOP_SIGNALS, run
+from edge_agent.daemon import HANG_UP_SIGNALS, STOP_SIGNALS, Daemon, run
+from edge_agent.errors import BundleError
 from edge_agent.quota import Ledger
 from edge_agent.settings import resolve
 from routet2i.edge.v1 import edge_pb2, edge_pb2_grpc
@@ -422,11 +425,63 @@ async def test_bytes_that_are_no_message_leave_no_traceback_whoever_sends_them(s
         process = start("--listen", "127.0.0.1:0", "--cloud", cloud)
         await asyncio.to_thread(process.wait_for, "serving")
         async with grpc.aio.insecure_channel(process.wait_for("listening")["address"]) as channel:
-            with pytest.raises(grpc.RpcError):
+            with pytest.raises(grpc.RpcError, match="INVALID_ARGUMENT"):
                 await channel.unary_unary("/grpc.health.v1.Health/Check")(junk)
+            reflection = channel.stream_stream(
+                "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+            )
+            assert [b"invalid argument" in told async for told in reflection(iter([junk]))] == [True]
             answer = await App(channel).generate(routing=edge_pb2.ROUTING_CLOUD_ONLY)
             assert "cannot be read" in answer.message
-    assert "DecodeError" in process.text and "deserializing" in process.text
+    assert "deserializing" in process.text  # of what the cloud sent
+    assert "Unexpected" not in process.text and "Traceback" not in process.text
+
+
+async def test_a_model_that_is_refused_once_the_daemon_leaves_is_no_line_of_the_log(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    begun, end = threading.Event(), threading.Event()
+
+    def load(*_: object) -> None:
+        begun.set()
+        end.wait()
+        raise BundleError("a file of it is damaged")
+
+    monkeypatch.setattr(loader, "load", load)
+
+    async def live() -> None:
+        daemon = Daemon(resolve({"listen": "127.0.0.1:0", "state": str(folder)}, {}))
+        await daemon.startup()
+        serving = asyncio.create_task(daemon.serve())
+        await until(begun.is_set)
+        daemon.stop()
+        await serving
+        end.set()
+        await until(lambda: not daemon.still_working)
+        await daemon.shutdown()
+
+    await live()
+    gc.collect()
+    assert "never retrieved" not in caplog.text
+
+
+def test_who_watches_its_health_and_reads_nothing_holds_up_neither_the_others_nor_the_end(
+    start: Start,
+) -> None:
+    process = start("--listen", "127.0.0.1:0")
+    address = process.wait_for("listening")["address"]
+    process.wait_for("serving")
+    with (
+        http2.unread(address, b"/grpc.health.v1.Health/Watch"),
+        grpc.insecure_channel(address) as channel,
+    ):
+        assert health(address) == "SERVING"  # by then it has been called
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        watched = stub.Watch(health_pb2.HealthCheckRequest(), timeout=10)
+        assert next(watched).status == health_pb2.HealthCheckResponse.SERVING
+        process.popen.send_signal(STOP)
+        assert next(watched).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert process.popen.wait(10) == 0
     assert "Traceback" not in process.text
 
 

@@ -470,6 +470,19 @@ async def test_a_reload_whose_caller_goes_away_is_finished_all_the_same(here: He
     assert here.daemon._tasks == set()
 
 
+async def test_a_reload_that_waits_for_another_is_not_begun_once_its_caller_has_gone(
+    here: Here, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else callers in a hurry would have the models loaded once for each of them."""
+    caplog.set_level(logging.INFO, "edge_agent")
+    async with here.daemon._reloading:
+        calls = [here.app.stub.ReloadModel(edge_pb2.ReloadModelRequest(), timeout=0.2) for _ in range(9)]
+        await asyncio.gather(*calls, return_exceptions=True)
+        await until(lambda: caplog.messages.count("call") == len(calls))
+    await reload(here)
+    assert caplog.messages.count("serving") == 1
+
+
 @pytest.mark.posix
 async def test_what_a_link_led_to_is_served_until_a_reload(
     routed_bundle: Path, store: Store, tmp_path: Path
