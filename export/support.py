@@ -212,6 +212,7 @@ def refuse_unsupported(pipeline: Any) -> None:
         "a predicted variance": lambda: (
             (denoiser.out_channels or denoiser.in_channels) != denoiser.in_channels
         ),
+        "an autoencoder that makes other than three colours": lambda: vae.get("out_channels", 3) != 3,
         "an autoencoder of another factor than the pipeline's": lambda: (
             2 ** (len(vae.block_out_channels) - 1) != pipeline.vae_scale_factor
         ),

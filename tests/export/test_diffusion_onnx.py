@@ -327,6 +327,27 @@ def test_a_text_encoder_that_is_no_clip_is_refused_before_anything_is_drawn(
     assert not any("running" in line for line in lines)
 
 
+def test_an_autoencoder_of_other_colours_is_refused_before_anything_is_drawn(
+    pipeline: StableDiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With transparency, say."""
+    monkeypatch.setattr(diffusion_onnx, "reference_images", None)
+    tiny = AutoencoderTiny(
+        out_channels=4,
+        encoder_block_out_channels=(8,) * 4,
+        decoder_block_out_channels=(8,) * 4,
+        num_encoder_blocks=(1,) * 4,
+        num_decoder_blocks=(1,) * 4,
+    )
+    tiny.save_pretrained(tmp_path / "tiny")
+    for options in ({"autoencoder": tmp_path / "tiny"}, {}):
+        with pytest.raises(
+            ExportError, match="an autoencoder that makes other than three colours is not supp"
+        ):
+            export_bundle(pipeline, tmp_path / "bundle", report=silent, **options)
+        pipeline.vae = tiny
+
+
 def test_a_text_encoder_whose_scores_are_loud_keeps_its_mask(
     pipeline: StableDiffusionPipeline, tmp_path: Path
 ) -> None:
