@@ -135,14 +135,30 @@ def refuse_t5(name: str, there: bool, without_t5: bool) -> None:
         )
 
 
-def refuse_scheduler(pipeline: Any) -> None:
+_FLOW, _EDM, _NOISE = "FlowMatch", "EDM", "noise"
+# A scheduler for each training, where the pipeline scales noise and input.
+_FOR = {
+    _FLOW: "DPMSolverMultistep:use_flow_sigmas=true,prediction_type=flow_prediction",
+    _EDM: "EDMEuler",
+    _NOISE: "EulerDiscrete",
+}
+
+
+def _training(scheduler: Any) -> str:
+    """How the models were trained that `scheduler` is for."""
+    name, config = type(scheduler).__name__, scheduler.config
+    if config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction":
+        return _FLOW
+    return next((training for training in (_FLOW, _EDM) if name.startswith(training)), _NOISE)
+
+
+def refuse_scheduler(pipeline: Any, own: Any) -> None:
     """Raises ExportError for a scheduler without what the pipeline's class asks its own for, or one that the pipeline
-    runs and that makes no images of what its denoiser predicts.
+    runs and that makes no images of what its denoiser predicts. `own` is the scheduler that the model came with.
     """
+    name, training = type(pipeline.scheduler).__name__, _training(pipeline.scheduler)
     if not kind(pipeline).loop.scales:
-        name, config = type(pipeline.scheduler).__name__, pipeline.scheduler.config
-        flow = config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction"
-        if not name.startswith("FlowMatch") and not flow:
+        if training != _FLOW:
             raise ExportError(
                 f"{name} is not for flow matching, which {type(pipeline).__name__} was trained with: name another with "
                 "--scheduler, such as FlowMatchEulerDiscrete, or DPMSolverMultistep:use_flow_sigmas=true,"
@@ -151,13 +167,18 @@ def refuse_scheduler(pipeline: Any) -> None:
     elif isinstance(pipeline, LatentConsistencyModelPipeline):
         if not isinstance(pipeline.scheduler, LCMScheduler):
             raise ExportError(
-                f"{type(pipeline.scheduler).__name__} does not go with {type(pipeline).__name__}, which tells its "
-                "scheduler of how many steps its model was distilled; name LCM with --scheduler"
+                f"{name} does not go with {type(pipeline).__name__}, which tells its scheduler of how many steps its "
+                "model was distilled; name LCM with --scheduler"
             )
     elif not all(hasattr(pipeline.scheduler, name) for name in ("init_noise_sigma", "scale_model_input")):
         raise ExportError(
-            f"{type(pipeline.scheduler).__name__} does not go with {type(pipeline).__name__}, which has its scheduler "
-            "scale noise and input; name another with --scheduler, such as EulerDiscrete"
+            f"{name} does not go with {type(pipeline).__name__}, which has its scheduler scale noise and input; name "
+            "another with --scheduler, such as EulerDiscrete"
+        )
+    elif training != (trained := _training(own)):
+        raise ExportError(
+            f"{name} is for models that were trained otherwise than this one, whose own is {type(own).__name__}, and "
+            f"would draw no image: name another with --scheduler, such as {_FOR[trained]}"
         )
 
 

@@ -52,6 +52,7 @@ from export.schedule import compile_schedule
 from tests.hub import NOBODY, asked_here, hub, silent_hub
 from tests.miniature import (
     forget,
+    miniature_edm,
     miniature_lcm,
     miniature_pipeline,
     miniature_tiny_autoencoder,
@@ -346,6 +347,32 @@ def test_an_autoencoder_of_other_colours_is_refused_before_anything_is_drawn(
         ):
             export_bundle(pipeline, tmp_path / "bundle", report=silent, **options)
         pipeline.vae = tiny
+
+
+@pytest.mark.parametrize(
+    ("make", "scheduler", "instead"),
+    [
+        (miniature_pipeline, "EDMEuler", "EulerDiscrete"),
+        (miniature_xl, "EDMDPMSolverMultistep", "EulerDiscrete"),
+        (
+            miniature_pipeline,
+            "UniPCMultistep:use_flow_sigmas=true,prediction_type=flow_prediction",
+            "EulerDiscrete",
+        ),
+        (miniature_edm, "EulerDiscrete", "EDMEuler"),
+    ],
+)
+def test_a_scheduler_of_another_training_is_refused_before_anything_is_drawn(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[], Any],
+    scheduler: str,
+    instead: str,
+) -> None:
+    monkeypatch.setattr(diffusion_onnx, "reference_images", None)
+    why = f"trained otherwise than this one, whose own is .*, and would draw no image: .* such as {instead}$"
+    with pytest.raises(ExportError, match=f"^{scheduler.partition(':')[0]}Scheduler is for models .* {why}"):
+        export_bundle(make(), tmp_path / "bundle", scheduler=scheduler, report=silent)
 
 
 def test_a_text_encoder_whose_scores_are_loud_keeps_its_mask(
