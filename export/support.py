@@ -86,6 +86,15 @@ def origin(pipeline: Any) -> Path:
     return Path(pipeline.config.get("_name_or_path") or "")
 
 
+def tell_of_checker(made: type, there: Collection[str], report: Callable[[str], None]) -> None:
+    """A line to `report` where a safety checker is `there` among the parts that the edge does not run."""
+    if "safety_checker" in idle(made) & {*there}:
+        report(
+            "leaving out the safety checker: the cloud withholds pictures to which its model's own objects, the edge "
+            "draws without one"
+        )
+
+
 def file_of(pipeline: Any, *names: str) -> Path:
     """A file of the pipeline's, in the folder that it was loaded from where it was."""
     return origin(pipeline).joinpath(*names)

@@ -46,7 +46,7 @@ from export.diffusion_onnx import export_bundle, main
 from export.errors import ExportError
 from export.folder import beside, move
 from export.graphs import MASKED
-from export.pipeline import class_of, facts, licence_of, load, name_of
+from export.pipeline import class_of, facts, licence_of, load, name_of, prepared
 from export.reference import Reference, difference, largest_difference, reference_image, reference_images
 from export.schedule import compile_schedule
 from tests.hub import NOBODY, asked_here, hub, silent_hub
@@ -373,6 +373,18 @@ def test_a_scheduler_of_another_training_is_refused_before_anything_is_drawn(
     why = f"trained otherwise than this one, whose own is .*, and would draw no image: .* such as {instead}$"
     with pytest.raises(ExportError, match=f"^{scheduler.partition(':')[0]}Scheduler is for models .* {why}"):
         export_bundle(make(), tmp_path / "bundle", scheduler=scheduler, report=silent)
+
+
+def test_a_safety_checker_that_a_pipeline_has_is_said_to_be_left_out(
+    pipeline: StableDiffusionPipeline,
+) -> None:
+    lines: list[str] = []
+    prepared(pipeline, report=lines.append)
+    assert lines == []
+    pipeline.safety_checker = lambda images, **_: (images, [False])
+    assert prepared(pipeline, report=lines.append).safety_checker is None
+    assert len(lines) == 1 and lines[0].startswith("leaving out the safety checker: ")
+    assert pipeline.safety_checker is not None
 
 
 def test_a_text_encoder_whose_scores_are_loud_keeps_its_mask(

@@ -364,7 +364,9 @@ def test_a_part_that_is_left_out_may_be_of_any_library(tmp_path: Path) -> None:
     save_miniature(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     (tmp_path / "model_index.json").write_text(json.dumps(index | {"safety_checker": ["mine", "Checker"]}))
-    assert load(tmp_path).safety_checker is None
+    lines: list[str] = []
+    assert load(tmp_path, report=lines.append).safety_checker is None
+    assert [line for line in lines if "leaving out the safety checker: the cloud withholds" in line]
 
 
 @pytest.mark.parametrize(
