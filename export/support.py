@@ -54,11 +54,6 @@ KINDS: dict[type, Kind] = {
 
 CLASSES = {made.__name__: made for made in KINDS}
 
-# What the edge would have to learn for each class that people ask for.
-_MISSING = {
-    "FluxPipeline": "a transformer denoiser on packed latents and a T5 text encoder",
-}
-
 
 def kind(pipeline: Any) -> Kind:
     """What sets the class of `pipeline` apart."""
@@ -104,13 +99,8 @@ def refuse_class(name: str, parts: Collection[str] | None = None) -> None:
     """Raises ExportError where pipelines of the class `name` are not supported. `parts` are those that the model has,
     where they are known.
     """
-    supported = ", ".join(CLASSES)
-    if name in _MISSING:
-        raise ExportError(
-            f"{name} is not supported yet: it needs {_MISSING[name]}; {supported} are supported"
-        )
     if name not in CLASSES:
-        raise ExportError(f"{name} is not supported{_instead_of(name, parts)}; {supported} are")
+        raise ExportError(f"{name} is not supported{_instead_of(name, parts)}; {', '.join(CLASSES)} are")
 
 
 def _instead_of(name: str, parts: Collection[str] | None) -> str:
@@ -127,6 +117,9 @@ def _instead_of(name: str, parts: Collection[str] | None) -> str:
         )
     if re.search("Img2Img|Inpaint|Pix2Pix|Upscale|Variation|ControlNet", name):
         return ": it wants a picture, and the edge draws from a prompt alone"
+    has = model_index.parts_of({"_class_name": name}) | {*(parts or ())}
+    if plain not in CLASSES and "transformer" in has:  # Flux, PixArt, Sana, QwenImage and so on
+        return ": it needs a transformer of another kind and a text encoder that the edge does not run"
     return ""
 
 

@@ -418,7 +418,7 @@ def test_a_class_that_is_asked_for_is_refused_saying_what_is_missing(tmp_path: P
     """By its index alone: its gigabytes are not loaded first."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    why = "not supported yet: it needs a transformer denoiser on packed latents"
+    why = "FluxPipeline is not supported: it needs a transformer of another kind and a text encoder that the edge does"
     with pytest.raises(ExportError, match=why):
         export_bundle(tmp_path / "model", tmp_path / "bundle", report=silent)
 

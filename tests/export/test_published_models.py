@@ -339,6 +339,19 @@ def test_files_that_lie_beside_the_weights_are_left_alone(tmp_path: Path) -> Non
         ("OnnxStableDiffusionPipeline", "is not supported: it holds ONNX graphs; name the model that they"),
         ("FlaxStableDiffusionPipeline", "is not supported: it holds weights for JAX"),
         ("StableDiffusionInstructPix2PixPipeline", "wants a picture, and the edge draws from a prompt alone"),
+        *(
+            (
+                name,
+                f"{name} is not supported: it needs a transformer of another kind and a text encoder that the edge",
+            )
+            for name in (
+                "Flux2Pipeline",
+                "FluxKontextPipeline",
+                "PixArtSigmaPipeline",
+                "SanaPipeline",
+                "QwenImagePipeline",
+            )
+        ),
         ("AudioLDMPipeline", "AudioLDMPipeline is not supported; StableDiffusionPipeline, .* are$"),
         (["pipeline_mine", "MinePipeline"], "is of the class MinePipeline, code of its own that is not run;"),
     ],
