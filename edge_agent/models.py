@@ -15,6 +15,7 @@ from edge_agent import settings
 from edge_agent.bundle import Bundle
 from edge_agent.client import BAD_INPUT, CONNECT_S, DONE, UNREACHABLE, AgentClient, CallFailed
 from edge_agent.errors import BundleError, InvalidRequest, NewerBundle, NotABundle, StoreError
+from edge_agent.manifest import schedule_file
 from edge_agent.store import RESERVED, STARTER_NAME, Store
 from edge_agent.terminal import add_command, client, on_terminal, print_facts, print_json, print_table, remark
 
@@ -185,7 +186,11 @@ def _show(options: argparse.Namespace) -> int:
     if wanted in RESERVED and wanted != STARTER_NAME:
         return _show_served(options)
     store = _store(options)
-    return print_facts(_facts(store, _find(store, wanted), _served(options)), options)
+    name = _find(store, wanted)
+    facts = _facts(store, name, _served(options))
+    if options.json:
+        return print_facts(facts, options)
+    return print_facts(_for_people({"name": name, "scheduler": _scheduler(store, name)} | facts), options)
 
 
 def _show_served(options: argparse.Namespace) -> int:
@@ -193,7 +198,9 @@ def _show_served(options: argparse.Namespace) -> int:
     for model in client(options).models():
         if model["side"] == options.name:
             known = {name: value for name, value in model.items() if value not in (None, "", 0, [])}
-            return print_facts(model if options.json or options.name == "edge" else known, options)
+            if options.json:
+                return print_facts(model, options)
+            return print_facts(_for_people(model if options.name == "edge" else known), options)
     raise InvalidRequest(
         "the daemon knows of no cloud model: none is configured, and its bundle is not calibrated"
     )
@@ -499,6 +506,37 @@ def _facts(store: Store, name: str, served: str | None) -> dict[str, Any]:
         "calibrated_for_cloud": calibration.cloud_digest if calibration else None,
         "advice": [advice] if advice else [],
     }
+
+
+def _scheduler(store: Store, name: str) -> str:
+    """What the model's schedules were compiled of; empty where the default's does not say."""
+    from edge_agent.diffusion.schedule import Schedule  # the other actions read none
+
+    bundle = Bundle.open(store.path(name), verify=False)
+    try:
+        said = Schedule.load(bundle.path(schedule_file(bundle.manifest.default_steps))).scheduler
+    except BundleError:
+        return ""
+    return said if said.isidentifier() else ""  # a class's name, not what steers a terminal
+
+
+def _for_people(facts: dict[str, Any]) -> dict[str, Any]:
+    """`facts` without Python's brackets: sizes as 64x64, of a table how large it is."""
+    return {name: _in_words(value) for name, value in facts.items()}
+
+
+def _in_words(value: Any) -> Any:
+    if isinstance(value, dict):
+        return "; ".join(
+            f"{name if name.isprintable() else repr(name)} {_in_words(each)}" for name, each in value.items()
+        )
+    if not isinstance(value, (list, tuple)) or all(isinstance(each, str) for each in value):
+        return value  # of texts, each has a line
+    if not isinstance(value[0], (list, tuple)):
+        return ", ".join(map(str, value))
+    if len(value[0]) == 2:
+        return ", ".join(f"{width}x{height}" for width, height in value)
+    return f"{len(value)} x {len(value[0])} numbers"
 
 
 def _say_uncalibrated(advice: str) -> None:

@@ -127,10 +127,11 @@ def export_bundle(
         if ours:
             loaded = pipelines.load(model, without_t5=without_t5, report=report)
         pipeline = pipelines.prepared(loaded, autoencoder, without_t5=without_t5, report=report)
+        own = pipeline.scheduler
         if scheduler is not None:
             with source.quiet():
-                pipeline.scheduler = choose_scheduler(pipeline.scheduler, scheduler)
-        support.refuse_scheduler(pipeline)
+                pipeline.scheduler = choose_scheduler(own, scheduler)
+        support.refuse_scheduler(pipeline, own)
         kind = support.kind(pipeline)
         _refuse_kept(keep, pipeline, dtype)
         asked, sizes = bool(sizes), pipelines.sizes_of(pipeline, sizes)

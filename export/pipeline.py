@@ -32,6 +32,7 @@ from export.support import (
     refuse_class,
     refuse_t5,
     refuse_unsupported,
+    tell_of_checker,
 )
 
 T5_POSITIONS = 256
@@ -51,7 +52,7 @@ def load(
     Args:
         without_t5: leave out the third text encoder of Stable Diffusion 3.
         parts: what takes the place of the model's own, which is not loaded, by name.
-        report: gets a line before the hub is asked, which may take long.
+        report: gets a line before the hub is asked, which may take long, and one where there is a safety checker.
 
     Raises:
         ExportError: it is not there, incomplete, of an unsupported class, or the hub cannot be reached.
@@ -60,6 +61,7 @@ def load(
         index = _index(model, report)
         refuse_t5(index["_class_name"], "text_encoder_3" in model_index.named(index), without_t5)
         made = CLASSES[index["_class_name"]]
+        tell_of_checker(made, model_index.named(index), report)
         others = dict.fromkeys((*idle(made), *parts))
         with source.quiet():
             folder = Path(model) if Path(model).is_dir() else complete.downloaded(str(model), **others)
@@ -96,7 +98,7 @@ def prepared(
     Args:
         autoencoder: what takes the place of the pipeline's own, see `export.autoencoder`.
         without_t5: leave out the third text encoder of Stable Diffusion 3.
-        report: gets a line before the hub is asked for the autoencoder.
+        report: gets a line before the hub is asked for the autoencoder, and one where there is a safety checker.
 
     Raises:
         ExportError: it is of an unsupported kind, or the autoencoder cannot be loaded.
@@ -104,6 +106,8 @@ def prepared(
     refuse_class(type(pipeline).__name__)
     pipeline = copy.copy(pipeline)
     refuse_t5(type(pipeline).__name__, getattr(pipeline, "text_encoder_3", None) is not None, without_t5)
+    left = [part for part in idle(type(pipeline)) if getattr(pipeline, part, None) is not None]
+    tell_of_checker(type(pipeline), left, report)
     for part in idle(type(pipeline)):
         setattr(pipeline, part, None)
     with source.quiet():

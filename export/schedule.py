@@ -215,7 +215,9 @@ def _check(scheduler: Any, steps: Steps, schedule: Schedule, scale: float, loop:
     random = np.random.default_rng(1)
     width = 4 * schedule.calls + 16
     inputs = [scale * random.standard_normal(width) for _ in range(schedule.calls + 1)]
+    before = torch.get_rng_state()
     seen, draws = _drive(scheduler, steps, inputs, 1, loop)
+    unseeded = not torch.equal(before, torch.get_rng_state())
     for call, values in enumerate(seen):
         where = "the final latents are" if call == schedule.calls else f"the input of call {call + 1} is"
         if not np.isfinite(values).all():
@@ -232,6 +234,11 @@ def _check(scheduler: Any, steps: Steps, schedule: Schedule, scale: float, loop:
         if drawn:
             expected = expected + np.asarray(schedule.noise[call]) @ np.stack(drawn)
         difference = float(np.abs(values - expected).max() / max(1.0, np.abs(values).max()))
+        if not difference <= TOLERANCE and unseeded:
+            raise NotLinear(
+                f"{schedule.scheduler} draws noise in a way that cannot be repeated, from torch's own generator and "
+                f"not from the image's, which the seed sets; {_OTHER}"
+            )
         if not difference <= TOLERANCE:  # also when it is not a number
             flags = [flag for flag in ("clip_sample", "thresholding") if scheduler.config.get(flag)]
             off = ",".join(f"{flag}=false" for flag in flags)

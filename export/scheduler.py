@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -17,6 +18,8 @@ from export.errors import ExportError, reason
 
 _RESCALE = "rescale_betas_zero_snr"
 _ANOTHER = "name another, or other values after its name"
+_CHANGE = re.compile(r'(?:\[[^\]]*\]|"[^"]*"|[^,])+')
+"""A KEY=VALUE of several: up to a comma that is in no brackets and no quotes."""
 
 
 def choose_scheduler(own: Any, wanted: str) -> Any:
@@ -25,7 +28,8 @@ def choose_scheduler(own: Any, wanted: str) -> Any:
     Args:
         own: the model's scheduler; its betas, prediction type and so on are kept.
         wanted: a class of diffusers, with or without "Scheduler" at its end, and what to change in its config:
-            "EulerDiscrete:timestep_spacing=trailing,use_karras_sigmas=true". Values are JSON, or plain text.
+            "EulerDiscrete:timestep_spacing=trailing,use_karras_sigmas=true". Values are JSON, such as [0,1], or plain
+            text.
 
     Raises:
         ExportError: there is no such scheduler, it takes no such key, or not such a value.
@@ -47,7 +51,7 @@ def choose_scheduler(own: Any, wanted: str) -> Any:
         raise ExportError(f"diffusers has no scheduler {full}{hint}")
     config = {}
     parameters = dict(inspect.signature(made).parameters)
-    for change in filter(None, changes.split(",")):
+    for change in _CHANGE.findall(changes):
         key, equals, value = change.partition("=")
         if not equals:
             raise ExportError(f"{change!r} changes nothing: write {name}:KEY=VALUE,KEY=VALUE")

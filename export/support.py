@@ -54,11 +54,6 @@ KINDS: dict[type, Kind] = {
 
 CLASSES = {made.__name__: made for made in KINDS}
 
-# What the edge would have to learn for each class that people ask for.
-_MISSING = {
-    "FluxPipeline": "a transformer denoiser on packed latents and a T5 text encoder",
-}
-
 
 def kind(pipeline: Any) -> Kind:
     """What sets the class of `pipeline` apart."""
@@ -86,6 +81,15 @@ def origin(pipeline: Any) -> Path:
     return Path(pipeline.config.get("_name_or_path") or "")
 
 
+def tell_of_checker(made: type, there: Collection[str], report: Callable[[str], None]) -> None:
+    """A line to `report` where a safety checker is `there` among the parts that the edge does not run."""
+    if "safety_checker" in idle(made) & {*there}:
+        report(
+            "leaving out the safety checker: the cloud withholds pictures to which its model's own objects, the edge "
+            "draws without one"
+        )
+
+
 def file_of(pipeline: Any, *names: str) -> Path:
     """A file of the pipeline's, in the folder that it was loaded from where it was."""
     return origin(pipeline).joinpath(*names)
@@ -95,13 +99,8 @@ def refuse_class(name: str, parts: Collection[str] | None = None) -> None:
     """Raises ExportError where pipelines of the class `name` are not supported. `parts` are those that the model has,
     where they are known.
     """
-    supported = ", ".join(CLASSES)
-    if name in _MISSING:
-        raise ExportError(
-            f"{name} is not supported yet: it needs {_MISSING[name]}; {supported} are supported"
-        )
     if name not in CLASSES:
-        raise ExportError(f"{name} is not supported{_instead_of(name, parts)}; {supported} are")
+        raise ExportError(f"{name} is not supported{_instead_of(name, parts)}; {', '.join(CLASSES)} are")
 
 
 def _instead_of(name: str, parts: Collection[str] | None) -> str:
@@ -118,6 +117,9 @@ def _instead_of(name: str, parts: Collection[str] | None) -> str:
         )
     if re.search("Img2Img|Inpaint|Pix2Pix|Upscale|Variation|ControlNet", name):
         return ": it wants a picture, and the edge draws from a prompt alone"
+    has = model_index.parts_of({"_class_name": name}) | {*(parts or ())}
+    if plain not in CLASSES and "transformer" in has:  # Flux, PixArt, Sana, QwenImage and so on
+        return ": it needs a transformer of another kind and a text encoder that the edge does not run"
     return ""
 
 
@@ -135,14 +137,30 @@ def refuse_t5(name: str, there: bool, without_t5: bool) -> None:
         )
 
 
-def refuse_scheduler(pipeline: Any) -> None:
+_FLOW, _EDM, _NOISE = "FlowMatch", "EDM", "noise"
+# A scheduler for each training, where the pipeline scales noise and input.
+_FOR = {
+    _FLOW: "DPMSolverMultistep:use_flow_sigmas=true,prediction_type=flow_prediction",
+    _EDM: "EDMEuler",
+    _NOISE: "EulerDiscrete",
+}
+
+
+def _training(scheduler: Any) -> str:
+    """How the models were trained that `scheduler` is for."""
+    name, config = type(scheduler).__name__, scheduler.config
+    if config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction":
+        return _FLOW
+    return next((training for training in (_FLOW, _EDM) if name.startswith(training)), _NOISE)
+
+
+def refuse_scheduler(pipeline: Any, own: Any) -> None:
     """Raises ExportError for a scheduler without what the pipeline's class asks its own for, or one that the pipeline
-    runs and that makes no images of what its denoiser predicts.
+    runs and that makes no images of what its denoiser predicts. `own` is the scheduler that the model came with.
     """
+    name, training = type(pipeline.scheduler).__name__, _training(pipeline.scheduler)
     if not kind(pipeline).loop.scales:
-        name, config = type(pipeline.scheduler).__name__, pipeline.scheduler.config
-        flow = config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction"
-        if not name.startswith("FlowMatch") and not flow:
+        if training != _FLOW:
             raise ExportError(
                 f"{name} is not for flow matching, which {type(pipeline).__name__} was trained with: name another with "
                 "--scheduler, such as FlowMatchEulerDiscrete, or DPMSolverMultistep:use_flow_sigmas=true,"
@@ -151,13 +169,18 @@ def refuse_scheduler(pipeline: Any) -> None:
     elif isinstance(pipeline, LatentConsistencyModelPipeline):
         if not isinstance(pipeline.scheduler, LCMScheduler):
             raise ExportError(
-                f"{type(pipeline.scheduler).__name__} does not go with {type(pipeline).__name__}, which tells its "
-                "scheduler of how many steps its model was distilled; name LCM with --scheduler"
+                f"{name} does not go with {type(pipeline).__name__}, which tells its scheduler of how many steps its "
+                "model was distilled; name LCM with --scheduler"
             )
     elif not all(hasattr(pipeline.scheduler, name) for name in ("init_noise_sigma", "scale_model_input")):
         raise ExportError(
-            f"{type(pipeline.scheduler).__name__} does not go with {type(pipeline).__name__}, which has its scheduler "
-            "scale noise and input; name another with --scheduler, such as EulerDiscrete"
+            f"{name} does not go with {type(pipeline).__name__}, which has its scheduler scale noise and input; name "
+            "another with --scheduler, such as EulerDiscrete"
+        )
+    elif training != (trained := _training(own)):
+        raise ExportError(
+            f"{name} is for models that were trained otherwise than this one, whose own is {type(own).__name__}, and "
+            f"would draw no image: name another with --scheduler, such as {_FOR[trained]}"
         )
 
 
@@ -212,6 +235,7 @@ def refuse_unsupported(pipeline: Any) -> None:
         "a predicted variance": lambda: (
             (denoiser.out_channels or denoiser.in_channels) != denoiser.in_channels
         ),
+        "an autoencoder that makes other than three colours": lambda: vae.get("out_channels", 3) != 3,
         "an autoencoder of another factor than the pipeline's": lambda: (
             2 ** (len(vae.block_out_channels) - 1) != pipeline.vae_scale_factor
         ),

@@ -27,6 +27,7 @@ WHAT = {
     HALF: "half as many threads ÷ one a core",
     MORE: "twice as many threads ÷ one a core",
 }
+WHY = {SPINNING: "; they sleep all the same, as the event loop and decisions share the cores"}
 
 
 def rows(plan: Plan) -> list[Row]:
@@ -40,7 +41,8 @@ def rows(plan: Plan) -> list[Row]:
             "",
             ratio(*series),
             None,
-            note=f"{quantile(series[0]).value:.3g} over {quantile(series[1]).value:.3g} s",
+            note=f"{quantile(series[0]).value:.3g} over {quantile(series[1]).value:.3g} s"
+            + WHY.get(name, ""),
             calm=calm_ratio(*series),
             details={"alternative_s": series[0], "default_s": series[1]},
         )

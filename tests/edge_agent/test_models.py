@@ -191,6 +191,25 @@ def test_show_finds_a_model_by_name_and_by_the_beginning_of_its_digest(run: Run,
         assert run("show", side).code == 3  # no daemon is there to ask
 
 
+def test_show_is_written_for_people(run: Run, home: Path) -> None:
+    """What programs read, --json has as it is."""
+    lines = [re.split("  +", line, maxsplit=1) for line in run("show", "starter").out.splitlines()]
+    shown = {line[0]: line[-1] for line in lines}
+    assert shown["scheduler"] == "DPMSolverMultistepScheduler"
+    assert (shown["steps"], shown["sizes"]) == ("4, 8, 16", "64x64")
+    assert shown["latent to rgb"] == "5 x 3 numbers"
+    assert "(" not in "".join(shown.values())
+    (facts,) = run("show", "starter", "--json").objects
+    assert "scheduler" not in facts and facts["sizes"] == [[64, 64]]
+    other = Path(shutil.copytree(STARTER, home / "other"))
+    write_manifest(
+        other, name="other", dtypes={"unet": "fp16", "vae_decoder": "int8"}, other_sizes=[(96, 64)]
+    )
+    run("pull", other)
+    assert re.search("^dtypes +unet fp16; vae_decoder int8$", said := run("show", "other").out, re.MULTILINE)
+    assert re.search("^sizes +64x64, 96x64$", said, re.MULTILINE)
+
+
 def test_verify_reads_every_byte_and_list_does_not(run: Run, home: Path, models: Path) -> None:
     run("pull", hollow_bundle(home / "tiny"))
     with (models / "hollow" / DENOISER).open("r+b") as file:

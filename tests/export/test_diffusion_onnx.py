@@ -46,12 +46,13 @@ from export.diffusion_onnx import export_bundle, main
 from export.errors import ExportError
 from export.folder import beside, move
 from export.graphs import MASKED
-from export.pipeline import class_of, facts, licence_of, load, name_of
+from export.pipeline import class_of, facts, licence_of, load, name_of, prepared
 from export.reference import Reference, difference, largest_difference, reference_image, reference_images
 from export.schedule import compile_schedule
 from tests.hub import NOBODY, asked_here, hub, silent_hub
 from tests.miniature import (
     forget,
+    miniature_edm,
     miniature_lcm,
     miniature_pipeline,
     miniature_tiny_autoencoder,
@@ -327,6 +328,65 @@ def test_a_text_encoder_that_is_no_clip_is_refused_before_anything_is_drawn(
     assert not any("running" in line for line in lines)
 
 
+def test_an_autoencoder_of_other_colours_is_refused_before_anything_is_drawn(
+    pipeline: StableDiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With transparency, say."""
+    monkeypatch.setattr(diffusion_onnx, "reference_images", None)
+    tiny = AutoencoderTiny(
+        out_channels=4,
+        encoder_block_out_channels=(8,) * 4,
+        decoder_block_out_channels=(8,) * 4,
+        num_encoder_blocks=(1,) * 4,
+        num_decoder_blocks=(1,) * 4,
+    )
+    tiny.save_pretrained(tmp_path / "tiny")
+    for options in ({"autoencoder": tmp_path / "tiny"}, {}):
+        with pytest.raises(
+            ExportError, match="an autoencoder that makes other than three colours is not supp"
+        ):
+            export_bundle(pipeline, tmp_path / "bundle", report=silent, **options)
+        pipeline.vae = tiny
+
+
+@pytest.mark.parametrize(
+    ("make", "scheduler", "instead"),
+    [
+        (miniature_pipeline, "EDMEuler", "EulerDiscrete"),
+        (miniature_xl, "EDMDPMSolverMultistep", "EulerDiscrete"),
+        (
+            miniature_pipeline,
+            "UniPCMultistep:use_flow_sigmas=true,prediction_type=flow_prediction",
+            "EulerDiscrete",
+        ),
+        (miniature_edm, "EulerDiscrete", "EDMEuler"),
+    ],
+)
+def test_a_scheduler_of_another_training_is_refused_before_anything_is_drawn(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[], Any],
+    scheduler: str,
+    instead: str,
+) -> None:
+    monkeypatch.setattr(diffusion_onnx, "reference_images", None)
+    why = f"trained otherwise than this one, whose own is .*, and would draw no image: .* such as {instead}$"
+    with pytest.raises(ExportError, match=f"^{scheduler.partition(':')[0]}Scheduler is for models .* {why}"):
+        export_bundle(make(), tmp_path / "bundle", scheduler=scheduler, report=silent)
+
+
+def test_a_safety_checker_that_a_pipeline_has_is_said_to_be_left_out(
+    pipeline: StableDiffusionPipeline,
+) -> None:
+    lines: list[str] = []
+    prepared(pipeline, report=lines.append)
+    assert lines == []
+    pipeline.safety_checker = lambda images, **_: (images, [False])
+    assert prepared(pipeline, report=lines.append).safety_checker is None
+    assert len(lines) == 1 and lines[0].startswith("leaving out the safety checker: ")
+    assert pipeline.safety_checker is not None
+
+
 def test_a_text_encoder_whose_scores_are_loud_keeps_its_mask(
     pipeline: StableDiffusionPipeline, tmp_path: Path
 ) -> None:
@@ -358,7 +418,7 @@ def test_a_class_that_is_asked_for_is_refused_saying_what_is_missing(tmp_path: P
     """By its index alone: its gigabytes are not loaded first."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    why = "not supported yet: it needs a transformer denoiser on packed latents"
+    why = "FluxPipeline is not supported: it needs a transformer of another kind and a text encoder that the edge does"
     with pytest.raises(ExportError, match=why):
         export_bundle(tmp_path / "model", tmp_path / "bundle", report=silent)
 

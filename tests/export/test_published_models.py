@@ -339,6 +339,19 @@ def test_files_that_lie_beside_the_weights_are_left_alone(tmp_path: Path) -> Non
         ("OnnxStableDiffusionPipeline", "is not supported: it holds ONNX graphs; name the model that they"),
         ("FlaxStableDiffusionPipeline", "is not supported: it holds weights for JAX"),
         ("StableDiffusionInstructPix2PixPipeline", "wants a picture, and the edge draws from a prompt alone"),
+        *(
+            (
+                name,
+                f"{name} is not supported: it needs a transformer of another kind and a text encoder that the edge",
+            )
+            for name in (
+                "Flux2Pipeline",
+                "FluxKontextPipeline",
+                "PixArtSigmaPipeline",
+                "SanaPipeline",
+                "QwenImagePipeline",
+            )
+        ),
         ("AudioLDMPipeline", "AudioLDMPipeline is not supported; StableDiffusionPipeline, .* are$"),
         (["pipeline_mine", "MinePipeline"], "is of the class MinePipeline, code of its own that is not run;"),
     ],
@@ -364,7 +377,9 @@ def test_a_part_that_is_left_out_may_be_of_any_library(tmp_path: Path) -> None:
     save_miniature(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     (tmp_path / "model_index.json").write_text(json.dumps(index | {"safety_checker": ["mine", "Checker"]}))
-    assert load(tmp_path).safety_checker is None
+    lines: list[str] = []
+    assert load(tmp_path, report=lines.append).safety_checker is None
+    assert [line for line in lines if "leaving out the safety checker: the cloud withholds" in line]
 
 
 @pytest.mark.parametrize(

@@ -254,7 +254,7 @@ def test_noise_that_cannot_be_repeated_is_refused() -> None:
             (latents, *rest) = super().step(*arguments, **options)
             return (latents + torch.randn_like(latents), *rest)
 
-    with pytest.raises(NotLinear):
+    with pytest.raises(NotLinear, match="cannot be repeated, from torch's own generator and not from the im"):
         compile_schedule(Restless(**BETAS, clip_sample=False), 5)
 
 

@@ -22,6 +22,18 @@ def test_the_models_own_config_is_kept_and_the_changes_are_made(name: str) -> No
     assert (config.steps_offset, config.sigma_min) == (1, 0.5)
 
 
+@pytest.mark.parametrize("spectrum", ["linear", '"linear"'])
+def test_a_value_may_be_a_list(spectrum: str) -> None:
+    """Commas in brackets or quotes part no changes."""
+    chosen = choose_scheduler(
+        OWN, f"UniPCMultistep:disable_corrector=[0,1],beta_schedule={spectrum},solver_order=3"
+    )
+    assert (chosen.config.disable_corrector, chosen.config.solver_order) == ([0, 1], 3)
+    assert chosen.config.beta_schedule == "linear"
+    with pytest.raises(ExportError, match="steep,steeper"):
+        choose_scheduler(OWN, 'UniPCMultistep:beta_schedule="steep,steeper"')
+
+
 def test_what_a_scheduler_takes_besides_its_own_keys_need_not_be_in_the_config() -> None:
     assert choose_scheduler(OWN, "DDIMInverse").config.beta_end == 0.0123  # it has **kwargs
 

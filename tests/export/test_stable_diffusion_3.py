@@ -312,11 +312,16 @@ def test_a_shift_by_size_that_cannot_be_is_refused(
         export_bundle(pipeline, tmp_path / "bundle", report=silent)
 
 
-def test_noise_that_no_seed_repeats_is_refused(pipeline: StableDiffusion3Pipeline, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheduler", ["FlowMatchLCM", "FlowMatchEulerDiscrete:stochastic_sampling=true"])
+def test_noise_that_no_seed_repeats_is_refused(
+    pipeline: StableDiffusion3Pipeline, tmp_path: Path, scheduler: str
+) -> None:
     """The pipeline hands its generator to no scheduler."""
-    pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
-    with pytest.raises(NotLinear):
-        export_bundle(pipeline, tmp_path / "bundle", steps=(3,), report=silent)
+    name = scheduler.partition(":")[0]
+    with pytest.raises(
+        NotLinear, match=f"^{name}Scheduler draws noise in a way that cannot be repeated, from torch"
+    ):
+        export_bundle(pipeline, tmp_path / "bundle", steps=(3,), scheduler=scheduler, report=silent)
 
 
 def test_channels_that_the_transformer_leaves_open_are_the_latents(
