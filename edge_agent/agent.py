@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from edge_agent import version
-from edge_agent.bundle import LEARN
+from edge_agent.bundle import LEARN, TAKE_UP
 from edge_agent.cloud import SIDES, SLOW_CONNECTION_S, CloudClient
 from edge_agent.cloud_image import CloudAccepted, CloudImage
 from edge_agent.device import Device, Drawing, Drawn, Job
@@ -198,8 +198,8 @@ class Agent:
         if calibration is not None and not self._cloud_fits:
             found.append(
                 f"the cloud server runs model {self.tally.cloud_digest[:16]} and the calibration was made for "
-                f"{calibration.cloud_digest[:16]}, so no prompt is routed: {LEARN} for that model and restart "
-                "edge-agent, or start the cloud server with the other one, which the prompts after that notice"
+                f"{calibration.cloud_digest[:16]}, so no prompt is routed: {LEARN} for that model, {TAKE_UP}; "
+                "or start the cloud server with the other one, which the prompts after that notice"
             )
         if self.purchases.cloud is None:
             found.append(

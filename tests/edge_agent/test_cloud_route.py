@@ -337,7 +337,10 @@ async def test_another_cloud_model_than_the_calibrations_is_noticed(
         assert (answer.reason, answer.served_by) == ("uncalibrated", "edge")
         status = await here.app.status()
         assert not status.calibrated
-        assert re.search(r"`edge-export label`.*`edge-export calibrate` for that model", status.advice[0])
+        take_up = "`edge-agent models pull BUNDLE --name NEW --use`"
+        assert re.search(
+            rf"`edge-export label`.*`edge-export calibrate` for that model, .*{take_up}", status.advice[0]
+        )
 
 
 @pytest.mark.parametrize("how", ["cloud_only", "asking"])
