@@ -33,6 +33,11 @@ APPLICATION_ID = 0x52543243  # "RT2C"
 SCHEMA_VERSION = 2
 KEEP_ROWS_S = 400 * 86_400.0  # a year and a bit: longer than any budget window an edge still asks about
 
+_DAMAGED = (
+    "it is damaged: stop cloud-server and move the file away, with the -wal beside it; edges that still ask are then "
+    "told that their calls never ran, though some were charged"
+)
+
 _NO_PROMPTS = {"prompt": "", "negative_prompt": ""}
 
 _TABLE = """
@@ -307,9 +312,8 @@ class Journal:
             try:
                 yield
             except sqlite3.Error as error:
-                failure = (
-                    f"the journal of generations cannot be used: {error}; check the disk of the state folder"
-                )
+                advice = _DAMAGED if "malformed" in str(error) else "check the disk of the state folder"
+                failure = f"the journal of generations cannot be used: {error}; {advice}"
                 if failure != self._failure:  # once, and not for every call
                     log.error("journal", extra={"fields": {"error": failure}})
                 self._failure = failure
@@ -323,6 +327,8 @@ def _unusable(path: Path, error: OSError | sqlite3.Error) -> StartRefused:
         return JournalNotReady(f"{why}; another cloud-server uses it; give each its own --state folder")
     if "is full" in said or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
         return JournalNotReady(f"{why}; free some space and try again")
+    if "malformed" in said:
+        return StartRefused(f"{why}; {_DAMAGED}")
     return StartRefused(
         f"{why}; choose a writable --state folder, or move the file away if it is not a journal"
     )

@@ -10,21 +10,30 @@ import sys
 import time
 from collections import deque
 from contextlib import suppress
-from typing import Any
+from typing import Any, TextIO
 
 MAX_WAITING = 10_000  # lines; some 5 MB
 CLOSE_S = 1.0  # what the last lines get to leave at the end
+PRIORITIES = {"CRITICAL": 2, "ERROR": 3, "WARNING": 4, "INFO": 6, "DEBUG": 7}  # syslog's
 
 
 class Lines(logging.Formatter):
-    """Writes time, level, event and the record's `fields`."""
+    """Writes time, level, event and the record's `fields`; for systemd's journal its priority, as in sd-daemon(3)."""
 
-    def __init__(self, as_json: bool) -> None:
+    def __init__(self, as_json: bool, for_journal: bool = False) -> None:
         super().__init__()
         self._as_json = as_json
+        self._for_journal = for_journal
 
     def format(self, record: logging.LogRecord) -> str:
         """One line; a traceback, where the record has one, follows it (as text) or is a field (as JSON)."""
+        text = self._text(record)
+        if self._for_journal:
+            priority = f"<{PRIORITIES.get(record.levelname, 6)}>"
+            return priority + text.replace("\n", f"\n{priority}")
+        return text
+
+    def _text(self, record: logging.LogRecord) -> str:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
         line = {"time": stamp, "level": record.levelname.lower(), "event": record.getMessage()}
         line |= getattr(record, "fields", {})
@@ -106,10 +115,18 @@ def configure(as_json: bool) -> None:
         handler = Writer(sys.__stderr__.fileno())
     else:  # on Windows
         handler = logging.StreamHandler()
-    handler.setFormatter(Lines(as_json))
+    handler.setFormatter(Lines(as_json, _is_journal(sys.__stderr__)))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("cloud_server").setLevel(logging.INFO)
     logging.captureWarnings(True)  # of Python's own kind, which would be lines of another form
+
+
+def _is_journal(file: TextIO | None) -> bool:
+    """Whether systemd's journal reads what is written there; it names the file in the environment."""
+    if file is None or "JOURNAL_STREAM" not in os.environ:
+        return False
+    there = os.fstat(file.fileno())
+    return os.environ["JOURNAL_STREAM"] == f"{there.st_dev}:{there.st_ino}"
 
 
 def _quoted(value: Any) -> str:

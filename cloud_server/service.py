@@ -9,7 +9,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager, closing
+from contextlib import aclosing, asynccontextmanager, closing, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -255,6 +255,8 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
     ) -> None:
         """Makes one image, or sends a kept one again; see the .proto file."""
         line: Line = {"rpc": "Generate"}
+        if not isinstance(request, Malformed):
+            line |= _claimed(request.image.request_id)
         async with self._counted(), self._call(request, context, line) as tenant:
             line |= _who(request.image)  # not before: the log is not for strangers to fill
             wish = _wish(request.image)
@@ -290,6 +292,8 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
     ) -> cloud_pb2.LookupGenerationResponse:
         """What became of a request id; answers across restarts, and before the model is loaded."""
         line: Line = {"rpc": "LookupGeneration"}
+        if not isinstance(request, Malformed):
+            line |= _claimed(request.request_id)
         async with self._call(request, context, line) as tenant:
             request_id = request.request_id
             line["request_id"] = request_id[:MAX_NAME_CHARACTERS]
@@ -446,6 +450,16 @@ async def _abort(
         raise asyncio.CancelledError from None  # nobody is left to be told
     finally:
         patience.cancel()
+
+
+def _claimed(request_id: str) -> Line:
+    """What the log says of a call before it is known whose it is: its id, by which a refused edge finds it, and only
+    what can be one.
+    """
+    with suppress(InvalidRequest):
+        check_request_id(request_id)
+        return {"request_id": request_id}
+    return {}
 
 
 def _who(image: image_pb2.ImageRequest) -> Line:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import math
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from edge_agent import version
-from edge_agent.bundle import LEARN
+from edge_agent.bundle import LEARN, TAKE_UP
 from edge_agent.cloud import SIDES, SLOW_CONNECTION_S, CloudClient
 from edge_agent.cloud_image import CloudAccepted, CloudImage
 from edge_agent.device import Device, Drawing, Drawn, Job
@@ -26,6 +27,8 @@ from edge_agent.quota import BudgetState
 from edge_agent.reader import Reading
 from edge_agent.request import ImageRequest, Routing, validate
 from edge_agent.resident import Resident
+
+log = logging.getLogger(__name__)
 
 Found = TypeVar("Found")
 
@@ -84,6 +87,13 @@ class CloudFailure:
     refused: bool
     never_ran: bool
 
+    @property
+    def check(self) -> str:
+        """Where the cause may be."""
+        if self.refused:
+            return "--cloud, --max-price, --cloud-token and the cloud server's own settings"
+        return "--cloud, --cloud-ca and whether the cloud server runs"
+
 
 @dataclass
 class Tally:
@@ -94,6 +104,19 @@ class Tally:
     cloud_digest: str = ""  # what the cloud server last said it is
     # Of the last call, where no image has come from the cloud since.
     cloud_failure: CloudFailure | None = None
+
+    def failed(self, failure: CloudFailure) -> None:
+        """Take note of a failed cloud call. The log hears of the first, and of one with another cause."""
+        before, self.cloud_failure = self.cloud_failure, failure
+        if before is None or before.check != failure.check:
+            fields = {"error": failure.message, "check": failure.check}
+            log.warning("cloud failing", extra={"fields": fields})
+
+    def delivered(self) -> None:
+        """Take note of an image from the cloud."""
+        if self.cloud_failure is not None:
+            log.info("cloud delivers again", extra={"fields": {}})
+        self.cloud_failure = None
 
 
 class Agent:
@@ -175,8 +198,8 @@ class Agent:
         if calibration is not None and not self._cloud_fits:
             found.append(
                 f"the cloud server runs model {self.tally.cloud_digest[:16]} and the calibration was made for "
-                f"{calibration.cloud_digest[:16]}, so no prompt is routed: {LEARN} for that model and restart "
-                "edge-agent, or start the cloud server with the other one, which the prompts after that notice"
+                f"{calibration.cloud_digest[:16]}, so no prompt is routed: {LEARN} for that model, {TAKE_UP}; "
+                "or start the cloud server with the other one, which the prompts after that notice"
             )
         if self.purchases.cloud is None:
             found.append(
@@ -186,10 +209,9 @@ class Agent:
             found.append(self.reader.recent.advice)
         failure = self.tally.cloud_failure
         if failure is not None:
-            check = "--cloud, --cloud-ca and whether the cloud server runs"
-            if failure.refused:
-                check = "--cloud, --max-price, --cloud-token and the cloud server's own settings"
-            found.append(f"{failure.message}; no image has come from it since: if it goes on, check {check}")
+            found.append(
+                f"{failure.message}; no image has come from it since: if it goes on, check {failure.check}"
+            )
         with suppress(LedgerError):  # which is told next
             found += await self.purchases.advice(self._terms.max_price_micro_usd)
         if ledger_failure := self.purchases.ledger.failure:
@@ -327,7 +349,7 @@ class Agent:
                 if isinstance(event, CloudAccepted):
                     position, self.tally.cloud_digest = event.queue_position, event.model_digest
                 elif isinstance(event, CloudImage):
-                    self.tally.cloud_failure = None
+                    self.tally.delivered()
                     stages_ms = {f"cloud_{stage}": spent for stage, spent in event.timings_ms.items()}
                     yield Made(
                         png=event.png,
@@ -346,7 +368,7 @@ class Agent:
         """What the result says of the failure. Raises it where the caller wants the cloud or nothing."""
         if not self._own_terms(request, error, purchase):
             refused = isinstance(error, CloudRefused)
-            self.tally.cloud_failure = CloudFailure(error.message, refused, error.never_ran)
+            self.tally.failed(CloudFailure(error.message, refused, error.never_ran))
         if request.routing is Routing.CLOUD_ONLY:
             raise error
         self.tally.fallbacks += 1

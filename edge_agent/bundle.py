@@ -52,6 +52,11 @@ CALIBRATE = "run `edge-export label`, unless you have its labels of both models,
 LEARN = "run `edge-export label`, `edge-export train`, `edge-export predictor` and `edge-export calibrate`"
 """What makes predictor and calibration for models that no predictor knows yet."""
 
+TAKE_UP = (
+    "then `edge-agent models pull BUNDLE --name NEW --use`, or restart edge-agent where --bundle names it"
+)
+"""What comes after either: a daemon serves the store's copy of a bundle, which a restart leaves as it is."""
+
 READ_BYTES = 1 << 20
 """How much of a file is read at a time."""
 
@@ -140,22 +145,21 @@ class Bundle:
         Raises BundleError when the calibration cannot be read, or is not of our metrics.
         """
         if self.predictor is None:
-            return (
-                f"the bundle {self.folder} has no quality predictor, so no prompt is routed: {LEARN} for it"
-            )
+            lacks = f"the bundle {self.folder} has no quality predictor, so no prompt is routed"
+            return f"{lacks}: {LEARN} for it, {TAKE_UP}"
         calibration = self.calibration
         if calibration is None:
-            return f"the bundle {self.folder} has no calibration, so no prompt is routed: {CALIBRATE} for it"
+            return f"the bundle {self.folder} has no calibration, so no prompt is routed: {CALIBRATE} for it, {TAKE_UP}"
         if calibration.edge_digest != self.model_digest:
             return (
                 f"the calibration was made for edge model {calibration.edge_digest[:16]} and the bundle holds "
-                f"{self.model_digest[:16]}, so no prompt is routed: {LEARN} for {self.folder}"
+                f"{self.model_digest[:16]}, so no prompt is routed: {LEARN} for {self.folder}, {TAKE_UP}"
             )
         predictor = self.manifest.files[PREDICTOR].sha256
         if calibration.recipe.get("predictor_sha256", predictor) != predictor:
             return (
                 "the calibration was made for another predictor than the bundle's, so no prompt is routed: "
-                f"{CALIBRATE} for {self.folder}"
+                f"{CALIBRATE} for {self.folder}, {TAKE_UP}"
             )
         if tuple(name for name, _, _ in calibration.metrics) != METRICS:
             raise BundleError(

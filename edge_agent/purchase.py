@@ -157,7 +157,7 @@ class Purchases:
             found.append(
                 f"{calls} cloud calls bear a date that is still to come, the last of them {date}, so that they count "
                 "in every window until then: check this machine's clock; if it is right and was not, stop edge-agent "
-                f"and move {self.ledger.path} away, which forgets what was spent"
+                f"and move {self.ledger.path} away, with the -wal beside it, which forgets what was spent"
             )
         return found
 

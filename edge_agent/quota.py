@@ -30,7 +30,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal, NamedTuple, cast, get_args
 
-from edge_agent.errors import DuplicateRequest, LedgerError, QuotaExhausted, RouteT2IError
+from edge_agent.errors import DuplicateRequest, LedgerError, QuotaExhausted, RouteT2IError, printable
 from edge_agent.money import MAX_MICRO_USD, dollars
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,10 @@ _LAST_ROW = 2**63 - 1
 
 _ADVICE = (
     ("not a database", "is not a quota ledger: move it away, or name another state folder with --state"),
-    ("malformed", "is damaged: restore it from a backup, or move it away to begin a new one"),
+    (
+        "malformed",
+        "is damaged: stop edge-agent and move it away, with the -wal beside it, which forgets what was spent",
+    ),
     (
         "readonly",
         "cannot be written: check the permissions of the file and its folder, or use another --state",
@@ -649,7 +652,7 @@ def _explained(path: Path, error: Exception) -> LedgerError:
     said = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
     for words, advice in _ADVICE:
         if words in said:
-            return LedgerError(f"the quota ledger {path} {advice} ({error})")
+            return LedgerError(f"the quota ledger {path} {advice} ({printable(str(error))})")
     return LedgerError(f"the quota ledger {path} cannot be used: {error}")
 
 

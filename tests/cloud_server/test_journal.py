@@ -261,6 +261,27 @@ def test_a_file_that_is_no_journal_is_refused_and_left_alone(tmp_path: Path) -> 
     assert file.read_text().startswith("not a database")
 
 
+@pytest.mark.parametrize(("offset", "found"), [(100, "at the start"), (4096, "by a call")])
+def test_a_damaged_journal_says_what_to_move_and_what_that_forgets(
+    tmp_path: Path, clock: Clock, offset: int, found: str
+) -> None:
+    journal = opened(tmp_path, clock)
+    for number in range(300):
+        journal.begin("t", f"request-{number}", "f")
+    journal.close()
+    with (tmp_path / "state" / "j.sqlite").open("r+b") as file:
+        file.seek(offset)  # 100: after the header, which says whose the file is
+        file.write(b"\xff" * 3000)
+    advice = "malformed; it is damaged: .* with the -wal beside it; edges that still ask"
+    if found == "at the start":
+        with pytest.raises(StartRefused, match=advice):
+            opened(tmp_path, clock)
+        return
+    damaged = opened(tmp_path, clock)
+    with pytest.raises(JournalError, match=advice):
+        damaged.begin("t", "another", "f")
+
+
 def test_a_journal_that_another_server_has_may_be_had_later(tmp_path: Path, journal: Journal) -> None:
     with pytest.raises(JournalNotReady, match="another cloud-server uses it"):
         Journal.open(tmp_path / "state" / "j.sqlite", keep_images_s=1.0)

@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import suppress
 from itertools import islice
+from pathlib import Path
 
 import pytest
 
@@ -66,6 +67,29 @@ def test_a_line_longer_than_a_pipe_takes_at_once_arrives_whole() -> None:
     writer.handle(logging.makeLogRecord({"msg": "x" * 20_000}))
     with os.fdopen(reading) as pipe:
         assert "x" * 20_000 in pipe.readline()
+
+
+@pytest.mark.posix
+@pytest.mark.parametrize("package", ["cloud_server", "edge_agent"])
+@pytest.mark.parametrize("its", [True, False])
+def test_systemds_journal_is_told_the_priority_of_each_line_and_nobody_else_is(
+    tmp_path: Path, package: str, its: bool
+) -> None:
+    code = (
+        f"import logging; from {package}.log import configure; configure(False)\n"
+        f"log = logging.getLogger('{package}'); log.info('call'); log.warning('advice')\n"
+        "try: 1 / 0\n"
+        "except ZeroDivisionError: log.exception('a bug')"
+    )
+    said = tmp_path / "said"
+    with said.open("wb") as file:
+        there = os.fstat(file.fileno())
+        stream = f"{there.st_dev}:{there.st_ino + (not its)}"  # that of another, as a shell in a unit may inherit it
+        environment = os.environ | {"JOURNAL_STREAM": stream}
+        subprocess.run([sys.executable, "-c", code], stderr=file, env=environment, check=True)
+    begins = [line[:3] for line in said.read_text().splitlines()]
+    assert begins[:3] == (["<6>", "<4>", "<3>"] if its else ["tim"] * 3)
+    assert len(begins) > 4 and all((begin == "<3>") is its for begin in begins[3:])  # the traceback
 
 
 @pytest.mark.parametrize("package", ["cloud_server", "edge_agent"])

@@ -642,3 +642,21 @@ async def test_no_caller_fills_the_log(
     assert [line["outcome"] for line in lines] == ["UNAUTHENTICATED"] * 2 + ["INVALID_ARGUMENT"] * 2
     assert all("request_id" not in line for line in lines[:2])
     assert max(len(str(value)) for line in lines for value in line.values()) <= 128
+
+
+async def test_a_caller_with_a_wrong_token_finds_its_call_in_the_log(
+    tmp_path: Path, model_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokens = tmp_path / "tokens.txt"
+    tokens.write_text("acme acme-token-0123456789\n")
+    async with serve(tmp_path / "state", model_folder, tokens=str(tokens)) as running:
+        with caplog.at_level("INFO", logger="cloud_server"):
+            assert (await running.client.generate(request_id="mine", app="kiosk")).error is not None
+            for name in ("mine", "a = line of my own"):
+                with pytest.raises(grpc.aio.AioRpcError):
+                    await running.client.lookup(name)
+            await running.idle()
+    lines = [record.__dict__["fields"] for record in caplog.records if record.message == "call"]
+    assert [line["outcome"] for line in lines] == ["UNAUTHENTICATED"] * 3
+    assert [line.get("request_id") for line in lines] == ["mine", "mine", None]
+    assert all("app" not in line for line in lines)

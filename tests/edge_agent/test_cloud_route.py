@@ -361,7 +361,10 @@ async def test_another_cloud_model_than_the_calibrations_is_noticed(
         assert (answer.reason, answer.served_by) == ("uncalibrated", "edge")
         status = await here.app.status()
         assert not status.calibrated
-        assert re.search(r"`edge-export label`.*`edge-export calibrate` for that model", status.advice[0])
+        take_up = "`edge-agent models pull BUNDLE --name NEW --use`"
+        assert re.search(
+            rf"`edge-export label`.*`edge-export calibrate` for that model, .*{take_up}", status.advice[0]
+        )
 
 
 @pytest.mark.parametrize("how", ["cloud_only", "asking"])
@@ -556,6 +559,23 @@ async def test_a_caller_who_leaves_before_the_connection_stands_locks_no_money(
         await until(lambda: not here.daemon._purchases.ledger.unresolved())
         assert await here.app.budget() == (0, 0)
     silent.close()
+
+
+async def test_the_log_says_once_that_the_cloud_fails_and_once_that_it_delivers_again(
+    both: Both, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "edge_agent"):
+        for manner in ("lie", "lie", "refuse", "refuse", "honest", "honest", "lie", "honest"):
+            both.cloud.manner = manner
+            await both.app.generate(CLOUD_PROMPT, routing=CLOUD)
+    told = [record for record in caplog.records if record.getMessage().startswith("cloud ")]
+    assert [record.getMessage() for record in told] == [
+        *("cloud failing", "cloud failing", "cloud delivers again"),  # refused is another cause
+        *("cloud failing", "cloud delivers again"),
+    ]
+    assert [record.levelname for record in told[1:3]] == ["WARNING", "INFO"]
+    fields = told[1].__dict__["fields"]
+    assert "too dear" in fields["error"] and "--max-price" in fields["check"]
 
 
 async def test_a_callers_own_haste_says_nothing_of_the_cloud(routed_bundle: Path, tmp_path: Path) -> None:

@@ -139,7 +139,8 @@ def test_an_uncalibrated_model_says_so_and_how_to_calibrate(run: Run, home: Path
     pulled = run("pull", hollow_bundle(home / "tiny"), "--use")
     assert "uncalibrated: " in pulled.out
     stages = ("label", "train", "predictor", "calibrate")  # each makes what the next one reads
-    learn = re.compile(".*".join(f"`edge-export {stage}`" for stage in stages))
+    take_up = "edge-agent models pull BUNDLE --name NEW --use"
+    learn = re.compile(".*".join([*(f"`edge-export {stage}`" for stage in stages), take_up]))
     assert learn.search(pulled.out)
     other = Path(shutil.copytree(STARTER, home / "other"))
     shutil.copy(other / "schedules" / "4.json", other / "schedules" / "5.json")
