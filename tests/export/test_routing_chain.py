@@ -9,6 +9,8 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from edge_agent.bundle import Bundle
@@ -20,6 +22,7 @@ from edge_agent.tokens import Tokenizer
 from export.__main__ import main
 from export.calibrate import calibrate
 from export.evaluate import BEGINS
+from export.mixture import Ensemble
 from export.outcomes import Outcomes
 from export.states import encode, of_prompts
 from tests.export.routing_world import WIDTH, write_bundle, write_labels
@@ -145,6 +148,52 @@ def test_a_bundle_behind_a_link_where_nothing_can_be_written_gets_its_predictor(
     os.close(number)
     left = {path.relative_to(there).as_posix() for path in there.rglob("*") if path.is_file()}
     assert left == {*Bundle.open(there).manifest.files, "manifest.json"}
+
+
+def of_other_prompts(labels: Path, to: Path) -> Path:
+    """The same labels, the qualities of each prompt now being another's: nothing in a prompt tells them."""
+    table = pq.read_table(labels)
+    order = np.random.default_rng(0).permutation(len(table) // 4)  # of each prompt two images a model
+    for name in METRICS:
+        mixed = table[name].to_numpy().reshape(-1, 4)[order].ravel()
+        table = table.set_column(table.column_names.index(name), name, pa.array(mixed))
+    pq.write_table(table, to)
+    return to
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Run the command, which must succeed; what it says, as one line."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 0
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_a_predictor_that_learnt_nothing_is_told_from_one_that_did(
+    tmp_path: Path, chain: Chain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the loss of the means on the validation prompts themselves, and on prompts that none of it has seen."""
+    mixed, bundle = of_other_prompts(chain.labels, tmp_path / "mixed.parquet"), tmp_path / "bundle"
+    shutil.copytree(chain.bundle, bundle)
+    short = ["--steps", "60", "--rank", "4", "--hidden", "16"]
+    stages = {"train": [tmp_path / "run", *short], "calibrate": [], "evaluate": ["--out", tmp_path / "out"]}
+    words = {"train": "learnt nothing", "calibrate": "no better than chance", "evaluate": "no more headroom"}
+    for stage, more in stages.items():
+        assert words[stage] not in said(capsys, stage, chain.labels, bundle, *more)
+        line = said(capsys, stage, mixed, bundle, *more)
+        assert words[stage] in line and "train again" in line
+
+    train, validation = (Outcomes.read(mixed).split(name) for name in ("train", "validation"))
+    edge, cloud = train.edge.mean(0), train.cloud.mean(0)
+
+    def share(error: np.ndarray, of: np.ndarray) -> float:
+        return float((error**2 / of.var(0, ddof=1)).mean())
+
+    gap, missed = train.cloud - train.edge, (cloud - edge) - (validation.cloud - validation.edge)
+    level = share(edge - validation.edge, train.edge) + share(cloud - validation.cloud, train.cloud)
+    cost = level / 2 + 3 * share(missed, gap) + 10 * share(missed.mean(1), gap.mean(1))
+    _, record = Ensemble.load(tmp_path / "run" / "predictor.safetensors")
+    assert record["validation_loss_of_means"] == pytest.approx(cost, rel=1e-4)
+    assert record["validation_loss"] >= record["validation_loss_of_means"]
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
