@@ -3,7 +3,8 @@
     edge-export train LABELS BUNDLE OUT [--steps N] [--ablate single-metric|no-selection|single-gate]
 
 The bundle's tokenizer and text encoder make the token states, as they do in serving; the states are cached beside
-the weights. Training takes a minute or two on one core, however many prompts there are; encoding them comes before it.
+the weights, also when the work ends before its time. Training then takes a minute or two on one core with short
+prompts, however many there are; encoding them comes before it, and takes longer with any but small text encoders.
 """
 
 from __future__ import annotations
@@ -414,6 +415,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in options.ablate:
         shape = ABLATIONS[name](shape)
 
+    again = ", these again less a token each" if recipe.deletion_weight else ""
+    readings = len(learning) * (2 if again else 1) + len(validating)
+    console.print(
+        f"the text encoder reads {readings:,} prompts: {len(learning):,} to learn from{again}, and {len(validating):,} "
+        f"to validate on; not again what {options.out} holds of them"
+    )
     examples = [
         Examples.of(of_prompts(options.out, bundle, part.prompts), part.edge, part.cloud).measuring(shape)
         for part in (learning, validating)
@@ -425,7 +432,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs: list[Trained] = []
     with progress() as bars:
         epochs = recipe.epochs(len(learning))
-        bar = bars.add_task("training", total=recipe.seeds * epochs)
+        bar = bars.add_task("epochs of training", total=recipe.seeds * epochs)
         for event in train(examples[0], examples[1], shape, recipe):
             if isinstance(event, Trained):
                 runs.append(event)

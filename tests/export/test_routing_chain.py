@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +15,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from edge_agent.bundle import Bundle
+from edge_agent.diffusion.text_encoder import TextEncoder, TextStates
 from edge_agent.errors import BundleError
 from edge_agent.manifest import CALIBRATION, PREDICTOR
 from edge_agent.predictor import Predictor
 from edge_agent.superiority import METRICS, paper_scale, relative_superiority
-from edge_agent.tokens import Tokenizer
+from edge_agent.tokens import Tokenizer, Tokens
 from export.__main__ import main
 from export.calibrate import calibrate
 from export.evaluate import BEGINS
 from export.mixture import Ensemble
 from export.outcomes import Outcomes
-from export.states import encode, of_prompts
+from export.states import TokenStates, encode, of_prompts, of_shorter_prompts
 from tests.export.routing_world import WIDTH, write_bundle, write_labels
 
 
@@ -125,6 +127,68 @@ def test_a_spoilt_cache_is_made_again(chain: Chain, tmp_path: Path, left: int) -
     (file,) = tmp_path.glob("states-*.npz")
     file.write_bytes(file.read_bytes()[:left])
     np.testing.assert_array_equal(of_prompts(tmp_path, bundle, ["two cat", "dog"]).tokens, right.tokens)
+
+
+@pytest.mark.parametrize("read", [of_prompts, of_shorter_prompts])
+def test_token_states_are_made_once_whatever_interrupts_them(
+    chain: Chain,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    read: Callable[[Path, Bundle, Sequence[str]], TokenStates | tuple[TokenStates, np.ndarray]],
+) -> None:
+    """And of another prompt list none: its pieces lie beside these."""
+    bundle = Bundle.open(chain.bundle)
+    prompts = Outcomes.read(chain.labels).split("train").prompts[:11]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole.mkdir()
+    cut.mkdir()
+    read(whole, bundle, prompts)
+    (expected,) = whole.iterdir()
+    monkeypatch.setattr("export.states.PIECE", 3)
+    made: list[Tokens] = []
+
+    def interrupted(wanted: Sequence[str], after: int) -> None:
+        """As if it were killed then: half a piece under the name of a process that is no more."""
+
+        def encode(self: TextEncoder, tokens: Tokens) -> TextStates:
+            if len(made) == after:
+                (cut / f".1-{expected.stem}-6-9.npz").write_bytes(expected.read_bytes()[:200])
+                raise KeyboardInterrupt
+            made.append(tokens)
+            return encoder(self, tokens)
+
+        encoder, made[:] = TextEncoder.encode, []
+        with monkeypatch.context() as patch:
+            patch.setattr(TextEncoder, "encode", encode)
+            read(cut, bundle, wanted)
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(prompts[::-1], after=4)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(prompts, after=8)
+    assert len(made) == 8  # and not less: those of the other list are others
+    (spoilt,) = cut.glob(f"{expected.stem}-0-3.npz")  # as a power loss leaves it
+    spoilt.write_bytes(b"")
+    interrupted(prompts, after=99)
+    assert len(made) == 11 - 6 + 3
+    (joined,) = cut.glob(f"{expected.stem}*")
+    with np.load(joined) as found, np.load(expected) as wanted:
+        assert [*found] == [*wanted]
+        for name in wanted:
+            np.testing.assert_array_equal(found[name], wanted[name])
+            assert found[name].dtype == wanted[name].dtype
+
+
+def test_training_says_first_how_many_prompts_are_to_be_read(
+    chain: Chain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(chain.weights, tmp_path / "run")
+    for more, told in (
+        ([], "840 prompts: 360 to learn from, these again less a token each, and 120 to validate"),
+        (["--deletion-weight", "0"], "480 prompts: 360 to learn from, and 120 to validate on"),
+    ):
+        line = said(capsys, "train", chain.labels, chain.bundle, run, "--steps", "1", *more)
+        assert line.startswith(f"the text encoder reads {told}")
 
 
 def test_a_new_predictor_takes_the_old_calibration_away(tmp_path: Path, chain: Chain) -> None:
