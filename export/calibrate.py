@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -22,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 from numpy.typing import NDArray
+from scipy.stats import spearmanr
 
 from edge_agent.bundle import Bundle, put_file
 from edge_agent.calibration import Calibration
@@ -50,6 +52,9 @@ RATES = tuple(round(0.05 * k, 2) for k in range(21))
 
 WEIGHTS = ("spread", "equal")
 """How the metrics weigh in PRS, the default first; see `weights_of`."""
+
+CHANCE = 0.05
+"""How seldom chance alone may rank the calibration prompts as well, before the predictor counts as no better."""
 
 Qualities = NDArray[np.float32]
 
@@ -108,7 +113,9 @@ def calibrate(
     train, calibration = outcomes.split("train"), outcomes.split("calibration")
     scale = scale_of(train, gamma)
     weights = weights_of(scale, weighing)
-    scores = np.sort(relative_superiority(*predicted(bundle, calibration.prompts), scale, weights))
+    predictions = relative_superiority(*predicted(bundle, calibration.prompts), scale, weights)
+    _remark_chance(predictions, relative_superiority(calibration.edge, calibration.cloud, scale, weights))
+    scores = np.sort(predictions)
     tokenizer = Tokenizer.open(bundle)
     made = Calibration(
         edge_digest=bundle.model_digest,
@@ -143,6 +150,19 @@ def _refuse_unlearnt(bundle: Bundle, cloud_digest: str) -> None:
         raise ExportError(
             f"the predictor learnt of cloud model {learnt[:16]}, and the labels are of {cloud_digest[:16]}: run "
             "`edge-export train` and `edge-export predictor` with these labels first"
+        )
+
+
+def _remark_chance(predictions: NDArray[np.floating], measured: NDArray[np.floating]) -> None:
+    """Say of a predictor whose PRS [N] of the calibration prompts does not follow the measured one that it is none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of predictions that are all the same, or of very few
+        found = spearmanr(predictions, measured, alternative="greater")
+    if not found.pvalue < CHANCE:
+        console.print(
+            f"the predictor ranks the {len(measured)} calibration prompts no better than chance may (rank correlation "
+            f"with what was measured {np.nan_to_num(found.statistic):.2f}), and routing by it wins nothing then: label "
+            "more prompts, or more images of each, and train again"
         )
 
 

@@ -41,7 +41,7 @@ from export.outcomes import (
     write_table,
 )
 from export.output import check_output
-from export.painter import BATCH, BundlePainter, Painter, Paints, cloud_model, device
+from export.painter import BATCH, BundlePainter, Painter, Paints, Picture, cloud_model, device
 from export.pieces import (
     CLOUD_DTYPE,
     EARLIER_DTYPE,
@@ -61,7 +61,7 @@ from export.pieces import (
 from export.prompts import CEILING_PROMPTS, PROMPTS, SHARES, own_prompts, router_prompts
 from export.quality import Judge
 from export.starter.shipped import STARTER_BUNDLE, STARTER_CLOUD, STARTER_JUDGE
-from export.terminal import progress
+from export.terminal import progress, say
 
 PREPROCESSING = "judge_preprocessing"  # fact of a matrix, of which earlier ones say nothing
 
@@ -82,9 +82,19 @@ def generate(painters: Mapping[str, Callable[[], Paints]], images: Path, wanted:
 
 def _generate(painter: Paints, images: Path, missing: Sequence[Piece]) -> None:
     with progress() as bar:
-        for piece in bar.track(missing, description=f"generate, {missing[0].model}"):
-            pictures = painter.paint([prompt.text for prompt in piece.prompts], piece.seeds)
+        task = bar.add_task(f"images, {missing[0].model}", total=_images(missing))
+        for piece in missing:
+            pictures: list[Picture] = []
+            for start in range(0, len(piece.prompts), painter.batch):
+                some = slice(start, start + painter.batch)
+                made = painter.paint([prompt.text for prompt in piece.prompts[some]], piece.seeds[some])
+                pictures += made
+                bar.advance(task, len(made))
             keep_pictures(images, piece, pictures)
+
+
+def _images(wanted: Sequence[Piece]) -> int:
+    return sum(len(piece.prompts) for piece in wanted)
 
 
 def measure(piece: Piece, images: Path, judge: Judge, adherence: bool = False) -> pa.Table:
@@ -129,7 +139,8 @@ def judged(images: Path, parts: Path, wanted: Sequence[Piece], judge: Judge, adh
     """Measure what is not in the folder ``parts`` yet."""
     missing = [piece for piece in wanted if measurements(parts, piece) is None]
     with progress() as bar:
-        for piece in bar.track(missing, description="judge"):
+        task = bar.add_task("images, judged", total=_images(missing))
+        for piece in missing:
             try:
                 measured = measure(piece, images, judge, adherence)
             except torch.OutOfMemoryError as error:
@@ -138,6 +149,7 @@ def judged(images: Path, parts: Path, wanted: Sequence[Piece], judge: Judge, adh
                     "some, or name a smaller CLIP. Finished pieces are kept"
                 ) from error
             write_table(measured, measured_file(parts, piece))
+            bar.advance(task, len(piece.prompts))
 
 
 def digest_of(model: str) -> str:
@@ -172,7 +184,7 @@ def take_over(
             f"{matrix} does not have this {' or '.join(sorted(other))}: leave --extend out, and label everything"
         )
     if other:
-        print(f"{matrix} is of another {min(other)}: the images of the {same[0]} alone are taken over")
+        say(f"{matrix} is of another {min(other)}: the images of the {same[0]} alone are taken over")
     columns = [*COLUMNS, *([ADHERENCE] if adherence else [])]
     if missing := set(columns) - set(table.column_names):
         raise ExportError(f"{matrix} has no {missing.pop()}: leave --extend out, and label everything")
@@ -298,13 +310,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--out {options.out} is the folder of the finished pieces: name another file, or another --parts"
         )
     check_output(options.out, *([options.prompts] if own else []))
+    if options.judge == STARTER_JUDGE and (own or options.bundle != STARTER_BUNDLE):
+        say(
+            "the starter's judge knows the starter's objects alone: for other models or prompts name a CLIP by --judge"
+        )
     bundle, cloud = Bundle.open(options.bundle), cloud_model(options.cloud)
     prompts = own or router_prompts(counts)
     judge = Judge(options.judge)
-    if options.judge == STARTER_JUDGE and (own or options.bundle != STARTER_BUNDLE):
-        print(
-            "the starter's judge knows the starter's objects alone: for other models or prompts name a CLIP by --judge"
-        )
     models = {
         digest_of("edge"): bundle.model_digest,
         digest_of("cloud"): cloud.digest,
@@ -326,7 +338,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         take_over(options.extend, models | measured, parts, every, options.adherence)
     unmeasured = [piece for piece in mine if measurements(parts, piece) is None]
     if damaged := [file for piece in unmeasured if (file := measured_file(parts, piece)).exists()]:
-        print(f"pieces that cannot be read, such as {damaged[0]}: {len(damaged)}; they are measured again")
+        say(f"pieces that cannot be read, such as {damaged[0]}: {len(damaged)}; they are measured again")
+    if unmeasured:
+        unmade = [piece for piece in unmeasured if not images_file(images, piece).exists()]
+        of = {model: _images([piece for piece in unmade if piece.model == model]) for model in MODELS}
+        say(
+            f"images to make: {of['edge']:,} by the edge, {of['cloud']:,} by the cloud; to judge: "
+            f"{_images(unmeasured):,}"
+        )
     threads = None
     if (processes := options.share[1]) > 1:  # each to its share of the cores, or they wait for each other
         threads = max(1, (os.cpu_count() or 1) // processes)
@@ -339,7 +358,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         generate(painters, images, unmeasured)
         judged(images, parts, unmeasured, judge, options.adherence)
     except KeyboardInterrupt:
-        print("stopped; finished pieces are kept, and the same command goes on from there")
+        say("stopped; finished pieces are kept, and the same command goes on from there")
         raise
     facts = models | measured | inspector_of(options.extend)
     return _assembled(options.out, parts, every, facts)
@@ -349,20 +368,18 @@ def _assembled(out: Path, parts: Path, every: Sequence[Piece], facts: Mapping[st
     """Write the matrix of all pieces, where they are made; the exit code."""
     tables = [table for piece in every if (table := measurements(parts, piece)) is not None]
     if len(tables) < len(every):
-        print(
-            f"{len(tables)} of {len(every)} pieces are made; the same command without --share makes the rest"
-        )
+        say(f"{len(tables)} of {len(every)} pieces are made; the same command without --share makes the rest")
         return 1
     table, withheld = without_withheld(pa.concat_tables(tables, promote_options="default"))
     prompts = len({prompt.prompt_id for piece in every for prompt in piece.prompts})
     if withheld:
-        print(
+        say(
             f"left out {withheld} of {prompts} prompts: the cloud's safety checker withheld a picture of each"
         )
     if withheld == prompts:
         raise ExportError("no prompt is left to route: label others, or a model without a safety checker")
     write_table(table.replace_schema_metadata(facts), out)
-    print(f"{table.num_rows} images of {prompts - withheld} prompts -> {out}")
+    say(f"{table.num_rows} images of {prompts - withheld} prompts -> {out}")
     return 0
 
 

@@ -36,6 +36,9 @@ class Picture:
 class Paints(Protocol):
     """A model that generates."""
 
+    batch: int
+    """Images it makes at once."""
+
     def paint(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Picture]:
         """One image a prompt."""
 
@@ -120,6 +123,8 @@ class BundlePainter:
     Of what the daemon would run it on, whatever opens at once; ``threads`` in place of one a physical core. Raises
     BundleError when a graph cannot be opened.
     """
+
+    batch = 1
 
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
         names = map(providers.full_name, providers.find().serving)

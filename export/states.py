@@ -53,6 +53,7 @@ class TokenStates:
 
 
 SHORTER_SEED = 0  # draws the token that a shorter prompt lacks
+PIECE = 100  # prompts; what an interruption loses at most, a minute of the largest of CLIP's encoders
 Arrays = Mapping[str, NDArray[Any]]
 Encoded = Iterator[tuple[NDArray[np.float32], list[int], NDArray[np.int64]]]
 """States [1, L, d], positions of the own tokens and ids [1, L] of one prompt after the other."""
@@ -60,12 +61,19 @@ Encoded = Iterator[tuple[NDArray[np.float32], list[int], NDArray[np.int64]]]
 
 def encode(bundle: Bundle, prompts: Sequence[str]) -> Encoded:
     """What the daemon reads of the prompts; with a bar."""
-    return _encoded(bundle, _tokenized(bundle, prompts), "token states")
+    encoder = TextEncoder(bundle, Runtime(threads=1))
+    with progress() as bars:
+        for tokens in bars.track(_tokenized(bundle, prompts), description="token states"):
+            yield encoder.encode(tokens).tokens, tokens.own, tokens.ids
 
 
 def of_prompts(cache: Path, bundle: Bundle, prompts: Sequence[str]) -> TokenStates:
-    """The states of `prompts`, read from the folder `cache` when they were made before, made when not."""
-    kept = _kept(_file(cache, "states", bundle, prompts), lambda: _joined(encode(bundle, prompts)))
+    """The states of `prompts`, read from the folder `cache` as far as they were made before, made when not."""
+
+    def make(file: Path) -> Arrays:
+        return _made(file, bundle, _tokenized(bundle, prompts), "token states")
+
+    kept = _kept(_file(cache, "states", bundle, prompts), make)
     return TokenStates(kept["tokens"], kept["ids"], kept["starts"])
 
 
@@ -77,14 +85,14 @@ def of_shorter_prompts(
     A prompt without any stays as it is.
     """
 
-    def make() -> Arrays:
+    def make(file: Path) -> Arrays:
         draw = np.random.default_rng(SHORTER_SEED)
         tokens = _tokenized(bundle, prompts)
         deleted = [int(draw.integers(max(1, len(one.own)))) for one in tokens]
         pairs = zip(tokens, deleted, strict=True)
         shorter = [one.without(one.own[place]) if one.own else one for one, place in pairs]
-        made = _encoded(bundle, shorter, "token states of shorter prompts")
-        return {**_joined(made), "deleted": np.array(deleted)}
+        made = _made(file, bundle, shorter, "token states of shorter prompts")
+        return {**made, "deleted": np.array(deleted)}
 
     kept = _kept(_file(cache, f"shorter-{SHORTER_SEED}", bundle, prompts), make)
     return TokenStates(kept["tokens"], kept["ids"], kept["starts"]), kept["deleted"]
@@ -95,31 +103,53 @@ def _tokenized(bundle: Bundle, prompts: Sequence[str]) -> list[Tokens]:
     return [tokenizer.encode(prompt) for prompt in prompts]
 
 
-def _encoded(bundle: Bundle, prompts: Sequence[Tokens], description: str) -> Encoded:
-    encoder = TextEncoder(bundle, Runtime(threads=1))
-    with progress() as bars:
-        for tokens in bars.track(prompts, description=description):
-            yield encoder.encode(tokens).tokens, tokens.own, tokens.ids
-
-
 def _file(cache: Path, kind: str, bundle: Bundle, prompts: Sequence[str]) -> Path:
     key = hashlib.sha256("\0".join((bundle.model_digest, *prompts)).encode()).hexdigest()
     return cache / f"{kind}-{key[:16]}.npz"
 
 
-def _joined(made: Encoded) -> Arrays:
-    states = TokenStates.join([(states[0][own], ids[0][own]) for states, own, ids in made])
-    return {"tokens": states.tokens, "ids": states.ids, "starts": states.starts}
+def _made(file: Path, bundle: Bundle, prompts: Sequence[Tokens], description: str) -> Arrays:
+    """What `file` is to hold of the prompts. Each PIECE of them is kept beside it when made, for whoever goes on."""
+    parts = {
+        file.with_name(f"{file.stem}-{start}-{start + PIECE}{file.suffix}"): prompts[start : start + PIECE]
+        for start in range(0, len(prompts), PIECE)
+    }
+    found = {part: _read(part) for part in parts}
+    encoder = TextEncoder(bundle, Runtime(threads=1))
+    with progress() as bars:
+        before = sum(len(parts[part]) for part, kept in found.items() if kept)
+        task = bars.add_task(description, total=len(prompts), completed=before)
+        for part in (part for part, kept in found.items() if not kept):
+            states = []
+            for tokens in parts[part]:
+                encoded = encoder.encode(tokens).tokens
+                states.append((encoded[0][tokens.own], tokens.ids[0][tokens.own]))
+                bars.advance(task)
+            joined = TokenStates.join(states)
+            found[part] = {"tokens": joined.tokens, "ids": joined.ids, "starts": joined.starts}
+            _keep(part, found[part])
+    counts = np.concatenate([np.diff(kept["starts"]) for kept in found.values()])
+    return {
+        "tokens": np.concatenate([kept["tokens"] for kept in found.values()]),
+        "ids": np.concatenate([kept["ids"] for kept in found.values()]),
+        "starts": np.cumsum([0, *counts]),
+    }
 
 
-def _kept(file: Path, make: Callable[[], Arrays]) -> Arrays:
+def _kept(file: Path, make: Callable[[Path], Arrays]) -> Arrays:
     """What the file holds, or else what is made, and kept there."""
     if kept := _read(file):
         return kept
-    made = make()
+    made = make(file)
+    _keep(file, made)
+    for part in file.parent.glob(f"{file.stem}-*{file.suffix}"):
+        part.unlink(missing_ok=True)
+    return made
+
+
+def _keep(file: Path, made: Arrays) -> None:
     with replacing(file) as partial:
         np.savez(partial, **made)
-    return made
 
 
 def _read(file: Path) -> Arrays:

@@ -3,7 +3,8 @@
     edge-export train LABELS BUNDLE OUT [--steps N] [--ablate single-metric|no-selection|single-gate]
 
 The bundle's tokenizer and text encoder make the token states, as they do in serving; the states are cached beside
-the weights. Training takes a minute or two on one core, however many prompts there are; encoding them comes before it.
+the weights, also when the work ends before its time. Training then takes a minute or two on one core with short
+prompts, however many there are; encoding them comes before it, and takes longer with any but small text encoders.
 """
 
 from __future__ import annotations
@@ -136,8 +137,9 @@ class Examples:
 
 @dataclass(frozen=True)
 class Epoch:
-    """Losses are in units of the training variance: predicting the means costs 1 + gap_weight + gain_weight. Only that
-    of training contains the terms of deleted tokens and of pairs.
+    """Losses are in units of the training variance: predicting the means costs 1 + gap_weight + gain_weight on the
+    training prompts, and on others what `Loss.of_means` says, as they vary otherwise and more images of each are less
+    noisy. Only the loss of training contains the terms of deleted tokens and of pairs.
     """
 
     number: int
@@ -158,8 +160,9 @@ class Loss:
         self.cloud = train.cloud.var(0).clamp_min(1e-8)
         self.gap = (train.cloud - train.edge).var(0).clamp_min(1e-8)
         self.gain = (train.cloud - train.edge).mean(1).var().clamp_min(1e-8)
+        self.means = train.edge.mean(0), train.cloud.mean(0)
         # How much quality a logit is, at the mean of both models.
-        middle = (train.edge.mean(0) + train.cloud.mean(0)) / 2
+        middle = (self.means[0] + self.means[1]) / 2
         self.steepness = middle * (1 - middle)
         self.recipe = recipe
 
@@ -174,10 +177,7 @@ class Loss:
         edge, cloud, pull = mixture(*read)
         count = len(batch)
         low, high = edge[:count], cloud[:count]
-        level = (low - batch.edge) ** 2 / self.edge + (high - batch.cloud) ** 2 / self.cloud
-        missed = (high - low) - (batch.cloud - batch.edge)
-        loss: Tensor = (level / 2 + self.recipe.gap_weight * missed**2 / self.gap).mean()
-        loss = loss + self.recipe.gain_weight * (missed.mean(1) ** 2 / self.gain).mean()
+        loss = self._error(low, high, batch)
         if mixture.training and self.recipe.rank_weight:
             loss = loss + self.recipe.rank_weight * self._disorder(high - low, batch.cloud - batch.edge)
         if shorter is not None:
@@ -186,6 +186,19 @@ class Loss:
             error = (gaps[few] - gaps[count:] - pull[few, shorter.deleted]) * self.steepness
             loss = loss + self.recipe.deletion_weight * (error**2 / self.gap).mean()
         return loss
+
+    def of_means(self, batch: Examples) -> float:
+        """What it costs to predict the means of the training prompts for each of the batch's. Who reads prompts in vain
+        does no better.
+        """
+        return float(self._error(*self.means, batch))
+
+    def _error(self, low: Tensor, high: Tensor, batch: Examples) -> Tensor:
+        """Of the qualities of edge and cloud, [N, M] or [M] each."""
+        level = (low - batch.edge) ** 2 / self.edge + (high - batch.cloud) ** 2 / self.cloud
+        missed = (high - low) - (batch.cloud - batch.edge)
+        loss: Tensor = (level / 2 + self.recipe.gap_weight * missed**2 / self.gap).mean()
+        return loss + self.recipe.gain_weight * (missed.mean(1) ** 2 / self.gain).mean()
 
     def _disorder(self, predicted: Tensor, measured: Tensor) -> Tensor:
         """Of gaps [N, M]: mean over all pairs of prompts."""
@@ -402,6 +415,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in options.ablate:
         shape = ABLATIONS[name](shape)
 
+    again = ", these again less a token each" if recipe.deletion_weight else ""
+    readings = len(learning) * (2 if again else 1) + len(validating)
+    console.print(
+        f"the text encoder reads {readings:,} prompts: {len(learning):,} to learn from{again}, and {len(validating):,} "
+        f"to validate on; not again what {options.out} holds of them"
+    )
     examples = [
         Examples.of(of_prompts(options.out, bundle, part.prompts), part.edge, part.cloud).measuring(shape)
         for part in (learning, validating)
@@ -413,7 +432,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs: list[Trained] = []
     with progress() as bars:
         epochs = recipe.epochs(len(learning))
-        bar = bars.add_task("training", total=recipe.seeds * epochs)
+        bar = bars.add_task("epochs of training", total=recipe.seeds * epochs)
         for event in train(examples[0], examples[1], shape, recipe):
             if isinstance(event, Trained):
                 runs.append(event)
@@ -422,11 +441,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 note = f"loss {event.training_loss:.3f}, validation {event.validation_loss:.3f}"
                 bars.update(bar, advance=1, note=note)
     ensemble = Ensemble([run.mixture for run in runs]).eval()
+    loss_of = Loss(examples[0], recipe)
     with torch.no_grad():
-        loss = float(Loss(examples[0], recipe)(ensemble, examples[1]))
+        loss = float(loss_of(ensemble, examples[1]))
+    means = loss_of.of_means(examples[1])
     record = {
         "recipe": asdict(recipe),
         "validation_loss": loss,
+        "validation_loss_of_means": means,
         "members": [{"seed": run.seed, "epochs": [asdict(epoch) for epoch in run.epochs]} for run in runs],
         "prompts": {"train": len(learning), "validation": len(validating)},
         "labels_sha256": hashlib.sha256(options.labels.read_bytes()).hexdigest(),
@@ -444,9 +466,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         alone = ", ".join(f"{run.validation_loss:.3f}" for run in runs)
         mixtures = f"{len(runs)} mixtures, whose validation losses are {alone}"
     console.print(
-        f"{options.out / WEIGHTS}: {count:,} weights in {mixtures}; validation loss {loss:.3f}, where the means cost "
-        f"{1 + recipe.gap_weight + recipe.gain_weight:g}; {record['seconds']} s"
+        f"{options.out / WEIGHTS}: {count:,} weights in {mixtures}; validation loss {loss:.3f}, where the means of "
+        f"the training prompts cost {means:.3f}; {record['seconds']} s"
     )
+    if not loss < means:
+        console.print(
+            "the predictor has learnt nothing that holds for other prompts: the means predict the validation prompts "
+            "as well, and routing by it would be chance. Label more prompts, or more images of each (`edge-export "
+            "label --draws 4`), and train again"
+        )
     return 0
 
 

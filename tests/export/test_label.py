@@ -1,6 +1,8 @@
+import io
 import json
 import re
 import shutil
+import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -119,6 +121,34 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_matrix(
     assert not cut.exists()
     assert label.main(arguments(models, miniature_bundle, cut)) == 0
     assert pq.read_table(cut).equals(pq.read_table(few))
+
+
+def test_it_says_first_what_will_be_made_and_which_judge_is_none_in_a_pipe_too(
+    models, miniature_bundle, tmp_path, monkeypatch
+):
+    """What a pipe holds back is said too late, hours later."""
+    pipe, piped = io.BytesIO(), {}
+    judge = models / "judge"
+
+    def opened(_judge):
+        piped["judge"] = pipe.getvalue().decode()
+        return Judge(judge)
+
+    def stopped(*_):
+        piped["generate"] = pipe.getvalue().decode()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(label, "Judge", opened)
+    monkeypatch.setattr(label, "generate", stopped)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(pipe))
+    command = arguments(models, miniature_bundle, tmp_path / "labels.parquet")
+    command[command.index("--judge") : command.index("--judge") + 2] = []
+    with pytest.raises(KeyboardInterrupt):
+        label.main(command)
+    assert piped["judge"].endswith("name a CLIP by --judge\n")
+    # By the edge 4 of each of 3 prompts to learn from, by the cloud 1; 2 of each of 7 others, 3 of 2 tests.
+    told = "images to make: 32 by the edge, 23 by the cloud; to judge: 55\n"
+    assert piped["generate"] == piped["judge"] + told
 
 
 def nothing_missing(_painters, images, wanted):

@@ -6,22 +6,27 @@ import json
 import os
 import shutil
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from edge_agent.bundle import Bundle
+from edge_agent.diffusion.text_encoder import TextEncoder, TextStates
 from edge_agent.errors import BundleError
 from edge_agent.manifest import CALIBRATION, PREDICTOR
 from edge_agent.predictor import Predictor
 from edge_agent.superiority import METRICS, paper_scale, relative_superiority
-from edge_agent.tokens import Tokenizer
+from edge_agent.tokens import Tokenizer, Tokens
 from export.__main__ import main
 from export.calibrate import calibrate
 from export.evaluate import BEGINS
+from export.mixture import Ensemble
 from export.outcomes import Outcomes
-from export.states import encode, of_prompts
+from export.states import TokenStates, encode, of_prompts, of_shorter_prompts
 from tests.export.routing_world import WIDTH, write_bundle, write_labels
 
 
@@ -124,6 +129,68 @@ def test_a_spoilt_cache_is_made_again(chain: Chain, tmp_path: Path, left: int) -
     np.testing.assert_array_equal(of_prompts(tmp_path, bundle, ["two cat", "dog"]).tokens, right.tokens)
 
 
+@pytest.mark.parametrize("read", [of_prompts, of_shorter_prompts])
+def test_token_states_are_made_once_whatever_interrupts_them(
+    chain: Chain,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    read: Callable[[Path, Bundle, Sequence[str]], TokenStates | tuple[TokenStates, np.ndarray]],
+) -> None:
+    """And of another prompt list none: its pieces lie beside these."""
+    bundle = Bundle.open(chain.bundle)
+    prompts = Outcomes.read(chain.labels).split("train").prompts[:11]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole.mkdir()
+    cut.mkdir()
+    read(whole, bundle, prompts)
+    (expected,) = whole.iterdir()
+    monkeypatch.setattr("export.states.PIECE", 3)
+    made: list[Tokens] = []
+
+    def interrupted(wanted: Sequence[str], after: int) -> None:
+        """As if it were killed then: half a piece under the name of a process that is no more."""
+
+        def encode(self: TextEncoder, tokens: Tokens) -> TextStates:
+            if len(made) == after:
+                (cut / f".1-{expected.stem}-6-9.npz").write_bytes(expected.read_bytes()[:200])
+                raise KeyboardInterrupt
+            made.append(tokens)
+            return encoder(self, tokens)
+
+        encoder, made[:] = TextEncoder.encode, []
+        with monkeypatch.context() as patch:
+            patch.setattr(TextEncoder, "encode", encode)
+            read(cut, bundle, wanted)
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(prompts[::-1], after=4)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(prompts, after=8)
+    assert len(made) == 8  # and not less: those of the other list are others
+    (spoilt,) = cut.glob(f"{expected.stem}-0-3.npz")  # as a power loss leaves it
+    spoilt.write_bytes(b"")
+    interrupted(prompts, after=99)
+    assert len(made) == 11 - 6 + 3
+    (joined,) = cut.glob(f"{expected.stem}*")
+    with np.load(joined) as found, np.load(expected) as wanted:
+        assert [*found] == [*wanted]
+        for name in wanted:
+            np.testing.assert_array_equal(found[name], wanted[name])
+            assert found[name].dtype == wanted[name].dtype
+
+
+def test_training_says_first_how_many_prompts_are_to_be_read(
+    chain: Chain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(chain.weights, tmp_path / "run")
+    for more, told in (
+        ([], "840 prompts: 360 to learn from, these again less a token each, and 120 to validate"),
+        (["--deletion-weight", "0"], "480 prompts: 360 to learn from, and 120 to validate on"),
+    ):
+        line = said(capsys, "train", chain.labels, chain.bundle, run, "--steps", "1", *more)
+        assert line.startswith(f"the text encoder reads {told}")
+
+
 def test_a_new_predictor_takes_the_old_calibration_away(tmp_path: Path, chain: Chain) -> None:
     copy = tmp_path / "bundle"
     for name in [*Bundle.open(chain.bundle).manifest.files, "manifest.json"]:
@@ -145,6 +212,52 @@ def test_a_bundle_behind_a_link_where_nothing_can_be_written_gets_its_predictor(
     os.close(number)
     left = {path.relative_to(there).as_posix() for path in there.rglob("*") if path.is_file()}
     assert left == {*Bundle.open(there).manifest.files, "manifest.json"}
+
+
+def of_other_prompts(labels: Path, to: Path) -> Path:
+    """The same labels, the qualities of each prompt now being another's: nothing in a prompt tells them."""
+    table = pq.read_table(labels)
+    order = np.random.default_rng(0).permutation(len(table) // 4)  # of each prompt two images a model
+    for name in METRICS:
+        mixed = table[name].to_numpy().reshape(-1, 4)[order].ravel()
+        table = table.set_column(table.column_names.index(name), name, pa.array(mixed))
+    pq.write_table(table, to)
+    return to
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Run the command, which must succeed; what it says, as one line."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 0
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_a_predictor_that_learnt_nothing_is_told_from_one_that_did(
+    tmp_path: Path, chain: Chain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the loss of the means on the validation prompts themselves, and on prompts that none of it has seen."""
+    mixed, bundle = of_other_prompts(chain.labels, tmp_path / "mixed.parquet"), tmp_path / "bundle"
+    shutil.copytree(chain.bundle, bundle)
+    short = ["--steps", "60", "--rank", "4", "--hidden", "16"]
+    stages = {"train": [tmp_path / "run", *short], "calibrate": [], "evaluate": ["--out", tmp_path / "out"]}
+    words = {"train": "learnt nothing", "calibrate": "no better than chance", "evaluate": "no more headroom"}
+    for stage, more in stages.items():
+        assert words[stage] not in said(capsys, stage, chain.labels, bundle, *more)
+        line = said(capsys, stage, mixed, bundle, *more)
+        assert words[stage] in line and "train again" in line
+
+    train, validation = (Outcomes.read(mixed).split(name) for name in ("train", "validation"))
+    edge, cloud = train.edge.mean(0), train.cloud.mean(0)
+
+    def share(error: np.ndarray, of: np.ndarray) -> float:
+        return float((error**2 / of.var(0, ddof=1)).mean())
+
+    gap, missed = train.cloud - train.edge, (cloud - edge) - (validation.cloud - validation.edge)
+    level = share(edge - validation.edge, train.edge) + share(cloud - validation.cloud, train.cloud)
+    cost = level / 2 + 3 * share(missed, gap) + 10 * share(missed.mean(1), gap.mean(1))
+    _, record = Ensemble.load(tmp_path / "run" / "predictor.safetensors")
+    assert record["validation_loss_of_means"] == pytest.approx(cost, rel=1e-4)
+    assert record["validation_loss"] >= record["validation_loss_of_means"]
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
