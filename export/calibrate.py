@@ -154,15 +154,15 @@ def _refuse_unlearnt(bundle: Bundle, cloud_digest: str) -> None:
 
 
 def _remark_chance(predictions: NDArray[np.floating], measured: NDArray[np.floating]) -> None:
-    """Say of a predictor whose PRS [N] of the calibration prompts does not follow the measured one that it is none."""
+    """Say where the predicted PRS [N] of the calibration prompts need not have followed the measured one."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of predictions that are all the same, or of very few
         found = spearmanr(predictions, measured, alternative="greater")
     if not found.pvalue < CHANCE:
         console.print(
-            f"the predictor ranks the {len(measured)} calibration prompts no better than chance may (rank correlation "
-            f"with what was measured {np.nan_to_num(found.statistic):.2f}), and routing by it wins nothing then: label "
-            "more prompts, or more images of each, and train again"
+            f"the {len(measured)} calibration prompts do not tell the predictor from chance (rank correlation with "
+            f"what was measured {np.nan_to_num(found.statistic):.2f}): see what `evaluate` says of the test prompts; with "
+            "more prompts, or more images of each, it may be told"
         )
 
 

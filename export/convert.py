@@ -95,7 +95,7 @@ def convert(
                 pipeline = single_file.load(Path(model), names, base, made, parts, scratch)
         else:
             without_t5 = made is StableDiffusion3Pipeline
-            pipeline = pipelines.load(model, without_t5=without_t5, parts=parts)
+            pipeline = pipelines.load(model, without_t5=without_t5, parts=parts, report=report)
         _reschedule(pipeline, denoisers.markers(denoiser or model), scheduler, report)
         for file, name, scale in changes:
             report(f"fusing {name}" + ("" if scale == 1 else f", {scale:g} of it"))

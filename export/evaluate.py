@@ -232,8 +232,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(f"{len(test)} test prompts, {paired.gaps.shape[1]} seeds; written to {out}")
     if not next(row for row in rows if row.router == PREDICTOR).headroom.low > 0:
         console.print(
-            "the predictor captures no more headroom than random does, as far as these test prompts tell: label more "
-            "prompts, or more images of each, and train again"
+            "these test prompts do not tell the predictor from random routing: label more prompts, or more images of "
+            "each, and train again"
         )
     return 0
 

@@ -53,7 +53,7 @@ class TokenStates:
 
 
 SHORTER_SEED = 0  # draws the token that a shorter prompt lacks
-PIECE = 100  # prompts; what an interruption loses at most, a minute of the largest of CLIP's encoders
+PIECE = 100  # prompts; what an interruption loses at most, a minute of an encoder 1,024 wide
 Arrays = Mapping[str, NDArray[Any]]
 Encoded = Iterator[tuple[NDArray[np.float32], list[int], NDArray[np.int64]]]
 """States [1, L, d], positions of the own tokens and ids [1, L] of one prompt after the other."""
@@ -138,10 +138,10 @@ def _made(file: Path, bundle: Bundle, prompts: Sequence[Tokens], description: st
 
 def _kept(file: Path, make: Callable[[Path], Arrays]) -> Arrays:
     """What the file holds, or else what is made, and kept there."""
-    if kept := _read(file):
-        return kept
-    made = make(file)
-    _keep(file, made)
+    made = _read(file)
+    if not made:
+        made = make(file)
+        _keep(file, made)
     for part in file.parent.glob(f"{file.stem}-*{file.suffix}"):
         part.unlink(missing_ok=True)
     return made

@@ -85,8 +85,8 @@ def tell_of_checker(made: type, there: Collection[str], report: Callable[[str], 
     """A line to `report` where a safety checker is `there` among the parts that the edge does not run."""
     if "safety_checker" in idle(made) & {*there}:
         report(
-            "leaving out the safety checker: the cloud withholds pictures to which its model's own objects, the edge "
-            "draws without one"
+            "leaving out the safety checker, so that what is made here draws without one; the cloud server withholds "
+            "pictures where its own model has one"
         )
 
 
@@ -180,7 +180,8 @@ def refuse_scheduler(pipeline: Any, own: Any) -> None:
     elif training != (trained := _training(own)):
         raise ExportError(
             f"{name} is for models that were trained otherwise than this one, whose own is {type(own).__name__}, and "
-            f"would draw no image: name another with --scheduler, such as {_FOR[trained]}"
+            f"would draw no image: name another with --scheduler, such as {_FOR[trained]}; a model trained for "
+            "it gets it as its own by `edge-export convert MODEL NEW --scheduler`"
         )
 
 

@@ -383,7 +383,7 @@ def test_a_safety_checker_that_a_pipeline_has_is_said_to_be_left_out(
     assert lines == []
     pipeline.safety_checker = lambda images, **_: (images, [False])
     assert prepared(pipeline, report=lines.append).safety_checker is None
-    assert len(lines) == 1 and lines[0].startswith("leaving out the safety checker: ")
+    assert len(lines) == 1 and lines[0].startswith("leaving out the safety checker, ")
     assert pipeline.safety_checker is not None
 
 

@@ -379,7 +379,7 @@ def test_a_part_that_is_left_out_may_be_of_any_library(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps(index | {"safety_checker": ["mine", "Checker"]}))
     lines: list[str] = []
     assert load(tmp_path, report=lines.append).safety_checker is None
-    assert [line for line in lines if "leaving out the safety checker: the cloud withholds" in line]
+    assert [line for line in lines if "leaving out the safety checker, " in line]
 
 
 @pytest.mark.parametrize(

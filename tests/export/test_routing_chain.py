@@ -240,11 +240,12 @@ def test_a_predictor_that_learnt_nothing_is_told_from_one_that_did(
     shutil.copytree(chain.bundle, bundle)
     short = ["--steps", "60", "--rank", "4", "--hidden", "16"]
     stages = {"train": [tmp_path / "run", *short], "calibrate": [], "evaluate": ["--out", tmp_path / "out"]}
-    words = {"train": "learnt nothing", "calibrate": "no better than chance", "evaluate": "no more headroom"}
+    words = {"train": "learnt nothing", "calibrate": "from chance", "evaluate": "from random routing"}
+    told = {}
     for stage, more in stages.items():
         assert words[stage] not in said(capsys, stage, chain.labels, bundle, *more)
-        line = said(capsys, stage, mixed, bundle, *more)
-        assert words[stage] in line and "train again" in line
+        told[stage] = words[stage] in said(capsys, stage, mixed, bundle, *more)
+    assert told["calibrate"] and told["evaluate"]
 
     train, validation = (Outcomes.read(mixed).split(name) for name in ("train", "validation"))
     edge, cloud = train.edge.mean(0), train.cloud.mean(0)
@@ -257,7 +258,8 @@ def test_a_predictor_that_learnt_nothing_is_told_from_one_that_did(
     cost = level / 2 + 3 * share(missed, gap) + 10 * share(missed.mean(1), gap.mean(1))
     _, record = Ensemble.load(tmp_path / "run" / "predictor.safetensors")
     assert record["validation_loss_of_means"] == pytest.approx(cost, rel=1e-4)
-    assert record["validation_loss"] >= record["validation_loss_of_means"]
+    # By chance the best epoch may be better than they are.
+    assert told["train"] == (record["validation_loss"] >= record["validation_loss_of_means"])
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
