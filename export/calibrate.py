@@ -161,8 +161,8 @@ def _remark_chance(predictions: NDArray[np.floating], measured: NDArray[np.float
     if not found.pvalue < CHANCE:
         console.print(
             f"the {len(measured)} calibration prompts do not tell the predictor from chance (rank correlation with "
-            f"what was measured {np.nan_to_num(found.statistic):.2f}): see what `evaluate` says of the test prompts; with "
-            "more prompts, or more images of each, it may be told"
+            f"what was measured {np.nan_to_num(found.statistic):.2f}): see what `evaluate` says of the test prompts; "
+            "with more prompts, or more images of each, it may be told"
         )
 
 

@@ -472,8 +472,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not loss < means:
         console.print(
             "the means predict the validation prompts as well as the predictor does, which may have learnt nothing "
-            "that holds for other prompts: `calibrate` and `evaluate` tell whether it ranks them all the same. Where not, "
-            "label more prompts, or more images of each (`edge-export label --draws 4`), and train again"
+            "that holds for other prompts: `calibrate` and `evaluate` tell whether it ranks them all the same. Where "
+            "not, label more prompts, or more images of each (`edge-export label --draws 4`), and train again"
         )
     return 0
 

@@ -36,7 +36,9 @@ def test_the_guidance_scale_is_embedded_as_diffusers_embeds_it(scale: float, siz
         ("Tensorrt CUDA CPU", DENOISER),
     ],
 )
-def test_fused_attention_is_for_where_it_computes_the_same(miniature_bundle: Path, providers: str, graph: str) -> None:
+def test_fused_attention_is_for_where_it_computes_the_same(
+    miniature_bundle: Path, providers: str, graph: str
+) -> None:
     names = tuple(f"{name}ExecutionProvider" for name in providers.split())
     assert graph_on(Bundle.open(miniature_bundle), Runtime(providers=names)) == graph
 
