@@ -30,6 +30,7 @@ from edge_agent.bundle import Bundle, write_manifest
 from edge_agent.errors import BundleError, StoreError
 from edge_agent.manifest import (
     CALIBRATION,
+    DECODER,
     DENOISER,
     MANIFEST,
     MAX_SIZES,
@@ -41,7 +42,7 @@ from edge_agent.manifest import (
 )
 from edge_agent.request import MAX_GUIDANCE
 from edge_agent.store import name_from
-from export import attention, folder, graphs, source, support, tokenizer_json
+from export import attention, bands, folder, graphs, source, support, tokenizer_json
 from export import pipeline as pipelines
 from export.errors import ExportError
 from export.preview import WORTH_SHOWING, fit_preview
@@ -157,6 +158,10 @@ def export_bundle(
         graphs.trace(pipeline, partial, sizes, report, consume=ours)
         if shapes == "fixed":
             graphs.freeze(partial, pipelines.facts(pipeline, size))
+        # For the default size: another one that is added is to leave the model digest as it is.
+        default = pipelines.facts(pipeline, size)
+        if count := bands.split(partial / DECODER, default["latent_height"], default["latent_width"]):
+            report(f"made bands of {count} convolutions of the decoder, between which it can be stopped")
         report(f"compiling {type(pipeline.scheduler).__name__} for {', '.join(map(str, counts))} steps")
         for schedule in schedules:
             path = partial / schedule_file(schedule.steps)

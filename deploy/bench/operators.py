@@ -29,7 +29,10 @@ from row import Row
 
 GROUP = f"{FULL_SIZE}-stop"
 MOMENTS = 100_000
-CALLS = 50  # of the denoiser: 25 steps, guided, in two passes
+CALLS = (1, 4, 50)
+"""Of the denoiser in an image: one step and four, as distilled models take them, and 25, guided, in two passes. The
+fewer, the more of an image is the decoder's."""
+
 _TYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
 
 
@@ -38,17 +41,17 @@ def rows(plan: Plan) -> list[Row]:
     _, bundle = full_size_folders(plan)
     found = asked(plan.threads, "operators.py", bundle, plan.threads)
     denoiser, decoder = found["denoiser_ms"], found["decoder_ms"]
-    waits = waits_ms([*denoiser * CALLS, *decoder])
+    p99 = {calls: float(np.quantile(waits_ms([*denoiser * calls, *decoder]), 0.99)) for calls in CALLS}
+    each = ", ".join(f"{ms:.0f} ms in one of {calls}" for calls, ms in p99.items())
     return [
         Row.at_most(
             GROUP,
-            "full size: from a stop to the end of the operator, p99",
-            Estimate.exact(float(np.quantile(waits, 0.99)), MOMENTS),
+            "full size: from a stop to the end of the operator, p99 of the worst image",
+            Estimate.exact(max(p99.values()), MOMENTS),
             "ms",
             FREE_MS,
-            note=f"in an image of {CALLS} calls; within a call p99 "
-            f"{np.quantile(waits_ms(denoiser), 0.99):.0f} ms; longest operator of a call "
-            f"{max(denoiser):.0f} ms, of the decoder {max(decoder):.0f} ms",
+            note=f"{each} calls; longest operator of a call {max(denoiser):.0f} ms, of the decoder {max(decoder):.0f} "
+            "ms",
             details=found,
         )
     ]
