@@ -313,7 +313,8 @@ class Journal:
                 yield
             except sqlite3.Error as error:
                 advice = _DAMAGED if "malformed" in str(error) else "check the disk of the state folder"
-                failure = f"the journal of generations cannot be used: {error}; {advice}"
+                said = " ".join(str(error).split())
+                failure = f"the journal of generations cannot be used: {said}; {advice}"
                 if failure != self._failure:  # once, and not for every call
                     log.error("journal", extra={"fields": {"error": failure}})
                 self._failure = failure
@@ -321,7 +322,7 @@ class Journal:
 
 
 def _unusable(path: Path, error: OSError | sqlite3.Error) -> StartRefused:
-    why = f"cannot use the journal {path}: {error}"
+    why = f"cannot use the journal {path}: {' '.join(str(error).split())}"
     said = str(error) if isinstance(error, sqlite3.Error) else ""  # the system names the file, too
     if "locked" in said:
         return JournalNotReady(f"{why}; another cloud-server uses it; give each its own --state folder")

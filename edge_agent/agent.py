@@ -305,9 +305,10 @@ class Agent:
 
     def _quota_allows(self, request: ImageRequest) -> bool:
         try:
-            return self.purchases.ledger.allows(request.app, self._ceiling(request))
+            allowed = self.purchases.ledger.allows(request.app, self._ceiling(request))
         except LedgerError:  # the status says why
             return False
+        return allowed and not self.purchases.full
 
     def _quota(self, app: str) -> tuple[BudgetState, ...]:
         try:

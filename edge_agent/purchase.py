@@ -72,6 +72,11 @@ class Purchases:
             self._wake.set()
         self._resolver = asyncio.create_task(self._resolve())
 
+    @property
+    def full(self) -> bool:
+        """Whether as many calls are under way as there may be."""
+        return len(self._under_way) >= MOST_UNDER_WAY
+
     async def reserve(self, request: ImageRequest, ceiling_micro_usd: int, timeout_s: float) -> Purchase:
         """Set the money aside for a call of `timeout_s` seconds at most, from now on.
 
@@ -86,7 +91,7 @@ class Purchases:
                 f"the request id {request.request_id!r} is under way; use a new one for a new image",
                 retry_after_s=OUTCOME_RETRY_S,
             )
-        if len(self._under_way) >= MOST_UNDER_WAY:
+        if self.full:
             raise QuotaExhausted(
                 f"{MOST_UNDER_WAY} cloud calls are under way, as many as there may be at a time; try again later",
                 budget="calls under way",
@@ -344,6 +349,8 @@ class Purchase:
                         self._purchases.accepted(self._key)
                     if isinstance(event, CloudImage):
                         self._concluded = await self._purchases.settle(self._key, event.charged_micro_usd)
+                        if self._concluded:  # its place is another's now, however slowly the image is read
+                            self._purchases.concluded(self._key)
                     yield event
             except CloudError as error:
                 if error.never_ran:

@@ -120,7 +120,9 @@ class WebSource:
             if part is None or int(part[1]) != offset:
                 raise SourceLied(f"{self.place}: another part of {name} came than was asked for; pull again")
             start, total = offset, part[3]
-        elif offset and response.headers.get_content_type() == "text/html":  # and not the file from its start
+        elif response.headers.get_content_type() == "text/html" and (
+            total != str(entry.bytes) if offset else total not in ("*", str(entry.bytes))
+        ):  # and not the file from its start
             raise SourceRefused(self._web_page(name))
         if total not in ("*", str(entry.bytes)):
             raise SourceLied(

@@ -31,7 +31,7 @@ _OPERATOR = 4  # of Node
 _LOOPS = (b"Loop", b"Scan", b"SequenceMap")
 
 MOST_FIELDS = 1 << 22
-"""Of a graph that are looked at: some hundred times those of the starter's denoiser. Each takes a microsecond, and one
+"""Of a graph that are looked at: three hundred times those of the starter's denoiser. Each takes a microsecond, and one
 that leads on 130 bytes of memory, where the file has but two.
 """
 

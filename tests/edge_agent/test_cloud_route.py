@@ -326,6 +326,7 @@ async def test_no_app_takes_up_more_connections_to_the_cloud_than_there_may_be(
         assert "RetryInfo" in refused.details
         answer = await here.app.generate(CLOUD_PROMPT)
         assert (answer.served_by, answer.reason) == ("edge", "quota_exhausted")
+        assert (await here.app.route(CLOUD_PROMPT)).reason == edge_pb2.DECISION_REASON_QUOTA_EXHAUSTED
         cloud.manner = "honest"
         for call in calls:
             call.cancel()

@@ -351,6 +351,21 @@ def test_a_login_page_in_the_place_of_the_rest_costs_nothing_of_what_came(
     assert same(store.folder / "hollow", hollow)
 
 
+def test_a_login_page_of_another_size_is_told_from_a_file_that_is_wrong(web: Web, store: Store) -> None:
+    web.misbehave("shorter", at=DENOISER, headers={"Content-Type": "text/html"})
+    with pytest.raises(SourceRefused, match=r"model\.onnx is a web page, a login perhaps"):
+        fetch(source(web), store)
+
+
+def test_a_server_without_ranges_may_call_its_files_web_pages(web: Web, store: Store, hollow: Path) -> None:
+    web.misbehave("stop", at=DENOISER)
+    with pytest.raises(SourceUnreachable):
+        fetch(source(web), store)
+    web.misbehave("no_range", at=DENOISER, headers={"Content-Type": "text/html"})
+    fetch(source(web), store)
+    assert same(store.folder / "hollow", hollow)
+
+
 def test_a_file_that_changed_between_two_attempts_is_fetched_anew(
     web: Web, store: Store, hollow: Path
 ) -> None:

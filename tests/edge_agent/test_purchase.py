@@ -6,14 +6,15 @@ import asyncio
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from edge_agent.cloud import CloudClient, Outcome
-from edge_agent.errors import CloudError, DuplicateRequest, LedgerError
+from edge_agent.cloud_image import CloudImage
+from edge_agent.errors import CloudError, DuplicateRequest, LedgerError, QuotaExhausted
 from edge_agent.purchase import Purchase, Purchases
 from edge_agent.quota import Budget, Ledger, Reservation
 from edge_agent.request import ImageRequest
@@ -250,6 +251,22 @@ async def test_an_id_that_is_used_again_is_refused_by_the_name_that_its_app_gave
         await other.reserve(wish, CEILING, 60.0)
     assert duplicate.value.retry_after_s is None
     await first.aclose()
+
+
+async def test_an_image_that_came_holds_no_place_however_slowly_it_is_read(
+    begin: Begin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_agent.purchase.MOST_UNDER_WAY", 1)
+    async with scripted_cloud("d" * 64) as cloud:
+        purchases = begin(cloud.address)
+        first = await purchases.reserve(request("first"), CEILING, 60.0)
+        with pytest.raises(QuotaExhausted, match="1 cloud calls are under way"):
+            await purchases.reserve(request("second"), CEILING, 60.0)
+        async with aclosing(first), aclosing(first.images()) as events:
+            async for event in events:
+                if isinstance(event, CloudImage):  # which nobody takes further
+                    second = await purchases.reserve(request("second"), CEILING, 60.0)
+                    await second.aclose()
 
 
 async def test_what_never_fits_and_what_a_clock_ahead_left_is_said_with_what_to_do(tmp_path: Path) -> None:
