@@ -370,7 +370,7 @@ def test_a_scheduler_of_another_training_is_refused_before_anything_is_drawn(
     instead: str,
 ) -> None:
     monkeypatch.setattr(diffusion_onnx, "reference_images", None)
-    why = f"trained otherwise than this one, whose own is .*, and would draw no image: .* such as {instead}$"
+    why = f"trained otherwise than this one, whose own is .*, and would draw no image: .* such as {instead}; "
     with pytest.raises(ExportError, match=f"^{scheduler.partition(':')[0]}Scheduler is for models .* {why}"):
         export_bundle(make(), tmp_path / "bundle", scheduler=scheduler, report=silent)
 
