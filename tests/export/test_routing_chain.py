@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from edge_agent.bundle import Bundle
 from edge_agent.diffusion.text_encoder import TextEncoder, TextStates
@@ -189,6 +190,18 @@ def test_training_says_first_how_many_prompts_are_to_be_read(
     ):
         line = said(capsys, "train", chain.labels, chain.bundle, run, "--steps", "1", *more)
         assert line.startswith(f"the text encoder reads {told}")
+
+
+def test_a_predictor_of_one_s_own_is_a_mean_of_three_unless_told_otherwise(
+    chain: Chain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(chain.weights, tmp_path / "run")
+    for more, members in (([], 3), (["--seeds", "2"], 2)):
+        line = said(capsys, "train", chain.labels, chain.bundle, run, "--steps", "1", *more)
+        assert f"weights in {members} mixtures, whose validation losses are" in line
+        ensemble, _ = Ensemble.load(run / "predictor.safetensors")
+        heads = [member.head for member in ensemble.members]
+        assert len(heads) == members and not torch.equal(heads[0], heads[1])
 
 
 def test_a_new_predictor_takes_the_old_calibration_away(tmp_path: Path, chain: Chain) -> None:
