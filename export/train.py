@@ -322,7 +322,7 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
         "--steps",
         type=at_least(1),
         default=recipe.steps,
-        help="training steps, rounded to whole epochs (default: %(default)s)",
+        help="training steps of each mixture, rounded to whole epochs (default: %(default)s)",
     )
     parser.add_argument(
         "--kept",
