@@ -31,6 +31,7 @@ from export.bootstrap import Estimate, estimate, resampled
 from export.calibrate import familiar
 from export.evaluate import spearman
 from export.outcomes import Outcomes
+from export.routerbench.bundled import calibrated
 from export.routerbench.measure import RATES, RESAMPLES
 from export.routerbench.router import Floats
 from export.states import of_prompts
@@ -173,12 +174,8 @@ def decisions(
     ``scenes`` numbers what each prompt says, split by split; its keys are the splits that are looked at. The training
     prompts' token states are read from the folder ``cache``, or made and kept there.
     """
-    calibration = bundle.calibration
-    if bundle.predictor is None or calibration is None or "calibration" not in scenes:
-        return None
-    edge = outcomes.facts.get("edge_digest", bundle.model_digest)
-    cloud = outcomes.facts.get("cloud_digest", calibration.cloud_digest)
-    if (edge, cloud) != (calibration.edge_digest, calibration.cloud_digest):
+    calibration = calibrated(bundle, outcomes)
+    if calibration is None or "calibration" not in scenes:
         return None
     decider = Decider(bundle, calibration)
     parts = {split: outcomes.split(split) for split in scenes}

@@ -73,9 +73,9 @@ def worth(scores: Floats, gain: Floats) -> float:
     return float(np.mean([routed(scores, rate) @ gain / len(gain) - rate * gain.mean() for rate in rates]))
 
 
-def fit(router: Router, data: Data, again: ByGain | None = None) -> list[Fitted]:
-    """Tune on validation, fit with every seed, score the rest, which has no outcomes there. With ``again`` the same
-    networks a second time, as that router ranks what they predict.
+def fit(router: Router, data: Data, again: ByGain | None = None, seeds: int = SEEDS) -> list[Fitted]:
+    """Tune on validation, fit with as many ``seeds``, score the rest, which has no outcomes there. With ``again`` the
+    same networks a second time, as that router ranks what they predict.
     """
     torch.set_num_threads(1)
     unseen = {split: prompts.unseen for split, prompts in data.others.items()}
@@ -95,7 +95,7 @@ def fit(router: Router, data: Data, again: ByGain | None = None) -> list[Fitted]
     worths = [worth(checked(router.name, score)(validation), data.validation.gain) for score in tried]
     best = int(np.argmax(worths))
     setting = router.settings[best]
-    scorers = [tried[best], *(learnt(seed, setting) for seed in range(1, SEEDS))]
+    scorers = [tried[best], *(learnt(seed, setting) for seed in range(1, seeds))]
     made = [measured(router.name, setting, scorers)]
     if again is not None:
         made.append(measured(again.name, setting, [again.again(cast("Ranked", score)) for score in scorers]))

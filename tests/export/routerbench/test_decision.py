@@ -33,6 +33,7 @@ class Routed:
         assert main(["train", str(labels), str(bundle), str(self.cache), *train]) == 0
         assert main(["predictor", str(self.cache / "predictor.safetensors"), str(bundle)]) == 0
         assert main(["calibrate", str(labels), str(bundle)]) == 0
+        self.labels = labels
         self.bundle, self.outcomes = Bundle.open(bundle), Outcomes.read(labels)
         scenes = self.outcomes.scenes()
         self.scenes = {
