@@ -3,8 +3,9 @@
     edge-export train LABELS BUNDLE OUT [--steps N] [--ablate single-metric|no-selection|single-gate]
 
 The bundle's tokenizer and text encoder make the token states, as they do in serving; the states are cached beside
-the weights, also when the work ends before its time. Training then takes some minutes on one core with short
-prompts, however many there are; encoding them comes before it, and takes longer with any but small text encoders.
+the weights, also when the work ends before its time, and so is each mixture that is trained. Training takes some
+minutes on one core with short prompts, however many there are; encoding them comes before it, and takes longer with
+any but small text encoders.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import argparse
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -277,6 +279,11 @@ class Trained:
         """Of the epoch whose weights were kept."""
         return min(epoch.validation_loss for epoch in self.epochs)
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """What files of weights say of it."""
+        return {"seed": self.seed, "epochs": [asdict(epoch) for epoch in self.epochs]}
+
 
 def train(
     train: Examples, validation: Examples, shape: Shape, recipe: Recipe, first: int = 0
@@ -386,6 +393,46 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
     return parser
 
 
+def _runs(
+    folder: Path, examples: Sequence[Examples], shape: Shape, recipe: Recipe, facts: Mapping[str, str]
+) -> list[Trained]:
+    """A mixture a seed, with a bar. Each is kept in ``folder``, and not trained again on the same ``facts`` by the same
+    recipe.
+    """
+    learning, validating = examples
+    one = replace(recipe, seeds=1)
+    made = [{"recipe": asdict(one), **facts, "seed": seed} for seed in range(recipe.seeds)]
+    files = [folder / f"mixture-{seed}.safetensors" for seed in range(recipe.seeds)]
+    runs = [_kept(file, shape, how) for file, how in zip(files, made, strict=True)]
+    missing = [seed for seed, run in enumerate(runs) if run is None]
+    if len(missing) < len(runs):
+        kept = len(runs) - len(missing)
+        console.print(f"{kept} of {len(runs)} mixtures are in {folder} already: those are not trained again")
+    with progress() as bars:
+        bar = bars.add_task("epochs of training", total=len(missing) * recipe.epochs(len(learning)))
+        for seed in missing:
+            for event in train(learning, validating, shape, one, first=seed):
+                if isinstance(event, Trained):
+                    runs[seed] = event
+                    with replacing(files[seed]) as partial:
+                        Ensemble([event.mixture]).save(partial, made[seed] | event.record)
+                else:
+                    note = f"loss {event.training_loss:.3f}, validation {event.validation_loss:.3f}"
+                    bars.update(bar, advance=1, note=note)
+    return [run for run in runs if run is not None]
+
+
+def _kept(file: Path, shape: Shape, made: Mapping[str, Any]) -> Trained | None:
+    """The mixture in ``file``; None where there is none of this shape that was ``made`` so, or the file is damaged."""
+    try:
+        ensemble, record = Ensemble.load(file)
+    except ExportError:
+        return None
+    if ensemble.shape != shape or {name: record.get(name) for name in made} != made:
+        return None
+    return Trained(ensemble.members[0], record["seed"], tuple(Epoch(**epoch) for epoch in record["epochs"]))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of the stage; returns the exit code."""
     recipe = Recipe(seeds=MIXTURES)
@@ -432,17 +479,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         examples[0] = examples[0].beside(*of_shorter_prompts(options.out, bundle, learning.prompts))
     if options.words or options.sentence:
         shape = knowing(shape, examples[0], Tokenizer.open(bundle).vocabulary)
-    runs: list[Trained] = []
-    with progress() as bars:
-        epochs = recipe.epochs(len(learning))
-        bar = bars.add_task("epochs of training", total=recipe.seeds * epochs)
-        for event in train(examples[0], examples[1], shape, recipe):
-            if isinstance(event, Trained):
-                runs.append(event)
-                bars.update(bar, completed=len(runs) * epochs)
-            else:
-                note = f"loss {event.training_loss:.3f}, validation {event.validation_loss:.3f}"
-                bars.update(bar, advance=1, note=note)
+    facts = {
+        "labels_sha256": hashlib.sha256(options.labels.read_bytes()).hexdigest(),
+        "edge_digest": bundle.model_digest,
+        CLOUD_DIGEST: outcomes.facts.get(CLOUD_DIGEST, ""),
+        "torch": torch.__version__,
+    }
+    runs = _runs(options.out, examples, shape, recipe, facts)
     ensemble = Ensemble([run.mixture for run in runs]).eval()
     loss_of = Loss(examples[0], recipe)
     with torch.no_grad():
@@ -452,12 +495,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "recipe": asdict(recipe),
         "validation_loss": loss,
         "validation_loss_of_means": means,
-        "members": [{"seed": run.seed, "epochs": [asdict(epoch) for epoch in run.epochs]} for run in runs],
+        "members": [run.record for run in runs],
         "prompts": {"train": len(learning), "validation": len(validating)},
-        "labels_sha256": hashlib.sha256(options.labels.read_bytes()).hexdigest(),
-        "edge_digest": bundle.model_digest,
-        CLOUD_DIGEST: outcomes.facts.get(CLOUD_DIGEST, ""),
-        "torch": torch.__version__,
+        **facts,
         "threads": options.threads,
         "seconds": round(time.monotonic() - started, 1),
     }

@@ -6,8 +6,9 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +23,8 @@ from edge_agent.manifest import CALIBRATION, PREDICTOR
 from edge_agent.predictor import Predictor
 from edge_agent.superiority import METRICS, paper_scale, relative_superiority
 from edge_agent.tokens import Tokenizer, Tokens
-from export.__main__ import main
+from export import train as training
+from export.__main__ import INTERRUPTED, main
 from export.calibrate import calibrate
 from export.evaluate import BEGINS
 from export.mixture import Ensemble
@@ -202,6 +204,52 @@ def test_a_predictor_of_one_s_own_is_a_mean_of_three_unless_told_otherwise(
         ensemble, _ = Ensemble.load(run / "predictor.safetensors")
         heads = [member.head for member in ensemble.members]
         assert len(heads) == members and not torch.equal(heads[0], heads[1])
+
+
+def test_a_mixture_that_is_trained_is_kept_for_the_next_call_by_the_same_recipe(
+    chain: Chain, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = shutil.copytree(chain.weights, tmp_path / "run", ignore=shutil.ignore_patterns("mixture-*"))
+    begun: list[int] = []
+    fit = training.fit
+
+    def interrupted(*arguments: Any) -> Iterator[training.Epoch]:
+        begun.append(arguments[-1])
+        if begun == [0, 1]:
+            raise KeyboardInterrupt
+        return fit(*arguments)
+
+    monkeypatch.setattr(training, "fit", interrupted)
+
+    def trained(*more: str, labels: Path = chain.labels) -> tuple[str, list[int]]:
+        """What the command says, and the seeds that it trained."""
+        begun.clear()
+        line = said(capsys, "train", labels, chain.bundle, run, "--steps", "1", *more)
+        return line, list(begun)
+
+    arguments = ("train", chain.labels, chain.bundle, run, "--steps", "1", "--seeds", "2")
+    assert main([str(argument) for argument in arguments]) == INTERRUPTED
+    assert begun == [0, 1]
+    line, seeds = trained("--seeds", "2")
+    assert "1 of 2 mixtures are in" in line and seeds == [1]
+    whole, _ = Ensemble.load(run / "predictor.safetensors")
+    line, seeds = trained("--seeds", "3")
+    assert "2 of 3 mixtures are in" in line and seeds == [2]
+    more, record = Ensemble.load(run / "predictor.safetensors")
+    assert [[member["seed"], len(member["epochs"])] for member in record["members"]] == [
+        [0, 1],
+        [1, 1],
+        [2, 1],
+    ]
+    for one, other in zip(whole.members, more.members, strict=False):
+        assert all(torch.equal(*pair) for pair in zip(one.parameters(), other.parameters(), strict=True))
+    assert trained("--seeds", "2")[1] == []
+    assert trained("--seeds", "1", "--gain-weight", "2")[1] == [0]
+    assert trained("--seeds", "1", "--rank", "4")[1] == [0]
+    (run / "mixture-0.safetensors").write_bytes(b"damaged")
+    assert trained("--seeds", "1", "--rank", "4")[1] == [0]
+    others = of_other_prompts(chain.labels, tmp_path / "others.parquet")
+    assert trained("--seeds", "1", "--rank", "4", labels=others)[1] == [0]
 
 
 def test_a_new_predictor_takes_the_old_calibration_away(tmp_path: Path, chain: Chain) -> None:
