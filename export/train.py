@@ -407,7 +407,10 @@ def _runs(
     missing = [seed for seed, run in enumerate(runs) if run is None]
     if len(missing) < len(runs):
         kept = len(runs) - len(missing)
-        console.print(f"{kept} of {len(runs)} mixtures are in {folder} already: those are not trained again")
+        console.print(
+            f"{kept} of {len(runs)} mixtures are in {folder} already, of these labels and by this recipe; delete their "
+            "files to train them anew"
+        )
     with progress() as bars:
         bar = bars.add_task("epochs of training", total=len(missing) * recipe.epochs(len(learning)))
         for seed in missing:

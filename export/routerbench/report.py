@@ -27,7 +27,7 @@ RESULTS = (
 SUMMARY = ("router", "apgr", "cpt50", "aiq", "cloud_share_at_dp50", "decision_ms_p50", "decision_ms_p95")
 ORACLE, CLOUD_ONLY, REFERENCE = "oracle", "cloud only", "told the scenes (reference)"
 RESERVED = (BUNDLED, ORACLE, CLOUD_ONLY, REFERENCE)
-"""Rows of the report that are no routers: none may be called so."""
+"""Rows of the report that are none of ROUTERS: no router of one's own may be called so."""
 PAPER = {
     "random": 40.00,
     "classifier (RouteLLM, from scratch)": 71.51,
