@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, closing, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from edge_agent import version
@@ -18,6 +19,7 @@ from edge_agent.bundle import LEARN, TAKE_UP
 from edge_agent.cloud import SIDES, SLOW_CONNECTION_S, CloudClient
 from edge_agent.cloud_image import CloudAccepted, CloudImage
 from edge_agent.device import Device, Drawing, Drawn, Job
+from edge_agent.diffusion.sessions import Stop
 from edge_agent.diffusion.text_encoder import TextStates
 from edge_agent.errors import CloudError, CloudRefused, LedgerError, QuotaExhausted
 from edge_agent.image import Progress, with_facts
@@ -185,7 +187,7 @@ class Agent:
                 # One by one, so that other decisions come between.
                 decision = decision.explained(
                     [
-                        await self._beside(self.reader.prs_without, reading.tokens, position)
+                        await self._reads(self.reader.prs_without, reading.tokens, position)
                         for position in reading.tokens.own
                     ]
                 )
@@ -244,6 +246,15 @@ class Agent:
         """What `work` returns, done in the reading thread while the event loop stays free."""
         return await asyncio.get_running_loop().run_in_executor(self._reading, work, *arguments)
 
+    async def _reads(self, work: Callable[..., Found], *arguments: Any) -> Found:
+        """The same of `work` that reads a prompt: it ends early when its caller goes away, as others wait behind it."""
+        stop = Stop()
+        try:
+            return await self._beside(partial(work, *arguments, stop=stop))
+        except asyncio.CancelledError:
+            stop.set()
+            raise
+
     async def _read(self, request: ImageRequest) -> tuple[Reading, Decision]:
         """The prompt considered: at once where that takes no longer than turning to another thread and back."""
         quick = self._reading_ms < SHORT_READING_MS and len(request.prompt) <= SHORT_PROMPT
@@ -251,13 +262,13 @@ class Agent:
         if quick and at_hand and self.purchases.ledger.at_hand:
             reading, decision = self._consider(request)
         else:
-            reading, decision = await self._beside(self._consider, request)
+            reading, decision = await self._reads(self._consider, request)
         self._reading_ms = decision.timings_ms["total"]
         return reading, decision
 
-    def _consider(self, request: ImageRequest) -> tuple[Reading, Decision]:
+    def _consider(self, request: ImageRequest, stop: Stop | None = None) -> tuple[Reading, Decision]:
         """In one go, since each change of threads costs a tenth of the whole."""
-        reading = self.reader.read(request.prompt)
+        reading = self.reader.read(request.prompt, stop)
         began = time.perf_counter()
         alpha = self.reader.alpha if self.calibrated else None  # once: it may move
         route, reason = self._verdict(request, reading.prs, alpha, quota_allows=self._quota_allows(request))
@@ -413,9 +424,9 @@ class Agent:
         if not generator.denoiser.guides(guidance):
             return reading.states  # takes no part
         if request.negative_prompt:
-            return await self._beside(generator.encode_negative, request.negative_prompt)
+            return await self._reads(generator.encode_negative, request.negative_prompt)
         if self._nothing_negative is None:
-            self._nothing_negative = await self._beside(generator.encode_negative, "")
+            self._nothing_negative = await self._reads(generator.encode_negative, "")
         return self._nothing_negative
 
     def _told(

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from edge_agent.bundle import Bundle
-from edge_agent.diffusion.sessions import Runtime, Session
+from edge_agent.diffusion.sessions import Runtime, Session, Stop
 from edge_agent.diffusion.text_encoder import TextEncoder, TextStates
 from edge_agent.manifest import PREDICTOR
 from edge_agent.policy import Decision, Reason, Route, TokenPull
@@ -138,15 +138,16 @@ class Reader:
         """Whether reading may have to wait for a call of the denoiser."""
         return any(session.takes_turns for session in self.sessions)
 
-    def read(self, prompt: str) -> Reading:
-        """Some milliseconds of work; safe to call from several threads.
+    def read(self, prompt: str, stop: Stop | None = None) -> Reading:
+        """Some milliseconds of work with a small text encoder, half a second with the largest, and longer where it has
+        to be loaded; `stop` ends it early. Safe to call from several threads.
 
-        Raises GenerationFailed, BundleError, and Busy (OutOfMemory among it).
+        Raises Cancelled, GenerationFailed, BundleError, and Busy (OutOfMemory among it).
         """
         began = time.perf_counter()
         tokens = self._tokenizer.encode(prompt)
         tokenized = time.perf_counter()
-        states = self._text_encoder.encode(tokens)
+        states = self._text_encoder.encode(tokens, stop)
         encoded = time.perf_counter()
         prediction, prs = self._predict(states, tokens)
         unfamiliar = self._unfamiliar(tokens)
@@ -158,10 +159,10 @@ class Reader:
         }
         return Reading(tokens, states, prediction, prs, unfamiliar, timings_ms)
 
-    def prs_without(self, tokens: Tokens, position: int) -> float | None:
+    def prs_without(self, tokens: Tokens, position: int, stop: Stop | None = None) -> float | None:
         """PRS of the prompt without the token at `position` of L; reads it anew. Raises what `read` raises."""
         shorter = tokens.without(position)
-        return self._predict(self._text_encoder.encode(shorter), shorter)[1]
+        return self._predict(self._text_encoder.encode(shorter, stop), shorter)[1]
 
     def _predict(self, states: TextStates, tokens: Tokens) -> tuple[Prediction | None, float | None]:
         if self._predictor is None:

@@ -144,9 +144,9 @@ class Generator:
         tokens = self.tokenizer.encode(prompt)
         return tokens, self.text_encoder.encode(tokens)
 
-    def encode_negative(self, prompt: str) -> TextStates:
+    def encode_negative(self, prompt: str, stop: Stop | None = None) -> TextStates:
         """The states of a negative prompt, which may be empty."""
-        return self.text_encoder.encode_negative(self.tokenizer.encode(prompt), empty=not prompt)
+        return self.text_encoder.encode_negative(self.tokenizer.encode(prompt), empty=not prompt, stop=stop)
 
     def generate(
         self,

@@ -91,7 +91,7 @@ class Runtime:
 class Stop(threading.Event):
     """An event whose `set` also ends the onnxruntime run in progress, between two nodes of its graph.
 
-    One `Stop` belongs to one image; once set it stays set.
+    One `Stop` belongs to one image, or to one reading of a prompt; once set it stays set.
     """
 
     def __init__(self) -> None:

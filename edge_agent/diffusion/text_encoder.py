@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_agent.bundle import Bundle
-from edge_agent.diffusion.sessions import Runtime, Session
+from edge_agent.diffusion.sessions import Runtime, Session, Stop
 from edge_agent.errors import BundleError, GenerationFailed
 from edge_agent.manifest import TEXT_ENCODER, TEXT_ENCODER_2, TOKENIZER, TOKENIZER_2
 from edge_agent.tokens import Tokenizer, Tokens
@@ -82,17 +82,18 @@ class TextEncoder:
         for session, name, largest in zip(self.sessions, names, tokenizer.largest, strict=False):
             _check_ids(session, self._folder / name, np.full((1, self._shape[0]), largest))
 
-    def encode(self, tokens: Tokens) -> TextStates:
-        """The states of a prompt.
+    def encode(self, tokens: Tokens, stop: Stop | None = None) -> TextStates:
+        """The states of a prompt. `stop` ends the work early, as in `Session.run`.
 
         Raises:
             BundleError: the graphs give states of another size than the manifest says.
             GenerationFailed: onnxruntime failed.
+            Cancelled: `stop` was set.
         """
         # No shrinking: this arena is small, and the encoder also runs for prompts that only want a decision.
-        states, *vectors = self._session.run({"input_ids": tokens.ids})
+        states, *vectors = self._session.run({"input_ids": tokens.ids}, stop=stop)
         if self._second is not None and tokens.ids_2 is not None:
-            more, vector = self._second.run({"input_ids": tokens.ids_2})
+            more, vector = self._second.run({"input_ids": tokens.ids_2}, stop=stop)
             vectors.append(vector)
             # Before they are put together, which takes what fits alone.
             shapes = [vector.shape for vector in vectors]
@@ -110,11 +111,11 @@ class TextEncoder:
             )
         return TextStates(states, np.concatenate(vectors, axis=-1) if vectors else None)
 
-    def encode_negative(self, tokens: Tokens, *, empty: bool) -> TextStates:
+    def encode_negative(self, tokens: Tokens, *, empty: bool, stop: Stop | None = None) -> TextStates:
         """The states of a negative prompt, see `encode`; all zeros for an `empty` one where the model wants that. White
         space, which has no tokens of its own either, is not empty: so has it diffusers.
         """
-        states = self.encode(tokens)
+        states = self.encode(tokens, stop)
         if not (self._zero_negative and empty):
             return states
         pooled = None if states.pooled is None else np.zeros_like(states.pooled)

@@ -18,10 +18,12 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from edge_agent import device
 from edge_agent.bundle import Bundle
 from edge_agent.daemon import Daemon
+from edge_agent.diffusion.text_encoder import TextStates
 from edge_agent.image import PREVIEW_SIDE
 from edge_agent.log import Lines
 from edge_agent.settings import resolve
 from edge_agent.superiority import METRICS
+from edge_agent.tokens import Tokens
 from routet2i.edge.v1 import edge_pb2
 from routet2i.image.v1 import image_pb2
 from tests.routed import SLOW_STEPS
@@ -102,6 +104,26 @@ async def test_the_image_carries_the_facts_of_its_making(app: App, routed_bundle
     assert text["prs"] == f"{answer.decision.prs:.6f}"
 
 
+async def test_the_states_that_were_read_for_the_decision_drive_the_image(
+    here: Here, app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = here.daemon.agent
+    assert agent is not None
+    encoder, read = agent.models.generator.text_encoder, []
+    encode = encoder.encode
+
+    def seen(tokens: Tokens, *arguments: Any) -> TextStates:
+        read.append(tokens.texts)
+        return encode(tokens, *arguments)
+
+    await app.generate(guidance_scale=3.0)  # which reads the empty negative prompt, once and for all
+    monkeypatch.setattr(encoder, "encode", seen)
+    await app.generate("a dog", guidance_scale=3.0)
+    assert [len(texts) > 0 for texts in read] == [True]
+    await app.generate("a dog", guidance_scale=3.0, negative_prompt="a cat")
+    assert read[0] == read[1] != read[2] and len(read) == 3
+
+
 async def test_the_same_seed_gives_the_same_file_and_another_seed_another_image(app: App) -> None:
     once, again, other = [await app.generate(seed=seed) for seed in (5, 5, 6)]
     assert once.png == again.png
@@ -143,9 +165,9 @@ async def test_only_a_quick_reading_is_done_in_the_event_loop(
     threads: list[str] = []
     read = agent.reader.read
 
-    def seen(prompt: str) -> Any:
+    def seen(*arguments: Any, **options: Any) -> Any:
         threads.append(threading.current_thread().name)
-        return read(prompt)
+        return read(*arguments, **options)
 
     await app.generate()  # every graph is loaded, and the account in memory
     monkeypatch.setattr(agent.reader, "read", seen)
@@ -173,10 +195,10 @@ async def test_a_shutdown_waits_for_an_explanation(
     assert agent is not None
     without, begun, go_on = agent.reader.prs_without, threading.Event(), threading.Event()
 
-    def slow(*arguments: Any) -> float | None:
+    def slow(*arguments: Any, **options: Any) -> float | None:
         begun.set()
         assert go_on.wait(60)
-        return without(*arguments)
+        return without(*arguments, **options)
 
     monkeypatch.setattr(agent.reader, "prs_without", slow)
     asked = asyncio.create_task(app.route("two dogs", explain=True))
