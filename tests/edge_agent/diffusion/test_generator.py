@@ -83,6 +83,22 @@ def reference(pipeline: StableDiffusionPipeline, prompt: str, negative: str, **o
     ).images[0]
 
 
+def test_an_image_gives_memory_back_after_the_last_step_and_after_decoding(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not before, as each time costs the run behind it."""
+    run, shrunk = Session.run, {"unet": [], "vae_decoder": []}
+
+    def seen(session: Session, *arguments: Any, **options: Any) -> Any:
+        if (part := session.path.parent.name) in shrunk:
+            shrunk[part].append(options["shrink"])
+        return run(session, *arguments, **options)
+
+    monkeypatch.setattr(Session, "run", seen)
+    progress, _ = events(generator)
+    assert shrunk == {"unet": [False] * (len(progress) - 1) + [True], "vae_decoder": [True]}
+
+
 @pytest.mark.parametrize("small", [True, False])
 def test_a_small_text_encoder_adds_and_normalises_in_two_steps(
     small: bool, miniature_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -392,7 +408,7 @@ def test_states_of_another_size_than_the_manifest_says_are_refused(
 ) -> None:
     """A graph that leaves its sizes open does not tell before it has run, nor does it keep to those it tells."""
     made = Generator(Bundle.open(miniature_bundle))
-    monkeypatch.setattr(made.text_encoder.sessions[0], "run", lambda _: [np.zeros(shape, np.float32)])
+    monkeypatch.setattr(made.text_encoder.sessions[0], "run", lambda *_, **__: [np.zeros(shape, np.float32)])
     with pytest.raises(BundleError, match=r"gives states \(.*, the manifest says"):
         made.encode("a cat")
 
@@ -407,7 +423,7 @@ def test_a_second_tokenizer_of_another_model_is_refused_like_the_first(tmp_path:
     states, vector = second.run({"input_ids": tokens.ids_2})
     for other in ([states[:, 1:], vector], [states, vector[0]]):
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(second, "run", lambda _, other=other: other)
+            patched.setattr(second, "run", lambda *_, other=other, **__: other)
             with pytest.raises(BundleError, match="which do not fit together"):
                 generator.encode("a cat")
     give_larger_ids(tmp_path / "xl" / "tokenizer_2")

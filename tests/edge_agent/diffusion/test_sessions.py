@@ -279,6 +279,18 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) * 1024
 
 
+def test_threads_sleep_between_nodes_unless_they_are_told_to_spin(tmp_path: Path) -> None:
+    """Decisions and the event loop share the cores with them."""
+    path = save(
+        tmp_path / "a.onnx", [helper.make_node("Neg", ["x"], ["out"])], {"x": (TensorProto.FLOAT, [1])}
+    )
+    for runtime, spins in ((Runtime(), "0"), (Runtime(spinning=True), "1")):
+        session = Session(path, ["x"], ["out"], runtime)._session
+        assert session is not None
+        options = session.get_session_options()
+        assert options.get_session_config_entry("session.intra_op.allow_spinning") == spins
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
 def test_a_run_that_shrinks_gives_the_memory_of_its_large_tensors_back(tmp_path: Path) -> None:
     """128 MB between an input and an output of some kilobytes: far more than anything else here takes or frees."""
