@@ -74,7 +74,8 @@ def pipeline(folder: Path, dtype: Any, **options: Any) -> Any:
     model_index.check(index)
     options |= {name: None for name in _DISPENSABLE if name in index and name not in model_index.named(index)}
     if missing := sorted(model_index.required(index) - options.keys() - model_index.named(index)):
-        raise ValueError(f"{diffusers.DiffusionPipeline.config_name} names no {' and no '.join(missing)}")
+        named = diffusers.DiffusionPipeline.config_name
+        raise ValueError(f"{named} names no {' and no '.join(missing)}: {part_files.AGAIN}")
     taken = model_index.parts_of(index)
     for name in sorted((taken & index.keys()) - options.keys()):
         model_index.refuse_foreign(name, index[name])
@@ -184,7 +185,7 @@ def _explain_tokenizer(kind: Any, folder: Path) -> None:
     fast = issubclass(kind, transformers.PreTrainedTokenizerFast) and (folder / "tokenizer.json").is_file()
     missing = [name for name in names if not (folder / name).is_file()]
     if missing and not fast:
-        raise ValueError(f"{folder} has no {' and no '.join(missing)}")
+        raise ValueError(f"{folder} has no {' and no '.join(missing)}: {part_files.AGAIN}")
     for name in ("tokenizer_config.json", "tokenizer.json", *names):
         if name.endswith(".json") and (folder / name).is_file():
             part_files.refuse_no_object(folder / name)

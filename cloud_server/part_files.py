@@ -18,6 +18,7 @@ from cloud_server.model_index import NETWORKS
 SAFETENSORS = ".safetensors"
 UNFUSED = "was saved with a LoRA beside its weights: call fuse_lora() and unload_lora_weights() before save_pretrained"
 """What diffusers and transformers write then, they themselves do not read."""
+AGAIN = "save or download the whole model again"
 
 # How the libraries name what they read. Others lie beside, such as openvino_model.bin.
 _READ = re.compile(
@@ -35,8 +36,7 @@ def refuse_faulty(kind: Any, folder: Path, *, weights: bool = True) -> None:
     """
     if not folder.is_dir():
         raise ValueError(
-            f"there is no folder {folder}, which {diffusers.DiffusionPipeline.config_name} names: save or download the "
-            "whole model again"
+            f"there is no folder {folder}, which {diffusers.DiffusionPipeline.config_name} names: {AGAIN}"
         )
     if issubclass(kind, transformers.PreTrainedTokenizerBase):
         for file in folder.iterdir():  # which of its files a tokenizer needs, it knows alone
@@ -66,7 +66,7 @@ def refuse_absent(file: Path) -> None:
             pointer = held.read(len(_POINTER)) == _POINTER
     except OSError as error:
         if isinstance(error, FileNotFoundError) and not file.is_symlink():  # a link may lead nowhere
-            raise ValueError(f"{file.parent} has no {file.name}") from error
+            raise ValueError(f"{file.parent} has no {file.name}: {AGAIN}") from error
         if isinstance(error, FileNotFoundError):
             raise ValueError(
                 f"{file} is a link to {file.readlink()}, which is not there; copy from the hub's cache with `cp -rL`"

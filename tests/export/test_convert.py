@@ -1067,7 +1067,7 @@ def test_a_folder_that_is_no_denoiser_of_the_model_is_refused(model: Path, tmp_p
         ("xl", r"xl does not suit \S+model: its cross_attention_dim is \d+, and \d+ is wanted$"),
         ("v3", "v3 holds a SD3Transformer2DModel; as a denoiser, UNet2DConditionModel is wanted here$"),
         ("model", r"model holds a whole pipeline: name its denoiser, \S+unet$"),
-        ("empty", r"cannot be loaded as a denoiser: \S+empty has no config\.json$"),
+        ("empty", r"cannot be loaded as a denoiser: \S+empty has no config\.json: save or download"),
         ("absent.safetensors", "cannot be loaded as a denoiser: there is no such file$"),
     ):
         with pytest.raises(ExportError, match=why):

@@ -1340,7 +1340,7 @@ def test_an_index_that_names_no_scheduler_is_refused_by_what_it_lacks(
     index = json.loads((tmp_path / "model_index.json").read_text())
     del index["scheduler"]
     (tmp_path / "model_index.json").write_text(json.dumps(index | named))
-    with pytest.raises(ExportError, match=r"pipeline: model_index\.json names no scheduler$"):
+    with pytest.raises(ExportError, match=r"pipeline: model_index\.json names no scheduler: save"):
         load(tmp_path)
 
 
