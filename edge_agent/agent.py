@@ -187,7 +187,7 @@ class Agent:
                 # One by one, so that other decisions come between.
                 decision = decision.explained(
                     [
-                        await self._reads(self.reader.prs_without, reading.tokens, position)
+                        await self._stoppably(self.reader.prs_without, reading.tokens, position)
                         for position in reading.tokens.own
                     ]
                 )
@@ -246,7 +246,7 @@ class Agent:
         """What `work` returns, done in the reading thread while the event loop stays free."""
         return await asyncio.get_running_loop().run_in_executor(self._reading, work, *arguments)
 
-    async def _reads(self, work: Callable[..., Found], *arguments: Any) -> Found:
+    async def _stoppably(self, work: Callable[..., Found], *arguments: Any) -> Found:
         """The same of `work` that reads a prompt: it ends early when its caller goes away, as others wait behind it."""
         stop = Stop()
         try:
@@ -262,7 +262,7 @@ class Agent:
         if quick and at_hand and self.purchases.ledger.at_hand:
             reading, decision = self._consider(request)
         else:
-            reading, decision = await self._reads(self._consider, request)
+            reading, decision = await self._stoppably(self._consider, request)
         self._reading_ms = decision.timings_ms["total"]
         return reading, decision
 
@@ -424,9 +424,9 @@ class Agent:
         if not generator.denoiser.guides(guidance):
             return reading.states  # takes no part
         if request.negative_prompt:
-            return await self._reads(generator.encode_negative, request.negative_prompt)
+            return await self._stoppably(generator.encode_negative, request.negative_prompt)
         if self._nothing_negative is None:
-            self._nothing_negative = await self._reads(generator.encode_negative, "")
+            self._nothing_negative = await self._stoppably(generator.encode_negative, "")
         return self._nothing_negative
 
     def _told(
