@@ -410,7 +410,7 @@ def _differences(facts: Facts) -> list[str]:
         f"The best baseline on validation is {best}. Captured headroom above its, paired over scenes:",
         "",
         *_table("router", *MEANS),
-        *(_row(name, *map("{:.2f}".format, apart[best].all)) for name, apart in facts.differences.items()),
+        *(_row(name, *map("{:.3f}".format, apart[best].all)) for name, apart in facts.differences.items()),
         "",
         "Above every baseline's, that one in bold: it alone was chosen without the test prompts, and no interval is",
         "widened for the number of comparisons:",
@@ -423,7 +423,7 @@ def _differences(facts: Facts) -> list[str]:
                 _row(
                     name,
                     f"**{baseline}**" if baseline == best else baseline,
-                    *map("{:.2f}".format, apart.all),
+                    *map("{:.3f}".format, apart.all),
                 )
             )
     return [*lines, ""]
