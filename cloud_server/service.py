@@ -1,4 +1,4 @@
-"""CloudServerService: turns wire messages into domain objects and back. Protobuf stays in this file."""
+"""CloudServerService: turns wire messages into domain objects and back, which is done here alone."""
 
 from __future__ import annotations
 

@@ -27,7 +27,6 @@ class Calibration:
     scale: tuple[float, ...]  # M, above zero: the quality gap that counts as one
     weights: tuple[float, ...]  # M, not below zero, adding up to 1
     scores: tuple[float, ...]  # PRS of the calibration prompts, ascending
-    alpha_over_rho: tuple[tuple[float, float], ...]  # (routing rate, alpha), for people and plots
     created: str  # ISO 8601
     # Ids of the tokens that the predictor has met in training; empty where that is not known.
     familiar: tuple[int, ...] = ()
@@ -67,7 +66,6 @@ def _parse(text: bytes, path: Path) -> Calibration:
             scale=tuple(map(float, document["scale"])),
             weights=tuple(map(float, document["weights"])),
             scores=tuple(map(float, document["scores"])),
-            alpha_over_rho=tuple((float(rho), float(alpha)) for rho, alpha in document["alpha_over_rho"]),
             created=str(document["created"]),
             familiar=tuple(map(int, document.get("familiar", ()))),  # earlier versions did not say
             recipe=dict(document["recipe"]),

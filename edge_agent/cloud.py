@@ -1,9 +1,8 @@
 """The client of the cloud server: one call, one channel, one image.
 
-Nothing here opens a connection before `generate` or `lookup` is called. Each call has a channel of its own and closes
-it: then a connection that is refused is known to have run nothing, no dead connection from before is ever trusted with
-a paid request, and renewed certificates and changed addresses are picked up. The handshake it costs is small beside
-an image.
+Nothing here opens a connection before a call is made. Each call has a channel of its own and closes it: then a
+connection that is refused is known to have run nothing, no dead connection from before is ever trusted with a paid
+request, and renewed certificates and changed addresses are picked up. The handshake it costs is small beside an image.
 """
 
 from __future__ import annotations
@@ -167,8 +166,8 @@ class CloudClient:
     """Calls the cloud server at `address` (HOST:PORT, [IPV6]:PORT or unix:PATH).
 
     Addresses other than this machine's own are called over TLS, trusting the certificates in `ca_file` (PEM,
-    read anew for each call) or the system's; with a `ca_file`, so are this machine's own. `token` is sent as
-    a bearer token. `connect_timeout_s` bounds address lookup, connection and handshake.
+    read anew for each call) or those that come with gRPC; with a `ca_file`, so are this machine's own. `token` is
+    sent as a bearer token. `connect_timeout_s` bounds address lookup, connection and handshake.
 
     `identity` tells apart servers and tenants, each of which knows of its own calls only; it does not give
     the token away.

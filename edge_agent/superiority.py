@@ -1,7 +1,7 @@
 """Pareto relative superiority (PRS): two images, or two models' predicted images, compared on ten metrics.
 
 The formulas follow *Edge-Cloud Routing for Text-to-Image Model with Token-Level Multi-Metric Prediction*
-(arXiv 2411.13787). Everything here is pure numpy: training, calibration and the daemon share it.
+(arXiv 2411.13787). Nothing here needs more than numpy: training, calibration and the daemon share it.
 """
 
 from __future__ import annotations

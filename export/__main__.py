@@ -1,7 +1,4 @@
-"""`edge-export STAGE ...`: one command for every stage of making and measuring what the edge runs.
-
-Each stage is also a module of its own: `edge-export train` is `python -m export.train`.
-"""
+"""`edge-export STAGE ...`: one command for every stage of making and measuring what the edge runs."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from export.errors import ExportError
 from export.terminal import console, say
 
 STAGES = {
-    "starter": ("export.starter.__main__", "make the starter world's models"),
+    "starter": ("export.starter.chain", "make the starter world's models"),
     "convert": (
         "export.convert",
         "make a diffusers folder of a single file, or of a model and LoRAs, embeddings, a denoiser",
@@ -40,7 +37,7 @@ STAGES = {
         "score the calibration prompts, so that a routing rate has a threshold",
     ),
     "evaluate": ("export.evaluate", "measure the routing on held-out prompts"),
-    "routerbench": ("export.routerbench.__main__", "compare routers on the same outcomes"),
+    "routerbench": ("export.routerbench.comparison", "compare routers on the same outcomes"),
 }
 """Stage -> module with `main(argv) -> exit code`, and what it does, in the order they are run. Modules are imported
 when their stage is asked for: torch takes seconds."""

@@ -16,7 +16,6 @@ import json
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -46,9 +45,6 @@ from export.terminal import console
 
 FAMILIAR = 3
 """Training prompts that a token must have been in to count as known."""
-
-RATES = tuple(round(0.05 * k, 2) for k in range(21))
-"""Routing rates whose alpha the calibration lists for people and plots. The daemon takes any from the scores."""
 
 WEIGHTS = ("spread", "equal")
 """How the metrics weigh in PRS, the default first; see `weights_of`."""
@@ -117,14 +113,13 @@ def calibrate(
     _remark_chance(predictions, relative_superiority(calibration.edge, calibration.cloud, scale, weights))
     scores = np.sort(predictions)
     tokenizer = Tokenizer.open(bundle)
-    made = Calibration(
+    return Calibration(
         edge_digest=bundle.model_digest,
         cloud_digest=cloud_digest,
         metrics=metrics,
         scale=tuple(scale.tolist()),
         weights=tuple(weights.tolist()),
         scores=tuple(scores.tolist()),
-        alpha_over_rho=(),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         familiar=familiar([tokenizer.encode(prompt) for prompt in train.prompts]),
         recipe={
@@ -137,7 +132,6 @@ def calibrate(
             "largest_rate": realised_rate(scores, ALPHA_BOUND),
         },
     )
-    return replace(made, alpha_over_rho=tuple((rho, made.alpha(rho)) for rho in RATES))
 
 
 def _refuse_unlearnt(bundle: Bundle, cloud_digest: str) -> None:
@@ -225,9 +219,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         "under another --name; one that was started with --bundle by a restart"
     )
     return 0
-
-
-if __name__ == "__main__":
-    from export.__main__ import run
-
-    raise SystemExit(run(main))

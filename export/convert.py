@@ -1,6 +1,6 @@
 """A single file of weights, or a model with what was made for it, becomes a diffusers folder, as all commands read.
 
-    python -m export.convert MODEL FOLDER [--base MODEL] [--denoiser MODEL] [--lora FILE[=SCALE]]
+    edge-export convert MODEL FOLDER [--base MODEL] [--denoiser MODEL] [--lora FILE[=SCALE]]
         [--embedding FILE[=NAME]] [--clip-skip N] [--scheduler NAME]
 
 diffusers converts and fuses; this refuses what it passes over: a weight that the file lacks, one that the model has no
@@ -274,9 +274,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = vars(parser.parse_args(argv))
     convert(options.pop("model"), options.pop("out"), **options)
     return 0
-
-
-if __name__ == "__main__":
-    from export.__main__ import run
-
-    raise SystemExit(run(main))

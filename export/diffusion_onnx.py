@@ -1,6 +1,6 @@
 """A diffusers text-to-image pipeline becomes a bundle that the edge runs without torch.
 
-    python -m export.diffusion_onnx MODEL OUT [--steps 25,50] [--timesteps 999,...] [--guidance 7.5] [--scheduler NAME]
+    edge-export diffusion MODEL OUT [--steps 25,50] [--timesteps 999,...] [--guidance 7.5] [--scheduler NAME]
         [--size 512x512] [--dtype fp32|fp16|int8]
 
 optimum traces the graphs (`export/graphs.py`); this adds the compiled schedules, a tokenizer.json for each
@@ -472,9 +472,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     options["steps"] = (*options["steps"], *options.pop("timesteps"))
     export_bundle(options.pop("model"), options.pop("out"), **options)
     return 0
-
-
-if __name__ == "__main__":
-    from export.__main__ import run
-
-    raise SystemExit(run(main))

@@ -236,9 +236,3 @@ def main(argv: Sequence[str] | None = None) -> int:
             "each, and train again"
         )
     return 0
-
-
-if __name__ == "__main__":
-    from export.__main__ import run
-
-    raise SystemExit(run(main))

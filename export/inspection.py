@@ -383,9 +383,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_output(options.report, report(inspector, found, verdicts(table), known, command))
         console.print(f"written to {options.report}")
     return 0
-
-
-if __name__ == "__main__":
-    from export.__main__ import run
-
-    raise SystemExit(run(main))

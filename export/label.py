@@ -25,7 +25,6 @@ from cloud_server.model import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS
 from cloud_server.settings import DTYPES
 from edge_agent.bundle import Bundle
 from edge_agent.superiority import METRICS
-from export.__main__ import run
 from export.arguments import at_least
 from export.errors import ExportError
 from export.negatives import hard_negatives
@@ -391,7 +390,3 @@ def _share(text: str) -> tuple[int, int]:
     if not 1 <= k <= n:
         raise argparse.ArgumentTypeError(f"{text!r} is no share K/N with K from 1 to N, such as 1/4")
     return k, n
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))

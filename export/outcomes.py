@@ -22,7 +22,8 @@ from export.terminal import console
 MODELS = ("edge", "cloud")
 SPLITS = ("train", "validation", "calibration", "test", "combinations", "wording", "free-form")
 COLUMNS = ("prompt_id", "prompt", "split", "objects", "model", "seed", *METRICS)
-INSPECTED, INSPECTED_SHARE = INSPECTION = ("inspected", "inspected_share")
+INSPECTED = "inspected"
+INSPECTION = (INSPECTED, "inspected_share")
 """Optional columns of `edge-export inspect`."""
 ADHERENCE = "adherence"
 """Optional column of `edge-export label`: no router is trained on it, and the paper's ten stay comparable."""

@@ -393,9 +393,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_output(out, report(options.bundle, found, command))
     console.print(f"written to {out}")
     return 0
-
-
-if __name__ == "__main__":
-    from export.__main__ import run
-
-    raise SystemExit(run(main))

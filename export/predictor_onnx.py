@@ -144,9 +144,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     console.print("Now calibrate it: edge-export calibrate LABELS BUNDLE")
     return 0
-
-
-if __name__ == "__main__":
-    from export.__main__ import run
-
-    raise SystemExit(run(main))

@@ -522,9 +522,3 @@ def main(argv: Sequence[str] | None = None) -> int:
             "not, label more prompts, or more images of each (`edge-export label --draws 4`), and train again"
         )
     return 0
-
-
-if __name__ == "__main__":
-    from export.__main__ import run
-
-    raise SystemExit(run(main))

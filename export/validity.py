@@ -30,7 +30,7 @@ from edge_agent.superiority import METRICS
 from export.bootstrap import Floats, estimate, resampled
 from export.evaluate import spearman
 from export.negatives import FAULTS, hard_negatives
-from export.outcomes import ADHERENCE, MODELS, Outcomes
+from export.outcomes import ADHERENCE, INSPECTED, MODELS, Outcomes
 from export.output import check_output, default_output, shown, write_output
 from export.quality import Judge
 from export.starter.damage import Sample, damage, render_samples
@@ -103,10 +103,10 @@ def complete(test: Outcomes) -> tuple[Floats, Floats]:
 def agreement(labels: Path) -> dict[str, list[float]]:
     """Rank correlation of every metric with the inspector's verdicts over each model's images; {} without verdicts."""
     table = pq.read_table(labels)
-    if "inspected" not in table.column_names:
+    if INSPECTED not in table.column_names:
         return {}
     found = {}
-    verdicts = table["inspected"].to_numpy().astype(np.float64)
+    verdicts = table[INSPECTED].to_numpy().astype(np.float64)
     for model in MODELS:
         rows = (table["model"].to_numpy() == model) & ~np.isnan(verdicts)
         measured = (name for name in (*METRICS, ADHERENCE) if name in table.column_names)
@@ -123,7 +123,7 @@ def preferred(labels: Path) -> tuple[dict[str, list[str]], int]:
     A mean over prompts, so that what prompts differ by counts for nothing, with its interval over scenes.
     """
     table = pq.read_table(labels)
-    verdicts = table["inspected"].to_numpy().astype(np.float64)
+    verdicts = table[INSPECTED].to_numpy().astype(np.float64)
     names = [name for name in (*METRICS, ADHERENCE) if name in table.column_names]
     values = np.stack([table[name].to_numpy().astype(np.float64) for name in names], axis=1)
     outcomes = Outcomes.read(labels)
@@ -345,9 +345,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_output(out, report(Judge(options.judge), options.labels, options.judge))
     console.print(f"written to {out}")
     return 0
-
-
-if __name__ == "__main__":
-    from export.__main__ import run
-
-    raise SystemExit(run(main))

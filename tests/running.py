@@ -20,15 +20,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import numpy as np
+import pytest
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_status import rpc_status
 from PIL import Image
 
+from edge_agent.__main__ import main
 from edge_agent.daemon import Daemon
 from edge_agent.settings import resolve
 from routet2i.cloud.v1 import cloud_pb2, cloud_pb2_grpc
@@ -38,7 +39,13 @@ from routet2i.image.v1 import image_pb2
 ROOT = Path(__file__).parents[1]
 SERVICE = "routet2i.edge.v1.EdgeAgentService"
 PREVIEWS = 150  # of a scripted cloud that sends many
-DETAILS = (error_details_pb2.BadRequest, error_details_pb2.QuotaFailure, error_details_pb2.RetryInfo)
+Cloud = TypeVar("Cloud", bound=Any)  # a servicer with `address`, `connections` and `open`
+DETAILS = (
+    error_details_pb2.BadRequest,
+    error_details_pb2.ErrorInfo,
+    error_details_pb2.QuotaFailure,
+    error_details_pb2.RetryInfo,
+)
 LOCAL, CLOUD = edge_pb2.ROUTING_LOCAL_ONLY, edge_pb2.ROUTING_CLOUD_ONLY
 
 # With the predictor of random weights that tests.routed makes: PRS 0.4946 and 0.4761, alpha 0.4927 at a routing
@@ -53,6 +60,18 @@ if sys.platform == "win32":
 else:
     STOP = signal.SIGTERM
     STOPPABLE = 0
+
+
+def details_of(error: grpc.aio.AioRpcError) -> dict[str, Any]:
+    """What a refusal says beyond its message, by the kind of it."""
+    details: dict[str, Any] = {}
+    for key, value in error.trailing_metadata() or ():
+        if key == "grpc-status-details-bin":
+            for packed in status_pb2.Status.FromString(value).details:
+                for kind in DETAILS:
+                    if packed.Is(kind.DESCRIPTOR):
+                        details[kind.DESCRIPTOR.name] = kind.FromString(packed.value)
+    return details
 
 
 @dataclass
@@ -80,12 +99,7 @@ class Answer:
 
     def fail(self, error: grpc.aio.AioRpcError) -> None:
         self.code, self.message = error.code().name, error.details() or ""
-        for key, value in error.trailing_metadata() or ():
-            if key == "grpc-status-details-bin":
-                for packed in status_pb2.Status.FromString(value).details:
-                    for kind in DETAILS:
-                        if packed.Is(kind.DESCRIPTOR):
-                            self.details[kind.DESCRIPTOR.name] = kind.FromString(packed.value)
+        self.details = details_of(error)
 
     @property
     def png(self) -> bytes:
@@ -307,6 +321,42 @@ class Process:
         sys.stdout.write(self.text)
 
 
+@dataclass
+class Finished:
+    """What a command came to."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def objects(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.out.splitlines()]
+
+
+Run = Callable[..., Finished]
+
+
+def commands(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Runs `edge-agent` in this process, which is quicker, with settings and folders of a process of its own."""
+    for name in [name for name in os.environ if name.startswith("EDGE_AGENT_")]:
+        monkeypatch.delenv(name)
+    for name, value in process_environment(folder).items():
+        monkeypatch.setenv(name, value)
+
+    def run(*arguments: str | Path) -> Finished:
+        capfd.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as stopped:  # argparse's way
+            code = int(stopped.code or 0)
+        printed = capfd.readouterr()
+        assert "Traceback" not in printed.err
+        return Finished(code, printed.out, printed.err)
+
+    return run
+
+
 def process_environment(folder: Path, **extra: str) -> dict[str, str]:
     """Of a program under test: settings only from `extra`, homes and sockets under `folder`."""
     kept = {
@@ -377,6 +427,7 @@ class ScriptedCloud(cloud_pb2_grpc.CloudServerServiceServicer):
         self.charged: dict[str, int] = {}  # for each request id that was charged
         self.cancelled = 0
         self.connections = 0
+        self.open = 0  # of the connections
         self.address = ""
 
     async def Generate(self, request: cloud_pb2.GenerateRequest, context: Any) -> None:
@@ -398,8 +449,8 @@ class ScriptedCloud(cloud_pb2_grpc.CloudServerServiceServicer):
                 field="width", description=refused.message
             )
             refused.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
-            how = rpc_status.to_status(refused)
-            await context.abort(how.code, how.details, how.trailing_metadata)
+            details = (("grpc-status-details-bin", refused.SerializeToString()),)
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, refused.message, details)
         if self.manner == "drop":
             await context.abort(grpc.StatusCode.INTERNAL, "the server broke")
         accepted = cloud_pb2.Accepted(charged_micro_usd=self.PRICE, model_digest=self.digest)
@@ -483,8 +534,14 @@ class ScriptedCloud(cloud_pb2_grpc.CloudServerServiceServicer):
 
 @asynccontextmanager
 async def scripted_cloud(digest: str) -> AsyncIterator[ScriptedCloud]:
-    """The scripted cloud on a real socket, behind a listener that counts the connections made to it."""
-    cloud = ScriptedCloud(digest)
+    """The scripted cloud on a real socket."""
+    async with counted(ScriptedCloud(digest)) as cloud:
+        yield cloud
+
+
+@asynccontextmanager
+async def counted(cloud: Cloud) -> AsyncIterator[Cloud]:
+    """`cloud`, as it is, behind a listener that counts the connections made to it."""
     server = grpc.aio.server()
     cloud_pb2_grpc.add_CloudServerServiceServicer_to_server(cloud, server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -499,9 +556,11 @@ async def scripted_cloud(digest: str) -> AsyncIterator[ScriptedCloud]:
 
     async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         cloud.connections += 1
+        cloud.open += 1
         with suppress(OSError):
             there_reader, there_writer = await asyncio.open_connection("127.0.0.1", port)
             await asyncio.gather(pump(reader, there_writer), pump(there_reader, writer))
+        cloud.open -= 1
 
     listener = await asyncio.start_server(forward, "127.0.0.1", 0)
     cloud.address = f"127.0.0.1:{listener.sockets[0].getsockname()[1]}"

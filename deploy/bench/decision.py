@@ -141,7 +141,7 @@ def bare_calls(bundle: Bundle) -> dict[str, Callable[[], None]]:
     """For each prompt the runs of text encoder and predictor, by onnxruntime as it comes, on inputs that are ready."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
-    generator_inputs = Reader.open(bundle, ROUTING_RATE, Runtime(threads=1))
+    reader = Reader.open(bundle, ROUTING_RATE, Runtime(threads=1))
     encoder = ort.InferenceSession(
         str(bundle.path(TEXT_ENCODER)), options, providers=["CPUExecutionProvider"]
     )
@@ -149,7 +149,7 @@ def bare_calls(bundle: Bundle) -> dict[str, Callable[[], None]]:
     ids_type = np.int32 if encoder.get_inputs()[0].type == "tensor(int32)" else np.int64
 
     def calls(prompt: str) -> Callable[[], None]:
-        tokens = generator_inputs.read(prompt).tokens
+        tokens = reader.read(prompt).tokens
         output, ids = [bundle.manifest.text_output], {"input_ids": tokens.ids.astype(ids_type)}
         (states,), own = encoder.run(output, ids), tokens.own
         read = {"states": states[:, own], "mask": np.ones((1, len(own)), bool), "ids": tokens.ids[:, own]}

@@ -62,9 +62,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         sheet(prompts, *pictures).save(partial, optimize=True)
     print(f"{len(prompts)} prompts, edge left, cloud right -> {options.out}")
     return 0
-
-
-if __name__ == "__main__":
-    from export.__main__ import run
-
-    raise SystemExit(run(main))

@@ -1,7 +1,7 @@
 """The sprite pack: the emoji the starter world is built from, cut out of a font once and committed.
 
 Source: Noto Color Emoji (SIL Open Font License 1.1), as Debian packages it in ``fonts-noto-color-emoji``.
-Remake the pack with ``python -m export.starter.sprites``; rendering scenes needs the pack alone.
+Remake the pack with `edge-export starter sprites`; rendering scenes needs the pack alone.
 """
 
 from __future__ import annotations
@@ -105,9 +105,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     make_pack(options.font, options.out)
     print(f"{len(OBJECTS)} sprites -> {options.out}")
     return 0
-
-
-if __name__ == "__main__":
-    from export.__main__ import run
-
-    raise SystemExit(run(main))

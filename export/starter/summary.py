@@ -174,9 +174,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_output(out, text)
     print(f"written to {out}")
     return 0
-
-
-if __name__ == "__main__":
-    from export.__main__ import run
-
-    raise SystemExit(run(main))

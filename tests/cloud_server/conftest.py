@@ -14,7 +14,6 @@ from typing import Any
 import grpc
 import pytest
 import pytest_asyncio
-from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import tests.running
@@ -24,7 +23,6 @@ from routet2i.cloud.v1 import cloud_pb2, cloud_pb2_grpc
 from routet2i.image.v1 import image_pb2
 
 PRICE = 4_000  # micro-dollars
-DETAILS = (error_details_pb2.BadRequest, error_details_pb2.RetryInfo, error_details_pb2.ErrorInfo)
 
 
 @pytest.fixture(scope="session")
@@ -89,14 +87,7 @@ class Refusal:
 
     @classmethod
     def of(cls, error: grpc.aio.AioRpcError) -> Refusal:
-        details: dict[str, Any] = {}
-        for key, value in error.trailing_metadata() or ():
-            if key == "grpc-status-details-bin":
-                for packed in status_pb2.Status.FromString(value).details:
-                    for kind in DETAILS:
-                        if packed.Is(kind.DESCRIPTOR):
-                            details[kind.DESCRIPTOR.name] = kind.FromString(packed.value)
-        return cls(error.code().name, error.details() or "", details)
+        return cls(error.code().name, error.details() or "", tests.running.details_of(error))
 
     @property
     def field(self) -> str:

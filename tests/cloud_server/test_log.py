@@ -12,16 +12,18 @@ import time
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from cloud_server import log
-from cloud_server.log import Lines
+import cloud_server.log
+import edge_agent.log
 
 
 @pytest.mark.posix
+@pytest.mark.parametrize("log", [cloud_server.log, edge_agent.log])
 def test_a_pipe_that_nobody_reads_holds_nobody_up_and_whoever_reads_it_later_is_told_what_was_dropped(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, log: ModuleType
 ) -> None:
     monkeypatch.setattr(log, "MAX_WAITING", 100)
     reading, writing = os.pipe()
@@ -31,7 +33,7 @@ def test_a_pipe_that_nobody_reads_holds_nobody_up_and_whoever_reads_it_later_is_
             os.write(writing, b"\n")
     os.set_blocking(writing, True)
     writer = log.Writer(writing)
-    writer.setFormatter(Lines(as_json=True))
+    writer.setFormatter(log.Lines(as_json=True))
     for number in range(2_000):
         writer.handle(logging.makeLogRecord({"msg": "call", "fields": {"number": number}}))
     with os.fdopen(reading) as pipe:
@@ -45,7 +47,8 @@ def test_a_pipe_that_nobody_reads_holds_nobody_up_and_whoever_reads_it_later_is_
 
 
 @pytest.mark.posix
-def test_the_last_lines_get_a_second_and_no_more_to_leave() -> None:
+@pytest.mark.parametrize("log", [cloud_server.log, edge_agent.log])
+def test_the_last_lines_get_a_second_and_no_more_to_leave(log: ModuleType) -> None:
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     with suppress(BlockingIOError):
@@ -61,7 +64,8 @@ def test_the_last_lines_get_a_second_and_no_more_to_leave() -> None:
 
 
 @pytest.mark.posix
-def test_a_line_longer_than_a_pipe_takes_at_once_arrives_whole() -> None:
+@pytest.mark.parametrize("log", [cloud_server.log, edge_agent.log])
+def test_a_line_longer_than_a_pipe_takes_at_once_arrives_whole(log: ModuleType) -> None:
     reading, writing = os.pipe()
     writer = log.Writer(writing)
     writer.handle(logging.makeLogRecord({"msg": "x" * 20_000}))

@@ -19,7 +19,6 @@ CALIBRATION = Calibration(
     scale=(0.1, 0.2),
     weights=(0.25, 0.75),
     scores=(0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9),
-    alpha_over_rho=((0.0, 0.1), (0.5, 0.5)),
     created="2026-01-02T03:04:05Z",
     familiar=(3, 7),
     recipe={"seed": 1},

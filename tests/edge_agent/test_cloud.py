@@ -18,7 +18,7 @@ import subprocess
 import time
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ import pytest
 from google.protobuf.message import Message
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
-from grpc_status.rpc_status import to_status
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -43,7 +42,7 @@ from edge_agent.request import ImageRequest, Privacy, Routing
 from routet2i.cloud.v1 import cloud_pb2, cloud_pb2_grpc
 from routet2i.image.v1 import image_pb2
 from tests import http2
-from tests.running import until
+from tests.running import counted, until
 
 REQUEST = ImageRequest(
     request_id="r-1", prompt="two cats on a beach", app="camera", seed=7, width=64, height=64, traceparent=""
@@ -178,39 +177,8 @@ class Cloud(cloud_pb2_grpc.CloudServerServiceServicer):
 
 @pytest.fixture
 async def cloud() -> AsyncIterator[Cloud]:
-    async with served(Cloud()) as cloud:
+    async with counted(Cloud()) as cloud:
         yield cloud
-
-
-@asynccontextmanager
-async def served(cloud: Cloud) -> AsyncIterator[Cloud]:
-    """The scripted server, behind a listener that counts the connections made to it."""
-    server = grpc.aio.server()
-    cloud_pb2_grpc.add_CloudServerServiceServicer_to_server(cloud, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-
-    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(ConnectionError):
-            while data := await reader.read(65_536):
-                writer.write(data)
-                await writer.drain()
-        writer.close()
-
-    async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        cloud.connections += 1
-        cloud.open += 1
-        there_reader, there_writer = await asyncio.open_connection("127.0.0.1", port)
-        await asyncio.gather(pump(reader, there_writer), pump(there_reader, writer))
-        cloud.open -= 1
-
-    listener = await asyncio.start_server(forward, "127.0.0.1", 0)
-    cloud.address = f"127.0.0.1:{listener.sockets[0].getsockname()[1]}"
-    try:
-        yield cloud
-    finally:
-        listener.close()
-        await server.stop(None)
 
 
 async def collect(
@@ -250,8 +218,7 @@ def abort(
             status.details.add().Pack(detail)
         if garbled:
             status.details.add(type_url="type.googleapis.com/google.rpc.RetryInfo", value=b"\xff\xff\xff")
-        packed = to_status(status)
-        await context.abort(packed.code, packed.details, packed.trailing_metadata)
+        await context.abort(code, text, (("grpc-status-details-bin", status.SerializeToString()),))
 
     return step
 

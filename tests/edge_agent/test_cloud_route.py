@@ -31,7 +31,7 @@ from edge_agent.quota import Budget, Ledger
 from edge_agent.request import ImageRequest
 from routet2i.edge.v1 import edge_pb2
 from routet2i.image.v1 import image_pb2
-from tests.edge_agent.test_cloud import Cloud, abort, served
+from tests.edge_agent.test_cloud import Cloud, abort
 from tests.running import (
     CLOUD,
     CLOUD_PROMPT,
@@ -41,6 +41,7 @@ from tests.running import (
     App,
     Here,
     ScriptedCloud,
+    counted,
     daemon_here,
     scripted_cloud,
     until,
@@ -595,7 +596,7 @@ async def test_a_price_that_only_the_caller_does_not_pay_says_nothing_of_the_clo
 ) -> None:
     refusal = ErrorInfo(reason="PRICE_ABOVE_CEILING", metadata={"price_micro_usd": str(price)})
     async with (
-        served(Cloud([abort(grpc.StatusCode.FAILED_PRECONDITION, "too dear", detail=refusal)])) as cloud,
+        counted(Cloud([abort(grpc.StatusCode.FAILED_PRECONDITION, "too dear", detail=refusal)])) as cloud,
         daemon_here(routed_bundle, tmp_path, cloud=cloud.address) as here,
     ):
         assert (await here.app.generate(CLOUD_PROMPT, max_price_micro_usd=7_000)).result.fallback
@@ -610,7 +611,7 @@ async def test_a_cloud_that_wants_to_be_left_alone_for_ever_spoils_no_answer_and
     caplog.set_level(logging.INFO, "edge_agent")
     never = abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "never again", retry_after_s=2**63 - 1)
     async with (
-        served(Cloud([never])) as cloud,
+        counted(Cloud([never])) as cloud,
         daemon_here(routed_bundle, tmp_path, cloud=cloud.address) as here,
     ):
         answer = await here.app.generate(routing=CLOUD)

@@ -15,10 +15,9 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +28,7 @@ import pytest
 from grpc import _channel as grpc_channel
 
 from edge_agent import client, image_file
-from edge_agent.__main__ import _drop_output, main
+from edge_agent.__main__ import _drop_output
 from edge_agent.client import _exhausted
 from edge_agent.errors import Busy, InvalidRequest, QuotaExhausted, status_details
 from edge_agent.manifest import DECODER
@@ -39,7 +38,7 @@ from edge_agent.settings import SOCKET_PATH_BYTES, STARTER
 from edge_agent.superiority import METRICS
 from routet2i.edge.v1 import edge_pb2, edge_pb2_grpc
 from routet2i.image.v1 import image_pb2
-from tests.running import CLOUD_PROMPT, EDGE_PROMPT, Process, process_environment, short_folder
+from tests.running import CLOUD_PROMPT, EDGE_PROMPT, Process, Run, commands, process_environment, short_folder
 
 DECISION = (
     "prompt", "route", "reason", "prs", "alpha", "edge_quality", "cloud_quality", "tokens", "quota", "timings_ms",
@@ -83,42 +82,12 @@ def daemon(folder: Path, routed_bundle: Path) -> Iterator[Process]:
     process.kill()
 
 
-@dataclass
-class Finished:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def objects(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.out.splitlines()]
-
-
-Run = Callable[..., Finished]
-
-
 @pytest.fixture
 def run(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Run:
-    """Runs a command in this process, which is quicker, with the settings and the folder of a process of its own."""
-    for name in [name for name in os.environ if name.startswith("EDGE_AGENT_")]:
-        monkeypatch.delenv(name)
-    for name, value in process_environment(folder).items():
-        monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str | Path) -> Finished:
-        capfd.readouterr()
-        try:
-            code = main([str(argument) for argument in arguments])
-        except SystemExit as stopped:  # argparse's way
-            code = int(stopped.code or 0)
-        printed = capfd.readouterr()
-        assert "Traceback" not in printed.err
-        return Finished(code, printed.out, printed.err)
-
-    return run
+    return commands(folder, monkeypatch, capfd)
 
 
 def test_generate_writes_the_image_and_says_so(run: Run, daemon: Process, tmp_path: Path) -> None:

@@ -4,16 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import select
 import sys
-import time
-from contextlib import suppress
-from itertools import islice
 
-import pytest
-
-from edge_agent import log
 from edge_agent.log import Lines
 
 FIELDS = {"reason": "pareto_edge", "error": 'it said "no"\nand = left', "prs": 0.5, "empty": ""}
@@ -56,53 +48,3 @@ def test_a_traceback_is_kept() -> None:
             "ZeroDivisionError" in json.loads(Lines(as_json=True).format(record(exc_info=True)))["traceback"]
         )
         assert "ZeroDivisionError" in Lines(as_json=False).format(record(exc_info=True))
-
-
-@pytest.mark.posix
-def test_a_pipe_that_nobody_reads_holds_nobody_up_and_whoever_reads_it_later_is_told_what_was_dropped(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(log, "MAX_WAITING", 100)
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    with suppress(BlockingIOError):
-        while True:
-            os.write(writing, b"\n")
-    os.set_blocking(writing, True)
-    writer = log.Writer(writing)
-    writer.setFormatter(Lines(as_json=True))
-    for number in range(2_000):
-        writer.handle(logging.makeLogRecord({"msg": "call", "fields": {"number": number}}))
-    with os.fdopen(reading) as pipe:
-        while os.read(reading, 4_096).strip() == b"" and select.select([reading], [], [], 0)[0]:
-            pass
-        writer.handle(logging.makeLogRecord({"msg": "last"}))
-        *calls, told, last = [json.loads(line) for line in islice(pipe, 102)]
-    assert [call["number"] for call in calls] == list(range(100))
-    assert (told["event"], told["level"], told["lines"]) == ("log lines dropped", "warning", 1_900)
-    assert last["event"] == "last"
-
-
-@pytest.mark.posix
-def test_the_last_lines_get_a_second_and_no_more_to_leave() -> None:
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    with suppress(BlockingIOError):
-        while True:
-            os.write(writing, b"\n")
-    writer = log.Writer(writing)
-    writer.handle(logging.makeLogRecord({"msg": "last"}))
-    began = time.monotonic()
-    writer.close()
-    writer.close()
-    assert log.CLOSE_S <= time.monotonic() - began < 2 * log.CLOSE_S
-    os.close(reading)
-
-
-@pytest.mark.posix
-def test_a_line_longer_than_a_pipe_takes_at_once_arrives_whole() -> None:
-    reading, writing = os.pipe()
-    writer = log.Writer(writing)
-    writer.handle(logging.makeLogRecord({"msg": "x" * 20_000}))
-    with os.fdopen(reading) as pipe:
-        assert "x" * 20_000 in pipe.readline()

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from edge_agent.manifest import CALIBRATION, DENOISER, MANIFEST, PREDICTOR, SCHE
 from edge_agent.settings import STARTER
 from edge_agent.store import Store
 from tests.hollow import SIZES, hollow_bundle
-from tests.running import Process, process_environment, short_folder
+from tests.running import Finished, Process, Run, commands, process_environment, short_folder
 from tests.web import web_server
 
 LISTED = (
@@ -38,20 +36,6 @@ PULLED = (
 LABEL_AND_CALIBRATE = (
     "run `edge-export label`, unless you have its labels of both models, then `edge-export calibrate`"
 )
-
-
-@dataclass
-class Finished:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def objects(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.out.splitlines()]
-
-
-Run = Callable[..., Finished]
 
 
 @pytest.fixture
@@ -68,24 +52,9 @@ def models(home: Path) -> Path:
 
 @pytest.fixture
 def run(home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Runs an action in this process, with the settings and the folders of a process of its own."""
-    for name in [name for name in os.environ if name.startswith("EDGE_AGENT_")]:
-        monkeypatch.delenv(name)
-    for name, value in process_environment(home).items():
-        monkeypatch.setenv(name, value)
     monkeypatch.chdir(home)
-
-    def run(*arguments: str | Path) -> Finished:
-        capfd.readouterr()
-        try:
-            code = main(["models", *map(str, arguments)])
-        except SystemExit as stopped:  # argparse's way
-            code = int(stopped.code or 0)
-        printed = capfd.readouterr()
-        assert "Traceback" not in printed.err
-        return Finished(code, printed.out, printed.err)
-
-    return run
+    command = commands(home, monkeypatch, capfd)
+    return lambda *arguments: command("models", *arguments)
 
 
 def names(finished: Finished) -> dict[str, dict[str, Any]]:

@@ -9,8 +9,7 @@ import pytest
 
 from export.__main__ import main
 from export.outcomes import CLOUD_DIGEST
-from export.routerbench import __main__ as command
-from export.routerbench import bundled
+from export.routerbench import bundled, comparison
 from export.routerbench.bundled import Bundled, calibrated
 from export.routerbench.decision import Decider
 from export.routerbench.fitting import Data, fit
@@ -59,8 +58,8 @@ def test_labels_of_another_model_say_nothing_of_it(routed: Routed, tmp_path: Pat
 def test_the_report_sets_it_beside_the_routers_that_are_trained(
     routed: Routed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "ROUTERS", (Random,))
-    monkeypatch.setattr(command, "BASELINES", (Random,))
+    monkeypatch.setattr(comparison, "ROUTERS", (Random,))
+    monkeypatch.setattr(comparison, "BASELINES", (Random,))
     out = tmp_path / "out"
     arguments = ("--labels", routed.labels, "--bundle", routed.bundle.folder, "--out", out, "--seeds", 2)
     assert main(["routerbench", *map(str, arguments)]) == 0

@@ -23,7 +23,7 @@ from export.bootstrap import Estimate
 from export.errors import ExportError
 from export.outcomes import Outcomes
 from export.routerbench import routers
-from export.routerbench.__main__ import _longest_first
+from export.routerbench.comparison import _longest_first
 from export.routerbench.fitting import Data, ending, fit, leave_interrupts, worth
 from export.routerbench.measure import (
     RATES,
@@ -221,11 +221,11 @@ def test_a_router_that_learns_wins_more_than_chance(world: World) -> None:
 def test_the_command_writes_its_tables_and_takes_a_router_of_one_s_own(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from export.routerbench import __main__ as command
+    from export.routerbench import comparison
 
     few = tuple(kind for kind in ROUTERS if kind in (Random, NearestNeighbours, RouteT2I, ByGain, Ours))
-    monkeypatch.setattr(command, "ROUTERS", few)
-    monkeypatch.setattr(command, "BASELINES", few[:2])
+    monkeypatch.setattr(comparison, "ROUTERS", few)
+    monkeypatch.setattr(comparison, "BASELINES", few[:2])
     out = tmp_path / "out"
     labels, bundle = str(world.labels), str(world.bundle.folder)
     own = f"{__name__}:Longest"
@@ -269,14 +269,14 @@ def test_the_command_writes_its_tables_and_takes_a_router_of_one_s_own(
 def test_a_router_is_found_in_the_folder_one_works_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from export.routerbench import __main__ as command
+    from export.routerbench import comparison
 
     (tmp_path / "my_own_router.py").write_text(
         "class Mine:\n    name, settings = 'mine', ({},)\n    def fit(self): ...\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    assert command._named("my_own_router:Mine").name == "mine"
+    assert comparison._named("my_own_router:Mine").name == "mine"
 
 
 def test_a_router_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

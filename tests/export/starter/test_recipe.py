@@ -3,7 +3,6 @@
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +13,7 @@ from edge_agent.superiority import METRICS
 from export.__main__ import main as edge_export
 from export.errors import ExportError
 from export.quality import Judge
-from export.starter import __main__ as chain
-from export.starter import autoencoder, denoiser, inspector, judge, sketch, text_encoder
+from export.starter import autoencoder, chain, denoiser, inspector, judge, sketch, text_encoder
 from export.starter.card import read_records, write_card
 from export.starter.size import EDGE, SKETCHES
 from export.starter.training import UNFINISHED
@@ -199,12 +197,6 @@ def test_an_autoencoder_that_is_not_there_is_refused(tmp_path):
     for train in (judge.train, inspector.train):
         with pytest.raises(ExportError, match="name another with --autoencoder"):
             train(tmp_path, autoencoder=tmp_path / "none", steps=1)
-
-
-@pytest.mark.parametrize("module", ["contact_sheet", "sprites", "summary"])
-def test_every_stage_that_is_run_as_a_module_refuses_in_a_line(module):
-    text = (Path(chain.__file__).parent / f"{module}.py").read_text(encoding="utf-8")
-    assert "raise SystemExit(run(main))" in text
 
 
 def test_an_unknown_stage_is_refused_with_the_ones_there_are(capsys):

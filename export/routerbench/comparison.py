@@ -348,9 +348,3 @@ def _won(scores: Sequence[Floats], gain: Floats, rows: NDArray[np.int64]) -> flo
     """Mean gain over random at half of these prompts, a mean over seeds."""
     routes = np.mean([routed(score[rows], 0.5) for score in scores], axis=0)
     return float((routes - 0.5) @ gain[rows]) / len(rows)
-
-
-if __name__ == "__main__":
-    from export.__main__ import run
-
-    raise SystemExit(run(main))

@@ -40,7 +40,6 @@ from pathlib import Path
 
 from export import calibrate, diffusion_onnx, evaluate, inspection, label, pieces, predictor_onnx
 from export import train as train_predictor
-from export.__main__ import run
 from export.arguments import at_least
 from export.starter import (
     autoencoder,
@@ -205,7 +204,3 @@ def _first_failure(stages: Iterable[Callable[[], int]]) -> int:
         if code:
             return code
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))
