@@ -224,6 +224,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _drop_output()
         return DONE
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and error.filename is None:  # os.getcwd's
+            return _complain("the working directory is not there any more; change to another", BAD_INPUT)
         if error.filename is not None or command == "serve":
             raise
         _drop_output()

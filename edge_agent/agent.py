@@ -21,7 +21,7 @@ from edge_agent.cloud_image import CloudAccepted, CloudImage
 from edge_agent.device import Device, Drawing, Drawn, Job
 from edge_agent.diffusion.sessions import Stop
 from edge_agent.diffusion.text_encoder import TextStates
-from edge_agent.errors import CloudError, CloudRefused, LedgerError, QuotaExhausted
+from edge_agent.errors import CloudError, CloudRefused, CloudUnavailable, LedgerError, QuotaExhausted
 from edge_agent.image import Progress, with_facts
 from edge_agent.policy import Decision, Reason, Route, decide
 from edge_agent.purchase import Purchase, Purchases
@@ -87,13 +87,22 @@ class CloudFailure:
 
     message: str
     refused: bool
+    answered: bool  # by the cloud server, that it cannot at the moment
     never_ran: bool
+
+    @classmethod
+    def of(cls, error: CloudError) -> CloudFailure:
+        """What is kept of `error`."""
+        answered = isinstance(error, CloudUnavailable) and error.code is not None
+        return cls(error.message, isinstance(error, CloudRefused), answered, error.never_ran)
 
     @property
     def check(self) -> str:
         """Where the cause may be."""
         if self.refused:
             return "--cloud, --max-price, --cloud-token and the cloud server's own settings"
+        if self.answered:
+            return "the cloud server's log, and whether more is asked of it than it can do"
         return "--cloud, --cloud-ca and whether the cloud server runs"
 
 
@@ -379,8 +388,7 @@ class Agent:
     def _fall_back(self, request: ImageRequest, error: CloudError, purchase: Purchase) -> str:
         """What the result says of the failure. Raises it where the caller wants the cloud or nothing."""
         if not self._own_terms(request, error, purchase):
-            refused = isinstance(error, CloudRefused)
-            self.tally.failed(CloudFailure(error.message, refused, error.never_ran))
+            self.tally.failed(CloudFailure.of(error))
         if request.routing is Routing.CLOUD_ONLY:
             raise error
         self.tally.fallbacks += 1
@@ -448,11 +456,14 @@ class Agent:
     def _own_terms(self, request: ImageRequest, error: CloudError, purchase: Purchase) -> bool:
         """Whether the caller's price, size or haste is what failed, which says nothing of the cloud."""
         cheap = odd = False
+        hasty = purchase.timeout_s < SLOW_CONNECTION_S
         if isinstance(error, CloudRefused):
             price, default = error.price_micro_usd, self.models.limits.sizes[0]
             cheap = price is not None and self._ceiling(request) < price <= self._terms.max_price_micro_usd
             odd = error.field in SIDES and request.size != default
-        return cheap or odd or purchase.timeout_s < SLOW_CONNECTION_S
+        elif isinstance(error, CloudUnavailable) and error.lacked_time:
+            hasty = purchase.timeout_s < self._terms.cloud_timeout_s
+        return cheap or odd or hasty
 
     def _steps(self, request: ImageRequest) -> int:
         return request.steps or self.reader.bundle.manifest.default_steps

@@ -490,6 +490,7 @@ class CloudClient:
             f"the cloud at {self.address} failed: {text} ({code.name})",
             never_ran=never_ran,
             retry_after_s=retry_after_s,
+            code=code,
         )
 
     def _broken(self, code: grpc.StatusCode, text: str, *, accepted: bool, timeout_s: float) -> CloudError:

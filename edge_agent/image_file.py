@@ -26,14 +26,12 @@ def checked(output: str | None) -> Path | None:
             raise InvalidRequest("standard output is closed; name a file with -o")
         return STANDARD_OUTPUT
     file = None if output is None else _regular(output)
-    folder = Path() if file is None else file.parent
+    folder = (Path() if file is None else file.parent).absolute()  # which fails where it is relative to none
     if not _takes_files(folder):
-        raise InvalidRequest(
-            f"nothing can be written into the folder {folder.absolute()}; choose another with -o"
-        )
+        raise InvalidRequest(f"nothing can be written into the folder {folder}; choose another with -o")
     room = shutil.disk_usage(folder)
     if room.total and not room.free:  # some file systems state neither
-        raise InvalidRequest(f"the disk of {folder.absolute()} is full; make room, or choose another with -o")
+        raise InvalidRequest(f"the disk of {folder} is full; make room, or choose another with -o")
     return file
 
 
@@ -67,21 +65,20 @@ def _regular(output: str) -> Path:
     if os.name == "nt" and (":" in file.name or len(file.name) > 255):
         raise InvalidRequest(f"{file.name} is no name of a file on Windows; choose another with -o")
     try:
-        if file.is_symlink():  # what it leads to is written, and the link stays
-            file = Path(os.path.realpath(file))  # which leaves a loop of links to `stat`
         found = file.stat()
         if _is_output(found):  # /dev/stdout, or the file it was sent to
             raise InvalidRequest(f"{output} is standard output; write to it with -o -")
         mode = found.st_mode
     except FileNotFoundError:
         mode = stat.S_IFREG
-    except OSError as error:  # a name too long, a folder that one may not enter
+    except OSError as error:  # a name too long, a folder that one may not enter, a loop of links
         raise _cannot_be_written(file, error) from error
     if stat.S_ISDIR(mode) or output.endswith(("/", os.sep)):
         raise InvalidRequest(f"{file} is a folder; name a file in it with -o")
     if not stat.S_ISREG(mode):  # a pipe or a device, which the image would replace
         raise InvalidRequest(f"{file} is no regular file; name one with -o, or write to a pipe with -o -")
-    return file
+    # What a link leads to is written, and the link stays.
+    return Path(os.path.realpath(file)) if file.is_symlink() else file
 
 
 def _takes_files(folder: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -28,6 +29,10 @@ class Lines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """One line; a traceback, where the record has one, follows it (as text) or is a field (as JSON)."""
+        if (record.name or "").startswith("grpc."):
+            # Its own errors are of what a peer sent or that it left, which the event tells, and of no fault here.
+            record = copy.copy(record)
+            record.levelname, record.exc_info = "WARNING", None
         text = self._text(record)
         if self._for_journal:
             priority = f"<{PRIORITIES.get(record.levelname, 6)}>"
@@ -38,9 +43,7 @@ class Lines(logging.Formatter):
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
         line = {"time": stamp, "level": record.levelname.lower(), "event": record.getMessage()}
         line |= getattr(record, "fields", {})
-        # gRPC's own are of what a peer sent, which the event tells, and of no fault here.
-        shown = None if (record.name or "").startswith("grpc.") else record.exc_info
-        trace = self.formatException(shown) if shown else ""
+        trace = self.formatException(record.exc_info) if record.exc_info else ""
         if self._as_json:
             return json.dumps(line | ({"traceback": trace} if trace else {}), default=str)
         return " ".join(f"{_key(name)}={_quoted(value)}" for name, value in line.items()) + (

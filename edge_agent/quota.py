@@ -90,11 +90,21 @@ _ADVICE = (
     ),
     ("is full", "cannot grow because the disk is full: free some space and try again"),
     ("disk I/O", "cannot be read or written: check the disk (full, failing, removed?) and try again"),
+    (
+        "no longer the file",
+        "was removed or replaced beneath this edge-agent: restart it, which goes by what lies there now",
+    ),
     ("locked", "is in use by another edge-agent: stop that one, or use another --state"),
     ("unable to open", "cannot be opened: check the path and its permissions, or use another --state"),
     ("File exists", "has no folder: what lies in its place is a file; name a folder with --state"),
     ("Not a directory", "has no folder: what lies in its place is a file; name a folder with --state"),
     ("Permission denied", "cannot be reached: check the permissions of its folder, or use another --state"),
+    (
+        "Read-only file system",
+        "cannot be made: its file system is read-only; name a folder elsewhere with --state",
+    ),
+    ("No such file or directory", "cannot be made: no folder can be made there; name another with --state"),
+    ("File name too long", "cannot be made: its path is too long; name another folder with --state"),
 )
 """SQLite's words, and the system's of the folder, and what to do about each. By text, because SQLite's error codes came
 with Python 3.11 only."""
@@ -210,6 +220,7 @@ class Ledger:
         # The row after which this process's calls begin, and what `_zero` was when they were made; then the same for
         # each time that the clock was set.
         self._made = [(_last_row(connection), self._zero)]
+        self._file = path.stat()
         # SQLite before 3.51.3 can corrupt a write-ahead log that two connections use: there is one, and one
         # lock.
         self._lock = threading.Lock()
@@ -272,6 +283,7 @@ class Ledger:
         """
         _check_money(ceiling_micro_usd)
         with self._transaction() as connection:
+            self._must_be_there()
             now = self.clock()
             earlier = connection.execute(
                 "SELECT state, cloud FROM calls WHERE request_id = ?", (request_id,)
@@ -443,6 +455,13 @@ class Ledger:
                 with suppress(sqlite3.Error):
                     connection.rollback()
                 raise
+
+    def _must_be_there(self) -> None:
+        """SQLite goes on with a file that was removed, in whose place another process may have begun another ledger."""
+        with suppress(OSError):
+            if os.path.samestat(self.path.stat(), self._file):
+                return
+        raise sqlite3.OperationalError("no longer the file that was opened")
 
     def _zero_now(self) -> float:
         """What the clock says less the uptime: it moves where the clock is set."""

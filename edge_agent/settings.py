@@ -17,7 +17,7 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from edge_agent.address import is_local, split_address
+from edge_agent.address import is_local, must_be_text, split_address
 from edge_agent.errors import InvalidRequest, StartRefused
 from edge_agent.money import parse_dollars
 from edge_agent.quota import Budget, Rate, Window
@@ -44,6 +44,9 @@ SOCKET_PATH_BYTES = 107 if sys.platform == "linux" else 103
 
 NOT_IN_SOCKET_PATHS = "#?%,"
 """gRPC's clients take an address for a URI, or for several with commas, and would look for the socket elsewhere."""
+
+MAX_THREADS = 1_024
+"""More than machines have cores. Each takes memory of its own, and past some number the process cannot begin."""
 
 
 def expanded(path: str) -> Path:
@@ -98,7 +101,7 @@ def socket_address(path: str) -> str:
         )
     if wrong := [letter for letter in NOT_IN_SOCKET_PATHS if letter in str(absolute)]:
         raise ValueError(f"a socket's path with {wrong[0]} in it cannot be reached; choose one without")
-    return f"unix:{absolute}"
+    return must_be_text(f"unix:{absolute}")
 
 
 # What a setting may be. Each takes the text of a flag or variable and raises ValueError with a phrase that says what
@@ -130,7 +133,7 @@ def _cloud(value: str) -> str:
         path = _path(value.removeprefix("unix:"))
         if not path:
             raise ValueError("unix:PATH needs a path")
-        return f"unix:{expanded(path)}"
+        return must_be_text(f"unix:{expanded(path)}")
     if value and not split_address(value)[1]:
         raise ValueError(f"{value!r}: the port 0 cannot be called")
     return value
@@ -160,6 +163,12 @@ def _count(value: str) -> int:
 def _count_from_1(value: str) -> int:
     if (count := _count(value)) == 0:
         raise ValueError("a whole number, 1 or more, is expected")
+    return count
+
+
+def _threads(value: str) -> int:
+    if (count := _count(value)) > MAX_THREADS:
+        raise ValueError(f"a whole number from 0 to {MAX_THREADS} is expected")
     return count
 
 
@@ -371,7 +380,7 @@ class Settings:
     )
     threads: int = _setting(
         "0",
-        _count,
+        _threads,
         "N",
         "threads of a local model, of a small one but one: see docs/settings.md; 0: one a physical core",
     )

@@ -6,6 +6,7 @@ import argparse
 import codecs
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -123,7 +124,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     from rich.text import Text
 
     # In a pipe, where programs look for names, no name is folded.
-    console = Console(width=None if on_terminal(sys.stdout) or "COLUMNS" in os.environ else PIPE_COLUMNS)
+    console = Console(width=shutil.get_terminal_size((PIPE_COLUMNS, 0)).columns)
     table = Table(box=None, pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold")  # nothing is cut off

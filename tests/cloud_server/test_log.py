@@ -106,3 +106,20 @@ def test_what_pythons_own_warnings_say_is_a_line_like_any_other(package: str) ->
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
     (line,) = map(json.loads, said.splitlines())
     assert line["level"] == "warning" and "it will go" in json.dumps(line)
+
+
+@pytest.mark.parametrize("log", [cloud_server.log, edge_agent.log])
+@pytest.mark.parametrize(("name", "level"), [("grpc._cython.cygrpc", "warning"), ("edge_agent", "error")])
+def test_what_grpc_calls_an_error_of_a_peer_that_left_is_a_warning(
+    log: ModuleType, name: str, level: str
+) -> None:
+    try:
+        raise ZeroDivisionError
+    except ZeroDivisionError:
+        record = logging.LogRecord(name, logging.ERROR, "", 0, "raised in core", (), sys.exc_info())
+    line = json.loads(log.Lines(as_json=True).format(record))
+    assert (line["level"], "traceback" in line) == (level, level == "error")
+    assert (
+        log.Lines(as_json=False, for_journal=True).format(record)[:3]
+        == {"warning": "<4>", "error": "<3>"}[level]
+    )

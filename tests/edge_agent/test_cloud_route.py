@@ -590,6 +590,21 @@ async def test_a_callers_own_haste_says_nothing_of_the_cloud(routed_bundle: Path
     silent.close()
 
 
+@pytest.mark.parametrize(("timeout", "own"), [(5.0, True), (120.0, False)])
+async def test_a_cloud_that_cannot_within_the_callers_time_is_not_blamed_for_it(
+    routed_bundle: Path, tmp_path: Path, timeout: float, own: bool
+) -> None:
+    late = abort(grpc.StatusCode.DEADLINE_EXCEEDED, "it would take 90 s")
+    async with (
+        counted(Cloud([late])) as cloud,
+        daemon_here(routed_bundle, tmp_path, cloud=cloud.address, cloud_timeout_s="20") as here,
+    ):
+        assert (await here.app.generate(CLOUD_PROMPT, timeout=timeout)).result.fallback
+        status = await here.app.status()
+        assert (status.cloud_health == edge_pb2.CLOUD_HEALTH_UNTRIED) is own
+        assert [("whether more is asked of it" in advice) for advice in status.advice] == [True] * (not own)
+
+
 @pytest.mark.parametrize(("price", "own"), [(CEILING, True), (CEILING + 1, False)])
 async def test_a_price_that_only_the_caller_does_not_pay_says_nothing_of_the_cloud(
     routed_bundle: Path, tmp_path: Path, price: int, own: bool

@@ -135,6 +135,17 @@ def test_a_pipe_is_not_replaced_by_the_image(tmp_path: Path) -> None:
         image_file.checked(str(tmp_path / "pipe"))
 
 
+@pytest.mark.linux
+def test_a_pipe_behind_links_is_not_taken_for_a_file_that_is_still_to_be_made(tmp_path: Path) -> None:
+    """As behind /dev/stdout, whose last link names no file."""
+    reading, writing = os.pipe()
+    (tmp_path / "stdout").symlink_to(f"/dev/fd/{writing}")
+    with pytest.raises(InvalidRequest, match=r"stdout is no regular file.*-o -"):
+        image_file.checked(str(tmp_path / "stdout"))
+    os.close(reading)
+    os.close(writing)
+
+
 @pytest.mark.posix
 @pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "out.png"])
 def test_the_file_that_standard_output_goes_to_is_not_replaced_by_the_image(
@@ -374,7 +385,11 @@ def test_a_table_folds_no_name_in_a_pipe_and_ends_well_where_the_pipe_is_closed(
     command = [sys.executable, "-m", "edge_agent", "route", long, "--bundle", str(routed_bundle)]
     environment = process_environment(folder)
     environment.pop("COLUMNS", None)  # somebody may have said how wide it is
-    assert long in subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
+    for columns in ({}, {"COLUMNS": "0"}):
+        finished = subprocess.run(
+            command, capture_output=True, text=True, env=environment | columns, check=True
+        )
+        assert long in finished.stdout
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "wb") as closed:
@@ -703,6 +718,34 @@ def test_streams_that_cannot_be_used_are_said_without_a_traceback(
     assert finished.returncode == 2
     (said,) = finished.stderr.splitlines()
     assert words in said
+
+
+@pytest.mark.linux
+@pytest.mark.parametrize(
+    "command",
+    [
+        "status --agent unix:here.sock",
+        "generate cat -o pictures/cat.png",
+        "generate cat",
+        "serve --listen unix:here.sock",
+    ],
+)
+def test_a_working_directory_that_was_removed_is_said_before_anything_is_made(
+    daemon: Process, folder: Path, command: str
+) -> None:
+    known = len(daemon.calls)
+    script = f'mkdir gone && cd gone && rmdir ../gone && exec "$0" -m edge_agent {command}'
+    finished = subprocess.run(
+        ["sh", "-c", script, sys.executable],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=process_environment(folder),
+        check=False,
+    )
+    assert (finished.returncode, finished.stdout) == (2, "")
+    assert finished.stderr == "edge-agent: the working directory is not there any more; change to another\n"
+    assert len(daemon.calls) == known
 
 
 @pytest.mark.posix

@@ -806,6 +806,16 @@ def test_a_file_in_place_of_the_folder_is_called_one(tmp_path: Path) -> None:
             Ledger.open(folder / "quota.sqlite", (DAY,))
 
 
+@pytest.mark.linux
+def test_a_folder_that_cannot_be_made_is_told_with_what_to_do(tmp_path: Path) -> None:
+    for folder, why in (
+        ("/proc/state", "no folder can be made there"),
+        (tmp_path / ("x" * 300), "is too long"),
+    ):
+        with pytest.raises(LedgerError, match=f"{why}; name another"):
+            Ledger.open(Path(folder) / "quota.sqlite", (DAY,))
+
+
 def test_a_ledger_in_use_is_refused_to_a_second_opener(path: Path, open_ledger: Open) -> None:
     open_ledger(DAY)
     with pytest.raises(LedgerError, match="in use by another edge-agent"):
@@ -836,6 +846,30 @@ def test_a_closed_ledger_says_so_and_closes_again(
         with pytest.raises(LedgerError, match="closed"):
             getattr(ledger, method)(*arguments)
     assert caplog.records == []
+
+
+@pytest.mark.posix  # elsewhere such a file cannot be removed
+def test_no_budget_is_spent_twice_where_the_file_is_removed_beneath_the_ledger(
+    path: Path, open_ledger: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = open_ledger(DAY)
+    first.reserve("r1", "app", 60)
+    path.parent.rename(path.parent.with_name("elsewhere"))
+    for _ in range(2):
+        with pytest.raises(LedgerError, match="removed or replaced beneath this edge-agent: restart it"):
+            first.reserve("r2", "app", 10)
+    assert "restart it" in first.failure and len(caplog.records) == 1
+    second = Ledger.open(path, (DAY,))
+    second.reserve("r3", "app", 60)
+    with pytest.raises(LedgerError, match="removed or replaced"):
+        first.reserve("r4", "app", 10)
+    first.settle("r1", 50)  # what it has begun it ends
+    second.close()
+
+    shutil.rmtree(path.parent)
+    path.parent.with_name("elsewhere").rename(path.parent)
+    first.reserve("r5", "app", 50)
+    assert not first.failure and first.states()[0].remaining_micro_usd == 0
 
 
 DISK_FULL = """

@@ -87,12 +87,17 @@ def test_a_budget_for_one_app_leaves_the_default_one_for_all_in_force() -> None:
         ("listen", "[[::1]]:50051", "stand in brackets"),
         ("listen", "unix:/tmp/a\0b", "NUL"),
         ("cloud", "a\0b:443", "NUL"),
+        ("cloud", "a\udcff:443", "must be UTF-8"),
+        ("cloud", "unix:/tmp/a\udcff", "must be UTF-8"),
+        ("listen", "\udcff:50051", "must be UTF-8"),
+        ("threads", "1025", "from 0 to 1024"),
         ("cloud", "127.0.0.1:" + "9" * 5_000, "neither unix:PATH nor HOST:PORT"),
         ("state", "a\0b", "NUL"),
         *(
             pytest.param(*case, marks=pytest.mark.posix)
             for case in (
                 ("listen", "unix:/" + "x" * 200, f"at most {SOCKET_PATH_BYTES} bytes"),
+                ("listen", "unix:/tmp/a\udcff", "must be UTF-8"),
                 ("listen", "unix:/tmp/a#b", "with # in it"),
                 ("listen", "unix:/tmp/a%20b", "with % in it"),
                 ("listen", "unix:/tmp/a?b", "with ? in it"),
