@@ -24,6 +24,10 @@ AGAIN = "save or download the whole model again"
 _READ = re.compile(
     r"(diffusion_pytorch_model|pytorch_model|model)(\.fp16)?(-\d+-of-\d+)?(\.fp16)?\.(safetensors|bin)"
 )
+# The same of any variant.
+_VARIANT = re.compile(
+    r"(diffusion_pytorch_model|pytorch_model|model)(\.\w+)?(-\d+-of-\d+)?(\.\w+)?\.(safetensors|bin)"
+)
 # What git leaves in the place of a large file where its extension for these is not installed.
 _POINTER = b"version https://git-lfs"
 
@@ -54,6 +58,11 @@ def refuse_faulty(kind: Any, folder: Path, *, weights: bool = True) -> None:
         refuse_absent(file)
     if not found:
         stem = "diffusion_pytorch_model" if issubclass(kind, diffusers.ModelMixin) else "model"
+        if variants := sorted(file.name for file in folder.glob("*") if _VARIANT.fullmatch(file.name)):
+            raise ValueError(
+                f"{folder} has {variants[0]} alone, and no variant but fp16 is read: save or download the model "
+                "without a variant, or rename what is a single file as if it were none"
+            )
         raise ValueError(f"{folder} has no weights for torch, such as {stem}.safetensors")
 
 

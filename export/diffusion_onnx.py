@@ -146,6 +146,7 @@ def export_bundle(
         by_count = _by_count(steps or (kind.steps,), pipeline)
         counts = list(by_count)
         scale = kind.guidance if guidance is None else float(guidance)
+        report(f"compiling {type(pipeline.scheduler).__name__} for {', '.join(map(str, counts))} steps")
         # The most steps first: where they are too many, nothing is compiled.
         with source.quiet():
             schedules = [
@@ -162,7 +163,6 @@ def export_bundle(
         default = pipelines.facts(pipeline, size)
         if count := bands.split(partial / DECODER, default["latent_height"], default["latent_width"]):
             report(f"made bands of {count} convolutions of the decoder, between which it can be stopped")
-        report(f"compiling {type(pipeline.scheduler).__name__} for {', '.join(map(str, counts))} steps")
         for schedule in schedules:
             path = partial / schedule_file(schedule.steps)
             path.parent.mkdir(exist_ok=True)

@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from export.errors import ExportError, reason
 from export.schedule import Loop
 from export.support import (
     CLASSES,
+    KINDS,
     denoiser_of,
     file_of,
     idle,
@@ -34,6 +36,8 @@ from export.support import (
     refuse_unsupported,
     tell_of_checker,
 )
+
+_DENOISERS = ("UNet2DConditionModel", "SD3Transformer2DModel")
 
 T5_POSITIONS = 256
 """That Stable Diffusion 3 keeps for the states of its third text encoder; zeros where it does without, as diffusers
@@ -65,6 +69,7 @@ def load(
         others = dict.fromkeys((*idle(made), *parts))
         with source.quiet():
             folder = Path(model) if Path(model).is_dir() else complete.downloaded(str(model), **others)
+            _refuse_quantized(folder, [part for part in KINDS[made].parts if part not in parts])
             return complete.pipeline(folder, torch.float32, **left_out(made), **parts)
     except ExportError:
         raise
@@ -322,9 +327,7 @@ def _index(model: str | os.PathLike[str], report: Callable[[str], None]) -> dict
     if (folder / MANIFEST).is_file():
         raise ExportError(f"{folder} is a bundle already; name the diffusers folder that it was made from")
     if folder.is_dir() and not os.path.lexists(folder / "model_index.json"):
-        raise ExportError(
-            f"{folder} has no model_index.json: name {_instead(folder) or 'a folder that diffusers saved, or a hub id'}"
-        )
+        raise ExportError(f"{folder} has no model_index.json: {_instead(folder)}")
     if folder.is_dir():
         try:
             part_files.refuse_absent(folder / "model_index.json")
@@ -361,13 +364,50 @@ def _index(model: str | os.PathLike[str], report: Callable[[str], None]) -> dict
 
 
 def _instead(folder: Path) -> str:
-    """What was meant by `folder`, where that is plain: a snapshot in the hub's cache, the pipeline it is a part of."""
+    """What to do about a `folder` that is no pipeline, by what lies there."""
     snapshots = sorted(folder.glob("snapshots/*/model_index.json"), key=lambda file: file.stat().st_mtime)
     if snapshots:
-        return f"what the hub's cache has in it, {snapshots[-1].parent}"
+        return f"name what the hub's cache has in it, {snapshots[-1].parent}"
     if (folder.parent / "model_index.json").is_file():
-        return f"the whole pipeline, {folder.parent}"
+        return f"name the whole pipeline, {folder.parent}"
+    if (folder / "adapter_config.json").is_file():
+        return (
+            "it holds an adapter alone: call fuse_lora() in the pipeline that it was made for, and save that"
+        )
+    weights = [file for file in folder.glob("*") if file.suffix in weights_file.SUFFIXES]
+    for file in weights:
+        if file.stem == "pytorch_lora_weights":
+            return f"it holds a LoRA: add it with edge-export convert MODEL NEW --lora {quoted(str(file))}"
+    if made := _part_in(folder):
+        into = f", or put it into one with edge-export convert MODEL NEW --denoiser {quoted(str(folder))}"
+        return f"it holds a {made} alone: name a whole pipeline{into if made in _DENOISERS else ''}"
+    if len(weights) == 1:
+        return f"make a pipeline of its one file with edge-export convert {quoted(str(weights[0]))} NEW"
+    return "name a folder that diffusers saved, or a hub id"
+
+
+def _part_in(folder: Path) -> str:
+    """The class of the part of a pipeline that `folder` holds; empty where it holds none."""
+    with suppress(OSError, ValueError):
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if isinstance(config, dict) and isinstance(made := config.get("_class_name"), str):
+            return made if made.isidentifier() else ""
     return ""
+
+
+def _refuse_quantized(folder: Path, parts: Sequence[str]) -> None:
+    """Raises ExportError where one of the `parts` in `folder` says that its weights are quantized. The libraries would
+    ask for packages that do not make float32 of them either.
+    """
+    for file in (folder / part / "config.json" for part in parts):
+        with suppress(OSError, ValueError):  # which loading tells
+            config = json.loads(file.read_text(encoding="utf-8"))
+            if isinstance(config, dict) and (said := config.get("quantization_config")):
+                how = said.get("quant_method") if isinstance(said, dict) else said
+                raise ExportError(
+                    f"{file} says that its weights are quantized ({how!r:.40}): get the model in float32 or "
+                    "half precision"
+                )
 
 
 def _nearest(side: int, multiple: int) -> int:

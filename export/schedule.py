@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.linalg import solve_triangular
 
 from edge_agent.diffusion.schedule import Schedule
 from export.errors import ExportError, reason
@@ -104,17 +105,16 @@ def compile_schedule(scheduler: Any, steps: Steps, loop: Loop = PLAIN) -> Schedu
 
     silent, draws = _drive(scheduler, steps, nothing, 0, loop)
     probed, _ = _drive(scheduler, steps, units, 0, loop)
-    signal, noise = [], []
-    for call, (with_units, without) in enumerate(zip(probed, silent, strict=True)):
-        signal.append(tuple(float(value) for value in (with_units - without)[: call + 1]))
-        drawn = [draw for after, draw in draws if after < call]
-        noise.append(_solve(drawn, without))
+    signal = [
+        tuple((with_units - without)[: call + 1].tolist())
+        for call, (with_units, without) in enumerate(zip(probed, silent, strict=True))
+    ]
     schedule = Schedule(
         scheduler=name,
         steps=number_of(steps),
         timesteps=tuple(float(timestep) for timestep in timesteps),
         signal=tuple(signal),
-        noise=tuple(noise),
+        noise=_taken_apart(silent, draws),
         clean=tuple(_clean(fresh, call) for call in range(calls)),
     )
     for scale in (1.0, 1e3):  # a clip at one leaves small values alone, a clip at a hundred larger ones
@@ -203,12 +203,19 @@ def _repeat(before: torch.Tensor, generator: torch.Generator, like: torch.Tensor
     raise NotLinear(f"{name} draws noise in a way that cannot be repeated; {_OTHER}")
 
 
-def _solve(drawn: list[Doubles], total: Doubles) -> tuple[float, ...]:
-    """The coefficients of `drawn` that add up to `total`."""
-    if not drawn:
-        return ()
-    coefficients = np.linalg.lstsq(np.stack(drawn, axis=1), total, rcond=None)[0]
-    return tuple(float(value) for value in coefficients)
+def _taken_apart(totals: list[Doubles], draws: list[tuple[int, Doubles]]) -> tuple[tuple[float, ...], ...]:
+    """For each call the coefficients of the noises drawn before it, which add up to its total."""
+    if not draws:
+        return ((),) * len(totals)
+    # Of all at once: the first columns of both factors are those of the first noises.
+    q, r = np.linalg.qr(np.stack([draw for _, draw in draws], axis=1))
+    found: list[tuple[float, ...]] = []
+    for call, total in enumerate(totals):
+        count = sum(after < call for after, _ in draws)
+        first, sums = r[:count, :count], q[:, :count].T @ total
+        # Of what is no number the check tells.
+        found.append(tuple(solve_triangular(first, sums, check_finite=False).tolist()) if count else ())
+    return tuple(found)
 
 
 def _check(scheduler: Any, steps: Steps, schedule: Schedule, scale: float, loop: Loop) -> None:
@@ -217,6 +224,7 @@ def _check(scheduler: Any, steps: Steps, schedule: Schedule, scale: float, loop:
     inputs = [scale * random.standard_normal(width) for _ in range(schedule.calls + 1)]
     before = torch.get_rng_state()
     seen, draws = _drive(scheduler, steps, inputs, 1, loop)
+    given, noises = np.stack(inputs), np.array([draw for _, draw in draws])
     unseeded = not torch.equal(before, torch.get_rng_state())
     for call, values in enumerate(seen):
         where = "the final latents are" if call == schedule.calls else f"the input of call {call + 1} is"
@@ -225,14 +233,14 @@ def _check(scheduler: Any, steps: Steps, schedule: Schedule, scale: float, loop:
                 f"{schedule.scheduler} makes no images of {number_of(steps)} steps with this config, in diffusers "
                 f"either ({where} no number); name other steps, {_CHANGE}"
             )
-        expected = np.asarray(schedule.signal[call]) @ np.stack(inputs[: call + 1])
-        drawn = [draw for after, draw in draws if after < call]
-        if len(drawn) != len(schedule.noise[call]):
+        expected = np.asarray(schedule.signal[call]) @ given[: call + 1]
+        drawn = sum(after < call for after, _ in draws)
+        if drawn != len(schedule.noise[call]):
             raise NotLinear(
                 f"{schedule.scheduler} draws a different number of noises from run to run; {_OTHER}"
             )
         if drawn:
-            expected = expected + np.asarray(schedule.noise[call]) @ np.stack(drawn)
+            expected = expected + np.asarray(schedule.noise[call]) @ noises[:drawn]
         difference = float(np.abs(values - expected).max() / max(1.0, np.abs(values).max()))
         if not difference <= TOLERANCE and unseeded:
             raise NotLinear(

@@ -217,6 +217,7 @@ def refuse_unsupported(pipeline: Any) -> None:
         ),
         "added conditioning other than Stable Diffusion XL's": lambda: (
             denoiser.get("class_embed_type")
+            or denoiser.get("num_class_embeds")
             or denoiser.get("encoder_hid_dim_type")
             or denoiser.get("addition_embed_type") != ("text_time" if xl else None)
         ),
@@ -226,6 +227,10 @@ def refuse_unsupported(pipeline: Any) -> None:
         "a first text encoder without projection": lambda: (
             v3 and not isinstance(pipeline.text_encoder, CLIPTextModelWithProjection)
         ),
+        "a text encoder with projection": lambda: (
+            not (xl or v3) and isinstance(pipeline.text_encoder, CLIPTextModelWithProjection)
+        ),
+        "a denoiser with dual_cross_attention": lambda: denoiser.get("dual_cross_attention"),
         "a transformer that takes smaller states than the text encoders make": lambda: (
             v3 and denoiser.joint_attention_dim < sum(encoder.config.hidden_size for encoder in encoders)
         ),

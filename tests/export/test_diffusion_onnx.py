@@ -328,6 +328,14 @@ def test_a_text_encoder_that_is_no_clip_is_refused_before_anything_is_drawn(
     assert not any("running" in line for line in lines)
 
 
+def test_a_text_encoder_with_projection_is_refused_where_the_class_has_no_use_for_it(
+    pipeline: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    pipeline.text_encoder = transformers.CLIPTextModelWithProjection(pipeline.text_encoder.config)
+    with pytest.raises(ExportError, match="a text encoder with projection is not supported"):
+        export_bundle(pipeline, tmp_path / "bundle", report=silent)
+
+
 def test_an_autoencoder_of_other_colours_is_refused_before_anything_is_drawn(
     pipeline: StableDiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -426,6 +434,50 @@ def test_a_class_that_is_asked_for_is_refused_saying_what_is_missing(tmp_path: P
 def test_a_folder_without_an_index_says_what_to_name(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"no model_index\.json: name a folder that diffusers saved"):
         export_bundle(tmp_path, tmp_path / "bundle", report=silent)
+
+
+@pytest.mark.parametrize(
+    ("files", "why"),
+    [
+        (
+            {"pytorch_lora_weights.safetensors": "", "config.json": "{}"},
+            r"it holds a LoRA: add it with edge-export convert MODEL NEW --lora \S*pytorch_lora_weights.safetensors$",
+        ),
+        (
+            {"adapter_config.json": "{}", "adapter_model.safetensors": ""},
+            r"call fuse_lora\(\) in the pipeline",
+        ),
+        ({"fox.ckpt": "", "README.md": ""}, r"its one file with edge-export convert \S*fox.ckpt NEW$"),
+        (
+            {"config.json": '{"_class_name": "ControlNetModel"}'},
+            "a ControlNetModel alone: name a whole pipeline$",
+        ),
+        (
+            {"config.json": '{"_class_name": "UNet2DConditionModel"}'},
+            r"alone: .* convert MODEL NEW --denoiser \S+$",
+        ),
+        ({"config.json": '{"_class_name": "no\\nname"}'}, "name a folder that diffusers saved"),
+    ],
+)
+def test_a_folder_without_an_index_says_what_to_do_with_what_it_holds(
+    tmp_path: Path, files: dict[str, str], why: str
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ExportError, match=why):
+        export_bundle(tmp_path, tmp_path / "bundle", report=silent)
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_a_model_with_quantized_weights_is_refused_in_our_words(tmp_path: Path, part: str) -> None:
+    model = save_miniature(tmp_path / "model")
+    file = model / part / "config.json"
+    quantized = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | quantized))
+    with pytest.raises(
+        ExportError, match=f"{part}.config.json says .* quantized .'bitsandbytes'.: get the model in"
+    ):
+        export_bundle(model, tmp_path / "bundle", report=silent)
 
 
 def test_a_hub_that_cannot_be_reached_says_so(tmp_path: Path) -> None:
@@ -1062,6 +1114,19 @@ def test_a_faulty_part_is_refused_by_its_folder_and_what_is_wrong(
         complete.pipeline(model, torch.float32)
 
 
+@pytest.mark.parametrize("variant", ["bf16", "non_ema"])
+@pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model", "text_encoder/model"])
+def test_weights_of_a_variant_that_is_not_read_are_named_and_what_to_do(
+    model: Path, variant: str, name: str
+) -> None:
+    (model / f"{name}.safetensors").rename(there := model / f"{name}.{variant}.safetensors")
+    why = f"{re.escape(str(there.parent))} has {there.name} alone, and no variant but fp16 is read: save or download"
+    with pytest.raises(ExportError, match=why):
+        load(model)
+    with pytest.raises(ValueError, match=why):
+        complete.pipeline(model, torch.float32)
+
+
 WEIGHTS = ("text_encoder/model.safetensors", "unet/diffusion_pytorch_model.safetensors")
 
 
@@ -1313,7 +1378,7 @@ def test_what_a_killed_export_left_is_removed_and_a_living_ones_is_not(
     assert left.is_dir()
     with pytest.raises(ExportError, match="clip_sample"):
         export_bundle(pipeline, out, report=lines.append)
-    assert lines == [f"removed {left}, left by an export that was killed"]
+    assert lines[:1] == [f"removed {left}, left by an export that was killed"]
     assert sorted(tmp_path.iterdir()) == sorted(others)
 
 
@@ -1365,6 +1430,8 @@ def test_a_model_folder_without_a_part_is_refused(tmp_path: Path, part: str) -> 
             {"in_channels": 9},
             r"config\.json: the denoiser takes 9 input channels, .* 4: it wants a picture too",
         ),
+        ("unet", {"num_class_embeds": 10}, "added conditioning"),
+        ("unet", {"dual_cross_attention": True}, "a denoiser with dual_cross_attention"),
         ("unet", {"out_channels": 8}, "variance"),
         ("unet", {"cross_attention_dim": [32, 32]}, "lists its cross_attention_dim by block"),
     ],
