@@ -6,6 +6,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+SPINNING_S = 0.15
+"""Three times as long as threads of onnxruntime, where nobody tells it otherwise, go on spinning after a call."""
+
+
+def settle() -> None:
+    """Wait until whoever took its turn has let go of the cores that the next one is measured on."""
+    time.sleep(SPINNING_S)
+
 
 @contextmanager
 def timed(series_ms: list[float]) -> Iterator[None]:

@@ -15,6 +15,7 @@ import numpy as np
 
 import full_size
 from child import Child, Reply
+from clock import settle
 from edge_agent.bundle import Bundle
 from errors import BenchError
 from estimate import Estimate, calm_ratio, quantile, ratio
@@ -165,6 +166,7 @@ def measure(plan: Plan, other: str, folder: Path) -> Pairs:
             files = [Path(kept) / f"{side}.npy" for side in (0, 1)]
             for side in (0, 1) if number % 2 else (1, 0):
                 prompt = PROMPTS[number % len(PROMPTS)]
+                settle()
                 found: Reply = painters[side].ask(prompt=prompt, seed=number, keep=str(files[side]))
                 pairs.sides[side].painted(found)
             pairs.differences.append(_difference(files))

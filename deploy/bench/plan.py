@@ -36,7 +36,7 @@ class Plan:
     @classmethod
     def of(cls, bundle: Path, model: Path, evaluation: Path, full_size: Path, *, quick: bool) -> Plan:
         """`quick` measures so little that only the machinery is tried."""
-        decisions, images, answers, starts = (24, 3, 3, 1) if quick else (600, 15, 90, 5)
+        decisions, images, answers, starts = (24, 3, 3, 1) if quick else (600, 30, 90, 5)
         cancellations, unloads, pairs = (40, 2, 1) if quick else (1000, 200, 3)
         return cls(
             bundle,

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from child import Reply, answer, asked
+from clock import settle
 from edge_agent.bundle import Bundle
 from edge_agent.diffusion.generator import Generator
 from edge_agent.diffusion.sessions import Runtime
@@ -70,6 +71,8 @@ def measure(folder: Path, threads: int, images: int) -> Reply:
             for side in (0, 1) if number % 2 else (1, 0):
                 generator = (other, default)[side]
                 generator.denoiser.passes = ("separate", "batch")[side] if name == SEPARATE else own
+                if name == SPINNING:
+                    settle()
                 began = time.perf_counter()
                 draw(generator, bundle, number)
                 pairs[side].append(time.perf_counter() - began)
