@@ -267,8 +267,7 @@ class Agent:
     async def _read(self, request: ImageRequest) -> tuple[Reading, Decision]:
         """The prompt considered: at once where that takes no longer than turning to another thread and back."""
         quick = self._reading_ms < SHORT_READING_MS and len(request.prompt) <= SHORT_PROMPT
-        at_hand = self.reader.loaded and not self.reader.takes_turns
-        if quick and at_hand and self.purchases.ledger.at_hand:
+        if quick and self.models.reads_at_once and self.purchases.ledger.at_hand:
             reading, decision = self._consider(request)
         else:
             reading, decision = await self._stoppably(self._consider, request)

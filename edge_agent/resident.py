@@ -54,6 +54,7 @@ class Resident:
         self._spare_due = False  # whether the spare graphs are to be unloaded after the last use
         self.succeeded = False  # whether others are used in their place
         self._timer: asyncio.TimerHandle | None = None
+        self._going: asyncio.Future[None] | None = None  # the last unloading
         self._unloaded_at: float | None = None
         # Of them a request holds on to those that it still uses.
         self._predecessors: weakref.WeakSet[Resident] = weakref.WeakSet()
@@ -89,6 +90,12 @@ class Resident:
         while the others are not.
         """
         return all(session.loaded_at is not None for session in self._sessions)
+
+    @property
+    def reads_at_once(self) -> bool:
+        """Whether a prompt is read without loading a graph first, or waiting for one of another session."""
+        going = self._going is not None and not self._going.done()
+        return self.reader.loaded and not going and not self.reader.takes_turns
 
     @property
     def since(self) -> float:
@@ -132,9 +139,9 @@ class Resident:
             self._spare_due = False
             loop.run_in_executor(None, self._unload, self.generator.spare_sessions)
         if self.succeeded:
-            loop.run_in_executor(None, self._go)
+            self._leave()
         elif self.keep_alive_s:
-            self._timer = loop.call_later(self.keep_alive_s, lambda: loop.run_in_executor(None, self._go))
+            self._timer = loop.call_later(self.keep_alive_s, self._leave)
 
     def succeed(self, by: Resident) -> None:
         """Others are used from now on: go after the last use."""
@@ -143,6 +150,9 @@ class Resident:
         by._predecessors = weakref.WeakSet((*self._predecessors, self))
         if not self._uses:
             self.rest()
+
+    def _leave(self) -> None:
+        self._going = asyncio.get_running_loop().run_in_executor(None, self._go)
 
     def _go(self) -> None:
         if not self._uses:  # one that has begun since comes here again when it ends

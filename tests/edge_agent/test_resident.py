@@ -164,6 +164,35 @@ async def test_a_request_that_begins_as_the_time_is_over_keeps_the_models(here: 
     await until(lambda: not models.loaded)
 
 
+async def test_a_decision_that_begins_while_models_are_unloaded_holds_nobody_up(
+    here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have to load a graph that was there a moment ago: not in the event loop, where it else is quick."""
+    assert here.daemon.agent is not None
+    models, loop = here.daemon.agent.models, asyncio.get_running_loop()
+    threads: list[str] = []
+    read = models.reader.read
+
+    def seen(*arguments: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return read(*arguments)
+
+    monkeypatch.setattr(models.reader, "read", seen)
+    for _ in range(2):  # the second knows that reading is quick
+        await here.app.route()
+    go_on = threading.Event()
+    loop.set_default_executor(ThreadPoolExecutor(1))
+    busy = loop.run_in_executor(None, go_on.wait, 60)
+    models.keep_alive_s = 0.01
+    models.rest()
+    await asyncio.sleep(0.1)
+    await here.app.route()
+    go_on.set()
+    await busy
+    loop_name = threading.current_thread().name
+    assert threads[1] == loop_name and threads[2].startswith("reading")
+
+
 async def test_a_decision_loads_no_more_than_it_reads(routed_bundle: Path, tmp_path: Path) -> None:
     async with daemon_here(routed_bundle, tmp_path) as here:
         models = here.daemon.agent.models  # type: ignore[union-attr]
