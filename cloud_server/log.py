@@ -29,7 +29,8 @@ class Lines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """One line; a traceback, where the record has one, follows it (as text) or is a field (as JSON)."""
         if (record.name or "").startswith("grpc."):
-            # Its own errors are of what a peer sent or that it left, which the event tells, and of no fault here.
+            # What it calls errors is of peers, what they sent or that they left, and the event tells it. Faults here
+            # are logged where a call ends.
             record = copy.copy(record)
             record.levelname, record.exc_info = "WARNING", None
         text = self._text(record)

@@ -60,7 +60,7 @@ def refuse_faulty(kind: Any, folder: Path, *, weights: bool = True) -> None:
         stem = "diffusion_pytorch_model" if issubclass(kind, diffusers.ModelMixin) else "model"
         if variants := sorted(file.name for file in folder.glob("*") if _VARIANT.fullmatch(file.name)):
             raise ValueError(
-                f"{folder} has {variants[0]} alone, and no variant but fp16 is read: save or download the model "
+                f"{folder} has {variants[0]}, and no variant but fp16 is read: save or download the model "
                 "without a variant, or rename what is a single file as if it were none"
             )
         raise ValueError(f"{folder} has no weights for torch, such as {stem}.safetensors")

@@ -224,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _drop_output()
         return DONE
     except OSError as error:
-        if isinstance(error, FileNotFoundError) and error.filename is None:  # os.getcwd's
+        if _nowhere():
             return _complain("the working directory is not there any more; change to another", BAD_INPUT)
         if error.filename is not None or command == "serve":
             raise
@@ -234,6 +234,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(f"the output cannot be written: {error.strerror}; send it elsewhere", BAD_INPUT)
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def _nowhere() -> bool:
+    """Whether the working directory was removed."""
+    try:
+        os.getcwd()  # noqa: PTH109
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def _drop_output() -> None:

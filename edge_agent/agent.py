@@ -87,13 +87,13 @@ class CloudFailure:
 
     message: str
     refused: bool
-    answered: bool  # by the cloud server, that it cannot at the moment
+    answered: bool  # by the cloud server, which cannot at the moment or in the time that it had
     never_ran: bool
 
     @classmethod
     def of(cls, error: CloudError) -> CloudFailure:
         """What is kept of `error`."""
-        answered = isinstance(error, CloudUnavailable) and error.code is not None
+        answered = isinstance(error, CloudUnavailable) and error.answered
         return cls(error.message, isinstance(error, CloudRefused), answered, error.never_ran)
 
     @property
@@ -455,14 +455,11 @@ class Agent:
     def _own_terms(self, request: ImageRequest, error: CloudError, purchase: Purchase) -> bool:
         """Whether the caller's price, size or haste is what failed, which says nothing of the cloud."""
         cheap = odd = False
-        hasty = purchase.timeout_s < SLOW_CONNECTION_S
         if isinstance(error, CloudRefused):
             price, default = error.price_micro_usd, self.models.limits.sizes[0]
             cheap = price is not None and self._ceiling(request) < price <= self._terms.max_price_micro_usd
             odd = error.field in SIDES and request.size != default
-        elif isinstance(error, CloudUnavailable) and error.lacked_time:
-            hasty = purchase.timeout_s < self._terms.cloud_timeout_s
-        return cheap or odd or hasty
+        return cheap or odd or purchase.timeout_s < SLOW_CONNECTION_S
 
     def _steps(self, request: ImageRequest) -> int:
         return request.steps or self.reader.bundle.manifest.default_steps

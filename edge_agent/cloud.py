@@ -490,7 +490,7 @@ class CloudClient:
             f"the cloud at {self.address} failed: {text} ({code.name})",
             never_ran=never_ran,
             retry_after_s=retry_after_s,
-            code=code,
+            answered=True,
         )
 
     def _broken(self, code: grpc.StatusCode, text: str, *, accepted: bool, timeout_s: float) -> CloudError:
@@ -521,7 +521,9 @@ class CloudClient:
             if not accepted and timeout_s >= self._connect_timeout_s:
                 self._failed()
             return CloudUnavailable(
-                f"the cloud at {self.address} was not done within {round(timeout_s, 1):g} s", never_ran=False
+                f"the cloud at {self.address} was not done within {round(timeout_s, 1):g} s",
+                never_ran=False,
+                answered=accepted,
             )
         if code is grpc.StatusCode.UNAVAILABLE:
             self._failed()

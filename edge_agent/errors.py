@@ -133,7 +133,7 @@ class CloudError(RouteT2IError):
 class CloudUnavailable(CloudError):
     """The cloud was not reached, is overloaded, broke off or was too slow: it may work later.
 
-    `code` is what the cloud server itself answered, None where it did not.
+    `answered` is True where the cloud server itself said so, or had accepted the call.
     """
 
     def __init__(
@@ -142,15 +142,10 @@ class CloudUnavailable(CloudError):
         *,
         never_ran: bool,
         retry_after_s: float | None = None,
-        code: grpc.StatusCode | None = None,
+        answered: bool = False,
     ) -> None:
         super().__init__(message, never_ran=never_ran, retry_after_s=retry_after_s)
-        self.code = code
-
-    @property
-    def lacked_time(self) -> bool:
-        """Whether the cloud server says that the call's time was too short for an image."""
-        return self.code is grpc.StatusCode.DEADLINE_EXCEEDED
+        self.answered = answered
 
 
 class CloudRefused(CloudError):

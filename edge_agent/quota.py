@@ -283,7 +283,8 @@ class Ledger:
         """
         _check_money(ceiling_micro_usd)
         with self._transaction() as connection:
-            self._must_be_there()
+            if not self._is_there():
+                raise sqlite3.OperationalError("no longer the file that was opened")
             now = self.clock()
             earlier = connection.execute(
                 "SELECT state, cloud FROM calls WHERE request_id = ?", (request_id,)
@@ -445,7 +446,9 @@ class Ledger:
                 yield connection
                 account = self._counted(connection, self.clock())
                 connection.execute("COMMIT")
-                self._account, self.failure = account, ""
+                self._account = account
+                if self._is_there():
+                    self.failure = ""
             except BaseException as error:
                 if not isinstance(error, RouteT2IError):  # a refusal leaves the file as the account has it
                     self._account = None  # after anything else it has to be asked again
@@ -456,12 +459,16 @@ class Ledger:
                     connection.rollback()
                 raise
 
-    def _must_be_there(self) -> None:
-        """SQLite goes on with a file that was removed, in whose place another process may have begun another ledger."""
-        with suppress(OSError):
-            if os.path.samestat(self.path.stat(), self._file):
-                return
-        raise sqlite3.OperationalError("no longer the file that was opened")
+    def _is_there(self) -> bool:
+        """Whether the file still lies where it was opened. SQLite goes on with one that was removed, in whose place
+        another process may have begun another ledger.
+        """
+        try:
+            return os.path.samestat(self.path.stat(), self._file)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:  # which says nothing of the file
+            return True
 
     def _zero_now(self) -> float:
         """What the clock says less the uptime: it moves where the clock is set."""

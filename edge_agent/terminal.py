@@ -124,7 +124,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     from rich.text import Text
 
     # In a pipe, where programs look for names, no name is folded.
-    console = Console(width=shutil.get_terminal_size((PIPE_COLUMNS, 0)).columns)
+    console = Console(width=shutil.get_terminal_size((PIPE_COLUMNS, 0)).columns or PIPE_COLUMNS)
     table = Table(box=None, pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold")  # nothing is cut off

@@ -388,10 +388,12 @@ def _instead(folder: Path) -> str:
 
 def _part_in(folder: Path) -> str:
     """The class of the part of a pipeline that `folder` holds; empty where it holds none."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, TypeError, ValueError):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if isinstance(config, dict) and isinstance(made := config.get("_class_name"), str):
-            return made if made.isidentifier() else ""
+        if isinstance(config, dict):
+            for made in (config.get("_class_name"), *(config.get("architectures") or ())):
+                if isinstance(made, str) and made.isidentifier():
+                    return made
     return ""
 
 

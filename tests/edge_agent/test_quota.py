@@ -864,6 +864,7 @@ def test_no_budget_is_spent_twice_where_the_file_is_removed_beneath_the_ledger(
     with pytest.raises(LedgerError, match="removed or replaced"):
         first.reserve("r4", "app", 10)
     first.settle("r1", 50)  # what it has begun it ends
+    assert "restart it" in first.failure and len(caplog.records) == 1
     second.close()
 
     shutil.rmtree(path.parent)

@@ -456,6 +456,11 @@ def test_a_folder_without_an_index_says_what_to_name(tmp_path: Path) -> None:
             {"config.json": '{"_class_name": "UNet2DConditionModel"}'},
             r"alone: .* convert MODEL NEW --denoiser \S+$",
         ),
+        (
+            {"config.json": '{"architectures": ["CLIPTextModel"]}', "model.safetensors": ""},
+            "a CLIPTextModel alone: name a whole pipeline$",
+        ),
+        ({"config.json": '{"architectures": 7}'}, "name a folder that diffusers saved"),
         ({"config.json": '{"_class_name": "no\\nname"}'}, "name a folder that diffusers saved"),
     ],
 )
@@ -1120,7 +1125,9 @@ def test_weights_of_a_variant_that_is_not_read_are_named_and_what_to_do(
     model: Path, variant: str, name: str
 ) -> None:
     (model / f"{name}.safetensors").rename(there := model / f"{name}.{variant}.safetensors")
-    why = f"{re.escape(str(there.parent))} has {there.name} alone, and no variant but fp16 is read: save or download"
+    why = (
+        f"{re.escape(str(there.parent))} has {there.name}, and no variant but fp16 is read: save or download"
+    )
     with pytest.raises(ExportError, match=why):
         load(model)
     with pytest.raises(ValueError, match=why):
