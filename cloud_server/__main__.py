@@ -78,7 +78,10 @@ def parser() -> argparse.ArgumentParser:
         description="Prints a model's digest, as GetModel answers it: what a router is calibrated for.",
     )
     digest.add_argument(
-        "--model", metavar="DIR_OR_HUB_ID", default=str(settings.STARTER), help="as for serve"
+        "--model",
+        metavar="DIR_OR_HUB_ID",
+        default=os.environ.get(settings.ENVIRONMENT_PREFIX + "MODEL") or str(settings.STARTER),
+        help="as for serve",
     )
     return top
 

@@ -49,6 +49,9 @@ class _Renewable:
         stamps = tuple(map(_stamp, self.files))  # before they are read, so that no change is missed
         changed = stamps != self.seen
         if changed:
+            for file, stamp in zip(self.files, stamps, strict=True):
+                if self.seen and stamp is None and file.exists():  # a pipe would have its reader wait
+                    raise StartRefused(f"{file} is no regular file any more; put one in its place")
             self.read()
         self.seen, self.failure = stamps, ""
         return changed

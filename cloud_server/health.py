@@ -24,12 +24,18 @@ class Health(health_pb2_grpc.HealthServicer):
         self._services = ("", service)
         self._status: Any = Answer.NOT_SERVING
         self._changed = asyncio.Event()  # one for each status
+        self._over = False
 
     def set(self, status: Any) -> None:
         """Says `status` from now on, and tells the watchers."""
         self._status = status
         self._changed.set()
         self._changed = asyncio.Event()
+
+    def end(self) -> None:
+        """Lets the watchers go. Whom the server's end would cut off, gRPC tells the log of, with a traceback."""
+        self._over = True
+        self._changed.set()
 
     async def Check(self, request: Any, context: Any) -> Answer:
         """The status now."""
@@ -45,6 +51,8 @@ class Health(health_pb2_grpc.HealthServicer):
         while True:
             changed = self._changed
             await context.write(Answer(status=self._status if known else Answer.SERVICE_UNKNOWN))
+            if self._over:
+                return
             await changed.wait()
 
     async def _asked(self, request: Any, context: Any) -> str:

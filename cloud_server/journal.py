@@ -16,6 +16,7 @@ import enum
 import errno
 import json
 import logging
+import os
 import sqlite3
 import threading
 import time
@@ -37,6 +38,8 @@ _DAMAGED = (
     "it is damaged: stop cloud-server and move the file away, with the -wal beside it; edges that still ask are then "
     "told that their calls never ran, though some were charged"
 )
+
+_REMOVED = "it was removed or replaced beneath this server"
 
 _NO_PROMPTS = {"prompt": "", "negative_prompt": ""}
 
@@ -116,17 +119,20 @@ class Journal:
     def __init__(
         self,
         connection: sqlite3.Connection,
+        path: Path,
         keep_images_s: float,
         clock: Callable[[], float],
         monotonic: Callable[[], float],
     ) -> None:
         self._connection = connection
+        self._path, self._file = path, path.stat()
         self._keep_images_s = keep_images_s
         self._clock = clock
         self._monotonic = monotonic
         (ran,) = connection.execute("SELECT COALESCE(MAX(ran), 0.0) FROM generations").fetchone()
         self._ran_from: float = monotonic() - ran
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._closed = False
         self._failure = ""  # what was last said of the file, where no call has been written to it since
         # Only this process can be making an image: a row that says "running" and is not here was cut off by a
         # crash.
@@ -148,6 +154,7 @@ class Journal:
         connection = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            path.touch(mode=0o600)  # the folder may be one that others read
             connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=1.0)
             # One connection, and one process: whoever opens the file second is told so.
             connection.execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -167,7 +174,7 @@ class Journal:
             for statement in _UPGRADES[version]:
                 connection.execute(statement)
             connection.execute("COMMIT")
-            return cls(connection, keep_images_s, clock, monotonic)
+            return cls(connection, path, keep_images_s, clock, monotonic)
         except BaseException as error:
             if connection is not None:
                 connection.close()
@@ -188,13 +195,12 @@ class Journal:
         began = False
         try:
             with self._transaction():
-                removed = self._begin(tenant, request_id, fingerprint)
+                if not self._is_there():
+                    raise sqlite3.OperationalError(_REMOVED)
+                self._begin(tenant, request_id, fingerprint)
                 self._live.add((tenant, request_id))  # before anybody can find the row
                 began = True
             self._failure = ""
-            if removed:
-                with self._exclusively():
-                    self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # the log has copies of them
         except BaseException:
             if began:  # and the disk said no: a row that an earlier crash left is not running now, either
                 self._live.discard((tenant, request_id))
@@ -234,26 +240,45 @@ class Journal:
         finally:  # not before: a charge under way may still come first, and nobody may be told that it will not
             self._live.discard((tenant, request_id))
 
+    def prune(self) -> bool:
+        """Does away with one image that is no longer kept, and with rows past their time; whether there was one.
+
+        One at a time: others come between, and what is overwritten in the file needs as much room in its log first.
+        """
+        with self._lock:
+            if self._closed:
+                return False
+            with self._transaction():
+                ran = self._ran()
+                self._connection.execute("DELETE FROM generations WHERE ran < ?", (ran - KEEP_ROWS_S,))
+                removed = self._connection.execute(
+                    "UPDATE generations SET image = NULL WHERE (tenant, request_id) IN "
+                    "(SELECT tenant, request_id FROM generations WHERE ran < ? AND image IS NOT NULL LIMIT 1)",
+                    (ran - self._keep_images_s,),
+                ).rowcount
+            if removed:
+                with self._exclusively():
+                    self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # the log has a copy of it
+        return bool(removed)
+
     def close(self) -> None:
         """Lets go of the file."""
         with self._lock:
+            self._closed = True
             self._connection.close()
 
-    def _begin(self, tenant: str, request_id: str, fingerprint: str) -> int:
-        """Returns how many images are no longer kept from now on."""
+    def _begin(self, tenant: str, request_id: str, fingerprint: str) -> None:
         entry = self._find(tenant, request_id, with_image=False)
         if entry is not None and entry.state in (State.RUNNING, State.FINISHED):
             raise AlreadyExists(
                 f"request_id {request_id} is {entry.state.value}; ask LookupGeneration for its outcome",
                 facts={"state": entry.state.value},
             )
-        ran = self._ran()
         self._connection.execute(
             "INSERT OR REPLACE INTO generations (tenant, request_id, fingerprint, state, began, ran) "
             "VALUES (?, ?, ?, ?, ?, ?)",
-            (tenant, request_id, fingerprint, State.RUNNING.value, self._clock(), ran),
+            (tenant, request_id, fingerprint, State.RUNNING.value, self._clock(), self._ran()),
         )
-        return self._prune(ran)
 
     def _find(self, tenant: str, request_id: str, with_image: bool) -> Entry | None:
         row = self._connection.execute(
@@ -282,13 +307,16 @@ class Journal:
         ).fetchone()[0]
         return image
 
-    def _prune(self, ran: float) -> int:
-        removed = self._connection.execute(
-            "UPDATE generations SET image = NULL WHERE ran < ? AND image IS NOT NULL",
-            (ran - self._keep_images_s,),
-        ).rowcount
-        self._connection.execute("DELETE FROM generations WHERE ran < ?", (ran - KEEP_ROWS_S,))
-        return removed
+    def _is_there(self) -> bool:
+        """Whether the file still lies where it was opened. SQLite goes on with one that was removed, of which no later
+        server knows anything.
+        """
+        try:
+            return os.path.samestat(self._path.stat(), self._file)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:  # which says nothing of the file
+            return True
 
     def _ran(self) -> float:
         """The journal's clock: seconds for which servers have run with the file."""
@@ -312,8 +340,12 @@ class Journal:
             try:
                 yield
             except sqlite3.Error as error:
-                advice = _DAMAGED if "malformed" in str(error) else "check the disk of the state folder"
                 said = " ".join(str(error).split())
+                advice = "check the disk of the state folder"
+                if said == _REMOVED:
+                    advice = "restart cloud-server, which goes by what lies there now"
+                elif "malformed" in said:
+                    advice = _DAMAGED
                 failure = f"the journal of generations cannot be used: {said}; {advice}"
                 if failure != self._failure:  # once, and not for every call
                     log.error("journal", extra={"fields": {"error": failure}})

@@ -29,10 +29,10 @@ class Lines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """One line; a traceback, where the record has one, follows it (as text) or is a field (as JSON)."""
         if (record.name or "").startswith("grpc."):
-            # What it calls errors is of peers, what they sent or that they left, and the event tells it. Faults here
-            # are logged where a call ends.
+            # What it calls errors is of peers, what they sent or that they left, and the event tells it, without what
+            # it quotes: a token, perhaps. Faults here are logged where a call ends.
             record = copy.copy(record)
-            record.levelname, record.exc_info = "WARNING", None
+            record.levelname, record.args, record.exc_info = "WARNING", (), None
         text = self._text(record)
         if self._for_journal:
             priority = f"<{PRIORITIES.get(record.levelname, 6)}>"

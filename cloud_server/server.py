@@ -20,7 +20,7 @@ from grpc_reflection.v1alpha import reflection
 
 from cloud_server.admission import Admission
 from cloud_server.credentials import Credentials
-from cloud_server.errors import InvalidRequest, StartRefused
+from cloud_server.errors import InvalidRequest, JournalError, StartRefused
 from cloud_server.generator import Generator, usable_device
 from cloud_server.health import Health
 from cloud_server.journal import Journal
@@ -45,6 +45,8 @@ CHANNEL_OPTIONS = (
     # Edges ping every 10 s, also between calls; without these two they are sent away with too_many_pings.
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    # Who connects and asks nothing takes a file descriptor from those who do.
+    ("grpc.max_connection_idle_ms", 300_000),
     # Past a thousand calls that Python has not looked at yet, gRPC would cancel some by itself, with neither a line in
     # the log nor a word of when to come back. Who may wait is the queue's to say.
     ("grpc.server.max_pending_requests", 100_000),
@@ -58,6 +60,7 @@ else:
     STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
     HANG_UP_SIGNALS = (signal.SIGHUP,)
 ROOM_BYTES = 256 * 1024  # of a request beside the prompts, and for one too long to be told so by us
+TIDY_EVERY_S = 5.0  # how long an image that is no longer kept may stay in the journal's file
 STEP_S = 10.0  # what a denoising step gets to end once its caller is cut off; in a dead driver it never does
 CLOSE_S = 1.0  # what handlers that were told to stop get to say so before their connections close
 
@@ -89,7 +92,10 @@ class Server:
         except BaseException:
             self._journal.close()
             raise
-        self._renewing = asyncio.create_task(self._credentials.keep_current())
+        self._keeping = [
+            asyncio.create_task(self._credentials.keep_current()),
+            asyncio.create_task(self._keep_tidy()),
+        ]
 
     async def serve(self) -> None:
         """Loads the model and serves it until `stop()`.
@@ -120,7 +126,8 @@ class Server:
     async def shutdown(self) -> None:
         """Drains: health NOT_SERVING, new requests refused, those in flight get the grace period to finish."""
         self._service.draining = True
-        self._renewing.cancel()
+        for task in self._keeping:
+            task.cancel()
         self._health.set(health_pb2.HealthCheckResponse.NOT_SERVING)
         log.info("draining", extra={"fields": {"in_flight": self._service.in_flight}})
         idle = asyncio.ensure_future(self._service.idle())
@@ -132,6 +139,7 @@ class Server:
         for _ in range(2):
             self._service.cut_off()
             await asyncio.wait([asyncio.ensure_future(self._service.idle())], timeout=STEP_S)
+        self._health.end()
         await self._server.stop(CLOSE_S)
         self._journal.close()
         if self._service.serving is not None:
@@ -169,9 +177,17 @@ class Server:
         fields = {"address": self.settings.listen, "port": self.port, "tls": self.settings.tls}
         log.info("listening", extra={"fields": fields})
 
+    async def _keep_tidy(self) -> None:
+        """Does away with images that are no longer kept, for as long as it runs."""
+        while True:
+            await asyncio.sleep(TIDY_EVERY_S)
+            with suppress(JournalError, RuntimeError):  # the journal says why; or no thread is to be had
+                while await asyncio.to_thread(self._journal.prune):
+                    pass
+
     def _bind(self) -> int:
         listen = self.settings.listen
-        with suppress(RuntimeError, OSError):
+        with suppress(RuntimeError, OSError, UnicodeError):
             if not _taken(listen) and (port := self._credentials.add_port(self._server, listen)):
                 return port
         raise StartRefused(
@@ -248,7 +264,7 @@ def _taken(address: str) -> bool:
     both would then get some of the calls.
     """
     host, port = split_address(address)
-    with suppress(socket.gaierror):  # gRPC may know the name all the same
+    with suppress(socket.gaierror, UnicodeError):  # gRPC may know the name all the same
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         return any(_in_use(family, place) for family, _, _, _, place in found)
     return False

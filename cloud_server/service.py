@@ -213,7 +213,7 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
             shape = (*spec.shape, preview)  # decoding one takes longer than many a step
             # Nothing in here waits for the caller, or one that reads slowly would keep the model from all others.
             async with (
-                self.admission.enter(shape, spec.steps, remaining_s) as ticket,
+                self.admission.enter(tenant, shape, spec.steps, remaining_s) as ticket,
                 self._running(tenant, wish),
                 stream.kept_open(),
             ):

@@ -240,12 +240,13 @@ def _parse(setting: Field[Any], value: Any, where: str) -> Any:
         number = kind(value)
     except (ValueError, OverflowError):
         raise wrong from None
-    if not 0 <= number < 2**53:  # 2**53: also refuses infinity and what a float cannot count
+    # Whole numbers also travel on the wire; 2**53 refuses infinity and what a float cannot count.
+    if not 0 <= number < (2**31 if kind is int else 2**53):
         raise wrong
     return number
 
 
-_KINDS = {str: "text", int: "a whole number, 0 or more", float: "a number of seconds, 0 or more"}
+_KINDS = {str: "text", int: "a whole number from 0 to 2147483647", float: "a number of seconds, 0 or more"}
 
 
 def _check(settings: Settings) -> None:

@@ -32,7 +32,7 @@ class Tenants:
             raise StartRefused(f"cannot read the tokens file {path}: {error}") from error
         by_digest: dict[bytes, str] = {}
         for number, line in enumerate(lines, start=1):
-            if not line.strip() or line.startswith("#"):
+            if not line.strip() or line.lstrip().startswith("#"):
                 continue
             words = line.split()
             if len(words) != 2 or len(words[1]) < MIN_TOKEN_CHARACTERS:

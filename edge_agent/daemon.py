@@ -151,6 +151,7 @@ class Daemon:
         idle.cancel()
         hurry.cancel()
         self._service.cut_off()
+        self._health.end()
         await self._server.stop(CLOSE_S)
         await self._service.idle()  # a cancelled image leaves the device at once
         for task in self._tasks:

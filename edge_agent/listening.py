@@ -87,7 +87,7 @@ def _taken(address: str) -> bool:
     if _socket(address) is not None:
         return False
     host, port = split_address(address)
-    with suppress(socket.gaierror):  # gRPC may know the name all the same
+    with suppress(socket.gaierror, UnicodeError):  # gRPC may know the name all the same
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         return any(_in_use(family, place) for family, _, _, _, place in found)
     return False

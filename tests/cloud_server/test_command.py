@@ -45,6 +45,14 @@ def test_a_digest_whose_reader_is_gone_or_whose_disk_is_full_ends_without_a_trac
     assert (tmp_path / "digest").read_text() == f"{open_model(str(model_folder)).digest}\n"
 
 
+def test_the_digest_is_of_the_model_in_the_environment(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CLOUD_SERVER_MODEL", str(model_folder))
+    assert main(["digest"]) == 0
+    assert capsys.readouterr().out == f"{open_model(str(model_folder)).digest}\n"
+
+
 @pytest.mark.linux
 def test_a_refusal_that_nobody_takes_keeps_its_exit_code_and_stays_out_of_the_digest(tmp_path: Path) -> None:
     command = f"{sys.executable} -m cloud_server digest --model /nowhere"

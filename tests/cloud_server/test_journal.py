@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sqlite3
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -66,7 +70,7 @@ def test_an_image_is_kept_from_when_it_was_finished(journal: Journal, clock: Clo
     clock.now += 100.0  # in the queue, for longer than images are kept
     journal.finish("t", "r", FINISHED)
     clock.now += 59.0
-    journal.begin("t", "another", "f")  # which does away with those that are no longer kept
+    assert not journal.prune()
     entry = journal.find("t", "r")
     assert entry is not None and entry.finished == FINISHED
 
@@ -134,7 +138,7 @@ def test_an_image_is_dropped_after_its_time_and_its_charge_is_not(
     assert entry.finished is not None
     assert entry.finished.image is None
     assert entry.finished.charged_micro_usd == 5
-    journal.begin("t", "later", "f")
+    assert journal.prune() and not journal.prune()
     kept = journal._connection.execute("SELECT COUNT(image) FROM generations").fetchone()
     assert kept == (0,), "its bytes are gone from the file as well"
 
@@ -145,7 +149,7 @@ def test_the_folder_is_for_its_owner_alone(tmp_path: Path, clock: Clock) -> None
     assert oct((tmp_path / "state").stat().st_mode)[-3:] == "700"
 
 
-def test_an_image_that_is_no_longer_kept_is_in_no_file_once_the_next_begins(
+def test_an_image_that_is_no_longer_kept_is_in_no_file_once_it_is_pruned(
     tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where SQLite was not built to overwrite what is deleted."""
@@ -166,9 +170,72 @@ def test_an_image_that_is_no_longer_kept_is_in_no_file_once_the_next_begins(
         journal.finish("t", f"old {number}", replace(FINISHED, image=b"secret" * 20_000))
     assert files_with_it()
     clock.now += 61.0
-    journal.begin("t", "next", "f")
+    assert [journal.prune() for _ in range(4)] == [True] * 3 + [False]  # one at a time
     assert not files_with_it()
-    assert state(journal, "next") is State.RUNNING
+    journal.close()
+    assert not journal.prune()  # as a thread that comes too late
+
+
+@pytest.mark.linux
+def test_images_that_are_no_longer_kept_are_removed_on_a_disk_that_has_no_room_for_them_twice(
+    tmp_path: Path,
+) -> None:
+    mount = f"mount -t tmpfs -o size=20m tmpfs {tmp_path}"
+    unshare = ["unshare", "--mount", "--map-root-user", "sh", "-c"]
+    if shutil.which("unshare") is None or subprocess.run([*unshare, mount], capture_output=True).returncode:
+        pytest.skip("needs a small tmpfs in a mount namespace of its own, which this machine does not allow")
+    run = f'{mount} && exec "$0" -c "$1" {tmp_path}'
+    child = subprocess.run([*unshare, run, sys.executable, HALF_FULL], capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+
+
+HALF_FULL = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from cloud_server.journal import Journal
+from tests.cloud_server.test_journal import FINISHED, Clock
+
+clock = Clock()
+journal = Journal.open(Path(sys.argv[1]) / "j.sqlite", keep_images_s=60.0, monotonic=clock)
+made = 60  # 12 MB
+for number in range(made):
+    journal.begin("t", f"r{number}", "f")
+    journal.finish("t", f"r{number}", replace(FINISHED, image=bytes(200_000)))
+clock.now += 61.0
+journal.begin("t", "another", "f")
+pruned = 0
+while journal.prune():
+    pruned += 1
+assert pruned == made, (pruned, made)
+journal.begin("t", "next", "f")
+journal.finish("t", "next", replace(FINISHED, image=bytes(200_000)))
+"""
+
+
+@pytest.mark.posix  # elsewhere such a file cannot be removed
+def test_nothing_is_charged_where_the_file_is_removed_beneath_the_journal(
+    journal: Journal, tmp_path: Path
+) -> None:
+    journal.begin("t", "r", "f")
+    (tmp_path / "state").rename(tmp_path / "elsewhere")
+    with pytest.raises(JournalError, match="removed or replaced beneath this server; restart cloud-server"):
+        journal.begin("t", "next", "f")
+    journal.finish("t", "r", FINISHED)  # what it has begun it ends
+    (tmp_path / "elsewhere").rename(tmp_path / "state")
+    journal.begin("t", "next", "f")
+
+
+@pytest.mark.posix
+def test_the_images_are_for_nobody_else_also_in_a_folder_that_others_read(
+    tmp_path: Path, clock: Clock
+) -> None:
+    (tmp_path / "state").mkdir(mode=0o755)
+    before = os.umask(0o022)
+    journal = opened(tmp_path, clock)
+    os.umask(before)
+    journal.begin("t", "r", "f")
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "state").iterdir()} == {0o600}
 
 
 def work(journal: Journal, request_id: str) -> int:
@@ -234,10 +301,10 @@ def test_a_charge_is_forgotten_when_servers_have_run_long_enough_since(
     since_boot = Clock()
     since_boot.now = 5.0
     reopened = opened(tmp_path, since_boot)
-    reopened.begin("t", "first", "f")
+    reopened.prune()
     assert state(reopened, "old") is State.FINISHED
     since_boot.now += 101.0
-    reopened.begin("t", "second", "f")
+    reopened.prune()
     assert state(reopened, "old") is None
     assert state(reopened, "younger") is State.FAILED
 

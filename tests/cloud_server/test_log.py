@@ -116,9 +116,11 @@ def test_what_grpc_calls_an_error_of_a_peer_that_left_is_a_warning(
     try:
         raise ZeroDivisionError
     except ZeroDivisionError:
-        record = logging.LogRecord(name, logging.ERROR, "", 0, "raised in core", (), sys.exc_info())
+        said = "Invalid encoding on %s"
+        record = logging.LogRecord(name, logging.ERROR, "", 0, said, ("a token",), sys.exc_info())
     line = json.loads(log.Lines(as_json=True).format(record))
     assert (line["level"], "traceback" in line) == (level, level == "error")
+    assert ("token" in line["event"]) == (level == "error")
     assert (
         log.Lines(as_json=False, for_journal=True).format(record)[:3]
         == {"warning": "<4>", "error": "<3>"}[level]

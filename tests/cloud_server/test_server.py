@@ -26,7 +26,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from cloud_server import credentials, server
 from cloud_server.__main__ import main
-from cloud_server.errors import StartRefused
+from cloud_server.errors import StartRefused, Unauthenticated
 from cloud_server.server import HANG_UP_SIGNALS, STOP_SIGNALS, Server
 from cloud_server.settings import STARTER, Settings
 from cloud_server.tenants import Tenants
@@ -61,6 +61,9 @@ async def test_it_loads_serves_drains_and_stops(
         assert await client.health_status() == "SERVING"
         assert await client.health_status("") == "SERVING"
 
+        watching = client.health.Watch(health_pb2.HealthCheckRequest())
+        unread = client.health.Watch(health_pb2.HealthCheckRequest())  # noqa: F841  # it is held till the end
+        assert (await watching.read()).status == health_pb2.HealthCheckResponse.SERVING
         long = client.call(request_id="in-flight", steps=30, width=256, height=256)
         await anext(aiter(long))
         process.popen.send_signal(number)
@@ -73,7 +76,8 @@ async def test_it_loads_serves_drains_and_stops(
         answer = await client.read(long)
         assert answer.error is None
         assert answer.result is not None, "a request in flight is finished"
-    assert await process.exit_code() == 0
+        assert (await watching.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert await process.exit_code() == 0
     assert "Traceback" not in process.text
     lines = [json.loads(line) for line in process.text.splitlines() if line.startswith("{")]
     assert [line["outcome"] for line in lines if line["event"] == "call"] == [
@@ -323,6 +327,13 @@ async def test_reflection_lists_the_service(running: Running) -> None:
     assert {"routet2i.cloud.v1.CloudServerService", "grpc.health.v1.Health"} <= set(names)
 
 
+@pytest.mark.parametrize("host", ["a..b", "a" * 70, "\udcff"])
+async def test_a_name_that_no_host_can_have_is_refused_in_a_line(tmp_path: Path, host: str) -> None:
+    starting = Server(Settings(listen=f"{host}:0", state=str(tmp_path / "state")))
+    with pytest.raises(StartRefused, match="cannot listen on"):
+        await starting.startup()
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])  # which is [::1], too, and that is free
 def test_a_taken_port_is_said_with_exit_code_2(
     start: Start, model_folder: Path, tmp_path: Path, host: str
@@ -359,7 +370,7 @@ async def test_two_servers_cannot_share_a_port_or_a_journal(running: Running, tm
         (["--tokens", "no-tokens.txt", "--listen", "127.0.0.1:0"], "no-tokens.txt"),
         (["--model", "no-such-folder", "--listen", "127.0.0.1:0"], "no model folder no-such-folder"),
         (["--max-queue", "-1"], "--max-queue"),
-        (["--threads", "99999999999"], "--threads must be at most 1024"),
+        (["--threads", "999999999"], "--threads must be at most 1024"),
     ],
 )
 def test_a_start_that_makes_no_sense_is_refused_with_what_to_do(
@@ -632,6 +643,30 @@ def test_rights_that_are_put_right_renew_what_could_not_be_read(caplog: pytest.L
 
 
 @pytest.mark.posix
+@pytest.mark.posix
+def test_a_pipe_in_the_place_of_the_tokens_holds_up_no_renewal(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokens = tmp_path / "tokens"
+    tokens.write_text("acme acme-token-0123456789\n")
+    known = credentials.Credentials(Settings(tokens=str(tokens)))
+    tokens.unlink()
+    os.mkfifo(tokens)
+    known.renew()
+    assert "no regular file any more" in caplog.records[-1].__dict__["fields"]["error"]
+    assert known.tenants.identify("Bearer acme-token-0123456789") == "acme"
+    tokens.unlink()
+    tokens.write_text("acme acme-token-9876543210\n")
+    known.renew()
+    assert known.tenants.identify("Bearer acme-token-9876543210") == "acme"
+
+
+def test_a_line_that_is_commented_out_lets_nobody_in(tmp_path: Path) -> None:
+    (tmp_path / "tokens").write_text("acme acme-token-0123456789\n #alice alice-token-0123456789\n")
+    with pytest.raises(Unauthenticated):
+        Tenants.load(str(tmp_path / "tokens")).identify("Bearer alice-token-0123456789")
+
+
 def test_tokens_from_a_pipe_are_read_once(tmp_path: Path) -> None:
     """As in --tokens <(fetch-tokens); whoever opened it again would wait for ever."""
     os.mkfifo(pipe := tmp_path / "tokens")

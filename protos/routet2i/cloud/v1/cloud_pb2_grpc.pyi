@@ -5,14 +5,16 @@ The cloud server: hosts the large model, apart from the edges that call it.
 
 Errors, besides those that every rpc shares (UNAUTHENTICATED for a missing or wrong token,
 INVALID_ARGUMENT with google.rpc.BadRequest for a bad field, DEADLINE_EXCEEDED, CANCELLED, INTERNAL):
-  RESOURCE_EXHAUSTED   the queue is full; google.rpc.RetryInfo says when to try again. Nothing ran.
+  RESOURCE_EXHAUSTED   the queue is full; google.rpc.RetryInfo says when to try again. Or, without it, the request is
+                       longer than any that is taken. Nothing ran.
   FAILED_PRECONDITION  the price is above max_price_micro_usd, and nothing ran; google.rpc.ErrorInfo then has the reason
                        PRICE_ABOVE_CEILING and the price as metadata["price_micro_usd"], which edges remember for a
                        minute. Or the model's own safety checker withheld the image. Nothing is charged.
   ALREADY_EXISTS       this request_id has been made (or is being made) and its image is not kept, or it made another
                        image; ask LookupGeneration for its outcome. Nothing ran again, nothing is charged again.
-  UNAVAILABLE          the server is draining or still loading: the status has details, and nothing ran. Without details:
-                       it was stopped before the caller had the image; LookupGeneration knows what became of it.
+  UNAVAILABLE          the server is draining or still loading, or cannot write its journal: then the trailer
+                       grpc-status-details-bin is there, and nothing ran. Without it: the server was stopped before the
+                       caller had the image; LookupGeneration knows what became of it.
 grpc.health.v1 answers SERVING only while the model is loaded and the server is not draining.
 """
 
