@@ -21,7 +21,14 @@ from edge_agent.cloud_image import CloudAccepted, CloudImage
 from edge_agent.device import Device, Drawing, Drawn, Job
 from edge_agent.diffusion.sessions import Stop
 from edge_agent.diffusion.text_encoder import TextStates
-from edge_agent.errors import CloudError, CloudRefused, CloudUnavailable, LedgerError, QuotaExhausted
+from edge_agent.errors import (
+    CloudError,
+    CloudRefused,
+    CloudUnavailable,
+    CloudUncalibrated,
+    LedgerError,
+    QuotaExhausted,
+)
 from edge_agent.image import Progress, with_facts
 from edge_agent.policy import Decision, Reason, Route, decide
 from edge_agent.purchase import Purchase, Purchases
@@ -171,7 +178,7 @@ class Agent:
                 async with aclosing(purchase):
                     yield decision
                     try:
-                        async with aclosing(self._buy(purchase)) as events:
+                        async with aclosing(self._buy(purchase, decision)) as events:
                             async for event in events:
                                 yield self._told(event, request, decision, began)
                         return
@@ -361,13 +368,21 @@ class Agent:
         with suppress(CloudError):
             self.tally.cloud_digest = await cloud.model_digest()
 
-    async def _buy(self, purchase: Purchase) -> AsyncGenerator[Progress | Made, None]:
+    async def _buy(self, purchase: Purchase, decision: Decision) -> AsyncGenerator[Progress | Made, None]:
         began = time.perf_counter()
         position = 0
         async with aclosing(purchase.images()) as events:
             async for event in events:
                 if isinstance(event, CloudAccepted):
                     position, self.tally.cloud_digest = event.queue_position, event.model_digest
+                    if (
+                        decision.reason is Reason.PARETO_CLOUD and not self._cloud_fits
+                    ):  # before it is paid for
+                        raise CloudUncalibrated(
+                            f"the cloud server runs model {event.model_digest[:16]}, for which the calibration that "
+                            "chose it was not made; `edge-agent status` says what to do",
+                            never_ran=False,
+                        )
                 elif isinstance(event, CloudImage):
                     self.tally.delivered()
                     stages_ms = {f"cloud_{stage}": spent for stage, spent in event.timings_ms.items()}
@@ -386,7 +401,7 @@ class Agent:
 
     def _fall_back(self, request: ImageRequest, error: CloudError, purchase: Purchase) -> str:
         """What the result says of the failure. Raises it where the caller wants the cloud or nothing."""
-        if not self._own_terms(request, error, purchase):
+        if not isinstance(error, CloudUncalibrated) and not self._own_terms(request, error, purchase):
             self.tally.failed(CloudFailure.of(error))
         if request.routing is Routing.CLOUD_ONLY:
             raise error

@@ -163,6 +163,10 @@ class CloudRefused(CloudError):
         self.field = field
 
 
+class CloudUncalibrated(CloudRefused):
+    """The cloud hosts another model than the one for which the calibration chose it. The call was ended."""
+
+
 class CloudLied(CloudError):
     """What the cloud sent is not what it said it was. It may have charged all the same."""
 

@@ -358,15 +358,20 @@ async def test_another_cloud_model_than_the_calibrations_is_noticed(
         scripted_cloud("f" * 64) as cloud,
         daemon_here(routed_bundle, tmp_path, cloud=cloud.address) as here,
     ):
-        assert (await here.app.generate(CLOUD_PROMPT)).served_by == "cloud"  # until then nobody could know
+        cloud.manner = "hang"  # after it has accepted
+        answer = await here.app.generate(CLOUD_PROMPT)  # until then nobody could know
+        assert (answer.reason, answer.served_by, answer.result.fallback) == ("pareto_cloud", "edge", True)
+        assert "runs model ffffffffffffffff, for which the calibration" in answer.result.fallback_error
+        await until(lambda: not here.daemon._purchases.ledger.unresolved())
+        assert (await here.app.budget(), cloud.cancelled) == ((0, 0), 1)
         answer = await here.app.generate(CLOUD_PROMPT)
         assert (answer.reason, answer.served_by) == ("uncalibrated", "edge")
+        assert len(cloud.received) == 1
         status = await here.app.status()
         assert not status.calibrated
         take_up = "`edge-agent models pull BUNDLE --name NEW --use`"
-        assert re.search(
-            rf"`edge-export label`.*`edge-export calibrate` for that model, .*{take_up}", status.advice[0]
-        )
+        (advice,) = status.advice
+        assert re.search(rf"`edge-export label`.*`edge-export calibrate` for that model, .*{take_up}", advice)
 
 
 @pytest.mark.parametrize("how", ["cloud_only", "asking"])
