@@ -51,9 +51,9 @@ class Health(health_pb2_grpc.HealthServicer):
         while True:
             changed = self._changed
             await context.write(Answer(status=self._status if known else Answer.SERVICE_UNKNOWN))
-            if self._over:
-                return
             await changed.wait()
+            if self._over and changed is self._changed:  # the last status has been told
+                return
 
     async def _asked(self, request: Any, context: Any) -> str:
         if isinstance(request, Malformed):

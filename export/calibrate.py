@@ -15,7 +15,7 @@ import argparse
 import json
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -39,7 +39,7 @@ from edge_agent.superiority import (
 from edge_agent.tokens import Tokenizer, Tokens
 from export.errors import ExportError
 from export.metrics import load_metrics
-from export.outcomes import CLOUD_DIGEST, Outcomes
+from export.outcomes import CLOUD_DIGEST, JUDGE_DIGEST, Outcomes
 from export.states import encode
 from export.terminal import console
 
@@ -99,7 +99,8 @@ def calibrate(
 ) -> Calibration:
     """The calibration of `bundle`'s predictor. ExportError when the labels are of other models or lack their facts."""
     outcomes.must_be_of(bundle)
-    _refuse_unlearnt(bundle, cloud_digest)
+    judge = outcomes.facts.get(JUDGE_DIGEST, "")
+    _refuse_unlearnt(bundle, {CLOUD_DIGEST: cloud_digest, JUDGE_DIGEST: judge})
     stated = json.loads(outcomes.facts.get("metrics", "[]"))
     # Labels that do not state theirs were measured by the project's own.
     metrics = tuple(map(tuple, stated)) or tuple(metric.texts for metric in load_metrics())
@@ -128,23 +129,26 @@ def calibrate(
             "weights": weighing,
             "train_prompts": len(train),
             "calibration_prompts": len(calibration),
+            JUDGE_DIGEST: judge,
             "predictor_sha256": bundle.manifest.files[PREDICTOR].sha256,
             "largest_rate": realised_rate(scores, ALPHA_BOUND),
         },
     )
 
 
-def _refuse_unlearnt(bundle: Bundle, cloud_digest: str) -> None:
-    """A predictor knows the two models whose images it was trained on: of another it would predict the first one's."""
+def _refuse_unlearnt(bundle: Bundle, labels: Mapping[str, str]) -> None:
+    """A predictor knows the two models whose images it was trained on, as one judge saw them: of another it would
+    predict the first one's. `labels` are the digests of these; empty where the labels do not say.
+    """
     if bundle.predictor is None:  # which `predicted` tells
         return
-    facts = {fact.key: fact.value for fact in onnx.load(bundle.predictor).metadata_props}
-    learnt = facts.get(CLOUD_DIGEST, cloud_digest)
-    if learnt != cloud_digest:
-        raise ExportError(
-            f"the predictor learnt of cloud model {learnt[:16]}, and the labels are of {cloud_digest[:16]}: run "
-            "`edge-export train` and `edge-export predictor` with these labels first"
-        )
+    learnt = {fact.key: fact.value for fact in onnx.load(bundle.predictor).metadata_props}
+    for name, what in ((CLOUD_DIGEST, "of cloud model"), (JUDGE_DIGEST, "from judge")):
+        if labels[name] and learnt.get(name, labels[name]) != labels[name]:
+            raise ExportError(
+                f"the predictor learnt {what} {learnt[name][:16]}, and the labels are {what} {labels[name][:16]}: run "
+                "`edge-export train` and `edge-export predictor` with these labels first"
+            )
 
 
 def _remark_chance(predictions: NDArray[np.floating], measured: NDArray[np.floating]) -> None:

@@ -35,7 +35,7 @@ from edge_agent.superiority import relative_superiority
 from export.bootstrap import Estimate, Floats, estimate, resampled
 from export.calibrate import predicted
 from export.errors import ExportError
-from export.outcomes import Outcomes
+from export.outcomes import JUDGE_DIGEST, Outcomes
 from export.output import check_output, default_output, write_output
 from export.prompts import never_learnt
 from export.terminal import console
@@ -203,6 +203,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"the labels are of cloud model {cloud[:16]}, and {bundle.folder} is calibrated for "
             f"{calibration.cloud_digest[:16]}: run `edge-export train`, `edge-export predictor` and `edge-export "
             "calibrate` with these labels first"
+        )
+    judge, known = test.facts.get(JUDGE_DIGEST), calibration.recipe.get(JUDGE_DIGEST)
+    if judge and known and judge != known:
+        raise ExportError(
+            f"the labels are from judge {judge[:16]}, and {bundle.folder} is calibrated for {known[:16]}: run "
+            "`edge-export train`, `edge-export predictor` and `edge-export calibrate` with these labels first"
         )
     paired, said = Paired.of(test), things_said(scenes)
 

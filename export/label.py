@@ -33,6 +33,7 @@ from export.outcomes import (
     COLUMNS,
     INSPECTION,
     INSPECTOR,
+    JUDGE_DIGEST,
     MODELS,
     Outcomes,
     facts_of,
@@ -53,6 +54,7 @@ from export.pieces import (
     kept_pictures,
     measured_file,
     measurements,
+    note,
     only_for,
     only_of,
     pieces,
@@ -323,13 +325,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     measured = {
         "metrics": json.dumps([metric.texts for metric in judge.metrics]),
-        "judge_digest": judge.digest,
+        JUDGE_DIGEST: judge.digest,
         PREPROCESSING: judge.preprocessing,
     }
     only_for(root, own)
     images = only_of(root / IMAGES, models, "images of other models, or of the cloud's in another dtype")
     name = f"{judge.digest[:16]}-{ADHERENCE}" if options.adherence else judge.digest[:16]
     parts = only_of(root / name, models | measured, "measurements of other metrics or preprocessing")
+    note(root, own)  # once nothing is refused any more
     draws = Draws(options.draws, options.edge_draws, options.measured_draws, options.ceiling_draws)
     every = list(pieces(prompts, draws))
     mine = [piece for piece in every if piece.number % options.share[1] == options.share[0] - 1]

@@ -29,9 +29,10 @@ ADHERENCE = "adherence"
 """Optional column of `edge-export label`: no router is trained on it, and the paper's ten stay comparable."""
 INSPECTOR = "inspector_digest"  # metadata: whose verdicts they are
 CLOUD_DIGEST = "cloud_digest"
+JUDGE_DIGEST = "judge_digest"
 """The fact of labels, and of a predictor that was trained on them, that names the cloud model."""
 
-FACTS = ("edge_digest", CLOUD_DIGEST, "metrics")
+FACTS = ("edge_digest", CLOUD_DIGEST, JUDGE_DIGEST, "metrics")
 """Metadata of the Parquet schema: `Bundle.model_digest` of the edge model, the cloud model's digest (`cloud-server
 digest`), and the metrics as JSON: one [name, positive text, negative text] a metric, in the order of METRICS."""
 

@@ -202,15 +202,27 @@ def only_for(root: Path, own: Sequence[Prompt]) -> None:
 
     ``own`` are the prompts of --prompts; none for the starter's, whose ids say everything.
     """
-    file, texts = root / OWN_PROMPTS, [prompt.text for prompt in own]
-    kept = file.read_text(encoding="utf-8").removesuffix("\n").split("\n") if file.exists() else []
-    both = min(len(kept), len(texts))
+    kept, texts = _noted(root), [prompt.text for prompt in own]
     begun = bool(kept) or (root / IMAGES).exists()
-    if kept[:both] != texts[:both] or (begun and bool(kept) != bool(texts)):
+    other = next((pair for pair in zip(kept, texts, strict=False) if pair[0] != pair[1]), None)
+    if other or (begun and bool(kept) != bool(texts)):
+        where = f" ({other[0]!r:.60}, and not {other[1]!r:.60})" if other else ""
         raise ExportError(
-            f"{root} holds pictures of other prompts: add new ones at the end of the file, remove {root}, or name "
-            "another --parts"
+            f"{root} holds pictures of other prompts{where}: add new ones at the end of the file, remove {root}, or "
+            "name another --parts"
         )
-    if len(texts) > len(kept):
+
+
+def note(root: Path, own: Sequence[Prompt]) -> None:
+    """Take note in ``root`` of the prompts that pictures are made of there from now on, for `only_for`."""
+    if len(own) > len(_noted(root)):
         root.mkdir(parents=True, exist_ok=True)
-        write_output(file, "\n".join(texts) + "\n")
+        write_output(root / OWN_PROMPTS, "".join(f"{prompt.text}\n" for prompt in own))
+
+
+def _noted(root: Path) -> list[str]:
+    file = root / OWN_PROMPTS
+    try:
+        return file.read_text(encoding="utf-8").removesuffix("\n").split("\n") if file.exists() else []
+    except UnicodeDecodeError as error:
+        raise ExportError(f"{file} is damaged: remove {root}, and label again") from error

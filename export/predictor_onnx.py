@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,15 +25,16 @@ from edge_agent.superiority import METRICS
 from export.errors import ExportError
 from export.folded import Folded
 from export.mixture import Ensemble, Shape
-from export.outcomes import CLOUD_DIGEST
+from export.outcomes import CLOUD_DIGEST, JUDGE_DIGEST
 from export.terminal import console
 
 TOLERANCE = 1e-5
 """Largest difference from torch in any output; float32 rounding over sums this short stays well below it."""
 
 
-def export(ensemble: Ensemble, path: Path, tokens: int, cloud_digest: str = "") -> float:
+def export(ensemble: Ensemble, path: Path, tokens: int, learnt: Mapping[str, str] = {}) -> float:
     """Write `ensemble` for prompts of `tokens` positions (L) to `path`; returns the largest difference from torch.
+    `learnt` are the digests of the cloud model and the judge that it learnt from, as far as they are known.
 
     ExportError when it is an ablation that does not predict every metric, or the graph differs from torch.
     """
@@ -62,7 +63,7 @@ def export(ensemble: Ensemble, path: Path, tokens: int, cloud_digest: str = "") 
             opset_version=18,
             dynamo=False,
         )
-    _state_facts(path, shape, cloud_digest)
+    _state_facts(path, shape, learnt)
     difference = max(
         _difference(ensemble, Predictor.load(path, shape.width), tokens, own) for own in range(tokens)
     )
@@ -73,13 +74,13 @@ def export(ensemble: Ensemble, path: Path, tokens: int, cloud_digest: str = "") 
     return difference
 
 
-def _state_facts(path: Path, shape: Shape, cloud_digest: str) -> None:
+def _state_facts(path: Path, shape: Shape, learnt: Mapping[str, str]) -> None:
     """Write into the graph what tracing leaves out: the outputs' sizes, for which it leaves names that older
     onnxruntimes cannot resolve, the words' ids where nothing reads them, and whose quality it predicts.
     """
     model = onnx.load(path)
-    if cloud_digest:
-        onnx.helper.set_model_props(model, {CLOUD_DIGEST: cloud_digest})
+    if learnt:
+        onnx.helper.set_model_props(model, dict(learnt))
     if "ids" not in {node.name for node in model.graph.input}:
         ids = onnx.helper.make_tensor_value_info("ids", onnx.TensorProto.INT64, (1, "L"))
         model.graph.input.append(ids)
@@ -124,7 +125,8 @@ def install(weights: Path, bundle: Bundle) -> float:
     # Not by tempfile, which tries for ever where Windows lets nobody write.
     graph = bundle.folder / f".predictor-{os.getpid()}.onnx"
     try:
-        difference = export(ensemble, graph, bundle.manifest.text_tokens, record.get(CLOUD_DIGEST, ""))
+        learnt = {name: record[name] for name in (CLOUD_DIGEST, JUDGE_DIGEST) if record.get(name)}
+        difference = export(ensemble, graph, bundle.manifest.text_tokens, learnt)
         put_file(bundle.folder, PREDICTOR, graph, without=CALIBRATION)
     finally:
         graph.unlink(missing_ok=True)

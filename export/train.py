@@ -29,7 +29,7 @@ from edge_agent.tokens import Tokenizer
 from export.arguments import at_least
 from export.errors import ExportError
 from export.mixture import SENTENCE, WORDS, Ensemble, Mixture, Shape, Together
-from export.outcomes import CLOUD_DIGEST, Outcomes
+from export.outcomes import CLOUD_DIGEST, JUDGE_DIGEST, Outcomes
 from export.output import replacing
 from export.states import TokenStates, of_prompts, of_shorter_prompts
 from export.terminal import console, progress
@@ -485,7 +485,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     facts = {
         "labels_sha256": hashlib.sha256(options.labels.read_bytes()).hexdigest(),
         "edge_digest": bundle.model_digest,
-        CLOUD_DIGEST: outcomes.facts.get(CLOUD_DIGEST, ""),
+        **{name: outcomes.facts.get(name, "") for name in (CLOUD_DIGEST, JUDGE_DIGEST)},
         "torch": torch.__version__,
     }
     runs = _runs(options.out, examples, shape, recipe, facts)

@@ -28,6 +28,7 @@ from PIL import Image
 
 from edge_agent.superiority import METRICS
 from export.bootstrap import Floats, estimate, resampled
+from export.errors import ExportError
 from export.evaluate import spearman
 from export.negatives import FAULTS, hard_negatives
 from export.outcomes import ADHERENCE, INSPECTED, MODELS, Outcomes
@@ -97,6 +98,10 @@ def with_interval(statistic: Callable[[NDArray[np.int64]], Floats], scenes: NDAr
 def complete(test: Outcomes) -> tuple[Floats, Floats]:
     """Edge and cloud qualities [N, S, M] of the prompts, S being the seeds that every one of them has."""
     seeds = test.common_seeds()
+    if seeds < 2:
+        raise ExportError(
+            "one image of a test prompt does not tell how reliable a metric is: label with --measured-draws 2 or more"
+        )
     return test.edge_seeds[:, :seeds].astype(np.float64), test.cloud_seeds[:, :seeds].astype(np.float64)
 
 
@@ -188,13 +193,13 @@ def report(judge: Judge, labels: Path, name: Path | str = STARTER_JUDGE) -> str:
     named = "the starter judge" if starter else f"the judge `{name}`"
     trained = "the judge" if starter else "the starter judge"
     test = Outcomes.read(labels).split("test")
+    edge, cloud = complete(test)  # before what takes minutes
     rng = np.random.default_rng(SEED)
     scenes = sample_scenes("inspector", PICTURES, SEED)
     samples = render_samples(scenes, rng)
     known, foreign = falls(judge, damage, samples), falls(judge, foreign_damage, samples)
     others = sample_scenes("test", FRESH, SEED)
     by_severity = own_falls(judge, foreign_damage, render_samples(others, np.random.default_rng(SEED)))
-    edge, cloud = complete(test)
     count, seeds, _ = edge.shape
     said = test.scenes()
     components = {

@@ -501,6 +501,25 @@ def test_a_file_of_prompts_that_cannot_be_parted_is_refused(tmp_path, content, w
     assert re.search(words, capsys.readouterr().err)
 
 
+def test_what_is_refused_takes_note_of_no_prompts(models, miniature_bundle, tmp_path, few, monkeypatch):
+    """Or the file, put right, would be taken for another one's."""
+    file, out = tmp_path / "prompts.txt", tmp_path / "labels.parquet"
+    file.write_text("\n".join(OWN))
+    monkeypatch.setattr(label, "generate", lambda *_: None)  # the folder alone is looked at
+    monkeypatch.setattr(label, "judged", lambda *_: None)
+    own = [*named(models, miniature_bundle, out), "--prompts", str(file)]
+    assert label.main(own) == 1
+    made_with = next((out.with_suffix(".parts") / pieces.IMAGES).glob("*.json"))
+    before = made_with.read_text()
+    made_with.write_text(json.dumps(json.loads(before) | {"cloud_digest": "00ff"}))
+    file.write_text("\n".join([*OWN, "a typpo"]))
+    with pytest.raises(ExportError, match="images of other models"):
+        label.main(own)
+    made_with.write_text(before)
+    file.write_text("\n".join([*OWN, "no typo"]))
+    assert label.main(own) == 1
+
+
 def test_pictures_of_one_file_of_prompts_are_not_taken_for_anothers(
     models, miniature_bundle, tmp_path, few, monkeypatch
 ):
@@ -514,7 +533,9 @@ def test_pictures_of_one_file_of_prompts_are_not_taken_for_anothers(
     file.write_text("\n".join([*OWN, "one more"]))
     assert label.main(own) == 1
     file.write_text("\n".join(["one before", *OWN]))
-    with pytest.raises(ExportError, match="pictures of other prompts: add new ones at the end"):
+    with pytest.raises(
+        ExportError, match=r"other prompts \('.*', and not 'one before'\): add new ones at the end"
+    ):
         label.main(own)
     with pytest.raises(ExportError, match="pictures of other prompts"):
         label.main(arguments(models, miniature_bundle, out))

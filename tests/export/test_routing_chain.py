@@ -40,7 +40,7 @@ class Chain:
         self.bundle, self.weights, self.report = folder / "bundle", folder / "run", folder / "evaluation.json"
         digest = write_bundle(self.bundle).model_digest
         texts = json.dumps([[name, f"good {name}", f"bad {name}"] for name in METRICS])
-        facts = {"edge_digest": digest, "cloud_digest": "c0ffee", "metrics": texts}
+        facts = {"edge_digest": digest, "cloud_digest": "c0ffee", "judge_digest": "1ead", "metrics": texts}
         self.labels = write_labels(folder / "labels.parquet", 720, facts=facts)
         train = ["--seeds", "1", "--steps", "400", "--rank", "4", "--hidden", "16"]
         self.codes = [
@@ -350,8 +350,25 @@ def test_a_predictor_is_not_calibrated_for_a_cloud_model_of_which_it_learnt_noth
     labels = write_labels(tmp_path / "labels.parquet", 720, facts=facts)
     before = (chain.bundle / CALIBRATION).read_bytes()
     line = refused(capsys, "calibrate", labels, chain.bundle)
-    assert "learnt of cloud model c0ffee, and the labels are of 00ff" in line and "edge-export train" in line
+    assert (
+        "learnt of cloud model c0ffee, and the labels are of cloud model 00ff" in line
+        and "edge-export train" in line
+    )
     assert (chain.bundle / CALIBRATION).read_bytes() == before
+
+
+def test_labels_of_another_judge_than_the_predictor_learnt_from_are_neither_calibrated_nor_evaluated(
+    tmp_path: Path, chain: Chain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One's scale and the other's scores would make a calibration of nothing."""
+    facts = Outcomes.read(chain.labels).facts | {"judge_digest": "50ft"}
+    labels = write_labels(tmp_path / "labels.parquet", 720, facts=facts)
+    line = refused(capsys, "calibrate", labels, chain.bundle)
+    assert (
+        "learnt from judge 1ead, and the labels are from judge 50ft" in line and "edge-export train" in line
+    )
+    line = refused(capsys, "evaluate", labels, chain.bundle, "--out", tmp_path / "evaluation.json")
+    assert "labels are from judge 50ft" in line and "calibrated for 1ead" in line
 
 
 def test_what_is_there_and_no_labels_or_weights_is_told_as_it_is(
