@@ -22,8 +22,8 @@ Shape = Hashable  # whatever images of the same cost a step have in common
 class Ticket:
     """A request's place.
 
-    `position` is the number of requests before it on arrival, the running one included; others' tenants may have
-    their turn before it. `steps_left` counts down while its image is made.
+    `position` is the number of requests that were to be served before it on arrival, the running one included.
+    `steps_left` counts down while its image is made.
     """
 
     tenant: str

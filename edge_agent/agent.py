@@ -375,9 +375,8 @@ class Agent:
             async for event in events:
                 if isinstance(event, CloudAccepted):
                     position, self.tally.cloud_digest = event.queue_position, event.model_digest
-                    if (
-                        decision.reason is Reason.PARETO_CLOUD and not self._cloud_fits
-                    ):  # before it is paid for
+                    # Before it is paid for.
+                    if decision.reason is Reason.PARETO_CLOUD and not self._cloud_fits:
                         raise CloudUncalibrated(
                             f"the cloud server runs model {event.model_digest[:16]}, for which the calibration that "
                             "chose it was not made; `edge-agent status` says what to do",

@@ -17,6 +17,7 @@ RouteT2IError
 ├── CloudError           the cloud did not deliver; `never_ran`: it certainly neither ran nor charged
 │   ├── CloudUnavailable   not reached, overloaded, broke off or too slow: may work later
 │   ├── CloudRefused       it will not serve this request: price, size, credentials
+│   │   └── CloudUncalibrated  it hosts another model than the one for which it was chosen
 │   └── CloudLied          what it sent is not what it said: hash, format, size, price
 ├── StartRefused         a setting is wrong, or the address to listen on cannot be had
 │   └── DeviceNotReady     a provider that the settings name does not work, and may once it is tried again

@@ -388,7 +388,7 @@ def _instead(folder: Path) -> str:
 
 def _part_in(folder: Path) -> str:
     """The class of the part of a pipeline that `folder` holds; empty where it holds none."""
-    with suppress(OSError, TypeError, ValueError):
+    with suppress(OSError, RecursionError, TypeError, ValueError):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if isinstance(config, dict):
             for made in (config.get("_class_name"), *(config.get("architectures") or ())):
@@ -402,7 +402,7 @@ def _refuse_quantized(folder: Path, parts: Sequence[str]) -> None:
     ask for packages that do not make float32 of them either.
     """
     for file in (folder / part / "config.json" for part in parts):
-        with suppress(OSError, ValueError):  # which loading tells
+        with suppress(OSError, RecursionError, ValueError):  # which loading tells
             config = json.loads(file.read_text(encoding="utf-8"))
             if isinstance(config, dict) and (said := config.get("quantization_config")):
                 how = said.get("quant_method") if isinstance(said, dict) else said
