@@ -236,6 +236,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_output(out, json.dumps(record, indent=1, allow_nan=False) + "\n")
     Console(width=None if sys.stdout.isatty() else TABLE_WIDTH).print(table(rows, options.rate))
     console.print(f"{len(test)} test prompts, {paired.gaps.shape[1]} seeds; written to {out}")
+    largest = calibration.recipe.get("largest_rate", 1.0)
+    if options.rate > largest:
+        console.print(
+            f"of the calibration prompts a daemon sends at most {largest:.0%}, since for the others the edge's image "
+            f"is predicted to be as good: {options.rate:.0%} is what the ranking alone is worth"
+        )
     if not next(row for row in rows if row.router == PREDICTOR).headroom.low > 0:
         console.print(
             "these test prompts do not tell the predictor from random routing: label more prompts, or more images of "

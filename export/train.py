@@ -296,6 +296,11 @@ def train(
         mixture = Mixture(shape, dropout=recipe.dropout, masked=recipe.masked)
         epochs = []
         for epoch in fit(mixture, train, validation, recipe, seed):
+            if not math.isfinite(epoch.validation_loss):
+                raise ExportError(
+                    f"the mixture of seed {seed} diverges: in epoch {len(epochs) + 1} its validation loss is no "
+                    "number; lower what weighs its loss, or how fast it learns"
+                )
             epochs.append(epoch)
             yield epoch
         yield Trained(mixture, seed, tuple(epochs))

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from edge_agent.bundle import Bundle
+from edge_agent.calibration import Calibration
 from edge_agent.diffusion.text_encoder import TextEncoder, TextStates
 from edge_agent.errors import BundleError
 from edge_agent.manifest import CALIBRATION, PREDICTOR
@@ -355,6 +356,28 @@ def test_a_predictor_is_not_calibrated_for_a_cloud_model_of_which_it_learnt_noth
         and "edge-export train" in line
     )
     assert (chain.bundle / CALIBRATION).read_bytes() == before
+
+
+def test_a_rate_above_what_a_daemon_sends_is_told_as_such(
+    tmp_path: Path, chain: Chain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    largest = Calibration.load(chain.bundle / CALIBRATION).recipe["largest_rate"]
+    assert 0 < largest < 0.99
+    for rate, told in ((largest / 2, False), (0.99, True)):
+        options = ("--out", str(tmp_path / "out"), "--rate", str(rate))
+        assert main(["evaluate", str(chain.labels), str(chain.bundle), *options]) == 0
+        said = capsys.readouterr().err
+        assert (f"a daemon sends at most {largest:.0%}" in said) is told
+
+
+def test_training_that_diverges_is_refused_and_leaves_no_weights(
+    tmp_path: Path, chain: Chain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    options = ("--gain-weight", "1e300", "--seeds", "1", "--steps", "2")
+    assert main(["train", str(chain.labels), str(chain.bundle), str(out), *options]) == 2
+    assert "diverges: in epoch 1 its validation loss is no number" in capsys.readouterr().err
+    assert not list(out.glob("*.safetensors"))
 
 
 def test_labels_of_another_judge_than_the_predictor_learnt_from_are_neither_calibrated_nor_evaluated(
