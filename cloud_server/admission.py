@@ -37,8 +37,8 @@ class Admission:
     """Lets one request at a time at the model and `max_queue` more wait; refuses the rest at once.
 
     The next turn is that of the tenant whose last one is the longest ago, and each tenant's requests keep their order:
-    one who asks for much waits for its own. So that it does not keep others out either, a full queue takes one more of
-    each tenant who has none in it.
+    one who asks for much waits for its own. So that it does not keep others out either, a full queue takes one request
+    of each tenant who has none there, running or waiting; not where `max_queue` is 0.
 
     It learns the model's pace for each shape of image, in seconds a denoising step, so that it can refuse a call
     whose deadline would pass. The estimate leaves out everything but steps of known pace and who may come yet: it is a

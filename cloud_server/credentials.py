@@ -50,7 +50,7 @@ class _Renewable:
         changed = stamps != self.seen
         if changed:
             for file, stamp in zip(self.files, stamps, strict=True):
-                if self.seen and stamp is None and file.exists():  # a pipe would have its reader wait
+                if self.seen and stamp is None and _is_there(file):  # a pipe would have its reader wait
                     raise StartRefused(f"{file} is no regular file any more; put one in its place")
             self.read()
         self.seen, self.failure = stamps, ""
@@ -138,6 +138,12 @@ class Credentials:
                 "RSA's, or of the elliptic curve P-256 or P-384"
             )
         self._certificate = grpc.ssl_server_certificate_configuration(pairs)
+
+
+def _is_there(file: Path) -> bool:
+    with suppress(OSError):  # which reading tells better
+        return file.exists()
+    return False
 
 
 def _stamp(file: Path) -> tuple[int, ...] | None:

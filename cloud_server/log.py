@@ -32,7 +32,8 @@ class Lines(logging.Formatter):
             # What it calls errors is of peers, what they sent or that they left, and the event tells it, without what
             # it quotes: a token, perhaps. Faults here are logged where a call ends.
             record = copy.copy(record)
-            record.levelname, record.args, record.exc_info = "WARNING", (), None
+            record.levelname, record.exc_info = "WARNING", None
+            record.msg, record.args = str(record.msg).replace("%s", "..."), ()
         text = self._text(record)
         if self._for_journal:
             priority = f"<{PRIORITIES.get(record.levelname, 6)}>"

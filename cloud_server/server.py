@@ -61,6 +61,7 @@ else:
     HANG_UP_SIGNALS = (signal.SIGHUP,)
 ROOM_BYTES = 256 * 1024  # of a request beside the prompts, and for one too long to be told so by us
 TIDY_EVERY_S = 5.0  # how long an image that is no longer kept may stay in the journal's file
+TIDY_AGAIN_S = 300.0  # when that is tried again after a failure, which is a line of the log each time
 STEP_S = 10.0  # what a denoising step gets to end once its caller is cut off; in a dead driver it never does
 CLOSE_S = 1.0  # what handlers that were told to stop get to say so before their connections close
 
@@ -181,9 +182,11 @@ class Server:
         """Does away with images that are no longer kept, for as long as it runs."""
         while True:
             await asyncio.sleep(TIDY_EVERY_S)
-            with suppress(JournalError, RuntimeError):  # the journal says why; or no thread is to be had
+            try:
                 while await asyncio.to_thread(self._journal.prune):
                     pass
+            except (JournalError, RuntimeError):  # the journal says why; or no thread is to be had
+                await asyncio.sleep(TIDY_AGAIN_S)
 
     def _bind(self) -> int:
         listen = self.settings.listen

@@ -49,6 +49,7 @@ from export.pieces import (
     PIECE,
     Draws,
     Piece,
+    begun,
     images_file,
     keep_pictures,
     kept_pictures,
@@ -328,11 +329,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         JUDGE_DIGEST: judge.digest,
         PREPROCESSING: judge.preprocessing,
     }
-    only_for(root, own)
-    images = only_of(root / IMAGES, models, "images of other models, or of the cloud's in another dtype")
     name = f"{judge.digest[:16]}-{ADHERENCE}" if options.adherence else judge.digest[:16]
-    parts = only_of(root / name, models | measured, "measurements of other metrics or preprocessing")
-    note(root, own)  # once nothing is refused any more
+    only_for(root, own)
+    only_of(root / IMAGES, models, "images of other models, or of the cloud's in another dtype")
+    only_of(root / name, models | measured, "measurements of other metrics or preprocessing")
+    note(root, own)  # once nothing is refused any more, and before another process may find images
+    images, parts = begun(root / IMAGES, models), begun(root / name, models | measured)
     draws = Draws(options.draws, options.edge_draws, options.measured_draws, options.ceiling_draws)
     every = list(pieces(prompts, draws))
     mine = [piece for piece in every if piece.number % options.share[1] == options.share[0] - 1]

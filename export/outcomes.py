@@ -28,13 +28,13 @@ INSPECTION = (INSPECTED, "inspected_share")
 ADHERENCE = "adherence"
 """Optional column of `edge-export label`: no router is trained on it, and the paper's ten stay comparable."""
 INSPECTOR = "inspector_digest"  # metadata: whose verdicts they are
-CLOUD_DIGEST = "cloud_digest"
-JUDGE_DIGEST = "judge_digest"
-"""The fact of labels, and of a predictor that was trained on them, that names the cloud model."""
+CLOUD_DIGEST, JUDGE_DIGEST = "cloud_digest", "judge_digest"
+"""The facts of labels, and of a predictor that was trained on them, that name the cloud model and the judge."""
 
 FACTS = ("edge_digest", CLOUD_DIGEST, JUDGE_DIGEST, "metrics")
-"""Metadata of the Parquet schema: `Bundle.model_digest` of the edge model, the cloud model's digest (`cloud-server
-digest`), and the metrics as JSON: one [name, positive text, negative text] a metric, in the order of METRICS."""
+"""Metadata of the Parquet schema: `Bundle.model_digest` of the edge model, the digests of the cloud model
+(`cloud-server digest`) and of the judge, and the metrics as JSON: one [name, positive text, negative text] a metric, in
+the order of METRICS."""
 
 
 @dataclass(frozen=True)

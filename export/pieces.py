@@ -167,15 +167,19 @@ def measurements(parts: Path, piece: Piece) -> pa.Table | None:
         return None
 
 
-def only_of(folder: Path, facts: Mapping[str, str], name: str) -> Path:
-    """The folder, made where it is not there yet; ExportError when what it holds was made with something else.
+def only_of(folder: Path, facts: Mapping[str, str], name: str) -> None:
+    """ExportError when what the folder holds was made with something else.
 
     A fact that was not recorded yet when it was made is taken to be the same, but for the cloud's number format.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     made = made_with(folder)
     if made is not None and facts | {CLOUD_DTYPE: EARLIER_DTYPE} | made != facts:
         raise ExportError(f"{folder} holds {name}: remove it, or name another --parts")
+
+
+def begun(folder: Path, facts: Mapping[str, str]) -> Path:
+    """The folder, made where it is not there yet, which says what it is made with."""
+    folder.mkdir(parents=True, exist_ok=True)
     write_output(folder / MADE_WITH, json.dumps(facts))
     return folder
 
@@ -203,9 +207,9 @@ def only_for(root: Path, own: Sequence[Prompt]) -> None:
     ``own`` are the prompts of --prompts; none for the starter's, whose ids say everything.
     """
     kept, texts = _noted(root), [prompt.text for prompt in own]
-    begun = bool(kept) or (root / IMAGES).exists()
+    there = bool(kept) or (root / IMAGES).exists()
     other = next((pair for pair in zip(kept, texts, strict=False) if pair[0] != pair[1]), None)
-    if other or (begun and bool(kept) != bool(texts)):
+    if other or (there and bool(kept) != bool(texts)):
         where = f" ({other[0]!r:.60}, and not {other[1]!r:.60})" if other else ""
         raise ExportError(
             f"{root} holds pictures of other prompts{where}: add new ones at the end of the file, remove {root}, or "

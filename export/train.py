@@ -436,7 +436,9 @@ def _kept(file: Path, shape: Shape, made: Mapping[str, Any]) -> Trained | None:
         ensemble, record = Ensemble.load(file)
     except ExportError:
         return None
-    if ensemble.shape != shape or {name: record.get(name) for name in made} != made:
+    # Earlier versions did not note the judge; the labels' hash stands for it.
+    noted = {name: record.get(name, made[name] if name == JUDGE_DIGEST else None) for name in made}
+    if ensemble.shape != shape or noted != made:
         return None
     return Trained(ensemble.members[0], record["seed"], tuple(Epoch(**epoch) for epoch in record["epochs"]))
 

@@ -643,7 +643,6 @@ def test_rights_that_are_put_right_renew_what_could_not_be_read(caplog: pytest.L
 
 
 @pytest.mark.posix
-@pytest.mark.posix
 def test_a_pipe_in_the_place_of_the_tokens_holds_up_no_renewal(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -667,6 +666,7 @@ def test_a_line_that_is_commented_out_lets_nobody_in(tmp_path: Path) -> None:
         Tenants.load(str(tmp_path / "tokens")).identify("Bearer alice-token-0123456789")
 
 
+@pytest.mark.posix
 def test_tokens_from_a_pipe_are_read_once(tmp_path: Path) -> None:
     """As in --tokens <(fetch-tokens); whoever opened it again would wait for ever."""
     os.mkfifo(pipe := tmp_path / "tokens")
