@@ -501,14 +501,21 @@ def test_a_file_of_prompts_that_cannot_be_parted_is_refused(tmp_path, content, w
     assert re.search(words, capsys.readouterr().err)
 
 
-def test_what_is_refused_takes_note_of_no_prompts(models, miniature_bundle, tmp_path, few, monkeypatch):
-    """Or the file, put right, would be taken for another one's."""
+@pytest.fixture
+def begun(models, miniature_bundle, tmp_path, few, monkeypatch):
+    """The file of prompts, the labels and the arguments of a run that makes no images: its folder is looked at."""
     file, out = tmp_path / "prompts.txt", tmp_path / "labels.parquet"
     file.write_text("\n".join(OWN))
-    monkeypatch.setattr(label, "generate", lambda *_: None)  # the folder alone is looked at
+    monkeypatch.setattr(label, "generate", lambda *_: None)
     monkeypatch.setattr(label, "judged", lambda *_: None)
     own = [*named(models, miniature_bundle, out), "--prompts", str(file)]
     assert label.main(own) == 1
+    return file, out, own
+
+
+def test_what_is_refused_takes_note_of_no_prompts(begun):
+    """Or the file, put right, would be taken for another one's."""
+    file, out, own = begun
     made_with = next((out.with_suffix(".parts") / pieces.IMAGES).glob("*.json"))
     before = made_with.read_text()
     made_with.write_text(json.dumps(json.loads(before) | {"cloud_digest": "00ff"}))
@@ -520,16 +527,9 @@ def test_what_is_refused_takes_note_of_no_prompts(models, miniature_bundle, tmp_
     assert label.main(own) == 1
 
 
-def test_pictures_of_one_file_of_prompts_are_not_taken_for_anothers(
-    models, miniature_bundle, tmp_path, few, monkeypatch
-):
+def test_pictures_of_one_file_of_prompts_are_not_taken_for_anothers(begun, models, miniature_bundle, few):
     """They are kept by ids, which are places in the file."""
-    file, out = tmp_path / "prompts.txt", tmp_path / "labels.parquet"
-    file.write_text("\n".join(OWN))
-    monkeypatch.setattr(label, "generate", lambda *_: None)  # the folder alone is looked at
-    monkeypatch.setattr(label, "judged", lambda *_: None)
-    own = [*named(models, miniature_bundle, out), "--prompts", str(file)]
-    assert label.main(own) == 1
+    file, out, own = begun
     file.write_text("\n".join([*OWN, "one more"]))
     assert label.main(own) == 1
     file.write_text("\n".join(["one before", *OWN]))
