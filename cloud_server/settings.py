@@ -88,7 +88,12 @@ class Settings:
     price_micro_usd: int = _setting(
         10_000, int, "N", "price of one image in micro-dollars (10000 is one cent)"
     )
-    max_queue: int = _setting(32, int, "N", "requests that may wait for the model; more are refused at once")
+    max_queue: int = _setting(
+        32,
+        int,
+        "N",
+        "requests that may wait for the model, besides one of each tenant that has none; more are refused at once",
+    )
     max_steps: int = _setting(150, int, "N", "most denoising steps a request may ask for")
     max_side: int = _setting(
         1024, int, "PIXELS", "largest width or height, for models that do not list their sizes"
