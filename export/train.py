@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edge_agent.bundle import Bundle
+from edge_agent.settings import MAX_THREADS
 from edge_agent.tokens import Tokenizer
-from export.arguments import at_least
+from export.arguments import MAX_WIDTH, at_least
 from export.errors import ExportError
 from export.mixture import SENTENCE, WORDS, Ensemble, Mixture, Shape, Together
 from export.outcomes import CLOUD_DIGEST, JUDGE_DIGEST, Outcomes
@@ -344,13 +345,13 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--rank",
-        type=at_least(1),
+        type=at_least(1, MAX_WIDTH),
         default=Shape.rank,
         help="rank of a gate, the paper's l (default: %(default)s)",
     )
     parser.add_argument(
         "--hidden",
-        type=at_least(1),
+        type=at_least(1, MAX_WIDTH),
         default=Shape.hidden,
         help="width behind the gates, the paper's h (default: %(default)s)",
     )
@@ -363,13 +364,13 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--words",
-        type=at_least(0),
+        type=at_least(0, MAX_WIDTH),
         default=WORDS,
         help="length of each token's own embedding beside its state, 0 for none (default: %(default)s)",
     )
     parser.add_argument(
         "--sentence",
-        type=at_least(0),
+        type=at_least(0, MAX_WIDTH),
         default=SENTENCE,
         help="width of the layer that reads tokens together, 0 for none (default: %(default)s)",
     )
@@ -394,7 +395,9 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
         metavar="WEIGHT",
         help="how much the order of any two prompts' gains counts, 0 not at all (default: %(default)s)",
     )
-    parser.add_argument("--threads", type=at_least(1), default=1, help="CPU threads (default: %(default)s)")
+    parser.add_argument(
+        "--threads", type=at_least(1, MAX_THREADS), default=1, help="CPU threads (default: %(default)s)"
+    )
     return parser
 
 

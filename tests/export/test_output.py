@@ -152,6 +152,18 @@ def test_no_stage_of_the_starter_is_trained_for_less_than_a_step(
 
 
 @pytest.mark.parametrize(
+    ("option", "most"),
+    [("threads", 1024), *((option, 8192) for option in ("rank", "hidden", "words", "sentence"))],
+)
+def test_a_predictor_is_not_trained_with_what_no_machine_has_room_for(
+    option: str, most: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "labels", "bundle", "out", f"--{option}", str(most + 1)])
+    assert f"--{option}: must be at most {most}, not {most + 1}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("option", "least"),
     [(option, 1) for option in ("seeds", "steps", "kept", "rank", "hidden", "threads")]
     + [(option, 0) for option in ("words", "sentence")],
