@@ -128,7 +128,7 @@ class Admission:
 
     def _call_next(self) -> None:
         if self._running is None and self._waiting:
-            self._running = ticket = self._in_turn(self._waiting)[0]
+            self._running = ticket = min(self._waiting, key=lambda each: self._last_turn.get(each.tenant, 0))
             self._waiting.remove(ticket)
             self._turns += 1
             self._last_turn[ticket.tenant] = self._turns

@@ -29,6 +29,15 @@ from cloud_server.errors import (
 from cloud_server.model import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, WHAT_TO_INSTALL, Model
 from cloud_server.request import Limits, Spec
 
+ALWAYS_GIVEN = (
+    "prompt",
+    "width",
+    "height",
+    "num_inference_steps",
+    "guidance_scale",
+    "generator",
+    "callback_on_step_end",
+)
 PREVIEW_SIDE = 128  # pixels of a preview's longer side
 SMALL_WORK = 5e10
 """Bytes of a denoiser's weights times positions of its latent, below which a second thread costs more than it saves.
@@ -153,10 +162,10 @@ class Generator:
         self._parameters = frozenset(inspect.signature(pipeline.__call__).parameters)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generator")
         self._making: Future[Image | None] | None = None  # the newest
-        if "callback_on_step_end" not in self._parameters:
+        if lacking := [name for name in ALWAYS_GIVEN if name not in self._parameters]:
             raise StartRefused(
-                f"{type(pipeline).__name__} has no callback_on_step_end, so a cancelled call could not stop "
-                "it; choose a text-to-image pipeline that has one"
+                f"{type(pipeline).__name__} takes no {', '.join(lacking)}, which every image needs; choose a "
+                "text-to-image pipeline that does"
             )
 
     @classmethod

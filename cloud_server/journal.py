@@ -4,8 +4,8 @@ One SQLite file. An image and its charge are written in one transaction, so an i
 sent again (while it is kept), and one that was not written was not charged.
 
 How old a generation is, the journal tells by a clock of its own: the seconds for which servers have run with the file,
-those after the last generation of each left out. It only goes forward, and never faster than time. So no wall clock
-that is wrong, or put right, makes it forget a charge.
+less an hour at most of each that was killed. It only goes forward, and never faster than time. So no wall clock that is
+wrong, or put right, makes it forget a charge.
 
 No prompt is written: a fingerprint is enough to tell whether a request id comes back with the same wish.
 """
@@ -21,7 +21,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,6 +32,7 @@ log = logging.getLogger("cloud_server")
 
 APPLICATION_ID = 0x52543243  # "RT2C"
 SCHEMA_VERSION = 2
+NOTE_CLOCK_EVERY_S = 3_600.0
 KEEP_ROWS_S = 400 * 86_400.0  # a year and a bit: longer than any budget window an edge still asks about
 
 _DAMAGED = (
@@ -64,6 +65,7 @@ _INDEXES = (
     # Without it each image made would read all rows whose image is gone, to find those whose image is old.
     "CREATE INDEX generations_kept ON generations (ran) WHERE image IS NOT NULL",
 )
+_CLOCK = "CREATE TABLE IF NOT EXISTS clock (ran REAL NOT NULL)"  # its one row: Journal._ran when that was last noted
 _MARKS = (f"PRAGMA user_version = {SCHEMA_VERSION}", f"PRAGMA application_id = {APPLICATION_ID}")
 _UPGRADES: dict[int, tuple[str, ...]] = {
     0: (_TABLE, *_INDEXES, *_MARKS),
@@ -129,8 +131,11 @@ class Journal:
         self._keep_images_s = keep_images_s
         self._clock = clock
         self._monotonic = monotonic
-        (ran,) = connection.execute("SELECT COALESCE(MAX(ran), 0.0) FROM generations").fetchone()
+        (ran,) = connection.execute(
+            "SELECT MAX((SELECT COALESCE(MAX(ran), 0.0) FROM generations), (SELECT COALESCE(MAX(ran), 0.0) FROM clock))"
+        ).fetchone()
         self._ran_from: float = monotonic() - ran
+        self._noted: float = ran
         self._lock = threading.RLock()
         self._closed = False
         self._failure = ""  # what was last said of the file, where no call has been written to it since
@@ -173,6 +178,7 @@ class Journal:
                 )
             for statement in _UPGRADES[version]:
                 connection.execute(statement)
+            connection.execute(_CLOCK)
             connection.execute("COMMIT")
             return cls(connection, path, keep_images_s, clock, monotonic)
         except BaseException as error:
@@ -250,6 +256,8 @@ class Journal:
                 return False
             with self._transaction():
                 ran = self._ran()
+                if ran - self._noted >= NOTE_CLOCK_EVERY_S:
+                    self._note_clock(ran)
                 self._connection.execute("DELETE FROM generations WHERE ran < ?", (ran - KEEP_ROWS_S,))
                 removed = self._connection.execute(
                     "UPDATE generations SET image = NULL WHERE (tenant, request_id) IN "
@@ -262,8 +270,11 @@ class Journal:
         return bool(removed)
 
     def close(self) -> None:
-        """Lets go of the file."""
+        """Notes the clock, where the disk takes it, and lets go of the file."""
         with self._lock:
+            if not self._closed:
+                with suppress(JournalError), self._transaction():
+                    self._note_clock(self._ran())
             self._closed = True
             self._connection.close()
 
@@ -306,6 +317,11 @@ class Journal:
             (self._ran() - self._keep_images_s, tenant, request_id),
         ).fetchone()[0]
         return image
+
+    def _note_clock(self, ran: float) -> None:
+        self._connection.execute("DELETE FROM clock")
+        self._connection.execute("INSERT INTO clock VALUES (?)", (ran,))
+        self._noted = ran
 
     def _is_there(self) -> bool:
         """Whether the file still lies where it was opened. SQLite goes on with one that was removed, of which no later

@@ -82,15 +82,16 @@ class Server:
         settings = self.settings
         self._credentials = Credentials(settings)
         self._journal = Journal.open(settings.journal_file, keep_images_s=settings.keep_images_s)
+        self._service = CloudServerService(
+            price_micro_usd=settings.price_micro_usd,
+            admission=Admission(settings.max_queue),
+            journal=self._journal,
+            credentials=self._credentials,
+        )
         try:
-            self._service = CloudServerService(
-                price_micro_usd=settings.price_micro_usd,
-                admission=Admission(settings.max_queue),
-                journal=self._journal,
-                credentials=self._credentials,
-            )
             await self._listen()
         except BaseException:
+            self._service.close()
             self._journal.close()
             raise
         self._keeping = [
@@ -142,6 +143,7 @@ class Server:
             await asyncio.wait([asyncio.ensure_future(self._service.idle())], timeout=STEP_S)
         self._health.end()
         await self._server.stop(CLOSE_S)
+        self._service.close()
         self._journal.close()
         if self._service.serving is not None:
             self._service.serving.generator.close()

@@ -8,10 +8,13 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, closing, suppress
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -49,6 +52,7 @@ from routet2i.image.v1 import image_pb2
 log = logging.getLogger("cloud_server")
 
 CHUNK_BYTES = 65_536  # of image data in one message; far below gRPC's 4 MiB, so that no image size matters
+MOST_SENT_AGAIN = 4  # kept images of one tenant at a time: each is in memory until its caller has read it
 STALLED_READER_S = 30.0  # a caller that takes no message for so long is dropped, and its image given up
 ABORT_S = 1.0  # what a status gets to leave: behind a message that nobody reads it never would
 STOPPED = (
@@ -67,6 +71,7 @@ STATES = {
 }
 
 Line = dict[str, Any]  # the fields of a request's log line
+Known = TypeVar("Known")
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,7 @@ class HandOverMalformed(grpc.aio.ServerInterceptor):
 
 
 class Stream:
-    """The way to one caller, who takes a message at a time. Both methods raise CallerGone."""
+    """The way to one caller, who takes a message at a time. `tell`, `check` and `send` raise CallerGone."""
 
     def __init__(self, context: Any) -> None:
         self._context = context
@@ -117,13 +122,17 @@ class Stream:
 
     def tell(self, response: cloud_pb2.GenerateResponse) -> None:
         """Sends without waiting for the caller. While it takes one message only the newest of those after it waits."""
-        if self._telling is not None:
-            if not self._telling.done():
-                self._newest = response
-                return
-            self._telling.result()
+        if self._telling is not None and not self._telling.done():
+            self._newest = response
+            return
+        self.check()
         self._telling = asyncio.ensure_future(self._tell(response))
         self._telling.add_done_callback(_see)
+
+    def check(self) -> None:
+        """Returns where the caller has taken what was told, or still may."""
+        if self._telling is not None and self._telling.done():
+            self._telling.result()
 
     @asynccontextmanager
     async def kept_open(self) -> AsyncIterator[None]:
@@ -189,6 +198,10 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
         self._cut_off = False
         self._journal = journal
         self._credentials = credentials
+        self._sending_again = defaultdict[str, asyncio.Semaphore](lambda: asyncio.Semaphore(MOST_SENT_AGAIN))
+        # Its thread is there from the start: where no more can be had, what began is still ended.
+        self._clerk = ThreadPoolExecutor(1, thread_name_prefix="journal")
+        self._clerk.submit(int).result()
 
     async def _generate(
         self, tenant: str, wish: Wish, preview: bool, remaining_s: float | None, line: Line, stream: Stream
@@ -197,50 +210,63 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
         arrived = time.perf_counter()
         check(wish)
         timings: dict[str, float] = {}
-        if (finished := await self._kept(tenant, wish)) is not None:  # which needs no model
+        if await self._finished(tenant, wish):  # which needs no model
             line["replayed"] = True
-            await stream.send(_accepted(0, finished.charged_micro_usd, finished.model_digest))
-        else:
-            serving = self._serving()
-            spec = validate(wish, serving.limits, drawn_seed=secrets.randbelow(2**32))
-            digest, price = serving.generator.model.digest, self.price_micro_usd
-            if wish.max_price_micro_usd is not None and price > wish.max_price_micro_usd:
-                raise PriceAboveCeiling(
-                    f"an image costs {price} micro-USD here, above the ceiling of {wish.max_price_micro_usd}: "
-                    "raise max_price_micro_usd or stay on the edge",
-                    facts={"price_micro_usd": str(price)},
-                )
-            shape = (*spec.shape, preview)  # decoding one takes longer than many a step
-            # Nothing in here waits for the caller, or one that reads slowly would keep the model from all others.
-            async with (
-                self.admission.enter(tenant, shape, spec.steps, remaining_s) as ticket,
-                self._running(tenant, wish),
-                stream.kept_open(),
-            ):
-                stream.tell(_accepted(ticket.position, price, digest))
-                await ticket.turn.wait()
-                timings["queue"] = time.perf_counter() - arrived
-                async with aclosing(serving.generator.generate(spec, preview)) as events:
-                    async for event in events:
-                        if isinstance(event, Step):
-                            ticket.steps_left = event.steps - event.step
-                            stream.tell(_progress(event))
-                        else:
-                            image = event
-                if image.step_s is not None:
-                    self.admission.record(shape, image.step_s)
-                timings |= {"generate": image.generate_s, "png": image.png_s}
-                finished = Finished(price, image.sha256, digest, spec, image.png)
-                finishing = asyncio.ensure_future(
-                    asyncio.to_thread(self._journal.finish, tenant, wish.request_id, finished)
-                )
-                try:
-                    await asyncio.shield(finishing)
-                finally:  # also whoever leaves at this moment is charged
-                    await asyncio.wait([finishing])
-                    if finishing.exception() is None:
-                        line["charged_micro_usd"] = price
+            async with self._sending_again[tenant]:
+                finished = await self._kept(tenant, wish)
+                await stream.send(_accepted(0, finished.charged_micro_usd, finished.model_digest))
+                await self._deliver(finished, wish, arrived, timings, line, stream)
+            return
+        serving = self._serving()
+        spec = validate(wish, serving.limits, drawn_seed=secrets.randbelow(2**32))
+        digest, price = serving.generator.model.digest, self.price_micro_usd
+        if wish.max_price_micro_usd is not None and price > wish.max_price_micro_usd:
+            raise PriceAboveCeiling(
+                f"an image costs {price} micro-USD here, above the ceiling of {wish.max_price_micro_usd}: "
+                "raise max_price_micro_usd or stay on the edge",
+                facts={"price_micro_usd": str(price)},
+            )
+        shape = (*spec.shape, preview)  # decoding one takes longer than many a step
+        # Nothing in here waits for the caller, or one that reads slowly would keep the model from all others.
+        async with (
+            self.admission.enter(tenant, shape, spec.steps, remaining_s) as ticket,
+            self._running(tenant, wish),
+            stream.kept_open(),
+        ):
+            stream.tell(_accepted(ticket.position, price, digest))
+            await ticket.turn.wait()
+            stream.check()  # it may have read nothing while it waited
+            timings["queue"] = time.perf_counter() - arrived
+            async with aclosing(serving.generator.generate(spec, preview)) as events:
+                async for event in events:
+                    if isinstance(event, Step):
+                        ticket.steps_left = event.steps - event.step
+                        stream.tell(_progress(event))
+                    else:
+                        image = event
+            if image.step_s is not None:
+                self.admission.record(shape, image.step_s)
+            timings |= {"generate": image.generate_s, "png": image.png_s}
+            finished = Finished(price, image.sha256, digest, spec, image.png)
+            finishing = self._journaled(self._journal.finish, tenant, wish.request_id, finished)
+            try:
+                await asyncio.shield(finishing)
+            finally:  # also whoever leaves at this moment is charged
+                await asyncio.wait([finishing])
+                if finishing.exception() is None:
+                    line["charged_micro_usd"] = price
+        await self._deliver(finished, wish, arrived, timings, line, stream)
 
+    async def _deliver(
+        self,
+        finished: Finished,
+        wish: Wish,
+        arrived: float,
+        timings: dict[str, float],
+        line: Line,
+        stream: Stream,
+    ) -> None:
+        """The image, from the wanted byte, and its result."""
         png = finished.image or b""
         for offset in range(wish.resume_offset, len(png), CHUNK_BYTES):
             await stream.send(_chunk(offset, png[offset : offset + CHUNK_BYTES]))
@@ -298,7 +324,7 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
             request_id = request.request_id
             line["request_id"] = request_id[:MAX_NAME_CHARACTERS]
             check_request_id(request_id)
-            entry = await asyncio.to_thread(self._journal.find, tenant, request_id, with_image=False)
+            entry = await self._journaled(partial(self._journal.find, with_image=False), tenant, request_id)
             if entry is None:
                 unknown = cloud_pb2.GENERATION_STATE_UNKNOWN
                 return cloud_pb2.LookupGenerationResponse(request_id=request_id, state=unknown)
@@ -327,6 +353,14 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
         for handler in self._handlers:
             handler.cancel()
 
+    def close(self) -> None:
+        """Ends the thread that writes to the journal; no call is in flight any more."""
+        self._clerk.shutdown()
+
+    def _journaled(self, work: Callable[..., Known], *arguments: Any) -> asyncio.Future[Known]:
+        """What `work` on the journal comes to, after what was asked of it before."""
+        return asyncio.get_running_loop().run_in_executor(self._clerk, work, *arguments)
+
     def _refuse_draining(self) -> None:
         if self.draining:
             raise Unavailable("the server is shutting down and takes no new requests")
@@ -337,31 +371,40 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
             raise Unavailable("the model is still loading; try again shortly", retry_after_s=LOADING_RETRY_S)
         return self.serving
 
-    async def _kept(self, tenant: str, wish: Wish) -> Finished | None:
-        """The image this request id has made already, to be sent from the wanted byte; None: make it."""
+    async def _finished(self, tenant: str, wish: Wish) -> bool:
+        """Whether this request id has made its image already; if not, it is to be made."""
         self._refuse_draining()
-        entry = await asyncio.to_thread(self._journal.find, tenant, wish.request_id)
-        finished = entry.finished if entry else None
-        if entry and finished and entry.fingerprint != _fingerprint(wish):
+        entry = await self._journaled(partial(self._journal.find, with_image=False), tenant, wish.request_id)
+        if entry is None or entry.finished is None:
+            if wish.resume_offset:
+                raise NotKept("no image of this request_id is kept, so there is no rest to send")
+            return False
+        if entry.fingerprint != _fingerprint(wish):
             raise AlreadyExists(
-                "this request_id made another image; use a new one for each image", facts=_outcome(finished)
+                "this request_id made another image; use a new one for each image",
+                facts=_outcome(entry.finished),
             )
-        if finished and finished.image is not None:
-            if wish.resume_offset > len(finished.image):
-                raise OffsetPastEnd(
-                    f"the image has {len(finished.image)} bytes; resume_offset {wish.resume_offset} is past them",
-                    field="resume_offset",
-                )
-            return finished
-        if wish.resume_offset:
-            raise NotKept("no image of this request_id is kept, so there is no rest to send")
-        if finished:
+        return True
+
+    async def _kept(self, tenant: str, wish: Wish) -> Finished:
+        """The image of a finished request id, to be sent from the wanted byte."""
+        entry = await self._journaled(self._journal.find, tenant, wish.request_id)
+        assert entry is not None and entry.finished is not None  # noqa: S101  # they stay for a year
+        finished = entry.finished
+        if finished.image is None:
+            if wish.resume_offset:
+                raise NotKept("no image of this request_id is kept, so there is no rest to send")
             raise AlreadyExists(
                 "this request_id has made its image, which is no longer kept. It was charged once and will "
                 "not be charged again; use a new request_id for a new image",
                 facts=_outcome(finished),
             )
-        return None
+        if wish.resume_offset > len(finished.image):
+            raise OffsetPastEnd(
+                f"the image has {len(finished.image)} bytes; resume_offset {wish.resume_offset} is past them",
+                field="resume_offset",
+            )
+        return finished
 
     @asynccontextmanager
     async def _counted(self) -> AsyncIterator[None]:
@@ -378,9 +421,7 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
         """Journals the block as running and, unless it finished, how it ended."""
         journal, request_id = self._journal, wish.request_id
         # Cancelling the wait does not stop the thread: both writes are shielded, and the second follows the first.
-        beginning = asyncio.ensure_future(
-            asyncio.to_thread(journal.begin, tenant, request_id, _fingerprint(wish))
-        )
+        beginning = self._journaled(journal.begin, tenant, request_id, _fingerprint(wish))
         try:
             await asyncio.shield(beginning)
             yield
@@ -389,7 +430,7 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
             state = State.FAILED if failed else State.CANCELLED
             await asyncio.wait([beginning])
             if beginning.exception() is None:
-                await asyncio.shield(asyncio.to_thread(journal.end, tenant, request_id, state))
+                await asyncio.shield(self._journaled(journal.end, tenant, request_id, state))
             elif isinstance(error, JournalError):  # so that nothing ran
                 raise Unavailable(error.message, retry_after_s=JOURNAL_RETRY_S) from error
             raise

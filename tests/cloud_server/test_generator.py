@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import io
 import weakref
 from collections.abc import Iterator
@@ -11,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 
 from cloud_server import complete, generator
-from cloud_server.errors import DeviceNotReady, GenerationFailed
+from cloud_server.errors import DeviceNotReady, GenerationFailed, StartRefused
 from cloud_server.generator import Generator, Image
 from cloud_server.model import Card, Model, open_model
 from cloud_server.request import Spec
@@ -43,6 +45,20 @@ def test_a_small_denoiser_runs_on_one_thread_and_a_large_one_on_those_that_torch
 def test_the_setting_beats_the_choice(three_threads: None, model_folder: Path) -> None:
     Generator.load(open_model(str(model_folder)), "cpu", "float32", threads=2).close()
     assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("lacking", ["callback_on_step_end", "guidance_scale"])
+def test_a_pipeline_that_does_not_take_what_every_image_needs_is_refused_before_any(lacking: str) -> None:
+    """As StableCascade's takes no guidance_scale."""
+
+    class Lacking(StableDiffusionPipeline):
+        def __call__(self, **given: Any) -> Any: ...
+
+    parameters = inspect.signature(StableDiffusionPipeline.__call__).parameters
+    others = [parameter for name, parameter in parameters.items() if name != lacking]
+    Lacking.__call__.__signature__ = inspect.Signature(others)  # type: ignore[attr-defined]
+    with pytest.raises(StartRefused, match=f"Lacking takes no {lacking}, which every image needs"):
+        Generator(Lacking(**miniature_pipeline().components), Model("m", "", Path(), "0" * 64, Card()))
 
 
 class Features:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cloud_server.errors import AlreadyExists, JournalError, JournalNotReady, StartRefused
-from cloud_server.journal import APPLICATION_ID, KEEP_ROWS_S, Finished, Journal, State
+from cloud_server.journal import APPLICATION_ID, KEEP_ROWS_S, NOTE_CLOCK_EVERY_S, Finished, Journal, State
 from cloud_server.request import Spec
 
 SPEC = Spec(prompt="", negative_prompt="", seed=1, width=64, height=64, steps=4, guidance_scale=3.0)
@@ -138,6 +138,31 @@ def test_an_image_is_dropped_after_its_time_and_its_charge_is_not(
     assert journal.prune() and not journal.prune()
     kept = journal._connection.execute("SELECT COUNT(image) FROM generations").fetchone()
     assert kept == (0,), "its bytes are gone from the file as well"
+
+
+def test_the_time_counts_for_which_a_server_ran_without_making_an_image(
+    journal: Journal, tmp_path: Path, clock: Clock
+) -> None:
+    journal.begin("t", "r", "f")
+    journal.finish("t", "r", FINISHED)
+    for _ in range(2):  # runs that are shorter than images are kept
+        clock.now += 40.0
+        journal.close()
+        journal = opened(tmp_path, clock)
+    assert journal.prune()
+
+
+def test_of_a_server_that_is_killed_an_hour_at_most_does_not_count(
+    journal: Journal, tmp_path: Path, clock: Clock
+) -> None:
+    journal.begin("t", "r", "f")
+    journal.finish("t", "r", FINISHED)
+    clock.now += NOTE_CLOCK_EVERY_S
+    journal.prune()
+    clock.now += NOTE_CLOCK_EVERY_S - 1.0
+    journal.prune()
+    journal._connection.close()  # as kill -9 leaves it
+    assert 0.0 <= clock.now - 1_000.0 - opened(tmp_path, clock)._ran() < NOTE_CLOCK_EVERY_S
 
 
 @pytest.mark.posix

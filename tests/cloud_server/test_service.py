@@ -10,7 +10,7 @@ import time
 import tracemalloc
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from PIL import Image
 from cloud_server import generator, service
 from cloud_server.journal import Finished, Journal
 from cloud_server.request import Spec
+from cloud_server.service import MOST_SENT_AGAIN
 from tests.cloud_server.conftest import PRICE, Client, Running, serve
 from tests.miniature import miniature_pipeline
 from tests.running import until
@@ -219,8 +220,9 @@ async def test_a_caller_that_vanishes_frees_the_model(running: Running) -> None:
 async def narrow(running: Running) -> AsyncIterator[Client]:
     """A caller whose window a few previews fill: what it does not read soon stands in the server."""
     window = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65_536)]
+    window += [("grpc.use_local_subchannel_pool", 1)]  # each one has a connection of its own
     async with grpc.aio.insecure_channel(f"127.0.0.1:{running.server.port}", options=window) as channel:
-        yield Client(channel)
+        yield Client(channel, running.client.metadata)
 
 
 async def test_a_caller_that_stops_reading_does_not_hold_the_model(
@@ -387,6 +389,37 @@ async def test_a_request_id_is_charged_once_and_its_image_is_sent_again(running:
     assert (await running.client.lookup("twice")).charged_micro_usd == PRICE
 
 
+async def test_a_tenant_has_few_kept_images_in_memory_at_a_time_and_keeps_no_other_from_its_own(
+    tmp_path: Path, model_folder: Path
+) -> None:
+    tokens = tmp_path / "tokens.txt"
+    tokens.write_text("acme acme-token-0123456789\nglobex globex-token-0123456789\n")
+    async with (
+        serve(tmp_path / "state", model_folder, tokens=str(tokens)) as running,
+        AsyncExitStack() as stack,
+    ):
+        running.client.metadata = (("authorization", "Bearer acme-token-0123456789"),)
+        other = Client(running.client.channel, (("authorization", "Bearer globex-token-0123456789"),))
+        wish: dict[str, Any] = {"request_id": "large", "width": 256, "height": 256, "steps": 1}
+        png = (await running.client.generate(**wish)).png
+        assert len(png) > 2 * 65_536, "more than a window holds"
+        assert (await other.generate(**wish)).png == png
+
+        clients = [await stack.enter_async_context(narrow(running)) for _ in range(MOST_SENT_AGAIN + 2)]
+        calls = [client.call(**wish) for client in clients]
+        begun = [asyncio.ensure_future(anext(aiter(call))) for call in calls]
+        for _, first in zip(range(MOST_SENT_AGAIN), asyncio.as_completed(begun), strict=False):
+            await first
+        assert (await other.generate(**wish)).png == png
+        assert sum(first.done() for first in begun) == MOST_SENT_AGAIN
+
+        async def rest(client: Client, call: Any, first: asyncio.Future[Any]) -> bytes:
+            await first
+            return (await client.read(call)).png
+
+        assert set(await asyncio.gather(*map(rest, clients, calls, begun))) == {png}
+
+
 async def test_of_many_calls_with_one_request_id_one_runs(tmp_path: Path, model_folder: Path) -> None:
     async with serve(tmp_path, model_folder, max_queue=32) as running:
         calls = [running.client.generate(request_id="same", steps=10) for _ in range(16)]
@@ -395,6 +428,18 @@ async def test_of_many_calls_with_one_request_id_one_runs(tmp_path: Path, model_
         assert len({a.png for a in answers if a.result}) == 1
         assert running.passes[0] == 11  # PNDM makes one pass more than steps
         assert (await running.client.lookup("same")).charged_micro_usd == PRICE
+
+
+async def test_the_journal_has_a_thread_of_its_own(running: Running) -> None:
+    """Or a call that began could be left as running for good, and its money set aside, where no more can be had."""
+    ended = threading.Event()
+    others = [
+        asyncio.create_task(asyncio.to_thread(ended.wait, 60.0)) for _ in range(32)
+    ]  # as many as there may be
+    assert await running.client.state("never") == "UNKNOWN"
+    assert not ended.is_set() and not any(other.done() for other in others)
+    ended.set()
+    await asyncio.gather(*others)
 
 
 async def test_the_rest_of_an_image_that_was_never_made_is_not_found(running: Running) -> None:
