@@ -319,7 +319,10 @@ class Generator:
         if failed:
             raise self._failure(failed)
         if any(getattr(output, "nsfw_content_detected", None) or ()):
-            raise ImageWithheld("the model's safety checker withheld the image; nothing is charged")
+            raise ImageWithheld(
+                "the model's safety checker withheld the image; nothing is charged",
+                facts={"charged_micro_usd": "0"},
+            )
         generated = time.perf_counter()
         png = _png(self._picture(output.images[0]))
         return Image(

@@ -73,6 +73,7 @@ class Server:
         self.settings = settings
         self.port = 0
         self._stop = asyncio.Event()
+        self._told_to_stop = False
         self._hurry = asyncio.Event()
         self._health = Health(SERVICE)
         self._loading: asyncio.Future[Serving] | None = None
@@ -151,8 +152,9 @@ class Server:
 
     def stop(self) -> None:
         """Asks for the shutdown. A second call cuts the grace period short."""
-        if self._stop.is_set():
+        if self._told_to_stop:
             self._hurry.set()
+        self._told_to_stop = True
         self._stop.set()
 
     def drain(self) -> None:

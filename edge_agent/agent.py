@@ -294,8 +294,11 @@ class Agent:
     async def _reserve(self, request: ImageRequest, decision: Decision) -> tuple[Decision, Purchase | None]:
         """The decision that stands, and what it bought: others may have taken what the quota allowed a moment ago."""
         began = time.perf_counter()
+        # Meanwhile another may have begun to find out whether the cloud is back.
+        route, reason = self._verdict(request, decision.prs, decision.alpha, quota_allows=True)
+        if route == "edge":
+            return decision._replace(route=route, reason=reason), None
         purchase = None
-        route, reason = decision.route, decision.reason
         try:
             purchase = await self.purchases.reserve(
                 request, self._ceiling(request), self._cloud_timeout_s(request)
@@ -305,7 +308,9 @@ class Agent:
                 raise
             route, reason = self._verdict(request, decision.prs, decision.alpha, quota_allows=False)
         try:
-            quota = await self._beside(self._quota, request.app)
+            # Not beside: the money is set aside, and prompts that came later would be read first.
+            at_hand = self.purchases.ledger.at_hand
+            quota = self._quota(request.app) if at_hand else await asyncio.to_thread(self._quota, request.app)
         except BaseException:
             if purchase is not None:
                 await purchase.aclose()
@@ -467,13 +472,14 @@ class Agent:
         return own if request.max_price_micro_usd is None else min(own, request.max_price_micro_usd)
 
     def _own_terms(self, request: ImageRequest, error: CloudError, purchase: Purchase) -> bool:
-        """Whether the caller's price, size or haste is what failed, which says nothing of the cloud."""
-        cheap = odd = False
+        """Whether the caller's price, size, haste or prompt is what failed, which says nothing of the cloud."""
+        cheap = odd = withheld = False
         if isinstance(error, CloudRefused):
             price, default = error.price_micro_usd, self.models.limits.sizes[0]
             cheap = price is not None and self._ceiling(request) < price <= self._terms.max_price_micro_usd
             odd = error.field in SIDES and request.size != default
-        return cheap or odd or purchase.timeout_s < SLOW_CONNECTION_S
+            withheld = error.withheld
+        return cheap or odd or withheld or purchase.timeout_s < SLOW_CONNECTION_S
 
     def _steps(self, request: ImageRequest) -> int:
         return request.steps or self.reader.bundle.manifest.default_steps

@@ -55,6 +55,9 @@ LONGEST_RETRY_S = 60.0
 SLOW_CONNECTION_S = 1.0
 """Who has waited so long for a connection has found out something about the cloud, however soon he leaves."""
 
+SLOW_ANSWER_S = 2.0
+"""The same of an answer on a connection that stands: a server accepts or refuses at once."""
+
 MOST_RESUMES = 5
 """Calls for the rest of an image whose way here broke off."""
 
@@ -153,13 +156,13 @@ call that ends without a word."""
 class Outcome:
     """What became of a request id. `known` is False while it may still be charged: ask again later.
 
-    With `known`, `charged_micro_usd` is final: what was charged, 0 when the request did not run to its end.
+    With `known`, `charged_micro_usd` is final: what was charged for the image, None where none was made.
     `arrived` is False where the cloud has never heard of it: final only once it cannot be on its way any more.
     """
 
     known: bool
     arrived: bool
-    charged_micro_usd: int
+    charged_micro_usd: int | None
 
 
 class CloudClient:
@@ -197,6 +200,7 @@ class CloudClient:
         self._monotonic = monotonic
         self._failures = 0
         self._retry_at = -math.inf
+        self._tried_until = -math.inf  # a call that is about to be sent finds out whether the cloud is back
         self._price_micro_usd, self._price_until = 0, -math.inf
         self._refused_sizes: dict[tuple[int, int], float] = {}  # until when, on `monotonic`
         # Calls that wait for their connection or to be accepted: since when, on `monotonic`, and for how long that
@@ -211,9 +215,16 @@ class CloudClient:
         And while a call finds out whether it is back, or already waits for long: the others need not wait with it.
         """
         now = self._monotonic()
-        return now >= self._retry_at and not any(
+        return now >= max(self._retry_at, self._tried_until) and not any(
             self._failures or now - since >= patience_s for since, patience_s in self._waiting
         )
+
+    def expect(self) -> None:
+        """A call comes as soon as its money is set aside: where the last one failed, the others leave it to that one to
+        find out whether the cloud is back.
+        """
+        if self._failures:
+            self._tried_until = self._monotonic() + SLOW_CONNECTION_S
 
     def affordable(self, ceiling_micro_usd: int) -> bool:
         """False for a minute after the cloud has told a price above `ceiling_micro_usd`."""
@@ -261,16 +272,16 @@ class CloudClient:
                     raise
                 broken = broken or error
                 if not brought_more:
-                    if asked or not await self._charged(request.request_id, deadline):
+                    if asked or not await self._made(request.request_id, deadline):
                         break
                     asked = True
         raise cast(CloudError, broken)
 
-    async def _charged(self, request_id: str, deadline: float) -> bool:
+    async def _made(self, request_id: str, deadline: float) -> bool:
         """Whether the image is made and paid for, as far as the cloud can be asked in time."""
         timeout_s = min(ASK_S, deadline - self._monotonic())
         with suppress(CloudError):
-            return (await self.lookup(request_id, timeout_s)).charged_micro_usd > 0
+            return (await self.lookup(request_id, timeout_s)).charged_micro_usd is not None
         return False
 
     async def _received(
@@ -321,8 +332,9 @@ class CloudClient:
         """What became of `request_id`. Raises CloudError when there is no answer in `timeout_s` seconds."""
         question = cloud_pb2.LookupGenerationRequest(request_id=request_id)
         answer = await self._answer("LookupGeneration", question, timeout_s)
-        charged = answer.charged_micro_usd if answer.charged else 0
-        if answer.request_id != request_id or charged < 0:
+        made = answer.charged or answer.state == cloud_pb2.GENERATION_STATE_FINISHED
+        charged = answer.charged_micro_usd if made else None
+        if answer.request_id != request_id or (charged or 0) < 0:
             raise CloudLied(f"the cloud at {self.address} answered for another request")
         ended = {
             cloud_pb2.GENERATION_STATE_FINISHED,
@@ -394,6 +406,7 @@ class CloudClient:
     @contextmanager
     def _waits(self, patience_s: float) -> Iterator[None]:
         waiting = self._monotonic(), patience_s
+        self._tried_until = -math.inf
         self._waiting.append(waiting)
         try:
             yield
@@ -469,6 +482,8 @@ class CloudClient:
     ) -> CloudUnavailable | CloudRefused:
         """What the cloud server itself says."""
         if code in _REFUSALS:
+            why = _detail(status, ErrorInfo).reason
+            withheld = code is grpc.StatusCode.FAILED_PRECONDITION and why == "IMAGE_WITHHELD"
             price = _price_micro_usd(status) if never_ran else None
             if price is not None:
                 self._told(price)
@@ -477,8 +492,9 @@ class CloudClient:
                 self._failed()
             return CloudRefused(
                 f"the cloud at {self.address} refused: {text}",
-                never_ran=never_ran,
+                never_ran=never_ran or withheld,  # nothing is charged, and it is known by now
                 price_micro_usd=price,
+                withheld=withheld,
                 field=_field(status) if never_ran else "",
             )
         retry_after_s = _retry_after_s(status)
@@ -518,7 +534,7 @@ class CloudClient:
                 )
             return CloudLied(f"the cloud at {self.address} sent too much: {text}")
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-            if not accepted and timeout_s >= self._connect_timeout_s:
+            if not accepted and timeout_s >= min(SLOW_ANSWER_S, self._connect_timeout_s):
                 self._failed()
             return CloudUnavailable(
                 f"the cloud at {self.address} was not done within {round(timeout_s, 1):g} s",

@@ -76,6 +76,7 @@ class Daemon:
         self.settings = settings
         self.address = settings.address  # with the port that was found, once it listens
         self._stop = asyncio.Event()
+        self._told_to_stop = False
         self._hurry = asyncio.Event()
         self._health = Health(SERVICE)
         self._working: list[asyncio.Future[Any]] = []  # of threads that nothing can interrupt
@@ -165,8 +166,9 @@ class Daemon:
 
     def stop(self) -> None:
         """Asks for the shutdown. A second call cuts the grace period short."""
-        if self._stop.is_set():
+        if self._told_to_stop:
             self._hurry.set()
+        self._told_to_stop = True
         self._stop.set()
 
     def drain(self) -> None:

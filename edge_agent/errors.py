@@ -152,16 +152,23 @@ class CloudUnavailable(CloudError):
 class CloudRefused(CloudError):
     """The cloud will not serve this request: price, size, credentials.
 
-    `price_micro_usd` is what it asks, where that is why, and `field` what it does not take of the request, where it
-    names that.
+    `price_micro_usd` is what it asks, where that is why, `field` what it does not take of the request, where it names
+    that, and `withheld` whether its model's safety checker kept the image back.
     """
 
     def __init__(
-        self, message: str, *, never_ran: bool, price_micro_usd: int | None = None, field: str = ""
+        self,
+        message: str,
+        *,
+        never_ran: bool,
+        price_micro_usd: int | None = None,
+        field: str = "",
+        withheld: bool = False,
     ) -> None:
         super().__init__(message, never_ran=never_ran)
         self.price_micro_usd = price_micro_usd
         self.field = field
+        self.withheld = withheld
 
 
 class CloudUncalibrated(CloudRefused):

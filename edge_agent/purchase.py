@@ -98,6 +98,7 @@ class Purchases:
                 retry_after_s=OUTCOME_RETRY_S,
             )
         self._under_way.add(key)
+        self.cloud.expect()
         deadline = time.monotonic() + timeout_s
         reserving = asyncio.ensure_future(
             asyncio.to_thread(
@@ -295,8 +296,8 @@ class Purchases:
         if not outcome.known or (may_arrive and not outcome.arrived):
             return False
         charged = outcome.charged_micro_usd
-        log.info("resolved", extra={"fields": {"purchase": key, "charged_micro_usd": charged}})
-        return await (self.settle(key, charged) if charged else self.release(key))
+        log.info("resolved", extra={"fields": {"purchase": key, "charged_micro_usd": charged or 0}})
+        return await (self.release(key) if charged is None else self.settle(key, charged))
 
     def _may_arrive(self, reservation: Reservation) -> bool:
         """Whether the call may still be on its way. By no clock that can be set, as far as that can be told.
@@ -363,7 +364,7 @@ class Purchase:
     async def aclose(self) -> None:
         """Give back what was never sent; hand what is of unknown outcome to the resolver."""
         try:
-            if not self._sent:
+            if not self._sent and not self._concluded:
                 self._concluded = await self._purchases.release(self._key)
         finally:
             if self._concluded:

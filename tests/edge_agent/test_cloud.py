@@ -34,7 +34,14 @@ from PIL.PngImagePlugin import PngInfo
 
 from edge_agent import cloud_image
 from edge_agent.address import is_local
-from edge_agent.cloud import MAX_MESSAGE_BYTES, MOST_RESUMES, SLOW_CONNECTION_S, CloudClient, Outcome
+from edge_agent.cloud import (
+    MAX_MESSAGE_BYTES,
+    MOST_RESUMES,
+    SLOW_ANSWER_S,
+    SLOW_CONNECTION_S,
+    CloudClient,
+    Outcome,
+)
 from edge_agent.cloud_image import MAX_PREVIEW_BYTES, CloudAccepted, CloudImage
 from edge_agent.errors import CloudError, CloudLied, CloudRefused, CloudUnavailable
 from edge_agent.image import Progress
@@ -620,15 +627,16 @@ async def test_the_rest_of_an_image_that_broke_off_is_asked_for(cloud: Cloud, th
     assert first == 0 and rest == sorted(set(rest)) and rest[0] > 0
 
 
-async def test_an_image_of_which_no_byte_came_is_asked_for_where_the_cloud_says_it_is_paid(
-    cloud: Cloud,
+@pytest.mark.parametrize("charged", [PRICE, 0])
+async def test_an_image_of_which_no_byte_came_is_asked_for_where_the_cloud_says_it_is_made(
+    cloud: Cloud, charged: int
 ) -> None:
     """A small image is one message, of which gRPC gives nothing where it is cut."""
     data = png()
     calls = iter([[accepted()], honest(data)])
     cloud.script = lambda _: next(calls)
     finished = cloud_pb2.GENERATION_STATE_FINISHED
-    cloud.answer = cloud_pb2.LookupGenerationResponse(state=finished, charged=True, charged_micro_usd=PRICE)
+    cloud.answer = cloud_pb2.LookupGenerationResponse(state=finished, charged=True, charged_micro_usd=charged)
     events = await collect(CloudClient(cloud.address))
     assert [type(event) for event in events if not isinstance(event, Progress)] == [
         CloudAccepted,
@@ -771,6 +779,16 @@ async def test_callers_with_short_deadlines_find_a_silent_cloud_out_all_the_same
         error = await failure(client, timeout_s=SLOW_CONNECTION_S + 0.1)
         assert error.never_ran
         assert not client.healthy
+
+
+@pytest.mark.parametrize(("timeout_s", "healthy"), [(0.2, True), (SLOW_ANSWER_S + 0.1, False)])
+async def test_callers_with_short_deadlines_find_out_a_cloud_that_does_not_accept(
+    cloud: Cloud, timeout_s: float, healthy: bool
+) -> None:
+    cloud.script = [stall]
+    client = CloudClient(cloud.address)
+    assert not (await failure(client, timeout_s=timeout_s)).never_ran
+    assert client.healthy is healthy
 
 
 async def test_one_call_finds_out_whether_the_cloud_is_back_and_the_others_need_not_wait_with_it() -> None:
@@ -1057,20 +1075,33 @@ async def test_messages_without_an_event_are_passed_over(cloud: Cloud) -> None:
 @pytest.mark.parametrize(
     ("state", "charged", "outcome"),
     [
-        (cloud_pb2.GENERATION_STATE_UNKNOWN, None, Outcome(known=True, arrived=False, charged_micro_usd=0)),
-        (cloud_pb2.GENERATION_STATE_RUNNING, None, Outcome(known=False, arrived=True, charged_micro_usd=0)),
+        (
+            cloud_pb2.GENERATION_STATE_UNKNOWN,
+            None,
+            Outcome(known=True, arrived=False, charged_micro_usd=None),
+        ),
+        (
+            cloud_pb2.GENERATION_STATE_RUNNING,
+            None,
+            Outcome(known=False, arrived=True, charged_micro_usd=None),
+        ),
         (
             cloud_pb2.GENERATION_STATE_UNSPECIFIED,
             None,
-            Outcome(known=False, arrived=False, charged_micro_usd=0),
+            Outcome(known=False, arrived=False, charged_micro_usd=None),
         ),
         (
             cloud_pb2.GENERATION_STATE_FINISHED,
             PRICE,
             Outcome(known=True, arrived=True, charged_micro_usd=PRICE),
         ),
-        (cloud_pb2.GENERATION_STATE_FAILED, None, Outcome(known=True, arrived=True, charged_micro_usd=0)),
-        (cloud_pb2.GENERATION_STATE_CANCELLED, None, Outcome(known=True, arrived=True, charged_micro_usd=0)),
+        (cloud_pb2.GENERATION_STATE_FINISHED, 0, Outcome(known=True, arrived=True, charged_micro_usd=0)),
+        (cloud_pb2.GENERATION_STATE_FAILED, None, Outcome(known=True, arrived=True, charged_micro_usd=None)),
+        (
+            cloud_pb2.GENERATION_STATE_CANCELLED,
+            None,
+            Outcome(known=True, arrived=True, charged_micro_usd=None),
+        ),
     ],
 )
 async def test_a_lookup_tells_what_a_request_came_to(

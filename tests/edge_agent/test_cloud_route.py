@@ -697,6 +697,83 @@ async def test_a_caller_who_leaves_while_the_account_is_read_locks_no_money(
         assert (await here.app.budget(), cloud.connections) == ((0, 0), 0)
 
 
+async def test_a_call_whose_money_is_set_aside_does_not_wait_for_prompts_to_be_read(both: Both) -> None:
+    straight, go_on = both.here.daemon.agent, threading.Event()
+    assert straight is not None
+    assert (await both.app.generate(CLOUD_PROMPT)).served_by == "cloud"
+    straight._reading_ms = 0.0  # the next one is read at once
+    straight._reading.submit(go_on.wait, 60)
+    answer = await both.app.generate(CLOUD_PROMPT)
+    assert answer.served_by == "cloud" and not go_on.is_set()
+    go_on.set()
+
+
+async def test_one_call_finds_out_whether_the_cloud_is_back_and_the_others_stay_on_the_edge(
+    routed_bundle: Path, tmp_path: Path
+) -> None:
+    silent = await asyncio.start_server(say_nothing, "127.0.0.1", 0)
+    address = f"127.0.0.1:{silent.sockets[0].getsockname()[1]}"
+    async with daemon_here(routed_bundle, tmp_path, cloud=address, cloud_connect_timeout_s="1") as here:
+        cloud = here.daemon._purchases.cloud
+        assert cloud is not None
+        assert (await here.app.generate(CLOUD_PROMPT)).result.fallback
+        await until(lambda: cloud.healthy)  # the time it was left alone is over
+        answers = await asyncio.gather(*(here.app.generate(CLOUD_PROMPT) for _ in range(6)))
+        assert sorted(answer.reason for answer in answers) == ["cloud_unavailable"] * 5 + ["pareto_cloud"]
+        assert (await here.app.budget())[1] == 0
+    silent.close()
+
+
+async def test_what_was_never_sent_is_given_back_once(
+    routed_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each time is a write to the disk."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound and not listening: nobody answers there
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        async with daemon_here(routed_bundle, tmp_path, cloud=address) as here:
+            ledger, released = here.daemon._purchases.ledger, list[str]()
+            release = ledger.release
+            monkeypatch.setattr(ledger, "release", lambda key: (released.append(key), release(key)))
+            assert (await here.app.generate(CLOUD_PROMPT)).result.fallback
+            assert (len(released), await here.app.budget()) == (1, (0, 0))
+
+
+async def test_an_image_that_cost_nothing_was_made_all_the_same(
+    routed_bundle: Path, digest: str, tmp_path: Path
+) -> None:
+    """So its id is used up, and it counts in the rates."""
+
+    class Free(ScriptedCloud):
+        PRICE = 0
+
+    async with (
+        counted(Free(digest)) as cloud,
+        daemon_here(routed_bundle, tmp_path, cloud=cloud.address, rate="1/3600") as here,
+    ):
+        cloud.manner = "lie"
+        assert (await here.app.generate(CLOUD_PROMPT, request_id="free")).result.fallback
+        await until(lambda: not here.daemon._purchases.ledger.unresolved())
+        assert (await here.app.generate(routing=CLOUD, request_id="free")).code == "ALREADY_EXISTS"
+        assert (await here.app.generate(CLOUD_PROMPT)).reason == "quota_exhausted"
+
+
+async def test_an_image_that_a_safety_checker_withheld_costs_nothing_and_says_nothing_of_the_cloud(
+    routed_bundle: Path, digest: str, tmp_path: Path
+) -> None:
+    why = ErrorInfo(reason="IMAGE_WITHHELD")
+    withheld = abort(grpc.StatusCode.FAILED_PRECONDITION, "the safety checker withheld it", detail=why)
+    async with (
+        counted(Cloud([accepted(CEILING, digest), withheld])) as cloud,
+        daemon_here(routed_bundle, tmp_path, cloud=cloud.address) as here,
+    ):
+        answer = await here.app.generate(CLOUD_PROMPT)
+        assert answer.served_by == "edge" and "safety checker" in answer.result.fallback_error
+        assert await here.app.budget() == (0, 0)
+        assert not (await here.app.status()).advice
+        assert (await here.app.generate(routing=CLOUD)).code == "FAILED_PRECONDITION"
+
+
 async def test_a_stalled_connection_to_the_cloud_ends_at_the_connection_timeout(
     routed_bundle: Path, tmp_path: Path
 ) -> None:

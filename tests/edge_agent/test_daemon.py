@@ -172,6 +172,7 @@ def test_a_terminal_that_closes_ends_no_call_midway(start: Start) -> None:
         process.popen.send_signal(signal.SIGHUP)
         process.wait_for("draining")
         process.popen.send_signal(signal.SIGHUP)  # the shell's, and then the kernel's
+        process.popen.send_signal(signal.SIGTERM)  # the first of whoever shuts the machine down
         assert [response.WhichOneof("event") for response in call][-1] == "result"
     assert process.popen.wait(60) == 0
 
