@@ -311,10 +311,11 @@ def report(
     lines = [
         "# What the inspector sees",
         "",
-        f"Made by `{command}`. The inspector",
-        "(`export/starter/inspector.py`) is a detector trained apart from the judge, on scenes of its own; what it",
-        "finds is compared with the prompt by rule (`export/inspection.py`): every kind of object as often as asked,",
-        "the first to the second as asked, the background asked for. Nothing that routes learns from it.",
+        f"Made by `{command}`.",
+        "The inspector (`export/starter/inspector.py`) is a detector trained apart from the judge, on scenes of its",
+        "own; what it finds is compared with the prompt by rule (`export/inspection.py`): every kind of object as",
+        "often as asked, the first to the second as asked, the background asked for. Nothing that routes learns from",
+        "it.",
         "",
         "## How good the models are",
         "",
@@ -327,8 +328,8 @@ def report(
         *of_models(said, prompts),
         "",
         "Of one object there are only as many scenes as kinds, sizes and places, so those of the test prompts are few.",
-        "The same of the prompts of all splits of the routers; no generator, judge or inspector was trained on these",
-        "scenes either, as they are said:",
+        "The same of the prompts of train, validation, calibration and test together; no generator, judge or inspector",
+        "was trained on these scenes either, as they are said:",
         "",
         "| prompts | number | scenes | everything, edge | cloud | share, edge | cloud |",
         "|---|---|---|---|---|---|---|",
@@ -380,6 +381,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = f"edge-export inspect {shown(options.labels)} {shown(options.images)}"
         if options.inspector.resolve() != STARTER_INSPECTOR:
             command += f" --inspector {shown(options.inspector)}"
+        command += f" --report {shown(options.report)}"
         write_output(options.report, report(inspector, found, verdicts(table), known, command))
         console.print(f"written to {options.report}")
     return 0

@@ -226,10 +226,8 @@ def test_the_labels_get_the_verdicts_of_every_image_and_lose_nothing(labelled, t
     said = ~np.isnan(outcomes.cloud_inspected).all(axis=1)
     assert (said == ~np.isin(outcomes.ids, unknown)).all() and not said.all()
     assert "| all | 3 | 3 | 0.00 [0.00, 0.00] | 1.00 [1.00, 1.00] |" in report.read_text()
-    assert (
-        f"Made by `edge-export inspect {labels.as_posix()} {images.as_posix()}`. The inspector\n"
-        in report.read_text()
-    )
+    command = f"edge-export inspect {labels.as_posix()} {images.as_posix()} --report {report.as_posix()}"
+    assert f"Made by `{command}`.\n" in report.read_text()
     again = inspection.main([str(labels), str(images)])
     assert again == 0 and pq.read_table(labels).equals(after)
 
