@@ -135,3 +135,21 @@ async def test_a_deadline_counts_who_comes_before_and_not_who_came_before() -> N
         with pytest.raises(DeadlineTooShort, match=r"12\.0 s or more, with 1 requests before it"):
             await admission.enter("other", "large", 2, 11.9).__aenter__()
         await open_.enter_async_context(admission.enter("other", "large", 2, 12.1))
+
+
+async def test_where_nobody_may_wait_other_tenants_may_not_either() -> None:
+    admission = Admission(max_queue=0)
+    async with admission.enter("one", "small", 1, None):
+        with pytest.raises(QueueFull):
+            await admission.enter("other", "small", 1, None).__aenter__()
+    async with admission.enter("other", "small", 1, None) as ticket:
+        assert ticket.turn.is_set()
+
+
+async def test_a_place_counts_the_turns_that_tenants_take() -> None:
+    admission = Admission(max_queue=9)
+    async with AsyncExitStack() as open_:
+        tickets = [
+            await open_.enter_async_context(admission.enter(tenant, "small", 1, None)) for tenant in "aaaabb"
+        ]
+        assert [ticket.position for ticket in tickets] == [0, 1, 2, 3, 1, 3]

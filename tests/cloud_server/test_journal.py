@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sqlite3
@@ -163,6 +164,58 @@ def test_of_a_server_that_is_killed_an_hour_at_most_does_not_count(
     journal.prune()
     journal._connection.close()  # as kill -9 leaves it
     assert 0.0 <= clock.now - 1_000.0 - opened(tmp_path, clock)._ran() < NOTE_CLOCK_EVERY_S
+
+
+def test_tenants_who_choose_the_same_id_have_an_image_and_an_end_each(
+    journal: Journal, clock: Clock, tmp_path: Path
+) -> None:
+    journal.begin("other", "r", "f")
+    journal.finish("other", "r", FINISHED)
+    journal.begin("other", "cut off", "f")
+    clock.now += 61.0
+    journal.begin("t", "r", "f")
+    journal.finish("t", "r", FINISHED)
+    assert journal.prune() and not journal.prune()
+    entry = journal.find("t", "r")
+    assert entry is not None and entry.finished == FINISHED
+    journal.close()
+    reopened = opened(tmp_path, clock)
+    reopened.begin("t", "cut off", "f")
+    other = reopened.find("other", "cut off")
+    assert other is not None and other.state is State.FAILED
+
+
+def test_what_ended_is_not_said_to_run_where_its_end_cannot_be_written(journal: Journal) -> None:
+    """Until the disk is well again its caller would wait for nothing, and its edge count it as spent."""
+    journal.begin("t", "r", "f")
+    full = "BEGIN SELECT RAISE(FAIL, 'database or disk is full'); END"
+    journal._connection.execute(f"CREATE TEMP TRIGGER full BEFORE UPDATE ON generations {full}")
+    with pytest.raises(JournalError):
+        journal.end("t", "r", State.CANCELLED)
+    assert state(journal, "r") is State.FAILED
+    journal._connection.execute("DROP TRIGGER full")
+    journal.begin("t", "r", "f")
+
+
+def test_a_disk_that_fails_again_after_it_was_well_is_in_the_log_again(
+    journal: Journal, caplog: pytest.LogCaptureFixture
+) -> None:
+    full = "BEGIN SELECT RAISE(FAIL, 'database or disk is full'); END"
+    for times in (1, 2):
+        journal._connection.execute(f"CREATE TEMP TRIGGER full BEFORE INSERT ON generations {full}")
+        for _ in range(2):
+            with pytest.raises(JournalError, match="disk is full"):
+                journal.begin("t", f"r{times}", "f")
+        assert [record.message for record in caplog.records] == ["journal"] * times
+        journal._connection.execute("DROP TRIGGER full")
+        journal.begin("t", f"r{times}", "f")
+
+
+def test_a_charge_is_on_the_disk_before_anybody_is_told(journal: Journal) -> None:
+    """Or a power cut would take it back."""
+    names = ("synchronous", "journal_mode")
+    settings = [journal._connection.execute(f"PRAGMA {name}").fetchone()[0] for name in names]
+    assert settings == [2, "wal"]
 
 
 @pytest.mark.posix
@@ -367,6 +420,18 @@ def test_a_disk_without_room_for_a_journal_may_have_some_later(
     connect = sqlite3.connect
     monkeypatch.setattr(sqlite3, "connect", lambda *rest, **options: connect(*rest, **options, factory=Full))
     with pytest.raises(JournalNotReady, match="is full; free some space and try again"):
+        Journal.open(tmp_path / "j.sqlite", keep_images_s=1.0)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_without_room_for_the_file_itself_may_have_some_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def touch(*_: Any, **_named: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "touch", touch)
+    with pytest.raises(JournalNotReady, match="free some space and try again"):
         Journal.open(tmp_path / "j.sqlite", keep_images_s=1.0)
 
 

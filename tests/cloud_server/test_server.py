@@ -668,6 +668,35 @@ def test_a_line_that_is_commented_out_lets_nobody_in(tmp_path: Path) -> None:
         Tenants.load(str(tmp_path / "tokens")).identify("Bearer alice-token-0123456789")
 
 
+def test_a_token_is_known_however_its_header_is_written(tmp_path: Path) -> None:
+    (tmp_path / "tokens").write_text("acme acme-token-0123456789\n")
+    tenants = Tenants.load(str(tmp_path / "tokens"))
+    for scheme in ("Bearer ", "bearer ", "BEARER   "):
+        assert tenants.identify(f"{scheme}acme-token-0123456789 ") == "acme"
+    for header in ("Basic acme-token-0123456789", "Bearer", "", "Bearer t\udcf6ken"):
+        with pytest.raises(Unauthenticated):
+            tenants.identify(header)
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ("acme one-token-0123456789\nglobex one-token-0123456789\n", "line 2: .* another tenant"),
+        ("acme one-token-0123456789\nglobex 0123456789abcde\n", "line 2: .* at least 16 characters"),
+        ("acme one-token-0123456789 too\n", "line 1: expected TENANT TOKEN"),
+        ("# acme acme-token-0123456789\n\n", "has no tokens"),
+    ],
+)
+def test_a_tokens_file_that_makes_no_sense_is_refused_with_what_to_do(
+    tmp_path: Path, lines: str, says: str
+) -> None:
+    (tmp_path / "tokens").write_text(lines)
+    with pytest.raises(StartRefused, match=says):
+        Tenants.load(str(tmp_path / "tokens"))
+    (tmp_path / "tokens").write_text("acme one-token-0123456789\n" * 2)
+    assert Tenants.load(str(tmp_path / "tokens")).identify("Bearer one-token-0123456789") == "acme"
+
+
 @pytest.mark.posix
 def test_tokens_from_a_pipe_are_read_once(tmp_path: Path) -> None:
     """As in --tokens <(fetch-tokens); whoever opened it again would wait for ever."""

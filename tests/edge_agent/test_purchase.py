@@ -253,6 +253,59 @@ async def test_an_id_that_is_used_again_is_refused_by_the_name_that_its_app_gave
     await first.aclose()
 
 
+async def test_the_names_of_apps_and_their_ids_do_not_run_together(begin: Begin) -> None:
+    purchases = begin("127.0.0.1:1")
+    names = [("kiosk", "1-a"), ("kiosk1", "-a"), ("desk", "1-a")]
+    keys = {purchases.key(request(request_id)._replace(app=app)) for app, request_id in names}
+    assert len(keys) == len(names)
+
+
+async def test_what_the_budget_refuses_is_not_under_way(tmp_path: Path) -> None:
+    """Else those that were refused would fill all places in time."""
+    ledger = Ledger.open(tmp_path / "quota.sqlite3", (Budget("day", "day", CEILING),))
+    purchases = Purchases(ledger, CloudClient("127.0.0.1:1"))
+    first = await purchases.reserve(request("first"), CEILING, 60.0)
+    for _ in range(2):
+        with pytest.raises(QuotaExhausted, match="'day'"):
+            await purchases.reserve(request("again"), CEILING, 60.0)
+    await first.aclose()
+    second = await purchases.reserve(request("again"), CEILING, 60.0)
+    await second.aclose()
+    await purchases.close()
+
+
+async def test_a_call_has_the_time_that_its_reservation_left(
+    begin: Begin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It must not outlast what the resolver waits for."""
+    given: list[float] = []
+
+    async def generate(_request: Any, _ceiling: Any, timeout_s: float, _goes_out: Any) -> AsyncIterator[Any]:
+        given.append(timeout_s)
+        for nothing in ():
+            yield nothing
+
+    purchases = begin("127.0.0.1:1")
+    monkeypatch.setattr(purchases.cloud, "generate", generate)
+    async with aclosing(await purchases.reserve(request("late"), CEILING, 60.0)) as purchase:
+        await asyncio.sleep(0.2)
+        assert [event async for event in purchase.images()] == []
+    assert given[0] <= 59.8
+
+
+async def test_who_takes_no_more_of_an_image_ends_the_call_for_it(begin: Begin) -> None:
+    async def look_in() -> None:
+        purchase = await purchases.reserve(request("enough"), CEILING, 600.0)
+        async with aclosing(purchase), aclosing(purchase.images()) as events:
+            await anext(events)
+
+    async with scripted_cloud("d" * 64) as cloud:
+        cloud.manner = "hang"
+        purchases = begin(cloud.address)
+        await asyncio.wait_for(look_in(), 30.0)
+        await until(lambda: cloud.cancelled == 1)
+
+
 async def test_an_image_that_came_holds_no_place_however_slowly_it_is_read(
     begin: Begin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -300,6 +353,48 @@ async def test_a_reservation_that_the_cloud_cannot_answer_for_does_not_hold_up_t
         await purchases.start()
         await until(lambda: unresolved(purchases) == ["left"])
         assert cloud.lookups[0] == "left"
+
+
+async def test_a_cloud_out_of_reach_is_asked_about_one_call_and_less_and_less_often(
+    begin: Begin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_agent.purchase.FIRST_RETRY_S", 1e4)
+    monkeypatch.setattr("edge_agent.purchase.LONGEST_RETRY_S", 6e4)
+    loop = asyncio.get_running_loop()
+    call_at = loop.call_at
+    asked: list[str] = []
+    pauses: list[float] = []
+    out_of_reach = [True] * 6 + [False] * 2 + [True]
+
+    def sooner(when: float, callback: Any, *arguments: Any, **named: Any) -> Any:
+        if "_resolve" not in callback.__qualname__:
+            return call_at(when, callback, *arguments, **named)
+        pauses.append(when - loop.time())
+        return loop.call_soon(callback) if len(pauses) <= 6 else call_at(when, callback)
+
+    async def lookup(key: str) -> Outcome:
+        asked.append(key)
+        if out_of_reach.pop(0):
+            raise CloudError("nobody answers", never_ran=True)
+        return Outcome(known=True, arrived=True, charged_micro_usd=0)
+
+    purchases = begin("127.0.0.1:1")
+    monkeypatch.setattr(purchases.cloud, "lookup", lookup)
+    monkeypatch.setattr(loop, "call_at", sooner)
+
+    async def leave_open(request_id: str) -> str:
+        await purchases.reserve(request(request_id), CEILING, 0.0)
+        purchases.hand_over(purchases.key(request(request_id)), sent=True)
+        return purchases.key(request(request_id))
+
+    after = await leave_open("after")
+    await purchases.start()
+    await until(lambda: unresolved(purchases) == [])
+    assert asked == ["left"] * 7 + [after]
+    next_ = await leave_open("next")
+    await until(lambda: len(pauses) == 7)
+    assert asked[8:] == [next_]
+    assert pauses == pytest.approx([1e4, 2e4, 4e4, 6e4, 6e4, 6e4, 1e4], rel=0.01)
 
 
 async def test_a_bug_in_asking_after_one_call_does_not_end_the_search(

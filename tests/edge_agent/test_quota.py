@@ -481,6 +481,28 @@ def test_a_rate_lets_calls_through_again_as_the_earlier_ones_grow_old(open_ledge
     assert not ledger.allows("app", 5)
 
 
+def test_a_rate_that_was_lowered_says_when_all_but_as_many_calls_have_grown_old(open_ledger: Open) -> None:
+    clock = Clock()
+    ledger = open_ledger(Rate("burst", 3, 60.0), clock=clock)
+    for request_id in "abc":
+        ledger.reserve(request_id, "app", 5)
+        clock.now += 10
+    ledger = open_ledger(Rate("burst", 2, 60.0), clock=clock)
+    with pytest.raises(QuotaExhausted, match="and there were 3") as refused:
+        ledger.reserve("d", "app", 5)
+    assert refused.value.retry_after_s == 40
+    clock.now += 40
+    ledger.reserve("d", "app", 5)
+
+
+def test_a_rate_of_no_calls_refuses_all_of_them_and_does_not_ask_to_wait(open_ledger: Open) -> None:
+    ledger = open_ledger(Rate("none", 0, 60.0))
+    assert not ledger.allows("app", 0)
+    with pytest.raises(QuotaExhausted, match="allows 0 cloud calls") as refused:
+        ledger.reserve("a", "app", 0)
+    assert refused.value.retry_after_s is None
+
+
 def test_a_call_that_never_ran_does_not_count_in_the_rate(open_ledger: Open) -> None:
     ledger = open_ledger(Rate("burst", 1, 60.0))
     ledger.reserve("a", "app", 5)
@@ -799,6 +821,12 @@ def test_a_folder_that_cannot_be_written_is_refused_with_its_path() -> None:
             Ledger.open(Path(folder) / "quota.sqlite", (DAY,))
 
 
+@pytest.mark.posix
+def test_the_folder_is_for_its_owner_alone(path: Path, open_ledger: Open) -> None:
+    open_ledger(DAY)
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+
+
 def test_a_file_in_place_of_the_folder_is_called_one(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file" / "state"):
@@ -840,6 +868,7 @@ def test_a_closed_ledger_says_so_and_closes_again(
     open_ledger: Open, budgets: tuple[Budget, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
     ledger = open_ledger(*budgets)
+    ledger.states()  # which it keeps in memory
     ledger.close()
     ledger.close()
     for method, *arguments in USES:
@@ -934,3 +963,38 @@ def test_a_write_that_fails_leaves_the_ledger_as_it_was_and_usable(open_ledger: 
     assert ledger.states()[0].reserved_micro_usd == 10 * promised
     ledger.settle("before", 4)
     assert len(ledger.unresolved()) == promised - 1
+
+
+def test_a_write_of_which_nobody_knows_whether_it_is_durable_counts(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the disk takes it and fails as it says so."""
+    faults: list[Exception] = []
+
+    class Unsure(sqlite3.Connection):
+        def execute(self, statement: str, *arguments: Any) -> sqlite3.Cursor:
+            cursor = super().execute(statement, *arguments)
+            if statement == "COMMIT" and faults:
+                raise faults.pop()
+            return cursor
+
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *rest, **named: connect(*rest, **named, factory=Unsure))
+    ledger = Ledger.open(path, (DAY,))
+    ledger.reserve("a", "app", 10)
+    faults.append(sqlite3.OperationalError("disk I/O error"))
+    with pytest.raises(LedgerError, match="check the disk"):
+        ledger.reserve("b", "app", 60)
+    assert remaining(ledger) == [30]
+    with pytest.raises(QuotaExhausted):
+        ledger.reserve("c", "app", 31)
+    ledger.close()
+
+
+def test_what_is_written_is_on_the_disk_before_anybody_is_told(open_ledger: Open) -> None:
+    """Or a power cut would take it back."""
+    connection = open_ledger(DAY)._connection
+    settings = [
+        connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("synchronous", "journal_mode")
+    ]
+    assert settings == [2, "wal"]

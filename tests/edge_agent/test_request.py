@@ -31,6 +31,20 @@ def test_what_the_caller_said_stays() -> None:
     assert validate(said, LIMITS) == said
 
 
+def test_what_lies_at_a_limit_is_taken() -> None:
+    largest = REQUEST._replace(
+        request_id="x" * 128,
+        app="~" * 128,
+        seed=MAX_SEED,
+        guidance_scale=50.0,
+        max_price_micro_usd=2**63 - 1,
+        resume_offset=2**63 - 1,
+        traceparent="00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+        routing=Routing.CLOUD_ONLY,
+    )
+    assert validate(largest, LIMITS) == largest._replace(width=64, height=64)
+
+
 def test_a_drawn_seed_is_a_seed_and_two_draws_differ() -> None:
     seeds = {validate(REQUEST, LIMITS).seed for _ in range(4)}
     assert len(seeds) > 1

@@ -61,6 +61,10 @@ def test_prompt_by_prompt_it_is_what_it_is_for_all_of_them() -> None:
     )
 
 
+def test_a_metric_of_no_weight_counts_for_nothing() -> None:
+    assert Superiority([0.1, 0.1], [1.0, 0.0]).of([0.5, 0.9], [0.5, 0.1]) == 0.5
+
+
 @pytest.mark.parametrize(
     ("edge", "scale", "weights", "says"),
     [
