@@ -68,6 +68,9 @@ MAX_JSON_BYTES = 1 << 26  # twice the largest tokenizers'; when read, JSON may t
 MAX_TEXT_TOKENS = 1 << 14
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+# What is no file's name on Windows: a colon names a drive or a stream, a backslash parts folders, the words are devices
+# whatever their ending. And onnxruntime up to 1.23.2 takes `*/_ORT_MEM_ADDR_/*` for an address in the process's memory.
+_NO_NAME = re.compile(r'[\\:\0*?"<>|]|[. ]\Z|\A(con|prn|aux|nul|(com|lpt)[0-9¹²³]) *(\.|\Z)', re.IGNORECASE)
 
 
 def schedule_file(steps: int) -> str:
@@ -400,16 +403,15 @@ def _parse_files(document: dict[str, Any], path: Path | str) -> dict[str, FileEn
             and ".." not in parts
             and PurePosixPath(name).as_posix() == name
         )
-        # A backslash parts folders on Windows, where a colon names a drive or a stream.
         if (
             not inside
-            or set(name) & set("\\:\0")
+            or any(map(_NO_NAME.search, parts))
             or not name.isprintable()
             or len(name.encode()) > MAX_PATH_BYTES
         ):
             raise BundleError(
-                f"{path} lists {name[:MAX_PATH_BYTES]!r}, which is not a plain path inside the bundle, of at most "
-                f"{MAX_PATH_BYTES} bytes"
+                f"{path} lists {name[:MAX_PATH_BYTES]!r}, which is not a plain path inside the bundle that all systems "
+                f"take, of at most {MAX_PATH_BYTES} bytes"
             )
         if name == MANIFEST or any(
             parent.as_posix() in (*files, MANIFEST) for parent in PurePosixPath(name).parents

@@ -114,9 +114,19 @@ def test_a_folder_in_a_files_place_is_named(bundle_copy: Path) -> None:
         "a\x1bb",
         "a" * 201,
         "unet/" + "🐈" * 50,  # 200 bytes behind the folder's name
+        "unet/*/_ORT_MEM_ADDR_/*",
+        *(f"unet/a{mark}b" for mark in '"<>|?'),
+        "unet./a",
+        "a ",
+        "Con",
+        "nul.bin",
+        "unet/com1.tar.gz",
+        "LPT9 .txt",
     ],
 )
-def test_a_path_that_could_lead_outside_is_refused(bundle_copy: Path, name: str) -> None:
+def test_a_path_that_could_lead_outside_or_that_windows_refuses_is_refused(
+    bundle_copy: Path, name: str
+) -> None:
     (bundle_copy.parent / "outside").write_text("x")
     edit_files(bundle_copy, **{name: {"bytes": 1, "sha256": "0" * 64}})
     with pytest.raises(BundleError, match="not a plain path inside the bundle"):
@@ -255,6 +265,17 @@ def test_weights_that_the_manifest_does_not_list_are_refused_by_name(bundle_copy
         Bundle.open(bundle_copy, verify=False)
     write_manifest(bundle_copy)
     assert set(Bundle.open(bundle_copy).files_of(DENOISER)) == {bundle_copy / DENOISER, weights}
+
+
+def test_weights_that_are_an_address_in_memory_are_refused_by_name(bundle_copy: Path) -> None:
+    """Up to 1.23.2 onnxruntime reads what is there, whatever lies at the place that has the same name."""
+    place = "_ORT_MEM_ADDR_/weights.bin"
+    (bundle_copy / "unet" / place).parent.mkdir()
+    move_weights(bundle_copy / DENOISER, bundle_copy / "unet" / place, place)
+    write_manifest(bundle_copy)
+    words = rf"{as_shown(DENOISER)} has weights in '{place}', which is no file below"
+    with pytest.raises(BundleError, match=words):
+        Bundle.open(bundle_copy)
 
 
 @pytest.mark.parametrize("place", ["../../outside.bin", "{outside}", "../vae_decoder/model.onnx", "", "."])
