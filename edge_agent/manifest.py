@@ -395,6 +395,7 @@ def _parse_files(document: dict[str, Any], path: Path | str) -> dict[str, FileEn
     files = _typed(document, "files", dict, path)
     if len(files) > MAX_FILES:
         raise BundleError(f"{path} lists {len(files):,} files; a bundle has at most {MAX_FILES:,}")
+    taken = files.keys() | {MANIFEST}
     for name, entry in files.items():
         parts = PurePosixPath(name).parts
         inside = (
@@ -413,9 +414,7 @@ def _parse_files(document: dict[str, Any], path: Path | str) -> dict[str, FileEn
                 f"{path} lists {name[:MAX_PATH_BYTES]!r}, which is not a plain path inside the bundle that all systems "
                 f"take, of at most {MAX_PATH_BYTES} bytes"
             )
-        if name == MANIFEST or any(
-            parent.as_posix() in (*files, MANIFEST) for parent in PurePosixPath(name).parents
-        ):
+        if name == MANIFEST or any(parent.as_posix() in taken for parent in PurePosixPath(name).parents):
             raise BundleError(f"{path} lists {name!r}, whose place another file has")
         if not isinstance(entry, dict):
             raise BundleError(f"{path}: the entry of {name} must hold bytes and sha256")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,22 @@ def test_a_manifest_with_a_wrong_fact_names_it(bundle_copy: Path, changes: dict[
     edit(bundle_copy, **changes)
     with pytest.raises(BundleError, match=rf"manifest\.json.*{what}"):
         Bundle.open(bundle_copy)
+
+
+def test_ten_times_as_many_files_take_no_more_than_some_ten_times_as_long(miniature_bundle: Path) -> None:
+    """Each has a hundred folders above it. Where each of those was sought in the list, it was twenty times."""
+    document = json.loads((miniature_bundle / MANIFEST).read_text())
+
+    def fastest_s(files: int) -> float:
+        listed = {"files": {f"{'a/' * 97}{number}": ENTRY for number in range(files)}}
+        text, times = json.dumps(document | listed).encode(), []
+        for _ in range(3):
+            before = time.process_time()
+            manifest_module.parse_unfinished(text, MANIFEST)
+            times.append(time.process_time() - before)
+        return min(times)
+
+    assert fastest_s(1_000) < 15 * fastest_s(100)
 
 
 @pytest.mark.parametrize(
