@@ -315,8 +315,8 @@ def _parse_added(document: dict[str, Any], path: Path | str) -> AddedConditionin
         return None
     added = _typed(document, "added", dict, path)
     return AddedConditioning(
-        text_output=_typed(added, "text_output", str, path),
-        pooled_output=_typed(added, "pooled_output", str, path),
+        text_output=_plain(added, "text_output", str, path),
+        pooled_output=_plain(added, "pooled_output", str, path),
         time_ids=_numbers(added.get("time_ids"), "time_ids", path),
         zero_negative=_typed(added, "zero_negative", bool, path),
     )
@@ -331,8 +331,8 @@ def _parse_joint(
         raise BundleError(f"{path}: no model has joint conditioning besides added or guidance_embedding")
     stated = _typed(document, "joint", dict, path)
     joint = JointConditioning(
-        text_output=_typed(stated, "text_output", str, path),
-        pooled_output=_typed(stated, "pooled_output", str, path),
+        text_output=_plain(stated, "text_output", str, path),
+        pooled_output=_plain(stated, "pooled_output", str, path),
         positions=_typed(stated, "positions", int, path),
         hidden=_typed(stated, "hidden", int, path),
     )

@@ -188,6 +188,8 @@ def test_a_newer_schema_says_what_to_do(bundle_copy: Path) -> None:
         ({"latent_to_rgb": [[0.1, 0.2, 0.3]] * 4}, "5 rows"),
         ({"latent_to_rgb": [["red", 0, 0]] * 5}, "latent_to_rgb must list numbers"),
         ({"added": {"text_output": "a", "pooled_output": "b", "time_ids": [1]}}, "zero_negative"),
+        ({"added": {"text_output": "\x1b[2J"}}, "text_output must be printable"),
+        ({"added": {"text_output": "a", "pooled_output": "b\n"}}, "pooled_output must be printable"),
         ({"files": []}, "files"),
         ({"files": {"a": 1}}, "a must hold"),
         ({"files": {"a": {"bytes": "1", "sha256": ""}}}, "bytes"),
@@ -422,6 +424,8 @@ def test_a_bundle_with_joint_conditioning_has_a_transformer_in_the_place_of_the_
         ({"hidden": 31}, "hidden of joint must be from 32 to"),
         ({"hidden": "64"}, "hidden must be a int"),
         ({"text_output": None}, "text_output must be a str"),
+        ({"text_output": "\x1b[2J"}, "text_output must be printable"),
+        ({"pooled_output": "a\nb"}, "pooled_output must be printable"),
     ],
 )
 def test_joint_conditioning_that_no_transformer_has_is_refused(
