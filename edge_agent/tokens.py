@@ -141,6 +141,8 @@ class Tokenizer:
             # Before the library has any of it, which ends the process where memory does not do.
             check(json.loads(text))
             tokenizer = TokenizersTokenizer.from_buffer(text)
+            if not tokenizer.get_vocab_size():
+                raise ValueError("it has no words")
         length = (tokenizer.truncation or {}).get("max_length")
         padding = tokenizer.padding or {}
         if not length or length != padding.get("length") or length % (padding["pad_to_multiple_of"] or 1):

@@ -309,6 +309,14 @@ def test_the_largest_id_is_the_vocabularys_unless_padding_has_a_larger_one(
     assert padded.largest == (70_000, tokenizer.vocabulary - 1)
 
 
+def test_a_tokenizer_without_words_is_refused(bundle_copy: Path) -> None:
+    """There is no largest id among none."""
+    replace(bundle_copy / "tokenizer", "added_tokens", [])
+    edit(bundle_copy / "tokenizer", "model", vocab={}, merges=[], unk_token=None)
+    with pytest.raises(BundleError, match=r"tokenizer\.json is not a tokenizer that works: it has no words"):
+        Tokenizer.load(bundle_copy / "tokenizer")
+
+
 @pytest.mark.parametrize("content", [b"", b"{}", b"\xff"])
 def test_a_file_that_is_no_tokenizer_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "tokenizer.json").write_bytes(content)
