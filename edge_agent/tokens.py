@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,6 +104,7 @@ class Tokenizer:
         self._padding = padding["pad_id"]
         self._nothing = np.full((1, length), self._padding, np.int64)
         self._at_the_end = padding["direction"] == "left"
+        self._cut_in_front = (tokenizer.truncation or {}).get("direction") == "left"
         self._tokenizer = tokenizer
         self._second = second
         self.length = length
@@ -203,10 +205,18 @@ class Tokenizer:
         with _refused(self._path):
             encoding = self._tokenizer.encode(prompt)
         read = {token for part in (encoding, *encoding.overflowing) for token in part.tokens}
-        for concept in sorted(read & self._concepts.keys()):
-            vectors = " ".join(self._concepts[concept])
-            prompt = prompt.replace(concept, vectors, self.length)  # more do not fit
-        return prompt
+        names = sorted(read & self._concepts.keys(), key=len, reverse=True)
+        if not names:
+            return prompt
+        parts = re.split(f"({'|'.join(map(re.escape, names))})", prompt)  # every second is a name
+        places, room = range(1, len(parts), 2), self.length
+        for place in reversed(places) if self._cut_in_front else places:
+            if room <= 0:  # more do not fit, and would take memory
+                break
+            vectors = self._concepts[parts[place]]
+            parts[place] = " ".join(vectors)
+            room -= len(vectors)
+        return "".join(parts)
 
 
 def concepts(added: Collection[str], length: int = MAX_TEXT_TOKENS) -> dict[str, list[str]]:

@@ -94,6 +94,24 @@ def test_a_concept_of_several_vectors_is_as_many_tokens(miniature_bundle: Path) 
     assert often.ids[0, 1:76].tolist() == [id_of[name] for name in named[:30] * 3][:75]
 
 
+@pytest.mark.parametrize("direction", ["right", "left"])
+def test_of_a_concept_as_many_vectors_are_written_out_as_fit_at_the_end_that_is_kept(
+    miniature_bundle: Path, direction: str
+) -> None:
+    """Of many names with many vectors each, a prompt's text would take gigabytes."""
+    file = TokenizersTokenizer.from_file(str(miniature_bundle / "tokenizer" / "tokenizer.json"))
+    file.enable_truncation(77, direction=direction)
+    vectors = {name: [name, *(f"{name}_{number}" for number in range(1, 30))] for name in ("<a>", "<b>")}
+    file.add_tokens([AddedToken(name, normalized=False) for names in vectors.values() for name in names])
+    reader = Tokenizer(file, 77)
+    prompt = "<a> <b> " * 500
+    id_of = file.get_vocab()
+    whole = [id_of[name] for names in (vectors["<a>"], vectors["<b>"]) * 3 for name in names]
+    kept = whole[:75] if direction == "right" else whole[-75:]
+    assert reader.encode(prompt).ids[0, 1:76].tolist() == kept
+    assert len(reader._written_out(prompt)) < 3 * len(prompt)
+
+
 def test_a_name_that_ends_in_one_and_stands_for_nothing_is_a_token_like_others(
     miniature_bundle: Path,
 ) -> None:
