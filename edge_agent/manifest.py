@@ -68,6 +68,9 @@ MAX_JSON_BYTES = 1 << 26  # twice the largest tokenizers'; when read, JSON may t
 MAX_TEXT_TOKENS = 1 << 14
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+# What is no file's name on Windows: a colon names a drive or a stream, a backslash parts folders, the words are devices
+# whatever their ending. And onnxruntime up to 1.23.2 takes `*/_ORT_MEM_ADDR_/*` for an address in the process's memory.
+_NO_NAME = re.compile(r'[\\:\0*?"<>|]|[. ]\Z|\A(con|prn|aux|nul|(com|lpt)[0-9¹²³]) *(\.|\Z)', re.IGNORECASE)
 
 
 def schedule_file(steps: int) -> str:
@@ -312,8 +315,8 @@ def _parse_added(document: dict[str, Any], path: Path | str) -> AddedConditionin
         return None
     added = _typed(document, "added", dict, path)
     return AddedConditioning(
-        text_output=_typed(added, "text_output", str, path),
-        pooled_output=_typed(added, "pooled_output", str, path),
+        text_output=_plain(added, "text_output", str, path),
+        pooled_output=_plain(added, "pooled_output", str, path),
         time_ids=_numbers(added.get("time_ids"), "time_ids", path),
         zero_negative=_typed(added, "zero_negative", bool, path),
     )
@@ -328,8 +331,8 @@ def _parse_joint(
         raise BundleError(f"{path}: no model has joint conditioning besides added or guidance_embedding")
     stated = _typed(document, "joint", dict, path)
     joint = JointConditioning(
-        text_output=_typed(stated, "text_output", str, path),
-        pooled_output=_typed(stated, "pooled_output", str, path),
+        text_output=_plain(stated, "text_output", str, path),
+        pooled_output=_plain(stated, "pooled_output", str, path),
         positions=_typed(stated, "positions", int, path),
         hidden=_typed(stated, "hidden", int, path),
     )
@@ -392,6 +395,7 @@ def _parse_files(document: dict[str, Any], path: Path | str) -> dict[str, FileEn
     files = _typed(document, "files", dict, path)
     if len(files) > MAX_FILES:
         raise BundleError(f"{path} lists {len(files):,} files; a bundle has at most {MAX_FILES:,}")
+    taken = files.keys() | {MANIFEST}
     for name, entry in files.items():
         parts = PurePosixPath(name).parts
         inside = (
@@ -400,20 +404,17 @@ def _parse_files(document: dict[str, Any], path: Path | str) -> dict[str, FileEn
             and ".." not in parts
             and PurePosixPath(name).as_posix() == name
         )
-        # A backslash parts folders on Windows, where a colon names a drive or a stream.
         if (
             not inside
-            or set(name) & set("\\:\0")
+            or any(map(_NO_NAME.search, parts))
             or not name.isprintable()
             or len(name.encode()) > MAX_PATH_BYTES
         ):
             raise BundleError(
-                f"{path} lists {name[:MAX_PATH_BYTES]!r}, which is not a plain path inside the bundle, of at most "
-                f"{MAX_PATH_BYTES} bytes"
+                f"{path} lists {name[:MAX_PATH_BYTES]!r}, which is not a plain path inside the bundle that all systems "
+                f"take, of at most {MAX_PATH_BYTES} bytes"
             )
-        if name == MANIFEST or any(
-            parent.as_posix() in (*files, MANIFEST) for parent in PurePosixPath(name).parents
-        ):
+        if name == MANIFEST or any(parent.as_posix() in taken for parent in PurePosixPath(name).parents):
             raise BundleError(f"{path} lists {name!r}, whose place another file has")
         if not isinstance(entry, dict):
             raise BundleError(f"{path}: the entry of {name} must hold bytes and sha256")

@@ -69,7 +69,7 @@ class Predictor:
                 f"{error.message}; a predictor of an earlier version is made anew with `edge-export train`, "
                 "`edge-export predictor` and `edge-export calibrate`, on labels of `edge-export label`"
             ) from error
-        session.expect(states=(None, None, None), edge=(None, None))
+        session.expect({"states": (None, None, None), "edge": (None, None)})
         own_width, metrics = session.shapes["states"][-1], session.shapes["edge"][-1]
         if metrics != len(METRICS):
             raise BundleError(f"{path} predicts {metrics} metrics; this version compares {len(METRICS)}")

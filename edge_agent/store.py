@@ -13,9 +13,9 @@ from __future__ import annotations
 import errno
 import os
 import re
+import secrets
 import shutil
 import stat
-import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -257,12 +257,10 @@ class Store:
             # Out of sight first: a model that is half deleted must not be seen.
             for left in self.folder.glob(_REMOVED + "*"):  # by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)  # what it left is no reason to keep another model
-            away = tempfile.mkdtemp(prefix=_REMOVED, dir=self.folder)
-            try:
-                patiently(os.replace, path, Path(away) / path.name)
-            finally:
-                # Windows keeps files that a program still has mapped; the next removal takes them.
-                shutil.rmtree(away, ignore_errors=os.name == "nt")
+            away = self.folder / f"{_REMOVED}{secrets.token_hex(8)}"
+            patiently(os.replace, path, away)  # not into a folder made for it: on a full disk none can be
+            # Windows keeps files that a program still has mapped; the next removal takes them.
+            shutil.rmtree(away, ignore_errors=os.name == "nt")
             return freed
 
     def _undisturbed(self, name: str) -> AbstractContextManager[None]:

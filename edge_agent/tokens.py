@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Collection, Iterator
+import re
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,13 +20,32 @@ from edge_agent.manifest import MAX_TEXT_TOKENS, TOKENIZER, TOKENIZER_2
 
 FILE = "tokenizer.json"
 
-MOST_GROWTH = 32
-"""How many times as long as written a prompt may become, as far as its tokenizer's parts tell; CLIP's, twice."""
+MOST_STATED = 5_000
+"""Characters, as JSON, of what a file states besides its words: four times CLIP's. The library copies some of it, such
+as the text of its padding, for every token.
+"""
+
+MOST_PIECES = 8
+"""Of a template. One that puts start and end around a prompt has three."""
+
+MOST_WORD = 100
+"""Characters of the longest word that WordPiece takes, as BERT's: it tries all parts of one."""
 
 MOST_ADDED = 100_000_000
 """Squares of the lengths of the tokens that were added to a vocabulary, in all. So the library takes longer to learn
 them: one of 10,000 characters takes it three seconds, of a million eight hours.
 """
+
+_KINDS: Mapping[str, tuple[str, set[str]]] = {
+    "normalizer": ("normalizers", {"BertNormalizer", "NFC", "Replace", "Lowercase"}),
+    "pre_tokenizer": ("pretokenizers", {"BertPreTokenizer", "ByteLevel", "Split", "WhitespaceSplit"}),
+    "post_processor": (
+        "processors",
+        {"BertProcessing", "ByteLevel", "RobertaProcessing", "TemplateProcessing"},
+    ),
+    "model": ("", {"BPE", "WordPiece"}),
+}
+"""Of each part of a file what a sequence of steps is called there, and the steps of CLIP's and BERT's tokenizers."""
 
 
 class Tokens(NamedTuple):
@@ -85,6 +104,7 @@ class Tokenizer:
         self._padding = padding["pad_id"]
         self._nothing = np.full((1, length), self._padding, np.int64)
         self._at_the_end = padding["direction"] == "left"
+        self._cut_in_front = (tokenizer.truncation or {}).get("direction") == "left"
         self._tokenizer = tokenizer
         self._second = second
         self.length = length
@@ -111,8 +131,8 @@ class Tokenizer:
         tokens it has to make, where that is known.
 
         Raises:
-            BundleError: the file cannot be read, or it does not pad and truncate every prompt to that length, or to
-                one of at most MAX_TEXT_TOKENS.
+            BundleError: the file cannot be read, `check` refuses it, or it does not pad and truncate every prompt to
+                that length, or to one of at most MAX_TEXT_TOKENS.
         """
         path = Path(folder) / FILE
         try:
@@ -120,14 +140,11 @@ class Tokenizer:
         except OSError as error:
             raise BundleError(f"{path} cannot be read: {error.strerror}") from error
         with _refused(path):
-            # Before the library has any of it: it ends the process where memory does not do.
-            stated = json.loads(text)
-            growth = _growth([stated.get(part) for part in ("normalizer", "pre_tokenizer", "post_processor")])
-            if growth > MOST_GROWTH:
-                raise ValueError("it makes too much of a prompt")
-            if sum(len(token["content"]) ** 2 for token in stated.get("added_tokens") or ()) > MOST_ADDED:
-                raise ValueError("its added tokens are too long")
+            # Before the library has any of it, which ends the process where memory does not do.
+            check(json.loads(text))
             tokenizer = TokenizersTokenizer.from_buffer(text)
+            if not tokenizer.get_vocab_size():
+                raise ValueError("it has no words")
         length = (tokenizer.truncation or {}).get("max_length")
         padding = tokenizer.padding or {}
         if not length or length != padding.get("length") or length % (padding["pad_to_multiple_of"] or 1):
@@ -188,10 +205,18 @@ class Tokenizer:
         with _refused(self._path):
             encoding = self._tokenizer.encode(prompt)
         read = {token for part in (encoding, *encoding.overflowing) for token in part.tokens}
-        for concept in sorted(read & self._concepts.keys()):
-            vectors = " ".join(self._concepts[concept])
-            prompt = prompt.replace(concept, vectors, self.length)  # more do not fit
-        return prompt
+        names = sorted(read & self._concepts.keys(), key=len, reverse=True)
+        if not names:
+            return prompt
+        parts = re.split(f"({'|'.join(map(re.escape, names))})", prompt)  # every second is a name
+        places, room = range(1, len(parts), 2), self.length
+        for place in reversed(places) if self._cut_in_front else places:
+            if room <= 0:  # more do not fit, and would take memory
+                break
+            vectors = self._concepts[parts[place]]
+            parts[place] = " ".join(vectors)
+            room -= len(vectors)
+        return "".join(parts)
 
 
 def concepts(added: Collection[str], length: int = MAX_TEXT_TOKENS) -> dict[str, list[str]]:
@@ -208,30 +233,41 @@ def concepts(added: Collection[str], length: int = MAX_TEXT_TOKENS) -> dict[str,
     return found
 
 
-def _growth(state: Any) -> int:
-    """How many times as long a text may become in parts of a tokenizer, as they are stated. By what they state and not
-    by their types, without which the library reads them, too.
+def check(stated: Any) -> None:
+    """Refuse a file that states another tokenizer than those of CLIP's and BERT's kinds, by what it states and before
+    the library reads it. These make no more than some ten tokens of a character.
+
+    Raises ValueError, or KeyError, TypeError or AttributeError where it is no tokenizer at all.
     """
-    if isinstance(state, list):
-        # The library also reads parts that are lists, their values in its order and without their names.
-        unnamed = any(isinstance(each, list) for each in state)
-        return (1 + MOST_GROWTH if unnamed else 1) * math.prod(map(_growth, state))
-    if not isinstance(state, dict):
-        return 1
-    growth = math.prod(map(_growth, state.values()))
-    if "content" in state:  # in the place of each match
-        growth *= max(1, len(state["content"]))
-    if "prepend" in state:  # to each word
-        growth *= 1 + len(state["prepend"])
-    # A character for each byte, which takes two.
-    if "add_prefix_space" in state or state.get("type") == "ByteLevel":
-        growth *= 2
-    # Where the prompt stands twice, each piece of what does not fit is put together with each.
-    if "single" in state and sum("Sequence" in piece for piece in state["single"]) > 1:
-        growth *= 1 + MOST_GROWTH
-    if "precompiled_charsmap" in state:  # takes as much memory as it says
-        growth *= 1 + MOST_GROWTH
-    return growth
+    for part, (sequence, kinds) in _KINDS.items():
+        if (whole := stated.get(part)) is None:
+            continue
+        steps = whole[sequence] if whole["type"] == "Sequence" else [whole]
+        found = [step["type"] for step in steps]
+        # A step that is there again and again may lengthen a text without end.
+        if len(kinds.intersection(found)) < len(found):
+            raise ValueError(f"its {part} has other steps than {', '.join(sorted(kinds))}, each once")
+        for step in steps:
+            pieces, special = step.get("single", ()), step.get("special_tokens", {})
+            if len(step.get("content", "")) > 1:
+                raise ValueError("it puts several characters in the place of others")
+            if (
+                len(pieces) > MOST_PIECES
+                or sum("Sequence" in piece for piece in pieces) > 1
+                or any(len(token["ids"]) > 1 for token in special.values())
+            ):
+                raise ValueError("it puts too much around a prompt")
+    model = {name: value for name, value in stated["model"].items() if name not in ("vocab", "merges")}
+    if model.get("max_input_chars_per_word", 0) > MOST_WORD:
+        raise ValueError(f"it takes words of more than {MOST_WORD} characters")
+    rest = {part: stated.get(part) for part in (*_KINDS, "truncation", "padding")} | {"model": model}
+    if len(json.dumps(rest)) > MOST_STATED:
+        raise ValueError("it states too much besides its words")
+    # With a stride, each piece of what does not fit would begin with the end of the last.
+    if (stated.get("truncation") or {}).get("stride"):
+        raise ValueError("it reads what does not fit several times")
+    if sum(len(token["content"]) ** 2 for token in stated.get("added_tokens") or ()) > MOST_ADDED:
+        raise ValueError("its added tokens are too long")
 
 
 @contextmanager

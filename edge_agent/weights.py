@@ -2,9 +2,9 @@
 
 onnxruntime opens those files wherever they are. What can be without end is refused on the way: a loop, whose count may
 be anything, and functions of the model's own, whose calls onnxruntime writes out, which a few lines bring to billions
-of nodes. The export makes neither. Only the few fields that lead to their names are read, off protobuf's
-wire format, so that weights inside the graph, which may be gigabytes, are neither read nor copied; and the edge does
-without the onnx package.
+of nodes. So is what a provider compiled, which it reads from a file that no tensor names. The export makes none of
+these. Only the few fields that lead to names are read, off protobuf's wire format, so that weights inside the graph,
+which may be gigabytes, are neither read nor copied; and the edge does without the onnx package.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ _INSIDE: Mapping[str, Mapping[int, str]] = {
 _FUNCTIONS = 25  # of Model
 _OPERATOR = 4  # of Node
 _LOOPS = (b"Loop", b"Scan", b"SequenceMap")
+_COMPILED = b"EPContext"
 
 MOST_FIELDS = 1 << 22
 """Of a graph that are looked at: three hundred times those of the starter's denoiser. Each takes a microsecond, and one
@@ -47,7 +48,7 @@ def locations(graph: Path) -> set[str]:
 
     A file that is not ONNX is read as far as it goes: onnxruntime takes none of it.
 
-    Raises OSError, and BundleError where it has loops or functions, or more than MOST_FIELDS.
+    Raises OSError, and BundleError where it has loops or functions, was compiled, or has more than MOST_FIELDS.
     """
     found: set[str] = set()
     budget = iter(range(MOST_FIELDS))
@@ -61,12 +62,14 @@ def locations(graph: Path) -> set[str]:
             entry = {}  # of a field that is there twice the last counts
             try:
                 for number, begins, ends in _fields(content, start, end, budget):
-                    endless = (message == "Model" and number == _FUNCTIONS) or (
-                        message == "Node" and number == _OPERATOR and content[begins:ends] in _LOOPS
-                    )
-                    if endless:
+                    operator = content[begins:ends] if message == "Node" and number == _OPERATOR else b""
+                    if operator in _LOOPS or (message == "Model" and number == _FUNCTIONS):
                         raise BundleError(
                             f"{graph} has a loop or functions, which may be without end; export it again"
+                        )
+                    if operator == _COMPILED:
+                        raise BundleError(
+                            f"{graph} was compiled for one device, and may read any file; export it again"
                         )
                     if number in inside:
                         messages.append((inside[number], begins, ends))

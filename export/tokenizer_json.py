@@ -9,6 +9,7 @@ that the running Python's Unicode does not know yet, such as the emoji of later 
 
 from __future__ import annotations
 
+import json
 import logging
 from typing import Any
 
@@ -50,8 +51,8 @@ def convert(tokenizer: Any) -> Tokenizer:
     """A tokenizers.Tokenizer that pads and truncates every prompt to the model's length.
 
     Raises:
-        ExportError: the tokenizer is no CLIP tokenizer, its files do not fit together, or the result differs from it on
-            one of `PROBES` or on a token that was added to it.
+        ExportError: the tokenizer is no CLIP tokenizer, its files do not fit together, or the result is not what the
+            edge reads, or differs from it on one of `PROBES` or on a token that was added to it.
     """
     if isinstance(tokenizer, PreTrainedTokenizerFast):
         converted = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
@@ -90,7 +91,14 @@ def convert(tokenizer: Any) -> Tokenizer:
         pad_id=tokenizer.pad_token_id,
         pad_token=tokenizer.pad_token,
     )
-    as_read = tokens.Tokenizer(Tokenizer.from_str(converted.to_str()), length)
+    written = converted.to_str()
+    try:
+        tokens.check(json.loads(written))
+    except ValueError as error:
+        raise ExportError(
+            f"the edge does not read a {type(tokenizer).__name__} like this: {error}"
+        ) from error
+    as_read = tokens.Tokenizer(Tokenizer.from_str(written), length)
     _compare(tokenizer, as_read)
     return converted
 

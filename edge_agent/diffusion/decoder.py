@@ -22,7 +22,7 @@ class Decoder:
         facts = bundle.manifest
         for width, height in runtime.sizes_of(facts):
             latents = facts.latent_shape((width, height))
-            self._session.expect(latent_sample=(None, *latents[1:]), sample=(None, 3, height, width))
+            self._session.expect({"latent_sample": (None, *latents[1:]), "sample": (None, 3, height, width)})
         self._factor = facts.factor
         self._scaling, self._shift = np.float32(facts.latent_scaling), np.float32(facts.latent_shift)
 

@@ -75,11 +75,11 @@ class Denoiser:
         states = (None, facts.text_tokens, facts.text_hidden)
         if self._joint is not None:
             states = (None, self._joint.positions, self._joint.hidden)
-            self._session.expect(timestep=(None,))
-        self._session.expect(encoder_hidden_states=states)
+            self._session.expect({"timestep": (None,)})
+        self._session.expect({"encoder_hidden_states": states})
         for size in runtime.sizes_of(facts):
             latents = (None, *facts.latent_shape(size)[1:])
-            self._session.expect(**{self._latents: latents, output: latents})
+            self._session.expect({self._latents: latents, output: latents})
         # What a manifest alone says, nobody has weights for: it could ask for more than the memory.
         if (
             self._joint is not None
@@ -87,9 +87,9 @@ class Denoiser:
         ):
             raise BundleError(f"{self._session.path} does not say what size of a token's state it takes")
         if facts.guidance_embedding is not None:
-            self._session.expect(timestep_cond=(None, facts.guidance_embedding))
+            self._session.expect({"timestep_cond": (None, facts.guidance_embedding)})
         if facts.added is not None:
-            self._session.expect(time_ids=(None, len(facts.added.time_ids)))
+            self._session.expect({"time_ids": (None, len(facts.added.time_ids))})
         self._embedding = facts.guidance_embedding
         self._facts = facts
         one_at_a_time = self._session.shapes[self._latents][0] == 1

@@ -286,8 +286,8 @@ class Session:
                 retry_after_s=RELOAD_RETRY_S,
             )
 
-    def expect(self, **sizes: tuple[int | None, ...]) -> None:
-        """Check inputs and outputs against the sizes they must have; None where any will do.
+    def expect(self, sizes: Mapping[str, tuple[int | None, ...]]) -> None:
+        """Check inputs and outputs, by name, against the sizes they must have; None where any will do.
 
         What the graph leaves open of its inputs is then known, and in `sizes`: one image where any number will do.
 

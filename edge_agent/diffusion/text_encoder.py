@@ -56,7 +56,8 @@ class TextEncoder:
         def session_of(graph: str, hidden: int | None, states: str, *pooled: str) -> Session:
             files = bundle.files_of(graph)
             session = Session(bundle.path(graph), ["input_ids"], [states, *pooled], runtime_of(graph), files)
-            session.expect(input_ids=(None, facts.text_tokens), **{states: (None, facts.text_tokens, hidden)})
+            tokens = facts.text_tokens
+            session.expect({"input_ids": (None, tokens), states: (None, tokens, hidden)})
             return session
 
         # Where there is a second encoder, only the sum of both sizes is known.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +115,19 @@ def test_a_folder_in_a_files_place_is_named(bundle_copy: Path) -> None:
         "a\x1bb",
         "a" * 201,
         "unet/" + "🐈" * 50,  # 200 bytes behind the folder's name
+        "unet/*/_ORT_MEM_ADDR_/*",
+        *(f"unet/a{mark}b" for mark in '"<>|?'),
+        "unet./a",
+        "a ",
+        "Con",
+        "nul.bin",
+        "unet/com1.tar.gz",
+        "LPT9 .txt",
     ],
 )
-def test_a_path_that_could_lead_outside_is_refused(bundle_copy: Path, name: str) -> None:
+def test_a_path_that_could_lead_outside_or_that_windows_refuses_is_refused(
+    bundle_copy: Path, name: str
+) -> None:
     (bundle_copy.parent / "outside").write_text("x")
     edit_files(bundle_copy, **{name: {"bytes": 1, "sha256": "0" * 64}})
     with pytest.raises(BundleError, match="not a plain path inside the bundle"):
@@ -177,6 +188,8 @@ def test_a_newer_schema_says_what_to_do(bundle_copy: Path) -> None:
         ({"latent_to_rgb": [[0.1, 0.2, 0.3]] * 4}, "5 rows"),
         ({"latent_to_rgb": [["red", 0, 0]] * 5}, "latent_to_rgb must list numbers"),
         ({"added": {"text_output": "a", "pooled_output": "b", "time_ids": [1]}}, "zero_negative"),
+        ({"added": {"text_output": "\x1b[2J"}}, "text_output must be printable"),
+        ({"added": {"text_output": "a", "pooled_output": "b\n"}}, "pooled_output must be printable"),
         ({"files": []}, "files"),
         ({"files": {"a": 1}}, "a must hold"),
         ({"files": {"a": {"bytes": "1", "sha256": ""}}}, "bytes"),
@@ -202,6 +215,22 @@ def test_a_manifest_with_a_wrong_fact_names_it(bundle_copy: Path, changes: dict[
     edit(bundle_copy, **changes)
     with pytest.raises(BundleError, match=rf"manifest\.json.*{what}"):
         Bundle.open(bundle_copy)
+
+
+def test_ten_times_as_many_files_take_no_more_than_some_ten_times_as_long(miniature_bundle: Path) -> None:
+    """Each has a hundred folders above it. Where each of those was sought in the list, it was twenty times."""
+    document = json.loads((miniature_bundle / MANIFEST).read_text())
+
+    def fastest_s(files: int) -> float:
+        listed = {"files": {f"{'a/' * 97}{number}": ENTRY for number in range(files)}}
+        text, times = json.dumps(document | listed).encode(), []
+        for _ in range(3):
+            before = time.process_time()
+            manifest_module.parse_unfinished(text, MANIFEST)
+            times.append(time.process_time() - before)
+        return min(times)
+
+    assert fastest_s(1_000) < 15 * fastest_s(100)
 
 
 @pytest.mark.parametrize(
@@ -255,6 +284,17 @@ def test_weights_that_the_manifest_does_not_list_are_refused_by_name(bundle_copy
         Bundle.open(bundle_copy, verify=False)
     write_manifest(bundle_copy)
     assert set(Bundle.open(bundle_copy).files_of(DENOISER)) == {bundle_copy / DENOISER, weights}
+
+
+def test_weights_that_are_an_address_in_memory_are_refused_by_name(bundle_copy: Path) -> None:
+    """Up to 1.23.2 onnxruntime reads what is there, whatever lies at the place that has the same name."""
+    place = "_ORT_MEM_ADDR_/weights.bin"
+    (bundle_copy / "unet" / place).parent.mkdir()
+    move_weights(bundle_copy / DENOISER, bundle_copy / "unet" / place, place)
+    write_manifest(bundle_copy)
+    words = rf"{as_shown(DENOISER)} has weights in '{place}', which is no file below"
+    with pytest.raises(BundleError, match=words):
+        Bundle.open(bundle_copy)
 
 
 @pytest.mark.parametrize("place", ["../../outside.bin", "{outside}", "../vae_decoder/model.onnx", "", "."])
@@ -384,6 +424,8 @@ def test_a_bundle_with_joint_conditioning_has_a_transformer_in_the_place_of_the_
         ({"hidden": 31}, "hidden of joint must be from 32 to"),
         ({"hidden": "64"}, "hidden must be a int"),
         ({"text_output": None}, "text_output must be a str"),
+        ({"text_output": "\x1b[2J"}, "text_output must be printable"),
+        ({"pooled_output": "a\nb"}, "pooled_output must be printable"),
     ],
 )
 def test_joint_conditioning_that_no_transformer_has_is_refused(

@@ -249,6 +249,18 @@ def test_remove_frees_the_bytes_and_refuses_what_is_in_use(store: Store) -> None
     assert [path.name for path in store.folder.iterdir()] == []
 
 
+def test_a_model_is_removed_from_a_full_disk(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is what makes room there."""
+    install(store, "mine")
+
+    def full(path: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(os, "mkdir", full)
+    assert store.remove("mine") > 0
+    assert list(store.folder.iterdir()) == []
+
+
 @pytest.mark.posix
 def test_a_link_is_a_model_and_removing_it_leaves_what_it_leads_to(store: Store, tmp_path: Path) -> None:
     elsewhere = Path(shutil.copytree(STARTER, tmp_path / "elsewhere"))

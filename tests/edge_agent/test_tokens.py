@@ -94,6 +94,24 @@ def test_a_concept_of_several_vectors_is_as_many_tokens(miniature_bundle: Path) 
     assert often.ids[0, 1:76].tolist() == [id_of[name] for name in named[:30] * 3][:75]
 
 
+@pytest.mark.parametrize("direction", ["right", "left"])
+def test_of_a_concept_as_many_vectors_are_written_out_as_fit_at_the_end_that_is_kept(
+    miniature_bundle: Path, direction: str
+) -> None:
+    """Of many names with many vectors each, a prompt's text would take gigabytes."""
+    file = TokenizersTokenizer.from_file(str(miniature_bundle / "tokenizer" / "tokenizer.json"))
+    file.enable_truncation(77, direction=direction)
+    vectors = {name: [name, *(f"{name}_{number}" for number in range(1, 30))] for name in ("<a>", "<b>")}
+    file.add_tokens([AddedToken(name, normalized=False) for names in vectors.values() for name in names])
+    reader = Tokenizer(file, 77)
+    prompt = "<a> <b> " * 500
+    id_of = file.get_vocab()
+    whole = [id_of[name] for names in (vectors["<a>"], vectors["<b>"]) * 3 for name in names]
+    kept = whole[:75] if direction == "right" else whole[-75:]
+    assert reader.encode(prompt).ids[0, 1:76].tolist() == kept
+    assert len(reader._written_out(prompt)) < 3 * len(prompt)
+
+
 def test_a_name_that_ends_in_one_and_stands_for_nothing_is_a_token_like_others(
     miniature_bundle: Path,
 ) -> None:
@@ -139,9 +157,12 @@ def test_a_tokenizer_without_a_length_is_refused(bundle_copy: Path) -> None:
 
 
 def edit(folder: Path, part: str, **changes: Any) -> None:
+    replace(folder, part, json.loads((folder / "tokenizer.json").read_bytes())[part] | changes)
+
+
+def replace(folder: Path, part: str, state: Any) -> None:
     path = folder / "tokenizer.json"
-    document = json.loads(path.read_bytes())
-    path.write_text(json.dumps(document | {part: document[part] | changes}))
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {part: state}))
 
 
 @pytest.mark.parametrize(
@@ -166,53 +187,110 @@ def test_a_tokenizer_that_pads_beyond_memory_is_refused_before_it_reads_anything
             load()
 
 
-def test_a_tokenizer_that_fails_on_long_prompts_is_refused_when_it_is_loaded(bundle_copy: Path) -> None:
-    """On this one the library panics, which is no Exception."""
-    edit(bundle_copy / "tokenizer", "truncation", stride=1_000_000)
-    with pytest.raises(BundleError, match=r"tokenizer\.json is not a tokenizer that works"):
+def test_a_tokenizer_that_fails_on_prompts_is_refused_when_it_is_loaded(bundle_copy: Path) -> None:
+    """On this one, which wants a second prompt, the library panics, which is no Exception."""
+    second = {"Sequence": {"id": "B", "type_id": 0}}
+    replace(bundle_copy / "tokenizer", "post_processor", TEMPLATE | {"single": [second]})
+    with pytest.raises(
+        BundleError, match=r"tokenizer\.json is not a tokenizer that works: index out of bounds"
+    ):
         Tokenizer.load(bundle_copy / "tokenizer")
 
 
-PAIR = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
+PROMPT = {"Sequence": {"id": "A", "type_id": 0}}
+START = {"SpecialToken": {"id": "x", "type_id": 0}}
+TEMPLATE = {
+    "type": "TemplateProcessing",
+    "single": [START, PROMPT],
+    "pair": [],
+    "special_tokens": {"x": {"id": "x", "ids": [1], "tokens": ["x"]}},
+}
+LONG = "x" * 1_000_000
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+BETWEEN = {"type": "Replace", "pattern": {"Regex": ""}, "content": "x"}  # all characters
+MODEL = {
+    "type": "WordPiece",
+    "vocab": {"a": 0},
+    "unk_token": "a",
+    "continuing_subword_prefix": "##",
+    "max_input_chars_per_word": 100,
+}
 
 
 @pytest.mark.parametrize(
-    ("part", "state"),
+    ("part", "state", "why"),
     [
-        ("normalizer", {"type": "Replace", "pattern": {"Regex": "."}, "content": "x" * 100_000}),
-        ("normalizer", {"type": "Prepend", "prepend": "x" * 10_000_000}),
-        ("normalizer", {"prepend": "x" * 10_000_000}),  # as earlier versions of the library wrote it
-        ("normalizer", ["x" * 10_000_000]),  # which it reads as the same
-        ("normalizer", {"type": "Sequence", "normalizers": [[{"Regex": "."}, "x" * 100_000]]}),
-        ("post_processor", [[{"Sequence": {"id": "A", "type_id": 0}}] * 5, PAIR, {}]),
-        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "/////w=="}),
+        ("normalizer", BETWEEN | {"content": "x" * 100_000}, "several characters in the place"),
+        ("normalizer", {"type": "Sequence", "normalizers": [BETWEEN] * 40}, "its normalizer has other steps"),
+        ("normalizer", {"type": "Prepend", "prepend": LONG}, "its normalizer has other steps"),
+        ("normalizer", {"type": "NFKC"}, "its normalizer has other steps"),
+        ("normalizer", {"prepend": LONG}, "'type'"),  # as earlier versions of the library wrote it
+        ("normalizer", [LONG], ""),  # which it reads as the same
+        ("normalizer", {"type": "Sequence", "normalizers": [[{"Regex": "."}, LONG]]}, ""),
+        (
+            "normalizer",
+            {"type": "Precompiled", "precompiled_charsmap": "/////w=="},
+            "its normalizer has other steps",
+        ),
         (
             "pre_tokenizer",
-            {
-                "type": "Sequence",
-                "pretokenizers": [{"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}]
-                * 40,
-            },
+            {"type": "Sequence", "pretokenizers": [BYTES] * 40},
+            "its pre_tokenizer has other steps",
         ),
+        ("post_processor", [[PROMPT] * 5, [], {}], ""),
+        ("post_processor", TEMPLATE | {"single": [PROMPT] * 2}, "too much around a prompt"),
+        ("post_processor", TEMPLATE | {"single": [START] * 8 + [PROMPT]}, "too much around a prompt"),
         (
             "post_processor",
-            {
-                "type": "TemplateProcessing",
-                "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 2,
-                "pair": [],
-                "special_tokens": {},
-            },
+            TEMPLATE | {"special_tokens": {"x": {"id": "x", "ids": [1] * 9, "tokens": ["x"] * 9}}},
+            "too much around a prompt",
         ),
+        ("post_processor", {"type": "BertProcessing", "sep": [LONG, 1], "cls": [LONG, 1]}, "states too much"),
+        ("model", MODEL | {"type": "WordLevel"}, "its model has other steps"),
+        ("model", MODEL | {"max_input_chars_per_word": 101}, "words of more than 100 characters"),
+        ("model", MODEL | {"continuing_subword_prefix": LONG}, "states too much"),
+        ("model", MODEL | {"unk_token": LONG, "vocab": {LONG: 0}}, "states too much"),
     ],
 )
 def test_a_tokenizer_that_makes_too_much_of_a_prompt_is_refused_before_it_reads_anything(
-    bundle_copy: Path, part: str, state: dict[str, Any]
+    bundle_copy: Path, part: str, state: Any, why: str
 ) -> None:
     """The library would end the process, or be at it for minutes."""
-    path = bundle_copy / "tokenizer" / "tokenizer.json"
-    path.write_text(json.dumps(json.loads(path.read_bytes()) | {part: state}))
-    with pytest.raises(BundleError, match=r"tokenizer\.json .* makes too much of a prompt"):
-        Tokenizer.load(path.parent)
+    replace(bundle_copy / "tokenizer", part, state)
+    with pytest.raises(BundleError, match=rf"tokenizer\.json is not a tokenizer that works: .*{why}"):
+        Tokenizer.load(bundle_copy / "tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "why"),
+    [
+        ("truncation", {"stride": 70}, "reads what does not fit several times"),
+        ("padding", {"pad_token": LONG}, "states too much"),
+        ("model", {"end_of_word_suffix": LONG}, "states too much"),
+    ],
+)
+def test_a_setting_that_takes_too_much_memory_is_refused_before_anything_is_read(
+    bundle_copy: Path, part: str, changes: dict[str, Any], why: str
+) -> None:
+    edit(bundle_copy / "tokenizer", part, **changes)
+    with pytest.raises(BundleError, match=rf"tokenizer\.json is not a tokenizer that works: it {why}"):
+        Tokenizer.load(bundle_copy / "tokenizer")
+
+
+def test_a_tokenizer_of_berts_kind_is_read(bundle_copy: Path) -> None:
+    words = {word: number for number, word in enumerate(("[UNK]", "[CLS]", "[SEP]", "the", "cat", "##s"))}
+    document = {
+        "normalizer": {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True}
+        | {"strip_accents": None, "lowercase": True},
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "post_processor": {"type": "BertProcessing", "sep": ["[SEP]", 2], "cls": ["[CLS]", 1]},
+        "model": MODEL | {"unk_token": "[UNK]", "vocab": words},
+    }
+    for part, state in document.items():
+        replace(bundle_copy / "tokenizer", part, state)
+    tokens = Tokenizer.load(bundle_copy / "tokenizer").encode("The cats")
+    assert tokens.ids[0, :5].tolist() == [1, 3, 4, 5, 2]
+    assert tokens.texts == ["The", "cat", "s"]
 
 
 def test_added_tokens_that_take_the_library_hours_are_refused(bundle_copy: Path) -> None:
@@ -226,27 +304,18 @@ def test_added_tokens_that_take_the_library_hours_are_refused(bundle_copy: Path)
 
 def test_a_tokenizer_that_fails_on_a_prompt_alone_is_told_of_by_name(bundle_copy: Path) -> None:
     """It reads what it is tried on when it is loaded. Of what it has no word for the library raises an Exception."""
-    path = bundle_copy / "tokenizer" / "tokenizer.json"
-    document = json.loads(path.read_bytes())
-    words = {"type": "WordLevel", "vocab": {"a</w>": 0, "a": 1, "Ġ": 2}, "unk_token": "missing"}
-    path.write_text(json.dumps(document | {"model": words}))
-    tokenizer = Tokenizer.load(path.parent)
+    replace(bundle_copy / "tokenizer", "model", MODEL | {"unk_token": "missing"})
+    tokenizer = Tokenizer.load(bundle_copy / "tokenizer")
     with pytest.raises(BundleError, match=r"tokenizer\.json is not a tokenizer that works: .*UNK"):
         tokenizer.encode("zebra")
 
 
 def test_a_tokenizer_that_puts_more_around_a_prompt_than_it_says_is_refused(bundle_copy: Path) -> None:
-    path = bundle_copy / "tokenizer" / "tokenizer.json"
-    around = {
-        "type": "TemplateProcessing",
-        "single": [{"SpecialToken": {"id": "x", "type_id": 0}}] * 100
-        + [{"Sequence": {"id": "A", "type_id": 0}}],
-        "pair": [],
-        "special_tokens": {"x": {"id": "x", "ids": [1], "tokens": ["x"]}},
-    }
-    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"post_processor": around}))
-    with pytest.raises(BundleError, match=r"tokenizer\.json makes more than 77 tokens"):
-        Tokenizer.load(path.parent).encode("a cat")
+    replace(bundle_copy / "tokenizer", "post_processor", TEMPLATE | {"single": [START] * 7 + [PROMPT]})
+    edit(bundle_copy / "tokenizer", "padding", strategy={"Fixed": 5})
+    edit(bundle_copy / "tokenizer", "truncation", max_length=5)
+    with pytest.raises(BundleError, match=r"tokenizer\.json makes more than 5 tokens"):
+        Tokenizer.load(bundle_copy / "tokenizer").encode("a cat")
 
 
 def test_the_largest_id_is_the_vocabularys_unless_padding_has_a_larger_one(
@@ -256,6 +325,14 @@ def test_the_largest_id_is_the_vocabularys_unless_padding_has_a_larger_one(
     edit(bundle_copy / "tokenizer", "padding", pad_id=70_000)
     padded = Tokenizer.load(bundle_copy / "tokenizer", second=tokenizer)
     assert padded.largest == (70_000, tokenizer.vocabulary - 1)
+
+
+def test_a_tokenizer_without_words_is_refused(bundle_copy: Path) -> None:
+    """There is no largest id among none."""
+    replace(bundle_copy / "tokenizer", "added_tokens", [])
+    edit(bundle_copy / "tokenizer", "model", vocab={}, merges=[], unk_token=None)
+    with pytest.raises(BundleError, match=r"tokenizer\.json is not a tokenizer that works: it has no words"):
+        Tokenizer.load(bundle_copy / "tokenizer")
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"\xff"])

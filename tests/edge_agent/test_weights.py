@@ -86,6 +86,13 @@ def test_what_may_be_without_end_is_refused_by_name(tmp_path: Path) -> None:
             read(tmp_path, model.SerializeToString())
 
 
+def test_a_graph_that_was_compiled_is_refused_by_name(tmp_path: Path) -> None:
+    """It may name a file that no tensor does, and the provider opens it."""
+    compiled = helper.make_node("EPContext", [], [], domain="com.microsoft", ep_cache_context="../../x.bin")
+    with pytest.raises(BundleError, match=r"model\.onnx was compiled for one device"):
+        read(tmp_path, ModelProto(graph=GraphProto(node=[compiled])).SerializeToString())
+
+
 @pytest.mark.parametrize("field", [b"\x3a\x00", b"\x08\x01"])  # an empty graph, and a number
 def test_what_only_takes_time_and_memory_to_look_through_is_refused_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: bytes

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import normalizers
 from transformers import BertTokenizer, CLIPTokenizer, CLIPTokenizerFast
 
 from edge_agent.tokens import Tokenizer
@@ -104,6 +105,18 @@ def test_a_conversion_that_loses_an_added_token_is_refused(tmp_path: Path) -> No
     other.add_tokens("<catty>")
     with pytest.raises(ExportError, match="differs from Forgetting on the text 'a <catty>"):
         tokenizer_json.convert(other)
+
+
+def test_a_fast_tokenizer_that_the_edge_would_not_read_is_refused(
+    slow: CLIPTokenizer, tmp_path: Path
+) -> None:
+    slow.save_pretrained(tmp_path)
+    fast = CLIPTokenizerFast.from_pretrained(tmp_path)
+    fast.backend_tokenizer.normalizer = normalizers.NFKC()
+    with pytest.raises(
+        ExportError, match="read a CLIPTokenizerFast like this: its normalizer has other steps"
+    ):
+        tokenizer_json.convert(fast)
 
 
 def test_another_kind_of_tokenizer_is_refused_by_name(tmp_path: Path) -> None:

@@ -402,6 +402,17 @@ def test_a_text_encoder_that_fails_on_every_id_is_not_laid_to_the_tokenizer(
         Generator(Bundle.open(bundle_copy))
 
 
+def test_an_output_may_have_any_name_that_the_manifest_gives_it(bundle_copy: Path) -> None:
+    """As an argument's name, this one would be there twice."""
+    model = onnx.load(bundle_copy / TEXT_ENCODER)
+    states = Bundle.open(bundle_copy).manifest.text_output
+    model.graph.node.append(onnx.helper.make_node("Identity", [states], ["self"]))
+    next(output for output in model.graph.output if output.name == states).name = "self"
+    onnx.save(model, bundle_copy / TEXT_ENCODER)
+    write_manifest(bundle_copy, text_output="self")
+    assert TextEncoder(Bundle.open(bundle_copy), Runtime()).sessions[0].outputs == ("self",)
+
+
 @pytest.mark.parametrize("shape", [(2, 77, 32), (1, 76, 32), (77, 32), (1, 77, 1)])
 def test_states_of_another_size_than_the_manifest_says_are_refused(
     miniature_bundle: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]
