@@ -31,7 +31,7 @@ from export.bootstrap import Floats, estimate, resampled
 from export.errors import ExportError
 from export.evaluate import spearman
 from export.negatives import FAULTS, hard_negatives
-from export.outcomes import ADHERENCE, INSPECTED, MODELS, Outcomes
+from export.outcomes import ADHERENCE, INSPECTED, JUDGE_DIGEST, MODELS, Outcomes
 from export.output import check_output, default_output, shown, write_output
 from export.quality import Judge
 from export.starter.damage import Sample, damage, render_samples
@@ -188,11 +188,20 @@ def tells_apart(
 
 
 def report(judge: Judge, labels: Path, name: Path | str = STARTER_JUDGE) -> str:
-    """The whole report as Markdown; ``name`` is where the judge was loaded from."""
+    """The whole report as Markdown; ``name`` is where the judge was loaded from.
+
+    Raises ExportError where the labels say that they are of another judge, or hold too little to report on.
+    """
     starter = Path(name).resolve() == STARTER_JUDGE.resolve()
     named = "the starter judge" if starter else f"the judge `{name}`"
     trained = "the judge" if starter else "the starter judge"
     test = Outcomes.read(labels).split("test")
+    # Half of the report is of the judge and half of the labels.
+    if (stated := test.facts.get(JUDGE_DIGEST, judge.digest)) != judge.digest:
+        raise ExportError(
+            f"the labels are from judge {stated[:16]}, and {name} is {judge.digest[:16]}: name with --judge the CLIP "
+            "that `edge-export label` measured them with"
+        )
     edge, cloud = complete(test)  # before what takes minutes
     rng = np.random.default_rng(SEED)
     scenes = sample_scenes("inspector", PICTURES, SEED)

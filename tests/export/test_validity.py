@@ -8,6 +8,7 @@ import pytest
 
 from edge_agent.superiority import METRICS
 from export import validity
+from export.errors import ExportError
 from export.outcomes import Outcomes
 from export.quality import Judge
 from export.starter.damage import damage, render_samples
@@ -143,6 +144,17 @@ def test_the_report_says_it_all(short, tmp_path):
     assert all(text.count(f"| {name} |") >= 3 for name in METRICS)
     assert "inspector finds" not in text
     assert f"Made by `edge-export validity {labels.as_posix()}` with the starter judge.\n" in text
+
+
+def test_labels_of_another_judge_are_refused_and_of_the_same_are_not(short, tmp_path, monkeypatch):
+    """Half of the report is of the judge and half of the labels."""
+    monkeypatch.setattr(validity, "falls", always)
+    judge = Judge()
+    labels = write_labels(tmp_path / "labels.parquet", 24, facts={"judge_digest": judge.digest})
+    assert validity.report(judge, labels)
+    labels = write_labels(tmp_path / "labels.parquet", 24, facts={"judge_digest": "50ft"})
+    with pytest.raises(ExportError, match=r"labels are from judge 50ft, and .* name with --judge the CLIP"):
+        validity.report(judge, labels)
 
 
 def test_the_report_names_the_judge_that_was_asked_for_and_the_labels_from_where_one_works(
