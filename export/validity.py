@@ -106,7 +106,9 @@ def complete(test: Outcomes) -> tuple[Floats, Floats]:
 
 
 def agreement(labels: Path) -> dict[str, list[float]]:
-    """Rank correlation of every metric with the inspector's verdicts over each model's images; {} without verdicts."""
+    """Rank correlation of every metric with the inspector's verdicts over each model's images; {} without verdicts, NaN
+    where they say nothing: of fewer than two images, or the same of all.
+    """
     table = pq.read_table(labels)
     if INSPECTED not in table.column_names:
         return {}
@@ -117,7 +119,8 @@ def agreement(labels: Path) -> dict[str, list[float]]:
         measured = (name for name in (*METRICS, ADHERENCE) if name in table.column_names)
         values = (table[name].to_numpy().astype(np.float64)[rows] for name in measured)
         known = ((value, ~np.isnan(value)) for value in values)
-        found[model] = [spearman(value[there], verdicts[rows][there]) for value, there in known]
+        pairs = ((value[there], verdicts[rows][there]) for value, there in known)
+        found[model] = [spearman(*pair) if len(np.unique(pair[1])) > 1 else np.nan for pair in pairs]
     return found
 
 
@@ -289,8 +292,9 @@ def report(judge: Judge, labels: Path, name: Path | str = STARTER_JUDGE) -> str:
         ]
         measured = (*METRICS, ADHERENCE)[: len(next(iter(found.values())))]
         for index, name in enumerate(measured):
-            lines.append(f"| {name} | " + " | ".join(f"{c[index]:.2f}" for c in found.values()) + " |")
-        cells, prompts = preferred(labels)
+            cells = ("" if np.isnan(column[index]) else f"{column[index]:.2f}" for column in found.values())
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        higher, prompts = preferred(labels)
         lines += [
             "",
             "Prompts differ in what they ask for and in how their pictures look, which hides what a metric says of one",
@@ -298,11 +302,11 @@ def report(judge: Judge, labels: Path, name: Path | str = STARTER_JUDGE) -> str:
             f"higher on that one; {prompts} prompts have such two, 0.5 is chance, intervals are over scenes. *Any two*",
             "are mostly one of either model's, and the cloud's is the better one in both respects:",
             "",
-            "| metric | " + " | ".join(cells) + " |",
-            "|---|" + "---|" * len(cells),
+            "| metric | " + " | ".join(higher) + " |",
+            "|---|" + "---|" * len(higher),
         ]
         for index, name in enumerate(measured):
-            lines.append(f"| {name} | " + " | ".join(column[index] for column in cells.values()) + " |")
+            lines.append(f"| {name} | " + " | ".join(column[index] for column in higher.values()) + " |")
     return "\n".join(lines) + "\n"
 
 

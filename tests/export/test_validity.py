@@ -66,6 +66,21 @@ def test_what_the_inspector_passes_is_compared_within_each_prompt(tmp_path, monk
     assert not cells["any two"][METRICS.index("color")].startswith("1.00")
 
 
+def test_where_there_are_no_two_verdicts_there_is_no_agreement(short, tmp_path, monkeypatch):
+    """As where `edge-export inspect` was shown the images of one model alone, or passes all."""
+    monkeypatch.setattr(validity, "falls", always)
+    labels = write_labels(tmp_path / "labels.parquet", 24)
+    table = pq.read_table(labels)
+    cloud, layout = np.array(table["model"].to_pylist()) == "cloud", table["layout"].to_numpy()
+    for edge in (np.nan, 1.0):
+        passed = pa.array(np.where(cloud, layout > np.median(layout[cloud]), edge))
+        pq.write_table(table.append_column("inspected", passed), labels)
+        found = validity.agreement(labels)
+        assert np.isnan(found["edge"]).all() and not np.isnan(found["cloud"]).any()
+    row = re.search(r"^\| layout \|  \| (0\.\d\d) \|$", validity.report(Judge(), labels), re.M)
+    assert row is not None and float(row[1]) > 0.5
+
+
 def test_the_report_says_at_which_severities_and_under_which_damages_a_metric_falls_too_seldom(
     short, tmp_path, monkeypatch
 ):
