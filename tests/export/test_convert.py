@@ -420,6 +420,30 @@ def test_a_lora_of_stable_diffusion_3_is_added_too(
         torch.testing.assert_close(after[name], before[name] + change, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_of_a_dora_in_peft_s_layout_a_share_goes_part_of_the_way(
+    model: Path, tmp_path: Path, scale: float
+) -> None:
+    """As of one in kohya-ss's: peft would stretch the weights wholly, whatever the share."""
+    pipeline = miniature_pipeline()
+    before = weights_of(pipeline)
+    found, added = {}, {}
+    for seed, (name, layer) in enumerate(attentive(pipeline.unet)):
+        down, up = matrices(layer, 4, seed)
+        lengths = 1.5 * layer.weight.data.norm(dim=1)
+        stem = f"unet.{name}"
+        found |= {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
+        found |= {f"{stem}.lora_magnitude_vector": lengths, f"{stem}.alpha": torch.tensor(2.0)}
+        whole = layer.weight.data + 0.5 * up @ down
+        added[f"{stem}.weight"] = whole * (lengths / whole.norm(dim=1))[:, None] - layer.weight.data
+    save_file(found, lora := tmp_path / "style.safetensors")
+    convert(str(model), str(tmp_path / "folder"), loras=[(str(lora), scale)], report=silent)
+    after = weights_at(tmp_path / "folder")
+    assert sorted(differ(after, before)) == sorted(added)
+    for name, change in added.items():
+        torch.testing.assert_close(after[name], before[name] + scale * change, atol=1e-5, rtol=1e-5)
+
+
 def test_a_lora_of_the_first_diffusers_names_no_part(model: Path, tmp_path: Path) -> None:
     """It held matrices for the attention of the denoiser, and nothing else."""
     pipeline = miniature_pipeline()
