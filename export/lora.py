@@ -22,12 +22,8 @@ from export import kohya, source, weights_file
 from export import pipeline as pipelines
 from export.errors import ExportError, misfit
 
-# How the names of both matrices of a layer end: as peft, the first diffusers and some others write them.
-_PAIRS = (
-    ("lora_A.weight", "lora_B.weight"),
-    (".down.weight", ".up.weight"),
-    ("lora_down.weight", "lora_up.weight"),
-)
+# How the names of both matrices of a layer end: as peft and the first diffusers write them.
+_PAIRS = (("lora_A.weight", "lora_B.weight"), (".down.weight", ".up.weight"))
 # Until its version 0.16 diffusers trained the attention of a denoiser alone, and left out which part that is.
 _PROCESSOR, _PARTS = ".processor.", ("unet.", "text_encoder.")
 _ADAPTER = "lora"
@@ -105,7 +101,7 @@ def _scaled(file: Path, weights: dict[str, torch.Tensor], *, by_alpha: bool) -> 
             f"{file} is a DoRA in a layout of which diffusers reads but half: it has the scale {half}"
         )
     dora = any(name.endswith(_LENGTHS) for name in weights)
-    layers = 0
+    layers, known = 0, set()
     for down, up in _PAIRS:
         stems = {name.removesuffix(end) for end in (down, up) for name in weights if name.endswith(end)}
         for stem in sorted(stems):
@@ -113,11 +109,16 @@ def _scaled(file: Path, weights: dict[str, torch.Tensor], *, by_alpha: bool) -> 
             wanted = (down, up, _LENGTHS) if dora else (down, up)
             if lacking := [stem + end for end in wanted if stem + end not in weights]:
                 raise ExportError(f"{file} has no {lacking[0]}: it is incomplete; get it again")
-            alpha = weights.pop(stem.removesuffix(".") + ".alpha", None) if by_alpha else None
+            alpha_name = stem.removesuffix(".") + ".alpha"
+            known |= {*(stem + end for end in wanted), alpha_name, stem + up.replace("weight", "bias")}
+            alpha = weights.pop(alpha_name, None) if by_alpha else None
             if alpha is not None:
                 weights[stem + up] *= alpha / weights[stem + down].shape[0]  # by its rank
     if not layers:
         raise ExportError(
-            f"{file} is no LoRA that is read here: none of its names ends in {' or '.join(down for down, _ in _PAIRS)}"
+            f"{file} is no LoRA that is read here: of its names none ends in "
+            f"{' or '.join(down for down, _ in _PAIRS)}, and not all begin with {kohya.BEGINNING}"
         )
+    if others := weights.keys() - known:
+        raise ExportError(f"{file} holds {min(others)}, a kind of change that is not known here")
     return layers

@@ -502,6 +502,38 @@ def test_a_lora_that_is_not_whole_or_of_another_kind_is_refused(
     assert not (tmp_path / "folder").exists()
 
 
+STEM = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+@pytest.mark.parametrize(
+    ("names", "why"),
+    [
+        (
+            ("lora_A.weight", "lora_B.weight", "lora_mid.weight"),
+            rf"holds {STEM}\.lora_mid\.weight, a kind of",
+        ),
+        (("lora.down.weight", "lora.up.weight", "alpha"), rf"holds {STEM}\.alpha, a kind of change"),
+        (
+            ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector.x"),
+            r"holds \S+_vector\.x, a kind of change",
+        ),
+        (("lora_down.weight", "lora_up.weight", "alpha"), r"is no LoRA .* not all begin with lora_$"),
+    ],
+)
+def test_a_lora_with_names_that_nothing_reads_is_refused(
+    model: Path, tmp_path: Path, names: tuple[str, ...], why: str
+) -> None:
+    """Of them diffusers reads what it knows, and passes over the others or fails without a word of them."""
+    down, up = matrices(
+        miniature_pipeline().unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q, 4, 0
+    )
+    held = dict(zip(names, (down, up, torch.ones(4, 4)), strict=True))
+    save_file({f"{STEM}.{name}": one for name, one in held.items()}, lora := tmp_path / "style.safetensors")
+    with pytest.raises(ExportError, match=why):
+        convert(str(model), str(tmp_path / "folder"), loras=[(str(lora), 1.0)], report=silent)
+    assert not (tmp_path / "folder").exists()
+
+
 def test_a_lora_with_layers_that_the_model_does_not_have_is_refused(model: Path, tmp_path: Path) -> None:
     """Of them diffusers warns, and fuses the others."""
     lora = tmp_path / "style.safetensors"
