@@ -6,7 +6,8 @@ For each way of choosing the prompts that go to the cloud, on the test split:
 
 - Spearman's rank correlation of its score with realised PRS, that of the measured mean qualities;
 - captured headroom = (gain - gain of random) / (gain of the oracle - gain of random) when the share `rate` of the
-  prompts goes to the cloud, the gain being the quality won over edge only, a mean over metrics and prompts;
+  prompts goes to the cloud, the gain being the quality won over edge only, a mean over metrics and prompts; left empty
+  where few prompts or images leave open whether the oracle wins more than random at all;
 - pooled dP = sum of gains / sum of |gaps| over the metrics, in percent; cloud-only makes at most 100.
 
 The oracle knows what to expect of each prompt, not the luck of an image: it chooses by all seeds but one, is paid by
@@ -53,7 +54,9 @@ class Row:
 
     router: str
     rank_correlation: Estimate | None
-    headroom: Estimate
+    headroom: Estimate | None
+    over_random: Estimate
+    """Quality won over random routing: what tells a router from it."""
     pooled_dp: Estimate
 
 
@@ -103,6 +106,13 @@ def oracle_gain(quality: Floats, rate: float) -> float:
     return float(np.mean(turns)) / len(quality)
 
 
+def tells_headroom(above_random: Floats, least: float) -> bool:
+    """Whether what the oracle wins ``above_random`` [R], of all prompts and of each resample, is always more than
+    ``least``. A share of what may be nothing, or less, has no interval: it grows beyond bounds and changes its sign.
+    """
+    return bool((above_random > least).all())
+
+
 def things_said(scenes: NDArray[np.int64]) -> int:
     """How many different ones test prompts say; ExportError where they are too few. ``scenes`` [N] numbers them."""
     if (said := len(np.unique(scenes))) < FEWEST:
@@ -123,7 +133,7 @@ def evaluate(
     """Rows of the table, one a router (router -> scores [N], low goes to the cloud) and those of random and oracle.
 
     `realised` is the PRS of the measured mean qualities, [N], `scenes` [N] numbers what each prompt says. Raises
-    ExportError when there is nothing to choose between, and so no headroom.
+    ExportError when there is nothing to choose between.
     """
     resamples = list(resampled(scenes, RESAMPLES))
     # [N, S], [N, M]; a resample's rows take little.
@@ -135,22 +145,22 @@ def evaluate(
     between = np.abs([metrics[rows].mean(0) for rows in resamples])
     full = between.mean(1)
     least = 1e-4 * between.max()  # more than rounding makes of nothing
-    if not ((np.abs(oracle - random) > least).all() and full.all()):
+    if (np.abs(oracle - random) <= least).all() or not full.all():
         apart = ""
         if (gain > 0).all() or (gain < 0).all():
             better = "cloud" if gain[0] > 0 else "edge"
             apart = f"; for each of the {len(gain)} the {better}'s images are better, so that there is little to choose"
         raise ExportError(
-            "on these test prompts, or on a sample of them, the oracle wins what random wins: label more prompts"
-            + apart
+            "on these test prompts the oracle wins what random wins: label more prompts" + apart
         )
+    told = tells_headroom(oracle - random, least)
 
     def row(router: str, gains: Floats, correlations: Floats | None) -> Row:
-        headroom = (gains - random) / (oracle - random)
         return Row(
             router,
             None if correlations is None else estimate(correlations),
-            estimate(headroom),
+            estimate((gains - random) / (oracle - random)) if told else None,
+            estimate(gains - random),
             estimate(100 * gains / full),
         )
 
@@ -169,7 +179,8 @@ def table(rows: Sequence[Row], rate: float) -> Table:
         made.add_column(name, no_wrap=True)
     for row in rows:
         correlation = f"{row.rank_correlation:.3f}" if row.rank_correlation else ""
-        made.add_row(row.router, correlation, f"{row.headroom:.3f}", f"{row.pooled_dp:.1f}")
+        headroom = f"{row.headroom:.3f}" if row.headroom else ""
+        made.add_row(row.router, correlation, headroom, f"{row.pooled_dp:.1f}")
     return made
 
 
@@ -242,7 +253,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"of the calibration prompts a daemon sends at most {largest:.0%}, since for the others the edge's image "
             f"is predicted to be as good: {options.rate:.0%} is what the ranking alone is worth"
         )
-    if not next(row for row in rows if row.router == PREDICTOR).headroom.low > 0:
+    if rows[0].headroom is None:
+        console.print(
+            "on these test prompts, or on a sample of them, the oracle wins no more than random, and nothing is said "
+            "of headroom: label more prompts, or more images of each"
+        )
+    if not next(row for row in rows if row.router == PREDICTOR).over_random.low > 0:
         console.print(
             "these test prompts do not tell the predictor from random routing: label more prompts, or more images of "
             "each, and train again"

@@ -60,7 +60,7 @@ from export.pieces import (
     only_of,
     pieces,
 )
-from export.prompts import CEILING_PROMPTS, PROMPTS, SHARES, own_prompts, router_prompts
+from export.prompts import CEILING_PROMPTS, IDS_A_SPLIT, PROMPTS, SHARES, own_prompts, router_prompts
 from export.quality import Judge
 from export.starter.shipped import STARTER_BUNDLE, STARTER_CLOUD, STARTER_JUDGE
 from export.terminal import progress, say
@@ -283,7 +283,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     for split, number in PROMPTS.items():
         parser.add_argument(
-            f"--{split}", type=at_least(0), dest=split, help=f"prompts of the starter's (default: {number})"
+            f"--{split}",
+            type=at_least(0, IDS_A_SPLIT),
+            dest=split,
+            help=f"prompts of the starter's (default: {number})",
         )
     parser.add_argument(
         "--share",

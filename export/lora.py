@@ -22,15 +22,12 @@ from export import kohya, source, weights_file
 from export import pipeline as pipelines
 from export.errors import ExportError, misfit
 
-# How the names of both matrices of a layer end: as peft, the first diffusers and some others write them.
-_PAIRS = (
-    ("lora_A.weight", "lora_B.weight"),
-    (".down.weight", ".up.weight"),
-    ("lora_down.weight", "lora_up.weight"),
-)
+# How the names of both matrices of a layer end: as peft and the first diffusers write them.
+_PAIRS = (("lora_A.weight", "lora_B.weight"), (".down.weight", ".up.weight"))
 # Until its version 0.16 diffusers trained the attention of a denoiser alone, and left out which part that is.
 _PROCESSOR, _PARTS = ".processor.", ("unet.", "text_encoder.")
 _ADAPTER = "lora"
+_LENGTHS = "lora_magnitude_vector"  # of a DoRA as peft writes it: of the weights to an output
 
 
 def located(lora: str) -> Path:
@@ -66,6 +63,7 @@ def _fuse_by_peft(pipeline: Any, file: Path, weights: dict[str, torch.Tensor], s
     # Newer files hold peft's own account of what scales the layers, which diffusers and peft follow.
     accounted = LORA_ADAPTER_METADATA_KEY in weights_file.metadata(file)
     layers = _scaled(file, weights, by_alpha=not accounted)
+    dora = any(name.endswith(_LENGTHS) for name in weights)
     try:
         with source.quiet(logging.ERROR):
             # With its name, for which diffusers would ask the hub.
@@ -80,8 +78,12 @@ def _fuse_by_peft(pipeline: Any, file: Path, weights: dict[str, torch.Tensor], s
             ]
             for layer in changed if not accounted else ():
                 layer.scaling[_ADAPTER] = 1.0
-            pipeline.fuse_lora(lora_scale=scale, safe_fusing=True)
+            # peft scales what a DoRA adds, but not how it stretches the sum: of its whole change the share is taken.
+            before = [(layer.base_layer, layer.base_layer.weight.data.clone()) for layer in changed if dora]
+            pipeline.fuse_lora(lora_scale=1.0 if dora else scale, safe_fusing=True)
             pipeline.unload_lora_weights()
+            for layer, weight in before:
+                layer.weight.data = torch.lerp(weight, layer.weight.data, scale)
     except Exception as error:  # each part's library fails in its own way
         raise ExportError(f"{file} cannot be fused with this model: {misfit(error)}") from error
     if len(changed) < layers:
@@ -94,22 +96,29 @@ def _fuse_by_peft(pipeline: Any, file: Path, weights: dict[str, torch.Tensor], s
 
 def _scaled(file: Path, weights: dict[str, torch.Tensor], *, by_alpha: bool) -> int:
     """How many layers `weights` change, once each one's alpha was worked into them, where that scales them."""
-    if dora := next((name for name in weights if name.endswith("dora_scale")), None):
+    if half := next((name for name in weights if name.endswith("dora_scale")), None):
         raise ExportError(
-            f"{file} is a DoRA in a layout of which diffusers reads but half: it has the scale {dora}"
+            f"{file} is a DoRA in a layout of which diffusers reads but half: it has the scale {half}"
         )
-    layers = 0
+    dora = any(name.endswith(_LENGTHS) for name in weights)
+    layers, known = 0, set()
     for down, up in _PAIRS:
         stems = {name.removesuffix(end) for end in (down, up) for name in weights if name.endswith(end)}
         for stem in sorted(stems):
             layers += 1
-            if lacking := [stem + end for end in (down, up) if stem + end not in weights]:
+            wanted = (down, up, _LENGTHS) if dora else (down, up)
+            if lacking := [stem + end for end in wanted if stem + end not in weights]:
                 raise ExportError(f"{file} has no {lacking[0]}: it is incomplete; get it again")
-            alpha = weights.pop(stem.removesuffix(".") + ".alpha", None) if by_alpha else None
+            alpha_name = stem.removesuffix(".") + ".alpha"
+            known |= {*(stem + end for end in wanted), alpha_name, stem + up.replace("weight", "bias")}
+            alpha = weights.pop(alpha_name, None) if by_alpha else None
             if alpha is not None:
                 weights[stem + up] *= alpha / weights[stem + down].shape[0]  # by its rank
     if not layers:
         raise ExportError(
-            f"{file} is no LoRA that is read here: none of its names ends in {' or '.join(down for down, _ in _PAIRS)}"
+            f"{file} is no LoRA that is read here: of its names none ends in "
+            f"{' or '.join(down for down, _ in _PAIRS)}, and not all begin with {kohya.BEGINNING}"
         )
+    if others := weights.keys() - known:
+        raise ExportError(f"{file} holds {min(others)}, a kind of change that is not known here")
     return layers

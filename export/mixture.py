@@ -39,9 +39,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from export.errors import ExportError, reason
@@ -276,7 +276,8 @@ class Ensemble(nn.Module):
         """Write the weights with the shape and a record of how they were made. Nothing in the file is pickled."""
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         facts = {"shape": json.dumps(asdict(self.shape)), "members": str(len(self.members))}
-        save_file(tensors, path, facts | {"record": json.dumps(record)})
+        # Written by Python, whose error of a full disk is known everywhere: safetensors has one of its own.
+        path.write_bytes(safetensors.torch.save(tensors, facts | {"record": json.dumps(record)}))
 
     @classmethod
     def load(cls, path: Path) -> tuple[Ensemble, dict[str, Any]]:

@@ -14,6 +14,7 @@ that calibrated nothing, and one that is grossly off is refused.
 from __future__ import annotations
 
 import errno
+import math
 import os
 import shutil
 import tempfile
@@ -247,9 +248,13 @@ def drawn(
 
 
 def _spread(calls: Sequence[Feeds], most: int) -> Sequence[Feeds]:
-    """At most that many of the calls. Every k-th, k being odd, so that all steps of an even number take part."""
+    """At most that many of the calls: every k-th, k having no divisor in common with their number, and so none with the
+    number of a prompt's. Each prompt then gives other steps, until all have taken part.
+    """
     every = max(1, -(-len(calls) // most))
-    return calls[:: every if every % 2 else every + 1]
+    while math.gcd(every, len(calls)) > 1:
+        every += 1
+    return calls[::every]
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from export.bootstrap import Floats, estimate, resampled
 from export.errors import ExportError
 from export.evaluate import spearman
 from export.negatives import FAULTS, hard_negatives
-from export.outcomes import ADHERENCE, INSPECTED, MODELS, Outcomes
+from export.outcomes import ADHERENCE, INSPECTED, JUDGE_DIGEST, MODELS, Outcomes
 from export.output import check_output, default_output, shown, write_output
 from export.quality import Judge
 from export.starter.damage import Sample, damage, render_samples
@@ -106,7 +106,9 @@ def complete(test: Outcomes) -> tuple[Floats, Floats]:
 
 
 def agreement(labels: Path) -> dict[str, list[float]]:
-    """Rank correlation of every metric with the inspector's verdicts over each model's images; {} without verdicts."""
+    """Rank correlation of every metric with the inspector's verdicts over each model's images; {} without verdicts, NaN
+    where they say nothing: of fewer than two images, or the same of all.
+    """
     table = pq.read_table(labels)
     if INSPECTED not in table.column_names:
         return {}
@@ -117,7 +119,8 @@ def agreement(labels: Path) -> dict[str, list[float]]:
         measured = (name for name in (*METRICS, ADHERENCE) if name in table.column_names)
         values = (table[name].to_numpy().astype(np.float64)[rows] for name in measured)
         known = ((value, ~np.isnan(value)) for value in values)
-        found[model] = [spearman(value[there], verdicts[rows][there]) for value, there in known]
+        pairs = ((value[there], verdicts[rows][there]) for value, there in known)
+        found[model] = [spearman(*pair) if len(np.unique(pair[1])) > 1 else np.nan for pair in pairs]
     return found
 
 
@@ -188,11 +191,20 @@ def tells_apart(
 
 
 def report(judge: Judge, labels: Path, name: Path | str = STARTER_JUDGE) -> str:
-    """The whole report as Markdown; ``name`` is where the judge was loaded from."""
+    """The whole report as Markdown; ``name`` is where the judge was loaded from.
+
+    Raises ExportError where the labels say that they are of another judge, or hold too little to report on.
+    """
     starter = Path(name).resolve() == STARTER_JUDGE.resolve()
     named = "the starter judge" if starter else f"the judge `{name}`"
     trained = "the judge" if starter else "the starter judge"
     test = Outcomes.read(labels).split("test")
+    # Half of the report is of the judge and half of the labels.
+    if (stated := test.facts.get(JUDGE_DIGEST, judge.digest)) != judge.digest:
+        raise ExportError(
+            f"the labels are from judge {stated[:16]}, and {name} is {judge.digest[:16]}: name with --judge the CLIP "
+            "that `edge-export label` measured them with"
+        )
     edge, cloud = complete(test)  # before what takes minutes
     rng = np.random.default_rng(SEED)
     scenes = sample_scenes("inspector", PICTURES, SEED)
@@ -280,8 +292,9 @@ def report(judge: Judge, labels: Path, name: Path | str = STARTER_JUDGE) -> str:
         ]
         measured = (*METRICS, ADHERENCE)[: len(next(iter(found.values())))]
         for index, name in enumerate(measured):
-            lines.append(f"| {name} | " + " | ".join(f"{c[index]:.2f}" for c in found.values()) + " |")
-        cells, prompts = preferred(labels)
+            cells = ("" if np.isnan(column[index]) else f"{column[index]:.2f}" for column in found.values())
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        higher, prompts = preferred(labels)
         lines += [
             "",
             "Prompts differ in what they ask for and in how their pictures look, which hides what a metric says of one",
@@ -289,11 +302,11 @@ def report(judge: Judge, labels: Path, name: Path | str = STARTER_JUDGE) -> str:
             f"higher on that one; {prompts} prompts have such two, 0.5 is chance, intervals are over scenes. *Any two*",
             "are mostly one of either model's, and the cloud's is the better one in both respects:",
             "",
-            "| metric | " + " | ".join(cells) + " |",
-            "|---|" + "---|" * len(cells),
+            "| metric | " + " | ".join(higher) + " |",
+            "|---|" + "---|" * len(higher),
         ]
         for index, name in enumerate(measured):
-            lines.append(f"| {name} | " + " | ".join(column[index] for column in cells.values()) + " |")
+            lines.append(f"| {name} | " + " | ".join(column[index] for column in higher.values()) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -29,6 +29,10 @@ def rows(plan: Plan) -> list[Row]:
     if record["edge_digest"] != Bundle.open(plan.bundle, verify=False).model_digest:
         raise BenchError(f"{plan.evaluation} was made for another edge model than {plan.bundle}; {how}")
     headroom = {router["router"]: router["headroom"] for router in record["routers"]}
+    if headroom[OWN] is None:
+        raise BenchError(
+            f"{plan.evaluation} says nothing of headroom, which its prompts are too few for: label more, and {how}"
+        )
     own = Estimate(*(100 * headroom[OWN][name] for name in ("value", "low", "high")), record["prompts"])
     baselines = {name: 100 * found["value"] for name, found in headroom.items() if name not in (OWN, *LIMITS)}
     beside = ", ".join(f"{name} {value:.1f} %" for name, value in baselines.items())

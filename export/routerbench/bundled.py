@@ -9,21 +9,39 @@ import numpy as np
 from edge_agent.bundle import Bundle
 from edge_agent.calibration import Calibration
 from edge_agent.predictor import Predictor
-from export.outcomes import Outcomes
+from export.outcomes import CLOUD_DIGEST, JUDGE_DIGEST, Outcomes
 from export.routerbench.router import Floats, Prompts, Scorer
 from export.routerbench.routers import NOTHING
 
 NAME = "the bundle's predictor"
 
 
-def calibrated(bundle: Bundle, outcomes: Outcomes) -> Calibration | None:
-    """The bundle's calibration, where it has a predictor too and both are of the models of these labels."""
+def foreign(bundle: Bundle, outcomes: Outcomes) -> str | None:
+    """Why the bundle's predictor is not measured on these labels: it has none that is calibrated, or it learnt from
+    others. None where it is: what the labels or the calibration do not state is taken to be the same.
+    """
     calibration = bundle.calibration
     if bundle.predictor is None or calibration is None:
-        return None
-    edge = outcomes.facts.get("edge_digest", bundle.model_digest)
-    cloud = outcomes.facts.get("cloud_digest", calibration.cloud_digest)
-    return calibration if (edge, cloud) == (calibration.edge_digest, calibration.cloud_digest) else None
+        return f"{bundle.folder} has no predictor with a calibration"
+    learnt = {
+        "edge_digest": calibration.edge_digest,
+        CLOUD_DIGEST: calibration.cloud_digest,
+        JUDGE_DIGEST: calibration.recipe.get(JUDGE_DIGEST),
+    }
+    facts = {"edge_digest": bundle.model_digest, **outcomes.facts}
+    for name, known in learnt.items():
+        stated = facts.get(name)
+        if stated and known and stated != known:
+            what = name.removesuffix("_digest")
+            return (
+                f"{bundle.folder} is calibrated for {what} {known[:16]}, and the labels are of {stated[:16]}"
+            )
+    return None
+
+
+def calibrated(bundle: Bundle, outcomes: Outcomes) -> Calibration | None:
+    """The bundle's calibration, where its predictor is not `foreign` to these labels."""
+    return None if foreign(bundle, outcomes) else bundle.calibration
 
 
 class Bundled:

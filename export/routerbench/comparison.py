@@ -35,7 +35,7 @@ from export.mixture import Shape
 from export.outcomes import SPLITS, Outcomes
 from export.prompts import never_learnt, scenes_by_text, scenes_of
 from export.routerbench import plots, report
-from export.routerbench.bundled import Bundled, calibrated
+from export.routerbench.bundled import Bundled, foreign
 from export.routerbench.ceiling import Ceiling, ceiling, oracle_by_images, sentences_share
 from export.routerbench.decision import decisions
 from export.routerbench.fitting import SEEDS, Data, Fitted, ending, fit, keep_states, leave_interrupts
@@ -156,8 +156,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     started = time.monotonic()
     outcomes, bundle = Outcomes.read(options.labels), Bundle.open(options.bundle)
-    if calibrated(bundle, outcomes):
+    if (why := foreign(bundle, outcomes)) is None:
         routers.append(Bundled(bundle))
+    else:
+        console.print(f"without the bundle's predictor and its decisions: {why}")
     cache = options.out / "cache"
     outcomes, scenes, known = _new(outcomes, bundle, cache)
     test, data = outcomes.split("test"), Data.of(outcomes, bundle, scenes, cache)

@@ -168,8 +168,8 @@ class Decider:
 def decisions(
     bundle: Bundle, outcomes: Outcomes, scenes: Mapping[str, NDArray[np.int64]], cache: Path
 ) -> Decisions | None:
-    """Measure them; None where the bundle has no predictor or no calibration for these labels' models, or they hold no
-    calibration prompts.
+    """Measure them; None where the bundle has no predictor or no calibration for these labels' models and judge, or
+    they hold no calibration prompts.
 
     ``scenes`` numbers what each prompt says, split by split; its keys are the splits that are looked at. The training
     prompts' token states are read from the folder ``cache``, or made and kept there.

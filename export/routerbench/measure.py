@@ -1,11 +1,12 @@
 """What a router's scores are worth on prompts with measured outcomes, at every routing rate.
 
 Gains are qualities won over edge only. Headroom = (gain - random) / (oracle - random), the oracle cross-fitted over
-seeds; dP in the paper's form, a mean over metrics of gain / |gap of the means| in percent, over the metrics whose mean
-gap on the training prompts is no smaller than SMALL (a rule that does not look at test prompts), also as a share of
-what cloud-only makes of it; PGR = gain / gain of cloud only; win gain = how much more often than at random the
-better image of the two, by PRS, is the one that is served, in percent points. At one rate all routers serve as many
-images of the cloud, so where its image is the better one of nearly every pair, only the few other pairs move win gain.
+seeds, and not a number at rates at which few prompts leave open whether the oracle wins more than random; dP in the
+paper's form, a mean over metrics of gain / |gap of the means| in percent, over the metrics whose mean gap on the
+training prompts is no smaller than SMALL (a rule that does not look at test prompts), also as a share of what
+cloud-only makes of it; PGR = gain / gain of cloud only; win gain = how much more often than at random the better
+image of the two, by PRS, is the one that is served, in percent points. At one rate all routers serve as many images
+of the cloud, so where its image is the better one of nearly every pair, only the few other pairs move win gain.
 
 Prompts that say the same scene in other words share its outcome, so they are no independent draws: intervals are 95 %
 bootstraps over *scenes*. A router's value is the mean over its seeds.
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 
 from export.bootstrap import Estimate, estimate, resampled
 from export.errors import ExportError
-from export.evaluate import Paired, routed
+from export.evaluate import Paired, routed, tells_headroom
 from export.outcomes import Outcomes
 from export.routerbench.router import Floats
 
@@ -118,13 +119,12 @@ class Bench:
         self.oracle = {rate: self._oracle_shares(rate) for rate in RATES}
         self.oracle_gains = {rate: self._gains(shares) for rate, shares in self.oracle.items()}
         least = 1e-4 * np.abs(self.full).max()  # more than rounding makes of nothing
-        if any(
-            (np.abs(gains.mean(axis=1) - self._random(rate)) <= least).any()
-            for rate, gains in self.oracle_gains.items()
-        ):
-            raise ExportError(
-                "on these test prompts, or on a sample of them, the oracle wins what random wins: label more prompts"
-            )
+        above_random = {
+            rate: made.mean(axis=1) - self._random(rate) for rate, made in self.oracle_gains.items()
+        }
+        if all((np.abs(won) <= least).all() for won in above_random.values()):
+            raise ExportError("on these test prompts the oracle wins what random wins: label more prompts")
+        self.told = {rate for rate, won in above_random.items() if tells_headroom(won, least)}
 
     def points(self, scores: Sequence[Floats]) -> list[Point]:
         """One a rate, of the scores [N] that a router's seeds gave."""
@@ -177,6 +177,8 @@ class Bench:
         return np.array(made)
 
     def _headroom(self, rate: float, gains: Floats) -> Floats:
+        if rate not in self.told:
+            return np.full(len(gains), np.nan)
         random = self._random(rate)
         return np.asarray((gains.mean(axis=1) - random) / (self.oracle_gains[rate].mean(axis=1) - random))
 
@@ -204,7 +206,7 @@ class Bench:
         return Point(
             rate,
             estimate(self.edge + gains.mean(axis=1)),
-            Sampled.of(self._headroom(rate, gains) if rate < 1 else nothing),
+            Sampled.of(self._headroom(rate, gains)),
             Sampled.of(100 * delta_p),
             estimate(over_cloud_only),
             estimate(100 * gains.sum(axis=1) / np.abs(full).sum(axis=1)),

@@ -28,7 +28,7 @@ from export.pipeline import drop_origin
 from export.starter.autoencoder import pixels
 from export.starter.size import Size
 from export.starter.tokenizer import token_ids
-from export.starter.training import Run, made_ahead, needed, write_record
+from export.starter.training import Run, made_ahead, needed, pickled, write_record
 from export.starter.world import Scene, caption, render, sample_scenes
 
 SCENES = 60_000  # of the generators' split, rendered and encoded once
@@ -94,7 +94,7 @@ def encode_scenes(autoencoder: AutoencoderKL, scenes: list[Scene], file: Path, s
             print(f"encoding scenes: {len(parts) * 200}/{len(scenes)}", flush=True)
     latents = torch.cat(parts)
     with replacing(file) as partial:  # the other model's run may be at it too
-        torch.save(latents, partial)
+        partial.write_bytes(pickled(latents))
     return latents
 
 

@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -316,6 +317,8 @@ def train(
         return False
     weights = {name: weight.half().contiguous() for name, weight in run.averaged_model().state_dict().items()}
     (folder / "model").mkdir(exist_ok=True)
-    save_file(weights, folder / "model" / WEIGHTS)
+    (folder / "model" / WEIGHTS).write_bytes(
+        safetensors.torch.save(weights)
+    )  # an OSError where the disk is full
     write_record(folder, run.record())
     return True

@@ -7,6 +7,7 @@ batches are made ahead, by processes beside it: painting scenes would keep it wa
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import platform
@@ -228,7 +229,7 @@ class Run:
             "recipe": self._recipe,
         }
         partial = self.checkpoint.with_suffix(".partial")
-        torch.save(state, partial)
+        partial.write_bytes(pickled(state))
         os.replace(partial, self.checkpoint)  # a kill leaves the old one or the new one, never half of one
 
     def _resume(self) -> None:
@@ -243,6 +244,13 @@ class Run:
         self.model.load_state_dict(state["model"])
         self.average = state["average"]
         self.optimiser.load_state_dict(state["optimiser"])
+
+
+def pickled(state: Any) -> memoryview:
+    """As `torch.save` writes it, to be written by Python: of a full disk torch makes a RuntimeError of many lines."""
+    made = io.BytesIO()
+    torch.save(state, made)
+    return made.getbuffer()
 
 
 def hardware() -> str:

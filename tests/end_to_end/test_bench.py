@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from edge_agent.bundle import Bundle
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -99,6 +101,17 @@ def test_a_row_that_cannot_be_measured_says_what_to_do(
     (only,) = record["rows"]
     assert only["measured"] is None and only["met"] is None
     assert says in only["note"]
+
+
+@pytest.mark.posix
+def test_an_evaluation_without_headroom_asks_for_more_labels(miniature_bundle: Path, tmp_path: Path) -> None:
+    digest, untold = Bundle.open(miniature_bundle).model_digest, {"router": "predictor", "headroom": None}
+    evaluation = tmp_path / "evaluation.json"
+    evaluation.write_text(json.dumps({"edge_digest": digest, "routers": [untold]}))
+    options = ("--bundle", str(miniature_bundle), "--evaluation", str(evaluation))
+    finished, record = bench("--only", "headroom", *options, out=tmp_path)
+    assert finished.returncode == 1, finished.stderr
+    assert "too few" in record["rows"][0]["note"]
 
 
 def test_without_a_bundle_nothing_starts(tmp_path: Path) -> None:

@@ -420,6 +420,30 @@ def test_a_lora_of_stable_diffusion_3_is_added_too(
         torch.testing.assert_close(after[name], before[name] + change, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_of_a_dora_in_peft_s_layout_a_share_goes_part_of_the_way(
+    model: Path, tmp_path: Path, scale: float
+) -> None:
+    """As of one in kohya-ss's: peft would stretch the weights wholly, whatever the share."""
+    pipeline = miniature_pipeline()
+    before = weights_of(pipeline)
+    found, added = {}, {}
+    for seed, (name, layer) in enumerate(attentive(pipeline.unet)):
+        down, up = matrices(layer, 4, seed)
+        lengths = 1.5 * layer.weight.data.norm(dim=1)
+        stem = f"unet.{name}"
+        found |= {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
+        found |= {f"{stem}.lora_magnitude_vector": lengths, f"{stem}.alpha": torch.tensor(2.0)}
+        whole = layer.weight.data + 0.5 * up @ down
+        added[f"{stem}.weight"] = whole * (lengths / whole.norm(dim=1))[:, None] - layer.weight.data
+    save_file(found, lora := tmp_path / "style.safetensors")
+    convert(str(model), str(tmp_path / "folder"), loras=[(str(lora), scale)], report=silent)
+    after = weights_at(tmp_path / "folder")
+    assert sorted(differ(after, before)) == sorted(added)
+    for name, change in added.items():
+        torch.testing.assert_close(after[name], before[name] + scale * change, atol=1e-5, rtol=1e-5)
+
+
 def test_a_lora_of_the_first_diffusers_names_no_part(model: Path, tmp_path: Path) -> None:
     """It held matrices for the attention of the denoiser, and nothing else."""
     pipeline = miniature_pipeline()
@@ -473,6 +497,38 @@ def test_a_lora_that_is_not_whole_or_of_another_kind_is_refused(
     lora = tmp_path / "style.safetensors"
     lora_for(miniature_pipeline(), lora)
     save_file(change(weights_in(lora.read_bytes())), lora)
+    with pytest.raises(ExportError, match=why):
+        convert(str(model), str(tmp_path / "folder"), loras=[(str(lora), 1.0)], report=silent)
+    assert not (tmp_path / "folder").exists()
+
+
+STEM = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+@pytest.mark.parametrize(
+    ("names", "why"),
+    [
+        (
+            ("lora_A.weight", "lora_B.weight", "lora_mid.weight"),
+            rf"holds {STEM}\.lora_mid\.weight, a kind of",
+        ),
+        (("lora.down.weight", "lora.up.weight", "alpha"), rf"holds {STEM}\.alpha, a kind of change"),
+        (
+            ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector.x"),
+            r"holds \S+_vector\.x, a kind of change",
+        ),
+        (("lora_down.weight", "lora_up.weight", "alpha"), r"is no LoRA .* not all begin with lora_$"),
+    ],
+)
+def test_a_lora_with_names_that_nothing_reads_is_refused(
+    model: Path, tmp_path: Path, names: tuple[str, ...], why: str
+) -> None:
+    """Of them diffusers reads what it knows, and passes over the others or fails without a word of them."""
+    down, up = matrices(
+        miniature_pipeline().unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q, 4, 0
+    )
+    held = dict(zip(names, (down, up, torch.ones(4, 4)), strict=True))
+    save_file({f"{STEM}.{name}": one for name, one in held.items()}, lora := tmp_path / "style.safetensors")
     with pytest.raises(ExportError, match=why):
         convert(str(model), str(tmp_path / "folder"), loras=[(str(lora), 1.0)], report=silent)
     assert not (tmp_path / "folder").exists()

@@ -85,6 +85,18 @@ def test_where_there_is_nothing_to_choose_between_there_is_no_headroom(gaps: np.
         evaluate({}, np.ones(len(gaps)), Paired(gaps), RATE, np.arange(len(gaps)))
 
 
+def test_what_is_won_over_random_is_told_where_headroom_is_not() -> None:
+    """Of few noisy prompts the oracle chooses hardly better than chance, and a share of nothing has any sign."""
+    draw = np.random.default_rng(0)
+    truth = draw.normal(0.02, 0.02, 100)
+    paired = Paired(truth[:, None, None] + draw.normal(0, 0.06, (100, 4, 1)))
+    scores = {"truth": -truth, "luck": draw.normal(size=100)}
+    rows = {row.router: row for row in evaluate(scores, -truth, paired, RATE, np.arange(100))}
+    assert [row.headroom for row in rows.values()] == [None] * 4
+    assert rows["truth"].over_random.low > 0 > rows["luck"].over_random.low
+    assert rows["random"].over_random.value == 0
+
+
 def test_the_oracle_is_not_paid_for_luck() -> None:
     """Where all prompts are alike, an oracle that had seen the images it is paid for would gain by their noise."""
     noise = np.random.default_rng(0).normal(0, 1, (2000, 4))

@@ -640,6 +640,10 @@ def test_a_cloud_model_that_is_not_there_is_refused_in_one_line(tmp_path, capsys
         (["--draws", "0"], "--draws: must be at least 1, not 0"),
         (["--measured-draws", "0"], "--measured-draws: must be at least 1, not 0"),
         (["--train", "-1"], "--train: must be at least 0, not -1"),
+        (
+            ["--train", "100001"],
+            "--train: must be at most 100000, not 100001",
+        ),  # whose ids are the next split's
         (["--batch", "none"], "--batch: invalid number value: 'none'"),
         ([f"--{split}=0" for split in COUNTS], "there is no prompt to label"),
         (["--prompts", "prompts.txt", "--test", "5"], "leave --test out"),

@@ -166,6 +166,20 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.posix
+def test_a_full_disk_is_an_error_of_the_system_s(tmp_path: Path) -> None:
+    """A limit on the size of files stands for it; safetensors has an error of its own for that."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            Ensemble([made_up(SHAPE)]).save(tmp_path / "w.safetensors", {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 @pytest.mark.parametrize("record", [None, "[", "[]"])
 def test_a_predictor_without_a_record_of_its_making_is_refused(tmp_path: Path, record: str | None) -> None:
     file = tmp_path / "w.safetensors"

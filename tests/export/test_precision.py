@@ -260,6 +260,15 @@ def test_a_full_disk_is_not_called_a_damaged_graph(
         shrink(bundle_copy, "int8", keep=("text_encoder", "vae_decoder"), prompts=PROMPTS[:1], report=silent)
 
 
+@pytest.mark.parametrize(("steps", "passes"), [(4, 2), (15, 2), (20, 2), (25, 1), (25, 2), (50, 1)])
+def test_all_steps_take_part_in_what_calibrates(steps: int, passes: int) -> None:
+    """The last ones too, in which a denoiser sees hardly any noise, and those with and without the prompt alike."""
+    of_a_prompt = [(step, one) for step in range(steps) for one in range(passes)]
+    taken = precision._spread(of_a_prompt * len(precision.CALIBRATION_PROMPTS), precision.MAX_CALLS)  # type: ignore[arg-type]
+    assert set(taken) == set(of_a_prompt)  # type: ignore[comparison-overlap]
+    assert precision.MAX_CALLS / 3 < len(taken) <= precision.MAX_CALLS
+
+
 def test_the_loss_of_other_pictures_is_twice_their_power() -> None:
     """What the bounds are a share of."""
     rng = np.random.default_rng(0)

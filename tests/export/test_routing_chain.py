@@ -24,6 +24,7 @@ from edge_agent.manifest import CALIBRATION, PREDICTOR
 from edge_agent.predictor import Predictor
 from edge_agent.superiority import METRICS, paper_scale, relative_superiority
 from edge_agent.tokens import Tokenizer, Tokens
+from export import evaluate as evaluation
 from export import train as training
 from export.__main__ import INTERRUPTED, main
 from export.calibrate import calibrate
@@ -413,6 +414,19 @@ def test_a_bundle_that_is_calibrated_for_another_cloud_model_is_not_evaluated(
     labels = write_labels(tmp_path / "labels.parquet", 12, facts={"cloud_digest": "00ff"})
     line = refused(capsys, "evaluate", labels, chain.bundle)
     assert "labels are of cloud model 00ff" in line and "calibrated for c0ffee" in line
+
+
+def test_a_win_over_random_is_told_where_headroom_is_not(
+    tmp_path: Path, chain: Chain, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("evaluate", chain.labels, chain.bundle, "--out", tmp_path / "evaluation.json")
+    assert "headroom" not in said(capsys, *arguments)
+    monkeypatch.setattr(evaluation, "tells_headroom", lambda *_: False)
+    line = said(capsys, *arguments)
+    assert "the oracle wins no more than random, and nothing is said of headroom" in line
+    assert "do not tell the predictor from random" not in line
+    rows = json.loads((tmp_path / "evaluation.json").read_text())["routers"]
+    assert all(row["headroom"] is None and row["over_random"] for row in rows)
 
 
 def test_too_few_test_prompts_are_refused_before_anything_is_written(

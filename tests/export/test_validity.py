@@ -8,6 +8,7 @@ import pytest
 
 from edge_agent.superiority import METRICS
 from export import validity
+from export.errors import ExportError
 from export.outcomes import Outcomes
 from export.quality import Judge
 from export.starter.damage import damage, render_samples
@@ -63,6 +64,21 @@ def test_what_the_inspector_passes_is_compared_within_each_prompt(tmp_path, monk
     assert prompts == len(set(ids.tolist()))
     assert cells["any two"][METRICS.index("layout")] == "1.00 [1.00, 1.00]"
     assert not cells["any two"][METRICS.index("color")].startswith("1.00")
+
+
+def test_where_there_are_no_two_verdicts_there_is_no_agreement(short, tmp_path, monkeypatch):
+    """As where `edge-export inspect` was shown the images of one model alone, or passes all."""
+    monkeypatch.setattr(validity, "falls", always)
+    labels = write_labels(tmp_path / "labels.parquet", 24)
+    table = pq.read_table(labels)
+    cloud, layout = np.array(table["model"].to_pylist()) == "cloud", table["layout"].to_numpy()
+    for edge in (np.nan, 1.0):
+        passed = pa.array(np.where(cloud, layout > np.median(layout[cloud]), edge))
+        pq.write_table(table.append_column("inspected", passed), labels)
+        found = validity.agreement(labels)
+        assert np.isnan(found["edge"]).all() and not np.isnan(found["cloud"]).any()
+    row = re.search(r"^\| layout \|  \| (0\.\d\d) \|$", validity.report(Judge(), labels), re.M)
+    assert row is not None and float(row[1]) > 0.5
 
 
 def test_the_report_says_at_which_severities_and_under_which_damages_a_metric_falls_too_seldom(
@@ -143,6 +159,17 @@ def test_the_report_says_it_all(short, tmp_path):
     assert all(text.count(f"| {name} |") >= 3 for name in METRICS)
     assert "inspector finds" not in text
     assert f"Made by `edge-export validity {labels.as_posix()}` with the starter judge.\n" in text
+
+
+def test_labels_of_another_judge_are_refused_and_of_the_same_are_not(short, tmp_path, monkeypatch):
+    """Half of the report is of the judge and half of the labels."""
+    monkeypatch.setattr(validity, "falls", always)
+    judge = Judge()
+    labels = write_labels(tmp_path / "labels.parquet", 24, facts={"judge_digest": judge.digest})
+    assert validity.report(judge, labels)
+    labels = write_labels(tmp_path / "labels.parquet", 24, facts={"judge_digest": "50ft"})
+    with pytest.raises(ExportError, match=r"labels are from judge 50ft, and .* name with --judge the CLIP"):
+        validity.report(judge, labels)
 
 
 def test_the_report_names_the_judge_that_was_asked_for_and_the_labels_from_where_one_works(

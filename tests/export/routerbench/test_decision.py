@@ -27,7 +27,7 @@ class Routed:
         labels = write_labels(
             folder / "labels.parquet",
             360,
-            facts={"edge_digest": digest, "cloud_digest": "c0ffee", "metrics": texts},
+            facts={"edge_digest": digest, "cloud_digest": "c0ffee", "judge_digest": "1ead", "metrics": texts},
         )
         train = ["--seeds", "1", "--steps", "300", "--rank", "4", "--hidden", "16"]
         assert main(["train", str(labels), str(bundle), str(self.cache), *train]) == 0

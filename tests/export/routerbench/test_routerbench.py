@@ -40,7 +40,7 @@ from export.routerbench.measure import (
     saved_at_dp,
     share_at_dp,
 )
-from export.routerbench.report import RESULTS, SUMMARY, Apart, _verdict
+from export.routerbench.report import RESULTS, SUMMARY, Apart, _untold, _verdict
 from export.routerbench.router import Prompts, Scorer
 from export.routerbench.routers import ROUTERS, ByGain, NearestNeighbours, Ours, Random, RouteT2I
 from tests.export.routing_world import write_bundle, write_labels
@@ -402,6 +402,31 @@ def test_models_whose_gap_is_the_same_everywhere_leave_nothing_to_route(
     assert counted_metrics(even).any() == (better > 0)
     with pytest.raises(ExportError, match="the oracle wins what random wins"):
         Bench(even, bench.better, bench.counted, world.said("test"))
+
+
+def test_where_the_oracle_may_win_no_more_than_random_there_is_no_headroom() -> None:
+    draw, (prompts, seeds, metrics) = np.random.default_rng(0), (300, 4, len(METRICS))
+    truth = draw.normal(0.02, 0.015, prompts)
+    edge = 0.6 + draw.normal(0, 0.03, (prompts, seeds, 1)) + np.zeros(metrics)
+    cloud = 0.6 + truth[:, None, None] + draw.normal(0, 0.03, (prompts, seeds, 1)) + np.zeros(metrics)
+    ids, splits = np.arange(prompts), np.full(prompts, "test")
+    noisy = Outcomes(ids, tuple(map(str, ids)), splits, ids, edge, cloud, None, None, {})
+    found = Bench(noisy, draw.random((prompts, seeds)), np.full(metrics, True), ids)
+    points, ties = found.points([-truth]), found.points([np.zeros(prompts)])
+    above = {rate: found.oracle_gains[rate].mean(axis=1) - found._random(rate) for rate in RATES}
+    assert found.told == {rate for rate, won in above.items() if won.min() > 1e-5}
+    assert 0 < len(found.told) < len(RATES)
+    for point in points:
+        assert np.isnan(point.headroom.value) == (point.rate not in found.told)
+    assert not np.isnan(difference(points, ties, tuple(found.told)).value)
+    assert np.isnan(difference(points, ties, RATES).value)
+
+
+def test_the_report_says_why_headroom_is_left_empty() -> None:
+    known, unknown = Estimate(0.1, 0.05, 0.2), Estimate(np.nan, np.nan, np.nan)
+    assert not _untold({"ours": {"random": Apart(known, known, known)}})
+    lines = _untold({"ours": {"random": Apart(known, known, known), "kNN": Apart(known, known, unknown)}})
+    assert "the oracle wins no more than random" in " ".join(lines)
 
 
 def test_calls_saved_have_an_interval_and_none_where_it_is_never_reached(bench: Bench) -> None:

@@ -39,6 +39,23 @@ def test_how_malformed_a_sprite_is_decides_what_is_to_be_seen_there(monkeypatch,
     assert (cells == NOTHING).any()
 
 
+@pytest.mark.posix
+def test_a_full_disk_is_an_error_of_the_system_s(tmp_path, monkeypatch):
+    """A limit on the size of files stands for it; safetensors has an error of its own for that."""
+    import resource
+
+    monkeypatch.setattr(inspector, "SCENES", 1)
+    monkeypatch.setattr(inspector, "frozen_autoencoder", lambda *_: torch.nn.Identity())
+    monkeypatch.setattr(inspector.Run, "train", lambda *_: True)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            inspector.train(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 @pytest.mark.parametrize(
     ("cells", "found"),
     [

@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -84,15 +85,31 @@ def test_a_kill_while_saving_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     run = run_in(tmp_path, steps=3)
     run.train(batch_of, loss_of(run))
 
-    def torn(state, file):
-        file.write_bytes(b"half of a checkpoint")
+    def torn(file, _content):
+        with file.open("wb") as written:
+            written.write(b"half of a checkpoint")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(torch, "save", torn)
+    monkeypatch.setattr(Path, "write_bytes", torn)
     longer = run_in(tmp_path, steps=5)
     with pytest.raises(KeyboardInterrupt):
         longer.train(batch_of, loss_of(longer))
     assert run_in(tmp_path, steps=5).step == 3
+
+
+@pytest.mark.posix
+def test_a_full_disk_is_an_error_of_the_system_s(tmp_path):
+    """A limit on the size of files stands for it; torch has an error of its own for that."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, before[1]))
+    try:
+        run = run_in(tmp_path, steps=1)
+        with pytest.raises(OSError, match="too large"):
+            run.train(batch_of, loss_of(run))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_the_record_tells_how_the_run_was_made(tmp_path):
