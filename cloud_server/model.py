@@ -18,7 +18,6 @@ with the defaults that diffusers' own documentation uses.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
@@ -95,7 +94,7 @@ def locate(model: str) -> Path:
         raise StartRefused(f"there is no model folder {folder}. {_WHAT_TO_DO}")
     try:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
         from cloud_server import hub
         from cloud_server.complete import downloaded
@@ -103,10 +102,15 @@ def locate(model: str) -> Path:
         raise StartRefused(f"{error}; {WHAT_TO_INSTALL}") from error
     try:
         folder = downloaded(model).resolve()
-        with contextlib.suppress(EntryNotFoundError):  # most have no card, and diffusers takes none
-            kept = hub.out_of_reach(model)
+        kept = hub.out_of_reach(model)
+        try:  # diffusers takes no card
             # A snapshot is called after its commit.
             hf_hub_download(model, CARD_FILE, revision=folder.name, local_files_only=kept)
+        except LocalEntryNotFoundError:  # also what comes of a hub that answers just now with an error
+            if not kept:
+                raise
+        except EntryNotFoundError:  # most have none
+            pass
         return folder
     except Exception as error:  # the hub client raises whatever its transport raises
         refused = HubNotReached if hub.may_recover(error) else StartRefused

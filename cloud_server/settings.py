@@ -170,6 +170,8 @@ def resolve(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Setting
             values[name] = _parse(setting, environment[variable], variable)
         if name in flags:
             values[name] = _parse(setting, flags[name], "--" + name.replace("_", "-"))
+    if not values.get("model"):  # nor is it the working directory where a variable was left empty
+        values.pop("model", None)
     settings = Settings(**values)
     _check(settings)
     return settings

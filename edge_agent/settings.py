@@ -83,8 +83,9 @@ def default_address() -> str:
     """The socket that daemon and clients agree on unless told otherwise; loopback where there are no Unix sockets."""
     if os.name == "nt":
         return "127.0.0.1:50051"
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    folder = Path(runtime) / "edge-agent" if runtime else default_state_folder() / "socket"
+    runtime = Path(os.environ.get("XDG_RUNTIME_DIR", ""))
+    # One that is not absolute is to be ignored, says its specification: it would be another for each of both.
+    folder = runtime / "edge-agent" if runtime.is_absolute() else default_state_folder() / "socket"
     return f"unix:{folder / 'agent.sock'}"
 
 

@@ -123,8 +123,9 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    # In a pipe, where programs look for names, no name is folded.
-    console = Console(width=shutil.get_terminal_size((PIPE_COLUMNS, 0)).columns or PIPE_COLUMNS)
+    # In a pipe, where programs look for names, no name is folded, whatever COLUMNS says.
+    wide = shutil.get_terminal_size((PIPE_COLUMNS, 0)).columns if on_terminal(sys.stdout) else 0
+    console = Console(width=wide or PIPE_COLUMNS)
     table = Table(box=None, pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold")  # nothing is cut off

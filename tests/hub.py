@@ -7,7 +7,7 @@ import http.server
 import json
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -39,8 +39,10 @@ def _served(handler: type[_Silent]) -> Iterator[str]:
 
 
 @contextmanager
-def hub(folder: Path, repository: str = "owner/name") -> Iterator[str]:
-    """The address of a hub with the one repository, which holds the files of `folder`."""
+def hub(folder: Path, repository: str = "owner/name", failing: Mapping[str, int] = {}) -> Iterator[str]:
+    """The address of a hub with the one repository, which holds the files of `folder`; instead of those that are
+    `failing` it answers with a status of HTTP.
+    """
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
 
     class Handler(_Silent):
@@ -61,6 +63,8 @@ def hub(folder: Path, repository: str = "owner/name") -> Iterator[str]:
                     "siblings": [{"rfilename": each} for each in files],
                 }
                 code, body = 200, json.dumps(about).encode()
+            elif name in failing:
+                code, body = failing[name], b""
             elif name in files:
                 code, body = 200, files[name].read_bytes()
                 headers["ETag"] = f'"{hashlib.sha256(body).hexdigest()}"'

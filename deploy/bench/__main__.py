@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import grpc
 from rich.console import Console
 
 import attention
@@ -102,11 +105,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="where they are made and kept, 9 GB; default: runs/bench/full-size",
     )
     options = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the daemons are stopped then, too
     try:
-        bundle = Bundle.open(options.bundle)
-    except BundleError as error:
-        print(f"bench: {error.message}", file=sys.stderr)
+        return run(options)
+    except (BundleError, OSError) as error:
+        print(f"bench: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measures, and writes after each group what there is. Raises BundleError, and OSError where nothing can be
+    written.
+    """
+    options.out.mkdir(parents=True, exist_ok=True)  # before what takes minutes
+    bundle = Bundle.open(options.bundle)
 
     # What is installed has its bytecode. Here the first process writes it, unless this says no.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -124,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with progress.status(f"measuring {name}"):
             try:
                 rows += GROUPS[name](plan)
-            except BenchError as error:
+            except (BenchError, subprocess.SubprocessError, grpc.RpcError) as error:
                 failed = True
                 rows.append(Row.missing(name, name, str(error)))
         # Each time, so that a run that is broken off leaves what it found.

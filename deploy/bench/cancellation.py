@@ -20,7 +20,7 @@ from child import Reply, answer, asked, held_bytes
 from edge_agent.daemon import Daemon
 from edge_agent.settings import resolve
 from errors import BenchError
-from estimate import quantile
+from estimate import Estimate, quantile
 from plan import PROMPTS, Plan
 from routet2i.edge.v1 import edge_pb2
 from routet2i.edge.v1.edge_pb2_grpc import EdgeAgentServiceStub
@@ -37,7 +37,8 @@ def rows(plan: Plan) -> list[Row]:
     """From cancelling to a free device, p99; memory after the last cancellation over memory after a quarter of them."""
     found = asked(plan.threads, "cancellation.py", plan.bundle, plan.threads, plan.cancellations)
     free, memory = found["free_ms"], found["idle_mb"]
-    quarter = memory[len(memory) // 4]
+    few = -(-len(memory) // 8)  # one snapshot varies by as much as there may be
+    before, after = quantile(memory[len(memory) // 4 :][:few]), quantile(memory[-few:])
     return [
         Row.at_most(
             GROUP,
@@ -45,17 +46,17 @@ def rows(plan: Plan) -> list[Row]:
             quantile(free, 0.99),
             "ms",
             FREE_MS,
-            note=f"p50 {quantile(free).value:.1f} ms, longest {max(free):.0f} ms, of {len(free)} cancellations; "
-            "another image was the same after every 50th",
+            note=f"p50 {quantile(free).value:.1f} ms, longest {max(free):.0f} ms, of the {len(free)} of "
+            f"{plan.cancellations} that found an image on the device; another image was the same after every 50th",
             details=found,
         ),
         Row.at_most(
             GROUP,
             "memory grown by cancellations, models unloaded",
-            quantile([memory[-1] - quarter]),
+            Estimate.exact(after.value - before.value, few),
             "MB",
             GROWTH_MB,
-            note=f"{quarter:.1f} MB after a quarter of them, {memory[-1]:.1f} MB after all",
+            note=f"{before.value:.1f} MB after a quarter of them, {after.value:.1f} MB after all; medians of {few}",
         ),
     ]
 
@@ -92,21 +93,30 @@ async def measure(folder: Path, threads: int, cancellations: int) -> Reply:
                     digest.update(response.image_chunk.data)
                 return digest.hexdigest()
 
+            async def whole_s() -> float:
+                began = time.perf_counter()
+                await whole(0)
+                return 1.1 * (time.perf_counter() - began)  # so that some are cancelled when they are done
+
             expected = await whole(0)
-            began = time.perf_counter()
-            await whole(0)
-            longest_s = 1.1 * (time.perf_counter() - began)  # so that some are cancelled when they are done
+            warm_s = await whole_s()
+            await asyncio.to_thread(agent.models.unload)
+            cold_s = await whole_s()
             for number in range(cancellations):
+                longest_s = warm_s
                 if number % LOADING_EVERY == 0:
                     await asyncio.to_thread(agent.models.unload)
                     found["idle_mb"].append(held_bytes() / 1e6)
+                    longest_s = cold_s
                 calling = call(number + 1)
                 reading = asyncio.ensure_future(calling.read())
                 await asyncio.sleep(draw.uniform(0, longest_s))
+                drawing = agent.device.images > 0
                 calling.cancel()
                 began = time.perf_counter()
                 await until(lambda: not agent.device.images)
-                found["free_ms"].append((time.perf_counter() - began) * 1e3)
+                if drawing:
+                    found["free_ms"].append((time.perf_counter() - began) * 1e3)
                 await asyncio.gather(reading, return_exceptions=True)
                 if number % 50 == 0 and await whole(0) != expected:
                     raise BenchError(f"after {number + 1} cancellations an image is another than before")

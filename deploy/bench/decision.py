@@ -31,7 +31,7 @@ from edge_agent.reader import Reader
 from edge_agent.request import ImageRequest, Limits
 from edge_agent.resident import Resident
 from errors import BenchError
-from estimate import calm, calm_ratio, quantile, ratio
+from estimate import calm, calm_ratio, quantile, ratio_both_ways
 from plan import PROMPTS, Plan
 from row import Row
 
@@ -62,7 +62,7 @@ def rows(plan: Plan) -> list[Row]:
         Row.at_most(
             GROUP,
             "decision ÷ its bare onnxruntime calls, one core",
-            ratio(whole, bare),
+            ratio_both_ways(whole, bare),
             "x",
             RATIO,
             note=f"{p50}, {p95}; {of_stages}, quota and threads {rest:.2f} ms",
@@ -119,9 +119,9 @@ async def measure(folder: Path, decisions: int, images: int) -> Reply:
             call(prompt)
         for series in found.values():
             series.clear()
-        every = max(1, decisions // images)
+        every = max(1, decisions // images) | 1  # odd, so that either is the first one after an image
         for number in range(decisions):
-            prompt = PROMPTS[number % len(PROMPTS)]
+            prompt = PROMPTS[number // 2 % len(PROMPTS)]  # each both ways
             if number % 2:
                 call(prompt)
                 await decide(prompt)

@@ -91,7 +91,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     from export.diffusion_onnx import export_bundle
 
-    shutil.rmtree(options.folder, ignore_errors=True)
+    ours = options.folder / ".made-by-the-benchmark"
+    if not ours.exists() and options.folder.exists() and any(options.folder.iterdir()):
+        print(f"full-size: {options.folder} holds other things; name an empty folder", file=sys.stderr)
+        return 2
+    shutil.rmtree(options.folder, ignore_errors=True)  # what was broken off
+    options.folder.mkdir(parents=True)
+    ours.touch()
     pipeline(options.divide, options.pixels).save_pretrained(model)
     export_bundle(
         model, bundle, steps=(STEPS,), guidance=GUIDANCE, name="full-size", licence="none: random weights"

@@ -24,11 +24,14 @@ def rows(plan: Plan) -> list[Row]:
     how = f"make it with `edge-export evaluate LABELS {plan.bundle} --out {plan.evaluation}`"
     try:
         record: dict[str, Any] = json.loads(plan.evaluation.read_text(encoding="utf-8"))
+        headroom = {router["router"]: router["headroom"] for router in record["routers"]}
+        made_for = record["edge_digest"]
     except OSError:
         raise BenchError(f"no {plan.evaluation}; {how}") from None
-    if record["edge_digest"] != Bundle.open(plan.bundle, verify=False).model_digest:
+    except (ValueError, KeyError, TypeError):
+        raise BenchError(f"{plan.evaluation} is no evaluation; {how}") from None
+    if made_for != Bundle.open(plan.bundle, verify=False).model_digest:
         raise BenchError(f"{plan.evaluation} was made for another edge model than {plan.bundle}; {how}")
-    headroom = {router["router"]: router["headroom"] for router in record["routers"]}
     if headroom[OWN] is None:
         raise BenchError(
             f"{plan.evaluation} says nothing of headroom, which its prompts are too few for: label more, and {how}"

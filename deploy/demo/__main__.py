@@ -152,7 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     console = Console(highlight=False, markup=False)
     for number in STOP_SIGNALS:
-        signal.signal(number, signal.default_int_handler)  # so that the servers are stopped then, too
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, signal.default_int_handler)  # so that the servers are stopped then, too
     try:
         return run(options, console)
     except Refused as error:

@@ -29,6 +29,7 @@ import webgpu
 from edge_agent.client import AgentClient, Received
 from edge_agent.errors import RouteT2IError
 from edge_agent.policy import Decision
+from edge_agent.settings import STARTER
 from machine import ROOT, CannotPrepare, Machine, new
 
 PROMPTS = ("a red apple on a beach", "three owls left of a tiny guitar at night")
@@ -90,7 +91,8 @@ def _drawn(machine: Machine, prompts: Sequence[str]) -> dict[str, Drawn]:
 def _daemon(machine: Machine, folder: Path) -> Iterator[AgentClient]:
     address, log = f"unix:{folder / 'agent.sock'}", folder / "log"
     serve = ("-m", "edge_agent", "serve", "--listen", address, "--state", str(folder), "--threads", "1")
-    command = [*machine.command, *serve, *machine.flags]
+    models = ("--bundle", str(STARTER), "--cache", str(folder / "cache"))
+    command = [*machine.command, *serve, *models, *machine.flags]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("EDGE_AGENT_")}
     with log.open("wb") as file:
         process = subprocess.Popen(

@@ -57,7 +57,7 @@ def _qemu(folder: Path) -> Path:
 
 def _python_root(folder: Path) -> Path:
     """Debian's python3 for arm64 and all it needs, from lists of its own: the system's know only its architecture."""
-    root, done = folder / "root", folder / "root.done"
+    root, done = folder / "debian", folder / "debian.done"
     if done.exists() and done.read_text().split() == list(_DEBIAN):
         return root
     state, cache = new(folder / "apt/state"), new(folder / "apt/cache")

@@ -48,7 +48,7 @@ def main() -> int:
 
 def _compiler(folder: Path) -> Path:
     """The Python of an environment that has the compiler; made where it is not there."""
-    environment = folder / "env"
+    environment = folder / "compiler-env"
     python, done = environment / "bin/python", environment / "installed"
     if not done.exists() or done.read_text() != PACKAGE:
         print(f"installing {PACKAGE} into {environment}", flush=True)

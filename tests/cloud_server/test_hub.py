@@ -99,6 +99,24 @@ def test_who_has_a_token_is_told_what_the_hub_makes_of_it(
     assert not hub.may_recover(caught.value)
 
 
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_model_whose_card_the_hub_does_not_give_just_now_is_not_served_without_it(
+    tmp_path: Path, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has another digest without its card, and edges go by that."""
+    monkeypatch.setattr(time, "sleep", lambda _s: None)  # between the library's own tries
+    model = save_miniature(tmp_path / "model")
+    (model / "routet2i.json").write_text("{}")
+    with (
+        served(model, failing={"routet2i.json": status}) as address,
+        asked_here(address, tmp_path / "cache"),
+        pytest.raises(HubNotReached),
+    ):
+        locate("owner/name")
+    with served(model) as address, asked_here(address, tmp_path / "cache"):
+        assert (locate("owner/name") / "routet2i.json").is_file()
+
+
 def test_a_hub_with_a_certificate_that_nobody_trusts_is_told_at_once_and_what_is_kept_serves(
     tmp_path: Path,
 ) -> None:

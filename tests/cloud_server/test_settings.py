@@ -33,6 +33,12 @@ def test_flags_beat_the_environment_and_the_environment_beats_the_file(tmp_path:
     assert settings.max_side == Settings().max_side
 
 
+def test_a_model_that_is_left_empty_is_the_starter_and_not_the_working_directory() -> None:
+    assert (
+        resolve({}, {"CLOUD_SERVER_MODEL": ""}).model == resolve({"model": ""}, {}).model == Settings().model
+    )
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

@@ -385,7 +385,7 @@ def test_a_table_folds_no_name_in_a_pipe_and_ends_well_where_the_pipe_is_closed(
     command = [sys.executable, "-m", "edge_agent", "route", long, "--bundle", str(routed_bundle)]
     environment = process_environment(folder)
     environment.pop("COLUMNS", None)  # somebody may have said how wide it is
-    for columns in ({}, {"COLUMNS": "0"}):
+    for columns in ({}, {"COLUMNS": "0"}, {"COLUMNS": "20"}):
         finished = subprocess.run(
             command, capture_output=True, text=True, env=environment | columns, check=True
         )

@@ -87,6 +87,19 @@ def test_full_size_is_stable_diffusions_own(monkeypatch: pytest.MonkeyPatch) -> 
     assert pipeline.unet.config.sample_size * pipeline.vae_scale_factor == 512
 
 
+def test_a_folder_that_holds_other_things_is_not_made_full_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a run that was broken off left is made anew; what somebody else put there stays."""
+    monkeypatch.syspath_prepend(str(ROOT / "deploy" / "bench"))
+    full_size = importlib.import_module("full_size")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "thesis.tex").touch()
+    assert full_size.main([str(tmp_path)]) == 2
+    assert f"{tmp_path} holds other things" in capsys.readouterr().err
+    assert (tmp_path / "model" / "thesis.tex").exists()
+
+
 @pytest.mark.posix
 @pytest.mark.parametrize(
     ("row", "says"),
@@ -112,6 +125,23 @@ def test_an_evaluation_without_headroom_asks_for_more_labels(miniature_bundle: P
     finished, record = bench("--only", "headroom", *options, out=tmp_path)
     assert finished.returncode == 1, finished.stderr
     assert "too few" in record["rows"][0]["note"]
+
+
+@pytest.mark.posix
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"routers": [{}]}'])
+def test_what_is_no_evaluation_is_called_that(text: str, miniature_bundle: Path, tmp_path: Path) -> None:
+    (evaluation := tmp_path / "evaluation.json").write_text(text)
+    options = ("--bundle", str(miniature_bundle), "--evaluation", str(evaluation))
+    finished, record = bench("--only", "headroom", *options, out=tmp_path)
+    assert finished.returncode == 1, finished.stderr
+    assert "is no evaluation" in record["rows"][0]["note"]
+
+
+def test_where_nothing_can_be_written_nothing_starts(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    finished, _ = bench(out=tmp_path / "file" / "out")
+    assert finished.returncode == 2
+    assert str(tmp_path / "file") in finished.stderr and "Traceback" not in finished.stderr
 
 
 def test_without_a_bundle_nothing_starts(tmp_path: Path) -> None:
