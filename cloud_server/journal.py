@@ -142,6 +142,9 @@ class Journal:
         # Only this process can be making an image: a row that says "running" and is not here was cut off by a
         # crash.
         self._live: set[tuple[str, str]] = set()
+        # Of these, what the disk would not take the charge of, and may have it after a crash: until their end is
+        # written nobody is told that they came to nothing.
+        self._unsure: set[tuple[str, str]] = set()
 
     @classmethod
     def open(
@@ -214,25 +217,12 @@ class Journal:
 
     def finish(self, tenant: str, request_id: str, finished: Finished) -> None:
         """Writes the image and its charge, both or neither; only for an id that is running."""
-        with self._transaction():
-            changed = self._connection.execute(
-                "UPDATE generations SET state = ?, charged_micro_usd = ?, sha256 = ?, model_digest = ?, spec = ?, "
-                "image = ?, ran = ? WHERE tenant = ? AND request_id = ? AND state = ?",
-                (
-                    State.FINISHED.value,
-                    finished.charged_micro_usd,
-                    finished.sha256,
-                    finished.model_digest,
-                    json.dumps(asdict(finished.spec) | _NO_PROMPTS),
-                    finished.image,
-                    self._ran(),  # from when it is kept: it may have waited for long
-                    tenant,
-                    request_id,
-                    State.RUNNING.value,
-                ),
-            ).rowcount
-            if changed != 1:
-                raise JournalError(f"request_id {request_id} is not running, so it cannot be charged")
+        try:
+            with self._transaction():
+                self._finish(tenant, request_id, finished)
+        except BaseException:
+            self._unsure.add((tenant, request_id))
+            raise
         self._live.discard((tenant, request_id))
 
     def end(self, tenant: str, request_id: str, state: State) -> None:
@@ -243,17 +233,25 @@ class Journal:
                     "UPDATE generations SET state = ? WHERE tenant = ? AND request_id = ? AND state = ?",
                     (state.value, tenant, request_id, State.RUNNING.value),
                 )
-        finally:  # not before: a charge under way may still come first, and nobody may be told that it will not
-            self._live.discard((tenant, request_id))
+        except BaseException:
+            if (tenant, request_id) not in self._unsure:
+                self._live.discard((tenant, request_id))
+            raise
+        # Not before: a charge under way may still come first, and nobody may be told that it will not.
+        self._live.discard((tenant, request_id))
+        self._unsure.discard((tenant, request_id))
 
     def prune(self) -> bool:
-        """Does away with one image that is no longer kept, and with rows past their time; whether there was one.
+        """Does away with one image that is no longer kept, and with rows past their time; whether there was one. Before
+        that it writes the ends that the disk has not taken yet.
 
         One at a time: others come between, and what is overwritten in the file needs as much room in its log first.
         """
         with self._lock:
             if self._closed:
                 return False
+            for tenant, request_id in list(self._unsure):
+                self.end(tenant, request_id, State.FAILED)
             with self._transaction():
                 ran = self._ran()
                 if ran - self._noted >= NOTE_CLOCK_EVERY_S:
@@ -290,6 +288,26 @@ class Journal:
             "VALUES (?, ?, ?, ?, ?, ?)",
             (tenant, request_id, fingerprint, State.RUNNING.value, self._clock(), self._ran()),
         )
+
+    def _finish(self, tenant: str, request_id: str, finished: Finished) -> None:
+        changed = self._connection.execute(
+            "UPDATE generations SET state = ?, charged_micro_usd = ?, sha256 = ?, model_digest = ?, spec = ?, "
+            "image = ?, ran = ? WHERE tenant = ? AND request_id = ? AND state = ?",
+            (
+                State.FINISHED.value,
+                finished.charged_micro_usd,
+                finished.sha256,
+                finished.model_digest,
+                json.dumps(asdict(finished.spec) | _NO_PROMPTS),
+                finished.image,
+                self._ran(),  # from when it is kept: it may have waited for long
+                tenant,
+                request_id,
+                State.RUNNING.value,
+            ),
+        ).rowcount
+        if changed != 1:
+            raise JournalError(f"request_id {request_id} is not running, so it cannot be charged")
 
     def _find(self, tenant: str, request_id: str, with_image: bool) -> Entry | None:
         row = self._connection.execute(

@@ -210,11 +210,11 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
         arrived = time.perf_counter()
         check(wish)
         timings: dict[str, float] = {}
-        if await self._finished(tenant, wish):  # which needs no model
+        if (finished := await self._finished(tenant, wish)) is not None:  # which needs no model
             line["replayed"] = True
-            async with self._sending_again[tenant]:
+            await stream.send(_accepted(0, finished.charged_micro_usd, finished.model_digest))
+            async with self._place_among_replays(tenant, stream):
                 finished = await self._kept(tenant, wish)
-                await stream.send(_accepted(0, finished.charged_micro_usd, finished.model_digest))
                 await self._deliver(finished, wish, arrived, timings, line, stream)
             return
         serving = self._serving()
@@ -371,20 +371,34 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
             raise Unavailable("the model is still loading; try again shortly", retry_after_s=LOADING_RETRY_S)
         return self.serving
 
-    async def _finished(self, tenant: str, wish: Wish) -> bool:
-        """Whether this request id has made its image already; if not, it is to be made."""
-        self._refuse_draining()
+    @asynccontextmanager
+    async def _place_among_replays(self, tenant: str, stream: Stream) -> AsyncIterator[None]:
+        places = self._sending_again[tenant]
+        async with stream.kept_open():
+            await places.acquire()
+        try:
+            yield
+        finally:
+            places.release()
+
+    async def _finished(self, tenant: str, wish: Wish) -> Finished | None:
+        """What this request id has made already, without the image; None: it is to be made."""
         entry = await self._journaled(partial(self._journal.find, with_image=False), tenant, wish.request_id)
+        if entry is not None and entry.state is State.RUNNING:  # before it could be told that nothing runs
+            raise AlreadyExists(
+                "this request_id is being made; ask LookupGeneration for its outcome",
+                facts={"state": entry.state.value},
+            )
         if entry is None or entry.finished is None:
             if wish.resume_offset:
                 raise NotKept("no image of this request_id is kept, so there is no rest to send")
-            return False
+            return None
         if entry.fingerprint != _fingerprint(wish):
             raise AlreadyExists(
                 "this request_id made another image; use a new one for each image",
                 facts=_outcome(entry.finished),
             )
-        return True
+        return entry.finished
 
     async def _kept(self, tenant: str, wish: Wish) -> Finished:
         """The image of a finished request id, to be sent from the wanted byte."""

@@ -58,6 +58,9 @@ SLOW_CONNECTION_S = 1.0
 SLOW_ANSWER_S = 2.0
 """The same of an answer on a connection that stands: a server accepts or refuses at once."""
 
+RESUME_PAUSE_S = 1.0
+"""Before the last call for an image that is paid for, after one that brought nothing of it."""
+
 MOST_RESUMES = 5
 """Calls for the rest of an image whose way here broke off."""
 
@@ -219,12 +222,18 @@ class CloudClient:
             self._failures or now - since >= patience_s for since, patience_s in self._waiting
         )
 
-    def expect(self) -> None:
-        """A call comes as soon as its money is set aside: where the last one failed, the others leave it to that one to
-        find out whether the cloud is back.
+    @contextmanager
+    def expected(self) -> Iterator[None]:
+        """A call comes once the block has set its money aside: where the last one failed, the others leave it to that
+        one to find out whether the cloud is back.
         """
         if self._failures:
             self._tried_until = self._monotonic() + SLOW_CONNECTION_S
+        try:
+            yield
+        except BaseException:
+            self._tried_until = -math.inf
+            raise
 
     def affordable(self, ceiling_micro_usd: int) -> bool:
         """False for a minute after the cloud has told a price above `ceiling_micro_usd`."""
@@ -275,6 +284,7 @@ class CloudClient:
                     if asked or not await self._made(request.request_id, deadline):
                         break
                     asked = True
+                    await asyncio.sleep(max(0.0, min(RESUME_PAUSE_S, deadline - self._monotonic())))
         raise cast(CloudError, broken)
 
     async def _made(self, request_id: str, deadline: float) -> bool:

@@ -98,7 +98,6 @@ class Purchases:
                 retry_after_s=OUTCOME_RETRY_S,
             )
         self._under_way.add(key)
-        self.cloud.expect()
         deadline = time.monotonic() + timeout_s
         reserving = asyncio.ensure_future(
             asyncio.to_thread(
@@ -106,7 +105,8 @@ class Purchases:
             )
         )
         try:
-            await asyncio.shield(reserving)
+            with self.cloud.expected():
+                await asyncio.shield(reserving)
         except asyncio.CancelledError:
             # The thread may still reserve: once it has, the resolver gives the money back.
             reserving.add_done_callback(lambda done: self.hand_over(key, sent=done.exception() is not None))

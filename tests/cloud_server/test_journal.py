@@ -197,6 +197,25 @@ def test_what_ended_is_not_said_to_run_where_its_end_cannot_be_written(journal: 
     journal.begin("t", "r", "f")
 
 
+def test_a_charge_that_the_disk_may_have_taken_is_not_said_to_have_come_to_nothing(journal: Journal) -> None:
+    """After a failed fsync and a crash it may be there: an edge that was told so would have given the money back."""
+    journal.begin("t", "r", "f")
+    full = "BEGIN SELECT RAISE(FAIL, 'disk I/O error'); END"
+    journal._connection.execute(f"CREATE TEMP TRIGGER full BEFORE UPDATE ON generations {full}")
+    with pytest.raises(JournalError):
+        journal.finish("t", "r", FINISHED)
+    for end in (lambda: journal.end("t", "r", State.FAILED), journal.prune):
+        with pytest.raises(JournalError):
+            end()
+        assert state(journal, "r") is State.RUNNING
+    journal._connection.execute("DROP TRIGGER full")
+    journal.prune()
+    assert state(journal, "r") is State.FAILED
+    journal.begin("t", "r", "f")
+    journal.finish("t", "r", FINISHED)
+    assert not journal.prune() and state(journal, "r") is State.FINISHED
+
+
 def test_a_disk_that_fails_again_after_it_was_well_is_in_the_log_again(
     journal: Journal, caplog: pytest.LogCaptureFixture
 ) -> None:

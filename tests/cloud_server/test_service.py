@@ -390,7 +390,7 @@ async def test_a_request_id_is_charged_once_and_its_image_is_sent_again(running:
 
 
 async def test_a_tenant_has_few_kept_images_in_memory_at_a_time_and_keeps_no_other_from_its_own(
-    tmp_path: Path, model_folder: Path
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens = tmp_path / "tokens.txt"
     tokens.write_text("acme acme-token-0123456789\nglobex globex-token-0123456789\n")
@@ -405,19 +405,26 @@ async def test_a_tenant_has_few_kept_images_in_memory_at_a_time_and_keeps_no_oth
         assert len(png) > 2 * 65_536, "more than a window holds"
         assert (await other.generate(**wish)).png == png
 
+        find, read = running.server._journal.find, list[str]()
+
+        def counted(tenant: str, request_id: str, *, with_image: bool = True) -> Any:
+            if with_image:
+                read.append(tenant)
+            return find(tenant, request_id, with_image=with_image)
+
+        monkeypatch.setattr(running.server._journal, "find", counted)
         clients = [await stack.enter_async_context(narrow(running)) for _ in range(MOST_SENT_AGAIN + 2)]
         calls = [client.call(**wish) for client in clients]
-        begun = [asyncio.ensure_future(anext(aiter(call))) for call in calls]
-        for _, first in zip(range(MOST_SENT_AGAIN), asyncio.as_completed(begun), strict=False):
-            await first
+        for call in calls:
+            assert (
+                await anext(aiter(call))
+            ).accepted.charged_micro_usd == PRICE  # at once, wherever it has to wait
+        await until(lambda: len(read) >= MOST_SENT_AGAIN)
         assert (await other.generate(**wish)).png == png
-        assert sum(first.done() for first in begun) == MOST_SENT_AGAIN
+        assert len(read) == MOST_SENT_AGAIN + 1
 
-        async def rest(client: Client, call: Any, first: asyncio.Future[Any]) -> bytes:
-            await first
-            return (await client.read(call)).png
-
-        assert set(await asyncio.gather(*map(rest, clients, calls, begun))) == {png}
+        answers = await asyncio.gather(*map(Client.read, clients, calls))
+        assert {answer.png for answer in answers} == {png}
 
 
 async def test_of_many_calls_with_one_request_id_one_runs(tmp_path: Path, model_folder: Path) -> None:
@@ -428,6 +435,28 @@ async def test_of_many_calls_with_one_request_id_one_runs(tmp_path: Path, model_
         assert len({a.png for a in answers if a.result}) == 1
         assert running.passes[0] == 11  # PNDM makes one pass more than steps
         assert (await running.client.lookup("same")).charged_micro_usd == PRICE
+
+
+async def test_of_an_id_that_is_being_made_nobody_is_told_that_nothing_runs(
+    tmp_path: Path, model_folder: Path
+) -> None:
+    """As a full queue or the price would tell, for which an edge takes its money back."""
+    async with serve(tmp_path, model_folder, max_queue=0) as running:
+        first = running.client.call(request_id="same", steps=30)
+        await anext(aiter(first))
+        for wish in ({"request_id": "same"}, {"request_id": "same", "max_price_micro_usd": 0}):
+            again = await running.client.generate(**wish, steps=30)
+            assert again.error is not None and again.error.code == "ALREADY_EXISTS"
+        first.cancel()
+        await running.idle()
+
+
+async def test_a_server_that_drains_still_sends_what_is_made(running: Running) -> None:
+    made = await running.client.generate(request_id="made", steps=1)
+    running.server._service.draining = True
+    assert (await running.client.generate(request_id="made", steps=1)).png == made.png
+    refused = await running.client.generate(steps=1)
+    assert refused.error is not None and refused.error.code == "UNAVAILABLE"
 
 
 async def test_the_journal_has_a_thread_of_its_own(running: Running) -> None:
