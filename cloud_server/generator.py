@@ -161,6 +161,7 @@ class Generator:
         self._autoencoder_dtype = getattr(getattr(pipeline, "vae", None), "dtype", None)
         self._parameters = frozenset(inspect.signature(pipeline.__call__).parameters)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generator")
+        self._worker.submit(int)  # which starts its thread now: later there may be none to be had
         self._making: Future[Image | None] | None = None  # the newest
         if lacking := [name for name in ALWAYS_GIVEN if name not in self._parameters]:
             raise StartRefused(

@@ -25,7 +25,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from edge_agent.calibration import Calibration
 from edge_agent.errors import BundleError, NotABundle
@@ -60,8 +60,32 @@ TAKE_UP = (
 READ_BYTES = 1 << 20
 """How much of a file is read at a time."""
 
-FileState = tuple[int, int, int]
-"""What tells whether a file was replaced: inode, bytes, time of change."""
+
+class FileState(NamedTuple):
+    """What tells whether a file was replaced, and its SHA-256 in hex where that was checked, which tells by what."""
+
+    inode: int
+    bytes: int
+    changed_ns: int
+    sha256: str = ""
+
+    @classmethod
+    def of(cls, file: Path) -> FileState:
+        """As it is now. Raises OSError."""
+        state = file.stat()
+        return cls(state.st_ino, state.st_size, state.st_mtime_ns)
+
+    def replaced(self, now: FileState) -> bool:
+        """Whether it is another file `now`, though perhaps of the same bytes."""
+        return self[:3] != now[:3]
+
+    def renewed(self, file: Path) -> FileState | None:
+        """The state of the `file`, which was replaced, if its bytes are those that were checked. Some file systems
+        number a file anew once memory was short, and a copy of the same bytes is none to be refused. Raises OSError.
+        """
+        now = FileState.of(file)
+        same = bool(self.sha256) and now.bytes == self.bytes and _sha256(file) == self.sha256
+        return now._replace(sha256=self.sha256) if same else None
 
 
 @dataclass(frozen=True)
@@ -252,14 +276,14 @@ def _check(root: Path, name: str, entry: FileEntry, verify: bool) -> FileState:
         raise BundleError(f"{path} is missing; fetch or export the bundle again")
     if not stat.S_ISREG(mode):
         raise BundleError(f"{path} is not a plain file")
-    state = _state(path)
-    if state[1] != entry.bytes:
+    state = FileState.of(path)
+    if state.bytes != entry.bytes:
         raise BundleError(
-            f"{path} has {state[1]} bytes where {MANIFEST} says {entry.bytes}; fetch or export it again"
+            f"{path} has {state.bytes} bytes where {MANIFEST} says {entry.bytes}; fetch or export it again"
         )
     if verify and _sha256(path) != entry.sha256:
         raise BundleError(f"{path} does not match its sha256 in {MANIFEST}; fetch or export the bundle again")
-    return state
+    return state._replace(sha256=entry.sha256) if verify else state
 
 
 def _refuse_links(root: Path, name: str) -> None:
@@ -292,7 +316,7 @@ def file_states(files: Iterable[Path]) -> dict[Path, FileState]:
     found = {}
     for file in files:
         with suppress(OSError):
-            found[file] = _state(file)
+            found[file] = FileState.of(file)
     return found
 
 
@@ -308,11 +332,6 @@ def mode_of(path: Path) -> int:
         if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
             raise
         return 0
-
-
-def _state(file: Path) -> FileState:
-    state = file.stat()
-    return state.st_ino, state.st_size, state.st_mtime_ns
 
 
 def _sha256(path: Path) -> str:

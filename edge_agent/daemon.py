@@ -50,6 +50,8 @@ CHANNEL_OPTIONS = (
     # Many apps ping to see that we are there. After a few pings in silence, as in the queue, gRPC would close the
     # connection and end its calls: for Node with RESOURCE_EXHAUSTED, "Bandwidth exhausted".
     ("grpc.http2.max_ping_strikes", 0),
+    # An app that asks nothing connects anew when it does; until then it takes a file descriptor from the others.
+    ("grpc.max_connection_idle_ms", 300_000),
     # Past a thousand calls that Python has not looked at yet, gRPC would cancel some by itself, with neither a line in
     # the log nor a word of when to come back. Who may wait is the device's to say.
     ("grpc.server.max_pending_requests", 100_000),

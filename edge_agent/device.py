@@ -156,6 +156,7 @@ class Device:
         self._free.set()
         self._pace = _Pace()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self._worker.submit(int)  # which starts its thread now: later there may be none to be had
 
     @property
     def waiting(self) -> int:
@@ -180,9 +181,10 @@ class Device:
                 retry_after_s=self._pace.image_s(job.size, job.steps),
             )
         drawing = Drawing(job, self.images)
+        work = self._worker.submit(self._work, drawing, self._pace, time.perf_counter())
         self.images += 1
         self._free.clear()
-        drawing.start(self._worker.submit(self._work, drawing, self._pace, time.perf_counter()), self._left)
+        drawing.start(work, self._left)
         return drawing
 
     async def close(self, patience_s: float = LEAVE_S) -> None:

@@ -62,7 +62,10 @@ def _left_by(group: Path, swap: int) -> float:
     """How many bytes a group's limits leave, where the machine has so many of `swap`; infinity where it has none."""
     try:
         used = _table(group / "memory.stat")
-        most = float((group / "memory.max").read_text().replace("max", "inf"))
+        # Above the lower of both a group is not ended, but slowed down until it may as well be.
+        most = min(
+            float((group / f"memory.{limit}").read_text().replace("max", "inf")) for limit in ("high", "max")
+        )
         left = most - _number(group / "memory.current")
         left += used["active_file"] + used["inactive_file"]  # cached files, which make room
     except (OSError, ValueError, LookupError):

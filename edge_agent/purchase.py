@@ -63,6 +63,7 @@ class Purchases:
         self._arrived_by: dict[str, float] = {}
         self._unsent: set[str] = set()  # ids left to the resolver whose call was never opened
         self._asked: set[str] = set()  # ids that the cloud was asked about since the resolver last paused
+        self._told: dict[str, str] = {}  # what the log was last told of an id that is not resolved
         self._wake = asyncio.Event()
         self._resolver: asyncio.Task[None] | None = None
 
@@ -211,6 +212,7 @@ class Purchases:
         def written(done: asyncio.Future[Any]) -> None:  # perhaps after the caller was cancelled
             if not done.cancelled() and done.exception() is None:
                 self._arrived_by.pop(key, None)
+                self._told.pop(key, None)
 
         writing = asyncio.ensure_future(asyncio.to_thread(write, key, *arguments))
         writing.add_done_callback(written)
@@ -267,7 +269,7 @@ class Purchases:
                 except CloudError as error:
                     if error.never_ran:  # the cloud is out of reach: so it would be for the others
                         raise
-                    log.warning("unresolved", extra={"fields": {"purchase": key, "error": error.message}})
+                    self._tell(key, error.message)
                     later += 1
                 finally:
                     self._under_way.discard(key)
@@ -292,12 +294,18 @@ class Purchases:
         self._asked.add(key)
         outcome = await self.cloud.lookup(key)
         if not outcome.arrived and self._arrived_by.get(key) == math.inf:
-            log.warning("unresolved", extra={"fields": {"purchase": key, "error": FORGOTTEN}})
+            self._tell(key, FORGOTTEN)
         if not outcome.known or (may_arrive and not outcome.arrived):
             return False
         charged = outcome.charged_micro_usd
         log.info("resolved", extra={"fields": {"purchase": key, "charged_micro_usd": charged or 0}})
         return await (self.release(key) if charged is None else self.settle(key, charged))
+
+    def _tell(self, key: str, error: str) -> None:
+        """Once: it is asked about again and again, and may be for good."""
+        if self._told.get(key) != error:
+            log.warning("unresolved", extra={"fields": {"purchase": key, "error": error}})
+        self._told[key] = error
 
     def _may_arrive(self, reservation: Reservation) -> bool:
         """Whether the call may still be on its way. By no clock that can be set, as far as that can be told.

@@ -260,7 +260,7 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
                 loaded_since=agent.models.since,
                 keep_alive_seconds=agent.models.keep_alive_s,
                 predecessors=agent.models.predecessors,
-                models_folder=self._models_folder(),
+                models_folder=await asyncio.to_thread(self._models_folder),  # its disk may hang
             )
 
     async def ReloadModel(
@@ -270,7 +270,7 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
     ) -> edge_pb2.ReloadModelResponse:
         """Takes up another model; see the .proto file."""
         async with self._call(request, context, {"rpc": "ReloadModel"}):
-            if request.model and not self._models_folder():
+            if request.model and not await asyncio.to_thread(self._models_folder):
                 raise StoreError(
                     "this daemon serves the --bundle that it was started with, and no other model"
                 )

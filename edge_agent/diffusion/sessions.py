@@ -7,7 +7,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -167,7 +167,8 @@ class Session:
         self._turn = turn(runtime.providers)
         self._loading = threading.Lock()  # taken after the turn
         self._files = file_states([path]) if files is None else files
-        self.large = sum(size for _, size, _ in self._files.values()) >= LARGE_BYTES
+        self._refused: dict[Path, FileState] = {}  # which other bytes were found in them
+        self.large = sum(state.bytes for state in self._files.values()) >= LARGE_BYTES
         with self._turn:
             session = self._session = self._load(Stop())
         found = {node.name: node for node in session.get_inputs()}
@@ -195,7 +196,7 @@ class Session:
     @property
     def fault(self) -> str:
         """Why it cannot be loaded again, where that was tried; empty once its files are as they were."""
-        return self._found_fault() if self._faulty else ""
+        return self._found_fault(lambda *_: False) if self._faulty else ""
 
     def unload(self) -> None:
         """Give its memory back, after the runs in progress."""
@@ -216,7 +217,7 @@ class Session:
         """A new session. Raises Cancelled, Busy (OutOfMemory among it), and BundleError also where its files are not
         what was checked.
         """
-        self._faulty = bool(fault := self._found_fault())
+        self._faulty = bool(fault := self._found_fault(self._same_bytes))
         if fault:
             raise BundleError(fault)
         self._find_room()
@@ -256,19 +257,33 @@ class Session:
         self.loaded_at, self._known_good = time.time(), True
         return session
 
-    def _found_fault(self) -> str:
+    def _found_fault(self, same_bytes: Callable[[Path, FileState], bool]) -> str:
         found = file_states(self._files)
         if lost := sorted(self._files.keys() - found.keys()):
             return (
                 f"{lost[0]} is gone: put it back and restart edge-agent, or choose another model with `edge-agent "
                 "models use`"
             )
-        if found == self._files:
+        replaced = [file for file, known in self._files.items() if known.replaced(found[file])]
+        if all(same_bytes(file, found[file]) for file in replaced):
             return ""
         return (
             f"{self.path} has changed since the bundle was checked: restart edge-agent, or take the model up anew with "
             "`edge-agent models use`"
         )
+
+    def _same_bytes(self, file: Path, now: FileState) -> bool:
+        """Whether a file that was replaced has the bytes that were checked; then it goes for the one it was. Reads all
+        of it, but others than those only once.
+        """
+        if self._refused.get(file) == now:
+            return False
+        with suppress(OSError):
+            if (renewed := self._files[file].renewed(file)) is not None:
+                self._files = {**self._files, file: renewed}
+                return True
+            self._refused[file] = now
+        return False
 
     def _find_room(self) -> None:
         """Raises OutOfMemory where a large graph certainly does not fit. Nothing else would: Linux promises memory that
@@ -278,7 +293,7 @@ class Session:
             return
         free = memory.available_bytes()
         # onnxruntime keeps a graph's own file twice while it loads it, and weights beside it once.
-        needed = sum(size * (2 if path == self.path else 1) for path, (_, size, _) in self._files.items())
+        needed = sum(state.bytes * (2 if path == self.path else 1) for path, state in self._files.items())
         if free is not None and needed > free:
             raise OutOfMemory(
                 f"{self.path} takes {needed / 1e6:,.0f} MB of memory to load, and {free / 1e6:,.0f} MB can be had; "

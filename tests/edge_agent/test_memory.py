@@ -28,6 +28,7 @@ def limit(group: Path, most: str, *, used: int, **swap: str) -> None:
     """A group as Linux 6.1 shows it, 300 bytes of whose use are cached files. The system's own has no such files."""
     group.mkdir(parents=True, exist_ok=True)
     (group / "memory.max").write_text(most + "\n")
+    (group / "memory.high").write_text("max\n")
     (group / "memory.current").write_text(f"{used}\n")
     (group / "memory.stat").write_text("anon 3000\nfile 700\nshmem 400\ninactive_file 200\nactive_file 100\n")
     for name, value in swap.items():
@@ -48,6 +49,16 @@ def test_a_unit_can_take_what_its_limit_leaves_and_the_machines_swap(system: Pat
 def test_of_swap_a_unit_can_take_what_its_own_limit_leaves(system: Path, most: str, swap: int) -> None:
     limit(system / "groups/system.slice/edge.service", "5000", used=4000, max=most, current="1000")
     assert memory.available_bytes() == 1000 + 300 + swap
+
+
+@pytest.mark.parametrize(("high", "left"), [("4600", 600), ("9000", 1000)])
+def test_a_unit_that_would_be_slowed_down_before_its_limit_can_take_no_more_than_that(
+    system: Path, high: str, left: int
+) -> None:
+    group = system / "groups/system.slice/edge.service"
+    limit(group, "5000", used=4000)
+    (group / "memory.high").write_text(high + "\n")
+    assert memory.available_bytes() == left + 300 + 2048
 
 
 def test_the_narrowest_group_decides(system: Path) -> None:

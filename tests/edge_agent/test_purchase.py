@@ -400,6 +400,28 @@ async def test_a_cloud_out_of_reach_is_asked_about_one_call_and_less_and_less_of
     assert pauses == pytest.approx([1e4, 2e4, 4e4, 6e4, 6e4, 6e4, 1e4], rel=0.01)
 
 
+async def test_the_log_says_once_that_a_call_is_not_resolved(
+    begin: Begin, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is asked about for as long as the daemon runs."""
+    monkeypatch.setattr("edge_agent.purchase.FIRST_RETRY_S", 0.01)
+    monkeypatch.setattr("edge_agent.purchase.LONGEST_RETRY_S", 0.01)
+    purchases, asked = begin("127.0.0.1:1"), 0
+
+    async def lookup(_key: str) -> Outcome:
+        nonlocal asked
+        asked += 1
+        raise CloudError("refused for now" if asked < 4 else "refused for good", never_ran=False)
+
+    monkeypatch.setattr(purchases.cloud, "lookup", lookup)
+    await purchases.start()
+    await until(lambda: asked >= 8)
+    errors = [
+        record.__dict__["fields"]["error"] for record in caplog.records if record.message == "unresolved"
+    ]
+    assert errors == ["refused for now", "refused for good"]
+
+
 async def test_a_bug_in_asking_after_one_call_does_not_end_the_search(
     begin: Begin, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -263,6 +263,12 @@ async def test_zero_keeps_them_for_good(routed_bundle: Path, tmp_path: Path) -> 
         assert (await here.app.status()).keep_alive_seconds == 0
 
 
+def alter(file: Path) -> None:
+    """Other bytes, as many as there were."""
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
 def test_files_that_changed_meanwhile_are_not_loaded(bundle_copy: Path) -> None:
     """The bundle's hashes were checked when it was opened; other bytes must not slip in later."""
     path = bundle_copy / DECODER
@@ -271,6 +277,27 @@ def test_files_that_changed_meanwhile_are_not_loaded(bundle_copy: Path) -> None:
     path.write_bytes(path.read_bytes())
     with pytest.raises(BundleError, match=f"{as_shown(DECODER)} has changed since"):
         session.run({"latent_sample": [[[[0.0]]]]})  # type: ignore[dict-item]
+
+
+def test_files_that_were_replaced_by_their_own_bytes_are_loaded_again(bundle_copy: Path) -> None:
+    """As a copy does, and file systems that number a file anew once memory was short."""
+    decoder = Decoder(Bundle.open(bundle_copy), Runtime(threads=1))
+    (session,), latents = decoder.sessions, np.zeros((1, 4, 8, 8), np.float32)
+    before = decoder.decode(latents)
+    content = (bundle_copy / DECODER).read_bytes()
+    for _ in range(2):
+        session.unload()
+        (bundle_copy / "another").write_bytes(content)
+        os.replace(bundle_copy / "another", bundle_copy / DECODER)
+        assert np.array_equal(decoder.decode(latents), before) and not session.fault
+    session.unload()
+    alter(bundle_copy / DECODER)
+    for _ in range(2):
+        with pytest.raises(BundleError, match="has changed since"):
+            decoder.decode(latents)
+    assert session.fault
+    (bundle_copy / DECODER).write_bytes(content)
+    assert np.array_equal(decoder.decode(latents), before) and not session.fault
 
 
 def test_only_the_graph_and_its_weights_have_to_stay_as_they_were(bundle_copy: Path) -> None:
@@ -286,7 +313,7 @@ def test_only_the_graph_and_its_weights_have_to_stay_as_they_were(bundle_copy: P
         (bundle_copy / "vae_decoder" / name).write_bytes(b"x")
         decoder.decode(latents)
     session.unload()
-    weights.write_bytes(weights.read_bytes())
+    alter(weights)
     with pytest.raises(BundleError, match=f"{as_shown(DECODER)} has changed since"):
         decoder.decode(latents)
 
@@ -308,7 +335,7 @@ def test_files_that_changed_before_the_first_load_or_the_warm_up_are_not_loaded(
     """What counts is what they were when the bundle was checked."""
     bundle = Bundle.open(bundle_copy)
     generator = Generator(bundle, Runtime(threads=1))
-    (bundle_copy / DECODER).write_bytes((bundle_copy / DECODER).read_bytes())
+    alter(bundle_copy / DECODER)
     for load in (
         lambda: Decoder(bundle, Runtime()),
         lambda: generator.on(Runtime(threads=1), Runtime(threads=1)),
@@ -322,7 +349,7 @@ async def test_an_image_of_a_file_that_changed_meanwhile_is_no_refusal_by_policy
 ) -> None:
     async with daemon_here(bundle_copy, tmp_path) as here:
         here.daemon.agent.models.unload()  # type: ignore[union-attr]
-        (bundle_copy / DECODER).touch()
+        alter(bundle_copy / DECODER)
         answer = await here.app.generate()
         assert (answer.code, "restart edge-agent" in answer.message) == ("DATA_LOSS", True)
 
