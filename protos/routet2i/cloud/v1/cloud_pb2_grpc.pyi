@@ -9,7 +9,8 @@ INVALID_ARGUMENT with google.rpc.BadRequest for a bad field, DEADLINE_EXCEEDED, 
                        longer than any that is taken. Nothing ran.
   FAILED_PRECONDITION  the price is above max_price_micro_usd, and nothing ran; google.rpc.ErrorInfo then has the reason
                        PRICE_ABOVE_CEILING and the price as metadata["price_micro_usd"], which edges remember for a
-                       minute. Or the model's own safety checker withheld the image. Nothing is charged.
+                       minute. Or the model's own safety checker withheld the image, for the reason IMAGE_WITHHELD,
+                       and it is final that nothing is charged.
   ALREADY_EXISTS       this request_id has been made (or is being made) and its image is not kept, or it made another
                        image; ask LookupGeneration for its outcome. Nothing ran again, nothing is charged again.
   UNAVAILABLE          the server is draining or still loading, or cannot write its journal: then the trailer
