@@ -381,10 +381,13 @@ async def test_a_request_id_is_charged_once_and_its_image_is_sent_again(running:
     assert past.error is not None
     assert past.error.code == "OUT_OF_RANGE"
 
-    other = await running.client.generate(**(wish | {"prompt": "two dogs"}))
-    assert other.error is not None
-    assert other.error.code == "ALREADY_EXISTS"
-    assert other.error.details["ErrorInfo"].metadata["charged_micro_usd"] == str(PRICE)
+    others: list[dict[str, Any]] = [{"prompt": "two dogs"}, {"negative_prompt": "red moon"}, {"seed": 8}]
+    others += [{"width": 64}, {"height": 64}, {"steps": 5}, {"guidance_scale": 1.0}]
+    for change in others:
+        other = await running.client.generate(**(wish | change))
+        assert other.error is not None, change
+        assert other.error.code == "ALREADY_EXISTS"
+        assert other.error.details["ErrorInfo"].metadata["charged_micro_usd"] == str(PRICE)
     assert running.passes[0] == made, "nothing ran again"
     assert (await running.client.lookup("twice")).charged_micro_usd == PRICE
 
@@ -451,9 +454,11 @@ async def test_of_an_id_that_is_being_made_nobody_is_told_that_nothing_runs(
         await running.idle()
 
 
-async def test_a_server_that_drains_still_sends_what_is_made(running: Running) -> None:
+async def test_a_server_that_drains_still_sends_what_is_made(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = await running.client.generate(request_id="made", steps=1)
-    running.server._service.draining = True
+    monkeypatch.setattr(running.server._service, "draining", True)
     assert (await running.client.generate(request_id="made", steps=1)).png == made.png
     refused = await running.client.generate(steps=1)
     assert refused.error is not None and refused.error.code == "UNAVAILABLE"
@@ -523,6 +528,23 @@ async def test_a_call_that_cannot_be_written_down_has_not_run_and_is_to_come_bac
         assert (await running.client.generate(request_id="r", steps=1)).error is None
 
 
+async def test_an_image_whose_charge_cannot_be_written_down_is_not_charged_nor_does_the_log_say_so(
+    tmp_path: Path, model_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="cloud_server")
+    async with serve(tmp_path / "state", model_folder) as running:
+        connection = running.server._service._journal._connection
+        full = "WHEN NEW.charged_micro_usd > 0 BEGIN SELECT RAISE(FAIL, 'database or disk is full'); END"
+        connection.execute(f"CREATE TEMP TRIGGER full BEFORE UPDATE ON generations {full}")
+        answer = await running.client.generate(request_id="r", steps=1)
+        assert answer.error is not None and answer.result is None and answer.chunks == []
+        await running.idle()
+        (line,) = [record.__dict__["fields"] for record in caplog.records if record.message == "call"]
+        assert "charged_micro_usd" not in line and line["outcome"] == answer.error.code
+        assert not (await running.client.lookup("r")).charged
+        assert await running.client.state("r") == "FAILED"
+
+
 async def test_an_image_no_longer_kept_is_neither_made_nor_charged_again(
     tmp_path: Path, model_folder: Path
 ) -> None:
@@ -587,6 +609,19 @@ async def test_an_image_that_memory_does_not_hold_is_not_asked_for_again_at_once
     assert line["cause"] == said
     assert await running.client.state("too-large") == "FAILED"
     assert (await running.client.generate(request_id="too-large")).error is None
+
+
+async def test_an_image_that_the_safety_checker_blanked_is_neither_sent_nor_charged(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running.pipeline, "run_safety_checker", lambda images, *_: (images, [True]))
+    answer = await running.client.generate(request_id="withheld", steps=1)
+    assert answer.error is not None and answer.chunks == []
+    assert answer.error.code == "FAILED_PRECONDITION"
+    told = answer.error.details["ErrorInfo"]
+    assert (told.reason, told.metadata["charged_micro_usd"]) == ("IMAGE_WITHHELD", "0")
+    assert not (await running.client.lookup("withheld")).charged
+    assert await running.client.state("withheld") == "FAILED"
 
 
 async def test_an_image_of_what_is_no_number_is_neither_sent_nor_charged(running: Running) -> None:

@@ -57,6 +57,7 @@ def test_alpha_sends_at_most_the_rate_and_is_at_most_one_half(rho: float, alpha:
     [
         ({"scale": [0.1]}, "same length"),
         ({"weights": []}, "same length"),
+        ({"scale": [0.1], "weights": [1.0]}, "same length"),
         ({"metrics": [], "scale": [], "weights": []}, "same length"),
         ({"scale": [0.1, 0.0]}, "scale must be positive"),
         ({"scale": [0.1, float("nan")]}, "scale must be positive"),

@@ -322,12 +322,16 @@ async def test_no_connection_exists_before_the_first_call_nor_after_the_last(clo
         ([accepted(), *chunks(headless()), result(headless())], "does not begin with IHDR"),
         ([accepted(), *chunks(moving()), result(moving())], "is animated"),
         ([accepted(), *chunks(png(32, 64)), result(png(32, 64))], "32x64 pixels instead of 64x64"),
+        ([accepted(), *chunks(png(64, 32)), result(png(64, 32))], "64x32 pixels instead of 64x64"),
+        # No pixel of another size is unpacked: there could be more of them than the memory holds.
+        ([accepted(), *chunks(png(32, 64)[:-2_000]), result(png(32, 64)[:-2_000])], "32x64 pixels instead"),
         ([accepted(), chunk(0, b"12"), chunk(3, b"4")], "byte 3 where byte 2 is due"),
         ([accepted(), chunk(0, b"12"), chunk(0, b"12")], "byte 0 where byte 2 is due"),
         ([accepted(), *chunks(png()), result(png(), request_id="r-2")], "another request's"),
         ([accepted(), *chunks(png()), result(png(), charged=PRICE + 1)], "charged 30001"),
         ([accepted(), *chunks(png()), result(png(), charged=-1)], "charged -1"),
         ([accepted(digest="\x1b[31mX")], "not 64 hex digits"),
+        ([accepted(digest="ab" * 32 + "\x1b[31m")], "not 64 hex digits"),
         ([accepted(), *chunks(png()), result(png(), digest="cd" * 32)], "another model"),
         ([accepted(), *chunks(png()), result(png(), seed=8)], "another seed"),
         ([accepted(), *chunks(png()), result(png(), steps=4)], "another number of steps"),
@@ -394,6 +398,23 @@ async def test_previews_that_nobody_asked_for_are_not_passed_on_nor_is_what_is_n
         _, *told, image = await collect(CloudClient(cloud.address), REQUEST._replace(preview=preview))
         assert told == [Progress(1, 3, first), Progress(1, 3, None), Progress(2, 3, None)]
         assert isinstance(image, CloudImage)
+
+
+async def test_timings_of_stages_that_there_are_not_and_what_is_no_time_are_not_passed_on(
+    cloud: Cloud,
+) -> None:
+    told = result(png())
+    for stage, milliseconds in (
+        ("\x1b[31m", 1.0),
+        ("total", 2.0),
+        ("queue", -1.0),
+        ("queue", math.nan),
+        ("png", math.inf),
+    ):
+        told.result.timings.add(stage=stage, milliseconds=milliseconds)
+    cloud.script = [accepted(), *chunks(png()), told]
+    *_, image = await collect(CloudClient(cloud.address))
+    assert isinstance(image, CloudImage) and image.timings_ms == {"generate": 12.5}
 
 
 async def test_an_image_may_be_as_large_as_its_pixels_make_it(cloud: Cloud) -> None:
@@ -645,6 +666,24 @@ async def test_an_image_of_which_no_byte_came_is_asked_for_where_the_cloud_says_
     assert isinstance(events[-1], CloudImage) and events[-1].png == data
 
 
+async def test_a_cloud_that_does_not_say_whether_an_image_is_made_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The edge, which could begin to draw, waits meanwhile."""
+
+    class Silent(Cloud):
+        async def LookupGeneration(self, *_: Any) -> cloud_pb2.LookupGenerationResponse:
+            await asyncio.sleep(60)
+            raise AssertionError
+
+    monkeypatch.setattr("edge_agent.cloud.ASK_S", 0.1)
+    async with counted(Silent([accepted()])) as cloud:
+        began = time.monotonic()
+        error = await failure(CloudClient(cloud.address))
+    assert "broke off after 0 bytes" in error.message and not error.never_ran
+    assert time.monotonic() - began < 5
+
+
 async def test_a_cloud_that_drips_is_left(cloud: Cloud) -> None:
     data = png()
     cloud.script = in_pieces(data, 1)
@@ -653,18 +692,34 @@ async def test_a_cloud_that_drips_is_left(cloud: Cloud) -> None:
     assert len(cloud.received) == MOST_RESUMES + 1
 
 
-async def test_the_rest_of_another_image_is_not_taken(cloud: Cloud) -> None:
+@pytest.mark.parametrize("again", [accepted(digest="ef" * 32), accepted(PRICE + 1), accepted(PRICE - 1)])
+async def test_the_rest_of_another_image_is_not_taken(cloud: Cloud, again: Response) -> None:
+    """Nor one of another price: what may be charged was told with the first byte."""
     data = png()
     honest_pieces = in_pieces(data, 100)
 
     def script(request: cloud_pb2.GenerateRequest) -> list[Any]:
         first, *more = honest_pieces(request)
-        return [accepted(digest="ef" * 32) if request.image.resume_offset else first, *more]
+        return [again if request.image.resume_offset else first, *more]
 
     cloud.script = script
     error = await failure(CloudClient(cloud.address))
     assert "broke off after 100 bytes" in error.message and not error.never_ran
     assert len(cloud.received) == 2
+
+
+async def test_a_lie_in_the_rest_of_an_image_is_told_and_no_more_is_asked_for(cloud: Cloud) -> None:
+    data = png()
+
+    def script(request: cloud_pb2.GenerateRequest) -> list[Any]:
+        if not request.image.resume_offset:
+            return [accepted(), chunk(0, data[:100])]
+        return [accepted(), chunk(100, data[100:200]), chunk(150, data[150:])]
+
+    cloud.script = script
+    error = await failure(CloudClient(cloud.address))
+    assert isinstance(error, CloudLied) and "byte 150 where byte 200 is due" in error.message
+    assert not error.never_ran and len(cloud.received) == 2
 
 
 async def test_a_cloud_that_goes_away_for_good_midway_may_have_charged(cloud: Cloud) -> None:
@@ -1095,6 +1150,11 @@ async def test_messages_without_an_event_are_passed_over(cloud: Cloud) -> None:
             PRICE,
             Outcome(known=True, arrived=True, charged_micro_usd=PRICE),
         ),
+        (
+            cloud_pb2.GENERATION_STATE_RUNNING,
+            PRICE,
+            Outcome(known=False, arrived=True, charged_micro_usd=PRICE),
+        ),
         (cloud_pb2.GENERATION_STATE_FINISHED, 0, Outcome(known=True, arrived=True, charged_micro_usd=0)),
         (cloud_pb2.GENERATION_STATE_FAILED, None, Outcome(known=True, arrived=True, charged_micro_usd=None)),
         (
@@ -1121,8 +1181,12 @@ def test_the_identity_tells_servers_and_tenants_apart_and_keeps_the_token() -> N
     assert not any("secret" in client.identity for client in clients)
 
 
-async def test_a_lookup_that_answers_for_another_request_is_a_lie(cloud: Cloud) -> None:
-    cloud.answer.request_id = "r-2"
+@pytest.mark.parametrize("told", [{"request_id": "r-2"}, {"charged": True, "charged_micro_usd": -PRICE}])
+async def test_a_lookup_that_answers_for_another_request_or_gives_money_is_a_lie(
+    cloud: Cloud, told: dict[str, Any]
+) -> None:
+    finished = cloud_pb2.GENERATION_STATE_FINISHED
+    cloud.answer = cloud_pb2.LookupGenerationResponse(state=finished, **told)
     with pytest.raises(CloudLied):
         await CloudClient(cloud.address).lookup("r-1")
 

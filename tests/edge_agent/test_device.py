@@ -6,6 +6,7 @@ import asyncio
 import gc
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ import pytest
 from edge_agent.bundle import Bundle
 from edge_agent.device import Device, Drawn, Job, _Pace
 from edge_agent.diffusion.generator import Generator, Image, Step
-from edge_agent.diffusion.sessions import Runtime
+from edge_agent.diffusion.sessions import Runtime, Stop
 from edge_agent.errors import Busy
 from edge_agent.settings import STARTER
 
@@ -184,6 +185,24 @@ def test_what_an_image_takes_goes_by_its_steps() -> None:
     assert (pace.image_s((64, 64), 4), pace.image_s((64, 64), 16)) == (1.0, 4.0)
     pace.measure(4.0, (64, 64), 16, maker)  # type: ignore[arg-type]
     assert pace.image_s((64, 64), 4) == pytest.approx(1.0)
+
+
+async def test_an_image_in_the_making_is_stopped_when_whoever_asked_for_it_leaves() -> None:
+    class Long(Generator):
+        def generate(self, *_: object, stop: Stop, **__: object) -> Iterator[Step | Image]:
+            for _ in range(1_000):
+                time.sleep(0.01)
+                stop.check()
+                yield Step(1, 2, None)
+
+    generator = Long(Bundle.open(STARTER), Runtime(threads=1))
+    _, states = generator.encode("a cat")
+    device = Device(max_queue=0)
+    drawing = device.begin(Job(generator, states, states, 1, 4, 1.0, (64, 64), previews=False, deadline=None))
+    async with aclosing(drawing.events()) as events:
+        await anext(events)
+    await asyncio.wait_for(device.close(), 30)
+    assert device.images == 0
 
 
 async def test_what_cannot_be_interrupted_does_not_keep_the_device_from_closing() -> None:

@@ -530,6 +530,7 @@ def test_a_server_that_wants_to_be_left_alone_for_long_is_left_to_the_next_pull(
         ({"Retry-After": "Thu, 01 Jan 1970 00:00:00 GMT"}, 0.0),
         ({"Retry-After": "1", "RateLimit": '"resolvers";r=0;t=55'}, 1.0),
         ({"Retry-After": "Mon, 31 Foo 99999 99:00:00 +99", "RateLimit": '"resolvers";r=0;t=55'}, 55.0),
+        ({"Retry-After": "Fri, 31 Dec 99999 23:59:59 GMT", "RateLimit": '"resolvers";r=0;t=55'}, 55.0),
         ({"Retry-After": "9" * 400}, 1e9),
         ({"RateLimit": f'"resolvers";r=0;t={"9" * 400}'}, 1e9),
         ({"Retry-After": "soon"}, None),

@@ -261,6 +261,23 @@ def test_a_model_is_removed_from_a_full_disk(store: Store, monkeypatch: pytest.M
     assert list(store.folder.iterdir()) == []
 
 
+def test_a_removal_that_is_interrupted_shows_no_half_of_a_model_and_the_next_one_takes_the_rest(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("mine", "other"):
+        install(store, name)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            store.remove("mine")
+    assert store.names() == ["starter", "other"]
+    store.remove("other")
+    assert list(store.folder.iterdir()) == []
+
+
 @pytest.mark.posix
 def test_a_link_is_a_model_and_removing_it_leaves_what_it_leads_to(store: Store, tmp_path: Path) -> None:
     elsewhere = Path(shutil.copytree(STARTER, tmp_path / "elsewhere"))

@@ -41,9 +41,10 @@ def test_a_prompt_without_a_token_is_the_prompt_that_never_had_it(tokenizer: Tok
 
 
 def test_a_prompt_of_two_tokenizers_loses_the_token_in_both_and_a_cut_off_one_stays_cut_off(
-    miniature_bundle: Path, tokenizer: Tokenizer
+    bundle_copy: Path, tokenizer: Tokenizer
 ) -> None:
-    both = Tokenizer.load(miniature_bundle / "tokenizer", second=tokenizer)
+    edit(bundle_copy / "tokenizer", "padding", pad_id=7)
+    both = Tokenizer.load(bundle_copy / "tokenizer", second=tokenizer)  # which pads with another
     cut, less = both.encode("the Red moon").without(2), both.encode("the moon")
     assert cut.ids_2 is not None and less.ids_2 is not None
     np.testing.assert_array_equal(cut.ids_2, less.ids_2)
@@ -149,9 +150,10 @@ def test_padding_is_what_the_file_says(bundle_copy: Path, direction: str) -> Non
         ]
 
 
-def test_a_tokenizer_without_a_length_is_refused(bundle_copy: Path) -> None:
+@pytest.mark.parametrize("without", [("truncation",), ("truncation", "padding")])
+def test_a_tokenizer_without_a_length_is_refused(bundle_copy: Path, without: tuple[str, ...]) -> None:
     path = bundle_copy / "tokenizer" / "tokenizer.json"
-    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"truncation": None}))
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | dict.fromkeys(without)))
     with pytest.raises(BundleError, match=r"tokenizer\.json must pad and truncate"):
         Tokenizer.load(path.parent)
 

@@ -145,6 +145,12 @@ def test_what_protobuf_skips_is_skipped(everywhere: ModelProto, tmp_path: Path) 
     assert read(tmp_path, b"\x3a" + varint(len(entry) + 2) + b"\x2a" + varint(len(entry)) + entry) == {"last"}
 
 
+def test_what_a_tag_has_beyond_its_bits_hides_no_field(tmp_path: Path) -> None:
+    """In C++ protobuf drops it, so that onnxruntime reads the field."""
+    graph = GraphProto(initializer=[tensor("hidden")]).SerializeToString()
+    assert read(tmp_path, varint(0x3A | 1 << 35) + varint(len(graph)) + graph) == {"hidden"}
+
+
 def test_a_place_that_is_no_text_is_told_from_every_name(tmp_path: Path) -> None:
     """Onnxruntime opens the file with these bytes; a manifest can list one with a replacement character in its name."""
     model = ModelProto()

@@ -282,14 +282,14 @@ def test_a_prompts_states_are_the_text_encoders(
     assert np.abs(states.tokens - expected).max() < 1e-4
 
 
-@pytest.mark.parametrize("after", [0, 2])
+@pytest.mark.parametrize("after", [0, 2, -1])
 def test_a_stop_ends_the_image_and_leaves_the_next_one_alone(generator: Generator, after: int) -> None:
-    """Before the first step, or between two."""
+    """Before the first step, between two, or before the decoder, which may take longer than a step."""
     _, states = generator.encode(PROMPT)
     expected = events(generator)[1]
     stop = Stop()
     steps = generator.generate(states, states, 42, 8, 5.0, stop=stop)
-    for _ in range(after):
+    for _ in range(next(steps).n - 1 if after < 0 else after):
         next(steps)
     stop.set()
     with pytest.raises(Cancelled):

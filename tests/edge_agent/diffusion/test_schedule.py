@@ -52,6 +52,7 @@ def test_comes_back_from_its_file_to_the_last_bit(tmp_path: Path) -> None:
     [
         ({"signal": [[1.0], [1.0], [1.0, 1.0, 1.0]]}, "lower-triangular"),
         ({"noise": [[1.0], [], []]}, "lower-triangular"),
+        ({"noise": [[], []]}, "lower-triangular"),
         ({"clean": []}, "lower-triangular"),
         ({"noise": [[], [], [0.0] * 1000]}, "draws 1,000 noises for 2 calls"),
         ({"timesteps": []}, "lower-triangular"),
