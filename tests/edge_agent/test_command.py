@@ -558,7 +558,8 @@ def test_a_damaged_model_is_no_refusal_by_quota_or_policy(run: Run, bundle_copy:
     daemon = Process("edge_agent", home, *flags)
     try:
         daemon.wait_for("unloaded")
-        (bundle_copy / DECODER).touch()
+        content = (bundle_copy / DECODER).read_bytes()
+        (bundle_copy / DECODER).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         finished = run("generate", "a", "--agent", daemon.wait_for("listening")["address"])
         assert (finished.code, finished.out) == (2, "")
         assert f"{Path(DECODER)} has changed" in finished.err
