@@ -46,16 +46,17 @@ def calm_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return calm(ours) / calm(theirs)
 
 
-def ratio_both_ways(ours: Sequence[float], theirs: Sequence[float]) -> Estimate:
-    """The same of pairs that take turns in which is first, two of them together: who is second finds the processor's
-    caches full of the other, which is as much as what is measured.
-    """
-    twos = [
-        np.asarray(values[: len(values) // 2 * 2]).reshape(-1, 2).sum(axis=1) for values in (ours, theirs)
-    ]
-    return ratio(*map(np.ndarray.tolist, twos))
-
-
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Estimate:
     """Median of the ratios of pairs measured one right after the other, so that both met the same weather."""
     return quantile([our / their for our, their in zip(ours, theirs, strict=True)])
+
+
+def ratio_both_ways(ours: Sequence[float], theirs: Sequence[float]) -> Estimate:
+    """The same of pairs that take turns in which of both comes first, two of them together: who is second finds the
+    processor's caches full of the other, which can weigh as much as what is measured.
+    """
+    return ratio(_by_twos(ours), _by_twos(theirs))
+
+
+def _by_twos(values: Sequence[float]) -> list[float]:
+    return [first + second for first, second in zip(values[::2], values[1::2], strict=False)]
