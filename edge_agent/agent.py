@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from edge_agent import version
 from edge_agent.bundle import LEARN, TAKE_UP
-from edge_agent.cloud import SIDES, SLOW_CONNECTION_S, CloudClient
+from edge_agent.cloud import SIDES, CloudClient
 from edge_agent.cloud_image import CloudAccepted, CloudImage
 from edge_agent.device import Device, Drawing, Drawn, Job
 from edge_agent.diffusion.sessions import Stop
@@ -36,6 +36,7 @@ from edge_agent.quota import BudgetState
 from edge_agent.reader import Reading
 from edge_agent.request import ImageRequest, Routing, validate
 from edge_agent.resident import Resident
+from edge_agent.track_record import SLOW_CONNECTION_S
 
 log = logging.getLogger(__name__)
 
@@ -324,7 +325,7 @@ class Agent:
     ) -> tuple[Route, Reason]:
         cloud, available = self.purchases.cloud, None
         if cloud is not None:
-            available = cloud.healthy and cloud.affordable(self._ceiling(request)) and cloud.makes(request)
+            available = cloud.record.lets_through(request.size, self._ceiling(request))
         return decide(
             prs,
             alpha,
@@ -364,7 +365,7 @@ class Agent:
         Beside the image, which the edge makes: only later decisions can profit.
         """
         cloud, now = self.purchases.cloud, time.monotonic()
-        if cloud is None or not cloud.healthy or self._cloud_fits or now < self._ask_again_at:
+        if cloud is None or not cloud.record.healthy or self._cloud_fits or now < self._ask_again_at:
             return
         self._ask_again_at = now + ASK_AGAIN_S
         self._asking = asyncio.create_task(self._learn_model(cloud))

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import ExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -28,6 +27,7 @@ from edge_agent.errors import CloudError, CloudLied, CloudRefused, CloudUnavaila
 from edge_agent.image import Progress
 from edge_agent.money import dollars
 from edge_agent.request import ImageRequest
+from edge_agent.track_record import LONGEST_RETRY_S, SLOW_CONNECTION_S, TrackRecord
 from routet2i.cloud.v1 import cloud_pb2
 from routet2i.cloud.v1.cloud_pb2_grpc import CloudServerServiceStub
 
@@ -45,18 +45,9 @@ ASK_S = 2.0
 GOODBYE_S = 0.5
 """How long a server that has sent its image gets to end the call."""
 
-REMEMBERED_S = 60.0
-"""How long a price and the size of a refused image are taken for what the cloud still says."""
-
-FIRST_RETRY_S = 1.0
-LONGEST_RETRY_S = 60.0
-"""After a failed connection the cloud counts as unhealthy for 1 s, then 2, 4, ... up to a minute."""
-
-SLOW_CONNECTION_S = 1.0
-"""Who has waited so long for a connection has found out something about the cloud, however soon he leaves."""
-
 SLOW_ANSWER_S = 2.0
-"""The same of an answer on a connection that stands: a server accepts or refuses at once."""
+"""Who has waited so long for an answer on a connection that stands has found out something about the cloud: a server
+accepts or refuses at once."""
 
 RESUME_PAUSE_S = 1.0
 """Before the last call for an image that is paid for, after one that brought nothing of it."""
@@ -176,7 +167,7 @@ class CloudClient:
     sent as a bearer token. `connect_timeout_s` bounds address lookup, connection and handshake.
 
     `identity` tells apart servers and tenants, each of which knows of its own calls only; it does not give
-    the token away.
+    the token away. `record` is what its calls so far say of the next.
 
     Raises ValueError for an address without a port.
     """
@@ -201,47 +192,8 @@ class CloudClient:
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._connect_timeout_s = connect_timeout_s
         self._monotonic = monotonic
-        self._failures = 0
-        self._retry_at = -math.inf
-        self._tried_until = -math.inf  # a call that is about to be sent finds out whether the cloud is back
-        self._price_micro_usd, self._price_until = 0, -math.inf
-        self._refused_sizes: dict[tuple[int, int], float] = {}  # until when, on `monotonic`
-        # Calls that wait for their connection or to be accepted: since when, on `monotonic`, and for how long that
-        # says nothing of the cloud.
-        self._waiting: list[tuple[float, float]] = []
+        self.record = TrackRecord(monotonic)
         self._closed = False
-
-    @property
-    def healthy(self) -> bool:
-        """False for a while after a connection failed, or for as long as the cloud asked to be left alone.
-
-        And while a call finds out whether it is back, or already waits for long: the others need not wait with it.
-        """
-        now = self._monotonic()
-        return now >= max(self._retry_at, self._tried_until) and not any(
-            self._failures or now - since >= patience_s for since, patience_s in self._waiting
-        )
-
-    @contextmanager
-    def expected(self) -> Iterator[None]:
-        """A call comes once the block has set its money aside: where the last one failed, the others leave it to that
-        one to find out whether the cloud is back.
-        """
-        if self._failures:
-            self._tried_until = self._monotonic() + SLOW_CONNECTION_S
-        try:
-            yield
-        except BaseException:
-            self._tried_until = -math.inf
-            raise
-
-    def affordable(self, ceiling_micro_usd: int) -> bool:
-        """False for a minute after the cloud has told a price above `ceiling_micro_usd`."""
-        return ceiling_micro_usd >= self._price_micro_usd or self._monotonic() >= self._price_until
-
-    def makes(self, request: ImageRequest) -> bool:
-        """False for a minute after the cloud has refused an image of the request's size."""
-        return self._monotonic() >= self._refused_sizes.get(request.size, -math.inf)
 
     async def generate(
         self,
@@ -309,14 +261,17 @@ class CloudClient:
             try:
                 with ExitStack() as unanswered:
                     # A server accepts at once. Behind a proxy, which takes every connection, only that tells.
-                    unanswered.enter_context(self._waits(self._connect_timeout_s))
+                    unanswered.enter_context(self.record.waits(self._connect_timeout_s))
                     # Not `async for`: it makes a generator that holds on to the call, which holds on to it.
                     while (response := await call.read()) is not grpc.aio.EOF:
                         unanswered.close()
                         event = await stream.take(response)
                         if event is None:
                             continue
-                        self._heed(event, stream.request)
+                        if isinstance(event, CloudAccepted):
+                            self.record.accepted(event.charged_micro_usd, stream.request.size)
+                        elif isinstance(event, CloudImage):
+                            self.record.recovered()
                         yield event
                         if isinstance(event, CloudImage):
                             # Hung up on before it has said that all went well, the server would count a call as
@@ -327,7 +282,7 @@ class CloudClient:
                 accepted = stream.accepted is not None
                 explained = self._explained(error, accepted=accepted, timeout_s=timeout_s)
                 if isinstance(explained, CloudRefused) and explained.field in SIDES:
-                    self._refused_sizes[stream.request.size] = self._monotonic() + REMEMBERED_S
+                    self.record.refused_size(stream.request.size)
                 raise explained from error.with_traceback(None)  # whose frames are the call's
             finally:
                 call.cancel()  # which the channel's end is not to it in grpcio before 1.83
@@ -395,7 +350,7 @@ class CloudClient:
             ready.add_done_callback(lambda done: done.cancelled() or done.exception())
             patience_s = min(timeout_s, self._connect_timeout_s)
             try:
-                with self._waits(SLOW_CONNECTION_S):
+                with self.record.waits(SLOW_CONNECTION_S):
                     await asyncio.wait({ready}, timeout=patience_s)
             finally:
                 in_time = ready.done()
@@ -403,7 +358,7 @@ class CloudClient:
             if not in_time:
                 # A caller in a hurry says nothing about the cloud.
                 if patience_s >= min(SLOW_CONNECTION_S, self._connect_timeout_s):
-                    self._failed()
+                    self.record.failed()
                 raise CloudUnavailable(
                     f"the cloud at {self.address} gave no connection within {patience_s:.2g} s",
                     never_ran=True,
@@ -412,16 +367,6 @@ class CloudClient:
             yield channel
         finally:
             await channel.close()  # cancels a call that is still under way
-
-    @contextmanager
-    def _waits(self, patience_s: float) -> Iterator[None]:
-        waiting = self._monotonic(), patience_s
-        self._tried_until = -math.inf
-        self._waiting.append(waiting)
-        try:
-            yield
-        finally:
-            self._waiting.remove(waiting)
 
     async def _channel(self) -> grpc.aio.Channel:
         if not self._secure:
@@ -441,7 +386,7 @@ class CloudClient:
         state = channel.get_state(try_to_connect=True)
         while state is not grpc.ChannelConnectivity.READY:
             if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
-                self._failed()
+                self.record.failed()
                 reason = await self._reason(channel)
                 found = (advice for words, advice in _CHECKS if any(word in reason for word in words))
                 check = next(found, "check the address and that the cloud server runs")
@@ -461,24 +406,6 @@ class CloudClient:
             return printable(error.details() or error.code().name)
         return "it answers again just now"
 
-    def _failed(self) -> None:
-        """Remember a failed connection. Several calls that fail together count once."""
-        now = self._monotonic()
-        if now >= self._retry_at:
-            self._retry_at = now + min(LONGEST_RETRY_S, FIRST_RETRY_S * 2.0 ** min(self._failures, 16))
-            self._failures += 1
-
-    def _heed(self, event: CloudAccepted | Progress | CloudImage, request: ImageRequest) -> None:
-        """Remember what it says of the cloud."""
-        if isinstance(event, (CloudAccepted, CloudImage)):
-            self._failures, self._retry_at = 0, -math.inf
-        if isinstance(event, CloudAccepted):
-            self._told(event.charged_micro_usd)
-            self._refused_sizes.pop(request.size, None)
-
-    def _told(self, price_micro_usd: int) -> None:
-        self._price_micro_usd, self._price_until = price_micro_usd, self._monotonic() + REMEMBERED_S
-
     def _explained(self, error: grpc.aio.AioRpcError, *, accepted: bool, timeout_s: float) -> CloudError:
         """A gRPC error of a connected call as one of ours."""
         code, text = error.code(), printable(error.details() or "no reason given")
@@ -496,10 +423,10 @@ class CloudClient:
             withheld = code is grpc.StatusCode.FAILED_PRECONDITION and why == "IMAGE_WITHHELD"
             price = _price_micro_usd(status) if never_ran else None
             if price is not None:
-                self._told(price)
+                self.record.told_price(price)
                 text = f"it asks {dollars(price)} for an image, above this device's --max-price or the request's own"
             if never_ran and code is grpc.StatusCode.UNAUTHENTICATED:  # so would any other request be
-                self._failed()
+                self.record.failed()
             return CloudRefused(
                 f"the cloud at {self.address} refused: {text}",
                 never_ran=never_ran or withheld,  # nothing is charged, and it is known by now
@@ -509,9 +436,9 @@ class CloudClient:
             )
         retry_after_s = _retry_after_s(status)
         if retry_after_s is not None:
-            self._retry_at = max(self._retry_at, self._monotonic() + retry_after_s)
+            self.record.leave_alone(retry_after_s)
         elif code is grpc.StatusCode.UNAVAILABLE:
-            self._failed()
+            self.record.failed()
         return CloudUnavailable(
             f"the cloud at {self.address} failed: {text} ({code.name})",
             never_ran=never_ran,
@@ -528,12 +455,12 @@ class CloudClient:
                 "cut it off: see the proxy's log and timeouts, and whether the cloud server runs"
             )
             if not accepted:
-                self._failed()
+                self.record.failed()
         elif code is grpc.StatusCode.UNIMPLEMENTED:
             # A gRPC server that has no such service says so, and ran nothing.
             hint = "; what answers there is no cloud server: check --cloud"
             never_ran = not accepted
-            self._failed()
+            self.record.failed()
         if code in _REFUSALS:
             return CloudRefused(f"the cloud at {self.address} refused: {text}{hint}", never_ran=never_ran)
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
@@ -545,14 +472,14 @@ class CloudClient:
             return CloudLied(f"the cloud at {self.address} sent too much: {text}")
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
             if not accepted and timeout_s >= min(SLOW_ANSWER_S, self._connect_timeout_s):
-                self._failed()
+                self.record.failed()
             return CloudUnavailable(
                 f"the cloud at {self.address} was not done within {round(timeout_s, 1):g} s",
                 never_ran=False,
                 answered=accepted,
             )
         if code is grpc.StatusCode.UNAVAILABLE:
-            self._failed()
+            self.record.failed()
         return CloudUnavailable(
             f"the cloud at {self.address} failed: {text} ({code.name}){hint}", never_ran=False
         )

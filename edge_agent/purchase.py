@@ -106,7 +106,7 @@ class Purchases:
             )
         )
         try:
-            with self.cloud.expected():
+            with self.cloud.record.expected():
                 await asyncio.shield(reserving)
         except asyncio.CancelledError:
             # The thread may still reserve: once it has, the resolver gives the money back.

@@ -38,7 +38,6 @@ from edge_agent.cloud import (
     MAX_MESSAGE_BYTES,
     MOST_RESUMES,
     SLOW_ANSWER_S,
-    SLOW_CONNECTION_S,
     CloudClient,
     Outcome,
 )
@@ -46,6 +45,7 @@ from edge_agent.cloud_image import MAX_PREVIEW_BYTES, CloudAccepted, CloudImage
 from edge_agent.errors import CloudError, CloudLied, CloudRefused, CloudUnavailable
 from edge_agent.image import Progress
 from edge_agent.request import ImageRequest, Privacy, Routing
+from edge_agent.track_record import SLOW_CONNECTION_S
 from routet2i.cloud.v1 import cloud_pb2, cloud_pb2_grpc
 from routet2i.image.v1 import image_pb2
 from tests import http2
@@ -296,7 +296,7 @@ async def test_a_private_prompt_is_not_sent_even_when_asked(cloud: Cloud, privat
 
 async def test_no_connection_exists_before_the_first_call_nor_after_the_last(cloud: Cloud) -> None:
     client = CloudClient(cloud.address)
-    assert client.healthy
+    assert client.record.healthy
     await asyncio.sleep(0.2)
     assert cloud.connections == 0
     cloud.script = honest(png())
@@ -546,24 +546,27 @@ async def test_a_full_cloud_is_left_alone_for_as_long_as_it_asks(cloud: Cloud) -
     client = CloudClient(cloud.address, monotonic=lambda: now)
     cloud.script = [abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "64 are waiting", retry_after_s=7)]
     error = await failure(client)
-    assert (error.retry_after_s, error.never_ran, client.healthy) == (7.0, True, False)
+    assert (error.retry_after_s, error.never_ran, client.record.healthy) == (7.0, True, False)
     now = 106.9
-    assert not client.healthy
+    assert not client.record.healthy
     now = 107.0
-    assert client.healthy
+    assert client.record.healthy
 
 
 async def test_a_price_that_is_too_high_is_known_for_a_minute(cloud: Cloud) -> None:
     now = 100.0
     client = CloudClient(cloud.address, monotonic=lambda: now)
-    assert client.affordable(0)
+    assert client.record.affordable(0)
     refusal = ErrorInfo(reason="PRICE_ABOVE_CEILING", metadata={"price_micro_usd": str(CEILING + 1)})
     cloud.script = [abort(grpc.StatusCode.FAILED_PRECONDITION, "too dear", detail=refusal)]
     error = await failure(client)
     assert error.never_ran and "it asks $0.0" in error.message and "--max-price" in error.message
-    assert client.healthy and (client.affordable(CEILING), client.affordable(CEILING + 1)) == (False, True)
+    assert client.record.healthy and (
+        client.record.affordable(CEILING),
+        client.record.affordable(CEILING + 1),
+    ) == (False, True)
     now = 160.0
-    assert client.affordable(CEILING)
+    assert client.record.affordable(CEILING)
 
 
 async def test_the_price_of_an_image_is_known_for_a_minute_and_a_new_one_counts_at_once(cloud: Cloud) -> None:
@@ -572,22 +575,22 @@ async def test_the_price_of_an_image_is_known_for_a_minute_and_a_new_one_counts_
     for price in (CEILING, 10):
         cloud.script = [accepted(price), *chunks(png()), result(png(), charged=price)]
         await collect(client)
-        assert (client.affordable(price - 1), client.affordable(price)) == (False, True)
+        assert (client.record.affordable(price - 1), client.record.affordable(price)) == (False, True)
 
 
 async def test_a_size_that_the_cloud_does_not_make_is_known_for_a_minute(cloud: Cloud) -> None:
     now = 100.0
     client = CloudClient(cloud.address, monotonic=lambda: now)
-    assert client.makes(REQUEST)
+    assert client.record.makes(REQUEST.size)
     for blamed, known in (("prompt", True), ("height", False)):
         violation = BadRequest.FieldViolation(field=blamed, description="not here")
         refusal = BadRequest(field_violations=[violation])
         cloud.script = [abort(grpc.StatusCode.INVALID_ARGUMENT, "not here", detail=refusal)]
         assert (await failure(client)).never_ran
-        assert client.makes(REQUEST) is known
-    assert client.healthy and client.makes(REQUEST._replace(width=96))
+        assert client.record.makes(REQUEST.size) is known
+    assert client.record.healthy and client.record.makes(REQUEST._replace(width=96).size)
     now = 160.0
-    assert client.makes(REQUEST)
+    assert client.record.makes(REQUEST.size)
 
 
 @pytest.mark.parametrize("price", ["", "much", "9" * 5000, "-1"])
@@ -596,7 +599,7 @@ async def test_a_price_that_is_none_says_nothing(cloud: Cloud, price: str) -> No
     refusal = ErrorInfo(reason="PRICE_ABOVE_CEILING", metadata={"price_micro_usd": price})
     cloud.script = [abort(grpc.StatusCode.FAILED_PRECONDITION, "too dear", detail=refusal)]
     assert "too dear" in (await failure(client)).message
-    assert client.affordable(0)
+    assert client.record.affordable(0)
 
 
 async def test_a_cloud_that_refuses_the_token_is_left_alone_for_a_while(cloud: Cloud) -> None:
@@ -605,12 +608,12 @@ async def test_a_cloud_that_refuses_the_token_is_left_alone_for_a_while(cloud: C
     for pause in (1.0, 2.0, 4.0):
         cloud.script = [abort(grpc.StatusCode.UNAUTHENTICATED, "no such token")]
         assert isinstance(await failure(client), CloudRefused)
-        assert not client.healthy
+        assert not client.record.healthy
         now += pause
-        assert client.healthy
+        assert client.record.healthy
     cloud.script = [abort(grpc.StatusCode.INVALID_ARGUMENT, "too many steps")]
     await failure(client)
-    assert client.healthy
+    assert client.record.healthy
 
 
 # A cloud that fails
@@ -787,7 +790,7 @@ async def test_a_port_where_nobody_listens_is_known_at_once_and_nothing_ran(nobo
     assert "refused" in error.message.lower()
     assert "check the address" in error.message
     assert error.never_ran
-    assert not client.healthy
+    assert not client.record.healthy
 
 
 async def test_an_address_that_does_not_resolve_says_so_and_nothing_ran() -> None:
@@ -795,7 +798,7 @@ async def test_an_address_that_does_not_resolve_says_so_and_nothing_ran() -> Non
     error = await failure(client)
     assert "cloud.invalid:50051" in error.message
     assert error.never_ran
-    assert not client.healthy
+    assert not client.record.healthy
 
 
 @asynccontextmanager
@@ -817,7 +820,7 @@ async def test_a_peer_that_takes_the_connection_and_says_nothing_ran_nothing() -
         error = await failure(client)
         assert "no connection within 0.5 s" in error.message
         assert error.never_ran
-        assert not client.healthy
+        assert not client.record.healthy
 
 
 async def test_a_caller_in_a_hurry_does_not_make_the_cloud_unhealthy() -> None:
@@ -825,7 +828,7 @@ async def test_a_caller_in_a_hurry_does_not_make_the_cloud_unhealthy() -> None:
         client = CloudClient(address, connect_timeout_s=5)
         error = await failure(client, timeout_s=0.2)
         assert error.never_ran
-        assert client.healthy
+        assert client.record.healthy
 
 
 async def test_callers_with_short_deadlines_find_a_silent_cloud_out_all_the_same() -> None:
@@ -833,7 +836,7 @@ async def test_callers_with_short_deadlines_find_a_silent_cloud_out_all_the_same
         client = CloudClient(address, connect_timeout_s=5)
         error = await failure(client, timeout_s=SLOW_CONNECTION_S + 0.1)
         assert error.never_ran
-        assert not client.healthy
+        assert not client.record.healthy
 
 
 @pytest.mark.parametrize(("timeout_s", "healthy"), [(0.2, True), (SLOW_ANSWER_S + 0.1, False)])
@@ -843,7 +846,7 @@ async def test_callers_with_short_deadlines_find_out_a_cloud_that_does_not_accep
     cloud.script = [stall]
     client = CloudClient(cloud.address)
     assert not (await failure(client, timeout_s=timeout_s)).never_ran
-    assert client.healthy is healthy
+    assert client.record.healthy is healthy
 
 
 async def test_one_call_finds_out_whether_the_cloud_is_back_and_the_others_need_not_wait_with_it() -> None:
@@ -852,14 +855,14 @@ async def test_one_call_finds_out_whether_the_cloud_is_back_and_the_others_need_
         client = CloudClient(address, connect_timeout_s=0.3, monotonic=lambda: now)
         await failure(client)
         now = 1.0  # the time it was left alone is over
-        assert client.healthy
+        assert client.record.healthy
         probing = asyncio.create_task(failure(client))
-        await until(lambda: not client.healthy)
+        await until(lambda: not client.record.healthy)
         await probing
         now = 2.9
-        assert not client.healthy  # two seconds this time
+        assert not client.record.healthy  # two seconds this time
         now = 3.0
-        assert client.healthy
+        assert client.record.healthy
 
 
 async def test_a_first_connection_that_takes_long_keeps_the_next_prompts_on_the_edge() -> None:
@@ -867,10 +870,10 @@ async def test_a_first_connection_that_takes_long_keeps_the_next_prompts_on_the_
     async with silent_listener() as address:
         client = CloudClient(address, connect_timeout_s=0.5, monotonic=lambda: now)
         connecting = asyncio.create_task(failure(client))
-        await until(lambda: client._waiting)
-        assert client.healthy
+        await until(lambda: client.record._waiting)
+        assert client.record.healthy
         now = SLOW_CONNECTION_S
-        assert not client.healthy
+        assert not client.record.healthy
         await connecting
 
 
@@ -994,17 +997,17 @@ async def test_failures_in_a_row_wait_longer_and_an_accepted_call_ends_the_wait(
         await failure(client)
         await failure(client)  # at the same moment: counts once
         began = now
-        while not client.healthy:
+        while not client.record.healthy:
             now += 0.5
         waits.append(now - began)
     assert waits == [1, 2, 4, 8, 16, 32, 60, 60]
 
     await failure(client)
-    assert not client.healthy
+    assert not client.record.healthy
     client.address = cloud.address
     cloud.script = honest(png())
     await collect(client)
-    assert client.healthy
+    assert client.record.healthy
 
 
 # No cloud server
@@ -1019,13 +1022,13 @@ async def test_a_server_of_another_kind_is_called_that_ran_nothing_and_is_left_a
     error = await failure(client)
     assert isinstance(error, CloudRefused) and error.never_ran
     assert "what answers there is no cloud server: check --cloud" in error.message
-    assert not client.healthy
+    assert not client.record.healthy
     now = 1.0
-    assert client.healthy
+    assert client.record.healthy
     with pytest.raises(CloudRefused, match="check --cloud") as unanswered:
         await client.lookup("r-1")
     assert not unanswered.value.never_ran, "a call of before may have reached another server there"
-    assert not client.healthy
+    assert not client.record.healthy
     await server.stop(None)
 
 
@@ -1041,7 +1044,7 @@ async def test_an_answer_that_is_no_cloud_servers_is_called_a_proxys_and_the_clo
         error = await failure(client)
         assert "a proxy before the cloud server, or a network that asks for a login" in error.message
         assert not error.never_ran, "a proxy may have passed the call on"
-        assert not client.healthy
+        assert not client.record.healthy
 
 
 @pytest.mark.parametrize("reset", [None, 2, 8])
@@ -1055,7 +1058,7 @@ async def test_an_image_that_a_proxy_cuts_off_says_so_and_nothing_against_the_cl
         error = await failure(client)
         assert isinstance(error, CloudUnavailable) and not error.never_ran
         assert "see the proxy's log and timeouts" in error.message
-        assert client.healthy
+        assert client.record.healthy
 
 
 async def test_a_proxy_without_http_2_or_without_tls_is_called_that(certificate: tuple[Path, Path]) -> None:
@@ -1104,15 +1107,15 @@ async def test_a_cloud_that_takes_calls_and_answers_none_keeps_the_next_prompts_
     cloud.script = [stall]
     waiting = asyncio.create_task(failure(client, timeout_s=1.0))
     await cloud.started.wait()
-    assert client.healthy
+    assert client.record.healthy
     now = 0.5
-    assert not client.healthy
+    assert not client.record.healthy
     assert not (await waiting).never_ran
-    assert not client.healthy
+    assert not client.record.healthy
     now = 1.5
-    assert client.healthy
+    assert client.record.healthy
     probing = asyncio.create_task(failure(client, timeout_s=1.0))
-    await until(lambda: not client.healthy)
+    await until(lambda: not client.record.healthy)
     await probing
 
 

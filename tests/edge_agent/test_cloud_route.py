@@ -718,7 +718,7 @@ async def test_one_call_finds_out_whether_the_cloud_is_back_and_the_others_stay_
         cloud = here.daemon._purchases.cloud
         assert cloud is not None
         assert (await here.app.generate(CLOUD_PROMPT)).result.fallback
-        await until(lambda: cloud.healthy)  # the time it was left alone is over
+        await until(lambda: cloud.record.healthy)  # the time it was left alone is over
         answers = await asyncio.gather(*(here.app.generate(CLOUD_PROMPT) for _ in range(6)))
         assert sorted(answer.reason for answer in answers) == ["cloud_unavailable"] * 5 + ["pareto_cloud"]
         assert (await here.app.budget())[1] == 0

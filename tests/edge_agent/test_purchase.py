@@ -266,11 +266,11 @@ async def test_what_the_budget_refuses_is_not_under_way(tmp_path: Path) -> None:
     purchases = Purchases(ledger, CloudClient("127.0.0.1:1"))
     first = await purchases.reserve(request("first"), CEILING, 60.0)
     assert purchases.cloud is not None
-    purchases.cloud._failures = 1  # so that the next call finds out whether it is back
+    purchases.cloud.record._failures = 1  # so that the next call finds out whether it is back
     for _ in range(2):
         with pytest.raises(QuotaExhausted, match="'day'"):
             await purchases.reserve(request("again"), CEILING, 60.0)
-        assert purchases.cloud.healthy
+        assert purchases.cloud.record.healthy
     await first.aclose()
     second = await purchases.reserve(request("again"), CEILING, 60.0)
     await second.aclose()
