@@ -20,15 +20,15 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
 
 from edge_agent.calibration import Calibration
 from edge_agent.errors import BundleError, NotABundle
+from edge_agent.graph_files import FileState, sha256_of
 from edge_agent.manifest import (
     CALIBRATION,
     MANIFEST,
@@ -56,36 +56,6 @@ TAKE_UP = (
     "then `edge-agent models pull BUNDLE --name NEW --use`, or restart edge-agent where --bundle names it"
 )
 """What comes after either: a daemon serves the store's copy of a bundle, which a restart leaves as it is."""
-
-READ_BYTES = 1 << 20
-"""How much of a file is read at a time."""
-
-
-class FileState(NamedTuple):
-    """What tells whether a file was replaced, and its SHA-256 in hex where that was checked, which tells by what."""
-
-    inode: int
-    bytes: int
-    changed_ns: int
-    sha256: str = ""
-
-    @classmethod
-    def of(cls, file: Path) -> FileState:
-        """As it is now. Raises OSError."""
-        state = file.stat()
-        return cls(state.st_ino, state.st_size, state.st_mtime_ns)
-
-    def replaced(self, now: FileState) -> bool:
-        """Whether it is another file `now`, though perhaps of the same bytes."""
-        return self[:3] != now[:3]
-
-    def renewed(self, file: Path) -> FileState | None:
-        """The state of the `file`, which was replaced, if its bytes are those that were checked. Some file systems
-        number a file anew once memory was short, and a copy of the same bytes is none to be refused. Raises OSError.
-        """
-        now = FileState.of(file)
-        same = bool(self.sha256) and now.bytes == self.bytes and _sha256(file) == self.sha256
-        return now._replace(sha256=self.sha256) if same else None
 
 
 @dataclass(frozen=True)
@@ -215,7 +185,7 @@ def write_manifest(folder: str | os.PathLike[str], **facts: Any) -> Path:
         name = path.relative_to(root).as_posix()
         _refuse_links(root, name)
         if path.is_file() and path not in (target, partial):
-            files[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     stated = {name: facts[name] for name in known if facts.get(name) is not None}
     for name, value in stated.items():
         if isinstance(value, (AddedConditioning, JointConditioning)):
@@ -236,7 +206,7 @@ def put_file(folder: Path, name: str, made: Path, without: str | None = None) ->
     """
     manifest = folder / MANIFEST
     document = json.loads(manifest.read_bytes())
-    files = document["files"] | {name: {"bytes": made.stat().st_size, "sha256": _sha256(made)}}
+    files = document["files"] | {name: {"bytes": made.stat().st_size, "sha256": sha256_of(made)}}
     document["files"] = {other: files[other] for other in sorted(files) if other != without}
     partial = manifest.with_suffix(".json.partial")
     partial.write_bytes(json.dumps(document, indent=2, ensure_ascii=False).encode() + b"\n")
@@ -281,7 +251,7 @@ def _check(root: Path, name: str, entry: FileEntry, verify: bool) -> FileState:
         raise BundleError(
             f"{path} has {state.bytes} bytes where {MANIFEST} says {entry.bytes}; fetch or export it again"
         )
-    if verify and _sha256(path) != entry.sha256:
+    if verify and sha256_of(path) != entry.sha256:
         raise BundleError(f"{path} does not match its sha256 in {MANIFEST}; fetch or export the bundle again")
     return state._replace(sha256=entry.sha256) if verify else state
 
@@ -311,15 +281,6 @@ def _graph_files(root: Path, graph: str, manifest: Manifest) -> list[Path]:
     return [root / name for name in names]
 
 
-def file_states(files: Iterable[Path]) -> dict[Path, FileState]:
-    """What tells later whether they are still the same. A file that is not there has none."""
-    found = {}
-    for file in files:
-        with suppress(OSError):
-            found[file] = FileState.of(file)
-    return found
-
-
 def mode_of(path: Path) -> int:
     """The mode of what is there; 0 where nothing is. Raises OSError where that cannot be seen, as Path.exists and its
     like did before Python 3.14.
@@ -332,14 +293,3 @@ def mode_of(path: Path) -> int:
         if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
             raise
         return 0
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(READ_BYTES):
-                digest.update(block)
-    except OSError as error:
-        raise BundleError(f"{path} cannot be read: {error.strerror}") from error
-    return digest.hexdigest()

@@ -14,6 +14,9 @@ from typing import Any, TypeVar
 
 Found = TypeVar("Found")
 
+READ_BYTES = 1 << 20
+"""How much of a file is read at a time."""
+
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _PATIENCE_S = 1.0  # with other programs, on Windows

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.bundle import FileState
 from edge_agent.diffusion.sessions import Runtime, Session
 from edge_agent.errors import BundleError, GenerationFailed
+from edge_agent.graph_files import FileState
 from edge_agent.manifest import MAX_TEXT_TOKENS
 from edge_agent.superiority import METRICS
 

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from edge_agent.bundle import READ_BYTES, Bundle
-from edge_agent.disk import patiently, settle
+from edge_agent.bundle import Bundle
+from edge_agent.disk import READ_BYTES, patiently, settle
 from edge_agent.errors import (
     BundleError,
     NewerBundle,

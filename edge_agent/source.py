@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from edge_agent.bundle import READ_BYTES, Bundle
+from edge_agent.bundle import Bundle
+from edge_agent.disk import READ_BYTES
 from edge_agent.errors import InvalidRequest, SourceRefused
 from edge_agent.hub_source import HubSource
 from edge_agent.manifest import MANIFEST, MAX_MANIFEST_BYTES, FileEntry

@@ -17,7 +17,7 @@ from email.utils import mktime_tz, parsedate_tz
 from pathlib import Path
 
 from edge_agent import version
-from edge_agent.bundle import READ_BYTES
+from edge_agent.disk import READ_BYTES
 from edge_agent.errors import (
     InvalidRequest,
     PullFailed,

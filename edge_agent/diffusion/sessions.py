@@ -7,7 +7,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,9 +18,9 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edge_agent import memory
-from edge_agent.bundle import FileState, file_states
 from edge_agent.diffusion import plugins
 from edge_agent.errors import BundleError, Cancelled, GenerationFailed, NotLoaded, OutOfMemory
+from edge_agent.graph_files import FileState, GraphFiles, file_states
 from edge_agent.manifest import Facts, Size
 
 Array = NDArray[Any]
@@ -160,15 +160,13 @@ class Session:
         """
         self.path = path
         self.loaded_at: float | None = None
-        self._faulty = False  # whether its files were others when it was last to be loaded
         self._known_good = False  # whether it has been loaded once
         self._runtime = runtime
         self.takes_turns = takes_turns(runtime.providers)
         self._turn = turn(runtime.providers)
         self._loading = threading.Lock()  # taken after the turn
-        self._files = file_states([path]) if files is None else files
-        self._refused: dict[Path, FileState] = {}  # which other bytes were found in them
-        self.large = sum(state.bytes for state in self._files.values()) >= LARGE_BYTES
+        self._files = GraphFiles(path, file_states([path]) if files is None else files)
+        self.large = self._files.bytes >= LARGE_BYTES
         with self._turn:
             session = self._session = self._load(Stop())
         found = {node.name: node for node in session.get_inputs()}
@@ -196,7 +194,7 @@ class Session:
     @property
     def fault(self) -> str:
         """Why it cannot be loaded again, where that was tried; empty once its files are as they were."""
-        return self._found_fault(lambda *_: False) if self._faulty else ""
+        return self._files.fault
 
     def unload(self) -> None:
         """Give its memory back, after the runs in progress."""
@@ -217,9 +215,7 @@ class Session:
         """A new session. Raises Cancelled, Busy (OutOfMemory among it), and BundleError also where its files are not
         what was checked.
         """
-        self._faulty = bool(fault := self._found_fault(self._same_bytes))
-        if fault:
-            raise BundleError(fault)
+        self._files.check()
         self._find_room()
         runtime = self._runtime
         options = ort.SessionOptions()
@@ -257,34 +253,6 @@ class Session:
         self.loaded_at, self._known_good = time.time(), True
         return session
 
-    def _found_fault(self, same_bytes: Callable[[Path, FileState], bool]) -> str:
-        found = file_states(self._files)
-        if lost := sorted(self._files.keys() - found.keys()):
-            return (
-                f"{lost[0]} is gone: put it back and restart edge-agent, or choose another model with `edge-agent "
-                "models use`"
-            )
-        replaced = [file for file, known in self._files.items() if known.replaced(found[file])]
-        if all(same_bytes(file, found[file]) for file in replaced):
-            return ""
-        return (
-            f"{self.path} has changed since the bundle was checked: restart edge-agent, or take the model up anew with "
-            "`edge-agent models use`"
-        )
-
-    def _same_bytes(self, file: Path, now: FileState) -> bool:
-        """Whether a file that was replaced has the bytes that were checked; then it goes for the one it was. Reads all
-        of it, but others than those only once.
-        """
-        if self._refused.get(file) == now:
-            return False
-        with suppress(OSError):
-            if (renewed := self._files[file].renewed(file)) is not None:
-                self._files = {**self._files, file: renewed}
-                return True
-            self._refused[file] = now
-        return False
-
     def _find_room(self) -> None:
         """Raises OutOfMemory where a large graph certainly does not fit. Nothing else would: Linux promises memory that
         it does not have, and later ends a process, most likely this one.
@@ -293,7 +261,7 @@ class Session:
             return
         free = memory.available_bytes()
         # onnxruntime keeps a graph's own file twice while it loads it, and weights beside it once.
-        needed = sum(state.bytes * (2 if path == self.path else 1) for path, state in self._files.items())
+        needed = self._files.bytes + self._files.states[self.path].bytes
         if free is not None and needed > free:
             raise OutOfMemory(
                 f"{self.path} takes {needed / 1e6:,.0f} MB of memory to load, and {free / 1e6:,.0f} MB can be had; "

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from edge_agent import manifest as manifest_module
-from edge_agent.bundle import Bundle, file_states, put_file, write_manifest
+from edge_agent.bundle import Bundle, put_file, write_manifest
 from edge_agent.errors import BundleError, NewerBundle, NotABundle
+from edge_agent.graph_files import file_states
 from edge_agent.manifest import (
     CALIBRATION,
     DECODER,

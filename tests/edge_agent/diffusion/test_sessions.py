@@ -19,10 +19,10 @@ import pytest
 from onnx import TensorProto, helper
 
 from edge_agent import memory
-from edge_agent.bundle import file_states
 from edge_agent.diffusion import plugins, providers, sessions
 from edge_agent.diffusion.sessions import Runtime, Session, Stop
 from edge_agent.errors import BundleError, Busy, Cancelled, GenerationFailed, OutOfMemory
+from edge_agent.graph_files import file_states
 from tests.running import process_environment
 
 ONE_THREAD = Runtime(threads=1)
