@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
 import math
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -24,7 +23,6 @@ from edge_agent.diffusion.text_encoder import TextStates
 from edge_agent.errors import (
     CloudError,
     CloudRefused,
-    CloudUnavailable,
     CloudUncalibrated,
     LedgerError,
     QuotaExhausted,
@@ -36,9 +34,8 @@ from edge_agent.quota import BudgetState
 from edge_agent.reader import Reading
 from edge_agent.request import ImageRequest, Routing, validate
 from edge_agent.resident import Resident
+from edge_agent.tally import Tally
 from edge_agent.track_record import SLOW_CONNECTION_S
-
-log = logging.getLogger(__name__)
 
 Found = TypeVar("Found")
 
@@ -87,55 +84,6 @@ class Result:
     png: bytes
     sha256: str
     timings_ms: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class CloudFailure:
-    """How a cloud call failed. Not its error, whose traceback would keep the models and all else of that call."""
-
-    message: str
-    refused: bool
-    answered: bool  # by the cloud server, which cannot at the moment or in the time that it had
-    never_ran: bool
-
-    @classmethod
-    def of(cls, error: CloudError) -> CloudFailure:
-        """What is kept of `error`."""
-        answered = isinstance(error, CloudUnavailable) and error.answered
-        return cls(error.message, isinstance(error, CloudRefused), answered, error.never_ran)
-
-    @property
-    def check(self) -> str:
-        """Where the cause may be."""
-        if self.refused:
-            return "--cloud, --max-price, --cloud-token and the cloud server's own settings"
-        if self.answered:
-            return "the cloud server's log, and whether more is asked of it than it can do"
-        return "--cloud, --cloud-ca and whether the cloud server runs"
-
-
-@dataclass
-class Tally:
-    """What has come about since the daemon started, whichever models it used."""
-
-    served: dict[Route, int] = field(default_factory=lambda: {"edge": 0, "cloud": 0})
-    fallbacks: int = 0
-    cloud_digest: str = ""  # what the cloud server last said it is
-    # Of the last call, where no image has come from the cloud since.
-    cloud_failure: CloudFailure | None = None
-
-    def failed(self, failure: CloudFailure) -> None:
-        """Take note of a failed cloud call. The log hears of the first, and of one with another cause."""
-        before, self.cloud_failure = self.cloud_failure, failure
-        if before is None or before.check != failure.check:
-            fields = {"error": failure.message, "check": failure.check}
-            log.warning("cloud failing", extra={"fields": fields})
-
-    def delivered(self) -> None:
-        """Take note of an image from the cloud."""
-        if self.cloud_failure is not None:
-            log.info("cloud delivers again", extra={"fields": {}})
-        self.cloud_failure = None
 
 
 class Agent:
@@ -407,7 +355,7 @@ class Agent:
     def _fall_back(self, request: ImageRequest, error: CloudError, purchase: Purchase) -> str:
         """What the result says of the failure. Raises it where the caller wants the cloud or nothing."""
         if not isinstance(error, CloudUncalibrated) and not self._own_terms(request, error, purchase):
-            self.tally.failed(CloudFailure.of(error))
+            self.tally.failed(error)
         if request.routing is Routing.CLOUD_ONLY:
             raise error
         self.tally.fallbacks += 1

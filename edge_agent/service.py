@@ -533,7 +533,7 @@ def _cloud_health(agent: Agent) -> edge_pb2.CloudHealth:
     if cloud is None:
         return edge_pb2.CLOUD_HEALTH_NOT_CONFIGURED
     failure = agent.tally.cloud_failure
-    if not cloud.record.healthy or (failure is not None and failure.never_ran and not failure.answered):
+    if not cloud.record.healthy or (failure is not None and failure.shut_out):
         return edge_pb2.CLOUD_HEALTH_UNREACHABLE
     return edge_pb2.CLOUD_HEALTH_HEALTHY if agent.tally.cloud_digest else edge_pb2.CLOUD_HEALTH_UNTRIED
 
