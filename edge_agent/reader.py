@@ -118,6 +118,16 @@ class Reader:
         """Prompts with PRS below it are worth the cloud; None where no calibration fits."""
         return self.recent.alpha if self.recent else None
 
+    @property
+    def calibration_id(self) -> str:
+        """Of the bundle's calibration, be it for these models or others; empty where it has none."""
+        return self.calibration.calibration_id if self.calibration else ""
+
+    @property
+    def calibrated_for(self) -> str:
+        """Digest of the cloud model that it was made for; empty where there is none."""
+        return self.calibration.cloud_digest if self.calibration else ""
+
     def succeed(self, former: Reader) -> None:
         """Go on with what `former` knows of recent prompts, where their scores mean the same."""
         if self.recent and former.recent and self.recent.calibration_id == former.recent.calibration_id:

@@ -235,7 +235,7 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
                 bundle=str(reader.bundle.folder),
                 edge_model_digest=reader.bundle.model_digest,
                 cloud_model_digest=_cloud_digest(agent),
-                calibration_id=reader.calibration.calibration_id if reader.calibration else "",
+                calibration_id=reader.calibration_id,
                 calibrated=agent.calibrated,
                 routing_rate=reader.routing_rate,
                 alpha=reader.alpha,
@@ -453,7 +453,7 @@ def _known(table: Mapping[Any, Wish], value: int, field: str) -> Wish:
 
 
 def _decision(decision: Decision, agent: Agent) -> edge_pb2.Decision:
-    calibration = agent.reader.calibration
+    reader = agent.reader
     told = edge_pb2.Decision(
         route=ROUTES[decision.route],
         reason=REASONS[decision.reason],
@@ -461,9 +461,9 @@ def _decision(decision: Decision, agent: Agent) -> edge_pb2.Decision:
         alpha=decision.alpha,
         quota=map(_budget, decision.quota),
         timings=_timings(decision.timings_ms),
-        edge_model_digest=agent.reader.bundle.model_digest,
-        cloud_model_digest=calibration.cloud_digest if calibration else "",
-        calibration_id=calibration.calibration_id if calibration else "",
+        edge_model_digest=reader.bundle.model_digest,
+        cloud_model_digest=reader.calibrated_for,
+        calibration_id=reader.calibration_id,
         prompt_truncated=decision.prompt_truncated,
         unfamiliar=decision.unfamiliar,
     )
@@ -524,8 +524,7 @@ def _timings(timings_ms: Mapping[str, float]) -> list[image_pb2.Timing]:
 
 
 def _cloud_digest(agent: Agent) -> str:
-    calibration = agent.reader.calibration
-    return agent.tally.cloud_digest or (calibration.cloud_digest if calibration else "")
+    return agent.tally.cloud_digest or agent.reader.calibrated_for
 
 
 def _cloud_health(agent: Agent) -> edge_pb2.CloudHealth:
