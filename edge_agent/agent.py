@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from edge_agent import version
+from edge_agent.budget import BudgetState
 from edge_agent.bundle import LEARN, TAKE_UP
 from edge_agent.cloud import SIDES, CloudClient
 from edge_agent.cloud_image import CloudAccepted, CloudImage
@@ -30,7 +31,6 @@ from edge_agent.errors import (
 from edge_agent.image import Progress, with_facts
 from edge_agent.policy import Decision, Reason, Route, decide
 from edge_agent.purchase import Purchase, Purchases
-from edge_agent.quota import BudgetState
 from edge_agent.reader import Reading
 from edge_agent.request import ImageRequest, Routing, validate
 from edge_agent.resident import Resident

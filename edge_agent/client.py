@@ -18,10 +18,10 @@ from google.rpc.error_details_pb2 import QuotaFailure
 from google.rpc.status_pb2 import Status
 
 from edge_agent.address import split_address
+from edge_agent.budget import BudgetState, RateState
 from edge_agent.errors import InvalidRequest, RouteT2IError, printable, sent_status
 from edge_agent.image import Progress
 from edge_agent.policy import Decision, Reason, Route, TokenPull
-from edge_agent.quota import BudgetState, RateState
 from edge_agent.request import Routing, check_request_id
 from routet2i.edge.v1 import edge_pb2
 from routet2i.edge.v1.edge_pb2_grpc import EdgeAgentServiceStub

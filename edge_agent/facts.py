@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from edge_agent.budget import BudgetState
 from edge_agent.client import Received
 from edge_agent.policy import Decision
-from edge_agent.quota import BudgetState
 from edge_agent.superiority import METRICS
 
 

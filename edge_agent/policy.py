@@ -7,8 +7,8 @@ from enum import Enum
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
+from edge_agent.budget import BudgetState
 from edge_agent.errors import PolicyConflict
-from edge_agent.quota import BudgetState
 from edge_agent.request import Privacy, Routing
 
 Route = Literal["edge", "cloud"]

@@ -5,18 +5,16 @@ the image has arrived, *released* when the cloud certainly never ran it. A reser
 unknown counts as spent until it is resolved. So, whatever crashes, the spend of a window never exceeds its
 cap, and no request id is paid for twice.
 
-Money is whole micro-dollars. A call counts in the window in which it was reserved. Windows are calendar
-hours, days and months in UTC. Calls that bear a later date than now (the clock was set back, or a board
-without a battery booted in 1970) count in the current window too, so that a clock that is wrong or set back
-makes the ledger stricter. Calls made while the clock is behind bear too early a date: once it is put right they get
-the right one, where the process that made them still runs and its `uptime` tells how long ago that was. Those of an
-earlier process keep it, and the window then current knows nothing of them: there the ledger is more generous. Only a
-budget with the window `total` counts them all the same.
+Money is whole micro-dollars. A call counts in the window in which it was reserved. Calls that bear a later date than
+now (the clock was set back, or a board without a battery booted in 1970) count in the current window too, so that a
+clock that is wrong or set back makes the ledger stricter. Calls made while the clock is behind bear too early a date:
+once it is put right they get the right one, where the process that made them still runs and its `uptime` tells how long
+ago that was. Those of an earlier process keep it, and the window then current knows nothing of them: there the ledger
+is more generous. Only a budget with the window `total` counts them all the same.
 """
 
 from __future__ import annotations
 
-import bisect
 import logging
 import math
 import os
@@ -26,16 +24,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import Literal, NamedTuple, cast, get_args
+from typing import cast
 
+from edge_agent.budget import Budget, BudgetState, Rate, RateState, window_bounds
 from edge_agent.errors import DuplicateRequest, LedgerError, QuotaExhausted, RouteT2IError, printable
 from edge_agent.money import MAX_MICRO_USD, dollars
 
 log = logging.getLogger(__name__)
-
-Window = Literal["hour", "day", "month", "total"]
 
 APPLICATION_ID = 0x52543249  # "RT2I"
 SCHEMA_VERSION = 1
@@ -69,9 +65,6 @@ _LOCK_WAIT_S = 1.0
 
 _CLOCK_SLIPS_S = 60.0
 """How far a clock that is kept right may be put back, or on."""
-
-_HELD_RETRY_S = 5.0
-"""When to come back where only calls under way fill a budget: they hold the most they may cost, and most cost less."""
 
 _EFFECTIVE_IDS = os.access in os.supports_effective_ids
 
@@ -112,60 +105,6 @@ with Python 3.11 only."""
 
 OUTCOME_RETRY_S = 1.0
 """When to ask again about a call that broke off: until then the cloud is asked what became of it."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """At most `cap_micro_usd` in each window; of one `app` alone, or of all apps together when it is None.
-
-    A cap of 0 lets no call through, whatever it costs. One that is merely used up lets calls through that cost nothing.
-    """
-
-    name: str
-    window: Window
-    cap_micro_usd: int
-    app: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.window not in get_args(Window):
-            raise ValueError(f"budget {self.name!r}: a window is one of {', '.join(get_args(Window))}")
-        if not 0 <= self.cap_micro_usd <= MAX_MICRO_USD:
-            raise ValueError(f"budget {self.name!r}: the cap must not be negative, nor above {MAX_MICRO_USD}")
-
-
-@dataclass(frozen=True)
-class Rate:
-    """At most `max_calls` cloud calls in any `per_seconds` seconds, all apps together."""
-
-    name: str
-    max_calls: int
-    per_seconds: float
-
-    def __post_init__(self) -> None:
-        if self.max_calls < 0 or not self.per_seconds > 0:
-            raise ValueError(f"rate {self.name!r}: needs a number of calls, not negative, and a time above 0")
-
-
-class BudgetState(NamedTuple):
-    """A budget in its current window; remaining = cap - spent - reserved, and never below 0."""
-
-    name: str
-    window: Window
-    cap_micro_usd: int
-    spent_micro_usd: int
-    reserved_micro_usd: int
-    remaining_micro_usd: int
-    app: str | None = None
-
-
-@dataclass(frozen=True)
-class RateState:
-    """A rate, and how many calls it counts in the time that ends now."""
-
-    name: str
-    max_calls: int
-    per_seconds: float
-    calls: int
 
 
 @dataclass(frozen=True)
@@ -409,7 +348,7 @@ class Ledger:
         """The rates, and what they count now."""
         now = self.clock()
         return tuple(
-            RateState(rate.name, rate.max_calls, rate.per_seconds, len(_recent(rate, reserved_at, now)))
+            RateState(rate.name, rate.max_calls, rate.per_seconds, len(rate.recent(reserved_at, now)))
             for rate, reserved_at in zip(self._rates, self._account_at(now).recent, strict=True)
         )
 
@@ -555,10 +494,10 @@ class Ledger:
     ) -> QuotaExhausted | None:
         """Why there is no room for one more call of `app` at this ceiling; None when there is."""
         for state in account.states:
-            if state.app in (None, app) and (refusal := _overspent(state, ceiling_micro_usd, now)):
+            if state.app in (None, app) and (refusal := state.refusal(ceiling_micro_usd, now)):
                 return refusal
         for rate, reserved_at in zip(self._rates, account.recent, strict=True):
-            if refusal := _too_often(rate, _recent(rate, reserved_at, now), now):
+            if refusal := rate.refusal(reserved_at, now):
                 return refusal
         return None
 
@@ -586,60 +525,6 @@ def _state(connection: sqlite3.Connection, budget: Budget, start: float) -> Budg
     cap = budget.cap_micro_usd
     remaining = max(0, cap - spent - reserved)  # below zero when the cap was lowered within the window
     return BudgetState(budget.name, budget.window, cap, spent, reserved, remaining, budget.app)
-
-
-def _recent(rate: Rate, reserved_at: tuple[float, ...], now: float) -> tuple[float, ...]:
-    """Those of the ascending times that `rate` counts now."""
-    return reserved_at[bisect.bisect_right(reserved_at, now - rate.per_seconds) :]
-
-
-def _overspent(state: BudgetState, ceiling_micro_usd: int, now: float) -> QuotaExhausted | None:
-    """Why the budget has no room for a call at this ceiling; None when it has."""
-    cap, spent, reserved = state.cap_micro_usd, state.spent_micro_usd, state.reserved_micro_usd
-    closed = cap == 0  # no cloud, also where a call costs nothing
-    if not closed and spent + reserved <= cap and ceiling_micro_usd <= state.remaining_micro_usd:
-        return None
-    held, retry_after_s = "", None
-    if not closed and spent + ceiling_micro_usd <= cap:
-        held = f"; {dollars(reserved)} is set aside for other calls until they end"
-        retry_after_s = _HELD_RETRY_S
-    elif not closed and ceiling_micro_usd <= cap:
-        _, end = window_bounds(state.window, now)
-        retry_after_s = end - now if end is not None else None
-    return QuotaExhausted(
-        f"the budget {state.name!r} ({state.window}) has {dollars(state.remaining_micro_usd)} left of {dollars(cap)}, "
-        f"and this call may cost {dollars(ceiling_micro_usd)}{held}",
-        budget=state.name,
-        retry_after_s=retry_after_s,
-    )
-
-
-def _too_often(rate: Rate, recent: tuple[float, ...], now: float) -> QuotaExhausted | None:
-    """Why the rate, which counts the calls of these times, has no room for one more; None when it has."""
-    if len(recent) < rate.max_calls:
-        return None
-    # There is room again once the last `max_calls` calls but one are all that is recent.
-    leaves = recent[len(recent) - rate.max_calls] if rate.max_calls else None
-    return QuotaExhausted(
-        f"the rate {rate.name!r} allows {rate.max_calls} cloud calls in {rate.per_seconds:g} s, "
-        f"and there were {len(recent)}",
-        budget=rate.name,
-        retry_after_s=leaves + rate.per_seconds - now if leaves is not None else None,
-    )
-
-
-def window_bounds(window: Window, now: float) -> tuple[float, float | None]:
-    """Start and end, in seconds since 1970, of the window that `now` lies in; `total` has no end (None)."""
-    if window == "total":
-        return -math.inf, None
-    if window == "month":
-        today = datetime.fromtimestamp(now, timezone.utc)
-        first = datetime(today.year, today.month, 1, tzinfo=timezone.utc)
-        later = (today.year, today.month + 1) if today.month < 12 else (today.year + 1, 1)
-        return first.timestamp(), datetime(*later, 1, tzinfo=timezone.utc).timestamp()
-    seconds = 3_600 if window == "hour" else 86_400  # UTC days have no daylight saving
-    start = now // seconds * seconds
-    return start, start + seconds
 
 
 def _prepare(connection: sqlite3.Connection, path: Path) -> None:

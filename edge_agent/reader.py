@@ -8,13 +8,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
+from edge_agent.budget import BudgetState
 from edge_agent.bundle import Bundle
 from edge_agent.diffusion.sessions import Runtime, Session, Stop
 from edge_agent.diffusion.text_encoder import TextEncoder, TextStates
 from edge_agent.manifest import PREDICTOR
 from edge_agent.policy import Decision, Reason, Route, TokenPull
 from edge_agent.predictor import Prediction, Predictor
-from edge_agent.quota import BudgetState
 from edge_agent.recent import Recent
 from edge_agent.superiority import Superiority
 from edge_agent.tokens import Tokenizer, Tokens

@@ -17,6 +17,7 @@ from google.protobuf.message import DecodeError
 
 from edge_agent import version
 from edge_agent.agent import Agent, Result
+from edge_agent.budget import BudgetState
 from edge_agent.diffusion.providers import State
 from edge_agent.errors import (
     Cancelled,
@@ -35,7 +36,7 @@ from edge_agent.errors import (
 )
 from edge_agent.image import Progress
 from edge_agent.policy import Decision, Reason, Route
-from edge_agent.quota import BudgetState, Reservation
+from edge_agent.quota import Reservation
 from edge_agent.request import MAX_ID_CHARS, MEDIA_TYPE, ImageRequest, Privacy, Routing
 from edge_agent.superiority import METRICS
 from routet2i.edge.v1 import edge_pb2, edge_pb2_grpc

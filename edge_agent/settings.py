@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from edge_agent.address import is_local, must_be_text, split_address
+from edge_agent.budget import Budget, Rate, Window
 from edge_agent.errors import InvalidRequest, StartRefused
 from edge_agent.money import parse_dollars
-from edge_agent.quota import Budget, Rate, Window
 from edge_agent.request import check_app
 from edge_agent.store import Store
 

@@ -19,6 +19,7 @@ import onnxruntime as ort
 from child import Reply, answer, asked
 from clock import timed
 from edge_agent.agent import Agent, Terms
+from edge_agent.budget import Budget
 from edge_agent.bundle import Bundle
 from edge_agent.cloud import CloudClient
 from edge_agent.device import Device
@@ -26,7 +27,7 @@ from edge_agent.diffusion.generator import Generator
 from edge_agent.diffusion.sessions import Runtime
 from edge_agent.manifest import TEXT_ENCODER
 from edge_agent.purchase import Purchases
-from edge_agent.quota import Budget, Ledger
+from edge_agent.quota import Ledger
 from edge_agent.reader import Reader
 from edge_agent.request import ImageRequest, Limits
 from edge_agent.resident import Resident

@@ -30,12 +30,12 @@ import contact_sheet
 from answer import Answer
 from board import Board
 from cloud_server.settings import STARTER as CLOUD_MODEL
+from edge_agent.budget import BudgetState
 from edge_agent.client import AgentClient, CallFailed, Received
 from edge_agent.errors import RouteT2IError
 from edge_agent.image import Progress
 from edge_agent.money import dollars
 from edge_agent.policy import Decision
-from edge_agent.quota import BudgetState
 from edge_agent.settings import STARTER as BUNDLE
 from processes import DidNotStart, Server, own_environment
 

@@ -15,10 +15,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from edge_agent.budget import Budget
 from edge_agent.bundle import Bundle
 from edge_agent.errors import InvalidRequest
 from edge_agent.image import encode_png, with_facts
-from edge_agent.quota import Budget, Ledger
+from edge_agent.quota import Ledger
 from edge_agent.reader import Reader
 from edge_agent.request import ImageRequest, Limits, validate
 from edge_agent.settings import STARTER

@@ -26,8 +26,9 @@ import pytest_asyncio
 from google.rpc.error_details_pb2 import ErrorInfo
 
 from edge_agent import agent, purchase, service
+from edge_agent.budget import Budget
 from edge_agent.bundle import Bundle
-from edge_agent.quota import Budget, Ledger
+from edge_agent.quota import Ledger
 from edge_agent.request import ImageRequest
 from routet2i.edge.v1 import edge_pb2
 from routet2i.image.v1 import image_pb2

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
+from edge_agent.budget import Budget
 from edge_agent.cloud import CloudClient, Outcome
 from edge_agent.cloud_image import CloudImage
 from edge_agent.errors import CloudError, DuplicateRequest, LedgerError, QuotaExhausted
 from edge_agent.purchase import Purchase, Purchases
-from edge_agent.quota import Budget, Ledger, Reservation
+from edge_agent.quota import Ledger, Reservation
 from edge_agent.request import ImageRequest
 from tests.running import ScriptedCloud, scripted_cloud, until
 

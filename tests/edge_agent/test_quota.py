@@ -19,18 +19,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from edge_agent.budget import Budget, BudgetState, Rate, RateState, Window, window_bounds
 from edge_agent.errors import DuplicateRequest, LedgerError, QuotaExhausted
-from edge_agent.quota import (
-    Budget,
-    BudgetState,
-    Ledger,
-    Rate,
-    RateState,
-    Reservation,
-    Window,
-    uptime,
-    window_bounds,
-)
+from edge_agent.quota import Ledger, Reservation, uptime
 
 NOON = datetime(2026, 11, 23, 12, 30, tzinfo=timezone.utc).timestamp()
 DAY = Budget("daily", "day", 100)
@@ -565,7 +556,8 @@ def test_of_32_at_once_with_one_request_id_one_is_reserved(open_ledger: Open) ->
 
 CHILD = """
 import sys, threading
-from edge_agent.quota import Budget, Ledger
+from edge_agent.budget import Budget
+from edge_agent.quota import Ledger
 
 ledger = Ledger.open(sys.argv[1], (Budget("all", "total", 1_000_000),))
 
@@ -906,7 +898,8 @@ DISK_FULL = """
 import os, sys
 from pathlib import Path
 from edge_agent.errors import LedgerError
-from edge_agent.quota import Budget, Ledger
+from edge_agent.budget import Budget
+from edge_agent.quota import Ledger
 
 folder = Path(sys.argv[1])
 ledger = Ledger.open(folder / "quota.sqlite", (Budget("all", "total", 10**9),))

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from edge_agent.__main__ import main
+from edge_agent.budget import Budget, Rate
 from edge_agent.errors import StartRefused
-from edge_agent.quota import Budget, Rate
 from edge_agent.settings import (
     SOCKET_PATH_BYTES,
     Settings,

@@ -13,9 +13,10 @@ import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from PIL import Image
 
+from edge_agent.budget import Budget
 from edge_agent.bundle import Bundle
 from edge_agent.money import dollars
-from edge_agent.quota import Budget, Ledger
+from edge_agent.quota import Ledger
 from edge_agent.reader import Reader
 from tests.end_to_end.conftest import CEILING, PRICE, Gate, StartEdge, World
 from tests.routed import SLOW_STEPS
