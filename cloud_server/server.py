@@ -24,9 +24,10 @@ from cloud_server.errors import InvalidRequest, JournalError, StartRefused
 from cloud_server.generator import Generator, usable_device
 from cloud_server.health import Health
 from cloud_server.journal import Journal
+from cloud_server.malformed import HandOverMalformed
 from cloud_server.model import CARD_FILE, INDEX_FILE, open_model
 from cloud_server.request import Wish, validate
-from cloud_server.service import CloudServerService, HandOverMalformed, Serving
+from cloud_server.service import CloudServerService, Serving
 from cloud_server.settings import Settings, split_address
 from routet2i.cloud.v1 import cloud_pb2, cloud_pb2_grpc
 

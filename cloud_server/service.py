@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any, TypeVar
 
 import grpc
-from google.protobuf.message import DecodeError
 
 from cloud_server.admission import Admission
 from cloud_server.credentials import Credentials
@@ -36,6 +35,7 @@ from cloud_server.errors import (
 )
 from cloud_server.generator import Generator, Step
 from cloud_server.journal import Finished, Journal, State
+from cloud_server.malformed import Malformed
 from cloud_server.request import (
     MAX_NAME_CHARACTERS,
     MEDIA_TYPE,
@@ -46,6 +46,7 @@ from cloud_server.request import (
     check_request_id,
     validate,
 )
+from cloud_server.stream import Stream
 from routet2i.cloud.v1 import cloud_pb2, cloud_pb2_grpc
 from routet2i.image.v1 import image_pb2
 
@@ -53,13 +54,11 @@ log = logging.getLogger("cloud_server")
 
 CHUNK_BYTES = 65_536  # of image data in one message; far below gRPC's 4 MiB, so that no image size matters
 MOST_SENT_AGAIN = 4  # kept images of one tenant at a time: each is in memory until its caller has read it
-STALLED_READER_S = 30.0  # a caller that takes no message for so long is dropped, and its image given up
 ABORT_S = 1.0  # what a status gets to leave: behind a message that nobody reads it never would
 STOPPED = (
     "the server was stopped before it was done; call again with the same request_id once it is started: nothing is "
     "charged twice"
 )
-QUIET_S = 10.0  # who waits hears something after twice that: proxies end what is silent for a minute
 JOURNAL_RETRY_S = 60.0  # for a person to free some of the disk
 LOADING_RETRY_S = 2.0  # what RetryInfo says while the model is loading
 
@@ -80,108 +79,6 @@ class Serving:
 
     generator: Generator
     limits: Limits
-
-
-@dataclass(frozen=True)
-class Malformed:
-    """What stands in for a request whose bytes are not what the .proto files describe."""
-
-    reason: str
-
-
-class HandOverMalformed(grpc.aio.ServerInterceptor):
-    """Lets the services refuse malformed requests themselves; gRPC would answer UNKNOWN and log a traceback.
-
-    Reflection, which is not ours, refuses one without a question in its own way, so that is what it gets.
-    """
-
-    async def intercept_service(self, continuation: Any, details: Any) -> Any:
-        """GRPC's hook; see the class."""
-        handler = await continuation(details)
-        if handler is None:
-            return handler
-
-        def deserialize(data: bytes) -> Any:
-            try:
-                return handler.request_deserializer(data)
-            except DecodeError as error:
-                if handler.request_streaming:
-                    return handler.request_deserializer(b"")
-                return Malformed(str(error))
-
-        return handler._replace(request_deserializer=deserialize)
-
-
-class Stream:
-    """The way to one caller, who takes a message at a time. `tell`, `check` and `send` raise CallerGone."""
-
-    def __init__(self, context: Any) -> None:
-        self._context = context
-        self._telling: asyncio.Future[None] | None = None
-        self._newest: cloud_pb2.GenerateResponse | None = None
-
-    def tell(self, response: cloud_pb2.GenerateResponse) -> None:
-        """Sends without waiting for the caller. While it takes one message only the newest of those after it waits."""
-        if self._telling is not None and not self._telling.done():
-            self._newest = response
-            return
-        self.check()
-        self._telling = asyncio.ensure_future(self._tell(response))
-        self._telling.add_done_callback(_see)
-
-    def check(self) -> None:
-        """Returns where the caller has taken what was told, or still may."""
-        if self._telling is not None and self._telling.done():
-            self._telling.result()
-
-    @asynccontextmanager
-    async def kept_open(self) -> AsyncIterator[None]:
-        """Tells nothing, in a message without an event, whenever the block has told nothing for a while."""
-        beating = asyncio.create_task(self._beat())
-        try:
-            yield
-        finally:
-            beating.cancel()
-
-    async def send(self, response: cloud_pb2.GenerateResponse) -> None:
-        """Sends after what was told, and returns once the caller has taken it."""
-        if self._telling is not None:
-            await self._telling
-        await self._write(response)
-
-    def close(self) -> None:
-        """Gives up what the caller has not taken."""
-        if self._telling is not None:
-            self._telling.cancel()
-
-    async def _beat(self) -> None:
-        while True:
-            told = self._telling
-            await asyncio.sleep(QUIET_S)
-            if self._telling is told and (told is None or (told.done() and not told.exception())):
-                self.tell(cloud_pb2.GenerateResponse())
-
-    async def _tell(self, response: cloud_pb2.GenerateResponse) -> None:
-        await self._write(response)
-        while self._newest is not None:
-            response, self._newest = self._newest, None
-            await self._write(response)
-
-    async def _write(self, response: cloud_pb2.GenerateResponse) -> None:
-        # Not wait_for: before Python 3.12 it swallows a cancellation that meets the end of what it waits for.
-        writing = asyncio.ensure_future(self._context.write(response))
-        writing.add_done_callback(_see)
-        try:
-            await asyncio.wait([writing], timeout=STALLED_READER_S)
-            if not writing.done():
-                raise CallerGone(
-                    f"the caller read nothing for {STALLED_READER_S:.0f} s; read the stream as it comes"
-                )
-            writing.result()
-        except grpc.aio.InternalError as error:  # the write and the caller's leaving crossed
-            raise CallerGone("the caller went away") from error
-        finally:
-            writing.cancel()
 
 
 class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
@@ -361,12 +258,10 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
         """What `work` on the journal comes to, after what was asked of it before."""
         return asyncio.get_running_loop().run_in_executor(self._clerk, work, *arguments)
 
-    def _refuse_draining(self) -> None:
+    def _serving(self) -> Serving:
+        """What makes the images. Raises Unavailable where nothing does now."""
         if self.draining:
             raise Unavailable("the server is shutting down and takes no new requests")
-
-    def _serving(self) -> Serving:
-        self._refuse_draining()
         if self.serving is None:
             raise Unavailable("the model is still loading; try again shortly", retry_after_s=LOADING_RETRY_S)
         return self.serving
@@ -485,12 +380,6 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
         finally:
             line["elapsed_ms"] = round((time.perf_counter() - began) * 1e3, 1)
             log.info("call", extra={"fields": line})
-
-
-def _see(done: asyncio.Future[Any]) -> None:
-    """Takes note of an error that nobody may be left to await: asyncio would log it."""
-    if not done.cancelled():
-        done.exception()
 
 
 async def _abort(

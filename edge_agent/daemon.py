@@ -30,10 +30,11 @@ from edge_agent.diffusion.generator import Generator
 from edge_agent.diffusion.sessions import lacks_memory
 from edge_agent.errors import DeviceNotReady, RouteT2IError, StartRefused
 from edge_agent.health import Health
+from edge_agent.malformed import HandOverMalformed
 from edge_agent.purchase import Purchases
 from edge_agent.quota import Ledger, uptime
 from edge_agent.resident import Resident
-from edge_agent.service import EdgeAgentService, HandOverMalformed
+from edge_agent.service import EdgeAgentService
 from edge_agent.settings import Settings, expanded
 from routet2i.edge.v1 import edge_pb2, edge_pb2_grpc
 

@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from edge_agent.service import Malformed
+from edge_agent.malformed import Malformed
 
 Answer = health_pb2.HealthCheckResponse
 

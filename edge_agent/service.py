@@ -8,12 +8,10 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
 import grpc
-from google.protobuf.message import DecodeError
 
 from edge_agent import version
 from edge_agent.agent import Agent, Result
@@ -35,6 +33,7 @@ from edge_agent.errors import (
     status_details,
 )
 from edge_agent.image import Progress
+from edge_agent.malformed import Malformed
 from edge_agent.policy import Decision, Reason, Route
 from edge_agent.quota import Reservation
 from edge_agent.request import MAX_ID_CHARS, MEDIA_TYPE, ImageRequest, Privacy, Routing
@@ -77,36 +76,6 @@ PRIVACIES = {
 
 Line = dict[str, Any]  # the fields of a request's log line
 Wish = TypeVar("Wish")
-
-
-@dataclass(frozen=True)
-class Malformed:
-    """What stands in for a request whose bytes are not what the .proto files describe."""
-
-    reason: str
-
-
-class HandOverMalformed(grpc.aio.ServerInterceptor):
-    """Lets the services refuse malformed requests themselves; gRPC would answer UNKNOWN and log a traceback.
-
-    Reflection, which is not ours, refuses one without a question in its own way, so that is what it gets.
-    """
-
-    async def intercept_service(self, continuation: Any, details: Any) -> Any:
-        """GRPC's hook; see the class."""
-        handler = await continuation(details)
-        if handler is None:
-            return handler
-
-        def deserialize(data: bytes) -> Any:
-            try:
-                return handler.request_deserializer(data)
-            except DecodeError as error:
-                if handler.request_streaming:
-                    return handler.request_deserializer(b"")
-                return Malformed(str(error))
-
-        return handler._replace(request_deserializer=deserialize)
 
 
 class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):

@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cloud_server import generator, service
+from cloud_server import generator, stream
 from cloud_server.journal import Finished, Journal
 from cloud_server.request import Spec
 from cloud_server.service import MOST_SENT_AGAIN
@@ -228,7 +228,7 @@ async def narrow(running: Running) -> AsyncIterator[Client]:
 async def test_a_caller_that_stops_reading_does_not_hold_the_model(
     running: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(service, "STALLED_READER_S", 0.5)
+    monkeypatch.setattr(stream, "STALLED_READER_S", 0.5)
     caplog.set_level("INFO", logger="cloud_server")
     async with narrow(running) as client:
         call = client.call(request_id="stalled", steps=149, width=128, height=128, preview=True)
@@ -246,7 +246,7 @@ async def test_a_caller_that_stops_reading_does_not_hold_the_model(
 async def test_a_caller_that_reads_slowly_does_not_hold_the_model_and_gets_its_image(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service, "STALLED_READER_S", 600.0)  # however busy the machine is, it is only slow
+    monkeypatch.setattr(stream, "STALLED_READER_S", 600.0)  # however busy the machine is, it is only slow
     steps = 20
     async with narrow(running) as client:
         call = client.call(request_id="slow", steps=steps, width=128, height=128, preview=True)
@@ -303,7 +303,7 @@ async def test_who_waits_in_the_queue_hears_something_all_the_while(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Or a proxy would end the call, as HAProxy does after a minute of silence."""
-    monkeypatch.setattr(service, "QUIET_S", 0.01)
+    monkeypatch.setattr(stream, "QUIET_S", 0.01)
     first = await begun(running.client)
     kinds = []
     async for response in running.client.call(steps=2):
