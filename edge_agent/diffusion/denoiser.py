@@ -53,45 +53,38 @@ class Denoiser:
 
     def __init__(self, bundle: Bundle, runtime: Runtime) -> None:
         """Raises BundleError when the graph cannot be loaded or has another signature."""
-        facts = bundle.manifest
-        graph, self._joint = graph_on(bundle, runtime), facts.joint
+        self._facts = facts = bundle.manifest
+        graph, joint = graph_on(bundle, runtime), facts.joint
         # As optimum names them: the latents and what is predicted of them.
         self._latents, output = (
-            ("sample", "out_sample") if self._joint is None else ("hidden_states", "out_hidden_states")
+            ("sample", "out_sample") if joint is None else ("hidden_states", "out_hidden_states")
         )
-        inputs = [self._latents, "timestep", "encoder_hidden_states"]
+        # The inputs, each with the shape that it must have; None where any will do, or one is asked for below.
+        takes: dict[str, tuple[int | None, ...] | None] = {
+            self._latents: None,
+            "timestep": None,
+            "encoder_hidden_states": (None, facts.text_tokens, facts.text_hidden),
+        }
         if facts.guidance_embedding is not None:
-            inputs.append("timestep_cond")
+            takes["timestep_cond"] = (None, facts.guidance_embedding)
         if facts.added is not None:
-            inputs += ["text_embeds", "time_ids"]
-        if self._joint is not None:
-            inputs.append("pooled_projections")
+            takes |= {"text_embeds": None, "time_ids": (None, len(facts.added.time_ids))}
+        if joint is not None:
+            states = (None, joint.positions, joint.hidden)
+            takes |= {"timestep": (None,), "encoder_hidden_states": states, "pooled_projections": None}
         if bundle.size_of(graph) * facts.latent_height * facts.latent_width < SMALL_WORK:
             runtime = replace(runtime, threads=1)
         if facts.dtype(graph) == "fp16" and runtime.on_cpu:
             # onnxruntime 1.23 to 1.27 fails where it fuses what it has cast for the CPU.
             runtime = replace(runtime, unfused=("SimplifiedLayerNormFusion",))
-        self._session = Session(bundle.path(graph), inputs, [output], runtime, bundle.files_of(graph))
-        states = (None, facts.text_tokens, facts.text_hidden)
-        if self._joint is not None:
-            states = (None, self._joint.positions, self._joint.hidden)
-            self._session.expect({"timestep": (None,)})
-        self._session.expect({"encoder_hidden_states": states})
+        self._session = Session(bundle.path(graph), [*takes], [output], runtime, bundle.files_of(graph))
+        self._session.expect({name: shape for name, shape in takes.items() if shape is not None})
         for size in runtime.sizes_of(facts):
             latents = (None, *facts.latent_shape(size)[1:])
             self._session.expect({self._latents: latents, output: latents})
         # What a manifest alone says, nobody has weights for: it could ask for more than the memory.
-        if (
-            self._joint is not None
-            and self._session.shapes["encoder_hidden_states"][-1] != self._joint.hidden
-        ):
+        if joint is not None and self._session.shapes["encoder_hidden_states"][-1] != joint.hidden:
             raise BundleError(f"{self._session.path} does not say what size of a token's state it takes")
-        if facts.guidance_embedding is not None:
-            self._session.expect({"timestep_cond": (None, facts.guidance_embedding)})
-        if facts.added is not None:
-            self._session.expect({"time_ids": (None, len(facts.added.time_ids))})
-        self._embedding = facts.guidance_embedding
-        self._facts = facts
         one_at_a_time = self._session.shapes[self._latents][0] == 1
         # By size and not by a measurement at each start: both round off differently, and a seed should stay a picture.
         separate = one_at_a_time or (self._session.large and runtime.on_cpu)
@@ -106,7 +99,7 @@ class Denoiser:
         """Whether a negative prompt takes part: not with a guidance scale of 1 or below, and never where the scale
         is an input of the network, as in diffusers.
         """
-        return guidance_scale > 1.0 and self._embedding is None
+        return guidance_scale > 1.0 and self._facts.guidance_embedding is None
 
     def predict(
         self,
@@ -156,7 +149,7 @@ class Denoiser:
         stop: Stop | None,
         last: bool,
     ) -> Floats:
-        count = len(prompts)
+        facts, count = self._facts, len(prompts)
         states = np.concatenate([prompt.tokens for prompt in prompts])
         pooled = [prompt.pooled for prompt in prompts if prompt.pooled is not None]
         inputs = {
@@ -164,15 +157,15 @@ class Denoiser:
             "timestep": np.asarray(timestep),
             "encoder_hidden_states": states,
         }
-        if self._embedding is not None:
-            embedding = guidance_embedding(guidance_scale, self._embedding)
+        if facts.guidance_embedding is not None:
+            embedding = guidance_embedding(guidance_scale, facts.guidance_embedding)
             inputs["timestep_cond"] = np.repeat(embedding, count, axis=0)
-        if self._facts.added is not None:
+        if facts.added is not None:
             inputs["text_embeds"] = np.concatenate(pooled)
-            inputs["time_ids"] = np.repeat(self._time_ids(self._facts.added, latents), count, axis=0)
-        if self._joint is not None:
+            inputs["time_ids"] = np.repeat(self._time_ids(facts.added, latents), count, axis=0)
+        if facts.joint is not None:
             _, tokens, hidden = states.shape
-            room = ((0, 0), (0, self._joint.positions - tokens), (0, self._joint.hidden - hidden))
+            room = ((0, 0), (0, facts.joint.positions - tokens), (0, facts.joint.hidden - hidden))
             inputs["timestep"] = np.full(count, timestep)
             inputs["encoder_hidden_states"] = np.pad(states, room)
             inputs["pooled_projections"] = np.concatenate(pooled)
