@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import logging
 import re
 import ssl
 import stat
@@ -17,10 +16,11 @@ from typing import Any
 import grpc
 
 from cloud_server.errors import StartRefused
+from cloud_server.log import events
 from cloud_server.settings import Settings, expanded
 from cloud_server.tenants import Tenants
 
-log = logging.getLogger("cloud_server")
+log = events("cloud_server")
 
 # The first is the server's own.
 _CERTIFICATE = re.compile(rb"-----BEGIN (?:X509 |TRUSTED )?CERTIFICATE-----([^-]*)-----END")
@@ -104,11 +104,11 @@ class Credentials:
     def _renew(self, name: str, renewable: _Renewable) -> None:
         try:
             if renewable.renew():
-                log.info("renewed", extra={"fields": {"what": name}})
+                log.info("renewed", what=name)
         except Exception as error:  # StartRefused, or what nobody thought of, which must not end the renewing
             failure = error.message if isinstance(error, StartRefused) else repr(error)
             if failure != renewable.failure:  # once, and not every few seconds
-                log.error("not renewed", extra={"fields": {"what": name, "error": failure}})
+                log.error("not renewed", what=name, error=failure)
             renewable.failure = failure
 
     def _read_tokens(self) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import enum
 import errno
 import json
-import logging
 import os
 import sqlite3
 import threading
@@ -26,9 +25,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cloud_server.errors import AlreadyExists, JournalError, JournalNotReady, StartRefused
+from cloud_server.log import events
 from cloud_server.request import Spec
 
-log = logging.getLogger("cloud_server")
+log = events("cloud_server")
 
 APPLICATION_ID = 0x52543243  # "RT2C"
 SCHEMA_VERSION = 2
@@ -382,7 +382,7 @@ class Journal:
                     advice = _DAMAGED
                 failure = f"the journal of generations cannot be used: {said}; {advice}"
                 if failure != self._failure:  # once, and not for every call
-                    log.error("journal", extra={"fields": {"error": failure}})
+                    log.error("journal", error=failure)
                 self._failure = failure
                 raise JournalError(failure) from error
 

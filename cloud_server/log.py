@@ -10,12 +10,27 @@ import select
 import sys
 import time
 from collections import deque
+from collections.abc import MutableMapping
 from contextlib import suppress
 from typing import Any, TextIO
 
 MAX_WAITING = 10_000  # lines; some 5 MB
 CLOSE_S = 1.0  # what the last lines get to leave at the end
 PRIORITIES = {"CRITICAL": 2, "ERROR": 3, "WARNING": 4, "INFO": 6, "DEBUG": 7}  # syslog's
+
+
+class Events(logging.LoggerAdapter):  # type: ignore[type-arg]  # takes an argument from Python 3.11 on only
+    """A logger whose keyword arguments are an event's fields: `log.warning("renewed", what="tokens")`."""
+
+    def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
+        """Logging's hook: what is none of its own goes to `Lines`."""
+        own = {name: kwargs.pop(name) for name in ("exc_info", "stack_info", "stacklevel") if name in kwargs}
+        return msg, {**own, "extra": {"fields": {**kwargs}}}
+
+
+def events(name: str) -> Events:
+    """The events of the module of that name, or of the whole package."""
+    return Events(logging.getLogger(name), {})
 
 
 class Lines(logging.Formatter):

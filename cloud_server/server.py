@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import errno
-import logging
 import os
 import signal
 import socket
@@ -24,6 +23,7 @@ from cloud_server.errors import InvalidRequest, JournalError, StartRefused
 from cloud_server.generator import Generator, usable_device
 from cloud_server.health import Health
 from cloud_server.journal import Journal
+from cloud_server.log import events
 from cloud_server.malformed import HandOverMalformed
 from cloud_server.model import CARD_FILE, INDEX_FILE, open_model
 from cloud_server.request import Wish, validate
@@ -31,7 +31,7 @@ from cloud_server.service import CloudServerService, Serving
 from cloud_server.settings import Settings, split_address
 from routet2i.cloud.v1 import cloud_pb2, cloud_pb2_grpc
 
-log = logging.getLogger("cloud_server")
+log = events("cloud_server")
 
 SERVICE = cloud_pb2.DESCRIPTOR.services_by_name["CloudServerService"].full_name
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
@@ -115,14 +115,12 @@ class Server:
             serving = self._service.serving = loading.result()
             self._health.set(health_pb2.HealthCheckResponse.SERVING)
             generator, model = serving.generator, serving.generator.model
-            runs_on = {"device": generator.device, "dtype": generator.dtype}
-            fields = {"model": model.name, "digest": model.digest, **runs_on}
-            log.info("serving", extra={"fields": fields})
+            device, dtype = generator.device, generator.dtype
+            log.info("serving", model=model.name, digest=model.digest, device=device, dtype=dtype)
             lost = asyncio.wrap_future(generator.lost)
             await asyncio.wait((stopped, lost), return_when=asyncio.FIRST_COMPLETED)
             if not self._stop.is_set():
-                fields = {"device": generator.device, "error": lost.result().log_only}
-                log.error("device lost", extra={"fields": fields})
+                log.error("device lost", device=device, error=lost.result().log_only)
                 raise lost.result()
         finally:
             stopped.cancel()
@@ -133,7 +131,7 @@ class Server:
         for task in self._keeping:
             task.cancel()
         self._health.set(health_pb2.HealthCheckResponse.NOT_SERVING)
-        log.info("draining", extra={"fields": {"in_flight": self._service.in_flight}})
+        log.info("draining", in_flight=self._service.in_flight)
         idle = asyncio.ensure_future(self._service.idle())
         hurry = asyncio.ensure_future(self._hurry.wait())
         await asyncio.wait((idle, hurry), timeout=self.settings.grace_s, return_when=asyncio.FIRST_COMPLETED)
@@ -149,7 +147,7 @@ class Server:
         self._journal.close()
         if self._service.serving is not None:
             self._service.serving.generator.close()
-        log.info("stopped", extra={"fields": {}})
+        log.info("stopped")
 
     def stop(self) -> None:
         """Asks for the shutdown. A second call cuts the grace period short."""
@@ -180,8 +178,7 @@ class Server:
         reflection.enable_server_reflection((SERVICE, HEALTH, reflection.SERVICE_NAME), self._server)
         self.port = self._bind()
         await self._server.start()
-        fields = {"address": self.settings.listen, "port": self.port, "tls": self.settings.tls}
-        log.info("listening", extra={"fields": fields})
+        log.info("listening", address=self.settings.listen, port=self.port, tls=self.settings.tls)
 
     async def _keep_tidy(self) -> None:
         """Does away with images that are no longer kept, for as long as it runs."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import logging
 import secrets
 import time
 from collections import defaultdict
@@ -35,6 +34,7 @@ from cloud_server.errors import (
 )
 from cloud_server.generator import Generator, Step
 from cloud_server.journal import Finished, Journal, State
+from cloud_server.log import events
 from cloud_server.malformed import Malformed
 from cloud_server.request import (
     MAX_NAME_CHARACTERS,
@@ -50,7 +50,7 @@ from cloud_server.stream import Stream
 from routet2i.cloud.v1 import cloud_pb2, cloud_pb2_grpc
 from routet2i.image.v1 import image_pb2
 
-log = logging.getLogger("cloud_server")
+log = events("cloud_server")
 
 CHUNK_BYTES = 65_536  # of image data in one message; far below gRPC's 4 MiB, so that no image size matters
 MOST_SENT_AGAIN = 4  # kept images of one tenant at a time: each is in memory until its caller has read it
@@ -379,7 +379,7 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
             )
         finally:
             line["elapsed_ms"] = round((time.perf_counter() - began) * 1e3, 1)
-            log.info("call", extra={"fields": line})
+            log.info("call", **line)
 
 
 async def _abort(

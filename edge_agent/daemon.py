@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import logging
 import os
 import signal
 import ssl
@@ -30,6 +29,7 @@ from edge_agent.diffusion.generator import Generator
 from edge_agent.diffusion.sessions import lacks_memory
 from edge_agent.errors import DeviceNotReady, RouteT2IError, StartRefused
 from edge_agent.health import Health
+from edge_agent.log import events
 from edge_agent.malformed import HandOverMalformed
 from edge_agent.purchase import Purchases
 from edge_agent.quota import Ledger, uptime
@@ -38,7 +38,7 @@ from edge_agent.service import EdgeAgentService
 from edge_agent.settings import Settings, expanded
 from routet2i.edge.v1 import edge_pb2, edge_pb2_grpc
 
-log = logging.getLogger(__name__)
+log = events(__name__)
 
 Found = TypeVar("Found")
 
@@ -148,7 +148,7 @@ class Daemon:
         """Drains: health NOT_SERVING, new requests refused, those in flight get the grace period to finish."""
         self._service.draining = True
         self._health.set(health_pb2.HealthCheckResponse.NOT_SERVING)
-        log.info("draining", extra={"fields": {"in_flight": self._service.in_flight}})
+        log.info("draining", in_flight=self._service.in_flight)
         idle = asyncio.ensure_future(self._service.idle())
         hurry = asyncio.ensure_future(self._hurry.wait())
         await asyncio.wait((idle, hurry), timeout=self.settings.grace_s, return_when=asyncio.FIRST_COMPLETED)
@@ -165,7 +165,7 @@ class Daemon:
             self.agent.close()
             await self.agent.device.close()
         await self._purchases.close()
-        log.info("stopped", extra={"fields": {}})
+        log.info("stopped")
 
     def stop(self) -> None:
         """Asks for the shutdown. A second call cuts the grace period short."""
@@ -198,7 +198,7 @@ class Daemon:
         reflection.enable_server_reflection((SERVICE, HEALTH, reflection.SERVICE_NAME), self._server)
         self.address = listening.bind(self._server, self.settings.address)
         await self._server.start()
-        log.info("listening", extra={"fields": {"address": self.address}})
+        log.info("listening", address=self.address)
 
     async def _reload(self, model: str) -> Agent:
         # The thread ends by itself, also when we shut down.
@@ -233,7 +233,7 @@ class Daemon:
         if lost is None or self._stop.is_set():
             return
         name, failure = lost
-        log.warning("device lost", extra={"fields": {"provider": name, "error": failure}})
+        log.warning("device lost", provider=name, error=failure)
         served = replace(self.settings, bundle=str(models.reader.bundle.folder))
         try:
             async with self._reloading:
@@ -267,21 +267,19 @@ class Daemon:
 
     async def _open_better(self, models: Resident, open_better: Callable[[], Generator]) -> None:
         began = time.monotonic()
-        fields: dict[str, Any] = {"bundle": models.reader.bundle.folder}
-        log.info("warming up", extra={"fields": fields | {"provider": models.warming}})
+        bundle = models.reader.bundle.folder
+        log.info("warming up", bundle=bundle, provider=models.warming)
         try:
             better = await asyncio.shield(self._in_thread("warm-up", open_better))
         except Exception as error:  # whatever it is, the models that serve go on
             foreseen = isinstance(error, (RouteT2IError, OSError))
             failure = str(error) if foreseen else f"{type(error).__name__}: {error}"
             models.stay(f"it could not be opened: {failure}")
-            log.warning(
-                "warm-up failed", exc_info=not foreseen, extra={"fields": fields | {"error": failure}}
-            )
+            log.warning("warm-up failed", bundle=bundle, error=failure, exc_info=not foreseen)
         else:
             models.take_up(better)
             seconds = round(time.monotonic() - began, 1)
-            log.info("warmed up", extra={"fields": fields | {"seconds": seconds}})
+            log.info("warmed up", bundle=bundle, seconds=seconds)
 
     def _begin(self, work: Coroutine[Any, Any, Found]) -> asyncio.Task[Found]:
         """In a task that ends whether or not somebody awaits it, at the latest in a shutdown."""
@@ -310,8 +308,8 @@ class Daemon:
     async def _log_serving(self) -> None:
         assert self.agent is not None  # noqa: S101  # which has been made
         bundle, named = self.agent.reader.bundle, self.settings.models and not self.settings.bundle
-        fields: dict[str, Any] = {"bundle": bundle.folder, "digest": bundle.model_digest}
-        log.info("serving", extra={"fields": fields | {"calibrated": self.agent.calibrated}})
+        calibrated = self.agent.calibrated
+        log.info("serving", bundle=bundle.folder, digest=bundle.model_digest, calibrated=calibrated)
         advice = await self.agent.advice()
         if named and not self.settings.store.there:  # it may be misspelt
             advice.append(
@@ -319,7 +317,7 @@ class Daemon:
                 "`edge-agent models pull`, or name another folder with --models"
             )
         for each in advice:
-            log.warning("advice", extra={"fields": {"do": each}})
+            log.warning("advice", do=each)
 
 
 def _log_if_refused(reload: asyncio.Task[Agent]) -> None:
@@ -330,9 +328,7 @@ def _log_if_refused(reload: asyncio.Task[Agent]) -> None:
 
 def _log_refused(error: BaseException) -> None:
     foreseen = isinstance(error, (RouteT2IError, OSError))
-    log.warning(
-        "model refused", extra={"fields": {"error": str(error)}}, exc_info=None if foreseen else error
-    )
+    log.warning("model refused", error=str(error), exc_info=None if foreseen else error)
 
 
 def _models_folder(settings: Settings) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
 import math
 import time
 from collections import deque
@@ -29,11 +28,12 @@ from edge_agent.errors import (
     RouteT2IError,
 )
 from edge_agent.image import Progress
+from edge_agent.log import events
 from edge_agent.money import dollars
 from edge_agent.quota import OUTCOME_RETRY_S, Ledger, Reservation
 from edge_agent.request import ImageRequest
 
-log = logging.getLogger(__name__)
+log = events(__name__)
 
 FIRST_RETRY_S = 1.0
 LONGEST_RETRY_S = 60.0
@@ -219,7 +219,7 @@ class Purchases:
         try:
             await asyncio.shield(writing)
         except LedgerError as error:
-            log.error("unresolved", extra={"fields": {"purchase": key, "error": error.message}})
+            log.error("unresolved", purchase=key, error=error.message)
             return False
         return True
 
@@ -274,7 +274,7 @@ class Purchases:
                 finally:
                     self._under_way.discard(key)
         except RouteT2IError as error:  # the cloud is out of reach, or the ledger is
-            log.warning("unresolved", extra={"fields": {"error": error.message}})
+            log.warning("unresolved", error=error.message)
             return False
         except Exception:  # whatever it is, the money of all other calls waits for this task
             log.exception("a bug in the daemon held up the open reservations")
@@ -298,13 +298,13 @@ class Purchases:
         if not outcome.known or (may_arrive and not outcome.arrived):
             return False
         charged = outcome.charged_micro_usd
-        log.info("resolved", extra={"fields": {"purchase": key, "charged_micro_usd": charged or 0}})
+        log.info("resolved", purchase=key, charged_micro_usd=charged or 0)
         return await (self.release(key) if charged is None else self.settle(key, charged))
 
     def _tell(self, key: str, error: str) -> None:
         """Once: it is asked about again and again, and may be for good."""
         if self._told.get(key) != error:
-            log.warning("unresolved", extra={"fields": {"purchase": key, "error": error}})
+            log.warning("unresolved", purchase=key, error=error)
         self._told[key] = error
 
     def _may_arrive(self, reservation: Reservation) -> bool:

@@ -15,7 +15,6 @@ is more generous. Only a budget with the window `total` counts them all the same
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import sqlite3
@@ -29,9 +28,10 @@ from typing import cast
 
 from edge_agent.budget import Budget, BudgetState, Rate, RateState, window_bounds
 from edge_agent.errors import DuplicateRequest, LedgerError, QuotaExhausted, RouteT2IError, printable
+from edge_agent.log import events
 from edge_agent.money import MAX_MICRO_USD, dollars
 
-log = logging.getLogger(__name__)
+log = events(__name__)
 
 APPLICATION_ID = 0x52543249  # "RT2I"
 SCHEMA_VERSION = 1
@@ -372,7 +372,7 @@ class Ledger:
             except sqlite3.Error as error:
                 explained = _explained(self.path, error)
                 if explained.message != self.failure:
-                    log.error("ledger", extra={"fields": {"error": explained.message}})
+                    log.error("ledger", error=explained.message)
                 self.failure = explained.message
                 raise explained from error
 
@@ -444,7 +444,7 @@ class Ledger:
             raise
         self._zero, self._account = now, None
         self._made = [(row, zero) for row, zero in self._made if row < last] + [(last, now)]
-        log.warning("clock", extra={"fields": {"set_by_s": round(now - before)}})
+        log.warning("clock", set_by_s=round(now - before))
 
     def _call(self, connection: sqlite3.Connection, request_id: str) -> tuple[str, int, int]:
         """State, ceiling and cost of a call."""

@@ -9,7 +9,6 @@ less: a score goes as a whole or not at all. Only scores are kept, no prompts.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import threading
@@ -20,9 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from edge_agent.calibration import Calibration
+from edge_agent.log import events
 from edge_agent.superiority import ALPHA_BOUND, largest_alpha, realised_rate
 
-log = logging.getLogger(__name__)
+log = events(__name__)
 
 KEPT = 1000
 """Scores: enough to keep the share within three percent of the wanted one, few enough to follow a change."""
@@ -96,7 +96,7 @@ class Recent:
                 with suppress(OSError):
                     part.unlink(missing_ok=True)
                 failure = f"{self._file} cannot be written: {error.strerror or error}"
-                log.warning("recent", extra={"fields": {"error": failure}})
+                log.warning("recent", error=failure)
 
     @property
     def advice(self) -> str:

@@ -8,7 +8,6 @@ their last use.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 import weakref
 from collections.abc import Callable, Iterable
@@ -18,10 +17,11 @@ from edge_agent import memory
 from edge_agent.diffusion.generator import Generator
 from edge_agent.diffusion.providers import Choice, Standing, WarmUp
 from edge_agent.diffusion.sessions import Session
+from edge_agent.log import events
 from edge_agent.reader import Reader
 from edge_agent.request import Limits
 
-log = logging.getLogger(__name__)
+log = events(__name__)
 
 
 class Resident:
@@ -163,7 +163,7 @@ class Resident:
         if any(session.loaded_at is not None for session in self._sessions):
             self._unloaded_at = time.time()
             self._unload((*self._sessions, *self.generator.spare_sessions))
-            log.info("unloaded", extra={"fields": {"bundle": self.reader.bundle.folder}})
+            log.info("unloaded", bundle=self.reader.bundle.folder)
 
     def _unload(self, sessions: Iterable[Session]) -> None:
         for session in sessions:

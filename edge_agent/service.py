@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
@@ -33,6 +32,7 @@ from edge_agent.errors import (
     status_details,
 )
 from edge_agent.image import Progress
+from edge_agent.log import events
 from edge_agent.malformed import Malformed
 from edge_agent.policy import Decision, Reason, Route
 from edge_agent.quota import Reservation
@@ -41,7 +41,7 @@ from edge_agent.superiority import METRICS
 from routet2i.edge.v1 import edge_pb2, edge_pb2_grpc
 from routet2i.image.v1 import image_pb2
 
-log = logging.getLogger(__name__)
+log = events(__name__)
 
 CHUNK_BYTES = 65_536
 """Image bytes in one message; far below gRPC's 4 MiB, so that no image size matters."""
@@ -316,7 +316,7 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
             await _abort(context, error)
         finally:
             line["elapsed_ms"] = round((time.perf_counter() - began) * 1e3, 1)
-            write = partial(log.info, "call", extra={"fields": line})
+            write = partial(log.info, "call", **line)
             if loop.is_closed():  # and the call is ended with it
                 write()
             else:  # once the status is on its way: nobody waits for a line in a log

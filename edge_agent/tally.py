@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field
 
 from edge_agent.errors import CloudError, CloudRefused, CloudUnavailable
+from edge_agent.log import events
 from edge_agent.policy import Route
 
-log = logging.getLogger(__name__)
+log = events(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,10 @@ class Tally:
         before, failure = self.cloud_failure, CloudFailure.of(error)
         self.cloud_failure = failure
         if before is None or before.check != failure.check:
-            fields = {"error": failure.message, "check": failure.check}
-            log.warning("cloud failing", extra={"fields": fields})
+            log.warning("cloud failing", error=failure.message, check=failure.check)
 
     def delivered(self) -> None:
         """Take note of an image from the cloud."""
         if self.cloud_failure is not None:
-            log.info("cloud delivers again", extra={"fields": {}})
+            log.info("cloud delivers again")
         self.cloud_failure = None
