@@ -365,14 +365,17 @@ def _quota(options: argparse.Namespace) -> int:
 
 def _status(options: argparse.Namespace) -> int:
     facts = client(options).status()
-    if not options.json:
+    if options.json:
+        print_json(facts)
+    else:
         facts["providers"] = [
             f"{each['name']}: {each['state'].replace('_', ' ')}{each['reason'] and ', ' + each['reason']}"
             for each in facts["providers"]
         ]
         since = datetime.fromtimestamp(facts["loaded_since"]).astimezone()
         facts["loaded_since"] = since.isoformat(" ", "seconds")
-    return print_facts(facts, options)
+        print_facts(facts)
+    return DONE
 
 
 def _file(options: argparse.Namespace) -> str | None:

@@ -189,18 +189,22 @@ def _show(options: argparse.Namespace) -> int:
     name = _find(store, wanted)
     facts = _facts(store, name, _served(options))
     if options.json:
-        return print_facts(facts, options)
-    return print_facts(_for_people({"name": name, "scheduler": _scheduler(store, name)} | facts), options)
+        print_json(facts)
+    else:
+        print_facts(_for_people({"name": name, "scheduler": _scheduler(store, name)} | facts))
+    return DONE
 
 
 def _show_served(options: argparse.Namespace) -> int:
     """A model of the running daemon, by its side."""
     for model in client(options).models():
         if model["side"] == options.name:
-            known = {name: value for name, value in model.items() if value not in (None, "", 0, [])}
             if options.json:
-                return print_facts(model, options)
-            return print_facts(_for_people(model if options.name == "edge" else known), options)
+                print_json(model)
+            else:
+                known = {name: value for name, value in model.items() if value not in (None, "", 0, [])}
+                print_facts(_for_people(model if options.name == "edge" else known))
+            return DONE
     raise InvalidRequest(
         "the daemon knows of no cloud model: none is configured, and its bundle is not calibrated"
     )

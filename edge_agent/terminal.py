@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
 from edge_agent import settings
-from edge_agent.client import DONE, AgentClient
+from edge_agent.client import AgentClient
 from edge_agent.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -84,11 +84,8 @@ def client(options: argparse.Namespace) -> AgentClient:
     return AgentClient(address or settings.default_address(), timeout_s)
 
 
-def print_facts(facts: dict[str, Any], options: argparse.Namespace) -> int:
-    """One object, as JSON or a fact a line."""
-    if options.json:
-        print_json(facts)
-        return DONE
+def print_facts(facts: dict[str, Any]) -> None:
+    """One object for people, a fact a line."""
     width = max(map(len, facts))
     for name, value in facts.items():
         texts = isinstance(value, list) and all(isinstance(each, str) for each in value)
@@ -96,7 +93,6 @@ def print_facts(facts: dict[str, Any], options: argparse.Namespace) -> int:
         for line in lines:
             shown = round(line, 3) if isinstance(line, float) else line
             print(f"{name.replace('_', ' '):{width}}  {'' if shown is None else shown}")
-    return DONE
 
 
 def print_json(facts: dict[str, Any]) -> None:
