@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import math
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, closing, suppress
 from dataclasses import dataclass
@@ -29,6 +29,7 @@ from edge_agent.errors import (
     QuotaExhausted,
 )
 from edge_agent.image import Progress, with_facts
+from edge_agent.pacing import Pacing
 from edge_agent.policy import Decision, Reason, Route, decide
 from edge_agent.purchase import Purchase, Purchases
 from edge_agent.reader import Reading
@@ -96,13 +97,16 @@ class Agent:
         purchases: Purchases,
         terms: Terms,
         tally: Tally | None = None,
+        pacing: Pacing | None = None,
     ) -> None:
+        """With `pacing` no larger share of prompts than the budgets can pay for goes to the cloud."""
         self.models = models
         self.reader = models.reader
         self.device = device
         self.purchases = purchases
         self.tally = tally or Tally()
         self._terms = terms
+        self._pacing = pacing
         # Apart from the device's worker: a decision must not wait for the image before it.
         self._reading = ThreadPoolExecutor(1, thread_name_prefix="reading")
         self._reading_ms = math.inf  # what the last one took
@@ -188,6 +192,34 @@ class Agent:
             )
         return found
 
+    def quota(self, app: str) -> tuple[BudgetState, ...]:
+        """The budgets that count for `app` as they stand; none where the ledger cannot tell."""
+        try:
+            return self.purchases.ledger.states(app)
+        except LedgerError:  # only an account is lost; an image on the edge costs nothing
+            return ()
+
+    def paced_rate(self, quota: Sequence[BudgetState], ceiling_micro_usd: int | None = None) -> float | None:
+        """The largest share of prompts that these budgets can pay for, where they are paced, with images at no more
+        than `ceiling_micro_usd`.
+        """
+        if self._pacing is None:
+            return None
+        price = self._terms.max_price_micro_usd if ceiling_micro_usd is None else ceiling_micro_usd
+        if self.tally.price_micro_usd is not None:
+            price = min(price, self.tally.price_micro_usd)
+        return self._pacing.rate(quota, price, self.purchases.ledger.clock())
+
+    def alpha(self, quota: Sequence[BudgetState], ceiling_micro_usd: int | None = None) -> float | None:
+        """Prompts with PRS below it are worth the cloud: alpha of the routing rate, or of the one that the budgets can
+        pay for. None where PRS means nothing.
+        """
+        recent = self.reader.recent
+        if recent is None or not self.calibrated:
+            return None
+        rate = self.paced_rate(quota, ceiling_micro_usd)
+        return recent.alpha if rate is None or rate >= recent.routing_rate else recent.alpha_for(rate)
+
     @property
     def calibrated(self) -> bool:
         """Whether PRS and alpha mean something for the two models in use, as far as they are known."""
@@ -198,11 +230,13 @@ class Agent:
         models.reader.succeed(self.reader)
         self.models.succeed(models)
         self.device.measure_anew()
-        return Agent(models, self.device, self.purchases, self._terms, self.tally)
+        return Agent(models, self.device, self.purchases, self._terms, self.tally, self._pacing)
 
     def close(self) -> None:
-        """Let go of the reading thread and the models' timer."""
+        """Let go of the reading thread and the models' timer, and keep what is to outlive the process."""
         self._reading.shutdown(wait=False, cancel_futures=True)
+        if self._pacing is not None:
+            self._pacing.save()
         if self._asking is not None:
             self._asking.cancel()
         self.models.close()
@@ -234,9 +268,10 @@ class Agent:
         """In one go, since each change of threads costs a tenth of the whole."""
         reading = self.reader.read(request.prompt, stop)
         began = time.perf_counter()
-        alpha = self.reader.alpha if self.calibrated else None  # once: it may move
-        route, reason = self._verdict(request, reading.prs, alpha, quota_allows=self._quota_allows(request))
-        quota = self._quota(request.app)
+        quota, allowed = self.quota(request.app), self._quota_allows(request)
+        # Once, as it may move. Not paced where there is no room at all: what is worth the cloud must be told so.
+        alpha = self.alpha(quota if allowed else (), self._ceiling(request))
+        route, reason = self._verdict(request, reading.prs, alpha, quota_allows=allowed)
         stages_ms = {"decide": _ms_since(began)}
         return reading, reading.decision(route, reason, alpha, quota, stages_ms)
 
@@ -259,7 +294,7 @@ class Agent:
         try:
             # Not beside: the money is set aside, and prompts that came later would be read first.
             at_hand = self.purchases.ledger.at_hand
-            quota = self._quota(request.app) if at_hand else await asyncio.to_thread(self._quota, request.app)
+            quota = self.quota(request.app) if at_hand else await asyncio.to_thread(self.quota, request.app)
         except BaseException:
             if purchase is not None:
                 await purchase.aclose()
@@ -290,22 +325,25 @@ class Agent:
             return False
         return allowed and not self.purchases.full
 
-    def _quota(self, app: str) -> tuple[BudgetState, ...]:
-        try:
-            return self.purchases.ledger.states(app)
-        except LedgerError:  # only an account is lost; an image on the edge costs nothing
-            return ()
-
     def _learn(self, request: ImageRequest, decision: Decision) -> None:
         """For later decisions: whether the cloud has its model back, and what the routing rate is a share of, which is
         prompts that may go to the cloud and need not.
         """
         if decision.reason is Reason.UNCALIBRATED:
             self._ask_for_model()
-        free = request.routing is Routing.AUTO and not request.local_only
-        recent = self.reader.recent
-        if free and decision.prs is not None and recent is not None and recent.add(decision.prs):
-            asyncio.get_running_loop().run_in_executor(self._reading, recent.save)
+        recent, pacing = self.reader.recent, self._pacing
+        if (
+            request.routing is not Routing.AUTO
+            or request.local_only
+            or decision.prs is None
+            or recent is None
+        ):
+            return
+        loop = asyncio.get_running_loop()
+        if recent.add(decision.prs):
+            loop.run_in_executor(self._reading, recent.save)
+        if pacing is not None and pacing.add(request.app, self.purchases.ledger.clock()):
+            loop.run_in_executor(self._reading, pacing.save)
 
     def _ask_for_model(self) -> None:
         """Where another model in the cloud is all that keeps prompts from it, ask whether it is still there.
@@ -337,7 +375,7 @@ class Agent:
                             never_ran=False,
                         )
                 elif isinstance(event, CloudImage):
-                    self.tally.delivered()
+                    self.tally.delivered(event.charged_micro_usd)
                     stages_ms = {f"cloud_{stage}": spent for stage, spent in event.timings_ms.items()}
                     yield Made(
                         png=event.png,

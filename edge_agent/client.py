@@ -167,7 +167,8 @@ class AgentClient:
         with self._stub(_SILENT) as stub:
             answer = stub.GetStatus(edge_pb2.GetStatusRequest(), timeout=self._timeout_s or ANSWER_S)
         facts = _plain(answer)
-        facts["alpha"] = answer.alpha if answer.HasField("alpha") else None
+        for name in ("alpha", "paced_rate"):
+            facts[name] = getattr(answer, name) if answer.HasField(name) else None
         facts["cloud_health"] = _meaning(_HEALTHS, answer.cloud_health)
         facts["providers"] = [
             {

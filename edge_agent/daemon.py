@@ -31,6 +31,7 @@ from edge_agent.errors import DeviceNotReady, RouteT2IError, StartRefused
 from edge_agent.health import Health
 from edge_agent.log import events
 from edge_agent.malformed import HandOverMalformed
+from edge_agent.pacing import Pacing
 from edge_agent.purchase import Purchases
 from edge_agent.quota import Ledger, uptime
 from edge_agent.resident import Resident
@@ -115,7 +116,10 @@ class Daemon:
                 return
             terms = Terms(self.settings.max_price, self.settings.cloud_timeout_s, self.settings.png_facts)
             device = Device(self.settings.max_queue)
-            self.agent = Agent(loading.result(), device, self._purchases, terms)
+            pacing = None
+            if self.settings.pace_budget:
+                pacing = Pacing(self.settings.budget, self.settings.state_folder)
+            self.agent = Agent(loading.result(), device, self._purchases, terms, pacing=pacing)
             del loading  # it would keep these models also once others have succeeded them
             await self._purchases.start()
             self._service.agent = self.agent

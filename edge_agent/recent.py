@@ -8,21 +8,16 @@ less: a score goes as a whole or not at all. Only scores are kept, no prompts.
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import threading
 from collections import deque
-from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from edge_agent.calibration import Calibration
-from edge_agent.log import events
+from edge_agent.notes import Notes
 from edge_agent.superiority import ALPHA_BOUND, largest_alpha, realised_rate
-
-log = events(__name__)
 
 KEPT = 1000
 """Scores: enough to keep the share within three percent of the wanted one, few enough to follow a change."""
@@ -37,9 +32,6 @@ ENOUGH = 100
 
 APART = 0.05
 """How far that share is from the wanted one at least."""
-
-SAVED_EVERY = 20
-"""Scores. What a crash loses is soon there again."""
 
 
 class Recent:
@@ -57,14 +49,12 @@ class Recent:
         self.routing_rate = routing_rate
         self._calibration = calibration
         self._follow = follow
-        self._file = folder / f"recent-{calibration.calibration_id}.json" if folder else None
-        self._scores: deque[float] = deque(_read(self._file) if self._file else (), KEPT)
+        self._notes = Notes(folder / f"recent-{calibration.calibration_id}.json") if folder else None
+        self._scores: deque[float] = deque(_scores(self._notes.read()) if self._notes else (), KEPT)
         places = (np.arange(WEIGHT) + 0.5) / WEIGHT
-        self._prior = np.quantile(calibration.scores, places, method="inverted_cdf").tolist()
-        self.alpha = self._alpha()
-        # Each counted by one thread at a time: how many were added, and how many of them the file has.
-        self._added = self._saved = 0
-        self._writing = threading.Lock()
+        self._calibrated = np.array(calibration.scores)
+        self._prior = np.quantile(self._calibrated, places, method="inverted_cdf").tolist()
+        self.alpha = self.alpha_for(routing_rate)
 
     @property
     def calibration_id(self) -> str:
@@ -75,28 +65,21 @@ class Recent:
         """One more prompt that the policy was free to send anywhere. Returns whether it is time to `save`."""
         self._scores.append(prs)
         if self._follow:
-            self.alpha = self._alpha()
-        self._added += 1
-        return self._file is not None and (self._added - self._saved) % SAVED_EVERY == 0
+            self.alpha = self.alpha_for(self.routing_rate)
+        return self._notes is not None and self._notes.changed()
 
     def save(self) -> None:
-        """To the file, where there is one; waits for the disk, in any thread. A disk that takes nothing is told of in
-        the log alone: only time is lost.
-        """
-        with self._writing:
-            added, scores = self._added, list(self._scores)
-            if self._file is None or added == self._saved:
-                return
-            part = self._file.with_name(self._file.name + ".part")
-            try:
-                part.write_text(json.dumps(scores) + "\n")
-                os.replace(part, self._file)
-                self._saved = added
-            except OSError as error:
-                with suppress(OSError):
-                    part.unlink(missing_ok=True)
-                failure = f"{self._file} cannot be written: {error.strerror or error}"
-                log.warning("recent", error=failure)
+        """To the file, where there is one; waits for the disk, in any thread."""
+        if self._notes is not None:
+            self._notes.save(lambda: list(self._scores))
+
+    def alpha_for(self, routing_rate: float) -> float:
+        """Alpha for another share than the wanted one, as far as is known now."""
+        if not routing_rate:  # below the lowest score known, others can come
+            return 0.0
+        if not self._follow or not self._scores:
+            return largest_alpha(self._calibrated, routing_rate)
+        return largest_alpha([*self._prior, *self._scores], routing_rate)
 
     @property
     def advice(self) -> str:
@@ -119,19 +102,12 @@ class Recent:
             "moves alpha, or calibrate with prompts of your own"
         )
 
-    def _alpha(self) -> float:
-        if not self.routing_rate:  # below the lowest score known, others can come
-            return 0.0
-        if not self._follow or not self._scores:
-            return self._calibration.alpha(self.routing_rate)
-        return float(largest_alpha([*self._prior, *self._scores], self.routing_rate))
 
-
-def _read(file: Path) -> list[float]:
-    """The scores in the file; none where it cannot be read, which costs no more than some time."""
+def _scores(noted: Any) -> list[float]:
+    """The scores that were noted; none where the file holds something else."""
     try:
-        scores = [float(score) for score in json.loads(file.read_text())]
+        scores = [float(score) for score in noted]
     # OverflowError: an integer that no float can hold.
-    except (OSError, ValueError, TypeError, OverflowError, RecursionError):
+    except (ValueError, TypeError, OverflowError):
         return []
     return [score for score in scores if math.isfinite(score)]

@@ -196,6 +196,7 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
         """What the daemon is doing, and what to do when it is not routing."""
         async with self._call(request, context, {"rpc": "GetStatus"}) as agent:
             reader, cloud = agent.reader, agent.purchases.cloud
+            quota = await asyncio.to_thread(agent.quota, "")  # of apps without a budget of their own
             unresolved = list[Reservation]()
             with suppress(LedgerError):  # the agent's advice says so
                 unresolved = await asyncio.to_thread(agent.purchases.ledger.unresolved)
@@ -208,7 +209,7 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
                 calibration_id=reader.calibration_id,
                 calibrated=agent.calibrated,
                 routing_rate=reader.routing_rate,
-                alpha=reader.alpha,
+                alpha=agent.alpha(quota),
                 cloud_address=cloud.address if cloud is not None else "",
                 cloud_health=_cloud_health(agent),
                 queue_length=agent.device.waiting,
@@ -231,6 +232,7 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
                 keep_alive_seconds=agent.models.keep_alive_s,
                 predecessors=agent.models.predecessors,
                 models_folder=await asyncio.to_thread(self._models_folder),  # its disk may hang
+                paced_rate=agent.paced_rate(quota),
             )
 
     async def ReloadModel(

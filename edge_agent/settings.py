@@ -351,6 +351,13 @@ class Settings:
         "WINDOW being hour, day, month or total: 1/day,20/month,0.2/day@kiosk; budgets of apps alone leave the "
         "default for all apps together in force",
     )
+    pace_budget: bool = _setting(
+        "false",
+        _switch,
+        "BOOL",
+        "whether budgets are to last: RHO then falls to what they can pay for until their hour, day or month ends, and "
+        "the prompts that gain most go to the cloud; keeps how many prompts came when under --state",
+    )
     rate: tuple[Rate, ...] = _setting(
         "",
         _rates,

@@ -39,6 +39,7 @@ class Tally:
     served: dict[Route, int] = field(default_factory=lambda: {"edge": 0, "cloud": 0})
     fallbacks: int = 0
     cloud_digest: str = ""  # what the cloud server last said it is
+    price_micro_usd: int | None = None  # what the last image from the cloud cost
     # Of the last call, where no image has come from the cloud since.
     cloud_failure: CloudFailure | None = None
 
@@ -49,8 +50,9 @@ class Tally:
         if before is None or before.check != failure.check:
             log.warning("cloud failing", error=failure.message, check=failure.check)
 
-    def delivered(self) -> None:
-        """Take note of an image from the cloud."""
+    def delivered(self, price_micro_usd: int) -> None:
+        """Take note of an image from the cloud, and what it cost."""
+        self.price_micro_usd = price_micro_usd
         if self.cloud_failure is not None:
             log.info("cloud delivers again")
         self.cloud_failure = None

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from edge_agent.calibration import Calibration
-from edge_agent.recent import ENOUGH, KEPT, SAVED_EVERY, Recent, _read
+from edge_agent.notes import SAVED_EVERY, Notes
+from edge_agent.recent import ENOUGH, KEPT, Recent
 from routet2i.edge.v1 import edge_pb2
 from routet2i.image.v1 import image_pb2
 from tests.edge_agent.test_calibration import CALIBRATION
@@ -158,7 +159,7 @@ async def test_the_daemon_counts_prompts_that_may_go_anywhere_and_keeps_their_sc
         assert here.daemon.agent is not None
         calibration = here.daemon.agent.reader.calibration
     assert calibration is not None
-    kept = _read(tmp_path / f"recent-{calibration.calibration_id}.json")
+    kept = Notes(tmp_path / f"recent-{calibration.calibration_id}.json").read()
     assert kept == pytest.approx([free.decision.prs])
 
 

@@ -292,7 +292,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("version", "uptime_seconds", "bundle", "edge_model_digest", "cloud_model_digest", "calibration_id", "calibrated", "routing_rate", "alpha", "cloud_address", "cloud_health", "queue_length", "max_queue", "served_by_edge", "served_by_cloud", "fallbacks", "unresolved_reservations", "advice", "providers", "loaded", "loaded_since", "keep_alive_seconds", "predecessors", "models_folder")
+    __slots__ = ("version", "uptime_seconds", "bundle", "edge_model_digest", "cloud_model_digest", "calibration_id", "calibrated", "routing_rate", "alpha", "cloud_address", "cloud_health", "queue_length", "max_queue", "served_by_edge", "served_by_cloud", "fallbacks", "unresolved_reservations", "advice", "providers", "loaded", "loaded_since", "keep_alive_seconds", "predecessors", "models_folder", "paced_rate")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_FIELD_NUMBER: _ClassVar[int]
@@ -317,6 +317,7 @@ class GetStatusResponse(_message.Message):
     KEEP_ALIVE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     PREDECESSORS_FIELD_NUMBER: _ClassVar[int]
     MODELS_FOLDER_FIELD_NUMBER: _ClassVar[int]
+    PACED_RATE_FIELD_NUMBER: _ClassVar[int]
     version: str
     uptime_seconds: float
     bundle: str
@@ -341,7 +342,8 @@ class GetStatusResponse(_message.Message):
     keep_alive_seconds: float
     predecessors: _containers.RepeatedScalarFieldContainer[str]
     models_folder: str
-    def __init__(self, version: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., bundle: _Optional[str] = ..., edge_model_digest: _Optional[str] = ..., cloud_model_digest: _Optional[str] = ..., calibration_id: _Optional[str] = ..., calibrated: _Optional[bool] = ..., routing_rate: _Optional[float] = ..., alpha: _Optional[float] = ..., cloud_address: _Optional[str] = ..., cloud_health: _Optional[_Union[CloudHealth, str]] = ..., queue_length: _Optional[int] = ..., max_queue: _Optional[int] = ..., served_by_edge: _Optional[int] = ..., served_by_cloud: _Optional[int] = ..., fallbacks: _Optional[int] = ..., unresolved_reservations: _Optional[int] = ..., advice: _Optional[_Iterable[str]] = ..., providers: _Optional[_Iterable[_Union[Provider, _Mapping]]] = ..., loaded: _Optional[bool] = ..., loaded_since: _Optional[float] = ..., keep_alive_seconds: _Optional[float] = ..., predecessors: _Optional[_Iterable[str]] = ..., models_folder: _Optional[str] = ...) -> None: ...
+    paced_rate: float
+    def __init__(self, version: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., bundle: _Optional[str] = ..., edge_model_digest: _Optional[str] = ..., cloud_model_digest: _Optional[str] = ..., calibration_id: _Optional[str] = ..., calibrated: _Optional[bool] = ..., routing_rate: _Optional[float] = ..., alpha: _Optional[float] = ..., cloud_address: _Optional[str] = ..., cloud_health: _Optional[_Union[CloudHealth, str]] = ..., queue_length: _Optional[int] = ..., max_queue: _Optional[int] = ..., served_by_edge: _Optional[int] = ..., served_by_cloud: _Optional[int] = ..., fallbacks: _Optional[int] = ..., unresolved_reservations: _Optional[int] = ..., advice: _Optional[_Iterable[str]] = ..., providers: _Optional[_Iterable[_Union[Provider, _Mapping]]] = ..., loaded: _Optional[bool] = ..., loaded_since: _Optional[float] = ..., keep_alive_seconds: _Optional[float] = ..., predecessors: _Optional[_Iterable[str]] = ..., models_folder: _Optional[str] = ..., paced_rate: _Optional[float] = ...) -> None: ...
 
 class Provider(_message.Message):
     __slots__ = ("name", "state", "reason")
