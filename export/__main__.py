@@ -37,6 +37,7 @@ STAGES = {
         "score the calibration prompts, so that a routing rate has a threshold",
     ),
     "evaluate": ("export.evaluate", "measure the routing on held-out prompts"),
+    "budget": ("export.budget", "simulate what a month's budget buys, as prompts come and paced"),
     "routerbench": ("export.routerbench.comparison", "compare routers on the same outcomes"),
 }
 """Stage -> module with `main(argv) -> exit code`, and what it does, in the order they are run. Modules are imported

@@ -32,6 +32,7 @@ from rich.table import Table
 from scipy.stats import rankdata
 
 from edge_agent.bundle import Bundle
+from edge_agent.calibration import Calibration
 from edge_agent.superiority import relative_superiority
 from export.bootstrap import Estimate, Floats, estimate, resampled
 from export.calibrate import predicted
@@ -123,6 +124,34 @@ def things_said(scenes: NDArray[np.int64]) -> int:
     return said
 
 
+def held_out(labels: Path, bundle: Bundle) -> tuple[Outcomes, NDArray[np.int64], Calibration]:
+    """The labels' test prompts that say what no training prompt says, numbers [N] of what each says, and the bundle's
+    calibration, which is for their models and judge. Raises ExportError where it is not, or there is none.
+    """
+    calibration = bundle.calibration
+    if calibration is None:
+        raise ExportError(f"{bundle.folder} has no calibration; make it with `edge-export calibrate`")
+    outcomes = Outcomes.read(labels)
+    outcomes.must_be_of(bundle)
+    scenes = outcomes.scenes()
+    measured = (outcomes.splits == "test") & never_learnt(outcomes.splits, scenes)
+    test = outcomes.where(measured).split("test")
+    cloud = test.facts.get("cloud_digest", calibration.cloud_digest)
+    if cloud != calibration.cloud_digest:
+        raise ExportError(
+            f"the labels are of cloud model {cloud[:16]}, and {bundle.folder} is calibrated for "
+            f"{calibration.cloud_digest[:16]}: run `edge-export train`, `edge-export predictor` and `edge-export "
+            "calibrate` with these labels first"
+        )
+    judge, known = test.facts.get(JUDGE_DIGEST), calibration.recipe.get(JUDGE_DIGEST)
+    if judge and known and judge != known:
+        raise ExportError(
+            f"the labels are from judge {judge[:16]}, and {bundle.folder} is calibrated for {known[:16]}: run "
+            "`edge-export train`, `edge-export predictor` and `edge-export calibrate` with these labels first"
+        )
+    return test, scenes[measured], calibration
+
+
 def evaluate(
     scores: Mapping[str, Floats],
     realised: Floats,
@@ -200,27 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = options.out or default_output(OUT, BEGINS)
     check_output(out, options.labels)
     bundle = Bundle.open(options.bundle)
-    calibration = bundle.calibration
-    if calibration is None:
-        raise ExportError(f"{bundle.folder} has no calibration; make it with `edge-export calibrate`")
-    outcomes = Outcomes.read(options.labels)
-    outcomes.must_be_of(bundle)
-    scenes = outcomes.scenes()
-    measured = (outcomes.splits == "test") & never_learnt(outcomes.splits, scenes)
-    test, scenes = outcomes.where(measured).split("test"), scenes[measured]
-    cloud = test.facts.get("cloud_digest", calibration.cloud_digest)
-    if cloud != calibration.cloud_digest:
-        raise ExportError(
-            f"the labels are of cloud model {cloud[:16]}, and {bundle.folder} is calibrated for "
-            f"{calibration.cloud_digest[:16]}: run `edge-export train`, `edge-export predictor` and `edge-export "
-            "calibrate` with these labels first"
-        )
-    judge, known = test.facts.get(JUDGE_DIGEST), calibration.recipe.get(JUDGE_DIGEST)
-    if judge and known and judge != known:
-        raise ExportError(
-            f"the labels are from judge {judge[:16]}, and {bundle.folder} is calibrated for {known[:16]}: run "
-            "`edge-export train`, `edge-export predictor` and `edge-export calibrate` with these labels first"
-        )
+    test, scenes, calibration = held_out(options.labels, bundle)
     paired, said = Paired.of(test), things_said(scenes)
 
     def prs(edge: NDArray[np.float32], cloud: NDArray[np.float32]) -> Floats:

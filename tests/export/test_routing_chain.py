@@ -488,3 +488,50 @@ def test_an_altered_predictor_is_refused_by_name(tmp_path: Path, chain: Chain) -
             Bundle.open(chain.bundle)
     finally:
         bundle.path(PREDICTOR).write_bytes(content)
+
+
+def test_a_months_budget_buys_more_where_it_is_paced(
+    chain: Chain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / "budget.json"
+    how = ["--budget", "1.2,0.3", "--prompts-a-day", "40", "--months", "2", "--out", str(report)]
+    assert main(["budget", str(chain.labels), str(chain.bundle), *how]) == 0
+    facts = json.loads(report.read_text())
+    assert [row["images"] for row in facts["rows"]] == [120, 30]
+    for row in facts["rows"]:
+        found = [row[way]["value"] for way in ("as_it_comes", "paced", "in_hindsight")]
+        assert found[0] < 0.9 * found[1] <= 0.95 * found[2] < 0.5
+        assert row["lasts_days"]["value"] < 10
+    assert "$0.30" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        (["--price", "0"], "lasts for ever"),
+        (["--budget", "1,x"], "'x' is not an amount"),
+        (["--rate", "0"], "--rate must lie above 0"),
+        (["--prompts-a-day", "nan"], "--prompts-a-day must lie between"),
+        (["--months", "1"], "--months must lie between"),
+    ],
+)
+def test_a_budget_that_cannot_be_simulated_is_refused(
+    chain: Chain, capsys: pytest.CaptureFixture[str], how: list[str], why: str
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["budget", str(chain.labels), str(chain.bundle), *how])
+    assert why in capsys.readouterr().err
+
+
+def test_no_budget_is_simulated_where_the_cloud_draws_no_better(
+    chain: Chain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = pq.read_table(chain.labels)
+    worse = {"edge": "cloud", "cloud": "edge"}
+    models = pa.array([worse[model] for model in rows["model"].to_pylist()], rows.schema.field("model").type)
+    swapped = tmp_path / "labels.parquet"
+    pq.write_table(
+        rows.set_column(rows.column_names.index("model"), rows.schema.field("model"), models), swapped
+    )
+    assert main(["budget", str(swapped), str(chain.bundle), "--out", str(tmp_path / "budget.json")]) == 2
+    assert "the cloud's images are not better" in capsys.readouterr().err
