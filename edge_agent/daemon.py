@@ -88,6 +88,7 @@ class Daemon:
         self._warming = asyncio.Lock()  # two at a time would share a cache, which one may throw away
         self._reloading = asyncio.Lock()
         self._doubts: asyncio.Task[None] | None = None
+        self._folder: asyncio.Future[str] | None = None  # the models', as it was last looked for
         self.lost: DeviceNotReady | None = None  # why it stopped by itself
         self.agent: Agent | None = None  # once the models are loaded
 
@@ -100,7 +101,7 @@ class Daemon:
             # Now that the ledger is ours: of two that start at once only one comes here.
             listening.clear(settings.address)
             self._purchases = Purchases(ledger, _cloud_client(settings))
-            self._service = EdgeAgentService(self.reload, partial(_models_folder, settings), self._doubt)
+            self._service = EdgeAgentService(self.reload, self._models_folder, self._doubt)
             await self._listen()
         except BaseException:
             ledger.close()
@@ -184,8 +185,8 @@ class Daemon:
 
     @property
     def still_working(self) -> bool:
-        """Whether a thread loads models or warms them up, or an image's is in the midst of an operator that takes long:
-        nothing can interrupt either.
+        """Whether a thread loads models, warms them up or looks for their folder, or an image's is in the midst of an
+        operator that takes long: nothing can interrupt either.
         """
         drawing = self.agent is not None and self.agent.device.images > 0
         return drawing or any(not working.done() for working in self._working)
@@ -221,6 +222,17 @@ class Daemon:
         standings = self.agent.models.providers if self.agent is not None else ()
         taken = {each.name for each in standings if each.state is providers.State.IN_USE}
         return self._in_thread("loader", partial(loader.load, settings, taken, model))
+
+    async def _models_folder(self) -> str:
+        """Where the served model is chosen; empty where the settings name it. Its disk may hang: then all who ask wait
+        for the one thread that looks, which none of those is that wait for the ledger.
+        """
+        if self.settings.bundle:
+            return ""
+        if self._folder is None or self._folder.done():
+            look = partial(os.path.realpath, self.settings.store.folder)
+            self._folder = self._in_thread("models folder", look)
+        return await asyncio.shield(self._folder)
 
     def _doubt(self) -> None:
         """An image or a decision failed on this device: it may have been lost."""
@@ -333,11 +345,6 @@ def _log_if_refused(reload: asyncio.Task[Agent]) -> None:
 def _log_refused(error: BaseException) -> None:
     foreseen = isinstance(error, (RouteT2IError, OSError))
     log.warning("model refused", error=str(error), exc_info=None if foreseen else error)
-
-
-def _models_folder(settings: Settings) -> str:
-    """Where the served model is chosen; empty where the settings name it."""
-    return "" if settings.bundle else os.path.realpath(settings.store.folder)
 
 
 async def run(settings: Settings) -> Daemon:

@@ -88,7 +88,7 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
     def __init__(
         self,
         reload: Callable[[str], Awaitable[Agent]],
-        models_folder: Callable[[], str],
+        models_folder: Callable[[], Awaitable[str]],
         doubt: Callable[[], None],
     ) -> None:
         self._reload = reload
@@ -231,7 +231,7 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
                 loaded_since=agent.models.since,
                 keep_alive_seconds=agent.models.keep_alive_s,
                 predecessors=agent.models.predecessors,
-                models_folder=await asyncio.to_thread(self._models_folder),  # its disk may hang
+                models_folder=await self._models_folder(),
                 paced_rate=agent.paced_rate(quota),
             )
 
@@ -242,7 +242,7 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
     ) -> edge_pb2.ReloadModelResponse:
         """Takes up another model; see the .proto file."""
         async with self._call(request, context, {"rpc": "ReloadModel"}):
-            if request.model and not await asyncio.to_thread(self._models_folder):
+            if request.model and not await self._models_folder():
                 raise StoreError(
                     "this daemon serves the --bundle that it was started with, and no other model"
                 )

@@ -468,6 +468,27 @@ async def test_a_model_is_served_by_its_name_whatever_is_chosen(
     assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
 
 
+async def test_a_models_folder_that_hangs_takes_no_more_than_one_thread(
+    here: Here, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Money is set aside, settled and released in the others."""
+    found, goes_on = os.path.realpath, threading.Event()
+
+    def realpath(path: Any, **more: Any) -> Any:
+        if path == store.folder:
+            assert goes_on.wait(60)
+        return found(path, **more)
+
+    monkeypatch.setattr(os.path, "realpath", realpath)
+    asked = [asyncio.create_task(here.app.status()) for _ in range(64)]
+    try:
+        await asyncio.sleep(0.2)  # they have come so far
+        assert await here.app.stub.GetQuota(edge_pb2.GetQuotaRequest(), timeout=10)
+    finally:
+        goes_on.set()
+    assert {Path((await status).models_folder) for status in asked} == {store.folder}
+
+
 @pytest.mark.parametrize("stays", [False, True])
 async def test_what_is_refused_is_in_the_log_where_its_caller_has_gone(
     here: Here, store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stays: bool
