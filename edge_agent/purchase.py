@@ -213,6 +213,7 @@ class Purchases:
             if not done.cancelled() and done.exception() is None:
                 self._arrived_by.pop(key, None)
                 self._told.pop(key, None)
+                self._unsent.discard(key)
 
         writing = asyncio.ensure_future(asyncio.to_thread(write, key, *arguments))
         writing.add_done_callback(written)
@@ -284,10 +285,7 @@ class Purchases:
     async def _resolved(self, reservation: Reservation) -> bool:
         key = reservation.request_id
         if key in self._unsent:
-            released = await self.release(key)
-            if released:
-                self._unsent.discard(key)
-            return released
+            return await self.release(key)
         if self.cloud is None or not self._knows(reservation):
             return True  # nobody to ask; the status says so
         may_arrive = self._may_arrive(reservation)  # before asking, as that takes time

@@ -128,7 +128,7 @@ async def test_a_call_that_was_sent_is_asked_about_also_where_an_earlier_one_of_
         await asyncio.sleep(0)
         leaving.cancel()  # while the release is being written
         await asyncio.gather(leaving, return_exceptions=True)
-        await until(lambda: unresolved(purchases) == ["left"])
+        await until(lambda: unresolved(purchases) == ["left"] and not purchases._unsent)
         second = await purchases.reserve(request("again"), CEILING, 60.0)
         with pytest.raises(CloudError):
             _ = [event async for event in second.images()]
