@@ -51,13 +51,15 @@ class GraphFiles:
 
     @property
     def fault(self) -> str:
-        """Why the graph cannot be loaded again, where that was tried; empty once its files are as they were. Reads
-        nothing.
+        """Why the graph cannot be loaded again, where that was tried; empty once its files are as they were, or are new
+        ones, whose bytes the next load looks at. Reads nothing.
         """
         if not self._faulty:
             return ""
         lost, replaced = self._changes()
-        return self._explained(lost, changed=bool(replaced))
+        return self._explained(
+            lost, changed=any(self._refused.get(file) == now for file, now in replaced.items())
+        )
 
     def check(self) -> None:
         """Raises BundleError unless they are those that were checked, or of the same bytes; reads what was replaced."""
@@ -89,10 +91,7 @@ class GraphFiles:
 
     def _explained(self, lost: list[Path], *, changed: bool) -> str:
         if lost:
-            return (
-                f"{lost[0]} is gone: put it back and restart edge-agent, or choose another model with `edge-agent "
-                "models use`"
-            )
+            return f"{lost[0]} is gone: put it back, or choose another model with `edge-agent models use`"
         if changed:
             return (
                 f"{self.graph} has changed since the bundle was checked: restart edge-agent, or take the model up anew "

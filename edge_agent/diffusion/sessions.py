@@ -193,7 +193,9 @@ class Session:
 
     @property
     def fault(self) -> str:
-        """Why it cannot be loaded again, where that was tried; empty once its files are as they were."""
+        """Why it cannot be loaded again, where that was tried; empty once its files are as they were, or are new ones,
+        whose bytes the next load looks at.
+        """
         return self._files.fault
 
     def unload(self) -> None:
