@@ -66,6 +66,9 @@ if sys.platform == "win32":
 else:
     STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
     HANG_UP_SIGNALS = (signal.SIGHUP,)
+WORKERS = 4
+"""Threads that wait for the ledger's disk and look at the cloud's images, beside those that draw and read prompts."""
+
 CLOSE_S = 1.0
 """What handlers that were told to stop get to say so before their connections close."""
 
@@ -96,6 +99,7 @@ class Daemon:
         """Opens ledger and address; health says NOT_SERVING. Raises StartRefused or LedgerError."""
         settings = self.settings
         listening.check(settings.address)
+        asyncio.get_running_loop().set_default_executor(_workers())
         ledger = Ledger.open(settings.ledger_file, settings.budget, settings.rate, uptime=uptime)
         try:
             # Now that the ledger is ours: of two that start at once only one comes here.
@@ -334,6 +338,15 @@ class Daemon:
             )
         for each in advice:
             log.warning("advice", do=each)
+
+
+def _workers() -> concurrent.futures.ThreadPoolExecutor:
+    """All of them started now: later there may be none to be had, and an image would be lost that is paid for."""
+    workers = concurrent.futures.ThreadPoolExecutor(WORKERS, thread_name_prefix="worker")
+    all_there = threading.Barrier(WORKERS)
+    for _ in range(WORKERS):
+        workers.submit(all_there.wait, 1.0)  # each is taken until the last one has begun
+    return workers
 
 
 def _log_if_refused(reload: asyncio.Task[Agent]) -> None:

@@ -100,6 +100,20 @@ async def nothing_reserved(app: App) -> bool:
     return (await app.budget())[1] == 0
 
 
+async def test_images_are_paid_for_and_come_also_where_no_further_thread_is_to_be_had(
+    both: Both, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    await both.app.generate()  # so that the models are loaded
+    spent, _ = await both.app.budget()
+    monkeypatch.setattr(threading.Thread, "start", start)
+    answers = await asyncio.gather(*(both.app.generate(CLOUD_PROMPT, routing=CLOUD) for _ in range(30)))
+    assert [answer.code for answer in answers] == ["OK"] * 30
+    assert await both.app.budget() == (spent + 30 * ScriptedCloud.PRICE, 0)
+
+
 async def test_a_prompt_worth_it_comes_from_the_cloud_and_is_charged_once(both: Both, digest: str) -> None:
     spent, _ = await both.app.budget()
     answer = await both.app.generate(CLOUD_PROMPT, seed=9, traceparent=TRACE, request_id="worth-it")
