@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer as TokenizersTokenizer
 
 from edge_agent.bundle import Bundle
-from edge_agent.errors import BundleError
+from edge_agent.errors import BundleError, printable
 from edge_agent.manifest import MAX_TEXT_TOKENS, TOKENIZER, TOKENIZER_2
 
 FILE = "tokenizer.json"
@@ -278,6 +278,7 @@ def _refused(path: Path) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # bare Exception, ValueError, and a panic in Rust, which is no Exception
+        # It quotes the file, which may steer a terminal.
         raise BundleError(
-            f"{path} is not a tokenizer that works: {error}; export the bundle again"
+            f"{path} is not a tokenizer that works: {printable(str(error))}; export the bundle again"
         ) from error

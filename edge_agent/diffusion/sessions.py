@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from edge_agent import memory
 from edge_agent.diffusion import plugins
-from edge_agent.errors import BundleError, Cancelled, GenerationFailed, NotLoaded, OutOfMemory
+from edge_agent.errors import BundleError, Cancelled, GenerationFailed, NotLoaded, OutOfMemory, printable
 from edge_agent.graph_files import FileState, GraphFiles, file_states
 from edge_agent.manifest import Facts, Size
 
@@ -225,7 +225,9 @@ class Session:
         options.intra_op_num_threads = runtime.threads or 0  # 0: onnxruntime counts physical cores
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if runtime.spinning else "0")
         options.enable_mem_pattern = not self.large
-        options.log_severity_level = 3  # errors; the rest is about graphs nobody here can change
+        options.log_severity_level = (
+            4  # errors are raised, too; the rest is about graphs nobody here can change
+        )
         if runtime.profile:
             options.enable_profiling, options.profile_file_prefix = True, runtime.profile
         for name, size in runtime.sizes.items():
@@ -244,10 +246,10 @@ class Session:
             if self._known_good:  # and unchanged: the device lacks something, not the bundle
                 what = "memory or file descriptors" if runtime.on_cpu else "memory, also of the device"
                 raise NotLoaded(
-                    f"{self.path} could be loaded before and cannot now: {error}; free {what}",
+                    f"{self.path} could be loaded before and cannot now: {_said(error)}; free {what}",
                     retry_after_s=RELOAD_RETRY_S,
                 ) from error
-            raise BundleError(f"{self.path} cannot be loaded by onnxruntime: {error}") from error
+            raise BundleError(f"{self.path} cannot be loaded by onnxruntime: {_said(error)}") from error
         finally:
             stop.leave(end)
         if left_out := [name for name in runtime.providers if name not in session.get_providers()]:
@@ -347,7 +349,7 @@ class Session:
                 del session
                 traceback.clear_frames(error.__traceback__)
                 raise _out_of_memory(error, f"{self.path} cannot be run") from error
-            raise GenerationFailed(f"onnxruntime failed in {self.path}: {error}") from error
+            raise GenerationFailed(f"onnxruntime failed in {self.path}: {_said(error)}") from error
 
     def _run_with_options(
         self, session: ort.InferenceSession, feeds: Mapping[str, Array], stop: Stop, *, shrink: bool
@@ -370,11 +372,15 @@ def lacks_memory(failure: Exception | str) -> bool:
 
 
 def _out_of_memory(error: Exception, what: str) -> OutOfMemory:
-    said = " ".join(str(error).split())
     return OutOfMemory(
-        f"{what}: this device is out of memory; free some, or choose a smaller model ({said})",
+        f"{what}: this device is out of memory; free some, or choose a smaller model ({_said(error)})",
         retry_after_s=RELOAD_RETRY_S,
     )
+
+
+def _said(error: Exception) -> str:
+    """What onnxruntime says, fit for a terminal: it quotes a graph's own names."""
+    return printable(str(error))
 
 
 def _arenas(providers: Sequence[str]) -> str:

@@ -304,6 +304,13 @@ def test_added_tokens_that_take_the_library_hours_are_refused(bundle_copy: Path)
         Tokenizer.load(path.parent)
 
 
+def test_what_the_library_quotes_of_a_file_steers_no_terminal(bundle_copy: Path) -> None:
+    replace(bundle_copy / "tokenizer", "version", "\x1b[2J")
+    with pytest.raises(BundleError, match=r"Unknown tokenizer version '\?\[2J'") as refused:
+        Tokenizer.load(bundle_copy / "tokenizer")
+    assert refused.value.message.isprintable()
+
+
 def test_a_tokenizer_that_fails_on_a_prompt_alone_is_told_of_by_name(bundle_copy: Path) -> None:
     """It reads what it is tried on when it is loaded. Of what it has no word for the library raises an Exception."""
     replace(bundle_copy / "tokenizer", "model", MODEL | {"unk_token": "missing"})

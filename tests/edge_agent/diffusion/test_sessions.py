@@ -427,6 +427,25 @@ def test_a_file_that_is_no_graph_is_refused_by_name(tmp_path: Path) -> None:
         Session(tmp_path / "bad.onnx", ["x"], ["out"], ONE_THREAD)
 
 
+def test_the_names_in_a_graph_steer_no_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """They are quoted in what onnxruntime raises, and what it says on standard error itself."""
+    name, inputs = "\x1b[2J", {"x": (TensorProto.FLOAT, [2])}
+    unknown = save(tmp_path / "unknown.onnx", [helper.make_node(name, ["x"], ["out"])], inputs)
+    with pytest.raises(BundleError, match=r"No Op registered for \?\[2J ") as refused:
+        Session(unknown, ["x"], ["out"], ONE_THREAD)
+    assert refused.value.message.isprintable()
+    failing = save(
+        tmp_path / "failing.onnx", [helper.make_node("Reshape", ["x", "x2"], ["out"], name)], inputs
+    )
+    model = onnx.load(failing)
+    model.graph.initializer.append(helper.make_tensor("x2", TensorProto.INT64, [1], [7]))
+    onnx.save(model, failing)
+    with pytest.raises(GenerationFailed, match=r"'\?\[2J'") as failed:
+        Session(failing, ["x"], ["out"], ONE_THREAD).run({"x": np.zeros(2)})
+    assert failed.value.message.isprintable()
+    assert "\x1b" not in capfd.readouterr().err
+
+
 def test_a_run_that_fails_names_the_graph(tmp_path: Path) -> None:
     node = helper.make_node("Identity", ["x"], ["out"])
     path = save(tmp_path / "two.onnx", [node], {"x": (TensorProto.FLOAT, [2])})
