@@ -287,24 +287,21 @@ class Trained:
 
 
 def train(
-    train: Examples, validation: Examples, shape: Shape, recipe: Recipe, first: int = 0
+    train: Examples, validation: Examples, shape: Shape, recipe: Recipe, seed: int
 ) -> Iterator[Epoch | Trained]:
-    """Train one mixture a seed from ``first`` on: yields the epochs as they pass, and after those of each seed what
-    came of it.
-    """
-    for seed in range(first, first + recipe.seeds):
-        torch.manual_seed(seed)  # initial weights and dropout
-        mixture = Mixture(shape, dropout=recipe.dropout, masked=recipe.masked)
-        epochs = []
-        for epoch in fit(mixture, train, validation, recipe, seed):
-            if not math.isfinite(epoch.validation_loss):
-                raise ExportError(
-                    f"the mixture of seed {seed} diverges: in epoch {len(epochs) + 1} its validation loss is no "
-                    "number; lower what weighs its loss, or how fast it learns"
-                )
-            epochs.append(epoch)
-            yield epoch
-        yield Trained(mixture, seed, tuple(epochs))
+    """Train one mixture: yields the epochs as they pass, and at last what came of them."""
+    torch.manual_seed(seed)  # initial weights and dropout
+    mixture = Mixture(shape, dropout=recipe.dropout, masked=recipe.masked)
+    epochs = []
+    for epoch in fit(mixture, train, validation, recipe, seed):
+        if not math.isfinite(epoch.validation_loss):
+            raise ExportError(
+                f"the mixture of seed {seed} diverges: in epoch {epoch.number} its validation loss is no number; "
+                "lower what weighs its loss, or how fast it learns"
+            )
+        epochs.append(epoch)
+        yield epoch
+    yield Trained(mixture, seed, tuple(epochs))
 
 
 def knowing(shape: Shape, train: Examples, vocabulary: int) -> Shape:
@@ -422,7 +419,7 @@ def _runs(
     with progress() as bars:
         bar = bars.add_task("epochs of training", total=len(missing) * recipe.epochs(len(learning)))
         for seed in missing:
-            for event in train(learning, validating, shape, one, first=seed):
+            for event in train(learning, validating, shape, one, seed):
                 if isinstance(event, Trained):
                     runs[seed] = event
                     with replacing(files[seed]) as partial:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from export.mixture import SENTENCE, WORDS, Ensemble, Inputs, Own, Shape, Together
+from export.mixture import SENTENCE, WORDS, Inputs, Mixture, Own, Shape, Together
 from export.routerbench.router import Floats, Prompts, Router, Scorer
 from export.train import Recipe, Trained, knowing
-from export.train import train as train_mixtures
+from export.train import train as train_mixture
 
 Settings = Sequence[Mapping[str, float]]
 Space = Mapping[str, Sequence[float]]
@@ -238,10 +238,9 @@ class RouteT2I:
         """As `edge-export train` does, by the recipe of this class."""
         shape = self.shape(train)
         known, held_out = (part.examples.measuring(shape) for part in (train, validation))
-        recipe = replace(self.recipe, **setting)
-        events = train_mixtures(known, held_out, shape, recipe, first=seed * recipe.seeds)
-        ensemble = Ensemble([event.mixture for event in events if isinstance(event, Trained)]).eval()
-        return Ranked(ensemble, self.ranked)
+        *_, trained = train_mixture(known, held_out, shape, replace(self.recipe, **setting), seed)
+        assert isinstance(trained, Trained)
+        return Ranked(trained.mixture.eval(), self.ranked)
 
     def ranked(self, prompts: Prompts, edge: Tensor, cloud: Tensor) -> Floats:
         """Scores [N] of predicted qualities [N, M]."""
@@ -252,14 +251,14 @@ class RouteT2I:
 class Ranked:
     """A scorer: predicted qualities, ranked by ``rank``."""
 
-    ensemble: Ensemble
+    mixture: Mixture
     rank: Callable[[Prompts, Tensor, Tensor], Floats]
 
     def __call__(self, prompts: Prompts) -> Floats:
         """Scores [N]."""
         read = prompts.examples
         with torch.inference_mode():
-            edge, cloud, _ = self.ensemble(read.states, read.mask, read.ids)
+            edge, cloud, _ = self.mixture(read.states, read.mask, read.ids)
         return self.rank(prompts, edge, cloud)
 
 

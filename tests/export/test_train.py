@@ -47,9 +47,10 @@ def world(prompts: int, seed: int, mixing: float = 0.0) -> Examples:
 
 
 def trained(
-    learning: Examples, validating: Examples, recipe: Recipe = RECIPE, shape: Shape = SHAPE
+    learning: Examples, validating: Examples, recipe: Recipe = RECIPE, shape: Shape = SHAPE, seed: int = 0
 ) -> Trained:
-    (last,) = [e for e in train(learning, validating, shape, recipe) if isinstance(e, Trained)]
+    *_, last = train(learning, validating, shape, recipe, seed)
+    assert isinstance(last, Trained)
     return last
 
 
@@ -107,7 +108,7 @@ def test_a_token_s_pull_becomes_what_is_lost_without_it() -> None:
 def test_what_the_prompts_less_a_token_would_say_is_not_left_out_in_silence() -> None:
     bare = replace(world(64, 1), shorter=None)
     with pytest.raises(ValueError, match="deletion_weight"):
-        list(train(bare, bare, SHAPE, RECIPE))
+        list(train(bare, bare, SHAPE, RECIPE, 0))
     assert trained(bare, bare, replace(RECIPE, steps=2, deletion_weight=0.0)).validation_loss > 0
 
 
@@ -151,10 +152,10 @@ def test_experts_learn_at_the_rate_of_the_layer_beside_them() -> None:
 
 
 def test_a_seed_gives_the_same_weights_and_another_seed_others() -> None:
-    data, short = (world(64, 1), world(32, 2)), Recipe(steps=2, seeds=2)
+    data, short = (world(64, 1), world(32, 2)), Recipe(steps=2)
     shape = knowing(replace(SHAPE, words=4, sentence=8), data[0], WORDS)
-    runs = [[e for e in train(*data, shape, short) if isinstance(e, Trained)] for _ in range(2)]
-    (first, second), (again, _) = ([run.mixture.state_dict() for run in two] for two in runs)
+    runs = [trained(*data, short, shape, seed) for seed in (0, 1, 0)]
+    first, second, again = (run.mixture.state_dict() for run in runs)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["head"], second["head"])
 
@@ -164,7 +165,7 @@ def test_it_keeps_the_epoch_that_was_best_on_validation() -> None:
     # Shuffled: only noise can be learnt, which costs on other prompts.
     noise = replace(learning, edge=learning.edge.flip(0), cloud=learning.cloud.flip(0))
     recipe = Recipe(steps=100, batch=16, learning_rate=2e-2, dropout=0.0, seeds=1)
-    *epochs, run = train(noise, validating, SHAPE, recipe)
+    *epochs, run = train(noise, validating, SHAPE, recipe, 0)
     assert isinstance(run, Trained)
     assert len(epochs) == recipe.epochs(len(learning)) == 25
     losses = [epoch.validation_loss for epoch in epochs if isinstance(epoch, Epoch)]
