@@ -129,11 +129,7 @@ class MatrixFactorisation:
         network = _Pooled(
             train.pooled, lambda width: nn.Sequential(nn.Linear(width, inside), nn.Linear(inside, 1))
         )
-        wins = torch.from_numpy(train.wins).float()
-        _descend(
-            network, train, validation, seed, setting, lambda out, rows: _entropy(out[:, 0], wins[rows]),
-            lambda out: _entropy(out[:, 0], torch.from_numpy(validation.wins).float()),
-        )  # fmt: skip
+        _descend(network, train, validation, seed, setting, _entropy, lambda prompts: prompts.wins)
         return _scorer(network, lambda out: out[:, 0])
 
 
@@ -152,11 +148,7 @@ class Classifier:
         """Cross-entropy with ``labels``."""
         torch.manual_seed(seed)
         network = _Attentive(train, 1, setting["masked"])
-        labels, held_out = (torch.from_numpy(self.labels(part)).float() for part in (train, validation))
-        _descend(
-            network, train, validation, seed, setting, lambda out, rows: _entropy(out[:, 0], labels[rows]),
-            lambda out: _entropy(out[:, 0], held_out),
-        )  # fmt: skip
+        _descend(network, train, validation, seed, setting, _entropy, self.labels)
         return _scorer(network, lambda out: out[:, 0])
 
 
@@ -205,19 +197,14 @@ class Zooter:
         network = _Attentive(train, 2, setting["masked"])
         spread = float(train.gain.std())
 
-        def rewards(prompts: Prompts) -> Tensor:
+        def rewards(prompts: Prompts) -> Floats:
             both = torch.stack([prompts.examples.edge.mean(1), prompts.examples.cloud.mean(1)], dim=1)
-            return torch.softmax(both / spread, dim=1)
-
-        known, held_out = rewards(train), rewards(validation)
+            return torch.softmax(both / spread, dim=1).double().numpy()
 
         def divergence(out: Tensor, wanted: Tensor) -> Tensor:
             return F.kl_div(F.log_softmax(out, dim=1), wanted, reduction="batchmean")
 
-        _descend(
-            network, train, validation, seed, setting, lambda out, rows: divergence(out, known[rows]),
-            lambda out: divergence(out, held_out),
-        )  # fmt: skip
+        _descend(network, train, validation, seed, setting, divergence, rewards)
         return _scorer(network, lambda out: out[:, 0] - out[:, 1])
 
 
@@ -411,12 +398,13 @@ def _descend(
     seed: int,
     setting: Mapping[str, float],
     loss_of: Callable[[Tensor, Tensor], Tensor],
-    held_out: Callable[[Tensor], Tensor],
+    labels: Callable[[Prompts], Floats],
 ) -> None:
     """AdamW, keeping the epoch with the best validation loss and, where the rate stays, stopping early.
 
-    ``loss_of(outputs, rows)`` is of a batch, ``held_out(outputs)`` of all of validation.
+    ``loss_of(outputs, labels)`` is of some prompts, whose labels are rows of what ``labels`` makes of all.
     """
+    known, held_out = (torch.from_numpy(labels(part)).float() for part in (train, validation))
     draw = torch.Generator().manual_seed(seed)
     rate, decay = setting["learning_rate"], setting["weight_decay"]
     optimiser = torch.optim.AdamW(network.parameters(), rate, weight_decay=decay, fused=True)
@@ -431,7 +419,7 @@ def _descend(
         network.train()
         for rows in torch.randperm(len(train), generator=draw).split(BATCH):
             batch = train.examples.rows(rows)
-            loss = loss_of(network(batch.states, batch.mask, batch.ids), rows)
+            loss = loss_of(network(batch.states, batch.mask, batch.ids), known[rows])
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -439,7 +427,7 @@ def _descend(
                 falling.step()
         network.eval()
         with torch.inference_mode():
-            now = float(held_out(network(held.states, held.mask, held.ids)))
+            now = float(loss_of(network(held.states, held.mask, held.ids), held_out))
         if now < best:
             best, waited = now, 0
             kept = {name: tensor.clone() for name, tensor in network.state_dict().items()}
@@ -461,7 +449,7 @@ def _scorer(network: nn.Module, read: Callable[[Tensor], Tensor]) -> Scorer:
 
 
 def _entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(logits, labels)
+    return F.binary_cross_entropy_with_logits(logits[:, 0], labels)
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:
