@@ -57,24 +57,19 @@ def miniature_pipeline(
     """A pipeline for images of `size` pixels a side, whose autoencoder shrinks by `factor` (4 or 8)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        with tempfile.TemporaryDirectory() as folder:
-            tokenizer = miniature_tokenizer(Path(folder), tokens)
+        tokenizer = _tokenizer(tokens)
         text_encoder = CLIPTextModel(_text_config(tokenizer, HIDDEN, tokens))
         unet = _unet(size // factor)
         vae = _autoencoder(size, factor)
     scheduler = PNDMScheduler(**BETAS, skip_prk_steps=True, steps_offset=1)
-    pipeline = StableDiffusionPipeline(
-        vae=vae.eval(),
-        text_encoder=text_encoder.eval(),
+    return _pipeline(
+        StableDiffusionPipeline,
+        vae=vae,
+        text_encoder=text_encoder,
         tokenizer=tokenizer,
-        unet=unet.eval(),
+        unet=unet,
         scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
     )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def miniature_v2(seed: int = 0) -> StableDiffusionPipeline:
@@ -82,8 +77,7 @@ def miniature_v2(seed: int = 0) -> StableDiffusionPipeline:
     plain = miniature_pipeline(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 2)
-        with tempfile.TemporaryDirectory() as folder:
-            tokenizer = miniature_tokenizer(Path(folder), pad="!")
+        tokenizer = _tokenizer(pad="!")
         # Its config names other tokens than its tokenizer has, of which 2 for the end is the one that matters: a prompt
         # as one vector is looked for at the highest id.
         config = _text_config(tokenizer, HIDDEN, TOKENS, hidden_act="gelu")
@@ -98,11 +92,12 @@ def miniature_v2(seed: int = 0) -> StableDiffusionPipeline:
             use_linear_projection=True,
             upcast_attention=True,
         )
-    pipeline = StableDiffusionPipeline(
+    return _pipeline(
+        StableDiffusionPipeline,
         vae=plain.vae,
-        text_encoder=text_encoder.eval(),
+        text_encoder=text_encoder,
         tokenizer=tokenizer,
-        unet=unet.eval(),
+        unet=unet,
         scheduler=DDIMScheduler(
             **BETAS,
             clip_sample=False,
@@ -110,12 +105,7 @@ def miniature_v2(seed: int = 0) -> StableDiffusionPipeline:
             steps_offset=1,
             prediction_type="v_prediction",
         ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
     )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def miniature_lcm(seed: int = 0) -> LatentConsistencyModelPipeline:
@@ -127,18 +117,14 @@ def miniature_lcm(seed: int = 0) -> LatentConsistencyModelPipeline:
         # Random networks hear little of it; made louder, a test can see that it was told.
         with torch.no_grad():
             unet.time_embedding.cond_proj.weight.mul_(4.0)
-    pipeline = LatentConsistencyModelPipeline(
+    return _pipeline(
+        LatentConsistencyModelPipeline,
         vae=plain.vae,
         text_encoder=plain.text_encoder,
         tokenizer=plain.tokenizer,
-        unet=unet.eval(),
+        unet=unet,
         scheduler=LCMScheduler(**BETAS),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
     )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def miniature_xl(seed: int = 0) -> StableDiffusionXLPipeline:
@@ -146,8 +132,7 @@ def miniature_xl(seed: int = 0) -> StableDiffusionXLPipeline:
     plain = miniature_pipeline(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 1)
-        with tempfile.TemporaryDirectory() as folder:
-            tokenizer_2 = miniature_tokenizer(Path(folder), pad="!")
+        tokenizer_2 = _tokenizer(pad="!")
         config = _text_config(tokenizer_2, HIDDEN_2, TOKENS, projection_dim=POOLED, hidden_act="gelu")
         text_encoder_2 = CLIPTextModelWithProjection(config)
         unet = _unet(
@@ -158,18 +143,17 @@ def miniature_xl(seed: int = 0) -> StableDiffusionXLPipeline:
             projection_class_embeddings_input_dim=POOLED + 6 * 8,
             use_linear_projection=True,
         )
-    pipeline = StableDiffusionXLPipeline(
+    return _pipeline(
+        StableDiffusionXLPipeline,
         vae=plain.vae,
         text_encoder=plain.text_encoder,
-        text_encoder_2=text_encoder_2.eval(),
+        text_encoder_2=text_encoder_2,
         tokenizer=plain.tokenizer,
         tokenizer_2=tokenizer_2,
-        unet=unet.eval(),
+        unet=unet,
         scheduler=plain.scheduler,
         add_watermarker=False,
     )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def miniature_edm(seed: int = 0) -> StableDiffusionXLPipeline:
@@ -191,10 +175,7 @@ def miniature_v3(seed: int = 0) -> StableDiffusion3Pipeline:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 3)
-        with tempfile.TemporaryDirectory() as folder:
-            tokenizer = miniature_tokenizer(Path(folder))
-        with tempfile.TemporaryDirectory() as folder:
-            tokenizer_2 = miniature_tokenizer(Path(folder), pad="!")
+        tokenizer, tokenizer_2 = _tokenizer(), _tokenizer(pad="!")
         config = _text_config(tokenizer, HIDDEN, TOKENS, projection_dim=POOLED_1)
         config_2 = _text_config(tokenizer_2, HIDDEN_2, TOKENS, projection_dim=POOLED, hidden_act="gelu")
         transformer = SD3Transformer2DModel(
@@ -220,19 +201,18 @@ def miniature_v3(seed: int = 0) -> StableDiffusion3Pipeline:
             use_quant_conv=False,
             use_post_quant_conv=False,
         )
-        pipeline = StableDiffusion3Pipeline(
-            vae=vae.eval(),
-            text_encoder=CLIPTextModelWithProjection(config).eval(),
+        return _pipeline(
+            StableDiffusion3Pipeline,
+            vae=vae,
+            text_encoder=CLIPTextModelWithProjection(config),
             tokenizer=tokenizer,
-            text_encoder_2=CLIPTextModelWithProjection(config_2).eval(),
+            text_encoder_2=CLIPTextModelWithProjection(config_2),
             tokenizer_2=tokenizer_2,
             text_encoder_3=None,
             tokenizer_3=None,
-            transformer=transformer.eval(),
+            transformer=transformer,
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def miniature_tiny_autoencoder() -> AutoencoderTiny:
@@ -287,6 +267,24 @@ def forget(part: Path, beginning: str) -> None:
     kept = {name: weight for name, weight in weights.items() if not name.startswith(beginnings)}
     assert len(kept) < len(weights)
     save_file(kept, file, {"format": "pt"})
+
+
+def _pipeline(made: Any, **parts: Any) -> Any:
+    """A pipeline of class `made`, its networks in evaluation mode, without bars and a safety checker."""
+    for part in parts.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()
+    if made in (StableDiffusionPipeline, LatentConsistencyModelPipeline):
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipeline = made(**parts)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _tokenizer(tokens: int = TOKENS, pad: str = "<|endoftext|>") -> CLIPTokenizer:
+    """A `miniature_tokenizer` that has forgotten its files."""
+    with tempfile.TemporaryDirectory() as folder:
+        return miniature_tokenizer(Path(folder), tokens, pad)
 
 
 def _text_config(tokenizer: CLIPTokenizer, hidden: int, tokens: int, **options: Any) -> CLIPTextConfig:
