@@ -403,6 +403,15 @@ def short_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="edge-"))
 
 
+async def _refuse(context: Any, code: grpc.StatusCode, message: str, field: str = "") -> None:
+    """Ends a call as our servers do: with details, of which the bad `field` may be one."""
+    status = status_pb2.Status(code=code.value[0], message=message)
+    if field:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=message)
+        status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+    await context.abort(code, message, (("grpc-status-details-bin", status.SerializeToString()),))
+
+
 class ScriptedCloud(cloud_pb2_grpc.CloudServerServiceServicer):
     """A cloud server without a model, which keeps honest books and misbehaves as a test tells it to.
 
@@ -435,22 +444,9 @@ class ScriptedCloud(cloud_pb2_grpc.CloudServerServiceServicer):
         self.metadata.append(dict(context.invocation_metadata() or ()))
         wish = request.image
         if self.manner == "refuse":
-            status = status_pb2.Status(code=grpc.StatusCode.FAILED_PRECONDITION.value[0], message="too dear")
-            await context.abort(
-                grpc.StatusCode.FAILED_PRECONDITION,
-                "too dear",
-                (("grpc-status-details-bin", status.SerializeToString()),),
-            )
+            await _refuse(context, grpc.StatusCode.FAILED_PRECONDITION, "too dear")
         if self.sizes and (wish.width, wish.height) not in self.sizes:
-            refused = status_pb2.Status(
-                code=grpc.StatusCode.INVALID_ARGUMENT.value[0], message="not of that size"
-            )
-            violation = error_details_pb2.BadRequest.FieldViolation(
-                field="width", description=refused.message
-            )
-            refused.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
-            details = (("grpc-status-details-bin", refused.SerializeToString()),)
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, refused.message, details)
+            await _refuse(context, grpc.StatusCode.INVALID_ARGUMENT, "not of that size", field="width")
         if self.manner == "drop":
             await context.abort(grpc.StatusCode.INTERNAL, "the server broke")
         accepted = cloud_pb2.Accepted(charged_micro_usd=self.PRICE, model_digest=self.digest)
