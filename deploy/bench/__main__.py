@@ -37,7 +37,7 @@ from edge_agent.bundle import Bundle
 from edge_agent.errors import BundleError
 from edge_agent.settings import STARTER
 from errors import BenchError
-from plan import Plan
+from plan import Plan, cores
 from row import Row
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,9 +124,9 @@ def run(options: argparse.Namespace) -> int:
 
     # What is installed has its bytecode. Here the first process writes it, unless this says no.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-    plan = Plan.of(
-        options.bundle, options.model, options.evaluation, options.full_size_models, quick=options.quick
-    )
+    plan = Plan(options.bundle, options.model, options.evaluation, options.full_size_models, cores())
+    if options.quick:
+        plan = plan.quick
     facts = {"machine": machine.facts(), "bundle": _bundle_facts(bundle), "quick": options.quick}
     progress = Console(stderr=True)
     rows: list[Row] = []

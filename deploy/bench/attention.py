@@ -51,23 +51,19 @@ def _rows(plan: Plan, bundle: Path, pixels: int) -> list[Row]:
     where = f"attention fused ÷ as traced, {pixels} x {pixels}"
     ours, theirs = seconds[FUSED], seconds[TRACED]
     return [
-        Row(
+        Row.untargeted(
             GROUP,
             f"full size: time of a call, {where}",
-            "x",
-            "",
             ratio(ours, theirs),
-            None,
+            "x",
             note=f"{quantile(ours).value:.3g} over {quantile(theirs).value:.3g} s",
             details={"seconds": seconds},
         ),
-        Row(
+        Row.untargeted(
             GROUP,
             f"full size: memory of a call above the weights, {where}",
-            "x",
-            "",
             Estimate.exact(megabytes[FUSED] / megabytes[TRACED]),
-            None,
+            "x",
             note=f"{megabytes[FUSED]:,.0f} over {megabytes[TRACED]:,.0f} MB",
         ),
     ]

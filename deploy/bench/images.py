@@ -70,12 +70,15 @@ class Pairs:
         """The ratio of the series called `name`; `less` is taken off both first. Without a limit there is no target."""
         ours, theirs = ([value - less for value in getattr(side, name)] for side in self.sides)
         unit = "MB" if name.endswith("_mb") else "s"
-        facts = {EDGE: ours, self.other: theirs}
-        note = f"{quantile(ours).value:.3g} over {quantile(theirs).value:.3g} {unit}"
-        found, calm = ratio(ours, theirs), calm_ratio(ours, theirs) if name in ("image_s", "step_s") else None
+        found = ratio(ours, theirs)
+        more = {
+            "note": f"{quantile(ours).value:.3g} over {quantile(theirs).value:.3g} {unit}",
+            "calm": calm_ratio(ours, theirs) if name in ("image_s", "step_s") else None,
+            "details": {EDGE: ours, self.other: theirs},
+        }
         if limit is None:
-            return Row(group, what, "x", "", found, None, note=note, calm=calm, details=facts)
-        return Row.at_most(group, what, found, "x", limit, note=note, calm=calm, details=facts)
+            return Row.untargeted(group, what, found, "x", **more)
+        return Row.at_most(group, what, found, "x", limit, **more)
 
 
 def against_optimum(plan: Plan) -> list[Row]:

@@ -66,13 +66,11 @@ def rows(plan: Plan) -> list[Row]:
             calm=100 * (calm_ratio(agent, direct) - 1),
             details=found,
         ),
-        Row(
+        Row.untargeted(
             GROUP,
             "a gRPC stream of the same messages with nothing behind it",
-            "ms",
-            "",
             quantile(found["stream_ms"]),
-            None,
+            "ms",
             note="the part of it that no server in Python is without",
             calm=calm(found["stream_ms"]),
         ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 PROMPTS = (
@@ -23,34 +23,28 @@ class Plan:
     bundle: Path
     model: Path  # a diffusers folder with the same weights
     evaluation: Path
-    threads: int
-    decisions: int
-    images: int
-    answers: int  # of the daemon, whose share in an image is small beside the weather
-    starts: int  # fresh processes
-    cancellations: int
-    unloads: int  # of the daemon's models
     full_size: Path  # where the models of full size are kept, or will be
-    full_size_pairs: int
+    threads: int
+    decisions: int = 600
+    images: int = 30
+    answers: int = 90  # of the daemon, whose share in an image is small beside the weather
+    starts: int = 5  # fresh processes
+    cancellations: int = 1000
+    unloads: int = 200  # of the daemon's models
+    full_size_pairs: int = 3
 
-    @classmethod
-    def of(cls, bundle: Path, model: Path, evaluation: Path, full_size: Path, *, quick: bool) -> Plan:
-        """`quick` measures so little that only the machinery is tried."""
-        decisions, images, answers, starts = (24, 3, 3, 1) if quick else (600, 30, 90, 5)
-        cancellations, unloads, pairs = (40, 2, 1) if quick else (1000, 200, 3)
-        return cls(
-            bundle,
-            model,
-            evaluation,
-            cores(),
-            decisions,
-            images,
-            answers,
-            starts,
-            cancellations,
-            unloads,
-            full_size,
-            pairs,
+    @property
+    def quick(self) -> Plan:
+        """The same with so few of all that only the machinery is tried."""
+        return replace(
+            self,
+            decisions=24,
+            images=3,
+            answers=3,
+            starts=1,
+            cancellations=40,
+            unloads=2,
+            full_size_pairs=1,
         )
 
 

@@ -31,6 +31,11 @@ class Row:
     details: Mapping[str, Any] = field(default_factory=dict)  # for the JSON file
 
     @classmethod
+    def untargeted(cls, group: str, what: str, measured: Estimate, unit: str, **more: Any) -> Row:
+        """For the record alone."""
+        return cls(group, what, unit, "", measured, None, **more)
+
+    @classmethod
     def at_most(cls, group: str, what: str, measured: Estimate, unit: str, limit: float, **more: Any) -> Row:
         """Met when the measured value is not above `limit`."""
         target = f"<= {limit:g} {unit}".rstrip()

@@ -35,13 +35,11 @@ def rows(plan: Plan) -> list[Row]:
     """Time of an image with the alternative over that with the default; above 1 the default is faster."""
     found = asked(plan.threads, "runtime.py", plan.bundle, plan.threads, plan.images)
     return [
-        Row(
+        Row.untargeted(
             GROUP,
             WHAT[name],
-            "x",
-            "",
             ratio(*series),
-            None,
+            "x",
             note=f"{quantile(series[0]).value:.3g} over {quantile(series[1]).value:.3g} s"
             + WHY.get(name, ""),
             calm=calm_ratio(*series),
