@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from cloud_server import complete
 from export import source, weights_file
 from export.errors import ExportError, misfit
+from export.terminal import Report, silent
 
 _FIRST_CODE = "encoder.down."
 """How the names of some weights begin in the first code, and none of diffusers'."""
@@ -26,7 +26,7 @@ _TINY = re.compile(r"((en|de)coder\.layers\.)?\d+\.")
 """How those of a tiny one do, which are in a row."""
 
 
-def load(model: str | os.PathLike[str], own: Any, report: Callable[[str], None] = lambda _: None) -> Any:
+def load(model: str | os.PathLike[str], own: Any, report: Report = silent) -> Any:
     """An autoencoder, on the CPU in float32.
 
     Args:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,7 @@ from export import embedding, folder, lora, single_file, source, support, weight
 from export import pipeline as pipelines
 from export.errors import ExportError
 from export.scheduler import believed, choose_scheduler, refuse_unable
-from export.terminal import say
-
-Report = Callable[[str], None]
+from export.terminal import Report, say
 
 CARD = "routet2i.json"  # what the cloud server makes by default
 CARDS = ("README.md", CARD)  # the first has the licence

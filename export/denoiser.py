@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from huggingface_hub import hf_hub_download
 from cloud_server import complete, hub, part_files
 from export import source, weights_file
 from export.errors import ExportError, misfit
+from export.terminal import Report, silent
 
 CLASSES: dict[str, Any] = {"unet": UNet2DConditionModel, "transformer": SD3Transformer2DModel}
 """By the part's name in a pipeline."""
@@ -41,9 +42,7 @@ _FIRST_CODE = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed."
 """How the names of an UNet's weights begin there."""
 
 
-def load(
-    model: str, part: str, base: str | Path, report: Callable[[str], None] = lambda _: None
-) -> tuple[Any, Path]:
+def load(model: str, part: str, base: str | Path, report: Report = silent) -> tuple[Any, Path]:
     """A denoiser for the pipeline at `base`, on the CPU, and the file or folder that its weights are in. Those of a
     file stay in the type that they have, as they are large; of a folder they are in float32.
 

@@ -20,7 +20,7 @@ import argparse
 import gc
 import inspect
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -50,7 +50,7 @@ from export.prompts import numbered_lines
 from export.reference import COMPARISONS, Reference, largest_difference, reference_images
 from export.schedule import Steps, compile_schedule, number_of
 from export.scheduler import choose_scheduler
-from export.terminal import say
+from export.terminal import Report, say
 
 PIXEL_TOLERANCE = 1e-3  # largest difference of any colour in 0..1, before rounding
 LOUD = 1000  # times the image, a first noise of which float32 has too few digits for both
@@ -60,7 +60,6 @@ _FEW_DIGITS = (
 )
 _EARLY_DEFAULT = (256, 256)  # of diffusers, when Stable Diffusion 1.x was saved
 
-Report = Callable[[str], None]
 Shapes = Literal["dynamic", "fixed"]
 Dtype = Literal["fp32", "fp16", "int8"]
 

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import safetensors
 from edge_agent.disk import DISK_FULL, lock_file, patiently, unlock_file
 from edge_agent.errors import RouteT2IError
 from export.errors import ExportError, reason
+from export.terminal import Report
 
 _MAKE_ROOM = "make room, or name a folder on another disk"
 
@@ -30,7 +31,7 @@ def refuse_unusable(target: Path, becomes: str) -> None:
 
 
 @contextmanager
-def beside(target: Path, report: Callable[[str], None]) -> Iterator[Path]:
+def beside(target: Path, report: Report) -> Iterator[Path]:
     """A new folder beside `target`, so that the move at the end is one rename on one disk; gone when done.
 
     Only one export of `target` has it at a time. Raises ExportError when another has, it cannot be written, or the
@@ -72,7 +73,7 @@ def _partial(target: Path) -> str:
     return f".{target.name}.partial-"
 
 
-def _remove_dead(target: Path, report: Callable[[str], None]) -> None:
+def _remove_dead(target: Path, report: Report) -> None:
     """What exports left that were killed: whoever has the lock knows that none of them lives."""
     # Eight characters, as mkdtemp draws them: "a.partial-x" may be another's name.
     left = re.compile(re.escape(f".{target.name}.") + r"(partial|old)-[a-z0-9_]{8}")

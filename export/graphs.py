@@ -6,7 +6,7 @@ optimum cannot trace an AutoencoderTiny, whose config lacks what it asks for; th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from export.errors import ExportError, reason
 from export.pipeline import drop_origin
 from export.source import quiet
 from export.support import denoiser_of
+from export.terminal import Report
 from export.tokenizer_json import PROBES
 
 _INTEGERS = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
@@ -41,8 +42,6 @@ encoder whose scores are louder keeps the lowest number: it is compared on PROBE
 
 TOLD_APART = 1e-5
 """Of the largest state: what a milder mask may change, where the float32 of another order of sums changes as much."""
-
-Report = Callable[[str], None]
 
 
 def trace(

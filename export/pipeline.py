@@ -6,7 +6,7 @@ import copy
 import inspect
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +36,7 @@ from export.support import (
     refuse_unsupported,
     tell_of_checker,
 )
+from export.terminal import Report, silent
 
 _DENOISERS = ("UNet2DConditionModel", "SD3Transformer2DModel")
 
@@ -49,7 +50,7 @@ def load(
     *,
     without_t5: bool = False,
     parts: Mapping[str, Any] = {},
-    report: Callable[[str], None] = lambda _: None,
+    report: Report = silent,
 ) -> Any:
     """The pipeline in `model`, a folder that diffusers saved or a hub id, on the CPU in float32.
 
@@ -77,7 +78,7 @@ def load(
         raise ExportError(f"{model} cannot be loaded as a diffusers pipeline: {reason(error)}") from error
 
 
-def class_of(model: str | os.PathLike[str], report: Callable[[str], None] = lambda _: None) -> Any:
+def class_of(model: str | os.PathLike[str], report: Report = silent) -> Any:
     """The class of the pipeline in `model`, a folder or hub id. Raises ExportError as `load` does."""
     try:
         return CLASSES[_index(model, report)["_class_name"]]
@@ -96,7 +97,7 @@ def prepared(
     autoencoder: str | os.PathLike[str] | None = None,
     *,
     without_t5: bool = False,
-    report: Callable[[str], None] = lambda _: None,
+    report: Report = silent,
 ) -> Any:
     """A copy that shares the weights of `pipeline`, ready to be exported: a part can be replaced in it.
 
@@ -138,7 +139,7 @@ def name_of(model: Any) -> str:
 UNKNOWN = "unknown"
 
 
-def licence_of(model: Any, report: Callable[[str], None] = lambda _: None) -> str:
+def licence_of(model: Any, report: Report = silent) -> str:
     """What the card of a folder or hub id says, as the hub writes it (apache-2.0); UNKNOWN where nobody says.
 
     `report` gets a line where the hub could not be asked.
@@ -312,7 +313,7 @@ def facts(pipeline: Any, size: tuple[int, int]) -> dict[str, Any]:
     return stated
 
 
-def _index(model: str | os.PathLike[str], report: Callable[[str], None]) -> dict[str, Any]:
+def _index(model: str | os.PathLike[str], report: Report) -> dict[str, Any]:
     """What the model_index.json of `model` says, whose _class_name is a supported one."""
     folder = Path(model)
     source.refuse_mistyped(model, "a diffusers pipeline")

@@ -18,7 +18,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -44,7 +44,7 @@ from edge_agent.errors import GenerationFailed
 from edge_agent.manifest import DENOISER, FUSED, PREDICTOR, Size
 from export import attention, graph_file, source
 from export.errors import ExportError, reason
-from export.terminal import say
+from export.terminal import Report, say
 
 DTYPES = ("fp32", "fp16", "int8")
 
@@ -86,7 +86,6 @@ _MASK = 1e38  # what is larger stands for infinity: attention masks add the lowe
 _COMPARISON_SEED = 4000
 _GRAPH = PurePosixPath(DENOISER).name  # in every folder that has one
 
-Report = Callable[[str], None]
 Feeds = dict[str, Array]
 
 

@@ -38,7 +38,7 @@ from export.precision import CALIBRATION_PROMPTS, DTYPES, Loss, drawn, shrink
 from export.prompts import numbered_lines, router_prompts
 from export.quality import Judge
 from export.starter.shipped import STARTER_BUNDLE, STARTER_JUDGE
-from export.terminal import console, progress
+from export.terminal import console, progress, silent
 
 OUT, BEGINS = "precision.md", "Made by `edge-export precision"
 PROMPTS = 200
@@ -152,7 +152,7 @@ def measure(
                     keep=form.keep,
                     prompts=calibration,
                     bound=float("inf"),
-                    report=lambda _line: None,
+                    report=silent,
                 )
                 bundle = Bundle.open(folder)
                 if stayed := sorted(set(_parts(bundle)) - set(form.keep) - set(bundle.manifest.dtypes or {})):

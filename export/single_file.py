@@ -8,7 +8,7 @@ place for.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from export import denoiser as denoisers
 from export import pipeline as pipelines
 from export import source, support, weights_file
 from export.errors import ExportError, misfit
+from export.terminal import Report
 
 # Merges of 2022 name the layers of the text encoder without what transformers has come to wrap them in.
 _UNWRAPPED = re.compile(r"(?<=^cond_stage_model\.transformer\.)(?=(embeddings|encoder|final_layer_norm)\.)")
@@ -31,7 +32,7 @@ _LAYER = re.compile(rf"((?:{'|'.join(map(re.escape, source.ENCODERS))}).*?)\.enc
 _CONFIGS = ("*.json", "*.txt", "*.model")  # in all folders of a repository, tokenizers too
 
 
-def base_of(file: Path, names: list[str], named: str | None, report: Callable[[str], None]) -> str:
+def base_of(file: Path, names: list[str], named: str | None, report: Report) -> str:
     """Where configs and tokenizers for the weights in `file`, under `names`, come from: `named`, or the model of the
     hub that diffusers takes the file to descend from, of which `report` gets a line.
 

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +19,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from cloud_server import complete, hub, part_files
 from export import weights_file
 from export.errors import ExportError, reason
+from export.terminal import Report
 
 DENOISER = "model.diffusion_model."
 """How the names of a denoiser's weights begin in a single file of a whole model."""
@@ -66,7 +67,7 @@ def load_part(
     part: str,
     what: str,
     classes: Sequence[Any],
-    report: Callable[[str], None],
+    report: Report,
 ) -> Any:
     """A network by itself, of one of `classes`, on the CPU in float32.
 
@@ -157,7 +158,7 @@ def refuse_mistyped(model: str | os.PathLike[str], what: str) -> None:
         )
 
 
-def tell_of_hub(model: str | os.PathLike[str], report: Callable[[str], None]) -> None:
+def tell_of_hub(model: str | os.PathLike[str], report: Report) -> None:
     """A line before the hub is asked for `model`, which may take long."""
     if not Path(model).is_dir():
         where = (

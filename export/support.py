@@ -23,6 +23,7 @@ from cloud_server import model_index
 from edge_agent import tokens
 from export.errors import ExportError
 from export.schedule import PLAIN, Loop
+from export.terminal import Report
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def origin(pipeline: Any) -> Path:
     return Path(pipeline.config.get("_name_or_path") or "")
 
 
-def tell_of_checker(made: type, there: Collection[str], report: Callable[[str], None]) -> None:
+def tell_of_checker(made: type, there: Collection[str], report: Report) -> None:
     """A line to `report` where a safety checker is `there` among the parts that the edge does not run."""
     if "safety_checker" in idle(made) & {*there}:
         report(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from threading import Event, Thread
 
@@ -24,6 +24,14 @@ FIRST_LINE_S, LINE_EVERY_S = 10.0, 60.0
 
 console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
 """For what a stage says. Paths may hold brackets, and a line in a log stays one line."""
+
+
+Report = Callable[[str], None]
+"""Gets a line for each thing that a user is to hear of work under way."""
+
+
+def silent(_line: str) -> None:
+    """A `Report` of which nobody hears."""
 
 
 def say(line: str) -> None:
