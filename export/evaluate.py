@@ -79,22 +79,15 @@ def spearman(one: Floats, other: Floats) -> float:
     return float(a @ b / size) if size else 0.0
 
 
-@dataclass(frozen=True)
-class Paired:
-    """What each held-out prompt would gain in the cloud: [N, S, M], cloud minus edge, seeds paired by their order."""
+def paired_gaps(outcomes: Outcomes) -> Floats:
+    """What each prompt would gain in the cloud: [N, S, M], cloud minus edge, seeds paired by their order.
 
-    gaps: Floats
-
-    @classmethod
-    def of(cls, outcomes: Outcomes) -> Paired:
-        """The seeds that every prompt has on both models; at least two, or there is no oracle."""
-        count = outcomes.common_seeds()
-        if count < 2:
-            raise ExportError(
-                "the oracle needs two seeds of every test prompt on both models; label more seeds"
-            )
-        gaps = outcomes.cloud_seeds[:, :count].astype(np.float64) - outcomes.edge_seeds[:, :count]
-        return cls(gaps)
+    S are those that every prompt has on both models. ExportError unless there are two: there is no oracle of one.
+    """
+    count = outcomes.common_seeds()
+    if count < 2:
+        raise ExportError("the oracle needs two seeds of every test prompt on both models; label more seeds")
+    return outcomes.cloud_seeds[:, :count].astype(np.float64) - outcomes.edge_seeds[:, :count]
 
 
 def oracle_gain(quality: Floats, rate: float) -> float:
@@ -155,18 +148,18 @@ def held_out(labels: Path, bundle: Bundle) -> tuple[Outcomes, NDArray[np.int64],
 def evaluate(
     scores: Mapping[str, Floats],
     realised: Floats,
-    paired: Paired,
+    gaps: Floats,
     rate: float,
     scenes: NDArray[np.int64],
 ) -> list[Row]:
     """Rows of the table, one a router (router -> scores [N], low goes to the cloud) and those of random and oracle.
 
-    `realised` is the PRS of the measured mean qualities, [N], `scenes` [N] numbers what each prompt says. Raises
-    ExportError when there is nothing to choose between.
+    `realised` is the PRS of the measured mean qualities, [N], `gaps` [N, S, M] see `paired_gaps`, `scenes` [N] numbers
+    what each prompt says. Raises ExportError when there is nothing to choose between.
     """
     resamples = list(resampled(scenes, RESAMPLES))
     # [N, S], [N, M]; a resample's rows take little.
-    quality, metrics = paired.gaps.mean(2), paired.gaps.mean(1)
+    quality, metrics = gaps.mean(2), gaps.mean(1)
     gain = quality.mean(1)
     random = np.array([rate * gain[rows].mean() for rows in resamples])
     oracle = np.array([oracle_gain(quality[rows], rate) for rows in resamples])
@@ -230,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_output(out, options.labels)
     bundle = Bundle.open(options.bundle)
     test, scenes, calibration = held_out(options.labels, bundle)
-    paired, said = Paired.of(test), things_said(scenes)
+    gaps, said = paired_gaps(test), things_said(scenes)
 
     def prs(edge: NDArray[np.float32], cloud: NDArray[np.float32]) -> Floats:
         return np.asarray(
@@ -241,12 +234,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "number of objects": -test.objects.astype(np.float64),
         PREDICTOR: prs(*predicted(bundle, test.prompts)),
     }
-    rows = evaluate(scores, prs(test.edge, test.cloud), paired, options.rate, scenes)
+    rows = evaluate(scores, prs(test.edge, test.cloud), gaps, options.rate, scenes)
     record = {
         "rate": options.rate,
         "prompts": len(test),
         "scenes": said,
-        "seeds": paired.gaps.shape[1],
+        "seeds": gaps.shape[1],
         "calibration_id": calibration.calibration_id,
         "edge_digest": calibration.edge_digest,
         "cloud_digest": calibration.cloud_digest,
@@ -255,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     write_output(out, json.dumps(record, indent=1, allow_nan=False) + "\n")
     Console(width=None if sys.stdout.isatty() else TABLE_WIDTH).print(table(rows, options.rate))
-    console.print(f"{len(test)} test prompts, {paired.gaps.shape[1]} seeds; written to {out}")
+    console.print(f"{len(test)} test prompts, {gaps.shape[1]} seeds; written to {out}")
     largest = calibration.recipe.get("largest_rate", 1.0)
     if options.rate > largest:
         console.print(

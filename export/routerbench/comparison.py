@@ -30,7 +30,7 @@ from edge_agent.bundle import Bundle
 from export.arguments import at_least
 from export.bootstrap import Estimate, estimate, resampled
 from export.errors import ExportError
-from export.evaluate import Paired, routed, spearman, things_said
+from export.evaluate import paired_gaps, routed, spearman, things_said
 from export.mixture import Shape
 from export.outcomes import SPLITS, Outcomes
 from export.prompts import never_learnt, scenes_by_text, scenes_of
@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     said = {
         split: scenes[outcomes.splits == split] for split in SPLITS if (outcomes.splits == split).sum() > 1
     }
-    prompts, count = data.others["test"], Paired.of(test).gaps.shape[1]
+    prompts, count = data.others["test"], paired_gaps(test).shape[1]
     both = (torch.from_numpy(seeds[:, :count]) for seeds in (test.edge_seeds, test.cloud_seeds))
     each = prompts.superiority(*both)
     counted = counted_metrics(outcomes.split("train"))
@@ -241,7 +241,7 @@ def _new(
     for split in ("train", "validation", "test"):
         outcomes.split(split)
     test = outcomes.split("test")
-    Paired.of(test)
+    paired_gaps(test)
     test.must_be_inspected_whole()
     cache.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(1, initializer=leave_interrupts) as pool, ending(pool):
@@ -277,7 +277,7 @@ def _facts(
     return report.Facts(
         prompts=len(test),
         scenes=bench.scenes,
-        images=bench.paired.gaps.shape[1],
+        images=bench.paired.shape[1],
         seeds=len(order[0].scores["test"]),
         training_prompts=len(data.train),
         training_scenes=len(np.unique(data.train.scenes)),
@@ -316,7 +316,7 @@ def _facts(
         kept_whole=float((prompts.examples.mask.sum(1) <= Shape.kept).double().mean()),
         settings={one.name: one.setting for one in order},
         ceiling=limit,
-        sentences=sentences_share(bench.paired.gaps.mean(axis=2), prompts.scenes),
+        sentences=sentences_share(bench.paired.mean(axis=2), prompts.scenes),
         oracle=oracle_by_images(many, 0.5),
         oracle_prompts=len(many),
         foreseen={name: _won(scored[name], every.mean(axis=1), np.flatnonzero(with_most)) for name in names},

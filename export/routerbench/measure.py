@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from export.bootstrap import Estimate, estimate, resampled
 from export.errors import ExportError
-from export.evaluate import Paired, routed, tells_headroom
+from export.evaluate import paired_gaps, routed, tells_headroom
 from export.outcomes import Outcomes
 from export.routerbench.router import Floats
 
@@ -98,9 +98,9 @@ class Bench:
         """``superiority`` [N, S] is the PRS of every pair of images, ``counted`` [M] see `counted_metrics`, ``scenes``
         [N] numbers what each prompt says. Raises ExportError where there is nothing to choose between.
         """
-        self.paired = Paired.of(test)
-        count = self.paired.gaps.shape[1]
-        self.gaps = self.paired.gaps.mean(axis=1)  # [N, M]
+        self.paired = paired_gaps(test)  # [N, S, M]
+        count = self.paired.shape[1]
+        self.gaps = self.paired.mean(axis=1)  # [N, M]
         # [N, S], 1 where the edge's image is the better one.
         self.better = np.sign(superiority[:, :count] - 0.5)
         self.counted = counted
@@ -162,7 +162,7 @@ class Bench:
 
     def _oracle_shares(self, rate: float) -> list[Floats]:
         """For each resample what goes to the cloud when each seed in turn pays for the choice of the others: [n, S]."""
-        quality = self.paired.gaps.mean(axis=2)
+        quality = self.paired.mean(axis=2)
         others = quality.sum(axis=1, keepdims=True) - quality
         return [np.stack([routed(-turn, rate) for turn in others[rows].T], axis=1) for rows in self.resamples]
 
@@ -173,7 +173,7 @@ class Bench:
             if share.shape[1] == 1:
                 made.append(share[:, 0] @ self.gaps[rows] / len(rows))
             else:
-                made.append(np.einsum("ns,nsm->m", share, self.paired.gaps[rows]) / share.size)
+                made.append(np.einsum("ns,nsm->m", share, self.paired[rows]) / share.size)
         return np.array(made)
 
     def _headroom(self, rate: float, gains: Floats) -> Floats:

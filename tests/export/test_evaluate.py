@@ -8,7 +8,7 @@ import pytest
 from export import evaluate as evaluation
 from export.bootstrap import resampled
 from export.errors import ExportError
-from export.evaluate import Paired, evaluate, oracle_gain, routed, spearman
+from export.evaluate import evaluate, oracle_gain, routed, spearman
 
 RATE = 0.5
 
@@ -18,11 +18,11 @@ def _few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "RESAMPLES", 200)
 
 
-def world(prompts: int = 400, seeds: int = 4) -> tuple[np.ndarray, Paired]:
+def world(prompts: int = 400, seeds: int = 4) -> tuple[np.ndarray, np.ndarray]:
     """What each prompt would truly gain in the cloud, [N], and what was measured."""
     draw = np.random.default_rng(0)
     truth = draw.normal(0.05, 0.1, prompts)
-    return truth, Paired(truth[:, None, None] + draw.normal(0, 0.02, (prompts, seeds, 10)))
+    return truth, truth[:, None, None] + draw.normal(0, 0.02, (prompts, seeds, 10))
 
 
 def test_the_lowest_scores_go_to_the_cloud_and_ties_share_what_is_left() -> None:
@@ -62,7 +62,7 @@ def test_headroom_is_nothing_for_random_all_for_the_truth_and_ordered_between() 
 
 def test_pooled_dp_of_cloud_only_and_of_half_at_random() -> None:
     _, paired = world()
-    everything = np.ones(len(paired.gaps))
+    everything = np.ones(len(paired))
     (random, *_) = evaluate({}, everything, paired, RATE, np.arange(len(everything)))
     assert random.pooled_dp.value == pytest.approx(50)  # every metric's mean gap is positive here
 
@@ -82,14 +82,14 @@ def alike() -> np.ndarray:
 )
 def test_where_there_is_nothing_to_choose_between_there_is_no_headroom(gaps: np.ndarray, why: str) -> None:
     with pytest.raises(ExportError, match=f"the oracle wins what random wins: label more prompts{why}"):
-        evaluate({}, np.ones(len(gaps)), Paired(gaps), RATE, np.arange(len(gaps)))
+        evaluate({}, np.ones(len(gaps)), gaps, RATE, np.arange(len(gaps)))
 
 
 def test_what_is_won_over_random_is_told_where_headroom_is_not() -> None:
     """Of few noisy prompts the oracle chooses hardly better than chance, and a share of nothing has any sign."""
     draw = np.random.default_rng(0)
     truth = draw.normal(0.02, 0.02, 100)
-    paired = Paired(truth[:, None, None] + draw.normal(0, 0.06, (100, 4, 1)))
+    paired = truth[:, None, None] + draw.normal(0, 0.06, (100, 4, 1))
     scores = {"truth": -truth, "luck": draw.normal(size=100)}
     rows = {row.router: row for row in evaluate(scores, -truth, paired, RATE, np.arange(100))}
     assert [row.headroom for row in rows.values()] == [None] * 4
@@ -108,11 +108,11 @@ def test_the_oracle_is_not_paid_for_luck() -> None:
 def test_resamples_hold_no_copies_of_all_that_was_measured() -> None:
     """A thousand of them took a gigabyte of the starter's labels."""
     _, paired = world(seeds=16)
-    scores = {"some": np.arange(len(paired.gaps), dtype=float)}
+    scores = {"some": np.arange(len(paired), dtype=float)}
     tracemalloc.start()
     try:
-        evaluate(scores, scores["some"], paired, RATE, np.arange(len(paired.gaps)))
-        assert tracemalloc.get_traced_memory()[1] < 10 * paired.gaps.nbytes
+        evaluate(scores, scores["some"], paired, RATE, np.arange(len(paired)))
+        assert tracemalloc.get_traced_memory()[1] < 10 * paired.nbytes
     finally:
         tracemalloc.stop()
 

@@ -12,7 +12,7 @@ import pytest
 
 from edge_agent.superiority import METRICS
 from export.errors import ExportError
-from export.evaluate import Paired
+from export.evaluate import paired_gaps
 from export.outcomes import Outcomes, read_table, write_table
 from export.validity import complete
 from tests.export.routing_world import write_labels
@@ -85,7 +85,7 @@ def with_images(table: pa.Table, count: Mapping[int, int]) -> pa.Table:
     return table.filter(pa.array([seed < count.get(prompt, seed + 1) for prompt, seed in rows]))
 
 
-@pytest.mark.parametrize("compared", [Paired.of, complete])
+@pytest.mark.parametrize("compared", [paired_gaps, complete])
 def test_a_few_test_prompts_with_fewer_images_are_named_and_lower_nobody(
     tmp_path: Path, compared: Callable[[Outcomes], object]
 ) -> None:

@@ -384,7 +384,7 @@ def test_only_metrics_on_which_the_models_differ_make_dp(world: World) -> None:
 def test_the_inspector_finds_no_more_with_a_router_than_with_itself(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draw, seeds = np.random.default_rng(0), bench.paired.gaps.shape[:2]
+    draw, seeds = np.random.default_rng(0), bench.paired.shape[:2]
     scores = [draw.random(len(bench.gaps))]
     monkeypatch.setattr(bench, "verdicts", (draw.integers(0, 2, seeds).astype(float), np.ones(seeds)))
     same = bench.found_difference(scores, scores, RATES)
