@@ -39,7 +39,7 @@ from edge_agent.superiority import (
 from edge_agent.tokens import Tokenizer, Tokens
 from export.errors import ExportError
 from export.metrics import load_metrics
-from export.outcomes import CLOUD_DIGEST, JUDGE_DIGEST, Outcomes
+from export.outcomes import CLOUD_DIGEST, JUDGE_DIGEST, WHOSE, Outcomes, unlike
 from export.states import encode
 from export.terminal import console
 
@@ -143,12 +143,11 @@ def _refuse_unlearnt(bundle: Bundle, labels: Mapping[str, str]) -> None:
     if bundle.predictor is None:  # which `predicted` tells
         return
     learnt = {fact.key: fact.value for fact in onnx.load(bundle.predictor).metadata_props}
-    for name, what in ((CLOUD_DIGEST, "of cloud model"), (JUDGE_DIGEST, "from judge")):
-        if labels[name] and learnt.get(name, labels[name]) != labels[name]:
-            raise ExportError(
-                f"the predictor learnt {what} {learnt[name][:16]}, and the labels are {what} {labels[name][:16]}: run "
-                "`edge-export train` and `edge-export predictor` with these labels first"
-            )
+    if name := unlike(labels, learnt):
+        raise ExportError(
+            f"the predictor learnt {WHOSE[name]} {learnt[name][:16]}, and the labels are {WHOSE[name]} "
+            f"{labels[name][:16]}: run `edge-export train` and `edge-export predictor` with these labels first"
+        )
 
 
 def _remark_chance(predictions: NDArray[np.floating], measured: NDArray[np.floating]) -> None:
@@ -191,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--gamma must be a number of at least 0")
 
     outcomes, bundle = Outcomes.read(options.labels), Bundle.open(options.bundle)
-    labelled = outcomes.facts.get("cloud_digest")
+    labelled = outcomes.facts.get(CLOUD_DIGEST)
     cloud_digest = options.cloud_digest or labelled
     if labelled and cloud_digest != labelled:
         raise ExportError(

@@ -37,7 +37,7 @@ from edge_agent.superiority import relative_superiority
 from export.bootstrap import Estimate, Floats, estimate, resampled
 from export.calibrate import predicted
 from export.errors import ExportError
-from export.outcomes import JUDGE_DIGEST, Outcomes
+from export.outcomes import CLOUD_DIGEST, JUDGE_DIGEST, WHOSE, Outcomes, unlike
 from export.output import check_output, default_output, write_output
 from export.prompts import never_learnt
 from export.terminal import console
@@ -129,18 +129,12 @@ def held_out(labels: Path, bundle: Bundle) -> tuple[Outcomes, NDArray[np.int64],
     scenes = outcomes.scenes()
     measured = (outcomes.splits == "test") & never_learnt(outcomes.splits, scenes)
     test = outcomes.where(measured).split("test")
-    cloud = test.facts.get("cloud_digest", calibration.cloud_digest)
-    if cloud != calibration.cloud_digest:
+    known = {CLOUD_DIGEST: calibration.cloud_digest, JUDGE_DIGEST: calibration.recipe.get(JUDGE_DIGEST)}
+    if name := unlike(known, test.facts):
         raise ExportError(
-            f"the labels are of cloud model {cloud[:16]}, and {bundle.folder} is calibrated for "
-            f"{calibration.cloud_digest[:16]}: run `edge-export train`, `edge-export predictor` and `edge-export "
-            "calibrate` with these labels first"
-        )
-    judge, known = test.facts.get(JUDGE_DIGEST), calibration.recipe.get(JUDGE_DIGEST)
-    if judge and known and judge != known:
-        raise ExportError(
-            f"the labels are from judge {judge[:16]}, and {bundle.folder} is calibrated for {known[:16]}: run "
-            "`edge-export train`, `edge-export predictor` and `edge-export calibrate` with these labels first"
+            f"the labels are {WHOSE[name]} {test.facts[name][:16]}, and {bundle.folder} is calibrated for "
+            f"{known[name][:16]}: run `edge-export train`, `edge-export predictor` and `edge-export calibrate` with "
+            "these labels first"
         )
     return test, scenes[measured], calibration
 

@@ -30,7 +30,9 @@ from export.errors import ExportError
 from export.negatives import hard_negatives
 from export.outcomes import (
     ADHERENCE,
+    CLOUD_DIGEST,
     COLUMNS,
+    EDGE_DIGEST,
     INSPECTION,
     INSPECTOR,
     JUDGE_DIGEST,
@@ -154,11 +156,6 @@ def judged(images: Path, parts: Path, wanted: Sequence[Piece], judge: Judge, adh
             bar.advance(task, len(piece.prompts))
 
 
-def digest_of(model: str) -> str:
-    """The fact of a matrix that says which model of this side made its images."""
-    return f"{model}_digest"
-
-
 def inspector_of(matrix: Path | None) -> dict[str, str]:
     """What an earlier matrix says of whose verdicts it has."""
     stated = {} if matrix is None else facts_of(read_table(matrix))
@@ -179,7 +176,7 @@ def take_over(
     stated = facts_of(table)
     unstated = {PREPROCESSING: facts.get(PREPROCESSING), CLOUD_DTYPE: EARLIER_DTYPE}
     other = {name for name, fact in facts.items() if (unstated | stated).get(name) != fact}
-    of_models = {"edge": {digest_of("edge")}, "cloud": {digest_of("cloud"), CLOUD_DTYPE}}
+    of_models = {"edge": {EDGE_DIGEST}, "cloud": {CLOUD_DIGEST, CLOUD_DTYPE}}
     same = [model for model in MODELS if other.isdisjoint(of_models[model])]
     if other - set.union(*of_models.values()) or not same:
         raise ExportError(
@@ -323,8 +320,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     prompts = own or router_prompts(counts)
     judge = Judge(options.judge)
     models = {
-        digest_of("edge"): bundle.model_digest,
-        digest_of("cloud"): cloud.digest,
+        EDGE_DIGEST: bundle.model_digest,
+        CLOUD_DIGEST: cloud.digest,
         CLOUD_DTYPE: str(complete.dtype_for(device(), options.cloud_dtype)).removeprefix("torch."),
     }
     measured = {

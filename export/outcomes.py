@@ -16,11 +16,11 @@ from edge_agent.bundle import Bundle
 from edge_agent.superiority import METRICS
 from export.errors import ExportError
 from export.output import replacing
-from export.prompts import as_read, of_ceiling, scenes_by_text, scenes_of
+from export.prompts import PROMPTS, as_read, of_ceiling, scenes_by_text, scenes_of
 from export.terminal import console
 
 MODELS = ("edge", "cloud")
-SPLITS = ("train", "validation", "calibration", "test", "combinations", "wording", "free-form")
+SPLITS = tuple(PROMPTS)
 COLUMNS = ("prompt_id", "prompt", "split", "objects", "model", "seed", *METRICS)
 INSPECTED = "inspected"
 INSPECTION = (INSPECTED, "inspected_share")
@@ -28,10 +28,13 @@ INSPECTION = (INSPECTED, "inspected_share")
 ADHERENCE = "adherence"
 """Optional column of `edge-export label`: no router is trained on it, and the paper's ten stay comparable."""
 INSPECTOR = "inspector_digest"  # metadata: whose verdicts they are
-CLOUD_DIGEST, JUDGE_DIGEST = "cloud_digest", "judge_digest"
-"""The facts of labels, and of a predictor that was trained on them, that name the cloud model and the judge."""
+EDGE_DIGEST, CLOUD_DIGEST, JUDGE_DIGEST = "edge_digest", "cloud_digest", "judge_digest"
+"""The facts of labels, and of what was made of them, that name both models and the judge."""
 
-FACTS = ("edge_digest", CLOUD_DIGEST, JUDGE_DIGEST, "metrics")
+WHOSE = {EDGE_DIGEST: "of edge model", CLOUD_DIGEST: "of cloud model", JUDGE_DIGEST: "from judge"}
+"""What each of them says of labels, for people."""
+
+FACTS = (*WHOSE, "metrics")
 """Metadata of the Parquet schema: `Bundle.model_digest` of the edge model, the digests of the cloud model
 (`cloud-server digest`) and of the judge, and the metrics as JSON: one [name, positive text, negative text] a metric, in
 the order of METRICS."""
@@ -134,11 +137,10 @@ class Outcomes:
 
     def must_be_of(self, bundle: Bundle) -> None:
         """ExportError when the labels say that they are of another edge model than ``bundle``."""
-        stated = self.facts.get("edge_digest", bundle.model_digest)
-        if stated != bundle.model_digest:
+        if unlike({EDGE_DIGEST: bundle.model_digest}, self.facts):
             raise ExportError(
-                f"the labels are of edge model {stated[:16]}, and {bundle.folder} holds {bundle.model_digest[:16]}: "
-                "name the bundle they were made with, or label again"
+                f"the labels are {WHOSE[EDGE_DIGEST]} {self.facts[EDGE_DIGEST][:16]}, and {bundle.folder} holds "
+                f"{bundle.model_digest[:16]}: name the bundle they were made with, or label again"
             )
 
     def scenes(self) -> NDArray[np.int64]:
@@ -203,6 +205,13 @@ class Outcomes:
             inspected.get("cloud"),
             {name: facts[name] for name in FACTS if name in facts},
         )
+
+
+def unlike(known: Mapping[str, str | None], stated: Mapping[str, str]) -> str | None:
+    """The first fact that is ``known`` and ``stated`` otherwise. What one side leaves open is taken to be the same."""
+    return next(
+        (name for name, fact in known.items() if fact and stated.get(name, fact) not in ("", fact)), None
+    )
 
 
 def read_table(path: Path) -> pa.Table:

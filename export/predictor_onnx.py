@@ -25,7 +25,7 @@ from edge_agent.superiority import METRICS
 from export.errors import ExportError
 from export.folded import Folded
 from export.mixture import Ensemble, Shape
-from export.outcomes import CLOUD_DIGEST, JUDGE_DIGEST
+from export.outcomes import CLOUD_DIGEST, EDGE_DIGEST, JUDGE_DIGEST
 from export.terminal import console
 
 TOLERANCE = 1e-5
@@ -117,7 +117,7 @@ def install(weights: Path, bundle: Bundle) -> float:
     A calibration that is there was made with another predictor's scores and is removed.
     """
     ensemble, record = Ensemble.load(weights)
-    if record.get("edge_digest") != bundle.model_digest:
+    if record.get(EDGE_DIGEST) != bundle.model_digest:
         raise ExportError(
             f"{weights} was trained on another edge model's token states; train it on {bundle.folder}"
         )

@@ -30,7 +30,7 @@ from edge_agent.tokens import Tokenizer
 from export.arguments import MAX_WIDTH, at_least
 from export.errors import ExportError
 from export.mixture import SENTENCE, WORDS, Ensemble, Mixture, Shape, Together
-from export.outcomes import CLOUD_DIGEST, JUDGE_DIGEST, Outcomes
+from export.outcomes import CLOUD_DIGEST, EDGE_DIGEST, JUDGE_DIGEST, Outcomes
 from export.output import replacing
 from export.states import TokenStates, of_prompts, of_shorter_prompts
 from export.terminal import console, progress
@@ -491,7 +491,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         shape = knowing(shape, examples[0], Tokenizer.open(bundle).vocabulary)
     facts = {
         "labels_sha256": hashlib.sha256(options.labels.read_bytes()).hexdigest(),
-        "edge_digest": bundle.model_digest,
+        EDGE_DIGEST: bundle.model_digest,
         **{name: outcomes.facts.get(name, "") for name in (CLOUD_DIGEST, JUDGE_DIGEST)},
         "torch": torch.__version__,
     }

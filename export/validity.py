@@ -31,7 +31,7 @@ from export.bootstrap import Floats, estimate, resampled
 from export.errors import ExportError
 from export.evaluate import spearman
 from export.negatives import FAULTS, hard_negatives
-from export.outcomes import ADHERENCE, INSPECTED, JUDGE_DIGEST, MODELS, Outcomes
+from export.outcomes import ADHERENCE, INSPECTED, JUDGE_DIGEST, MODELS, WHOSE, Outcomes, unlike
 from export.output import check_output, default_output, shown, write_output
 from export.quality import Judge
 from export.starter.damage import Sample, damage, render_samples
@@ -200,10 +200,10 @@ def report(judge: Judge, labels: Path, name: Path | str = STARTER_JUDGE) -> str:
     trained = "the judge" if starter else "the starter judge"
     test = Outcomes.read(labels).split("test")
     # Half of the report is of the judge and half of the labels.
-    if (stated := test.facts.get(JUDGE_DIGEST, judge.digest)) != judge.digest:
+    if unlike({JUDGE_DIGEST: judge.digest}, test.facts):
         raise ExportError(
-            f"the labels are from judge {stated[:16]}, and {name} is {judge.digest[:16]}: name with --judge the CLIP "
-            "that `edge-export label` measured them with"
+            f"the labels are {WHOSE[JUDGE_DIGEST]} {test.facts[JUDGE_DIGEST][:16]}, and {name} is "
+            f"{judge.digest[:16]}: name with --judge the CLIP that `edge-export label` measured them with"
         )
     edge, cloud = complete(test)  # before what takes minutes
     rng = np.random.default_rng(SEED)

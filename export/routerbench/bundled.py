@@ -9,7 +9,7 @@ import numpy as np
 from edge_agent.bundle import Bundle
 from edge_agent.calibration import Calibration
 from edge_agent.predictor import Predictor
-from export.outcomes import CLOUD_DIGEST, JUDGE_DIGEST, Outcomes
+from export.outcomes import CLOUD_DIGEST, EDGE_DIGEST, JUDGE_DIGEST, Outcomes, unlike
 from export.routerbench.router import Floats, Prompts, Scorer
 from export.routerbench.routers import NOTHING
 
@@ -24,18 +24,17 @@ def foreign(bundle: Bundle, outcomes: Outcomes) -> str | None:
     if bundle.predictor is None or calibration is None:
         return f"{bundle.folder} has no predictor with a calibration"
     learnt = {
-        "edge_digest": calibration.edge_digest,
+        EDGE_DIGEST: calibration.edge_digest,
         CLOUD_DIGEST: calibration.cloud_digest,
         JUDGE_DIGEST: calibration.recipe.get(JUDGE_DIGEST),
     }
-    facts = {"edge_digest": bundle.model_digest, **outcomes.facts}
-    for name, known in learnt.items():
-        stated = facts.get(name)
-        if stated and known and stated != known:
-            what = name.removesuffix("_digest")
-            return (
-                f"{bundle.folder} is calibrated for {what} {known[:16]}, and the labels are of {stated[:16]}"
-            )
+    facts = {EDGE_DIGEST: bundle.model_digest, **outcomes.facts}
+    if name := unlike(learnt, facts):
+        what = name.removesuffix("_digest")
+        return (
+            f"{bundle.folder} is calibrated for {what} {learnt[name][:16]}, and the labels are of "
+            f"{facts[name][:16]}"
+        )
     return None
 
 
