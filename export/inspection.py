@@ -28,7 +28,7 @@ from export.bootstrap import estimate, resampled
 from export.errors import ExportError
 from export.outcomes import INSPECTION, INSPECTOR, MODELS, Outcomes, facts_of, read_table, write_table
 from export.output import check_output, shown, write_output
-from export.pieces import Key, all_pictures, made_with
+from export.pieces import Key, all_pictures, keys_of, made_with
 from export.prompts import SHARES, Prompt, redrawn, scenes_of
 from export.starter.inspector import Inspector, Sight
 from export.starter.shipped import STARTER_INSPECTOR
@@ -115,8 +115,7 @@ def inspect(
             "that it could look for"
         )
     _made_by_the_same_models(table, folder)
-    keys = zip(*(table[name].to_pylist() for name in ("model", "prompt_id", "seed")), strict=True)
-    rows = {key: row for row, key in enumerate(keys)}
+    rows = {key: row for row, key in enumerate(keys_of(table))}
     found: dict[Key, Verdict] = {}
     facts = facts_of(table)
     if facts.get(INSPECTOR) != inspector.digest:
@@ -223,7 +222,8 @@ def against_eye(
     entries = [
         entry for entry in json.loads(audit.read_text(encoding="utf-8"))["images"] if not entry["chose"]
     ]
-    pairs = [(entry, found[key]) for entry in entries if (key := _identity(entry)) in found]
+    keyed = [((entry["model"], entry["prompt_id"], entry["seed"]), entry) for entry in entries]
+    pairs = [(entry, found[key]) for key, entry in keyed if key in found]
     if not pairs:
         return []
     scenes = scenes_of_prompts([entry["prompt_id"] for entry, _ in pairs], prompts)
@@ -246,17 +246,11 @@ def against_eye(
     return lines
 
 
-def _identity(entry: Mapping[str, object]) -> Key:
-    return str(entry["model"]), int(str(entry["prompt_id"])), int(str(entry["seed"]))
-
-
 def verdicts(table: pa.Table) -> dict[Key, tuple[float, float]]:
     """What the labels say of each image: whether all is there, and how much of it."""
-    keys = zip(*(table[name].to_pylist() for name in ("model", "prompt_id", "seed")), strict=True)
     values = np.stack([_column(table, name) for name in INSPECTION], axis=1)
-    return {
-        key: tuple(pair) for key, pair in zip(keys, values.tolist(), strict=True) if not np.isnan(pair).any()
-    }
+    pairs = zip(keys_of(table), values.tolist(), strict=True)
+    return {key: tuple(pair) for key, pair in pairs if not np.isnan(pair).any()}
 
 
 def of_models(

@@ -55,6 +55,7 @@ from export.pieces import (
     images_file,
     keep_pictures,
     kept_pictures,
+    keys_of,
     measured_file,
     measurements,
     note,
@@ -188,11 +189,11 @@ def take_over(
     if missing := set(columns) - set(table.column_names):
         raise ExportError(f"{matrix} has no {missing.pop()}: leave --extend out, and label everything")
     table = table.select([*columns, *(name for name in INSPECTION if name in table.column_names)])
-    keys = zip(*(table[name].to_pylist() for name in ("model", "prompt_id", "seed", "prompt")), strict=True)
-    row_of = {key: row for row, key in enumerate(keys)}
+    said = zip(keys_of(table), table["prompt"].to_pylist(), strict=True)
+    row_of = {one: row for row, one in enumerate(said)}
     for piece in wanted:
         cells = zip(piece.prompts, piece.seeds, strict=True)
-        rows = [row_of.get((piece.model, prompt.prompt_id, seed, prompt.text)) for prompt, seed in cells]
+        rows = [row_of.get(((piece.model, prompt.prompt_id, seed), prompt.text)) for prompt, seed in cells]
         if piece.model in same and None not in rows and measurements(parts, piece) is None:
             write_table(table.take(rows).replace_schema_metadata(None), measured_file(parts, piece))
 

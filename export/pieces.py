@@ -31,6 +31,11 @@ Key = tuple[str, int, int]
 """Which picture: model, prompt id, seed."""
 
 
+def keys_of(table: pa.Table) -> list[Key]:
+    """Of the pictures whose measurements are the rows."""
+    return list(zip(*(table[name].to_pylist() for name in ("model", "prompt_id", "seed")), strict=True))
+
+
 @dataclass(frozen=True)
 class Piece:
     """Up to PIECE prompts, one model, one seed each; kept in one file."""
