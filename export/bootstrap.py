@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +37,20 @@ def resampled(scenes: NDArray[np.int64], number: int, seed: int = 0) -> Iterator
     groups = np.split(order, np.flatnonzero(np.diff(scenes[order])) + 1)
     for _ in range(number):
         yield np.concatenate([groups[one] for one in draw.integers(0, len(groups), len(groups))])
+
+
+def interval(
+    statistic: Callable[[NDArray[np.int64]], float], scenes: NDArray[np.int64], number: int, seed: int = 0
+) -> Estimate:
+    """The ``statistic`` of all rows, with its interval over those that are `resampled`."""
+    return estimate(np.array([statistic(rows) for rows in resampled(scenes, number, seed)]))
+
+
+def intervals(
+    statistic: Callable[[NDArray[np.int64]], Floats], scenes: NDArray[np.int64], number: int, seed: int = 0
+) -> list[Estimate]:
+    """The same of a ``statistic`` of several numbers, each by itself."""
+    return [estimate(column) for column in np.stack([*map(statistic, resampled(scenes, number, seed))]).T]
 
 
 def estimate(values: Floats) -> Estimate:

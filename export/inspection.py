@@ -24,7 +24,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image
 
-from export.bootstrap import estimate, resampled
+from export.bootstrap import interval
 from export.errors import ExportError
 from export.outcomes import INSPECTION, INSPECTOR, MODELS, Outcomes, facts_of, read_table, write_table
 from export.output import check_output, shown, write_output
@@ -203,8 +203,7 @@ def bootstrap(
     if not len(rows):
         return "-"
     of = np.arange(len(rows)) if scenes is None else scenes
-    drawn = np.array([statistic(rows[chosen]) for chosen in resampled(of, RESAMPLES, SEED)])
-    return f"{estimate(drawn):.2f}"
+    return f"{interval(lambda chosen: statistic(rows[chosen]), of, RESAMPLES, SEED):.2f}"
 
 
 def scenes_of_prompts(ids: Iterable[int], prompts: Mapping[int, Prompt]) -> NDArray[np.int64]:

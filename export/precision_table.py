@@ -31,7 +31,7 @@ from edge_agent.manifest import PREDICTOR
 from edge_agent.reader import Reader
 from edge_agent.superiority import METRICS, relative_superiority
 from export.arguments import at_least
-from export.bootstrap import Estimate, Floats, estimate, resampled
+from export.bootstrap import Estimate, Floats, interval
 from export.errors import ExportError
 from export.output import check_output, default_output, write_output
 from export.precision import CALIBRATION_PROMPTS, DTYPES, Loss, drawn, shrink
@@ -264,10 +264,9 @@ def _prs(folder: Path, source: Path, prompts: Sequence[str]) -> Floats | None:
     return np.array(scores)
 
 
-def interval(values: Floats, statistic: Callable[[Floats], np.float64] = np.mean) -> Estimate:
+def spread(values: Floats, statistic: Callable[[Floats], np.float64] = np.mean) -> Estimate:
     """The statistic of ``values`` [N], which are independent of each other."""
-    samples = resampled(np.arange(len(values)), RESAMPLES, SEED)
-    return estimate(np.array([statistic(values[rows]) for rows in samples]))
+    return interval(lambda rows: statistic(values[rows]), np.arange(len(values)), RESAMPLES, SEED)
 
 
 def report(source: Path, found: Sequence[Measured], command: str) -> str:
@@ -291,7 +290,7 @@ def report(source: Path, found: Sequence[Measured], command: str) -> str:
     ]
     for one in found:
         cost = one.cost
-        ratio = interval(cost.ratios, np.median)
+        ratio = spread(cost.ratios, np.median)
         lines.append(
             f"| {one.form.name} | {cost.bytes / _MB:.1f} MB | {1e3 * float(np.median(cost.seconds)):.1f} ms | "
             f"{ratio:.2f} | {cost.load_seconds:.2f} s | "
@@ -314,7 +313,7 @@ def report(source: Path, found: Sequence[Measured], command: str) -> str:
         own = 100 * first.quality[:, index]
         cells = []
         for one in others:
-            change = interval(100 * (one.quality[:, index] - first.quality[:, index]))
+            change = spread(100 * (one.quality[:, index] - first.quality[:, index]))
             bold = "**" if change.low > 0 or change.high < 0 else ""
             cells.append(f"{bold}{change:+.2f}{bold}")
         lines.append(f"| {name} | {own.mean():.1f} ± {own.std():.1f} | " + " | ".join(cells) + " |")

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from edge_agent.superiority import METRICS
-from export.bootstrap import Floats, estimate, resampled
+from export.bootstrap import Floats, intervals
 from export.errors import ExportError
 from export.evaluate import spearman
 from export.negatives import FAULTS, hard_negatives
@@ -91,8 +91,7 @@ def reliability(values: Floats) -> Floats:
 
 def with_interval(statistic: Callable[[NDArray[np.int64]], Floats], scenes: NDArray[np.int64]) -> list[str]:
     """The statistic of all rows, and its 95 % bootstrap interval over their ``scenes``, as text, an entry a column."""
-    drawn = np.stack([statistic(rows) for rows in resampled(scenes, RESAMPLES, SEED)])
-    return [f"{estimate(column):.2f}" for column in drawn.T]
+    return [f"{found:.2f}" for found in intervals(statistic, scenes, RESAMPLES, SEED)]
 
 
 def complete(test: Outcomes) -> tuple[Floats, Floats]:

@@ -9,8 +9,9 @@ import numpy as np
 from edge_agent.bundle import Bundle
 from edge_agent.calibration import Calibration
 from edge_agent.predictor import Predictor
+from export.bootstrap import Floats
 from export.outcomes import CLOUD_DIGEST, EDGE_DIGEST, JUDGE_DIGEST, Outcomes, unlike
-from export.routerbench.router import Floats, Prompts, Scorer
+from export.routerbench.router import Prompts, Scorer
 from export.routerbench.routers import NOTHING
 
 NAME = "the bundle's predictor"

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import minimize
 
+from export.bootstrap import Floats
 from export.evaluate import routed
 from export.prompts import REPEATING
-from export.routerbench.router import Floats
 from export.starter.world import Scene
 
 ITERATIONS = 15

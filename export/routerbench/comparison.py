@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from edge_agent.bundle import Bundle
 from export.arguments import at_least
-from export.bootstrap import Estimate, estimate, resampled
+from export.bootstrap import Estimate, Floats, interval
 from export.errors import ExportError
 from export.evaluate import paired_gaps, routed, spearman, things_said
 from export.mixture import Shape
@@ -40,7 +40,7 @@ from export.routerbench.ceiling import Ceiling, ceiling, oracle_by_images, sente
 from export.routerbench.decision import decisions
 from export.routerbench.fitting import SEEDS, Data, Fitted, ending, fit, keep_states, leave_interrupts
 from export.routerbench.measure import RATES, RESAMPLES, Bench, Point, counted_metrics, difference, directions
-from export.routerbench.router import Floats, Router
+from export.routerbench.router import Router
 from export.routerbench.routers import (
     ABLATIONS,
     BASELINES,
@@ -340,10 +340,11 @@ def _ceiling(train: Outcomes, test: Outcomes, known: Mapping[str, Scene | None])
 def _elsewhere(one: Fitted, split: str, data: Data) -> Estimate:
     """Mean gain over random at half the prompts, in percent of what cloud-only wins, on another split."""
     gain, scenes = data.others[split].gain, data.others[split].scenes
-    samples = resampled(scenes, RESAMPLES)
-    return estimate(
-        np.array([100 * _won(one.scores[split], gain, rows) / gain[rows].mean() for rows in samples])
-    )
+
+    def won(rows: NDArray[np.int64]) -> float:
+        return 100 * _won(one.scores[split], gain, rows) / float(gain[rows].mean())
+
+    return interval(won, scenes, RESAMPLES)
 
 
 def _won(scores: Sequence[Floats], gain: Floats, rows: NDArray[np.int64]) -> float:

@@ -27,13 +27,12 @@ from edge_agent.predictor import Prediction, Predictor
 from edge_agent.recent import Recent
 from edge_agent.superiority import ALPHA_BOUND, largest_alpha, realised_rate, relative_superiority
 from edge_agent.tokens import Tokenizer, Tokens
-from export.bootstrap import Estimate, estimate, resampled
+from export.bootstrap import Estimate, Floats, estimate, interval, resampled
 from export.calibrate import familiar
 from export.evaluate import spearman
 from export.outcomes import Outcomes
 from export.routerbench.bundled import calibrated
 from export.routerbench.measure import RATES, RESAMPLES
-from export.routerbench.router import Floats
 from export.states import of_prompts
 
 EXPLAINED = 800  # test prompts whose tokens are deleted, one after the other
@@ -213,14 +212,7 @@ def decisions(
             split: Domain(
                 with_unknown=_with_unknown(tokens["train"], tokens[split]),
                 far=_far(middles, split),
-                correlation=estimate(
-                    np.array(
-                        [
-                            spearman(predicted[split][rows], realised[split][rows])
-                            for rows in resampled(scenes[split], RESAMPLES, SEED)
-                        ]
-                    )
-                ),
+                correlation=_correlation(predicted[split], realised[split], scenes[split]),
             )
             for split in measured
         },
@@ -298,6 +290,10 @@ def _explanations(decider: Decider, prompts: Sequence[Tokens], scenes: NDArray[n
         over_any=estimate(means[:, 0] / means[:, 2]),
         measured=estimate(means[:, 3] / means[:, 4]),
     )
+
+
+def _correlation(predicted: Floats, realised: Floats, scenes: NDArray[np.int64]) -> Estimate:
+    return interval(lambda rows: spearman(predicted[rows], realised[rows]), scenes, RESAMPLES, SEED)
 
 
 def _with_unknown(train: Sequence[Tokens], prompts: Sequence[Tokens]) -> float:

@@ -18,10 +18,11 @@ import torch
 from numpy.typing import NDArray
 
 from edge_agent.bundle import Bundle
+from export.bootstrap import Floats
 from export.errors import ExportError
 from export.evaluate import routed
 from export.outcomes import Outcomes
-from export.routerbench.router import Floats, Prompts, Router, Scorer
+from export.routerbench.router import Prompts, Router, Scorer
 from export.routerbench.routers import ByGain, Ranked
 from export.states import of_prompts, of_shorter_prompts
 

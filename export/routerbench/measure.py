@@ -20,11 +20,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from export.bootstrap import Estimate, estimate, resampled
+from export.bootstrap import Estimate, Floats, estimate, resampled
 from export.errors import ExportError
 from export.evaluate import paired_gaps, routed, tells_headroom
 from export.outcomes import Outcomes
-from export.routerbench.router import Floats
 
 RATES = tuple(round(0.1 * step, 1) for step in range(1, 10))
 RESAMPLES = 400

@@ -11,14 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_agent.superiority import METRICS
-from export.bootstrap import Estimate
+from export.bootstrap import Estimate, Floats
 from export.calibrate import FAMILIAR
 from export.mixture import Shape
 from export.routerbench.bundled import NAME as BUNDLED
 from export.routerbench.ceiling import Ceiling
 from export.routerbench.decision import EARLY, STREAM, Decisions
 from export.routerbench.measure import DELTA_P, RATES, SMALL, Point, aiq, apgr, cpt, saved_at_dp, share_at_dp
-from export.routerbench.router import Floats
 
 RESULTS = (
     *("router", "rate", "headroom", "headroom_low", "headroom_high"),

@@ -19,12 +19,11 @@ from numpy.typing import NDArray
 from edge_agent.bundle import Bundle
 from edge_agent.superiority import relative_superiority
 from edge_agent.tokens import Tokenizer
+from export.bootstrap import Floats
 from export.calibrate import scale_of
 from export.outcomes import Outcomes
 from export.states import of_prompts, of_shorter_prompts
 from export.train import Examples
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

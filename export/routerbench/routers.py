@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from export.bootstrap import Floats
 from export.mixture import SENTENCE, WORDS, Inputs, Mixture, Own, Shape, Together
-from export.routerbench.router import Floats, Prompts, Router, Scorer
+from export.routerbench.router import Prompts, Router, Scorer
 from export.train import Recipe, Trained, knowing
 from export.train import train as train_mixture
 

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from edge_agent.superiority import METRICS
-from export.bootstrap import Estimate, estimate, resampled
+from export.bootstrap import Estimate, Floats, intervals
 from export.evaluate import RESAMPLES
 from export.outcomes import Outcomes
 from export.output import check_output, default_output, write_output
@@ -35,8 +35,6 @@ OUT, BEGINS = "docs/starter.md", "# The starter's models"
 PARTS = {"text_encoder": "text encoder", "unet": "UNet", "vae": "autoencoder"}
 PROMPT = "three red apples on a beach"
 TIMED = 15  # images a model, in turns; the first of each is not counted
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -88,10 +86,9 @@ def costs(painters: Sequence[Painter]) -> list[Cost]:
 def qualities(test: Outcomes, scenes: NDArray[np.int64]) -> dict[str, tuple[Estimate, Estimate, Estimate]]:
     """Metric -> means of the edge's images, of the cloud's, and of the gap; ``scenes`` [N] numbers what prompts say."""
     edge, cloud = test.edge.astype(np.float64), test.cloud.astype(np.float64)
-    drawn = list(resampled(scenes, RESAMPLES))
 
     def means(values: Floats) -> list[Estimate]:
-        return [estimate(column) for column in np.stack([values[rows].mean(0) for rows in drawn]).T]
+        return intervals(lambda rows: values[rows].mean(0), scenes, RESAMPLES)
 
     return dict(zip(METRICS, zip(means(edge), means(cloud), means(cloud - edge), strict=True), strict=True))
 

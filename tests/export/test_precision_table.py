@@ -16,7 +16,7 @@ from edge_agent.bundle import Bundle
 from edge_agent.superiority import METRICS
 from export import precision, precision_table
 from export.errors import ExportError
-from export.precision_table import Form, Measured, forms, interval, measure, report
+from export.precision_table import Form, Measured, forms, measure, report, spread
 from export.quality import Judge
 from export.starter.shipped import STARTER_JUDGE
 
@@ -182,6 +182,6 @@ def test_a_bundle_of_ones_own_makes_images_of_ones_own_prompts(
 
 def test_an_interval_leaves_zero_out_only_where_the_difference_is_there() -> None:
     noise = np.random.default_rng(0).normal(0.0, 1.0, 400)
-    found = interval(noise)
+    found = spread(noise)
     assert found.low < 0 < found.high and found.low < found.value < found.high
-    assert interval(noise + 0.5).low > 0
+    assert spread(noise + 0.5).low > 0
