@@ -239,15 +239,15 @@ def _warp(sample: Sample, severity: float, rng: np.random.Generator) -> np.ndarr
     """Moved along a smooth random field."""
     shape = sample.picture.shape[:2]
     reach = 1.5 + 5 * severity
-    return _moved(sample.picture, reach * smooth_field(shape, 6, rng), reach * smooth_field(shape, 6, rng))
+    return moved(sample.picture, reach * smooth_field(shape, 6, rng), reach * smooth_field(shape, 6, rng))
 
 
 def _waves(sample: Sample, severity: float, rng: np.random.Generator) -> np.ndarray:
     rows, columns = np.mgrid[0 : sample.picture.shape[0], 0 : sample.picture.shape[1]]
     reach, length, phase = 1 + 3 * severity, rng.uniform(9, 22), rng.uniform(0, 2 * np.pi)
     if rng.random() < 0.5:
-        return _moved(sample.picture, 0, reach * np.sin(2 * np.pi * rows / length + phase))
-    return _moved(sample.picture, reach * np.sin(2 * np.pi * columns / length + phase), 0)
+        return moved(sample.picture, 0, reach * np.sin(2 * np.pi * rows / length + phase))
+    return moved(sample.picture, reach * np.sin(2 * np.pi * columns / length + phase), 0)
 
 
 def _lens(sample: Sample, severity: float, rng: np.random.Generator) -> np.ndarray:
@@ -262,7 +262,7 @@ def _lens(sample: Sample, severity: float, rng: np.random.Generator) -> np.ndarr
         pull = (0.35 + 0.6 * severity) * (1 if rng.random() < 0.5 else -1)
         down += pull * near * (rows - y)
         right += pull * near * (columns - x)
-    return _moved(sample.picture, down, right)
+    return moved(sample.picture, down, right)
 
 
 def _trembling_lines(sample: Sample, severity: float, rng: np.random.Generator) -> np.ndarray:
@@ -271,7 +271,7 @@ def _trembling_lines(sample: Sample, severity: float, rng: np.random.Generator) 
     walk = np.cumsum(rng.normal(size=height))
     walk -= np.linspace(walk[0], walk[-1], height)
     walk *= (1.5 + 3.5 * severity) / max(1e-6, float(np.abs(walk).max()))
-    return _moved(sample.picture, 0, walk[:, None]) if rng.random() < 0.5 else _moved(sample.picture, walk, 0)
+    return moved(sample.picture, 0, walk[:, None]) if rng.random() < 0.5 else moved(sample.picture, walk, 0)
 
 
 def _chimera(sample: Sample, severity: float, rng: np.random.Generator) -> np.ndarray:
@@ -331,26 +331,17 @@ def _window_on_another(sample: Sample, severity: float, rng: np.random.Generator
 
 
 def _shuffled_tiles(sample: Sample, severity: float, rng: np.random.Generator) -> np.ndarray:
-    height, width = sample.picture.shape[:2]
-    tile = 16 if severity > 0.5 else 32
-    tiles = [(y, x) for y in range(0, height, tile) for x in range(0, width, tile)]
-    out = sample.picture.copy()
-    for (y, x), source in zip(tiles, _new_order(len(tiles), rng), strict=True):
-        v, u = tiles[source]
-        out[y : y + tile, x : x + tile] = sample.picture[v : v + tile, u : u + tile]
+    tiles, out = _tiles(sample, severity), sample.picture.copy()
+    for place, source in zip(tiles, _new_order(len(tiles), rng), strict=True):
+        out[place] = sample.picture[tiles[source]]
     return out
 
 
 def _turned_tiles(sample: Sample, severity: float, rng: np.random.Generator) -> np.ndarray:
     """Every tile in its place, many upside down or on their side."""
-    height, width = sample.picture.shape[:2]
-    tile = 16 if severity > 0.5 else 32
-    tiles = [(y, x) for y in range(0, height, tile) for x in range(0, width, tile)]
-    out = sample.picture.copy()
+    tiles, out = _tiles(sample, severity), sample.picture.copy()
     for index in rng.permutation(len(tiles))[: round(len(tiles) * (0.4 + 0.5 * severity))]:
-        y, x = tiles[index]
-        turned = np.rot90(sample.picture[y : y + tile, x : x + tile], int(rng.integers(1, 4)))
-        out[y : y + tile, x : x + tile] = turned
+        out[tiles[index]] = np.rot90(sample.picture[tiles[index]], int(rng.integers(1, 4)))
     return out
 
 
@@ -441,13 +432,24 @@ def smooth_field(shape: tuple[int, ...], points: int, rng: np.random.Generator) 
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
 
 
+def _tiles(sample: Sample, severity: float) -> list[tuple[slice, slice]]:
+    """The squares that a picture is cut into: 4 or 16."""
+    height, width = sample.picture.shape[:2]
+    side = 16 if severity > 0.5 else 32
+    return [
+        (slice(top, top + side), slice(left, left + side))
+        for top in range(0, height, side)
+        for left in range(0, width, side)
+    ]
+
+
 def _new_order(count: int, rng: np.random.Generator) -> np.ndarray:
     """A permutation of ``count`` things that is not the order they are in."""
     order = rng.permutation(count)
     return np.roll(order, 1) if (order == np.arange(count)).all() else order
 
 
-def _moved(image: np.ndarray, down: np.ndarray | float, right: np.ndarray | float) -> np.ndarray:
+def moved(image: np.ndarray, down: np.ndarray | float, right: np.ndarray | float) -> np.ndarray:
     """Every pixel taken from that many rows further down and columns further right, the border's beyond it."""
     height, width = image.shape[:2]
     rows, columns = np.mgrid[0:height, 0:width]

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from export.errors import ExportError
 from export.starter.autoencoder import frozen_autoencoder, pixels
-from export.starter.damage import smooth_field
+from export.starter.damage import moved, smooth_field
 from export.starter.shipped import STARTER_INSPECTOR
 from export.starter.sprites import OBJECTS
 from export.starter.training import Run, write_record
@@ -224,10 +224,8 @@ def malform(
     height, width = window.shape[:2]
     way = int(rng.integers(4))
     if way == 0:  # bent
-        rows, columns = np.mgrid[0:height, 0:width]
         down, right = (0.5 * harm * size * smooth_field((height, width), 4, rng) for _ in range(2))
-        rows = np.clip(np.rint(rows + down), 0, height - 1).astype(int)
-        canvas[around] = window[rows, np.clip(np.rint(columns + right), 0, width - 1).astype(int)]
+        canvas[around] = moved(window, down, right)
     elif way == 1:  # smeared: what is left is about a coarse grid's
         coarse = max(2, round(size / (1 + 0.25 * harm * size)))
         picture = Image.fromarray(as_picture(window)).resize((coarse, coarse), Image.Resampling.BOX)
