@@ -27,6 +27,7 @@ from typing import Any, Literal, get_args
 
 from edge_agent import tokens
 from edge_agent.bundle import Bundle, write_manifest
+from edge_agent.diffusion.schedule import Schedule
 from edge_agent.errors import BundleError, StoreError
 from edge_agent.manifest import (
     CALIBRATION,
@@ -47,7 +48,15 @@ from export import pipeline as pipelines
 from export.errors import ExportError
 from export.preview import WORTH_SHOWING, fit_preview
 from export.prompts import numbered_lines
-from export.reference import COMPARISONS, Reference, largest_difference, reference_images
+from export.reference import (
+    NEGATED,
+    UNGUIDED,
+    UNNEGATED,
+    Comparison,
+    Reference,
+    largest_difference,
+    reference_images,
+)
 from export.schedule import Steps, compile_schedule, number_of
 from export.scheduler import choose_scheduler
 from export.terminal import Report, say
@@ -123,15 +132,7 @@ def export_bundle(
         else [line for _, line in numbered_lines(Path(calibration_prompts))]
     )
     with folder.beside(target, report) as partial:
-        loaded, ours = model, isinstance(model, (str, os.PathLike))
-        if ours:
-            loaded = pipelines.load(model, without_t5=without_t5, report=report)
-        pipeline = pipelines.prepared(loaded, autoencoder, without_t5=without_t5, report=report)
-        own = pipeline.scheduler
-        if scheduler is not None:
-            with source.quiet():
-                pipeline.scheduler = choose_scheduler(own, scheduler)
-        support.refuse_scheduler(pipeline, own)
+        pipeline = _prepared(model, autoencoder, without_t5, scheduler, report)
         kind = support.kind(pipeline)
         _refuse_kept(keep, pipeline, dtype)
         asked, sizes = bool(sizes), pipelines.sizes_of(pipeline, sizes)
@@ -145,22 +146,17 @@ def export_bundle(
         by_count = _by_count(steps or (kind.steps,), pipeline)
         counts = list(by_count)
         scale = kind.guidance if guidance is None else float(guidance)
-        report(f"compiling {type(pipeline.scheduler).__name__} for {', '.join(map(str, counts))} steps")
-        # The most steps first: where they are too many, nothing is compiled.
-        with source.quiet():
-            schedules = [
-                compile_schedule(pipeline.scheduler, by_count[count], pipelines.loop_of(pipeline, size))
-                for count in sorted(counts, reverse=True)
-            ]
+        schedules = _schedules(pipeline, by_count, size, report)
         report(f"running {type(pipeline).__name__} in torch, to compare with")
-        guided, unguided, negated = _references(pipeline, by_count, scale, sizes)
+        negated, unguided, unnegated = _references(pipeline, by_count, scale, sizes)
         report("tracing the graphs")
-        graphs.trace(pipeline, partial, sizes, report, consume=ours)
+        # One that is the caller's is left as it is.
+        graphs.trace(pipeline, partial, sizes, report, consume=isinstance(model, (str, os.PathLike)))
+        facts = pipelines.facts(pipeline, size)
         if shapes == "fixed":
-            graphs.freeze(partial, pipelines.facts(pipeline, size))
+            graphs.freeze(partial, facts)
         # For the default size: another one that is added is to leave the model digest as it is.
-        default = pipelines.facts(pipeline, size)
-        if count := bands.split(partial / DECODER, default["latent_height"], default["latent_width"]):
+        if count := bands.split(partial / DECODER, facts["latent_height"], facts["latent_width"]):
             report(f"made bands of {count} convolutions of the decoder, between which it can be stopped")
         for schedule in schedules:
             path = partial / schedule_file(schedule.steps)
@@ -171,26 +167,20 @@ def export_bundle(
             (partial / part / tokens.FILE).write_text(
                 tokenizer.to_str(pretty=True), encoding="utf-8", newline="\n"
             )
-        preview = fit_preview([*guided, *unguided])
-        shown = preview.explained >= WORTH_SHOWING
-        report(
-            f"a linear map explains {max(0.0, preview.explained):.0%} of the colours: previews "
-            + ("use it" if shown else "run the decoder")
-        )
-        facts = pipelines.facts(pipeline, size) | {
+        facts |= {
+            "latent_to_rgb": _latent_to_rgb([*negated, *unguided], report),
             "name": name,
             "licence": licence or pipelines.licence_of(model, report),
             "default_steps": counts[0],
             "default_guidance": scale,
             "steps": sorted(counts),
             "other_sizes": sizes[1:] or None,
-            "latent_to_rgb": preview.rows if shown else None,
         }
         write_manifest(partial, **facts)
         loudest = float(getattr(pipeline.scheduler, "init_noise_sigma", 1.0))
-        del loaded, pipeline  # for whose memory the bundle has use
+        del pipeline  # for whose memory the bundle has use
         gc.collect()
-        _compare_and_fuse(partial, unguided, [*guided, *negated], loudest, report)
+        _compare_and_fuse(partial, unguided, [*negated, *unnegated], loudest, report)
         if dtype != "fp32":
             from export import precision  # here: a float32 export need not wait for its tools
 
@@ -221,21 +211,67 @@ def _refuse_options(
         raise ExportError("graphs of fixed shapes make images of one size: name one with --size")
 
 
+def _prepared(
+    model: Any,
+    autoencoder: str | os.PathLike[str] | None,
+    without_t5: bool,
+    scheduler: str | None,
+    report: Report,
+) -> Any:
+    """The pipeline to export, with the scheduler and the autoencoder that are asked for. Raises ExportError."""
+    if isinstance(model, (str, os.PathLike)):
+        model = pipelines.load(model, without_t5=without_t5, report=report)
+    pipeline = pipelines.prepared(model, autoencoder, without_t5=without_t5, report=report)
+    own = pipeline.scheduler
+    if scheduler is not None:
+        with source.quiet():
+            pipeline.scheduler = choose_scheduler(own, scheduler)
+    support.refuse_scheduler(pipeline, own)
+    return pipeline
+
+
+def _schedules(pipeline: Any, by_count: Mapping[int, Steps], size: Size, report: Report) -> list[Schedule]:
+    """Compiled; the most steps first: where they are too many, nothing is compiled. Raises ExportError."""
+    report(f"compiling {type(pipeline.scheduler).__name__} for {', '.join(map(str, by_count))} steps")
+    loop = pipelines.loop_of(pipeline, size)
+    with source.quiet():
+        return [
+            compile_schedule(pipeline.scheduler, by_count[count], loop)
+            for count in sorted(by_count, reverse=True)
+        ]
+
+
 def _references(
     pipeline: Any, by_count: Mapping[int, Steps], scale: float, sizes: Sequence[Size]
 ) -> tuple[list[Reference], list[Reference], list[Reference]]:
-    """Images of the pipeline to compare with: guided ones, unguided ones, and those with a negative prompt."""
+    """Images of the pipeline to compare with: NEGATED ones, UNGUIDED ones, and one that is UNNEGATED, if it can be."""
     default, fewest = next(iter(by_count)), min(by_count)
-    pairs = [reference_images(pipeline, by_count[fewest], scale, each, COMPARISONS[:2]) for each in sizes]
-    guided, unguided = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+
+    def made(comparison: Comparison, count: int = fewest, size: Size = sizes[0]) -> Reference:
+        (image,) = reference_images(pipeline, by_count[count], scale, size, [comparison])
+        return image
+
+    negated = [made(NEGATED, size=each) for each in sizes]
+    unguided = [made(UNGUIDED, size=each) for each in sizes]
     if default > fewest:
         # One image: they take longer, and differ from the first in their number of steps alone.
-        guided += reference_images(pipeline, by_count[default], scale, sizes[0], COMPARISONS[:1])
-    negated = list[Reference]()
-    if support.kind(pipeline).takes_negative:
-        # Of one size: what no negative prompt is does not depend on it.
-        negated = reference_images(pipeline, by_count[fewest], scale, sizes[0], COMPARISONS[2:])
-    return guided, unguided, negated
+        negated.append(made(NEGATED, default))
+    # Of one size: what no negative prompt is does not depend on it.
+    unnegated = [made(UNNEGATED)] if support.kind(pipeline).takes_negative else []
+    return negated, unguided, unnegated
+
+
+def _latent_to_rgb(
+    references: Sequence[Reference], report: Report
+) -> tuple[tuple[float, float, float], ...] | None:
+    """The rows of the map that previews use; None where it shows too little of the picture."""
+    preview = fit_preview(references)
+    shown = preview.explained >= WORTH_SHOWING
+    report(
+        f"a linear map explains {max(0.0, preview.explained):.0%} of the colours: previews "
+        + ("use it" if shown else "run the decoder")
+    )
+    return preview.rows if shown else None
 
 
 def _compare_and_fuse(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,14 +17,21 @@ from export.schedule import Steps, asked, number_of
 from export.source import quiet
 from export.support import kind
 
-# Compared with the torch pipeline after an export: prompt, negative prompt, seed, guided or not. Guidance away from no
-# negative prompt, which most requests ask for, is another thing than away from one: zeros in Stable Diffusion XL, in
-# others what the encoders make of an empty text.
-COMPARISONS = (
-    ("a red cat and two dogs on the beach 🐈", "blurry, dark", 1234567, True),
-    ("the moon", "", 0, False),
-    ("the moon", "", 7, True),
-)
+
+class Comparison(NamedTuple):
+    """An image that is compared with the torch pipeline's after an export."""
+
+    prompt: str
+    negative: str
+    seed: int
+    guided: bool = True
+
+
+NEGATED = Comparison("a red cat and two dogs on the beach 🐈", "blurry, dark", 1234567)
+UNGUIDED = Comparison("the moon", "", 0, guided=False)
+UNNEGATED = Comparison("the moon", "", 7)
+"""Guidance away from no negative prompt, which most requests ask for, is another thing than away from one: zeros in
+Stable Diffusion XL, in others what the encoders make of an empty text."""
 
 
 @dataclass(frozen=True)
@@ -87,14 +94,18 @@ def reference_images(
     steps: Steps,
     guidance: float,
     size: tuple[int, int] | None = None,
-    comparisons: Sequence[tuple[str, str, int, bool]] = COMPARISONS,
+    comparisons: Sequence[Comparison] = (NEGATED, UNGUIDED, UNNEGATED),
 ) -> list[Reference]:
     """An image of `pipeline` for each of `comparisons`, those without guidance at 1. Raises ExportError, see above."""
     return [
         reference_image(
-            pipeline, prompt, negative, seed, steps, max(guidance, 1.5) if guided else 1.0, size=size
+            pipeline,
+            *(one.prompt, one.negative, one.seed),
+            steps,
+            max(guidance, 1.5) if one.guided else 1.0,
+            size,
         )
-        for prompt, negative, seed, guided in comparisons
+        for one in comparisons
     ]
 
 
