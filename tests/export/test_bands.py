@@ -22,14 +22,11 @@ from export import bands
 from export.bands import split
 from export.diffusion_onnx import export_bundle
 from export.precision import shrink
+from export.terminal import silent
 from tests.miniature import miniature_pipeline
 
 LOW = 2e6
 """A limit that half of the decoder's convolutions are above, at 64 x 64 pixels."""
-
-
-def silent(_line: str) -> None:
-    """A report that nobody reads."""
 
 
 @pytest.fixture(scope="module")

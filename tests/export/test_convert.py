@@ -29,6 +29,7 @@ from export.errors import ExportError
 from export.pipeline import load, prepared
 from export.reference import largest_difference, reference_image
 from export.support import denoiser_of
+from export.terminal import silent
 from export.weights_file import refuse_quantized
 from tests.hub import NOBODY, asked_here, hub, silent_hub
 from tests.miniature import as_transformers_5_saves, miniature_pipeline, miniature_v3, miniature_xl
@@ -39,10 +40,6 @@ RANKS, ALPHAS = (
     (1, 2, 4, 8),
     (2.0, 1.0, None),
 )  # in turns: layers differ in both, as in LoRAs that were resized
-
-
-def silent(_line: str) -> None:
-    """A report that nobody reads."""
 
 
 @pytest.fixture(params=MADE)

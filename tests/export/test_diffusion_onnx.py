@@ -49,6 +49,7 @@ from export.graphs import MASKED
 from export.pipeline import class_of, facts, licence_of, load, name_of, prepared
 from export.reference import Reference, difference, largest_difference, reference_image, reference_images
 from export.schedule import compile_schedule
+from export.terminal import silent
 from tests.hub import NOBODY, asked_here, hub, silent_hub
 from tests.miniature import (
     forget,
@@ -61,10 +62,6 @@ from tests.miniature import (
     miniature_xl,
     save_miniature,
 )
-
-
-def silent(_line: str) -> None:
-    """A report that nobody reads."""
 
 
 @pytest.fixture

@@ -22,14 +22,11 @@ from export import graph_file, precision
 from export.diffusion_onnx import export_bundle
 from export.errors import ExportError
 from export.precision import BOUNDS, COMPARISON_PROMPTS, Loss, shrink
+from export.terminal import silent
 from tests.miniature import miniature_pipeline, save_miniature
 
 GRAPHS = (TEXT_ENCODER, DENOISER, DECODER)
 PROMPTS = ("a cat", "two dogs on a beach", "a red moon")
-
-
-def silent(_line: str) -> None:
-    """A report that nobody reads."""
 
 
 @pytest.fixture(scope="module", params=["fp16", "int8"])

@@ -19,6 +19,7 @@ from export.convert import convert
 from export.diffusion_onnx import export_bundle
 from export.errors import ExportError
 from export.pipeline import class_of, load, name_of, prepared
+from export.terminal import silent
 from tests.miniature import (
     BETAS,
     as_transformers_5_saves,
@@ -30,10 +31,6 @@ from tests.miniature import (
 from tests.single_file import autoencoder_weights
 
 STEPS = 2
-
-
-def silent(_line: str) -> None:
-    """A report that nobody reads."""
 
 
 def rewrite(file: Path, **changes: Any) -> None:

@@ -29,11 +29,8 @@ from export.errors import ExportError
 from export.pipeline import load, loop_of, prepared
 from export.reference import difference, reference_image, reference_images
 from export.schedule import NotLinear, compile_schedule
+from export.terminal import silent
 from tests.miniature import miniature_pipeline, miniature_v3
-
-
-def silent(_line: str) -> None:
-    """A report that nobody reads."""
 
 
 @pytest.fixture
