@@ -352,6 +352,11 @@ def _processor() -> str:
     return f"{names.get('model name', 'an unknown processor')} ({vnni} VNNI)"
 
 
+def _captions(split: str, number: int) -> list[str]:
+    """Of the starter's world."""
+    return [prompt.text for prompt in router_prompts({split: number})]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The stage's command; exit code 0."""
     parser = argparse.ArgumentParser(
@@ -381,13 +386,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             "the starter's captions and judge know nothing but the starter's world: name prompts with --prompts FILE, "
             "and a CLIP with --judge"
         )
-    world = router_prompts({"test": options.number, "train": CALIBRATION})
-    texts = {split: [one.text for one in world if one.split == split] for split in ("test", "train")}
-    if options.prompts:
-        texts["test"] = [text for _, text in numbered_lines(options.prompts)][: options.number]
-    calibration = texts["train"] if starter else CALIBRATION_PROMPTS
+    prompts = (
+        [text for _, text in numbered_lines(options.prompts)][: options.number]
+        if options.prompts
+        else _captions("test", options.number)
+    )
+    calibration = _captions("train", CALIBRATION) if starter else CALIBRATION_PROMPTS
     judge = Judge(options.judge or STARTER_JUDGE)
-    found = measure(options.bundle, forms(Bundle.open(options.bundle)), texts["test"], calibration, judge)
+    found = measure(options.bundle, forms(Bundle.open(options.bundle)), prompts, calibration, judge)
     command = " ".join(("edge-export precision", *(sys.argv[1:] if argv is None else argv)))
     write_output(out, report(options.bundle, found, command))
     console.print(f"written to {out}")
