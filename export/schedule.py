@@ -81,20 +81,7 @@ def compile_schedule(scheduler: Any, steps: Steps, loop: Loop = PLAIN) -> Schedu
         NotLinear: it clips, thresholds, draws noise that cannot be repeated, or is otherwise not linear.
         ExportError: it has no such number of steps, or cannot be run.
     """
-    name = type(scheduler).__name__
-    trained = scheduler.config.get("num_train_timesteps")
-    # Timesteps that lead are moved up by an offset, so that as many as were trained end beyond the last.
-    leading = scheduler.config.get("timestep_spacing") == "leading"
-    offset = (scheduler.config.get("steps_offset") or 0) if leading else 0
-    # Some repeat timesteps instead, and take minutes.
-    if isinstance(steps, int) and trained is not None and steps > trained - offset:
-        why = f" and its steps_offset is {offset}" if offset else ""
-        raise ExportError(
-            f"{name} has no schedule of {steps} steps: its model was trained on {trained}{why}; name "
-            f"{trained - offset} at most"
-        )
-    if not isinstance(steps, int) and trained is not None and max(steps) >= trained:
-        raise ExportError(f"the model was trained on the timesteps 0 to {trained - 1}: name none beyond")
+    _refuse_steps(scheduler, steps)
     fresh = _fresh(scheduler, steps, loop)
     timesteps = fresh.timesteps
     calls = len(timesteps)
@@ -110,7 +97,7 @@ def compile_schedule(scheduler: Any, steps: Steps, loop: Loop = PLAIN) -> Schedu
         for call, (with_units, without) in enumerate(zip(probed, silent, strict=True))
     ]
     schedule = Schedule(
-        scheduler=name,
+        scheduler=type(scheduler).__name__,
         steps=number_of(steps),
         timesteps=tuple(float(timestep) for timestep in timesteps),
         signal=tuple(signal),
@@ -120,6 +107,25 @@ def compile_schedule(scheduler: Any, steps: Steps, loop: Loop = PLAIN) -> Schedu
     for scale in (1.0, 1e3):  # a clip at one leaves small values alone, a clip at a hundred larger ones
         _check(scheduler, steps, schedule, scale, loop)
     return schedule
+
+
+def _refuse_steps(scheduler: Any, steps: Steps) -> None:
+    """Raises ExportError for more steps, or later ones, than the model was trained on."""
+    if (trained := scheduler.config.get("num_train_timesteps")) is None:
+        return
+    if not isinstance(steps, int):
+        if max(steps) >= trained:
+            raise ExportError(f"the model was trained on the timesteps 0 to {trained - 1}: name none beyond")
+        return
+    # Timesteps that lead are moved up by an offset, so that as many as were trained end beyond the last.
+    leading = scheduler.config.get("timestep_spacing") == "leading"
+    offset = (scheduler.config.get("steps_offset") or 0) if leading else 0
+    if steps > trained - offset:  # some repeat timesteps instead, and take minutes
+        why = f" and its steps_offset is {offset}" if offset else ""
+        raise ExportError(
+            f"{type(scheduler).__name__} has no schedule of {steps} steps: its model was trained on {trained}{why}; "
+            f"name {trained - offset} at most"
+        )
 
 
 def _fresh(scheduler: Any, steps: Steps, loop: Loop) -> Any:
