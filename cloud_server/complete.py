@@ -72,6 +72,7 @@ def pipeline(folder: Path, dtype: Any, **options: Any) -> Any:
     found = diffusers.DiffusionPipeline.load_config(os.fspath(folder))
     index = found[0] if isinstance(found, tuple) else found
     model_index.check(index)
+    made = model_index.pipeline_class(index)  # of its own, which alone knows the parts that it can be without
     options |= {name: None for name in _DISPENSABLE if name in index and name not in model_index.named(index)}
     if missing := sorted(model_index.required(index) - options.keys() - model_index.named(index)):
         named = diffusers.DiffusionPipeline.config_name
@@ -92,8 +93,6 @@ def pipeline(folder: Path, dtype: Any, **options: Any) -> Any:
                 parts[name] = part(kind, folder, dtype, subfolder=name)
             elif name not in newer:
                 parts[name] = _loaded(kind, folder, subfolder=name)
-        # Of its own class, which alone knows the parts that it can be without.
-        made = getattr(diffusers, str(index.get("_class_name")), diffusers.DiffusionPipeline)
         parts |= dict.fromkeys(newer)  # diffusers takes none that is not of the index's class
         options |= _typed(made, dtype)
         loaded = made.from_pretrained(folder, local_files_only=True, **parts, **options)

@@ -83,12 +83,29 @@ def kind_of(made: Any) -> Any:
     return kind if isinstance(kind, type) and issubclass(kind, bases) else None
 
 
+def pipeline_class(index: dict[str, Any]) -> Any:
+    """What diffusers calls as the index names its class; `DiffusionPipeline` where it has nothing of that name.
+
+    Raises ValueError where it cannot be imported here, as with a transformers that is too old for it.
+    """
+    name = str(index.get("_class_name"))
+    try:
+        return getattr(diffusers, name, diffusers.DiffusionPipeline)
+    except Exception as error:  # whatever is raised where it is defined, behind words of diffusers' own
+        file, why = diffusers.DiffusionPipeline.config_name, str(error).strip().rpartition("\n")[2]
+        raise ValueError(
+            f"{file} names {name}, which diffusers {diffusers.__version__} cannot import here: {why}"
+        ) from error
+
+
 def _parameters(index: dict[str, Any]) -> tuple[set[str], set[str]]:
     """Parts without which the class that the index names cannot be, and those that it can be without.
 
-    Both are empty where diffusers does not know it.
+    Both are empty where diffusers does not know it, or cannot import it here.
     """
-    kind = getattr(diffusers, str(index.get("_class_name")), None)
+    kind = None
+    with suppress(ValueError):
+        kind = pipeline_class(index)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
         return set(), set()
     parameters = inspect.signature(kind).parameters.values()

@@ -428,6 +428,20 @@ def test_a_class_that_is_asked_for_is_refused_saying_what_is_missing(tmp_path: P
         export_bundle(tmp_path / "model", tmp_path / "bundle", report=silent)
 
 
+def test_a_class_that_cannot_be_imported_here_is_refused_as_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ErnieImagePipeline with transformers 4. The cloud server, which might serve it, hears why it cannot."""
+    monkeypatch.setitem(diffusers._class_to_module, "NewerPipeline", "newer")
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "NewerPipeline"}))
+    for opened in (class_of, load):
+        with pytest.raises(ExportError, match=r"^NewerPipeline is not supported; StableDiffusionPipeline,"):
+            opened(tmp_path)
+    why = r"names NewerPipeline, which diffusers \S+ cannot import here: No module named 'diffusers\.newer'$"
+    with pytest.raises(ValueError, match=why):
+        complete.pipeline(tmp_path, torch.float32)
+
+
 def test_a_folder_without_an_index_says_what_to_name(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"no model_index\.json: name a folder that diffusers saved"):
         export_bundle(tmp_path, tmp_path / "bundle", report=silent)
