@@ -247,13 +247,14 @@ def drawn(
 
 
 def _spread(calls: Sequence[Feeds], most: int) -> Sequence[Feeds]:
-    """At most that many of the calls: every k-th, k having no divisor in common with their number, and so none with the
-    number of a prompt's. Each prompt then gives other steps, until all have taken part.
+    """As many of the calls, or all: every k-th, going round, k having no divisor in common with their number, and so
+    none with the number of a prompt's. Each prompt then gives other steps, until all have taken part.
     """
-    every = max(1, -(-len(calls) // most))
-    while math.gcd(every, len(calls)) > 1:
+    count = len(calls)
+    every = max(1, -(-count // most))
+    while math.gcd(every, count) > 1:
         every += 1
-    return calls[::every]
+    return [calls[number * every % count] for number in range(min(count, most))]
 
 
 @contextmanager

@@ -257,13 +257,19 @@ def test_a_full_disk_is_not_called_a_damaged_graph(
         shrink(bundle_copy, "int8", keep=("text_encoder", "vae_decoder"), prompts=PROMPTS[:1], report=silent)
 
 
-@pytest.mark.parametrize(("steps", "passes"), [(4, 2), (15, 2), (20, 2), (25, 1), (25, 2), (50, 1)])
+@pytest.mark.parametrize(
+    ("steps", "passes"), [(4, 1), (4, 2), (10, 1), (15, 2), (20, 1), (20, 2), (25, 1), (25, 2), (50, 1)]
+)
 def test_all_steps_take_part_in_what_calibrates(steps: int, passes: int) -> None:
-    """The last ones too, in which a denoiser sees hardly any noise, and those with and without the prompt alike."""
-    of_a_prompt = [(step, one) for step in range(steps) for one in range(passes)]
-    taken = precision._spread(of_a_prompt * len(precision.CALIBRATION_PROMPTS), precision.MAX_CALLS)  # type: ignore[arg-type]
-    assert set(taken) == set(of_a_prompt)  # type: ignore[comparison-overlap]
-    assert precision.MAX_CALLS / 3 < len(taken) <= precision.MAX_CALLS
+    """The last ones too, in which a denoiser sees hardly any noise, and those with and without the prompt alike; and
+    as many calls as may, none twice.
+    """
+    prompts = range(len(precision.CALIBRATION_PROMPTS))
+    calls = [(prompt, step, one) for prompt in prompts for step in range(steps) for one in range(passes)]
+    taken = precision._spread(calls, precision.MAX_CALLS)  # type: ignore[arg-type]
+    assert {call[1:] for call in taken} == {call[1:] for call in calls}
+    assert {call[0] for call in taken} == set(prompts)
+    assert len(taken) == len(set(taken)) == min(len(calls), precision.MAX_CALLS)
 
 
 def test_the_loss_of_other_pictures_is_twice_their_power() -> None:
