@@ -211,10 +211,10 @@ def only_for(root: Path, own: Sequence[Prompt]) -> None:
 
     ``own`` are the prompts of --prompts; none for the starter's, whose ids say everything.
     """
+    there = (root / IMAGES).exists()  # before what is noted is read, which another process writes first
     kept, texts = _noted(root), [prompt.text for prompt in own]
-    there = bool(kept) or (root / IMAGES).exists()
     other = next((pair for pair in zip(kept, texts, strict=False) if pair[0] != pair[1]), None)
-    if other or (there and bool(kept) != bool(texts)):
+    if other or ((there or kept) and bool(kept) != bool(texts)):
         where = f" ({other[0]!r:.60}, and not {other[1]!r:.60})" if other else ""
         raise ExportError(
             f"{root} holds pictures of other prompts{where}: add new ones at the end of the file, remove {root}, or "

@@ -28,7 +28,7 @@ from export.errors import ExportError
 from export.metrics import load_metrics
 from export.outcomes import ADHERENCE, INSPECTION, INSPECTOR, SPLITS, Outcomes
 from export.painter import BundlePainter, Painter, cloud_model
-from export.prompts import SHARES, numbered_lines, own_prompts, router_prompts
+from export.prompts import SHARES, Prompt, numbered_lines, own_prompts, router_prompts
 from export.quality import Judge
 from export.starter.judge import new_judge
 from export.starter.tokenizer import train_tokenizer
@@ -541,6 +541,24 @@ def test_pictures_of_one_file_of_prompts_are_not_taken_for_anothers(begun, model
         label.main(arguments(models, miniature_bundle, out))
     with pytest.raises(ExportError, match="pictures of other prompts"):
         label.main([*named(models, miniature_bundle, few), "--prompts", str(file)])
+
+
+def test_a_share_that_begins_while_another_does_finds_its_own_prompts(tmp_path, monkeypatch):
+    """Of the two things that it looks at the other one has made neither when the first is looked at, and both then."""
+    own = [Prompt(number, text, "test", 0, None) for number, text in enumerate(OWN)]
+    exists, asked = Path.exists, []
+
+    def meanwhile(path):
+        found = exists(path)
+        if not asked:
+            asked.append(path)
+            pieces.note(tmp_path, own)
+            pieces.begun(tmp_path / pieces.IMAGES, {})
+        return found
+
+    monkeypatch.setattr(Path, "exists", meanwhile)
+    pieces.only_for(tmp_path, own)
+    assert asked
 
 
 def test_labels_of_own_prompts_go_through_every_later_stage(models, bundle_copy, tmp_path, monkeypatch):
