@@ -95,9 +95,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not ours.exists() and options.folder.exists() and any(options.folder.iterdir()):
         print(f"full-size: {options.folder} holds other things; name an empty folder", file=sys.stderr)
         return 2
-    shutil.rmtree(options.folder, ignore_errors=True)  # what was broken off
-    options.folder.mkdir(parents=True)
+    options.folder.mkdir(parents=True, exist_ok=True)  # it may be a link to a disk that has room
     ours.touch()
+    for broken_off in (model, bundle):
+        shutil.rmtree(broken_off, ignore_errors=True)
     pipeline(options.divide, options.pixels).save_pretrained(model)
     export_bundle(
         model, bundle, steps=(STEPS,), guidance=GUIDANCE, name="full-size", licence="none: random weights"

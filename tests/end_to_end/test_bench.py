@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -98,6 +99,27 @@ def test_a_folder_that_holds_other_things_is_not_made_full_size(
     assert full_size.main([str(tmp_path)]) == 2
     assert f"{tmp_path} holds other things" in capsys.readouterr().err
     assert (tmp_path / "model" / "thesis.tex").exists()
+
+
+@pytest.mark.posix
+def test_a_folder_of_full_size_may_be_a_link_to_a_disk_with_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where what was broken off is made anew, in the same place."""
+    monkeypatch.syspath_prepend(str(ROOT / "deploy" / "bench"))
+    full_size = importlib.import_module("full_size")
+    monkeypatch.setattr(
+        full_size, "pipeline", lambda *_: SimpleNamespace(save_pretrained=lambda folder: folder.mkdir())
+    )
+    monkeypatch.setattr("export.diffusion_onnx.export_bundle", lambda _model, folder, **_: folder.mkdir())
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    for _ in range(2):
+        assert full_size.main([str(tmp_path / "link")]) == 0
+        assert sorted(file.name for file in (tmp_path / "disk").glob("[!.]*")) == ["bundle", "model"]
+        (tmp_path / "disk" / "model" / "half").touch()
+    assert full_size.main([str(tmp_path / "link")]) == 0
+    assert not (tmp_path / "disk" / "model" / "half").exists()
 
 
 @pytest.mark.posix
