@@ -357,6 +357,16 @@ def _ceiling(facts: Facts) -> list[str]:
     found = facts.ceiling
     if found is None:
         return []
+    alike = "No two of the test prompts say one scene."
+    if not np.isnan(facts.sentences):
+        alike = (
+            f"Sentences of one scene share its gain: {facts.sentences:.0%} of the expected gain's variance lies "
+            "between\nthem on the test prompts."
+        )
+    won = "The last of them wins no more than random there: of that there are no shares."
+    if (best := facts.oracle[-1][1]) > 0:
+        shares = ", ".join(f"{name} wins {gain / best:.2f}" for name, gain in facts.foreseen.items())
+        won = f"Of what the last of them wins there, at 50 %, {shares}."
     return [
         "## The ceiling",
         "",
@@ -365,8 +375,7 @@ def _ceiling(facts: Facts) -> list[str]:
         *_table("part", "share"),
         *(_row(kind, f"{share:.0%}") for kind, share in found.components.items()),
         "",
-        f"Sentences of one scene share its gain: {facts.sentences:.0%} of the expected gain's variance lies between",
-        f"them on the test prompts. Of the expected gain, words and pairs of words explain {found.carried_over:.0%};",
+        f"{alike} Of the expected gain, words and pairs of words explain {found.carried_over:.0%};",
         "only that part carries over to scenes that nobody trained on, and the oracle knows the rest as well. The",
         "reference is a Gaussian process told the scenes: it reads without error what routers must read from states.",
         "It learns with the number of scenes (correlation with the measured gain of training scenes left out): "
@@ -379,9 +388,7 @@ def _ceiling(facts: Facts) -> list[str]:
         *_table("images", "gain over random"),
         *(_row(str(images), f"{gain:.4f}") for images, gain in facts.oracle),
         "",
-        "Of what the last of them wins there, at 50 %, "
-        + ", ".join(f"{name} wins {gain / facts.oracle[-1][1]:.2f}" for name, gain in facts.foreseen.items())
-        + ".",
+        won,
         "",
     ]
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +23,7 @@ from export.__main__ import INTERRUPTED, main, run
 from export.bootstrap import Estimate
 from export.errors import ExportError
 from export.outcomes import Outcomes
-from export.routerbench import routers
+from export.routerbench import ceiling, routers
 from export.routerbench.comparison import _longest_first
 from export.routerbench.fitting import Data, ending, fit, leave_interrupts, worth
 from export.routerbench.measure import (
@@ -40,7 +41,7 @@ from export.routerbench.measure import (
     saved_at_dp,
     share_at_dp,
 )
-from export.routerbench.report import RESULTS, SUMMARY, Apart, _untold, _verdict
+from export.routerbench.report import RESULTS, SUMMARY, Apart, _ceiling, _untold, _verdict
 from export.routerbench.router import Prompts, Scorer
 from export.routerbench.routers import ROUTERS, ByGain, NearestNeighbours, Ours, Random, RouteT2I
 from tests.export.routing_world import write_bundle, write_labels
@@ -427,6 +428,28 @@ def test_the_report_says_why_headroom_is_left_empty() -> None:
     assert not _untold({"ours": {"random": Apart(known, known, known)}})
     lines = _untold({"ours": {"random": Apart(known, known, known), "kNN": Apart(known, known, unknown)}})
     assert "the oracle wins no more than random" in " ".join(lines)
+
+
+def test_of_what_an_oracle_does_not_win_the_report_tells_no_shares() -> None:
+    """Nor a number of sentences of one scene, where no two test prompts are."""
+    shares = dict.fromkeys(ceiling.KINDS, 0.25)
+    found = SimpleNamespace(
+        ceiling=ceiling.Ceiling(shares, [(30, 0.5)], np.zeros(2)),
+        sentences=0.9,
+        images=4,
+        oracle=[(1, 0.001), (3, 0.002)],
+        oracle_prompts=12,
+        foreseen={"ours": 0.001},
+    )
+    whole = " ".join(" ".join(_ceiling(found)).split())
+    assert (
+        "share its gain: 90% of the expected gain's variance lies between them on the test prompts." in whole
+    )
+    assert "Of what the last of them wins there, at 50 %, ours wins 0.50." in whole
+    found.sentences, found.oracle[-1] = np.nan, (3, -0.002)
+    whole = " ".join(_ceiling(found))
+    assert "nan" not in whole and "ours wins" not in whole
+    assert "No two of the test prompts say one scene." in whole and "wins no more than random there" in whole
 
 
 def test_calls_saved_have_an_interval_and_none_where_it_is_never_reached(bench: Bench) -> None:
