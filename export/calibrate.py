@@ -26,6 +26,7 @@ from scipy.stats import spearmanr
 
 from edge_agent.bundle import Bundle, put_file
 from edge_agent.calibration import Calibration
+from edge_agent.errors import quoted
 from edge_agent.manifest import CALIBRATION, PREDICTOR
 from edge_agent.predictor import Predictor
 from edge_agent.superiority import (
@@ -218,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "the predictor finds the edge's image as good for every calibration prompt: none will be routed"
         )
     console.print(
-        f"a daemon takes it up by `edge-agent models pull {options.bundle} --use`, where the bundle was pulled before "
-        "under another --name; one that was started with --bundle by a restart"
+        f"a daemon takes it up by `edge-agent models pull {quoted(str(options.bundle))} --use`, where the bundle was "
+        "pulled before under another --name; one that was started with --bundle by a restart"
     )
     return 0

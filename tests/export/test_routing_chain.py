@@ -458,6 +458,15 @@ def test_alpha_is_not_made_for_a_cloud_model_that_was_not_measured(
     assert (chain.bundle / CALIBRATION).read_bytes() == kept
 
 
+@pytest.mark.posix  # whose shell takes single quotes
+def test_the_command_that_takes_up_a_calibration_can_be_copied(
+    tmp_path: Path, chain: Chain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = tmp_path / "my bundle"
+    shutil.copytree(chain.bundle, bundle)
+    assert f"`edge-agent models pull '{bundle}' --use`" in said(capsys, "calibrate", chain.labels, bundle)
+
+
 def test_a_bundle_without_predictor_or_calibration_says_what_to_run(
     tmp_path: Path, chain: Chain, capsys: pytest.CaptureFixture[str]
 ) -> None:
