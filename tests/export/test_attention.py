@@ -83,6 +83,18 @@ def another_scale(softmax: NodeProto, makers: dict[str, NodeProto]) -> None:
         makers[name].input[1] = "other"
 
 
+def another_scale_of_the_keys(softmax: NodeProto, makers: dict[str, NodeProto]) -> None:
+    makers[makers[softmax.input[0]].input[1]].input[1] = "other"
+
+
+def another_dimension(softmax: NodeProto, makers: dict[str, NodeProto]) -> None:
+    """How many positions there are, in the place of the size of a head."""
+    name = makers[makers[softmax.input[0]].input[0]].input[1]
+    while makers[name].op_type != "Slice":
+        name = makers[name].input[makers[name].op_type == "Div"]
+    makers[name].input[1:3] = ["last_but_one", "last"]
+
+
 def another_numerator(softmax: NodeProto, makers: dict[str, NodeProto]) -> None:
     name = makers[makers[softmax.input[0]].input[0]].input[1]
     while makers[name].op_type != "Div":
@@ -102,7 +114,17 @@ def another_order(softmax: NodeProto, makers: dict[str, NodeProto]) -> None:
             node.input[:] = [values, weights]
 
 
-@pytest.mark.parametrize("change", [another_scale, another_numerator, another_axis, another_order])
+@pytest.mark.parametrize(
+    "change",
+    [
+        another_scale,
+        another_scale_of_the_keys,
+        another_dimension,
+        another_numerator,
+        another_axis,
+        another_order,
+    ],
+)
 def test_what_multi_head_attention_would_not_compute_stays_as_it_was_traced(
     traced: Path, change: Callable[[NodeProto, dict[str, NodeProto]], None]
 ) -> None:
@@ -110,6 +132,8 @@ def test_what_multi_head_attention_would_not_compute_stays_as_it_was_traced(
     softmax = next(node for node in model.graph.node if node.op_type == "Softmax")
     change(softmax, {name: node for node in model.graph.node for name in node.output})
     model.graph.initializer.append(numpy_helper.from_array(np.float32(0.3), "other"))
+    for place, name in ((-2, "last_but_one"), (-1, "last")):
+        model.graph.initializer.append(numpy_helper.from_array(np.array([place]), name))
     graph_file.save(model, traced)
     assert fuse(traced) == ATTENTIONS - 1
     fused = traced.with_name(FUSED)

@@ -190,6 +190,23 @@ def test_a_decoder_without_large_convolutions_is_not_touched(
     assert list(tmp_path.iterdir()) == [graph]
 
 
+@pytest.mark.parametrize(
+    ("made", "places", "channels"),
+    [
+        (320, 1_000_000, 192),  # 200 would be allowed
+        (200, 1_000_000, 0),
+        (320, 625_000, 0),  # as many as there are
+        (320, 300_000_000, 32),  # not one would be, and a band has a grain at least
+        (32, 300_000_000, 0),
+    ],
+)
+def test_a_band_has_as_many_grains_as_two_operations_a_product_allow(
+    made: int, places: int, channels: int
+) -> None:
+    node = helper.make_node("Conv", ["x", "filters", ""], ["y"])
+    assert bands._channels(node, {"filters": (made, 25, 2, 2)}, places) == channels
+
+
 @pytest.mark.usefixtures("low")
 def test_what_cannot_be_parted_stays(tmp_path: Path) -> None:
     """In groups, or with weights that the graph computes; the third of the same size is parted."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ def world(prompts: int = 400, seeds: int = 4) -> tuple[np.ndarray, np.ndarray]:
 def test_the_lowest_scores_go_to_the_cloud_and_ties_share_what_is_left() -> None:
     np.testing.assert_array_equal(routed(np.array([4.0, 1.0, 3.0, 2.0]), 0.5), [0, 1, 0, 1])
     np.testing.assert_allclose(routed(np.array([1.0, 2.0, 2.0, 2.0]), 0.5), [1, 1 / 3, 1 / 3, 1 / 3])
+    np.testing.assert_allclose(routed(np.array([1.0, 2.0, 3.0]), 0.5), [1, 0.5, 0])
     for rate in (0.05, 0.3, 0.99):
         assert routed(np.random.default_rng(0).integers(0, 4, 57).astype(float), rate).sum() == pytest.approx(
             rate * 57
@@ -65,6 +67,18 @@ def test_pooled_dp_of_cloud_only_and_of_half_at_random() -> None:
     everything = np.ones(len(paired))
     (random, *_) = evaluate({}, everything, paired, RATE, np.arange(len(everything)))
     assert random.pooled_dp.value == pytest.approx(50)  # every metric's mean gap is positive here
+
+
+def test_pooled_dp_is_a_share_of_what_lies_between_the_models_on_each_metric() -> None:
+    """Also where one is better by one metric and the other by another."""
+    gaps = np.repeat([[[0.2, -0.1]]], 40, axis=0) + np.random.default_rng(0).normal(0, 1e-3, (40, 2, 2))
+    (random, *_) = evaluate({}, np.ones(40), Paired(gaps), 0.25, np.arange(40))
+    assert random.pooled_dp.value == pytest.approx(100 * 0.25 * 0.05 / 0.15, rel=0.02)
+
+
+def test_one_image_of_each_prompt_makes_no_oracle() -> None:
+    with pytest.raises(ExportError, match="the oracle needs two seeds of every test prompt on both models"):
+        Paired.of(SimpleNamespace(common_seeds=lambda: 1))  # type: ignore[arg-type]
 
 
 def alike() -> np.ndarray:

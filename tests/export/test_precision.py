@@ -16,6 +16,7 @@ import torch
 
 from edge_agent.bundle import Bundle, write_manifest
 from edge_agent.diffusion.generator import Generator, Image
+from edge_agent.diffusion.sessions import Session
 from edge_agent.errors import BundleError
 from edge_agent.manifest import DECODER, DENOISER, FUSED, TEXT_ENCODER
 from export import graph_file, precision
@@ -174,6 +175,36 @@ def test_a_part_whose_values_half_precision_does_not_hold_stays_float32(
     assert 0 < loss.share <= BOUNDS["fp16"]
     assert 0 < np.abs(colours(bundle_copy) - colours(miniature_bundle)).max() <= 4 * loss.largest
     assert not list(bundle_copy.rglob("watched.onnx"))
+
+
+def test_the_largest_value_is_looked_for_on_either_side_of_nothing_and_masks_are_none(tmp_path: Path) -> None:
+    nodes = [
+        onnx.helper.make_node("Mul", ["x", "times"], ["low"]),
+        onnx.helper.make_node("Add", ["low", "mask"], ["y"]),
+    ]
+    ends = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["places"]) for name in ("x", "y")
+    ]
+    constants = {"times": np.float32(-7e4), "mask": np.finfo(np.float32).min}
+    weights = [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()]
+    graph = onnx.helper.make_graph(nodes, "low", ends[:1], ends[1:], weights)
+    opsets = [onnx.helper.make_opsetid("", 17)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8), tmp_path / "model.onnx")
+    feeds = [{"x": np.linspace(0, 1, 5, dtype=np.float32)}]
+    assert precision._largest_value(tmp_path / "model.onnx", feeds) == pytest.approx(7e4)
+
+
+def test_the_runtime_is_watched_for_no_longer_than_is_asked() -> None:
+    run = Session.run
+
+    def interrupted() -> None:
+        with precision._recorded(()):
+            assert Session.run is not run
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert Session.run is run
 
 
 def test_where_no_part_can_be_in_half_precision_the_bundle_is_refused(bundle_copy: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,14 @@ from edge_agent.diffusion.text_encoder import TextEncoder, TextStates
 from edge_agent.errors import BundleError
 from edge_agent.manifest import CALIBRATION, PREDICTOR
 from edge_agent.predictor import Predictor
-from edge_agent.superiority import METRICS, paper_scale, relative_superiority
+from edge_agent.superiority import METRICS, SD_FLOOR, paper_scale, relative_superiority
 from edge_agent.tokens import Tokenizer, Tokens
+from export import calibrate as calibration_stage
 from export import evaluate as evaluation
 from export import train as training
 from export.__main__ import INTERRUPTED, main
-from export.calibrate import calibrate
+from export.calibrate import _remark_chance, calibrate, familiar, scale_of
+from export.errors import ExportError
 from export.evaluate import BEGINS
 from export.mixture import Ensemble
 from export.outcomes import Outcomes
@@ -110,6 +114,97 @@ def test_metrics_weigh_by_their_spread_unless_they_are_asked_to_weigh_the_same(c
     edge, gain = np.full(len(METRICS), 0.5), np.linspace(-0.01, 0.01, len(METRICS))
     prs = relative_superiority(edge, edge + gain, spread.scale, spread.weights)
     assert prs == pytest.approx(0.5 - gain.sum() / (4 * sum(spread.scale)), abs=1e-4)
+
+
+def test_gamma_weighs_what_lies_between_the_models_against_what_varies(chain: Chain) -> None:
+    train = Outcomes.read(chain.labels).split("train")
+    gap = (train.edge - train.cloud).astype(np.float64)
+    for gamma in (0.0, 3.0):
+        expected = np.maximum(gamma * np.abs(gap.mean(0)), SD_FLOOR * gap.std(0, ddof=1))
+        np.testing.assert_allclose(scale_of(train, gamma), expected, rtol=1e-6)
+    with pytest.raises(
+        ExportError, match=r"^on definition edge and cloud are equal on every training prompt"
+    ):
+        scale_of(_equal_on_definition(train), 1.0)
+
+
+def _equal_on_definition(outcomes: Outcomes) -> Outcomes:
+    cloud = outcomes.cloud_seeds.copy()
+    cloud[..., 0] = outcomes.edge_seeds[..., 0]
+    return replace(outcomes, cloud_seeds=cloud)
+
+
+def test_a_token_is_familiar_by_the_prompts_that_have_it_and_not_by_how_often_they_do(chain: Chain) -> None:
+    tokenizer = Tokenizer.open(Bundle.open(chain.bundle))
+    prompts = ["dog dog dog dog", "cat", "cat dog", "cat"]
+    (cat,) = {int(one.ids[0, one.own[0]]) for one in map(tokenizer.encode, prompts[1:2])}
+    assert familiar([tokenizer.encode(prompt) for prompt in prompts]) == (cat,)
+
+
+def test_a_predictor_that_ranks_the_wrong_way_round_is_no_better_than_chance(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    measured = np.linspace(0, 1, 40)
+    for predictions, told in ((measured**2, False), (1 - measured, True), (np.ones(40), True)):
+        _remark_chance(predictions, measured)
+        assert ("do not tell the predictor from chance" in capsys.readouterr().err) is told
+
+
+def test_a_calibration_by_which_nothing_goes_to_the_cloud_says_so(
+    tmp_path: Path, chain: Chain, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = shutil.copytree(chain.bundle, tmp_path / "bundle")
+    nobody = "finds the edge's image as good for every calibration prompt: none will be routed"
+    assert nobody not in said(capsys, "calibrate", chain.labels, bundle)
+    alike = np.full((len(Outcomes.read(chain.labels).split("calibration")), len(METRICS)), 0.5, np.float32)
+    monkeypatch.setattr(calibration_stage, "predicted", lambda *_: (alike, alike))
+    assert nobody in said(capsys, "calibrate", chain.labels, bundle)
+
+
+def test_a_calibration_that_is_broken_off_leaves_the_bundle_as_it_was(
+    tmp_path: Path, chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = Path(shutil.copytree(chain.bundle, tmp_path / "bundle"))
+    before = {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(calibration_stage, "put_file", full)
+    assert main(["calibrate", str(chain.labels), str(bundle)]) == 2
+    assert {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()} == before
+
+
+def test_labels_of_other_metrics_are_not_calibrated(chain: Chain) -> None:
+    outcomes = Outcomes.read(chain.labels)
+    texts = json.loads(outcomes.facts["metrics"])
+    turned = replace(outcomes, facts=outcomes.facts | {"metrics": json.dumps(texts[::-1])})
+    with pytest.raises(ExportError, match=r"^the labels' metrics are not definition, "):
+        calibrate(turned, Bundle.open(chain.bundle), "c0ffee", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("stage", "option", "why"),
+    [
+        ("train out", "--gain-weight=nan", "--gain-weight must not be negative"),
+        ("train out", "--rank-weight=-1", "--rank-weight must not be negative"),
+        ("train out", "--deletion-weight=inf", "--deletion-weight must not be negative"),
+        ("train out", "--sentence=7", "--sentence must be a multiple of "),
+        ("calibrate", "--gamma=nan", "--gamma must be a number of at least 0"),
+        ("calibrate", "--gamma=-1", "--gamma must be a number of at least 0"),
+        ("evaluate", "--rate=0", "--rate must lie between 0 and 1"),
+        ("evaluate", "--rate=1", "--rate must lie between 0 and 1"),
+        ("evaluate", "--rate=nan", "--rate must lie between 0 and 1"),
+    ],
+)
+def test_numbers_of_which_nothing_can_be_made_are_refused_before_anything_is_read(
+    stage: str, option: str, why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, *more = stage.split()
+    with pytest.raises(SystemExit) as stopped:
+        main([name, "labels", "bundle", *more, option])
+    assert stopped.value.code == 2
+    assert why in capsys.readouterr().err
 
 
 def test_cached_states_are_those_the_encoder_makes(chain: Chain) -> None:
@@ -246,11 +341,12 @@ def test_a_mixture_that_is_trained_is_kept_for_the_next_call_by_the_same_recipe(
         assert all(torch.equal(*pair) for pair in zip(one.parameters(), other.parameters(), strict=True))
     assert trained("--seeds", "2")[1] == []
     assert trained("--seeds", "1", "--gain-weight", "2")[1] == [0]
-    assert trained("--seeds", "1", "--rank", "4")[1] == [0]
+    same = ("--seeds", "1", "--gain-weight", "2", "--rank", "4")
+    assert trained(*same)[1] == [0]
     (run / "mixture-0.safetensors").write_bytes(b"damaged")
-    assert trained("--seeds", "1", "--rank", "4")[1] == [0]
+    assert trained(*same)[1] == [0]
     others = of_other_prompts(chain.labels, tmp_path / "others.parquet")
-    assert trained("--seeds", "1", "--rank", "4", labels=others)[1] == [0]
+    assert trained(*same, labels=others)[1] == [0]
 
 
 def test_a_new_predictor_takes_the_old_calibration_away(tmp_path: Path, chain: Chain) -> None:

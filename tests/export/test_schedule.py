@@ -193,6 +193,19 @@ def test_where_flow_matching_expects_to_arrive_is_known_at_each_step(made: Any) 
         )
 
 
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_where_a_denoiser_expects_to_arrive_is_known_at_each_step(kind: str) -> None:
+    """Of the latents on the way from an image to noise, and of what it was trained to say of them, the image."""
+    made = scheduler("DDIMScheduler", {"clip_sample": False, "prediction_type": kind})
+    compiled = compile_schedule(made, 5)
+    noise, image = np.random.default_rng(0).standard_normal((2, 64))
+    for timestep, (a, b) in zip(compiled.timesteps, compiled.clean, strict=True):
+        kept = float(made.alphas_cumprod[int(timestep)])
+        signal, rest = np.sqrt(kept), np.sqrt(1 - kept)
+        said = {"epsilon": noise, "v_prediction": signal * noise - rest * image, "sample": image}[kind]
+        np.testing.assert_allclose(a * (signal * image + rest * noise) + b * said, image, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_where_edm_expects_to_arrive_is_known_at_each_step(kind: str) -> None:
     """Its preconditioning is made so that of an image with noise and the output trained for, the image comes back."""

@@ -141,6 +141,14 @@ def test_two_prompts_in_the_wrong_order_cost_more_the_more_their_gains_differ_an
     assert cost(far, False, rank_weight=7) == cost(far, False, rank_weight=0)
 
 
+def test_the_one_metric_of_an_ablation_is_the_mean_of_all() -> None:
+    prompts = world(5, 1)
+    measured = prompts.measuring(replace(SHAPE, metrics=1))
+    for one, all_of_them in ((measured.edge, prompts.edge), (measured.cloud, prompts.cloud)):
+        assert torch.equal(one, all_of_them.mean(1, keepdim=True))
+    assert prompts.measuring(SHAPE) is prompts
+
+
 def test_experts_learn_at_the_rate_of_the_layer_beside_them() -> None:
     learning, validating = world(64, 1), world(32, 2)
     recipe = replace(RECIPE, steps=4, learning_rate=1e-3, together_rate=1e-3)
@@ -173,6 +181,34 @@ def test_it_keeps_the_epoch_that_was_best_on_validation() -> None:
     with torch.no_grad():
         kept = Loss(noise, recipe)(run.mixture, validating)
     assert float(kept) == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_what_is_hidden_in_training_is_hidden_in_every_epoch_and_in_no_validation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read: list[tuple[bool, float, float]] = []
+    forward = Mixture.forward
+
+    def watched(self: Mixture, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        assert self.together is not None
+        read.append((self.training, self.dropout.share, self.together.masked))
+        return forward(self, *given)
+
+    monkeypatch.setattr(Mixture, "forward", watched)
+    learning, validating = world(64, 1), world(32, 2)
+    recipe = replace(RECIPE, steps=4, dropout=0.3, masked=0.2)  # two an epoch
+    trained(learning, validating, recipe, knowing(replace(SHAPE, sentence=8), learning, WORDS))
+    assert [training for training, *_ in read] == [True, True, False] * 2
+    assert {(dropped, masked) for _, dropped, masked in read} == {(0.3, 0.2)}
+
+
+def test_a_metric_that_never_varies_keeps_none_of_the_others_from_being_learnt() -> None:
+    learning, validating = world(64, 1), world(32, 2)
+    for examples in (learning, validating):
+        for side in (examples.edge, examples.cloud):
+            side[:, 0] = 0.5
+    run = trained(learning, validating, replace(RECIPE, steps=4))
+    assert all(bool(torch.isfinite(weights).all()) for weights in run.mixture.parameters())
 
 
 @pytest.mark.parametrize("steps", [1, 9, 10, 11])
