@@ -371,7 +371,7 @@ def _not_exported(bundle: Path) -> list[str]:
 def _by_count(steps: Sequence[Steps], pipeline: Any) -> dict[int, Steps]:
     """`steps` by how many they are. Raises ExportError where a count has two schedules, or the pipeline takes none."""
     found: dict[int, Steps] = {}
-    for each in dict.fromkeys(steps):
+    for each in steps:
         if found.setdefault(number := number_of(each), each) != each:
             raise ExportError(f"a bundle has one schedule of {number} steps: leave one of two out")
         if not isinstance(each, int) and "timesteps" not in inspect.signature(pipeline.__call__).parameters:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,18 +35,19 @@ from transformers import CLIPImageProcessor
 from cloud_server import complete
 from edge_agent.bundle import Bundle, write_manifest
 from edge_agent.diffusion.decoder import Decoder
-from edge_agent.diffusion.generator import Generator
+from edge_agent.diffusion.generator import Generator, Image
 from edge_agent.diffusion.schedule import Schedule
 from edge_agent.diffusion.sessions import Runtime
 from edge_agent.manifest import CALIBRATION, MANIFEST, PREDICTOR, schedule_file
 from export import diffusion_onnx, graphs
+from export import reference as references
 from export.__main__ import INTERRUPTED
 from export.__main__ import main as edge_export
 from export.diffusion_onnx import export_bundle, main
 from export.errors import ExportError
 from export.folder import beside, move
 from export.graphs import MASKED
-from export.pipeline import class_of, facts, licence_of, load, name_of, prepared
+from export.pipeline import class_of, facts, licence_of, load, name_of, prepared, size_of
 from export.reference import Reference, difference, largest_difference, reference_image, reference_images
 from export.schedule import compile_schedule
 from export.terminal import silent
@@ -92,6 +93,8 @@ def test_a_folder_becomes_a_bundle_that_states_its_models(
     assert (manifest.latent_channels, manifest.latent_height, manifest.latent_width) == (4, 16, 16)
     assert (manifest.steps, manifest.default_steps, manifest.default_guidance) == ((3, 6), 6, 2.0)
     assert manifest.text_tokens == 48
+    shown = any("previews use it" in line for line in starter_shaped[2])
+    assert shown == (manifest.latent_to_rgb is not None)
 
 
 def test_the_bundle_equals_the_pipeline_it_was_made_from(
@@ -163,6 +166,57 @@ def test_a_bundle_that_differs_is_told_from_one_that_does_not(
 ) -> None:
     other = miniature_pipeline(seed=2, factor=4, tokens=48)
     assert largest_difference(Bundle.open(starter_shaped[1]), reference_images(other, 3, 2.0)) > 1e-2
+
+
+class Drawn:
+    """In the place of a generator: one image, whatever it is asked for."""
+
+    def __init__(self, colours: np.ndarray) -> None:
+        self.colours, self.asked = colours, dict[str, Any]()
+
+    def encode(self, _prompt: str) -> tuple[None, None]:
+        return None, None
+
+    def encode_negative(self, _negative: str) -> None:
+        return None
+
+    def generate(self, *_: Any, **asked: Any) -> Iterator[Image]:
+        self.asked = asked
+        yield Image(self.colours)
+
+
+@pytest.mark.parametrize("by", [0.25, -0.25])
+def test_one_colour_of_one_pixel_is_a_difference_whichever_is_the_darker(by: float) -> None:
+    colours = np.full((4, 6, 3), 0.5, np.float32)
+    drawn = Drawn(colours.copy())
+    drawn.colours[3, 2, 1] += by
+    reference = Reference("", "", 0, 1, 1.0, np.zeros((4, 1, 1), np.float32), colours)
+    assert difference(drawn, reference) == 0.25  # type: ignore[arg-type]
+    assert drawn.asked == {"size": (6, 4)}
+
+
+@pytest.mark.parametrize(("scale", "guided"), [(7.5, 7.5), (1.0, 1.5), (0.0, 1.5)])
+def test_either_way_to_draw_is_compared_whatever_the_default_guidance_is(
+    monkeypatch: pytest.MonkeyPatch, scale: float, guided: float
+) -> None:
+    """A model that was distilled not to need guidance takes it all the same, from who asks for it."""
+    monkeypatch.setattr(references, "reference_image", lambda *given, **_: given[5])
+    assert reference_images(None, 2, scale) == [guided, 1.0, guided]
+
+
+@pytest.mark.parametrize("differences", [(0.5, 0.0), (0.0, 0.5), (0.0, 0.0)])
+def test_the_denoiser_is_held_to_the_pipeline_as_it_was_traced_and_fused(
+    miniature_bundle: Path, monkeypatch: pytest.MonkeyPatch, differences: tuple[float, float]
+) -> None:
+    found = iter(differences)
+    monkeypatch.setattr(diffusion_onnx, "largest_difference", lambda *_: next(found))
+    monkeypatch.setattr(diffusion_onnx.attention, "fuse", lambda _: 0)
+    monkeypatch.setattr(diffusion_onnx, "write_manifest", lambda _: None)
+    if any(differences):
+        with pytest.raises(ExportError, match=r"differ from the torch pipeline's by 5\.0e-01; not written$"):
+            diffusion_onnx._compare_and_fuse(miniature_bundle, [], [], 1.0, silent)
+    else:
+        diffusion_onnx._compare_and_fuse(miniature_bundle, [], [], 1.0, silent)
 
 
 def test_a_bundle_is_replaced_only_when_asked(
@@ -254,6 +308,16 @@ def test_a_bundle_that_holds_what_no_export_makes_is_not_replaced(
     with pytest.raises(ExportError, match=f"also holds {name}, .* move the folder away, or name a new one"):
         export_bundle(pipeline, bundle_copy, force=True, report=silent)
     assert (bundle_copy / name).read_text() == "x"
+
+
+@pytest.mark.posix
+def test_a_bundle_that_holds_a_link_to_a_folder_is_not_replaced(
+    pipeline: StableDiffusionPipeline, bundle_copy: Path, tmp_path: Path
+) -> None:
+    (bundle_copy / "photos").symlink_to(tmp_path, target_is_directory=True)
+    with pytest.raises(ExportError, match=r"also holds photos, which no export makes"):
+        export_bundle(pipeline, bundle_copy, force=True, report=silent)
+    assert (bundle_copy / "photos").is_symlink()
 
 
 def test_what_is_put_into_the_bundle_during_an_export_is_not_deleted(
@@ -569,6 +633,26 @@ def test_a_size_that_the_denoiser_cannot_halve_is_refused_naming_one_near(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_size_without_a_width_is_refused_and_the_models_own_need_not_be_square(
+    pipeline: StableDiffusionPipeline,
+) -> None:
+    for none in (0, -16):
+        with pytest.raises(ExportError, match="multiples of 16 for this model, such as 16x64"):
+            size_of(pipeline, (none, 64))
+    pipeline.unet.register_to_config(sample_size=(8, 12))  # height and width
+    assert size_of(pipeline, None) == (96, 64)
+
+
+def test_a_model_may_say_that_no_negative_prompt_is_an_empty_one() -> None:
+    pipeline = miniature_xl()
+    for said, zeros in ((None, True), (False, False), (True, True)):
+        if said is not None:
+            pipeline.register_to_config(force_zeros_for_empty_prompt=said)
+        added = facts(pipeline, (96, 64))["added"]
+        assert added.zero_negative is zeros
+        assert added.time_ids == (64, 96, 0, 0, 64, 96)
+
+
 @pytest.mark.parametrize("make", [miniature_pipeline, miniature_xl, miniature_lcm])
 def test_images_of_every_size_equal_the_pipelines(make: Callable[[], Any], tmp_path: Path) -> None:
     """The first is the default, twice is one; Stable Diffusion XL is told what size it makes."""
@@ -747,6 +831,7 @@ def test_the_options_go_together(
     manifest = bundle.manifest
     assert (manifest.width, manifest.height, manifest.latent_width, manifest.latent_height) == (96, 64, 12, 8)
     assert (manifest.steps, manifest.default_guidance, manifest.latent_scaling) == ((2,), 3.0, 1.0)
+    assert manifest.licence == "MIT"
     generator = Generator(bundle, Runtime(threads=1))
     assert generator.denoiser.passes == "separate"
     shapes = {session.path.parent.name: session.shapes for session in generator.sessions}

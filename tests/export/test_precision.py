@@ -75,6 +75,18 @@ def test_weights_are_of_the_type_that_was_asked_for(small: tuple[str, Path, Loss
             assert onnx.TensorProto.INT8 in types
             assert ("DequantizeLinear" in operators) == (name != TEXT_ENCODER)
             assert name == DECODER or "MatMulInteger" in operators
+            _check_eight_bits(graph)
+
+
+def _check_eight_bits(graph: onnx.GraphProto) -> None:
+    """Seven of them are in use, and each channel of what is made has a scale of its own."""
+    weights = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    found = {name: values for name, values in weights.items() if values.dtype == np.int8 and values.ndim > 1}
+    assert found
+    for name, values in found.items():
+        made = values.shape[0 if values.ndim == 4 else -1]
+        assert np.abs(values.astype(int)).max() <= 64
+        assert weights[name.removesuffix("_quantized") + "_scale"].size == made
 
 
 def test_its_attention_is_fused_over_the_smaller_weights(small: tuple[str, Path, Loss]) -> None:
@@ -214,18 +226,24 @@ def test_where_no_part_can_be_in_half_precision_the_bundle_is_refused(bundle_cop
             shrink(bundle_copy, "fp16", keep=("text_encoder", "unet"), prompts=prompts, report=silent)
 
 
+def watched_prompts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The prompts of all images that are drawn from now on."""
+    drawn: list[str] = []
+    draw = precision.drawn
+
+    def counted(bundle: Bundle, prompts: Sequence[str], *how: Any, **more: Any) -> Iterator[np.ndarray]:
+        drawn.extend(prompts)
+        return draw(bundle, prompts, *how, **more)
+
+    monkeypatch.setattr(precision, "drawn", counted)
+    return drawn
+
+
 def test_half_precision_makes_no_images_but_those_that_it_compares(
     bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a CPU, at Stable Diffusion 1.5's size in 25 steps, each takes minutes."""
-    drawn: list[str] = []
-    draw = precision.drawn
-
-    def counted(bundle: Bundle, prompts: Sequence[str], *how: Any) -> Iterator[np.ndarray]:
-        drawn.extend(prompts)
-        return draw(bundle, prompts, *how)
-
-    monkeypatch.setattr(precision, "drawn", counted)
+    drawn = watched_prompts(monkeypatch)
     shrink(bundle_copy, "fp16", report=silent)
     assert drawn == 2 * list(COMPARISON_PROMPTS)
 
@@ -334,7 +352,10 @@ def test_every_size_is_compared_and_what_calibrates_is_of_the_default(bundle_cop
     assert Bundle.open(with_more).model_digest == Bundle.open(bundle_copy).model_digest
 
 
-def test_an_export_ends_in_the_smaller_bundle_once_the_float32_one_is_proven(tmp_path: Path) -> None:
+def test_an_export_ends_in_the_smaller_bundle_once_the_float32_one_is_proven(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = watched_prompts(monkeypatch)
     model = save_miniature(tmp_path / "model")
     (tmp_path / "prompts.txt").write_text("a cat\n\n two dogs on a beach\n")
     lines: list[str] = []
@@ -347,6 +368,7 @@ def test_an_export_ends_in_the_smaller_bundle_once_the_float32_one_is_proven(tmp
         calibration_prompts=tmp_path / "prompts.txt",
         report=lines.append,
     )
+    assert drawn == [*COMPARISON_PROMPTS, "a cat", "two dogs on a beach", *COMPARISON_PROMPTS]
     proven = next(number for number, line in enumerate(lines) if "of 1e-03 allowed" in line)
     compared = next(number for number, line in enumerate(lines) if line.startswith("int8 against fp32"))
     assert proven < compared

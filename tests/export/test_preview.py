@@ -23,7 +23,7 @@ def reference(colours: np.ndarray, latents: np.ndarray) -> Reference:
 
 def test_a_linear_decoder_is_found_exactly() -> None:
     draw = np.random.default_rng(0)
-    latents = [draw.standard_normal((4, 6, 5)) for _ in range(2)]
+    latents = [draw.standard_normal((4, 2, 1)) for _ in range(3)]  # of which no two say all
     made = [reference(np.tensordot(one, ROWS[:4], axes=(0, 0)) + ROWS[4], one) for one in latents]
     fitted = fit_preview(made)
     np.testing.assert_allclose(fitted.rows, ROWS, atol=1e-5)

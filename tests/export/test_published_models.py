@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -403,7 +404,13 @@ def test_what_people_name_instead_is_put_right(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str, why: str
 ) -> None:
     save_miniature(tmp_path / "model")
-    save_miniature(tmp_path / "models--owner--name" / "snapshots" / "c0ffee")
+    snapshots = tmp_path / "models--owner--name" / "snapshots"
+    for number, snapshot in enumerate(
+        ("decade", "c0ffee", "facade")
+    ):  # the one that came last is none of the ends
+        (snapshots / snapshot).mkdir(parents=True)
+        (index := snapshots / snapshot / "model_index.json").touch()
+        os.utime(index, ns=(when := 10**18 + 10**9 * (0, 2, 1)[number], when))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ExportError, match=why):
         load(tmp_path / named if (tmp_path / named).exists() else named)
@@ -423,7 +430,8 @@ def test_a_model_that_says_it_is_smaller_than_it_was_trained_for_is_pointed_out(
         tmp_path / "model", tmp_path / "bundle", steps=(STEPS,), sizes=sizes, guidance=0, report=said.append
     )
     assert any("trained for 512x512: then name --size" in line for line in said) != asked
-    assert Bundle.open(tmp_path / "bundle").manifest.sizes == ((256, 256),)
+    manifest = Bundle.open(tmp_path / "bundle").manifest
+    assert (manifest.sizes, manifest.default_guidance) == (((256, 256),), 0.0)
 
 
 def test_a_snapshot_of_the_hubs_cache_has_its_models_name(tmp_path: Path) -> None:
