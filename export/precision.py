@@ -382,7 +382,6 @@ def _to_eight_bits(graph: Path, feeds: Sequence[Feeds]) -> None:
             reduce_range=True,
             weight_type=QuantType.QInt8,
             use_external_data_format=large,
-            extra_options={"MatMulConstBOnly": True},
         )
         result = products
         if feeds:

@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -14,7 +15,7 @@ import pytest
 from onnx import NodeProto, helper, numpy_helper
 
 from edge_agent.manifest import DENOISER, FUSED, TEXT_ENCODER
-from export import graph_file
+from export import attention, graph_file
 from export.attention import OPERATOR, fuse
 
 ATTENTIONS = 8  # of the miniature: two in each of four blocks
@@ -140,6 +141,23 @@ def test_what_multi_head_attention_would_not_compute_stays_as_it_was_traced(
     assert operators(fused)["Softmax"] == 1
     if change is not another_order:  # which is no product here
         np.testing.assert_allclose(output(fused, 1), output(traced, 1), atol=1e-5)
+
+
+def test_heads_that_nobody_tells_leave_attention_as_it_was_traced(
+    traced: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx.shape_inference, "infer_shapes", lambda *_, **__: onnx.ModelProto())
+    assert fuse(traced) == 0 and not traced.with_name(FUSED).exists()
+
+
+def test_heads_that_keys_share_are_not_those_of_the_queries() -> None:
+    def of(heads: int) -> list[SimpleNamespace]:
+        return [SimpleNamespace(dim_value=size) for size in (1, heads, 64, 8)]
+
+    shapes = {"queries": of(4), "turned_keys": of(4), "values": of(4)}
+    one = attention._Attention(*shapes, result="result")
+    assert attention._heads(one, shapes) == 4
+    assert attention._heads(one, shapes | {"turned_keys": of(1), "values": of(1)}) == 0
 
 
 def test_a_graph_within_the_graph_may_read_anything(traced: Path) -> None:

@@ -6,6 +6,7 @@ import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +28,7 @@ from export.diffusion_onnx import export_bundle
 from export.errors import ExportError
 from export.metrics import load_metrics
 from export.outcomes import ADHERENCE, INSPECTION, INSPECTOR, SPLITS, Outcomes
-from export.painter import BundlePainter, Painter, cloud_model
+from export.painter import BundlePainter, Painter, Picture, cloud_model
 from export.prompts import SHARES, Prompt, numbered_lines, own_prompts, router_prompts
 from export.quality import Judge
 from export.starter.judge import new_judge
@@ -242,11 +243,20 @@ def test_two_processes_share_a_run_and_the_last_one_writes_the_matrix(
     models, miniature_bundle, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(pieces, "PIECE", 4)
-    out = tmp_path / "labels.parquet"
+    out, opened, threads = tmp_path / "labels.parquet", BundlePainter, []
+
+    def noted(bundle, number):
+        threads.append(number)
+        return opened(bundle, 1)
+
+    monkeypatch.setattr(label, "BundlePainter", noted)
+    monkeypatch.setattr(label.torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(label.os, "cpu_count", lambda: 8)
     assert label.main(arguments(models, miniature_bundle, out, "--share", "1/2")) == 1
     assert not out.exists()
     assert label.main(arguments(models, miniature_bundle, out, "--share", "2/2")) == 0
     assert len(Outcomes.read(out)) == 12
+    assert threads == [4] * 4  # of torch and of the edge, in either process
 
 
 def test_labels_of_other_models_are_not_mixed_in(models, miniature_bundle, tmp_path, monkeypatch):
@@ -414,6 +424,39 @@ def test_a_prompt_whose_picture_the_cloud_withholds_is_left_out_of_both_models(
         assert withheld.text not in Outcomes.read(out).prompts
         assert len(Outcomes.read(out)) == 11
         shutil.rmtree(next(out.with_suffix(".parts").glob("*[!s]/")))
+
+
+def test_where_a_picture_of_every_prompt_is_withheld_there_are_no_labels(few, tmp_path, monkeypatch):
+    table = pq.read_table(few)
+    for name in METRICS:
+        nothing = pa.nulls(len(table), pa.float32())
+        table = table.set_column(table.column_names.index(name), name, nothing)
+    prompts = [SimpleNamespace(prompt_id=number) for number in set(table["prompt_id"].to_pylist())]
+    monkeypatch.setattr(label, "measurements", lambda *_: table)
+    out = tmp_path / "labels.parquet"
+    with pytest.raises(ExportError, match="no prompt is left to route"):
+        label._assembled(out, tmp_path, [SimpleNamespace(prompts=prompts)], {})
+    assert not out.exists()
+
+
+def test_what_cannot_be_measured_of_a_picture_is_nothing_and_no_number(tmp_path, monkeypatch):
+    """Where it was withheld, or nobody knows what could be wrong with it."""
+    prompts = [
+        SimpleNamespace(prompt_id=n, text=f"{n}", split="test", objects=1, scene=None) for n in range(3)
+    ]
+    black = np.zeros((8, 8, 3), np.uint8)
+    seen = [Picture(black), Picture(black, withheld=True), Picture(black)]
+    monkeypatch.setattr(label, "kept_pictures", lambda *_: seen)
+    judge = SimpleNamespace(
+        metrics=load_metrics(),
+        look=len,
+        quality_of=lambda count: np.full((count, len(METRICS)), 0.5),
+        adherence_of=lambda *_: np.array([0.5, 0.5, np.nan], np.float32),
+    )
+    piece = SimpleNamespace(prompts=prompts, seeds=[0, 1, 2], model="edge")
+    table = label.measure(piece, tmp_path, judge, adherence=True)
+    assert {tuple(table[name].to_pylist()) for name in METRICS} == {(0.5, None, 0.5)}
+    assert table[ADHERENCE].to_pylist() == [0.5, None, None]
 
 
 def test_what_a_safety_checker_blanks_is_told_from_a_black_picture(models):

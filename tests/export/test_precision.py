@@ -129,12 +129,21 @@ def test_optimums_own_pipeline_makes_the_same_picture(small: tuple[str, Path, Lo
     assert np.abs(colours(small[1]) - theirs).max() <= 1e-2
 
 
-def test_a_part_that_is_kept_keeps_its_bytes(bundle_copy: Path) -> None:
-    before = [(bundle_copy / name).read_bytes() for name in GRAPHS]
+def test_a_part_that_is_kept_keeps_its_bytes(bundle_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what it is, where another follows."""
+    drawn, before = watched_prompts(monkeypatch), [(bundle_copy / name).read_bytes() for name in GRAPHS]
     shrink(bundle_copy, "fp16", keep=("text_encoder", "vae_decoder"), prompts=PROMPTS[:1], report=silent)
     kept = [(bundle_copy / name).read_bytes() == old for name, old in zip(GRAPHS, before, strict=True)]
     assert kept == [True, False, True]
     assert Bundle.open(bundle_copy).manifest.dtypes == {"unet": "fp16"}
+    assert drawn == [*COMPARISON_PROMPTS, PROMPTS[0], *COMPARISON_PROMPTS]
+    shrink(bundle_copy, "int8", keep=("unet", "vae_decoder"), prompts=PROMPTS[:1], report=silent)
+    assert Bundle.open(bundle_copy).manifest.dtypes == {"unet": "fp16", "text_encoder": "int8"}
+
+
+def test_each_image_is_drawn_from_noise_of_its_own(miniature_bundle: Path) -> None:
+    one, other = precision.drawn(Bundle.open(miniature_bundle), ["a cat"] * 2, seed=0)
+    assert np.abs(one - other).max() > 0.05
 
 
 def test_a_part_that_is_not_there_cannot_be_kept(bundle_copy: Path) -> None:

@@ -10,7 +10,7 @@ from scipy.stats import spearmanr
 from edge_agent.superiority import relative_superiority
 from export.mixture import Mixture, Shape
 from export.states import TokenStates
-from export.train import Epoch, Examples, Loss, Recipe, Trained, knowing, train
+from export.train import Epoch, Examples, Loss, Recipe, Shorter, Trained, knowing, train
 
 RECIPE = Recipe(
     steps=325, batch=32, learning_rate=3e-2, dropout=0.05, gain_weight=3.0, rank_weight=3.0, seeds=1
@@ -139,6 +139,25 @@ def test_two_prompts_in_the_wrong_order_cost_more_the_more_their_gains_differ_an
     assert 0 < disorder([0, 1, 2]) < disorder(near) < disorder(far) < disorder([2, 1, 0])
     assert cost(far, rank_weight=7) - cost(far, rank_weight=0) == pytest.approx(7 * disorder(far), rel=1e-4)
     assert cost(far, False, rank_weight=7) == cost(far, False, rank_weight=0)
+    blunt = [cost(order, rank_weight=1, sharpness=0) - cost(order, rank_weight=0) for order in (near, far)]
+    assert blunt[0] == pytest.approx(blunt[1], rel=1e-4)
+
+
+def test_a_pull_is_in_logits_and_what_its_error_costs_in_qualities() -> None:
+    """By the slope of a quality at the mean of the models, here 0.2 * 0.8, in units of the gap's variance, 0.02."""
+    level, gaps = torch.full((2, 1), 0.2), torch.tensor([[0.1], [-0.1]])
+    ids = torch.zeros(2, 2).long()
+    prompts = Examples(torch.zeros(2, 2, WIDTH), ids == 0, ids, level, level + gaps)
+    shorter = Shorter(torch.zeros(1, 2, WIDTH), ids[:1] == 0, ids[:1], torch.tensor([1]))
+    pulls = torch.tensor([[1.0, 0.5], [9.0, 9.0], [0.7, 0.0]])[..., None]
+
+    class Says(torch.nn.Module):
+        def forward(self, *_read: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            edge, cloud = (torch.cat([each, each[:1]]) for each in (prompts.edge, prompts.cloud))
+            return edge, cloud, pulls
+
+    loss = Loss(prompts, replace(RECIPE, deletion_weight=2.0))(Says().eval(), prompts, shorter)
+    assert float(loss) == pytest.approx(2 * ((1.5 - 0.7 - 0.5) * 0.16) ** 2 / 0.02, rel=1e-4)
 
 
 def test_the_one_metric_of_an_ablation_is_the_mean_of_all() -> None:
@@ -157,6 +176,30 @@ def test_experts_learn_at_the_rate_of_the_layer_beside_them() -> None:
         torch.manual_seed(0)
         before = Mixture(kind).shared
         assert not torch.equal(trained(learning, validating, recipe, kind).mixture.shared, before)
+
+
+def test_the_layer_that_reads_tokens_together_has_a_rate_of_its_own() -> None:
+    learning, validating = world(64, 1), world(32, 2)
+    shape = knowing(replace(SHAPE, sentence=8), learning, WORDS)
+    torch.manual_seed(0)
+    begun = Mixture(shape).state_dict()
+    made = trained(learning, validating, replace(RECIPE, steps=4, together_rate=1e-12), shape).mixture
+    for name, weights in made.state_dict().items():
+        if name.startswith("together."):
+            torch.testing.assert_close(weights, begun[name], rtol=0, atol=1e-6)
+    assert not torch.allclose(made.shared, begun["shared"], atol=1e-4)
+
+
+def test_the_loss_of_training_is_a_mean_over_prompts_also_where_the_last_batch_is_small() -> None:
+    """Of three prompts an eighth is one, which is read without a token, and not none; at first no token pulls."""
+    learning = world(35, 1)
+    still = replace(RECIPE, steps=2, learning_rate=1e-12, dropout=0.0, masked=0.0, rank_weight=0.0)
+    plain, _ = train(learning, learning, SHAPE, replace(still, deletion_weight=0.0))
+    assert isinstance(plain, Epoch)
+    assert plain.training_loss == pytest.approx(plain.validation_loss, rel=1e-4)
+    deleting, _ = train(learning, learning, SHAPE, still)
+    assert isinstance(deleting, Epoch)
+    assert deleting.training_loss == pytest.approx(plain.training_loss, rel=1e-4)
 
 
 def test_a_seed_gives_the_same_weights_and_another_seed_others() -> None:
