@@ -308,7 +308,7 @@ def facts(pipeline: Any, size: tuple[int, int]) -> dict[str, Any]:
             text_output=text_output,
             pooled_output="text_embeds",
             time_ids=(float(height), float(width), 0.0, 0.0, float(height), float(width)),
-            zero_negative=bool(pipeline.config.get("force_zeros_for_empty_prompt", True)),
+            zero_negative=bool(pipeline.config.force_zeros_for_empty_prompt),
         )
     return stated
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from cloud_server import complete
 from edge_agent.tokens import Tokenizer
+from export import denoiser as denoisers
 from export import embedding
 from export.__main__ import BAD_INPUT
 from export.__main__ import main as edge_export
@@ -872,8 +875,10 @@ def test_a_name_that_would_be_read_as_something_else_is_refused(
 def test_names_that_only_begin_alike_go_together_where_each_is_one_vector(tmp_path: Path) -> None:
     pipeline = miniature_pipeline()
     concept(pipeline, file := tmp_path / "cat-toy.safetensors", vectors=1)
+    pipeline.text_encoder.resize_token_embeddings(2 * len(pipeline.tokenizer))  # as some have room left
     for name in ("cat-toy", "cat-toy-2"):
         assert embedding.add(pipeline, file, name) == name
+    assert pipeline.text_encoder.get_input_embeddings().num_embeddings == 2 * (len(pipeline.tokenizer) - 2)
     assert pipeline.tokenizer.tokenize("a cat-toy-2") == ["a</w>", "cat-toy-2"]
 
 
@@ -1126,6 +1131,38 @@ def test_a_folder_that_is_no_denoiser_of_the_model_is_refused(model: Path, tmp_p
         with pytest.raises(ExportError, match=why):
             convert(str(model), str(tmp_path / "folder"), denoiser=str(tmp_path / name), report=silent)
     assert not (tmp_path / "folder").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "in_channels",
+        "out_channels",
+        "cross_attention_dim",
+        "addition_embed_type",
+        "projection_class_embeddings_input_dim",
+        "joint_attention_dim",
+        "pooled_projection_dim",
+    ],
+)
+def test_whatever_has_to_suit_the_other_parts_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """And where the config of a base leaves it out, it is what diffusers then takes."""
+    made = miniature_v3() if name in ("joint_attention_dim", "pooled_projection_dim") else miniature_xl()
+    part, own = denoiser_of(made)
+    (base := tmp_path / part).mkdir()
+    config = {key: value for key, value in own.config.items() if not key.startswith("_")}
+    found = SimpleNamespace(config=config | {name: 999})
+    monkeypatch.setattr(denoisers.source, "load_part", lambda *_: found)
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ExportError, match=f"its {name} is 999, and {config[name]} is wanted$"):
+        denoisers.load(str(tmp_path), part, tmp_path)
+    default = inspect.signature(denoisers.CLASSES[part]).parameters[name].default
+    found.config[name] = default
+    del config[name]
+    (base / "config.json").write_text(json.dumps(config))
+    assert denoisers.load(str(tmp_path), part, tmp_path) == (found, tmp_path)
 
 
 def test_a_base_whose_config_makes_no_denoiser_is_named(model: Path, tmp_path: Path) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from diffusers import EulerDiscreteScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
 
+from export.denoiser import MARKERS, PREDICTS_V
 from export.errors import ExportError
-from export.scheduler import choose_scheduler
+from export.scheduler import believed, choose_scheduler
 
 OWN = PNDMScheduler(beta_end=0.0123, prediction_type="v_prediction")
 
@@ -32,6 +33,24 @@ def test_a_value_may_be_a_list(spectrum: str) -> None:
     assert chosen.config.beta_schedule == "linear"
     with pytest.raises(ExportError, match="steep,steeper"):
         choose_scheduler(OWN, 'UniPCMultistep:beta_schedule="steep,steeper"')
+
+
+def test_values_may_be_written_as_python_writes_them() -> None:
+    config = choose_scheduler(OWN, "EulerDiscrete:use_karras_sigmas=True,sigma_min=None").config
+    assert (config.use_karras_sigmas, config.sigma_min) == (True, None)
+
+
+def test_what_a_scheduler_needs_and_the_config_lacks_may_be_named() -> None:
+    assert choose_scheduler(OWN, "Amused:mask_token_id=7").config.mask_token_id == 7
+
+
+def test_a_models_scheduler_gives_way_only_where_it_cannot_say_what_the_file_says() -> None:
+    own = PNDMScheduler(beta_end=0.0123)
+    assert believed(own, ()) is own
+    for markers, kind in (((PREDICTS_V,), PNDMScheduler), (MARKERS, DDIMScheduler)):
+        scheduler = believed(own, markers)
+        assert type(scheduler) is kind
+        assert (scheduler.config.prediction_type, scheduler.config.beta_end) == ("v_prediction", 0.0123)
 
 
 def test_what_a_scheduler_takes_besides_its_own_keys_need_not_be_in_the_config() -> None:
