@@ -208,6 +208,14 @@ def test_memory_is_compared_between_a_quarter_and_the_end_of_the_cancellations(
     assert grown.measured.value == pytest.approx((97 + 98) / 2 - (90 + 99) / 2) and grown.met is True
 
 
+@pytest.mark.posix
+async def test_an_image_is_the_same_after_a_caller_has_left(miniature_bundle: Path, part: Part) -> None:
+    """At random moments of eleven images, of which the first and the last find the models unloaded."""
+    found = await part("cancellation").measure(miniature_bundle, 1, 11)
+    assert len(found["idle_mb"]) == 2 and min(found["idle_mb"]) > 10
+    assert len(found["free_ms"]) <= 11 and all(waited >= 0 for waited in found["free_ms"])
+
+
 def test_a_table_shows_what_would_be_markup_elsewhere(part: Part, tmp_path: Path) -> None:
     row, estimate, report = part("row").Row, part("estimate").Estimate, part("report")
     rows = [

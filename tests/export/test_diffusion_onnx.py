@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -481,6 +482,61 @@ def _constants(path: Path) -> set[float]:
         if attribute.HasField("t")
         for number in numpy_helper.to_array(attribute.t).flat
     }
+
+
+@pytest.mark.parametrize(
+    ("apart", "milder"), [((0.0, 0.0), True), ((0.0, 1e-3), False), ((1e-3, 0.0), False)]
+)
+def test_a_mask_is_made_milder_where_it_changes_none_of_what_the_encoder_makes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apart: tuple[float, float], milder: bool
+) -> None:
+    lowest = np.finfo(np.float32).min
+    value = numpy_helper.from_array(np.array([0, lowest], np.float32), "mask")
+    nodes = [onnx.helper.make_node("Constant", [], ["mask"], value=value)]
+    ends = [onnx.helper.make_tensor_value_info("mask", onnx.TensorProto.FLOAT, [2])]
+    onnx.save(
+        onnx.helper.make_model(onnx.helper.make_graph(nodes, "encoder", [], ends)), tmp_path / "model.onnx"
+    )
+    made = {"model.onnx": (0.0, 0.0), "mild.onnx": apart}
+    monkeypatch.setattr(graphs, "_states", lambda path, _: [np.ones(3) + more for more in made[path.name]])
+    graphs._mask_mildly(tmp_path / "model.onnx", None)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+    assert _constants(tmp_path / "model.onnx") == {0.0, MASKED if milder else float(lowest)}
+
+
+def test_latents_that_are_spread_within_the_graph_are_spread_by_nobody_else() -> None:
+    vae = miniature_edm().vae
+    mean, deviation = (
+        torch.tensor(vae.config[name]).reshape(1, -1, 1, 1) for name in ("latents_mean", "latents_std")
+    )
+    vae.forward = lambda latent_sample: latent_sample
+    graphs._fold_spread(vae)
+    latents = torch.randn(1, 4, 2, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(vae.forward(latents), latents * deviation + mean)
+    assert (vae.config.latents_mean, vae.config.latents_std) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("error", "refusal", "why"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), OSError, "No space left"),
+        (RuntimeError("no such operator"), ExportError, "optimum cannot trace the text_encoder: no such"),
+    ],
+)
+def test_a_full_disk_is_not_called_a_graph_that_cannot_be_traced(
+    pipeline: StableDiffusionPipeline,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    refusal: type[Exception],
+    why: str,
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("optimum.exporters.onnx.convert.export", full)
+    with pytest.raises(refusal, match=why):
+        graphs.trace(pipeline, tmp_path, [(64, 64)], silent)
 
 
 def test_a_class_that_is_asked_for_is_refused_saying_what_is_missing(tmp_path: Path) -> None:
