@@ -133,8 +133,8 @@ def _as_written(token: AddedToken) -> AddedToken:
     """CLIPTokenizer looks for what was added to it, such as a learnt concept's token, before it lowers the text."""
     if token.special:  # its own, which it was made with
         return token
-    blanks = {"single_word": token.single_word, "lstrip": token.lstrip, "rstrip": token.rstrip}
-    return AddedToken(token.content, normalized=False, **blanks)
+    # Without the blanks that it may take along: they make no ids, and would be shown as the token's own.
+    return AddedToken(token.content, normalized=False)
 
 
 def _probes(tokenizer: Any) -> list[str]:

@@ -809,6 +809,11 @@ def test_what_follows_a_concept_is_heard_where_the_config_names_another_end(tmp_
             "holds clip_g and clip_l, .* it was made for another model",
         ),
         (
+            lambda weights: {"clip_l": weights["emb_params"]},
+            None,
+            "holds clip_l, .* it was made for another model",
+        ),
+        (
             lambda _: {"emb_params": torch.ones(2, 3)},
             None,
             r"holds 2x3 numbers, and a text encoder .* of \d+$",

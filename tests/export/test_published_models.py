@@ -237,6 +237,7 @@ def test_an_autoencoder_in_a_file_takes_the_place_of_a_models_own(tmp_path: Path
     pipeline = miniature_pipeline()
     found = prepared(pipeline, save_autoencoder(weights, tmp_path / "vae-ft-mse.safetensors", prefix)).vae
     assert all(torch.equal(found.state_dict()[name], one.float()) for name, one in vae.state_dict().items())
+    assert {weight.dtype for weight in found.parameters()} == {torch.float32}
     assert found.config.scaling_factor == pipeline.vae.config.scaling_factor
 
 
@@ -265,6 +266,15 @@ def test_a_file_that_is_no_autoencoder_of_the_models_kind_is_refused(
         refusal = f"is no autoencoder of this model's config: {why}"
     with pytest.raises(ExportError, match=refusal):
         prepared(pipeline, file)
+
+
+def test_weights_for_which_the_config_has_no_place_are_not_left_out(tmp_path: Path) -> None:
+    """Also under diffusers' own names, of which it passes over those that it does not know."""
+    pipeline = miniature_pipeline()
+    weights = pipeline.vae.state_dict()
+    more = save_autoencoder(weights | {"decoder.more.weight": torch.ones(1)}, tmp_path / "vae.safetensors")
+    with pytest.raises(ExportError, match=f"it has {len(weights) + 1} weights, .* names {len(weights)}$"):
+        prepared(pipeline, more)
 
 
 def test_a_file_without_a_config_goes_with_that_of_an_ordinary_autoencoder(tmp_path: Path) -> None:

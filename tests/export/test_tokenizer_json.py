@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import normalizers
+from tokenizers import AddedToken, normalizers
 from transformers import BertTokenizer, CLIPTokenizer, CLIPTokenizerFast
 
 from edge_agent.tokens import Tokenizer
@@ -33,7 +33,7 @@ def ids(tokenizer: CLIPTokenizer, text: str) -> list[int]:
     return list(tokenizer(text, padding="max_length", max_length=77, truncation=True).input_ids)
 
 
-@pytest.mark.parametrize("text", tokenizer_json.PROBES, ids=ascii)
+@pytest.mark.parametrize("text", [*tokenizer_json.PROBES, "<|STARTOFTEXT|> A <|EndOfText|> cat"], ids=ascii)
 def test_ids_equal_clips(slow: CLIPTokenizer, ours: Tokenizer, text: str) -> None:
     assert ours.encode(text).ids[0].tolist() == ids(slow, text)
 
@@ -92,6 +92,14 @@ def test_tokens_that_were_added_are_found_where_the_tokenizer_finds_them(tmp_pat
         encoded = converted.encode(text)
         assert encoded.ids[0].tolist() == ids(tokenizer, text)
     assert (encoded.texts, encoded.own) == (["sks"], [1])
+
+
+def test_a_token_that_takes_blanks_along_is_shown_without_them(tmp_path: Path) -> None:
+    tokenizer = miniature_tokenizer(tmp_path)
+    tokenizer.add_tokens(AddedToken("sks", lstrip=True, rstrip=True))
+    encoded = Tokenizer(tokenizer_json.convert(tokenizer), 77).encode("a  sks  cat")
+    assert encoded.ids[0].tolist() == ids(tokenizer, "a  sks  cat")
+    assert encoded.texts == ["a", "sks", "cat"]
 
 
 def test_a_conversion_that_loses_an_added_token_is_refused(tmp_path: Path) -> None:
