@@ -123,7 +123,7 @@ def _complain(message: str, code: int = 2) -> int:
 def _serve(chosen: settings.Settings) -> int:
     log.configure(as_json=chosen.log_format == "json")
     for advice in settings.unknown(os.environ):
-        log.events("cloud_server").warning("advice", do=advice)
+        log.events(__name__).warning("advice", do=advice)
     signal.signal(signal.SIGINT, _interrupted)  # until the server takes it over
     for name, value in THREADS_SLEEP.items():
         os.environ.setdefault(name, value)

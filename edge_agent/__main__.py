@@ -262,7 +262,7 @@ def _serve(options: argparse.Namespace) -> int:
     chosen = settings.resolve(vars(options), os.environ)
     log.configure(as_json=chosen.log_format == "json")
     for advice in settings.unknown(os.environ):
-        log.events("edge_agent").warning("advice", do=advice)
+        log.events(__name__).warning("advice", do=advice)
     memory.share_one_heap()
     sys.setswitchinterval(SWITCH_S)
     signal.signal(signal.SIGINT, interrupted)  # until the daemon takes it over

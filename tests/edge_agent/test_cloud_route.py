@@ -430,7 +430,7 @@ async def test_a_cloud_out_of_reach_is_left_alone_for_a_while_and_the_status_say
             assert await here.app.budget() == (0, 0)
             second = await here.app.generate(CLOUD_PROMPT)
             assert (second.reason, second.result.fallback) == ("cloud_unavailable", False)
-            monkeypatch.setattr(here.daemon._purchases.cloud, "_retry_at", 0.0)  # the next try is due
+            monkeypatch.setattr(here.daemon._purchases.cloud.record, "_retry_at", 0.0)  # the next try is due
             status = await here.app.status()
             assert status.cloud_health == edge_pb2.CLOUD_HEALTH_UNREACHABLE
             (advice,) = status.advice

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
-LOGGED = re.compile(r'(?:\blog\.\w+|getLogger\("\w+"\)\.\w+)[(,]\s*"([^"]+)"|"msg": "([^"]+)"')
+LOGGED = re.compile(r'(?:\blog\.\w+|events\(\w+\)\.\w+)[(,]\s*"([^"]+)"|"msg": "([^"]+)"')
 EVENTS = {
     found[1] or found[2]
     for package in ("edge_agent", "cloud_server")
