@@ -154,7 +154,7 @@ def validate(
     _check_range(request.resume_offset, "resume_offset", MAX_OFFSET)
     width, height = _size(request, limits)
     if request.steps is not None and request.steps not in limits.steps:
-        have = ", ".join(str(count) for count in sorted(limits.steps))
+        have = ", ".join(map(str, limits.steps))
         raise InvalidRequest(
             f"{request.steps} steps are not compiled into this bundle; it has {have}", field="steps"
         )

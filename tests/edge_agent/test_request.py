@@ -17,6 +17,7 @@ from edge_agent.request import _VISIBLE, MAX_SEED, ImageRequest, Limits, Privacy
 
 LIMITS = Limits(sizes=((64, 64), (128, 64)), steps=(4, 8, 25))
 REQUEST = ImageRequest(request_id="r-1", prompt="two cats on a beach")
+TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
 def test_seed_and_size_are_filled_in_and_steps_and_guidance_are_left_to_the_model_that_runs() -> None:
@@ -33,13 +34,13 @@ def test_what_the_caller_said_stays() -> None:
 
 def test_what_lies_at_a_limit_is_taken() -> None:
     largest = REQUEST._replace(
-        request_id="x" * 128,
+        request_id="aZ09._:-" * 16,
         app="~" * 128,
         seed=MAX_SEED,
         guidance_scale=50.0,
         max_price_micro_usd=2**63 - 1,
         resume_offset=2**63 - 1,
-        traceparent="00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+        traceparent=TRACE,
         routing=Routing.CLOUD_ONLY,
     )
     assert validate(largest, LIMITS) == largest._replace(width=64, height=64)
@@ -87,9 +88,11 @@ def test_one_side_of_the_size_selects_a_size_that_has_it() -> None:
         ({"guidance_scale": 51.0}, "guidance_scale", "between 0 and 50"),
         ({"guidance_scale": float("nan")}, "guidance_scale", "nan"),
         ({"media_type": "image/jpeg"}, "media_type", "image/png"),
+        ({"media_type": "image/PNG"}, "media_type", "image/png"),
         ({"max_price_micro_usd": -1}, "max_price_micro_usd", "-1"),
         ({"resume_offset": -1}, "resume_offset", "-1"),
         ({"traceparent": "00-xyz"}, "traceparent", "traceparent"),
+        ({"traceparent": f"{TRACE}\r\nforged: 1"}, "traceparent", "traceparent"),
         ({"request_id": ""}, "request_id", "empty"),
         ({"request_id": "x" * 129}, "request_id", "129"),
         ({"request_id": "a\nb"}, "request_id", "letters, digits"),
