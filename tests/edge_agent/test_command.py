@@ -30,10 +30,22 @@ from grpc import _channel as grpc_channel
 from edge_agent import client, image_file
 from edge_agent.__main__ import _drop_output
 from edge_agent.client import _exhausted
-from edge_agent.errors import Busy, InvalidRequest, QuotaExhausted, status_details
+from edge_agent.errors import (
+    Busy,
+    Draining,
+    DuplicateRequest,
+    GenerationFailed,
+    InvalidRequest,
+    NotKept,
+    NotReady,
+    OutOfMemory,
+    QuotaExhausted,
+    RouteT2IError,
+    UnknownApp,
+    grpc_code,
+    status_details,
+)
 from edge_agent.manifest import DECODER
-from edge_agent.policy import Decision, Reason, TokenPull
-from edge_agent.route import _print_explained
 from edge_agent.settings import SOCKET_PATH_BYTES, STARTER
 from edge_agent.superiority import METRICS
 from routet2i.edge.v1 import edge_pb2, edge_pb2_grpc
@@ -322,10 +334,15 @@ def test_route_tells_equal_tokens_apart(run: Run, routed_bundle: Path) -> None:
     assert {"a (1 of 2)", "a (2 of 2)", "cat", "dog"} <= names
 
 
-def test_route_says_that_an_older_daemon_explains_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    decision = Decision("edge", Reason.PARETO_EDGE, 0.6, 0.5, tokens=(TokenPull("cat", (0.0,) * 10),))
-    _print_explained("cat", decision)
-    assert "the daemon is older than this command" in capsys.readouterr().out
+def test_route_says_that_an_older_daemon_explains_nothing(run: Run) -> None:
+    answer = edge_pb2.RouteResponse(decision=decided().decision)
+    answer.decision.prs, answer.decision.alpha = 0.6, 0.5
+    answer.decision.tokens.add(text="cat")
+    with answering(Route=answer) as address:
+        assert (
+            "the daemon is older than this command"
+            in run("route", "cat", "--explain", "--agent", address).out
+        )
 
 
 def test_route_has_nothing_to_explain_where_the_model_reads_nothing(run: Run) -> None:
@@ -450,6 +467,20 @@ def test_a_daemon_that_does_not_answer_is_said_to_be_so(
         daemon.popen.send_signal(signal.SIGCONT)
 
 
+@pytest.mark.linux
+def test_a_daemon_that_takes_no_more_connections_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that is stopped, once enough callers have tried."""
+    monkeypatch.setattr(client, "CONNECT_S", 0.1)
+    path = str(tmp_path / "agent.sock")
+    with socket.socket(socket.AF_UNIX) as stopped, socket.socket(socket.AF_UNIX) as earlier:
+        stopped.bind(path)
+        stopped.listen(0)
+        earlier.connect(path)
+        assert not client.AgentClient(f"unix:{path}").reachable()
+
+
 def test_a_server_of_another_kind_is_said_to_be_no_edge_agent(run: Run, tmp_path: Path) -> None:
     server = grpc.server(ThreadPoolExecutor(1))
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
@@ -496,6 +527,7 @@ def test_status_and_models_tell_what_runs(run: Run, daemon: Process, routed_bund
     (cloud,) = run("models", "show", "cloud", "--json").objects
     assert (edge["side"], edge["name"], edge["digest"]) == ("edge", "miniature", status["edge_model_digest"])
     assert (cloud["side"], cloud["digest"]) == ("cloud", status["cloud_model_digest"])
+    assert (edge["price_micro_usd"], cloud["price_micro_usd"]) == (0, None)
     assert "Apache-2.0" in run("models", "show", "edge").out
 
 
@@ -614,15 +646,28 @@ def test_a_daemon_that_was_suspended_is_said_not_to_answer(
 
 
 @contextmanager
-def answering(*events: edge_pb2.GenerateResponse, **answers: Any) -> Iterator[str]:
-    """The address of a daemon that gives these answers: the stream of Generate, and one for each other call."""
+def answering(
+    *events: edge_pb2.GenerateResponse,
+    asked: list[Any] | None = None,
+    refusal: RouteT2IError | None = None,
+    **answers: Any,
+) -> Iterator[str]:
+    """The address of a daemon that gives these answers: the stream of Generate, and one for each other call. What it is
+    asked it adds to `asked`; with a `refusal` that is all that Generate comes to.
+    """
+    asked = [] if asked is None else asked
 
     class Daemon(edge_pb2_grpc.EdgeAgentServiceServicer):
         def Generate(self, request: edge_pb2.GenerateRequest, context: Any) -> Iterator[Any]:
+            asked.append(request)
+            if refusal is not None:
+                status = status_details(refusal)
+                context.set_trailing_metadata((("grpc-status-details-bin", status.SerializeToString()),))
+                context.abort(grpc_code(refusal), status.message)
             yield from events
 
     for name, answer in answers.items():
-        setattr(Daemon, name, lambda *_, answer=answer: answer)
+        setattr(Daemon, name, lambda _self, request, _context, answer=answer: asked.append(request) or answer)
     server = grpc.server(ThreadPoolExecutor(1))
     edge_pb2_grpc.add_EdgeAgentServiceServicer_to_server(Daemon(), server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -633,12 +678,143 @@ def answering(*events: edge_pb2.GenerateResponse, **answers: Any) -> Iterator[st
         server.stop(None).wait()
 
 
-def made(request_id: str, served_by: int = edge_pb2.ROUTE_EDGE) -> edge_pb2.GenerateResponse:
-    """The end of a stream without a byte of an image."""
-    image = image_pb2.ImageInfo(sha256=hashlib.sha256().hexdigest())
+def made(
+    request_id: str, served_by: int = edge_pb2.ROUTE_EDGE, png: bytes = b"", **facts: Any
+) -> edge_pb2.GenerateResponse:
+    """The end of a stream, by default of one without a byte of an image."""
+    image = image_pb2.ImageInfo(sha256=hashlib.sha256(png).hexdigest(), width=64, height=32, seed=7)
     return edge_pb2.GenerateResponse(
-        result=edge_pb2.Result(request_id=request_id, image=image, served_by=served_by)
+        result=edge_pb2.Result(request_id=request_id, image=image, served_by=served_by, **facts)
     )
+
+
+def decided(
+    route: int = edge_pb2.ROUTE_EDGE, reason: int = edge_pb2.DECISION_REASON_LOCAL_ONLY
+) -> edge_pb2.GenerateResponse:
+    """The beginning of a stream."""
+    return edge_pb2.GenerateResponse(decision=edge_pb2.Decision(route=route, reason=reason))
+
+
+def part(data: bytes) -> edge_pb2.GenerateResponse:
+    """A part of the image."""
+    return edge_pb2.GenerateResponse(image_chunk=image_pb2.ImageChunk(data=data))
+
+
+@pytest.mark.parametrize(
+    ("events", "words"),
+    [
+        ([decided(), part(b"other"), made("r-1", png=b"an image")], "damaged on its way"),
+        ([decided(), part(b"an image")], "ended its answer before the image was complete"),
+        ([part(b"an image"), made("r-1", png=b"an image")], "an image without its decision"),
+    ],
+)
+def test_of_an_answer_that_is_not_whole_nothing_is_written(
+    run: Run, tmp_path: Path, events: list[edge_pb2.GenerateResponse], words: str
+) -> None:
+    with answering(*events) as address:
+        finished = run("generate", "a", "-o", "a.png", "--agent", address)
+    assert (finished.code, finished.out) == (1, "")
+    assert words in finished.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_asked_with_the_flags_of_generate_is_what_the_daemon_is_asked(run: Run) -> None:
+    """Also nothing, which is not the same as what the model's defaults are."""
+    numbers = ("--seed", "--steps", "--guidance-scale", "--width", "--height", "--max-price")
+    words = ("--negative-prompt", "a dog", "--app", "kiosk", "--request-id", "r-1")
+    asked: list[edge_pb2.GenerateRequest] = []
+    with answering(decided(), made("r-1"), asked=asked) as address:
+        zeros = [text for name in numbers for text in (name, "0")]
+        assert run("generate", "a", "--agent", address, "-o", "a.png", *zeros, *words).code == 0
+        assert run("generate", "a", "--agent", address, "-o", "a.png", "--local-only").code == 0
+    everything, nothing = asked
+    image = everything.image
+    assert (image.prompt, image.negative_prompt, image.app, image.request_id) == (
+        "a",
+        "a dog",
+        "kiosk",
+        "r-1",
+    )
+    names = ("seed", "steps", "guidance_scale", "width", "height", "max_price_micro_usd")
+    assert [name for name in names if not image.HasField(name)] == []
+    assert everything.routing == edge_pb2.ROUTING_AUTO
+    assert nothing.image == image_pb2.ImageRequest(prompt="a", app="default")
+    assert nothing.routing == edge_pb2.ROUTING_LOCAL_ONLY
+
+
+def test_generate_tells_who_made_the_image_for_how_much_and_why_not_the_cloud(run: Run) -> None:
+    cloud = decided(edge_pb2.ROUTE_CLOUD, edge_pb2.DECISION_REASON_PARETO_CLOUD)
+    total = [image_pb2.Timing(stage="total", milliseconds=1234.0)]
+    paid = made("r-1", edge_pb2.ROUTE_CLOUD, cost_micro_usd=4_000, timings=total)
+    with answering(cloud, paid) as address:
+        finished = run("generate", "a", "--agent", address, "-o", "a.png")
+    assert finished.out == "a.png: 64x32, seed 7, by the cloud (pareto_cloud) for $0.004, 1.23 s\n"
+    assert finished.err == ""
+    instead = made("r-1", fallback_error="the cloud broke off", timings=total)
+    with answering(cloud, instead) as address:
+        finished = run("generate", "a", "--agent", address, "-o", "a.png")
+        (facts,) = run("generate", "a", "--agent", address, "-o", "a.png", "--json").objects
+    assert finished.out == "a.png: 64x32, seed 7, by the edge (pareto_cloud), 1.23 s\n"
+    assert "made on this device, because the cloud broke off" in finished.err
+    assert (facts["fallback"], facts["prs"], facts["alpha"]) == ("the cloud broke off", None, None)
+
+
+@pytest.mark.parametrize(
+    ("refusal", "code"),
+    [
+        (DuplicateRequest("used before"), 2),
+        (UnknownApp("not among those"), 2),
+        (NotKept("the rest is not kept"), 2),
+        (NotReady("still loading", retry_after_s=1.0), 3),
+        (Draining("shutting down"), 3),
+        (OutOfMemory("0 MB can be had"), 3),
+        (GenerationFailed("the image is not finite"), 1),
+    ],
+)
+def test_what_a_daemon_refuses_is_told_in_its_own_words(run: Run, refusal: RouteT2IError, code: int) -> None:
+    with answering(refusal=refusal) as address:
+        finished = run("generate", "a", "--agent", address)
+        with pytest.raises(client.CallFailed) as failed:
+            list(client.AgentClient(address).generate(prompt="a"))
+    assert (finished.code, finished.err) == (code, f"edge-agent: {refusal.message}\n")
+    assert failed.value.no_room is isinstance(refusal, Busy), (
+        "which `models use` takes for no fault of the model"
+    )
+
+
+def test_quota_asks_for_an_app_and_status_tells_no_alpha_where_there_is_none(run: Run) -> None:
+    asked: list[Any] = []
+    budget = edge_pb2.BudgetState(
+        name="day",
+        window="day",
+        cap_micro_usd=4,
+        spent_micro_usd=1,
+        reserved_micro_usd=2,
+        remaining_micro_usd=3,
+    )
+    answers = {
+        "GetQuota": edge_pb2.GetQuotaResponse(budgets=[budget]),
+        "GetStatus": edge_pb2.GetStatusResponse(),
+    }
+    with answering(asked=asked, **answers) as address:
+        (facts,) = run("quota", "--app", "kiosk", "--agent", address, "--json").objects
+        table = run("quota", "--agent", address).out
+        (status,) = run("status", "--agent", address, "--json").objects
+    assert [request.app for request in asked[:2]] == ["kiosk", ""]
+    assert list(facts.values()) == ["day", "day", 4, 1, 2, 3]
+    assert table.splitlines()[1].split() == ["day", "day", "$0.000004", "$0.000001", "$0.000002", "$0.000003"]
+    assert status["alpha"] is None
+
+
+def test_a_proxy_for_the_world_outside_does_not_stand_between_command_and_daemon(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("no_proxy", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    with answering(GetQuota=edge_pb2.GetQuotaResponse()) as address:
+        assert run("quota", "--agent", address).code == 0
 
 
 @pytest.mark.parametrize("name", ["../evil", "here/evil", "", "x" * 129])
@@ -647,10 +823,7 @@ def test_a_daemon_does_not_choose_the_folder_that_an_image_is_written_to(
 ) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    decided = edge_pb2.Decision(
-        route=edge_pb2.ROUTE_EDGE, reason=edge_pb2.DECISION_REASON_LOCAL_ONLY, prs=0.0, alpha=0.0
-    )
-    with answering(edge_pb2.GenerateResponse(decision=decided), made(name)) as address:
+    with answering(decided(), made(name)) as address:
         finished = run("generate", "a", "--agent", address)
     assert (finished.code, finished.out) == (1, "")
     assert "what the daemon answered is wrong: request_id" in finished.err
