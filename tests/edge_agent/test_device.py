@@ -11,14 +11,17 @@ import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from edge_agent.bundle import Bundle
-from edge_agent.device import Device, Drawn, Job, _Pace
+from edge_agent.device import PROGRESS_EVERY_S, Device, Drawn, Job, _Pace
 from edge_agent.diffusion.generator import Generator, Image, Step
 from edge_agent.diffusion.sessions import Runtime, Stop
 from edge_agent.errors import Busy
+from edge_agent.image import Progress
 from edge_agent.settings import STARTER
 
 
@@ -30,17 +33,18 @@ async def test_an_image_goes_with_whoever_asked_for_it() -> None:
     gc.collect()
     gc.disable()
     try:
+        an_hour_on = time.monotonic() + 3600  # whose timer is not to wait until then
         drawing = device.begin(
-            Job(generator, states, states, 1, 4, 1.0, (64, 64), previews=False, deadline=None)
+            Job(generator, states, states, 1, 4, 1.0, (64, 64), previews=False, deadline=an_hour_on)
         )
         async with aclosing(drawing.events()) as events:
             *_, drawn = [event async for event in events]
         assert isinstance(drawn, Drawn)
-        kept = weakref.ref(drawn), weakref.ref(drawing)
+        kept = weakref.ref(drawn), weakref.ref(drawing), weakref.ref(drawing._events)
         del drawn, drawing, events
         await device.close()  # whose worker holds what it did last until then
         await asyncio.sleep(0)
-        assert [each() for each in kept] == [None, None]
+        assert [each() for each in kept] == [None] * 3
     finally:
         gc.enable()
 
@@ -67,7 +71,9 @@ async def test_what_was_cancelled_in_the_queue_holds_no_token_states_until_its_t
     await device.close()
 
 
-async def test_what_was_cancelled_in_the_queue_frees_its_place_at_once() -> None:
+async def test_what_was_cancelled_in_the_queue_frees_its_place_at_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """Not when its turn comes."""
     generator = Generator(Bundle.open(STARTER), Runtime(threads=1))
     _, states = generator.encode("a cat")
@@ -82,6 +88,7 @@ async def test_what_was_cancelled_in_the_queue_frees_its_place_at_once() -> None
     waiting.close()
     await asyncio.sleep(0)
     assert device.expected_s((64, 64), 4) == alone_s
+    assert not caplog.records, "that nobody waits for it is no fault"
     drawing = device.begin(job)
     over.set()
     async with aclosing(drawing.events()) as events:
@@ -185,6 +192,51 @@ def test_what_an_image_takes_goes_by_its_steps() -> None:
     assert (pace.image_s((64, 64), 4), pace.image_s((64, 64), 16)) == (1.0, 4.0)
     pace.measure(4.0, (64, 64), 16, maker)  # type: ignore[arg-type]
     assert pace.image_s((64, 64), 4) == pytest.approx(1.0)
+
+
+async def test_an_image_whose_turn_comes_as_its_caller_leaves_is_not_begun() -> None:
+    """The worker has taken it, so that it cannot be cancelled any more, and has not yet looked at it."""
+    device = Device(max_queue=0)
+    drawing = device.begin(Job(None, None, None, 1, 4, 1.0, (64, 64), previews=False, deadline=None))  # type: ignore[arg-type]
+    drawing.close()
+    assert device._work(drawing, _Pace(), time.perf_counter()) is None
+    await device.close()
+
+
+async def test_of_many_quick_steps_those_are_told_that_somebody_can_watch_and_each_stage_has_its_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+
+    class Quick:
+        def generate(self, *_: object, **__: object) -> Iterator[Step | Image]:
+            nonlocal now
+            for number in range(1, 11):
+                now += 0.4 * PROGRESS_EVERY_S
+                yield Step(number, 10, None)
+            now += 1.0
+            yield Image(np.zeros((64, 64, 3), np.float32))
+
+    def encode(_pixels: object) -> bytes:
+        nonlocal now
+        now += 2.0
+        return b"a PNG"
+
+    clock = SimpleNamespace(perf_counter=lambda: now, monotonic=time.monotonic)
+    monkeypatch.setattr("edge_agent.device.time", clock)
+    monkeypatch.setattr("edge_agent.device.encode_png", encode)
+    device, over = Device(max_queue=0), threading.Event()
+    device._worker.submit(over.wait, 60)  # as with an image before it
+    drawing = device.begin(Job(Quick(), None, None, 1, 4, 1.0, (64, 64), previews=False, deadline=None))  # type: ignore[arg-type]
+    now += 4.0
+    over.set()
+    async with aclosing(drawing.events()) as events:
+        *told, drawn = [event async for event in events]
+    assert [event.step for event in told if isinstance(event, Progress)] == [3, 6, 9]
+    assert isinstance(drawn, Drawn)
+    denoise_ms = 10 * 0.4 * PROGRESS_EVERY_S * 1e3
+    assert drawn.timings_ms == pytest.approx({"queue": 4e3, "denoise": denoise_ms, "decode": 1e3, "png": 2e3})
+    await device.close()
 
 
 async def test_an_image_in_the_making_is_stopped_when_whoever_asked_for_it_leaves() -> None:
