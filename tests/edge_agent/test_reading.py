@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from edge_agent.bundle import Bundle, write_manifest
 from edge_agent.diffusion.sessions import Stop
 from edge_agent.errors import Cancelled
 from edge_agent.manifest import TEXT_ENCODER
+from edge_agent.policy import Reason
 from edge_agent.reader import Reader
 from edge_agent.tokens import Tokenizer
 from tests.running import daemon_here, until
@@ -85,6 +87,18 @@ async def test_reading_ends_when_its_caller_goes_away(
         assert ended == [Cancelled]
         monkeypatch.setattr(part, work, whole)
         assert (await app.generate("a cat", **guided)).code == "OK"
+
+
+def test_each_stage_of_reading_has_its_own_time(
+    miniature_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = Reader.open(Bundle.open(miniature_bundle), 0.5)
+    clock = iter([10.0, 11.0, 13.0, 17.0])
+    monkeypatch.setattr("edge_agent.reader.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    reading = reader.read("a cat")
+    assert reading.timings_ms == {"tokenize": 1e3, "encode": 2e3, "predict": 4e3}
+    decision = reading.decision("edge", Reason.LOCAL_ONLY, None, stages_ms={"decide": 8e3})
+    assert decision.timings_ms == {**reading.timings_ms, "decide": 8e3, "total": 15e3}
 
 
 def test_a_stop_that_is_set_reads_nothing(miniature_bundle: Path) -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from edge_agent.bundle import Bundle, write_manifest
 from edge_agent.calibration import Calibration
+from edge_agent.manifest import CALIBRATION as CALIBRATION_FILE
 from edge_agent.notes import SAVED_EVERY, Notes
+from edge_agent.reader import Reader
 from edge_agent.recent import ENOUGH, KEPT, Recent
+from edge_agent.superiority import ALPHA_BOUND
 from routet2i.edge.v1 import edge_pb2
 from routet2i.image.v1 import image_pb2
 from tests.edge_agent.test_calibration import CALIBRATION
@@ -43,6 +49,13 @@ def test_the_wanted_share_of_other_prompts_goes_to_the_cloud_once_alpha_follows_
     assert np.mean(routed[still][300:]) == pytest.approx(0.8, abs=0.05)
     assert np.mean(routed[following][300:]) == pytest.approx(WANTED, abs=0.07)
     assert following.alpha <= 0.5
+
+
+def test_the_first_prompts_move_alpha_by_little(calibration: Calibration) -> None:
+    recent = Recent(calibration, WANTED, follow=True)
+    for _ in range(3):
+        recent.add(0.6)
+    assert calibration.alpha(WANTED) < recent.alpha < calibration.alpha(WANTED) + 0.05
 
 
 def test_only_the_last_scores_count(calibration: Calibration) -> None:
@@ -93,6 +106,40 @@ def test_a_disk_that_takes_nothing_for_a_while_costs_nothing(
     assert Recent(calibration, WANTED, follow=True, folder=folder).alpha == recent.alpha
 
 
+def test_a_write_that_breaks_off_leaves_the_file_as_it_was_and_nothing_beside_it(
+    calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recent = Recent(calibration, WANTED, follow=True, folder=tmp_path)
+    recent.add(0.2)
+    recent.save()
+    files = sorted(tmp_path.iterdir())
+    write = Path.write_text
+
+    def full(path: Path, text: str) -> int:
+        write(path, text[:3])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    recent.add(0.3)
+    recent.save()
+    assert sorted(tmp_path.iterdir()) == files
+    assert _read(tmp_path / f"recent-{calibration.calibration_id}.json") == [0.2]
+
+
+def test_a_file_is_left_alone_while_nothing_comes(calibration: Calibration, tmp_path: Path) -> None:
+    """What it holds may just not be readable now."""
+    file = tmp_path / f"recent-{calibration.calibration_id}.json"
+    file.write_text("{")
+    recent = Recent(calibration, WANTED, follow=True, folder=tmp_path)
+    recent.save()
+    assert file.read_text() == "{"
+    recent.add(0.2)
+    recent.save()
+    file.unlink()
+    recent.save()
+    assert not file.exists(), "each time is a write to the disk"
+
+
 def test_a_share_that_is_not_the_wanted_one_is_spoken_of_beyond_chance(calibration: Calibration) -> None:
     unlike, alike = Recent(calibration, WANTED), Recent(calibration, WANTED)
     for prs in harder(ENOUGH - 1):
@@ -105,6 +152,34 @@ def test_a_share_that_is_not_the_wanted_one_is_spoken_of_beyond_chance(calibrati
     for prs in np.random.default_rng(1).choice(SCORES, 200):
         alike.add(float(prs))
     assert not alike.advice
+
+
+def test_too_small_a_share_is_spoken_of_too_and_none_while_alpha_follows(calibration: Calibration) -> None:
+    still, following = Recent(calibration, WANTED), Recent(calibration, WANTED, follow=True)
+    for recent in (still, following):
+        for _ in range(ENOUGH):
+            recent.add(0.4)  # a score goes as a whole or not at all
+    assert "0% were worth the cloud" in still.advice
+    assert not following.advice
+
+
+def test_too_large_a_share_is_spoken_of_also_where_alpha_is_at_its_bound(tmp_path: Path) -> None:
+    scores = tuple(np.linspace(0.4, 0.6, 400).tolist())
+    recent = Recent(replace(CALIBRATION, scores=scores).save(tmp_path / "c.json"), WANTED)
+    assert recent.alpha == ALPHA_BOUND
+    for _ in range(ENOUGH):
+        recent.add(0.2)
+    assert "100% were worth the cloud" in recent.advice
+
+
+def test_a_share_is_not_spoken_of_that_is_apart_by_less_than_anybody_would_notice(
+    calibration: Calibration,
+) -> None:
+    """However little chance there is in it."""
+    recent = Recent(calibration, 0.02)
+    for number in range(1000):
+        recent.add(0.05 if number % 20 == 0 else 0.5)
+    assert not recent.advice
 
 
 def test_two_samples_of_the_same_prompts_are_not_called_unlike(tmp_path: Path) -> None:
@@ -164,11 +239,29 @@ async def test_the_daemon_counts_prompts_that_may_go_anywhere_and_keeps_their_sc
 
 
 async def test_a_reload_of_the_same_models_forgets_nothing(routed_bundle: Path, tmp_path: Path) -> None:
-    async with daemon_here(routed_bundle, tmp_path) as here:
+    async with daemon_here(routed_bundle, tmp_path, follow_prompts="true") as here:
         await here.app.generate("a red moon")
         await here.daemon.reload()
-        await here.app.generate("a red moon")
         assert here.daemon.agent is not None
         recent = here.daemon.agent.reader.recent
-    assert recent is not None
+        assert recent is not None
+        assert len(_read(tmp_path / f"recent-{recent.calibration_id}.json")) == 1
+        await here.app.generate("a red moon")
     assert len(recent._scores) == 2
+
+
+def test_scores_do_not_pass_over_to_another_calibration(routed_bundle: Path, tmp_path: Path) -> None:
+    """They would mean something else there."""
+    folder = Path(shutil.copytree(routed_bundle, tmp_path / "bundle"))
+    made = Bundle.open(folder).calibration
+    assert made is not None
+    replace(made, created="another day").save(folder / CALIBRATION_FILE)
+    write_manifest(folder)
+    former, same, other = (
+        Reader.open(Bundle.open(each), 0.5) for each in (routed_bundle, routed_bundle, folder)
+    )
+    own = other.recent
+    assert former.recent is not None and own is not None
+    same.succeed(former)
+    other.succeed(former)
+    assert same.recent is former.recent and other.recent is own
