@@ -95,8 +95,9 @@ async def test_an_id_whose_outcome_is_being_asked_for_cannot_be_reserved_anew_an
         purchases.hand_over(key, sent=True)
         answered.add("left")
         await until(lambda: cloud.lookups == ["left", key])
-        with pytest.raises(DuplicateRequest, match="under way"):
+        with pytest.raises(DuplicateRequest, match="under way") as duplicate:
             await purchases.reserve(request("again"), CEILING, 60.0)
+        assert duplicate.value.retry_after_s, "it may be free again in a moment"
         answered.add(key)
         await until(lambda: purchases._under_way == set())
         second = await purchases.reserve(request("again"), CEILING, 60.0)
@@ -326,9 +327,43 @@ async def test_an_image_that_came_holds_no_place_however_slowly_it_is_read(
                     await second.aclose()
 
 
+async def test_nothing_is_kept_of_calls_that_have_come_to_their_end(
+    begin: Begin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A daemon runs for months."""
+    monkeypatch.setattr("edge_agent.purchase.FIRST_RETRY_S", 0.01)
+    failures = [CloudError("refused for now", never_ran=False)]
+    async with scripted_cloud("d" * 64) as cloud:
+        purchases = begin(cloud.address)
+        assert purchases.cloud is not None
+        lookup = purchases.cloud.lookup
+
+        async def once_refused(key: str) -> Outcome:
+            if failures:
+                raise failures.pop()
+            return await lookup(key)
+
+        monkeypatch.setattr(purchases.cloud, "lookup", once_refused)
+        async with aclosing(await purchases.reserve(request("made"), CEILING, 60.0)) as made:
+            _ = [event async for event in made.images()]
+        await (await purchases.reserve(request("never sent"), CEILING, 60.0)).aclose()
+        await purchases.reserve(request("left to the resolver"), CEILING, 60.0)
+        purchases.hand_over(purchases.key(request("left to the resolver")), sent=False)
+        await purchases.start()
+        await until(lambda: unresolved(purchases) == [])
+        kept = (
+            purchases._arrived_by,
+            purchases._unsent,
+            purchases._asked,
+            purchases._told,
+            purchases._under_way,
+        )
+        await until(lambda: not any(kept))
+
+
 async def test_what_never_fits_and_what_a_clock_ahead_left_is_said_with_what_to_do(tmp_path: Path) -> None:
     now = 1_800_000_000.0
-    budgets = (*DAY, Budget("day@kiosk", "day", CEILING - 1, "kiosk"))
+    budgets = (*DAY, Budget("day@kiosk", "day", CEILING - 1, "kiosk"), Budget("hour", "hour", CEILING))
     ledger = Ledger.open(tmp_path / "quota.sqlite3", budgets, clock=lambda: now)
     ledger.reserve("ahead", "default", CEILING, CloudClient("127.0.0.1:1").identity)
     purchases = Purchases(ledger, CloudClient("127.0.0.1:1"))
