@@ -423,6 +423,23 @@ async def test_a_new_bundle_is_taken_up_while_requests_run(here: Here, store: St
     assert (status.served_by_edge, status.predecessors) == (6, [])
 
 
+async def test_the_status_names_all_models_that_are_still_used(here: Here, store: Store) -> None:
+    """Also those whose successors have been succeeded in turn: none of their folders may go."""
+    assert here.daemon.agent is not None
+    over, calls = threading.Event(), []
+    here.daemon.agent.device._worker.submit(over.wait, 60)  # as with an image that takes long
+    for name in ("other", "routed"):
+        calls.append(here.app.call())
+        await here.app.read(calls[-1], until="decision")
+        await reload(here, name)
+    used = sorted(str(store.path(name)) for name in ("routed", "other"))
+    assert list((await here.app.status()).predecessors) == used
+    over.set()
+    assert [(await here.app.read(call)).code for call in calls] == ["OK"] * 2
+    await here.restless()
+    assert not (await here.app.status()).predecessors
+
+
 async def test_models_without_room_are_refused_and_what_was_loaded_of_them_goes_at_once(
     here: Here, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ import sys
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from edge_agent.bundle import Bundle, write_manifest
 from edge_agent.diffusion import generator as generator_module
 from edge_agent.diffusion import plugins, providers, rehearsal
 from edge_agent.diffusion.generator import Generator, Image
-from edge_agent.diffusion.sessions import Runtime
+from edge_agent.diffusion.sessions import Runtime, Session
 from edge_agent.errors import BundleError, GenerationFailed, OutOfMemory, RehearsalEnded, Unfit
 from edge_agent.loader import load
 from edge_agent.manifest import DECODER, DENOISER, FUSED, Size
@@ -187,12 +188,13 @@ async def test_what_a_warm_up_that_failed_has_loaded_is_unloaded_again(
 
 @pytest.mark.parametrize("in_use", [False, True])
 async def test_what_only_other_sizes_take_is_unloaded_once_it_has_warmed_up(
-    gate: Gate, sized_bundle: Path, tmp_path: Path, in_use: bool
+    gate: Gate, sized_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_use: bool
 ) -> None:
     settings = {"providers": f"{SECOND},cpu", "cache": tmp_path / "cache"}
     async with daemon_here(sized_bundle, tmp_path / "state", **settings) as here:
         assert here.daemon.agent is not None
         models = here.daemon.agent.models
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))  # what unloads, too
         before = [await here.app.generate(routing=LOCAL, seed=5, width=width) for width in (64, 96)]
         call = here.app.call(routing=LOCAL, steps=SLOW_STEPS, preview=True) if in_use else None
         if call is not None:
@@ -210,9 +212,15 @@ async def test_what_only_other_sizes_take_is_unloaded_once_it_has_warmed_up(
         assert [answer.picture.size for answer in after] == [(64, 64), (96, 64)]
         for one, other in zip(before, after, strict=True):
             assert np.abs(np.asarray(one.picture, int) - np.asarray(other.picture, int)).max() <= 1
-        assert loaded() == {True}
+        await here.restless()
+        await asyncio.to_thread(lambda: None)
+        assert loaded() == {True}, "once they have been asked for they stay"
         models.unload()
         assert loaded() == {False}
+        gone = property(lambda session: "gone" if session in models.generator.spare_sessions else "")
+        with monkeypatch.context() as moved_away:
+            moved_away.setattr(Session, "fault", gone)
+            assert "gone" in (await here.app.status()).advice
 
 
 async def test_warm_ups_come_one_after_another_and_those_that_were_overtaken_not_at_all(
@@ -353,7 +361,11 @@ def test_a_cache_that_cannot_be_used_is_made_anew_and_a_fault_of_the_models_is_n
     folder = tmp_path / "engines" / f"{models.reader.bundle.model_digest[:16]}-{ort.__version__}"
     folder.mkdir(parents=True)
     (folder / "unet.engine").write_bytes(b"of another driver")
-    assert models.open_better() is not models.generator
+    better = models.open_better()
+    assert better is not models.generator
+    assert {session._runtime.threads for each in (better, models.generator) for session in each.sessions} == {
+        1
+    }
     assert not list(folder.glob("*.engine"))
     (tmp_path / "other.engine").write_bytes(b"not in the cache")
     with pytest.raises(BundleError, match="another driver"):
@@ -456,6 +468,16 @@ def test_tensorrt_is_not_given_graphs_in_eight_bits_unless_asked(
         (tensorrt,) = (each for each in models.providers if each.name == "tensorrt")
         assert (models.open_better is not None) is better
         assert ("hundreds of pieces" in tensorrt.reason) is not better
+
+
+def test_on_the_cpu_nothing_is_run_before_the_first_request(
+    routed_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would delay each start."""
+    tried: list[Generator] = []
+    monkeypatch.setattr(Generator, "tried", tried.append)
+    load(resolve({"bundle": str(routed_bundle), "threads": "1"}, {}))
+    assert not tried
 
 
 def test_a_provider_that_does_not_open_the_models_is_passed_over_unless_it_is_named(
