@@ -449,7 +449,9 @@ class ScriptedCloud(cloud_pb2_grpc.CloudServerServiceServicer):
             await _refuse(context, grpc.StatusCode.INVALID_ARGUMENT, "not of that size", field="width")
         if self.manner == "drop":
             await context.abort(grpc.StatusCode.INTERNAL, "the server broke")
-        accepted = cloud_pb2.Accepted(charged_micro_usd=self.PRICE, model_digest=self.digest)
+        accepted = cloud_pb2.Accepted(
+            queue_position=2, charged_micro_usd=self.PRICE, model_digest=self.digest
+        )
         await context.write(cloud_pb2.GenerateResponse(accepted=accepted))
         for step in (1, 2, 3):
             await context.write(
@@ -488,7 +490,12 @@ class ScriptedCloud(cloud_pb2_grpc.CloudServerServiceServicer):
         )
         await context.write(
             cloud_pb2.GenerateResponse(
-                result=cloud_pb2.Result(request_id=wish.request_id, image=info, charged_micro_usd=self.PRICE)
+                result=cloud_pb2.Result(
+                    request_id=wish.request_id,
+                    image=info,
+                    charged_micro_usd=self.PRICE,
+                    timings=[image_pb2.Timing(stage="generate", milliseconds=12.5)],
+                )
             )
         )
         try:

@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -29,7 +30,7 @@ from edge_agent import agent, purchase, service
 from edge_agent.budget import Budget
 from edge_agent.bundle import Bundle
 from edge_agent.quota import Ledger
-from edge_agent.request import ImageRequest
+from edge_agent.request import ImageRequest, Routing
 from routet2i.edge.v1 import edge_pb2
 from routet2i.image.v1 import image_pb2
 from tests.edge_agent.test_cloud import Cloud, abort, accepted, stall
@@ -129,20 +130,90 @@ async def test_a_prompt_worth_it_comes_from_the_cloud_and_is_charged_once(both: 
     text = answer.picture.text
     assert (text["route"], text["reason"], text["model_digest"]) == ("cloud", "pareto_cloud", digest)
     assert len(answer.progress) == 3
+    assert answer.result.queue_position == 2
+    timings_ms = {timing.stage: timing.milliseconds for timing in answer.result.timings}
+    assert timings_ms["cloud_generate"] == 12.5 and timings_ms["total"] >= timings_ms["cloud"]
 
 
 async def test_the_decision_counts_its_own_reservation(both: Both) -> None:
     answer = await both.app.generate(CLOUD_PROMPT)
     (budget,) = answer.decision.quota
     assert budget.reserved_micro_usd == CEILING
-    assert "reserve" in {timing.stage for timing in answer.decision.timings}
+    timings_ms = {timing.stage: timing.milliseconds for timing in answer.decision.timings}
+    whole_ms = timings_ms.pop("total")
+    assert "reserve" in timings_ms and whole_ms == pytest.approx(sum(timings_ms.values()))
 
 
-async def test_the_pixels_are_the_clouds_and_large_images_come_in_small_chunks(both: Both) -> None:
+async def test_the_line_of_a_call_says_what_it_cost_and_which_line_of_the_clouds_log_is_its(
+    both: Both, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "edge_agent")
+    answers = []
+    for manner in ("honest", "lie"):
+        both.cloud.manner = manner
+        answers.append(await both.app.generate(CLOUD_PROMPT, request_id=manner, traceparent=TRACE))
+
+    def lines() -> list[dict[str, Any]]:
+        calls = (record.__dict__["fields"] for record in caplog.records if record.getMessage() == "call")
+        return [fields for fields in calls if fields["rpc"] == "Generate"]
+
+    await until(lambda: len(lines()) == 2)  # they are written once the caller has its answer
+    for line, answer, received in zip(lines(), answers, both.cloud.received, strict=True):
+        assert line["purchase"] == received.image.request_id != line["request_id"]
+        assert (line["traceparent"], line["served_by"]) == (TRACE, answer.served_by)
+        assert line["cost_micro_usd"] == answer.result.cost_micro_usd
+        assert line["day_left_micro_usd"] == answer.decision.quota[0].remaining_micro_usd
+        assert line.get("fallback_error", "") == answer.result.fallback_error
+        assert line["elapsed_ms"] >= line["total_ms"] - 0.1  # both are rounded
+
+
+async def test_the_status_counts_who_made_the_images_and_how_often_the_edge_stepped_in(both: Both) -> None:
+    before = await both.app.status()
+    assert (await both.app.generate(CLOUD_PROMPT)).served_by == "cloud"
+    both.cloud.manner = "lie"
+    assert (await both.app.generate(CLOUD_PROMPT)).served_by == "edge"
+    assert (await both.app.generate(CLOUD_PROMPT, routing=CLOUD)).code == "UNAVAILABLE"
+    after = await both.app.status()
+    assert after.served_by_cloud - before.served_by_cloud == 1
+    assert after.served_by_edge - before.served_by_edge == 1
+    assert after.fallbacks - before.fallbacks == 1
+
+
+@pytest.mark.parametrize(
+    ("left_s", "own_s", "routing", "given_s"),
+    [
+        (8.0, 1.0, Routing.AUTO, 6.0),  # twice what the edge would take is left to it
+        (8.0, 3.0, Routing.AUTO, 4.0),
+        (8.0, 0.1, Routing.AUTO, 7.2),
+        (8.0, 3.0, Routing.CLOUD_ONLY, 8.0),  # it makes none
+        (100.0, 1.0, Routing.AUTO, 10.0),  # by --cloud-timeout-s
+        (100.0, 1.0, Routing.CLOUD_ONLY, 10.0),
+    ],
+)
+async def test_the_cloud_gets_of_a_deadline_what_the_edge_does_not_need(
+    both: Both,
+    monkeypatch: pytest.MonkeyPatch,
+    left_s: float,
+    own_s: float,
+    routing: Routing,
+    given_s: float,
+) -> None:
+    straight = both.here.daemon.agent
+    assert straight is not None
+    monkeypatch.setattr(straight.device, "expected_s", lambda *_: own_s)
+    monkeypatch.setattr(agent, "time", SimpleNamespace(monotonic=lambda: 100.0))
+    request = ImageRequest("r-1", CLOUD_PROMPT, width=64, height=64, routing=routing, deadline=100.0 + left_s)
+    assert straight._cloud_timeout_s(request) == pytest.approx(given_s)
+
+
+async def test_the_pixels_are_the_clouds_and_large_images_come_in_small_chunks(
+    both: Both, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "CHUNK_BYTES", 5_000)
     answer = await both.app.generate(CLOUD_PROMPT, seed=4)
     expected = np.random.default_rng(4).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     assert np.array_equal(np.asarray(answer.picture), expected)
-    assert all(len(chunk.data) <= 65_536 for chunk in answer.chunks)
+    assert {len(chunk.data) for chunk in answer.chunks[:-1]} == {5_000}
     assert [chunk.offset for chunk in answer.chunks] == list(
         np.cumsum([0] + [len(chunk.data) for chunk in answer.chunks[:-1]])
     )
@@ -198,6 +269,7 @@ async def test_when_the_cloud_fails_the_edge_steps_in_and_the_ledger_learns_the_
     assert answer.result.fallback and words in answer.result.fallback_error
     assert (answer.result.cost_micro_usd, answer.picture.size) == (0, (64, 64))
     assert answer.progress[-1].step == answer.progress[-1].steps
+    assert answer.order.count("decision") == 1
     await until(lambda: nothing_reserved(both.app))
     assert await both.app.budget() == (spent + charged, 0)
     # A refusal is known to have cost nothing; for the rest, the cloud is asked, and before that whether it has an image
@@ -240,6 +312,10 @@ async def test_the_status_tells_of_a_cloud_that_refuses_until_an_image_comes_fro
     assert status.cloud_health == edge_pb2.CLOUD_HEALTH_UNREACHABLE
     (advice,) = status.advice
     assert "too dear" in advice and "--max-price" in advice
+    both.cloud.manner = "lie"  # which shows that it is there
+    await both.app.generate(CLOUD_PROMPT)
+    status = await both.app.status()
+    assert status.cloud_health == edge_pb2.CLOUD_HEALTH_HEALTHY and "sha256" in status.advice[0]
     both.cloud.manner = "honest"
     await both.app.generate(CLOUD_PROMPT)
     status = await both.app.status()
@@ -382,6 +458,9 @@ async def test_another_cloud_model_than_the_calibrations_is_noticed(
         answer = await here.app.generate(CLOUD_PROMPT)
         assert (answer.reason, answer.served_by) == ("uncalibrated", "edge")
         assert len(cloud.received) == 1
+        explained = await here.app.route(CLOUD_PROMPT, explain=True)
+        assert not explained.HasField("prs") and not explained.HasField("alpha")
+        assert not any(token.HasField("prs_without") for token in explained.tokens)
         status = await here.app.status()
         assert not status.calibrated
         take_up = "`edge-agent models pull BUNDLE --name NEW --use`"
@@ -400,11 +479,12 @@ async def test_a_cloud_that_has_the_right_model_again_is_noticed(
     ):
         await here.app.generate(CLOUD_PROMPT)
         assert (await here.app.generate(CLOUD_PROMPT)).reason == "uncalibrated"
+        await until(lambda: cloud.asked == 1)
         if how == "cloud_only":
+            assert (await here.app.generate(CLOUD_PROMPT)).reason == "uncalibrated"
             assert (await here.app.generate(routing=CLOUD)).served_by == "cloud"
             assert not (await here.app.status()).calibrated
-        else:
-            await until(lambda: cloud.asked == 1)
+            assert cloud.asked == 1, "it was asked a moment ago"
         cloud.digest = digest
         if how == "cloud_only":
             assert (await here.app.generate(routing=CLOUD)).served_by == "cloud"
@@ -587,7 +667,7 @@ async def test_the_log_says_once_that_the_cloud_fails_and_once_that_it_delivers_
     both: Both, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, "edge_agent"):
-        for manner in ("lie", "lie", "refuse", "refuse", "honest", "honest", "lie", "honest"):
+        for manner in ("lie", "text", "refuse", "refuse", "honest", "honest", "lie", "honest"):
             both.cloud.manner = manner
             await both.app.generate(CLOUD_PROMPT, routing=CLOUD)
     told = [record for record in caplog.records if record.getMessage().startswith("cloud ")]

@@ -123,7 +123,7 @@ def test_a_write_that_breaks_off_leaves_the_file_as_it_was_and_nothing_beside_it
     recent.add(0.3)
     recent.save()
     assert sorted(tmp_path.iterdir()) == files
-    assert _read(tmp_path / f"recent-{calibration.calibration_id}.json") == [0.2]
+    assert Notes(tmp_path / f"recent-{calibration.calibration_id}.json").read() == [0.2]
 
 
 def test_a_file_is_left_alone_while_nothing_comes(calibration: Calibration, tmp_path: Path) -> None:
@@ -245,7 +245,7 @@ async def test_a_reload_of_the_same_models_forgets_nothing(routed_bundle: Path, 
         assert here.daemon.agent is not None
         recent = here.daemon.agent.reader.recent
         assert recent is not None
-        assert len(_read(tmp_path / f"recent-{recent.calibration_id}.json")) == 1
+        assert len(Notes(tmp_path / f"recent-{recent.calibration_id}.json").read()) == 1
         await here.app.generate("a red moon")
     assert len(recent._scores) == 2
 

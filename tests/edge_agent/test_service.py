@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ import pytest
 import pytest_asyncio
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from edge_agent import device
+from edge_agent import device, service, version
 from edge_agent.bundle import Bundle
 from edge_agent.daemon import Daemon
 from edge_agent.diffusion.text_encoder import TextStates
+from edge_agent.errors import GenerationFailed, NotLoaded, OutOfMemory, RouteT2IError
 from edge_agent.image import PREVIEW_SIDE
 from edge_agent.log import Lines
 from edge_agent.settings import resolve
@@ -100,6 +102,7 @@ async def test_the_image_carries_the_facts_of_its_making(app: App, routed_bundle
         "4",
         "edge",
     )
+    assert (text["guidance_scale"], text["Software"]) == ("5", f"edge-agent {version()}")
     assert (text["reason"], text["model_digest"]) == (answer.reason, Bundle.open(routed_bundle).model_digest)
     assert text["prs"] == f"{answer.decision.prs:.6f}"
 
@@ -122,6 +125,8 @@ async def test_the_states_that_were_read_for_the_decision_drive_the_image(
     assert [len(texts) > 0 for texts in read] == [True]
     await app.generate("a dog", guidance_scale=3.0, negative_prompt="a cat")
     assert read[0] == read[1] != read[2] and len(read) == 3
+    await app.generate("a dog", guidance_scale=1.0, negative_prompt="a cat")
+    assert read[3:] == read[:1], "what takes no part is not read"
 
 
 async def test_the_same_seed_gives_the_same_file_and_another_seed_another_image(app: App) -> None:
@@ -305,6 +310,16 @@ async def test_any_text_is_a_prompt(app: App, prompt: str) -> None:
     assert answer.picture.text["prompt"] == prompt
 
 
+async def test_a_method_that_there_is_not_is_refused_as_such(
+    app: App, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As an app of a later version asks for."""
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await app.channel.unary_unary(f"/{SERVICE}/Upscale")(b"", timeout=30)
+    assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert not caplog.records
+
+
 async def test_text_that_is_not_utf_8_is_refused(here: Here) -> None:
     image = b"\x1a\x02\xed\xa0"  # field 3, the prompt, holding the first half of a surrogate
     request = b"\x0a" + bytes([len(image)]) + image
@@ -371,6 +386,52 @@ async def test_a_caller_who_goes_away_frees_the_device_at_the_next_step(here: He
     await here.restless()
     assert here.daemon.agent.device.waiting == 0
     assert (await here.app.generate()).code == "OK"
+
+
+async def test_the_status_counts_the_images_that_wait_without_the_one_in_the_making(here: Here) -> None:
+    over = threading.Event()
+    assert here.daemon.agent is not None
+    here.daemon.agent.device._worker.submit(over.wait, 60)  # as with an image that takes long
+    calls = [here.app.call() for _ in range(3)]
+    await asyncio.gather(*(here.app.read(call, until="decision") for call in calls))
+    assert (await here.app.status()).queue_length == 2
+    over.set()
+    answers = await asyncio.gather(*map(here.app.read, calls))
+    assert [answer.code for answer in answers] == ["OK"] * 3
+    assert (await here.app.status()).queue_length == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "doubted"),
+    [
+        (GenerationFailed("CUDA failure 700"), True),
+        (NotLoaded("no device"), True),
+        (OutOfMemory("full"), False),
+    ],
+)
+async def test_what_may_come_of_a_lost_device_has_it_looked_at(
+    here: Here, monkeypatch: pytest.MonkeyPatch, error: RouteT2IError, doubted: bool
+) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise error
+
+    doubts: list[None] = []
+    assert here.daemon.agent is not None
+    monkeypatch.setattr(here.daemon._service, "_doubt", lambda: doubts.append(None))
+    monkeypatch.setattr(here.daemon.agent.models.generator, "generate", fails)
+    assert (await here.app.generate()).message == error.message
+    assert len(doubts) == doubted
+
+
+async def test_a_message_that_was_taken_in_time_ends_nothing_later() -> None:
+    """As where an image takes longer than a caller may take to read a message."""
+    later = asyncio.Event()
+    asyncio.get_running_loop().call_later(0.1, later.set)
+    with service._patience(0.05):
+        await asyncio.sleep(0)
+    await later.wait()
+    with pytest.raises(TimeoutError), service._patience(0.05):
+        await asyncio.sleep(60)
 
 
 async def test_beyond_the_queue_callers_are_told_when_to_come_back(here: Here) -> None:
@@ -443,6 +504,7 @@ async def test_an_app_may_ping_as_often_as_it_likes(here: Here) -> None:
 
 
 async def test_health_serves_only_once_the_models_are_loaded(routed_bundle: Path, tmp_path: Path) -> None:
+    began = time.monotonic()
     daemon = Daemon(
         resolve({"listen": "127.0.0.1:0", "bundle": str(routed_bundle), "state": str(tmp_path)}, {})
     )
@@ -455,6 +517,7 @@ async def test_health_serves_only_once_the_models_are_loaded(routed_bundle: Path
         serving = asyncio.create_task(daemon.serve())
         await until(lambda: daemon._service.agent is not None)
         assert await app.health() == "SERVING"
+        assert 0 < (await app.status()).uptime_seconds <= time.monotonic() - began
         daemon.stop()
         await serving
         await daemon.shutdown()
