@@ -23,16 +23,14 @@ with interruptible():
     from typing import Any
 
     from edge_agent import image_file, log, memory, models, route, settings, version
-    from edge_agent.client import BAD_INPUT, BROKEN, DONE, REFUSED, UNREACHABLE, CallFailed, Received
+    from edge_agent.client import BAD_INPUT, BROKEN, DONE, UNREACHABLE, CallFailed, Received
     from edge_agent.errors import (
         BundleError,
         Busy,
         DeviceNotReady,
         InvalidRequest,
         LedgerError,
-        PolicyConflict,
         PullFailed,
-        QuotaExhausted,
         RouteT2IError,
         SourceUnreachable,
         StartRefused,
@@ -116,8 +114,6 @@ _EXIT_CODES: dict[type[RouteT2IError], int] = {
     SourceUnreachable: UNREACHABLE,
     Busy: UNREACHABLE,
     InvalidRequest: BAD_INPUT,
-    PolicyConflict: REFUSED,
-    QuotaExhausted: REFUSED,
 }
 
 _PASSING = ("disk is full", "No space left", "disk I/O", "locked")
