@@ -150,6 +150,8 @@ async def test_what_is_handed_over_is_asked_about_at_once_and_the_others_not_wit
         await purchases.start()
         keys = [await left_open(purchases, f"r-{number}", cloud) for number in range(6)]
         assert [cloud.lookups.count(key) for key in keys] == [1] * 6
+        purchases.hand_over(keys[0], sent=True)  # as where its caller has tried again
+        await until(lambda: cloud.lookups.count(keys[0]) == 2)
 
 
 async def test_what_waits_to_be_asked_about_again_is_not_put_off_by_what_is_handed_over_meanwhile(
@@ -456,6 +458,25 @@ async def test_the_log_says_once_that_a_call_is_not_resolved(
         record.__dict__["fields"]["error"] for record in caplog.records if record.message == "unresolved"
     ]
     assert errors == ["refused for now", "refused for good"]
+
+
+async def test_what_still_runs_in_the_cloud_stays_reserved_until_it_has_ended(
+    begin: Begin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_agent.purchase.FIRST_RETRY_S", 0.01)
+    purchases, spent = begin("127.0.0.1:1"), list[int]()
+    outcomes = [Outcome(False, True, None)] * 2 + [Outcome(True, True, ScriptedCloud.PRICE)]
+
+    async def lookup(_key: str) -> Outcome:
+        (day,) = purchases.ledger.states()
+        spent.append(day.spent_micro_usd + day.reserved_micro_usd)
+        return outcomes[len(spent) - 1]
+
+    monkeypatch.setattr(purchases.cloud, "lookup", lookup)
+    await purchases.start()
+    await until(lambda: unresolved(purchases) == [])
+    assert spent == [CEILING] * 3
+    assert purchases.ledger.states()[0].spent_micro_usd == ScriptedCloud.PRICE
 
 
 async def test_a_bug_in_asking_after_one_call_does_not_end_the_search(
