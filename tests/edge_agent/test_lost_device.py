@@ -114,6 +114,7 @@ def test_a_daemon_that_may_use_nothing_else_ends_so_that_it_is_started_again(
         assert daemon.popen.wait(60) == UNREACHABLE
         assert f"{NAME} no longer works in this process: {SAID}; start edge-agent again" in daemon.text
         assert not (tmp_path / "a.png").exists()
+        assert "names azure" in daemon.wait_for("model refused")["error"]
     finally:
         daemon.end()
 
@@ -130,6 +131,11 @@ async def test_an_image_that_fails_where_the_device_works_changes_nothing(
         assert here.daemon._doubts is not None
         await here.daemon._doubts
         assert here.daemon.agent.models is models and not device.falters
+        here.daemon._doubt()
+        looking = here.daemon._doubts
+        here.daemon._doubt()  # as where several calls fail at once
+        assert here.daemon._doubts is looking
+        await looking
 
 
 async def test_a_device_that_has_no_memory_just_now_is_not_lost(

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,11 +26,12 @@ import pytest_asyncio
 
 from edge_agent import loader, memory
 from edge_agent.bundle import Bundle, put_file, write_manifest
+from edge_agent.device import Device
 from edge_agent.diffusion import sessions
 from edge_agent.diffusion.decoder import Decoder
-from edge_agent.diffusion.generator import Generator
-from edge_agent.diffusion.sessions import Runtime, Session
-from edge_agent.errors import BundleError
+from edge_agent.diffusion.generator import Generator, Image
+from edge_agent.diffusion.sessions import Runtime, Session, Stop
+from edge_agent.errors import BundleError, Cancelled
 from edge_agent.manifest import CALIBRATION, DECODER, DENOISER
 from edge_agent.reader import Reader
 from edge_agent.resident import Resident
@@ -141,6 +143,17 @@ async def test_idle_models_are_unloaded_and_the_next_request_has_them_loaded_aga
         again = await here.app.generate(seed=7)
         assert again.png == first.png
         assert (await here.app.status()).loaded_since > idle.loaded_since
+
+
+async def test_models_that_nobody_has_asked_for_are_unloaded_too(store: Store, tmp_path: Path) -> None:
+    """Those of the start, and those of a reload."""
+    async with daemon_here("", tmp_path / "state", models=store.folder, keep_alive_s=0.05) as here:
+        for _ in range(2):
+            assert here.daemon.agent is not None
+            models = here.daemon.agent.models
+            await until(lambda models=models: not models.loaded)
+            await reload(here, "other")
+        assert here.daemon.agent.models is not models
 
 
 async def test_a_request_that_begins_as_the_time_is_over_keeps_the_models(here: Here) -> None:
@@ -615,6 +628,54 @@ async def test_a_shutdown_does_not_wait_for_a_reload(
     assert here.daemon._tasks == set()
     assert not here.daemon._reloading.locked()
     assert isinstance((await asyncio.gather(reloading, return_exceptions=True))[0], BaseException)
+
+
+async def test_a_reload_is_told_what_the_models_that_serve_run_on(
+    here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may be about to go: what they fill is not passed over for want of room."""
+    load, told = loader.load, list[Collection[str]]()
+
+    def noted(settings: Settings, taken: Collection[str], model: str) -> Resident:
+        told.append(taken)
+        return load(settings, taken, model)
+
+    monkeypatch.setattr(loader, "load", noted)
+    await reload(here)
+    assert told == [{"cpu"}]
+
+
+@pytest.mark.parametrize("ends", [True, False])
+async def test_a_shutdown_waits_for_an_operator_to_end_and_not_for_ever(
+    routed_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: bool
+) -> None:
+    begun, over, close = threading.Event(), threading.Event(), Device.close
+
+    def generate(*_: object, stop: Stop, **__: object) -> Iterator[Image]:
+        begun.set()
+        try:
+            while ends and not over.wait(0.01):
+                stop.check()
+        except Cancelled:
+            time.sleep(0.3)  # as an operator takes that has begun
+            raise
+        assert over.wait(60)
+        yield from ()
+
+    async with daemon_here(routed_bundle, tmp_path) as here:
+        agent = here.daemon.agent
+        assert agent is not None
+        monkeypatch.setattr(Device, "close", lambda device: close(device, 30.0 if ends else 0.05))
+        monkeypatch.setattr(agent.models.generator, "generate", generate)
+        call = here.app.call()
+        assert await asyncio.to_thread(begun.wait, 60)
+        here.daemon.stop()
+        here.daemon.stop()
+        await asyncio.wait_for(here.daemon.shutdown(), 60)
+        assert here.daemon.still_working is not ends
+        over.set()
+        await until(lambda: not here.daemon.still_working)
+        assert (await here.app.read(call)).code == "UNAVAILABLE"
 
 
 async def test_models_that_others_have_succeeded_are_let_go(here: Here, store: Store) -> None:
