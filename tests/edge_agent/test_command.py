@@ -544,6 +544,8 @@ def test_status_and_models_tell_what_runs(run: Run, daemon: Process, routed_bund
         (("quota", "--app", "half \udcff"), 2, "not valid UTF-8"),
         (("generate", "a", "--seed", "-1"), 2, "--seed"),
         (("generate", "a", "--seed", "4294967296"), 2, "4294967295"),
+        (("generate", "a", "--seed", "\u00b2"), 2, "must be a whole number"),
+        (("generate", "a", "--seed", "9" * 5_000), 2, "must be a whole number"),
         (("generate", "a", "--steps", "5"), 2, "4, 8"),
         (("generate", "a", "--width", "65"), 2, "64x64"),
         (("generate", "a", "--guidance-scale", "nan"), 2, "guidance_scale"),

@@ -238,6 +238,20 @@ async def test_the_daemon_counts_prompts_that_may_go_anywhere_and_keeps_their_sc
     assert kept == pytest.approx([free.decision.prs])
 
 
+async def test_alpha_stays_and_nothing_is_written_unless_it_is_told_to_follow(
+    routed_bundle: Path, tmp_path: Path
+) -> None:
+    async with daemon_here(routed_bundle, tmp_path) as here:
+        assert here.daemon.agent is not None
+        reader = here.daemon.agent.reader
+        before = reader.alpha
+        for _ in range(3):
+            await here.app.generate("a red moon")
+        assert reader.alpha == before
+    assert reader.recent is not None and len(reader.recent._scores) == 3
+    assert _read(tmp_path / f"recent-{reader.recent.calibration_id}.json") == []
+
+
 async def test_a_reload_of_the_same_models_forgets_nothing(routed_bundle: Path, tmp_path: Path) -> None:
     async with daemon_here(routed_bundle, tmp_path, follow_prompts="true") as here:
         await here.app.generate("a red moon")

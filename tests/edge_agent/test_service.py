@@ -7,7 +7,9 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -20,9 +22,11 @@ from edge_agent import device, service, version
 from edge_agent.bundle import Bundle
 from edge_agent.daemon import Daemon
 from edge_agent.diffusion.text_encoder import TextStates
-from edge_agent.errors import GenerationFailed, NotLoaded, OutOfMemory, RouteT2IError
+from edge_agent.errors import Cancelled, GenerationFailed, NotLoaded, OutOfMemory, RouteT2IError
 from edge_agent.image import PREVIEW_SIDE
 from edge_agent.log import Lines
+from edge_agent.policy import Decision
+from edge_agent.request import ImageRequest
 from edge_agent.settings import resolve
 from edge_agent.superiority import METRICS
 from edge_agent.tokens import Tokens
@@ -388,6 +392,18 @@ async def test_a_caller_who_goes_away_frees_the_device_at_the_next_step(here: He
     assert (await here.app.generate()).code == "OK"
 
 
+async def test_who_leaves_at_the_decision_leaves_no_image_behind(here: Here) -> None:
+    agent, over = here.daemon.agent, threading.Event()
+    assert agent is not None
+    agent.device._worker.submit(over.wait, 60)  # as with an image that takes long
+    async with aclosing(agent.generate(ImageRequest("r-1", EDGE_PROMPT))) as events:
+        assert isinstance(await anext(events), Decision)
+        assert agent.device.images == 1
+    await asyncio.sleep(0)
+    assert agent.device.images == 0
+    over.set()
+
+
 async def test_the_status_counts_the_images_that_wait_without_the_one_in_the_making(here: Here) -> None:
     over = threading.Event()
     assert here.daemon.agent is not None
@@ -432,6 +448,31 @@ async def test_a_message_that_was_taken_in_time_ends_nothing_later() -> None:
     await later.wait()
     with pytest.raises(TimeoutError), service._patience(0.05):
         await asyncio.sleep(60)
+
+
+async def test_who_is_told_to_stop_while_a_message_waits_has_not_waited_in_vain() -> None:
+    """Else the log would say of a daemon that ends that its callers read nothing."""
+
+    async def wait() -> None:
+        with service._patience(60):
+            await asyncio.sleep(60)
+
+    waiting = asyncio.create_task(wait())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+
+
+async def test_a_caller_whose_leaving_crosses_a_message_is_no_fault_of_the_daemon() -> None:
+    async def crosses(*_: object) -> None:
+        raise grpc.aio.InternalError("the call is over")
+
+    context = SimpleNamespace(write=crosses, abort=crosses)
+    with pytest.raises(Cancelled, match="went away"):
+        await service._write(context, edge_pb2.GenerateResponse())
+    with pytest.raises(asyncio.CancelledError):
+        await service._abort(context, NotLoaded("no device"))
 
 
 async def test_beyond_the_queue_callers_are_told_when_to_come_back(here: Here) -> None:
