@@ -198,6 +198,27 @@ async def test_a_loss_while_the_daemon_drains_cuts_nothing_short(
         assert not here.daemon._hurry.is_set() and here.daemon.lost is None
 
 
+async def test_a_shutdown_does_not_wait_for_a_device_that_does_not_answer(
+    routed_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: Device
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def probe(_name: str) -> str:
+        begun.set()
+        assert go_on.wait(60)
+        return ""
+
+    async with daemon_here(routed_bundle, tmp_path / "state") as here:
+        monkeypatch.setattr(providers, "probe", probe)
+        here.daemon._doubt()
+        assert await asyncio.to_thread(begun.wait, 60)
+        here.daemon.stop()
+        await asyncio.wait_for(here.daemon.shutdown(), 30)
+        assert here.daemon.still_working, "the command leaves without the thread"
+        go_on.set()
+        await until(lambda: not here.daemon.still_working)
+
+
 def test_a_gpu_that_was_passed_over_is_given_back_before_the_next_is_filled(
     routed_bundle: Path, monkeypatch: pytest.MonkeyPatch, device: Device
 ) -> None:

@@ -542,6 +542,13 @@ def test_nobody_else_chooses_or_removes_while_the_daemon_loads(
     assert (listed["mine"]["current"], listed["mine"]["served"], "other" in listed) == (True, True, True)
 
 
+def test_who_comes_while_another_chooses_may_try_again(run: Run, models: Path) -> None:
+    run("pull", STARTER, "--name", "mine")
+    with Store(models, STARTER).choosing("mine"):
+        busy = run("use", "starter")
+    assert (busy.code, busy.out) == (UNREACHABLE, "") and "is under way; wait for it" in busy.err
+
+
 def test_a_hand_placed_model_with_numbers_beyond_any_float_spoils_no_list(run: Run, models: Path) -> None:
     for name, deep in (("large", False), ("deep", True)):
         folder = Path(shutil.copytree(STARTER, models / name))

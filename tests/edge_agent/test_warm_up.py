@@ -154,7 +154,7 @@ async def test_it_serves_while_it_warms_up_and_changes_over_between_images(here:
     ],
 )
 async def test_what_cannot_be_opened_is_passed_over_with_the_reason(
-    here: Here, gate: Gate, failure: Exception, reason: str
+    here: Here, gate: Gate, caplog: pytest.LogCaptureFixture, failure: Exception, reason: str
 ) -> None:
     gate.failure = failure
     gate.open.set()
@@ -164,6 +164,8 @@ async def test_what_cannot_be_opened_is_passed_over_with_the_reason(
 
     await until(gave_up)
     assert (await standings(here))[SECOND].reason == f"it could not be opened: {reason}"
+    (told,) = (record for record in caplog.records if record.message == "warm-up failed")
+    assert bool(told.exc_info) is isinstance(failure, MemoryError), "where is asked of a bug alone"
     assert (await here.app.generate(routing=LOCAL)).result is not None
 
 
