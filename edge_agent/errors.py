@@ -258,7 +258,6 @@ GRPC_CODES: dict[type[RouteT2IError], grpc.StatusCode] = {
     LedgerError: grpc.StatusCode.FAILED_PRECONDITION,
     StoreError: grpc.StatusCode.FAILED_PRECONDITION,
     PullFailed: grpc.StatusCode.UNAVAILABLE,
-    SourceRefused: grpc.StatusCode.FAILED_PRECONDITION,
     GenerationFailed: grpc.StatusCode.INTERNAL,
 }
 """The one table from errors to gRPC status codes; a class that is not in it has its base's. A cloud error reaches the
