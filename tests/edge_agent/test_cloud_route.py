@@ -599,13 +599,14 @@ async def test_without_a_cloud_what_a_crash_left_stays_spent_and_the_status_says
 async def test_what_another_cloud_may_have_charged_stays_spent_and_the_status_names_that_cloud(
     routed_bundle: Path, digest: str, tmp_path: Path, other: str
 ) -> None:
-    (tmp_path / "token").write_text("a-tenant-of-many")
+    (tmp_path / "token").write_text("a-tenant-of-many\n")
     async with scripted_cloud(digest) as cloud:
         left_at = "images.example.com:443" if other == "another server" else cloud.address
         token = str(tmp_path / "token") if other == "another tenant" else ""
         leave_reserved(tmp_path, left_at)
         async with daemon_here(routed_bundle, tmp_path, cloud=cloud.address, cloud_token=token) as here:
             assert (await here.app.generate(CLOUD_PROMPT)).served_by == "cloud"
+            assert cloud.metadata[0].get("authorization") == ("Bearer a-tenant-of-many" if token else None)
             assert await here.app.budget() == (ScriptedCloud.PRICE, CEILING)
             status = await here.app.status()
             assert status.unresolved_reservations == 1

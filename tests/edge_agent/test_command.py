@@ -924,6 +924,17 @@ def test_a_working_directory_that_was_removed_is_said_before_anything_is_made(
     assert len(daemon.calls) == known
 
 
+def test_a_file_that_nobody_foresaw_is_a_fault_and_not_taken_for_the_output(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_client: client.AgentClient) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "somewhere")
+
+    monkeypatch.setattr(client.AgentClient, "status", fails)
+    with pytest.raises(PermissionError, match="somewhere"):
+        run("status")
+
+
 @pytest.mark.posix
 def test_streams_that_were_closed_before_are_not_needed(daemon: Process, folder: Path) -> None:
     finished = shell(folder, f"generate '{EDGE_PROMPT}' -o {shlex.quote(str(folder / 'a.png'))} 2>&-")

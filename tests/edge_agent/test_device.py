@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import io
 import sys
 import threading
 import time
@@ -14,6 +15,7 @@ from contextlib import aclosing
 from types import SimpleNamespace
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from edge_agent.bundle import Bundle
@@ -21,7 +23,7 @@ from edge_agent.device import PROGRESS_EVERY_S, Device, Drawn, Job, _Pace
 from edge_agent.diffusion.generator import Generator, Image, Step
 from edge_agent.diffusion.sessions import Runtime, Stop
 from edge_agent.errors import Busy
-from edge_agent.image import Progress
+from edge_agent.image import PREVIEW_SIDE, Progress
 from edge_agent.settings import STARTER
 
 
@@ -236,6 +238,22 @@ async def test_of_many_quick_steps_those_are_told_that_somebody_can_watch_and_ea
     assert isinstance(drawn, Drawn)
     denoise_ms = 10 * 0.4 * PROGRESS_EVERY_S * 1e3
     assert drawn.timings_ms == pytest.approx({"queue": 4e3, "denoise": denoise_ms, "decode": 1e3, "png": 2e3})
+    await device.close()
+
+
+async def test_a_preview_is_no_larger_than_somebody_looks_at() -> None:
+    class Large:
+        def generate(self, *_: object, **__: object) -> Iterator[Step | Image]:
+            yield Step(1, 1, np.zeros((2 * PREVIEW_SIDE, 4 * PREVIEW_SIDE, 3), np.uint8))
+            yield Image(np.zeros((64, 64, 3), np.float32))
+
+    device = Device(max_queue=0)
+    drawing = device.begin(Job(Large(), None, None, 1, 4, 1.0, (64, 64), previews=True, deadline=None))  # type: ignore[arg-type]
+    async with aclosing(drawing.events()) as events:
+        progress, _ = [event async for event in events]
+    assert isinstance(progress, Progress) and progress.preview is not None
+    with PIL.Image.open(io.BytesIO(progress.preview)) as preview:
+        assert preview.size == (PREVIEW_SIDE, PREVIEW_SIDE // 2)
     await device.close()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from types import SimpleNamespace
+from typing import Any
 
 import grpc
 import pytest
@@ -23,6 +24,7 @@ from edge_agent.errors import (
     grpc_code,
     printable,
     quoted,
+    sent_status,
     status_details,
 )
 
@@ -62,8 +64,11 @@ def test_an_exhausted_quota_travels_with_its_budget_and_the_time_to_wait() -> No
 
 
 def test_a_full_queue_says_when_to_come_back_and_is_no_quota_failure() -> None:
-    status = status_details(Busy("64 requests are waiting", retry_after_s=0.2))
+    status = status_details(Busy("64 requests are waiting", retry_after_s=0.0002))
     assert [detail.TypeName() for detail in status.details] == ["google.rpc.RetryInfo"]
+    retry = RetryInfo()
+    assert status.details[0].Unpack(retry)
+    assert retry.retry_delay.ToMilliseconds() == 1, "soon is not at once"
 
 
 @pytest.mark.parametrize(
@@ -86,6 +91,12 @@ def test_a_message_is_cut_to_what_headers_take(letter: str) -> None:
     status = status_details(InvalidRequest(letter * 20_000, field="media_type"))
     assert 900 < len(status.message.encode()) <= MAX_MESSAGE_BYTES
     assert status.ByteSize() < 3 * MAX_MESSAGE_BYTES
+
+
+@pytest.mark.parametrize("metadata", [None, (), (("grpc-status-details-bin", b"\xff\xff"),)])
+def test_an_error_without_details_that_can_be_read_is_of_grpc_itself(metadata: Any) -> None:
+    error: Any = SimpleNamespace(trailing_metadata=lambda: metadata)
+    assert sent_status(error) is None
 
 
 def test_a_path_in_a_command_is_one_word_to_the_shell_of_its_system(monkeypatch: pytest.MonkeyPatch) -> None:

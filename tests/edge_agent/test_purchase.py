@@ -145,6 +145,16 @@ async def test_what_is_handed_over_is_asked_about_at_once_and_the_others_not_wit
     begin: Begin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("edge_agent.purchase.FIRST_RETRY_S", 3600.0)
+    loop, timers = asyncio.get_running_loop(), list[asyncio.TimerHandle]()
+    call_at = loop.call_at
+
+    def noted(when: float, callback: Any, *arguments: Any, **named: Any) -> asyncio.TimerHandle:
+        timer = call_at(when, callback, *arguments, **named)
+        if "_resolve" in callback.__qualname__:
+            timers.append(timer)
+        return timer
+
+    monkeypatch.setattr(loop, "call_at", noted)
     async with scripted_cloud("d" * 64) as cloud:
         purchases = begin(cloud.address)
         await purchases.start()
@@ -152,6 +162,7 @@ async def test_what_is_handed_over_is_asked_about_at_once_and_the_others_not_wit
         assert [cloud.lookups.count(key) for key in keys] == [1] * 6
         purchases.hand_over(keys[0], sent=True)  # as where its caller has tried again
         await until(lambda: cloud.lookups.count(keys[0]) == 2)
+        await until(lambda: sum(not timer.cancelled() for timer in timers) == 1)  # each doubles the pause
 
 
 async def test_what_waits_to_be_asked_about_again_is_not_put_off_by_what_is_handed_over_meanwhile(

@@ -245,10 +245,11 @@ async def test_alpha_stays_and_nothing_is_written_unless_it_is_told_to_follow(
         assert here.daemon.agent is not None
         reader = here.daemon.agent.reader
         before = reader.alpha
-        for _ in range(3):
-            await here.app.generate("a red moon")
+        await here.app.generate("a red moon")
+        assert reader.recent is not None and len(reader.recent._scores) == 1
+        for _ in range(200):
+            reader.recent.add(0.1)
         assert reader.alpha == before
-    assert reader.recent is not None and len(reader.recent._scores) == 3
     assert _read(tmp_path / f"recent-{reader.recent.calibration_id}.json") == []
 
 

@@ -21,6 +21,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from edge_agent import device, service, version
 from edge_agent.bundle import Bundle
 from edge_agent.daemon import Daemon
+from edge_agent.diffusion.generator import Image
 from edge_agent.diffusion.text_encoder import TextStates
 from edge_agent.errors import Cancelled, GenerationFailed, NotLoaded, OutOfMemory, RouteT2IError
 from edge_agent.image import PREVIEW_SIDE
@@ -131,6 +132,17 @@ async def test_the_states_that_were_read_for_the_decision_drive_the_image(
     assert read[0] == read[1] != read[2] and len(read) == 3
     await app.generate("a dog", guidance_scale=1.0, negative_prompt="a cat")
     assert read[3:] == read[:1], "what takes no part is not read"
+
+
+async def test_the_image_is_what_the_models_make_of_all_that_was_asked(here: Here) -> None:
+    assert here.daemon.agent is not None
+    generator = here.daemon.agent.models.generator
+    asked = {"seed": 3, "steps": 8, "guidance_scale": 4.0}
+    answer = await here.app.generate("a cat", negative_prompt="a dog", **asked)
+    _, states = generator.encode("a cat")
+    *_, image = generator.generate(states, generator.encode_negative("a dog"), **asked)
+    assert isinstance(image, Image)
+    assert np.array_equal(np.asarray(answer.picture), image.pixels)
 
 
 async def test_the_same_seed_gives_the_same_file_and_another_seed_another_image(app: App) -> None:
