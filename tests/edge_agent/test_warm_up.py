@@ -482,6 +482,19 @@ def test_on_the_cpu_nothing_is_run_before_the_first_request(
     assert not tried
 
 
+def test_what_the_cpu_does_not_run_is_refused_and_not_tried_again(
+    routed_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults = [BundleError("no such operator")]
+
+    def opens(*_: object) -> Generator:
+        raise faults.pop()
+
+    monkeypatch.setattr("edge_agent.loader.Generator", opens)
+    with pytest.raises(BundleError, match="no such operator"):
+        load(resolve({"bundle": str(routed_bundle), "threads": "1"}, {}))
+
+
 def test_a_provider_that_does_not_open_the_models_is_passed_over_unless_it_is_named(
     routed_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
