@@ -57,14 +57,14 @@ def rehearse(graph: Path, inputs: Sequence[str], outputs: Sequence[str], runtime
     """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         task = {
-            "path": str(graph.absolute()),
+            "path": str(graph),
             "inputs": inputs,
             "outputs": outputs,
             "runtime": asdict(replace(runtime, profile=str(Path(folder) / "run"))),
             "daemon": os.getpid(),
         }
         # What it imports comes from where the daemon has it, and never from the working folder.
-        path = [str(Path(entry).absolute()) for entry in sys.path if entry]
+        path = [entry for entry in sys.path if entry]
         code = f"import sys; sys.path[:] = {path!r}; from {__name__} import main; sys.exit(main())"
         done = subprocess.run(
             [sys.executable, "-c", code],

@@ -77,6 +77,10 @@ def test_a_crash_is_told(session: Session, monkeypatch: pytest.MonkeyPatch) -> N
             r"""printf '%s\n' '{"failed": "CUDA failure 2; \n\nfile=a.cc ; \n\n"}'; exit 1""",
             "CUDA failure 2; file=a.cc ;",
         ),
+        # What libraries print may look like an answer, be no text, or be long.
+        ("""echo '{"a": 1}'; echo '{"failed": "no kernel"}'; exit 1""", "no kernel"),
+        (r"printf '\377 no kernel\n' >&2; exit 1", "\ufffd no kernel"),
+        (f"echo 'first {'x' * 1000} last' >&2; exit 1", "x" * 295 + " last"),
         ("exit 1", "the process that tried {path} failed and said nothing"),
         ("echo '[]'; exit 0", "the process that tried {path} failed and said nothing"),
     ],
@@ -113,6 +117,40 @@ def test_a_process_that_runs_out_of_memory_says_nothing_of_the_graph(
     stand_in(tmp_path, f"exec {sys.executable} -c '{full}' \"$@\"", monkeypatch)
     with pytest.raises(RehearsalEnded, match="0 MB can be had"):
         tried(session)
+
+
+@pytest.mark.posix
+def test_the_process_finds_what_the_providers_need_and_answers_on_a_line_of_its_own(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever libraries print, and with or without an end of the line."""
+    code = (
+        "import sys; from edge_agent.diffusion import providers; "
+        'say = lambda names: sys.stdout.write("for " + ",".join(names)) and sys.stderr.write(",".join(names)); '
+        "providers.load_packaged_libraries = say; exec(sys.argv[2]); "
+    )
+    stand_in(tmp_path, f"exec {sys.executable} -c '{code}' \"$@\" 2>{tmp_path / 'said'}", monkeypatch)
+    assert tried(session) == {"CPUExecutionProvider"}
+    assert (tmp_path / "said").read_text() == "CPUExecutionProvider"
+
+
+def test_nothing_is_imported_from_the_working_folder_nor_left_there(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which may be anybody's, and is where an interactive daemon would look first."""
+    (tmp_path / "json.py").write_text("raise SystemExit('from the working folder')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend("")
+    assert tried(session) == {"CPUExecutionProvider"}
+    assert [file.name for file in tmp_path.iterdir()] == ["json.py"]
+
+
+@pytest.mark.linux
+def test_a_process_whose_daemon_has_gone_before_it_could_be_told_ends_too() -> None:
+    """No process has the number 0."""
+    code = "from edge_agent.diffusion.rehearsal import _end_with; _end_with(0); print('it goes on')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (1, b"")
 
 
 async def test_a_process_that_is_to_end_with_another_does(tmp_path: Path) -> None:
@@ -152,6 +190,7 @@ async def test_a_rehearsal_does_not_outlive_the_daemon_and_comes_after_it_for_me
         (rehearsal,) = daemon.children()
         priority = Path(f"/proc/{rehearsal.pid}/oom_score_adj")
         await until(lambda: priority.read_text() == "1000\n")
+        assert os.getsid(rehearsal.pid) == rehearsal.pid  # a Ctrl-C is the daemon's
         await until(lambda: rehearsal.nice() == 10)  # images are made meanwhile
         group = Path(f"/proc/{rehearsal.pid}/autogroup")
         await until(lambda: not group.exists() or group.read_text().endswith(" nice 10\n"))
