@@ -7,11 +7,14 @@ device that onnxruntime itself offers in the way that plugins do.
 from __future__ import annotations
 
 import json
+import os
 import re
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -78,6 +81,7 @@ def test_a_library_that_cannot_be_loaded_is_told_where_its_provider_is_asked_for
     choice = providers.find()
     assert (choice.serving, choice.better) == (("cpu",), ())
     assert re.match(reason, choice.passed_over["openvino"])
+    assert choice.passed_over["openvino"].count("made.so") == 1  # onnxruntime says it twice
     assert "overwrite each other" not in choice.passed_over["cuda"]  # it is no second onnxruntime
     with pytest.raises(StartRefused, match=f"names openvino, which does not work here: {reason}"):
         providers.find(("openvino", "cpu"))
@@ -142,6 +146,17 @@ def test_of_a_plugins_devices_the_first_of_the_best_kind_is_taken(
     assert not any("auto" in name for name in choice.passed_over)
 
 
+def test_a_plugin_that_finds_no_device_is_passed_over(
+    install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As OpenVINO's where there is neither an Intel GPU nor a CPU that it knows."""
+    install(made(NAME, tmp_path / "made.so"))
+    monkeypatch.setattr(ort, "register_execution_provider_library", lambda _name, _path: None, raising=False)
+    monkeypatch.setattr(ort, "get_ep_devices", lambda: [device("CPUExecutionProvider", "GPU")], raising=False)
+    assert plugins.found() == {NAME: Plugin(failure=f"{PACKAGE} finds no device of its kind here")}
+    assert providers.find().passed_over["openvino"] == f"{PACKAGE} finds no device of its kind here"
+
+
 @knows_plugins
 def test_a_session_goes_to_the_plugins_device(monkeypatch: pytest.MonkeyPatch) -> None:
     (device,) = (each for each in ort.get_ep_devices() if each.ep_name == "CPUExecutionProvider")
@@ -154,14 +169,44 @@ def test_a_session_goes_to_the_plugins_device(monkeypatch: pytest.MonkeyPatch) -
     np.testing.assert_array_equal(session.run(None, {"x": x})[0], x @ x)
 
 
-def test_migraphx_is_told_where_to_keep_what_it_compiles(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_plugin_and_those_beside_it_are_told_their_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among them a precision, without which the same seed draws another picture."""
+    told: list[tuple[object, object]] = []
+    options: Any = SimpleNamespace(
+        add_provider_for_devices=lambda devices, given: told.append((devices, given)),
+        add_provider=lambda name, given: told.append((name, given)),
+    )
+    monkeypatch.setattr(plugins, "found", lambda: {"MadeExecutionProvider": Plugin("its device")})
+    monkeypatch.setattr(plugins, "_Session", lambda *_, **more: more)
+    wanted = {"Made": {"load_config": "{}"}, "CUDA": {"gpu_mem_limit": "7"}, "CPU": {}}
+    on = [(f"{name}ExecutionProvider", given) for name, given in wanted.items()]
+    session = plugins.session(b"", options, on, disabled_optimizers=("SomeFusion",))
+    assert told == [(["its device"], wanted["Made"]), ("CUDAExecutionProvider", wanted["CUDA"])]
+    assert session["disabled_optimizers"] == ("SomeFusion",)
+
+
+@pytest.mark.parametrize(
+    ("short", "name", "expected"),
+    [
+        ("migraphx", "MIGraphXExecutionProvider", {"migraphx_model_cache_dir": "{cache}"}),
+        # Its own default for the format knows no half precision.
+        (
+            "coreml",
+            "CoreMLExecutionProvider",
+            {"ModelFormat": "MLProgram", "ModelCacheDirectory": "{cache}"},
+        ),
+    ],
+)
+def test_a_compiler_is_told_where_to_keep_what_it_compiles(
+    short: str, name: str, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else it compiles anew at each start, and whenever models that were unloaded are loaded again."""
-    name = "MIGraphXExecutionProvider"
     monkeypatch.setattr(ort, "get_available_providers", lambda: [name, "CPUExecutionProvider"])
-    told = providers.options(("migraphx", "cpu"), tmp_path, half=False)
-    assert told == {name: {"migraphx_model_cache_dir": str(tmp_path)}}
+    cache = tmp_path / "cache"
+    told = providers.options((short, "cpu"), cache, half=False)
+    assert told == {name: {option: value.format(cache=cache) for option, value in expected.items()}}
+    assert list(cache.iterdir()) == []  # that it can be written to was tried
+    assert os.name != "posix" or stat.S_IMODE(cache.stat().st_mode) == 0o700
 
 
 def test_openvinos_plugin_is_told_of_cache_and_precision_in_its_own_way(

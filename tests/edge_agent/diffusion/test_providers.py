@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 import io
 import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from edge_agent.diffusion import plugins
+from edge_agent.diffusion import plugins, providers
 from edge_agent.diffusion.providers import (
     _FULL_NAMES,
     _GRAPH,
@@ -34,7 +36,7 @@ from edge_agent.diffusion.providers import (
 )
 from edge_agent.errors import DeviceNotReady, StartRefused
 
-EVERYTHING = (*PREFERENCE, "rocm", "migraphx", "azure")
+EVERYTHING = (*PREFERENCE, "rocm", "webgpu", "migraphx", "azure")
 NOT_BUILT = "this onnxruntime is built without it"
 NO_FILE = "cannot open shared object file: No such file or directory"
 NO_CUDA = {"cuda": f"libcublasLt.so.12: {NO_FILE}", "tensorrt": f"libnvinfer.so.10: {NO_FILE}"}
@@ -70,6 +72,8 @@ def test_every_provider_is_either_used_or_passed_over_with_a_reason() -> None:
         "rocm": "taken only when asked for, as in --providers rocm,cpu",
         "azure": "it runs nothing on this device",
     }
+    wished = choose(("tensorrt", "cuda", "rocm", "cpu"), {}, ("cuda",)).passed_over
+    assert wished["tensorrt"] == wished["rocm"] == "not among --providers"
 
 
 @pytest.mark.parametrize(
@@ -82,6 +86,7 @@ def test_every_provider_is_either_used_or_passed_over_with_a_reason() -> None:
         (("tensorrt", "cuda"), ("cuda", "cpu"), ("tensorrt", "cuda", "cpu")),
         (("cuda", "tensorrt"), ("cuda", "cpu"), ()),
         (("rocm", "cpu"), ("rocm", "cpu"), ()),
+        (("webgpu", "cpu"), ("webgpu", "cpu"), ()),
         (("migraphx", "cpu"), ("cpu",), ("migraphx", "cpu")),  # as any that nobody here knows
         (("cpu", "cuda"), ("cuda", "cpu"), ()),
         (("cpu", "tensorrt", "cuda"), ("cuda", "cpu"), ("tensorrt", "cuda", "cpu")),
@@ -104,7 +109,12 @@ def test_a_wish_that_cannot_be_is_refused_with_the_reason() -> None:
     assert not isinstance(refused.value, DeviceNotReady)  # no start will find the library
     assert {
         refusal(said)
-        for said in ("CUDA failure 209: no kernel image is available", "it computes wrong results: 1")
+        for said in (
+            "CUDA failure 209: no kernel image is available",
+            "it computes wrong results: 1",
+            "onnxruntime fell back to the CPU and does not say why",
+            "onnxruntime_ep_made finds no device of its kind here",
+        )
     } == {StartRefused}
     assert refusal("CUDA failure 999: unknown error") is DeviceNotReady  # as after the loss of a device
     with pytest.raises(DeviceNotReady, match=r"names cuda, .*: CUDA failure 46: .* busy or unavailable"):
@@ -169,6 +179,102 @@ def test_this_machines_onnxruntime_is_tried_and_prints_nothing(capfd: pytest.Cap
     assert choice.serving[-1] == CPU
     listed = {full_name(name) for name in (*choice.serving, *choice.better, *choice.passed_over)}
     assert set(ort.get_available_providers()) <= listed
+    assert capfd.readouterr() == ("", "")
+
+
+class Tried:
+    """A session that was opened on `providers` and gives `y`."""
+
+    def __init__(self, providers: tuple[str, ...], y: np.ndarray) -> None:
+        self.get_providers, self.run = lambda: providers, lambda *_: [y]
+
+
+@pytest.mark.parametrize(
+    ("on", "off", "why"),
+    [
+        ("CUDAExecutionProvider", 0.0, ""),
+        ("CUDAExecutionProvider", 0.01, ""),  # as GPUs round off by default, and half precision
+        (
+            "CUDAExecutionProvider",
+            3.0,
+            "it computes wrong results: [[10.0, 13.0], [18.0, 25.0]] for [[7.0, 10.0",
+        ),
+        ("CPUExecutionProvider", 0.0, "onnxruntime fell back to the CPU and does not say why"),
+    ],
+)
+def test_a_provider_works_that_runs_the_graph_itself_and_rightly(
+    on: str, off: float, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What onnxruntime would log of it meanwhile is the reason, and afterwards it logs as before."""
+    severities: list[int] = []
+
+    def session(_: bytes, options: ort.SessionOptions, *_how: object) -> Tried:
+        severities.append(options.log_severity_level)
+        return Tried((on,), np.asarray([[7, 10], [15, 22]], np.float32) + np.float32(off))
+
+    monkeypatch.setattr(plugins, "session", session)
+    monkeypatch.setattr(ort, "set_default_logger_severity", severities.append)
+    assert probe("cuda").startswith(why) and bool(probe("cuda")) is bool(why)
+    assert severities == [4, 4, 2] * 2
+
+
+def test_tensorrt_builds_no_engine_to_be_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would take seconds at each start."""
+    told: list[object] = []
+    monkeypatch.setattr(plugins, "session", lambda _graph, _options, on: told.extend(on))
+    probe("tensorrt")
+    assert told == [("TensorrtExecutionProvider", {"trt_min_subgraph_size": "1000"})]
+
+
+@pytest.mark.linux
+def test_a_provider_whose_library_cannot_be_loaded_says_which_library_that_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its log alone is told of that by onnxruntime, which falls back or fails. The shared library comes first."""
+    loaded: list[tuple[object, ...]] = []
+
+    def load(*what: object) -> None:
+        loaded.append(what)
+        if "cuda" in str(what[0]):
+            raise OSError(f"libcublasLt.so.12: {NO_FILE}")
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA failure 100: no CUDA-capable device")
+
+    shared, own = (tmp_path / "capi" / f"libonnxruntime_providers_{name}.so" for name in ("shared", "cuda"))
+    own.parent.mkdir()
+    own.touch()
+    monkeypatch.setattr(ort, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    for session in (lambda *_: Tried(("CPUExecutionProvider",), np.zeros(1)), fail):
+        monkeypatch.setattr(plugins, "session", session)
+        assert re.fullmatch(f"libcublasLt.so.12: {NO_FILE}; it comes with CUDA and cuDNN, .*", probe("cuda"))
+    assert loaded == [(str(shared), ctypes.RTLD_GLOBAL), (str(own),)] * 2
+
+
+def test_nvidias_packages_are_loaded_without_a_word_before_what_needs_them_is_tried(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Where they are installed, and for no other provider: no loader looks there."""
+    done: list[str] = []
+
+    def preload() -> None:
+        sys.stdout.write("Failed to load a library\n")
+        done.append("libraries")
+
+    monkeypatch.setattr(ort, "preload_dlls", preload, raising=False)
+    monkeypatch.setattr(providers, "probe", lambda name: done.append(name) or "")
+    for installed, name, expected in (
+        (True, "cuda", ["libraries", "cuda"]),
+        (True, "tensorrt", ["libraries", "tensorrt"]),
+        (True, "directml", ["directml"]),
+        (False, "cuda", ["cuda"]),
+    ):
+        done.clear()
+        monkeypatch.setattr(importlib.util, "find_spec", lambda _, installed=installed: installed or None)
+        monkeypatch.setattr(ort, "get_available_providers", lambda name=name: [full_name(name)])
+        find((name,))
+        assert done == expected
     assert capfd.readouterr() == ("", "")
 
 
@@ -256,6 +362,8 @@ def test_a_companion_of_onnxruntime_is_not_taken_for_a_second_build(
             "CUDA failure 35: CUDA driver version is insufficient ; GPU=0 ; file=/onnxruntime_src/cuda_provider.cc "
             "; line=9",
         ),
+        ("directml", "", "RuntimeError"),
+        ("cuda", "first " + "x" * 1000 + " last", "x" * 295 + " last"),
     ],
 )
 def test_people_are_told_what_is_wrong_and_not_where_onnxruntime_noticed(
