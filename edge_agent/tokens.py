@@ -204,8 +204,8 @@ class Tokenizer:
         """`prompt` with the tokens of all vectors of a concept in the place of its name, as diffusers reads it."""
         with _refused(self._path):
             encoding = self._tokenizer.encode(prompt)
-        read = {token for part in (encoding, *encoding.overflowing) for token in part.tokens}
-        names = sorted(read & self._concepts.keys(), key=len, reverse=True)
+        # Of those that do not fit no vector would.
+        names = sorted(self._concepts.keys() & encoding.tokens, key=len, reverse=True)
         if not names:
             return prompt
         parts = re.split(f"({'|'.join(map(re.escape, names))})", prompt)  # every second is a name

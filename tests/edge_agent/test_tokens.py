@@ -95,6 +95,42 @@ def test_a_concept_of_several_vectors_is_as_many_tokens(miniature_bundle: Path) 
     assert often.ids[0, 1:76].tolist() == [id_of[name] for name in named[:30] * 3][:75]
 
 
+def test_a_concept_whose_name_begins_with_anothers_is_told_from_it(miniature_bundle: Path) -> None:
+    """Whatever its characters mean in a pattern."""
+    file = TokenizersTokenizer.from_file(str(miniature_bundle / "tokenizer" / "tokenizer.json"))
+    named = ["(cat*", "(cat*_1", "(cat*s", "(cat*s_1"]
+    file.add_tokens([AddedToken(name, normalized=False) for name in named])
+    tokens = Tokenizer(file, 77).encode("the (cat* and (cat*s")
+    assert tokens.texts == ["the", *["(cat*"] * 2, "and", *["(cat*s"] * 2]
+    id_of = file.get_vocab()
+    assert tokens.ids[0, [2, 3, 5, 6]].tolist() == [id_of[name] for name in named]
+
+
+def test_a_concept_has_as_many_vectors_as_each_of_two_tokenizers_learnt(miniature_bundle: Path) -> None:
+    def reader(vectors: int, second: Tokenizer | None = None) -> tuple[Tokenizer, list[int]]:
+        file = TokenizersTokenizer.from_file(str(miniature_bundle / "tokenizer" / "tokenizer.json"))
+        named = ["<catty>", *(f"<catty>_{number}" for number in range(1, vectors))]
+        file.add_tokens([AddedToken(name, normalized=False) for name in named])
+        return Tokenizer(file, 77, second), [file.token_to_id(name) for name in (*named, "moon</w>")]
+
+    second, theirs = reader(3)
+    first, ours = reader(2, second)
+    tokens = first.encode("<catty> moon")
+    assert tokens.ids_2 is not None
+    assert tokens.ids[0, 1:4].tolist() == ours and tokens.ids_2[0, 1:5].tolist() == theirs
+
+
+def test_a_thousand_added_tokens_are_no_reason_to_refuse_a_file(bundle_copy: Path) -> None:
+    path = bundle_copy / "tokenizer" / "tokenizer.json"
+    document = json.loads(path.read_bytes())
+    document["added_tokens"] += [
+        document["added_tokens"][0] | {"content": f"<{number:040}>", "id": 5000 + number}
+        for number in range(1000)
+    ]
+    path.write_text(json.dumps(document))
+    assert Tokenizer.load(path.parent).encode(f"the <{7:040}>").texts == ["the", f"<{7:040}>"]
+
+
 @pytest.mark.parametrize("direction", ["right", "left"])
 def test_of_a_concept_as_many_vectors_are_written_out_as_fit_at_the_end_that_is_kept(
     miniature_bundle: Path, direction: str
@@ -150,12 +186,21 @@ def test_padding_is_what_the_file_says(bundle_copy: Path, direction: str) -> Non
         ]
 
 
-@pytest.mark.parametrize("without", [("truncation",), ("truncation", "padding")])
+@pytest.mark.parametrize("without", [("truncation",), ("padding",), ("truncation", "padding")])
 def test_a_tokenizer_without_a_length_is_refused(bundle_copy: Path, without: tuple[str, ...]) -> None:
     path = bundle_copy / "tokenizer" / "tokenizer.json"
     path.write_text(json.dumps(json.loads(path.read_bytes()) | dict.fromkeys(without)))
     with pytest.raises(BundleError, match=r"tokenizer\.json must pad and truncate"):
         Tokenizer.load(path.parent)
+
+
+@pytest.mark.parametrize("strategy", [{"Fixed": 64}, {"Fixed": 80}, "BatchLongest"])
+def test_a_tokenizer_that_pads_to_another_length_than_it_truncates_to_is_refused(
+    bundle_copy: Path, strategy: Any
+) -> None:
+    edit(bundle_copy / "tokenizer", "padding", strategy=strategy)
+    with pytest.raises(BundleError, match=r"tokenizer\.json must pad and truncate to one length"):
+        Tokenizer.load(bundle_copy / "tokenizer")
 
 
 def edit(folder: Path, part: str, **changes: Any) -> None:
