@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
+from edge_agent import bundle as bundle_module
 from edge_agent import loader, memory
 from edge_agent.bundle import Bundle, put_file, write_manifest
 from edge_agent.device import Device
@@ -290,10 +291,17 @@ def test_files_that_changed_meanwhile_are_not_loaded(bundle_copy: Path) -> None:
     path.write_bytes(path.read_bytes())
     with pytest.raises(BundleError, match=f"{as_shown(DECODER)} has changed since"):
         session.run({"latent_sample": [[[[0.0]]]]})  # type: ignore[dict-item]
+    path.unlink()
+    with pytest.raises(BundleError, match=f"{as_shown(DECODER)} is gone: put it back"):
+        session.run({"latent_sample": [[[[0.0]]]]})  # type: ignore[dict-item]
 
 
-def test_files_that_were_replaced_by_their_own_bytes_are_loaded_again(bundle_copy: Path) -> None:
-    """As a copy does, and file systems that number a file anew once memory was short."""
+def test_files_that_were_replaced_by_their_own_bytes_are_loaded_again(
+    bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a copy does, and file systems that number a file anew once memory was short. Gigabytes are read once."""
+    sha256, read = bundle_module._sha256, []
+    monkeypatch.setattr(bundle_module, "_sha256", lambda path: read.append(path) or sha256(path))
     decoder = Decoder(Bundle.open(bundle_copy), Runtime(threads=1))
     (session,), latents = decoder.sessions, np.zeros((1, 4, 8, 8), np.float32)
     before = decoder.decode(latents)
@@ -302,13 +310,17 @@ def test_files_that_were_replaced_by_their_own_bytes_are_loaded_again(bundle_cop
         session.unload()
         (bundle_copy / "another").write_bytes(content)
         os.replace(bundle_copy / "another", bundle_copy / DECODER)
-        assert np.array_equal(decoder.decode(latents), before) and not session.fault
-    session.unload()
+        read.clear()
+        for _ in range(2):
+            assert np.array_equal(decoder.decode(latents), before) and not session.fault
+            session.unload()
+        assert read == [bundle_copy / DECODER]
     alter(bundle_copy / DECODER)
+    read.clear()
     for _ in range(2):
         with pytest.raises(BundleError, match="has changed since"):
             decoder.decode(latents)
-    assert session.fault
+    assert session.fault and read == [bundle_copy / DECODER]
     (bundle_copy / DECODER).write_bytes(content)
     assert np.array_equal(decoder.decode(latents), before) and not session.fault
 

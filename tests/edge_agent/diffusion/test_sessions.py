@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from edge_agent import memory
+from edge_agent.bundle import Bundle, write_manifest
 from edge_agent.diffusion import plugins, providers, sessions
 from edge_agent.diffusion.sessions import Runtime, Session, Stop
 from edge_agent.errors import BundleError, Busy, Cancelled, GenerationFailed, OutOfMemory
@@ -106,6 +108,7 @@ def test_an_unloaded_graph_is_loaded_by_the_next_run_and_a_stop_ends_that_too(tm
     with pytest.raises(Cancelled):
         run_on()
     timer.join()
+    assert stop._endings == []  # it holds on to nothing that has ended
     session.unload()
     with pytest.raises(Cancelled):
         session.run({"x": np.eye(2)}, stop=stop)
@@ -115,17 +118,50 @@ def test_an_unloaded_graph_is_loaded_by_the_next_run_and_a_stop_ends_that_too(tm
     assert session.loaded_at is not None
 
 
+def test_two_runs_that_meet_at_an_unloaded_graph_load_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice its memory may be more than there is."""
+    session = chain(tmp_path / "few.onnx", 2)
+    session.unload()
+    begun, load = [], session._load
+
+    def slowly(stop: Stop) -> ort.InferenceSession:
+        begun.append(stop)
+        time.sleep(0.1)
+        return load(stop)
+
+    monkeypatch.setattr(session, "_load", slowly)
+    threads = [threading.Thread(target=session.run, args=(SQUARE,)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(begun) == 1 and session.loaded_at is not None
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="has no such limit")
-def test_a_device_without_room_to_load_again_is_busy_and_the_bundle_not_to_blame(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("providers", "what"),
+    [
+        (("CPUExecutionProvider",), "memory or file descriptors"),
+        (("AzureExecutionProvider", "CPUExecutionProvider"), "memory, also of the device"),
+    ],
+)
+def test_a_device_without_room_to_load_again_is_busy_and_the_bundle_not_to_blame(
+    tmp_path: Path, providers: tuple[str, ...], what: str
+) -> None:
     import resource
 
-    session = chain(tmp_path / "few.onnx", 2)
+    path = chain(tmp_path / "few.onnx", 2).path
+    session = Session(path, ["x"], ["out"], replace(ONE_THREAD, providers=providers))
     session.unload()
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))  # those that are open stay so
     try:
-        with pytest.raises(Busy, match="could be loaded before and cannot now"):
+        with pytest.raises(Busy, match=f"cannot now: .*; free {what}") as refused:
             session.run(SQUARE)
+        assert refused.value.retry_after_s
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     session.run(SQUARE)
@@ -218,6 +254,11 @@ def test_a_device_without_memory_is_known_by_its_librarys_words(
     np.testing.assert_array_equal(session.run({"x": np.ones(3)})[0], -np.ones(3))
 
 
+def test_pythons_own_word_for_it_is_known_too() -> None:
+    assert sessions.lacks_memory(MemoryError("Unable to allocate 1. GiB for an array"))
+    assert not sessions.lacks_memory(RuntimeError("CUDA failure 999: unknown error"))
+
+
 def test_a_large_graph_that_does_not_fit_is_refused_before_the_system_ends_a_process_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,8 +276,9 @@ def test_a_large_graph_that_does_not_fit_is_refused_before_the_system_ends_a_pro
     session = Session(path, ["x"], ["out"], ONE_THREAD)
     session.unload()
     left[0] -= 1
-    with pytest.raises(OutOfMemory):
+    with pytest.raises(OutOfMemory) as refused:
         session.run({"x": np.zeros(3)})
+    assert refused.value.retry_after_s
     monkeypatch.setattr(memory, "available_bytes", lambda: None)  # a system that does not say
     session.run({"x": np.zeros(3)})
 
@@ -248,8 +290,12 @@ def test_weights_beside_a_graph_need_their_room_once(tmp_path: Path, monkeypatch
     (tmp_path / "weights").write_bytes(bytes(10_000))
     files = file_states([path, tmp_path / "weights"])
     monkeypatch.setattr(sessions, "LARGE_BYTES", 10_000)
-    monkeypatch.setattr(memory, "available_bytes", lambda: 10_000 + 2 * path.stat().st_size)
+    left = [10_000 + 2 * path.stat().st_size]
+    monkeypatch.setattr(memory, "available_bytes", lambda: left[0])
     Session(path, ["x"], ["out"], ONE_THREAD, files)
+    left[0] -= 1
+    with pytest.raises(OutOfMemory):
+        Session(path, ["x"], ["out"], ONE_THREAD, files)
 
 
 @pytest.mark.skipif(
@@ -291,6 +337,27 @@ def test_threads_sleep_between_nodes_unless_they_are_told_to_spin(tmp_path: Path
         assert options.get_session_config_entry("session.intra_op.allow_spinning") == spins
 
 
+def test_each_provider_is_told_its_own_options_and_onnxruntime_to_be_quiet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among them where to keep what it compiles: else a start takes minutes each time."""
+    made, told = plugins.session, []
+
+    def noted(path: str, options: ort.SessionOptions, on: Any, **more: Any) -> ort.InferenceSession:
+        told.append((options.log_severity_level, on))
+        return made(path, options, [(name, {}) for name, _ in on], **more)
+
+    monkeypatch.setattr(plugins, "session", noted)
+    path = save(
+        tmp_path / "a.onnx", [helper.make_node("Neg", ["x"], ["out"])], {"x": (TensorProto.FLOAT, [1])}
+    )
+    names = ("AzureExecutionProvider", "CPUExecutionProvider")
+    Session(
+        path, ["x"], ["out"], Runtime(providers=names, provider_options={names[0]: {"cache_dir": "here"}})
+    )
+    assert told == [(3, [(names[0], {"cache_dir": "here"}), (names[1], {})])]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
 def test_a_run_that_shrinks_gives_the_memory_of_its_large_tensors_back(tmp_path: Path) -> None:
     """128 MB between an input and an output of some kilobytes: far more than anything else here takes or frees."""
@@ -311,6 +378,15 @@ def test_a_run_that_shrinks_gives_the_memory_of_its_large_tensors_back(tmp_path:
     held = resident_bytes()
     session.run(feeds, stop=Stop(), shrink=True)
     assert held - resident_bytes() > 64_000_000
+
+
+@pytest.mark.parametrize(
+    ("names", "arenas"),
+    [("CPU", "cpu:0"), ("CUDA CPU", "cpu:0;gpu:0"), ("Tensorrt CPU", "cpu:0;gpu:0"), ("Dml CPU", "cpu:0")],
+)
+def test_a_run_that_shrinks_gives_the_memory_of_nvidias_gpus_back_too(names: str, arenas: str) -> None:
+    """Of an arena that is not there onnxruntime makes an error."""
+    assert sessions._arenas([f"{name}ExecutionProvider" for name in names.split()]) == arenas
 
 
 def test_a_run_that_shrinks_is_made_where_no_arena_holds_the_memory(
@@ -377,19 +453,27 @@ def test_inputs_take_the_types_of_the_graph(tmp_path: Path) -> None:
         assert out.tolist() == [7.0]
 
 
-def test_float16_outputs_come_back_as_float32(tmp_path: Path) -> None:
-    node = helper.make_node("Cast", ["x"], ["out"], to=TensorProto.FLOAT16)
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT16, TensorProto.DOUBLE])
+def test_outputs_of_other_floats_come_back_as_float32(tmp_path: Path, kind: int) -> None:
+    """Whichever of the outputs they are."""
     graph = helper.make_graph(
-        [node],
+        [helper.make_node("Cast", ["x"], ["out"], to=kind), helper.make_node("Neg", ["x"], ["plain"])],
         "made",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])],
-        [helper.make_tensor_value_info("out", TensorProto.FLOAT16, [1])],
+        [
+            helper.make_tensor_value_info("plain", TensorProto.FLOAT, [1]),
+            helper.make_tensor_value_info("out", kind, [1]),
+        ],
     )
     onnx.save(
         helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8),
         tmp_path / "h.onnx",
     )
-    (out,) = Session(tmp_path / "h.onnx", ["x"], ["out"], ONE_THREAD).run({"x": np.ones(1)})
+    session = Session(tmp_path / "h.onnx", ["x"], ["plain", "out"], ONE_THREAD)
+    assert [out.dtype for out in session.run({"x": np.ones(1)})] == [np.float32] * 2
+    (out,) = Session(tmp_path / "h.onnx", ["x"], ["out"], ONE_THREAD).run(
+        {"x": np.ones(1)}
+    )  # without the other
     assert out.dtype == np.float32
 
 
@@ -410,6 +494,28 @@ def test_a_graph_that_gives_what_is_no_tensor_of_floats_is_refused_by_name(tmp_p
         onnx.save(model, tmp_path / "odd.onnx")
         with pytest.raises(BundleError, match=r"odd\.onnx gives outputs of the types"):
             Session(tmp_path / "odd.onnx", ["x"], ["out"], ONE_THREAD)
+
+
+def test_sizes_that_a_graph_leaves_open_are_known_once_they_are_expected(tmp_path: Path) -> None:
+    """Of its inputs: compilers are told of these. Of images any number will do, and one is made at a time."""
+    node = helper.make_node("ReduceMax", ["x"], ["out"], keepdims=0)
+    path = save(tmp_path / "open.onnx", [node], {"x": (TensorProto.FLOAT, ["batch", 3, "width"])})
+    model = onnx.load(path)
+    model.graph.output[0].type.CopyFrom(helper.make_tensor_type_proto(TensorProto.FLOAT, []))
+    onnx.save(model, path)
+    session = Session(path, ["x"], ["out"], ONE_THREAD)
+    session.expect({"x": (None, 3, 8), "out": ()})
+    assert session.sizes == {"batch": 1, "width": 8}
+    for other in ((None, 3), (None, 3, 8, 8), (None, 4, 8)):
+        with pytest.raises(BundleError, match=r"open\.onnx: x has the shape .*, the manifest asks for"):
+            session.expect({"x": other})
+
+
+def test_a_runtime_of_one_size_is_for_the_bundles_default_which_else_comes_last(bundle_copy: Path) -> None:
+    write_manifest(bundle_copy, other_sizes=[(96, 64), (64, 96)])
+    facts = Bundle.open(bundle_copy).manifest
+    assert Runtime().sizes_of(facts) == ((64, 96), (96, 64), (64, 64))
+    assert Runtime(sizes={"width": 64}).sizes_of(facts) == ((64, 64),)
 
 
 def test_a_graph_with_another_signature_is_refused_by_name(tmp_path: Path) -> None:
@@ -465,6 +571,14 @@ def test_a_provider_that_is_not_there_is_refused_and_not_replaced_by_the_cpu(
     ):
         Session(path, ["x"], ["out"], runtime)
     assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "alone"), [("Dml", True), ("WebGpu", True), ("CUDA", False), ("OpenVINO", False)]
+)
+def test_which_providers_bear_no_two_sessions_at_once(name: str, alone: bool) -> None:
+    """Also where they are not the first."""
+    assert sessions.takes_turns(("CPUExecutionProvider", f"{name}ExecutionProvider")) is alone
 
 
 def test_providers_that_bear_no_two_sessions_at_once_get_one(
