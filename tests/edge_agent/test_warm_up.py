@@ -253,7 +253,7 @@ async def test_a_daemon_that_is_stopped_does_not_wait_for_its_warm_up(here: Here
 def drawn(generator: Generator, size: Size | None = None) -> np.ndarray[Any, Any]:
     _, states = generator.encode("a cat")
     nothing = generator.encode_negative("")
-    *_, image = generator.generate(states, nothing, 3, 4, 5.0, size=size)
+    *_, image = generator.generate(states, nothing, 3, 4, 5.0, previews=True, size=size)
     assert isinstance(image, Image)
     return image.colours
 
@@ -289,7 +289,7 @@ def test_the_better_generator_has_one_size_the_same_encoder_and_draws_the_same(
 
 def test_images_of_other_sizes_are_made_as_before_the_better_generator(bundle_copy: Path) -> None:
     """The better one is compiled for the default's size. What the others take is loaded when one is asked for."""
-    write_manifest(bundle_copy, other_sizes=[(96, 64)])
+    write_manifest(bundle_copy, other_sizes=[(96, 64)], latent_to_rgb=None)  # previews take a decoder
     generator = Generator(Bundle.open(bundle_copy), Runtime(threads=1))
     before = drawn(generator, (96, 64))
     better = generator.on(BETTER, BETTER)
@@ -302,20 +302,26 @@ def test_images_of_other_sizes_are_made_as_before_the_better_generator(bundle_co
     assert None not in {session.loaded_at for session in better.spare_sessions}
 
 
+@pytest.mark.parametrize("part", ["denoiser", "decoder"])
+@pytest.mark.parametrize(("factor", "taken_up"), [(np.nan, False), (1.2, False), (1.01, True)])
 def test_a_provider_that_computes_something_else_is_not_taken_up(
-    routed_bundle: Path, monkeypatch: pytest.MonkeyPatch
+    routed_bundle: Path, monkeypatch: pytest.MonkeyPatch, part: str, factor: float, taken_up: bool
 ) -> None:
+    """What half precision rounds off is no such thing."""
     generator = Generator(Bundle.open(routed_bundle), Runtime(threads=1))
-    decode = type(generator.decoder).decode
+    kind, method = type(getattr(generator, part)), {"denoiser": "predict", "decoder": "decode"}[part]
+    compute = getattr(kind, method)
 
-    def wrong(decoder: Any, latents: Any, **how: Any) -> Any:
-        colours = decode(decoder, latents, **how)
-        return colours if decoder is generator.decoder else colours * np.float32(np.nan)
+    def wrong(model: Any, *given: Any, **how: Any) -> Any:
+        made = compute(model, *given, **how)
+        return made if model is getattr(generator, part) else made * np.float32(factor)
 
-    monkeypatch.setattr(type(generator.decoder), "decode", wrong)
-    with pytest.raises(
-        GenerationFailed, match="the decoder computes something else on AzureExecutionProvider"
-    ):
+    monkeypatch.setattr(kind, method, wrong)
+    monkeypatch.setattr(generator_module, "rehearse", lambda *_: {BETTER.providers[0]})
+    if taken_up:
+        assert generator.on(BETTER, BETTER) is not generator
+        return
+    with pytest.raises(Unfit, match=f"the {part} computes something else on AzureExecutionProvider"):
         generator.on(BETTER, BETTER)
 
 

@@ -33,6 +33,7 @@ from edge_agent.manifest import (
     schedule_file,
 )
 from edge_agent.reader import Reader
+from edge_agent.settings import STARTER
 from export.diffusion_onnx import export_bundle
 from tests.miniature import miniature_pipeline, miniature_xl
 from tests.running import as_shown
@@ -83,20 +84,61 @@ def reference(pipeline: StableDiffusionPipeline, prompt: str, negative: str, **o
     ).images[0]
 
 
+@pytest.mark.parametrize(("passes", "runs"), [("batch", 1), ("separate", 2)])
 def test_an_image_gives_memory_back_after_the_last_step_and_after_decoding(
-    generator: Generator, monkeypatch: pytest.MonkeyPatch
+    generator: Generator, monkeypatch: pytest.MonkeyPatch, passes: Any, runs: int
 ) -> None:
-    """And not before, as each time costs the run behind it."""
+    """And not before, as each time costs the run behind it. A stop ends every run of them."""
     run, shrunk = Session.run, {"unet": [], "vae_decoder": []}
+    stops = set()
 
     def seen(session: Session, *arguments: Any, **options: Any) -> Any:
         if (part := session.path.parent.name) in shrunk:
             shrunk[part].append(options["shrink"])
+            stops.add(options["stop"])
         return run(session, *arguments, **options)
 
     monkeypatch.setattr(Session, "run", seen)
+    monkeypatch.setattr(generator.denoiser, "passes", passes)
     progress, _ = events(generator)
-    assert shrunk == {"unet": [False] * (len(progress) - 1) + [True], "vae_decoder": [True]}
+    assert shrunk == {"unet": [False] * (runs * len(progress) - 1) + [True], "vae_decoder": [True]}
+    assert None not in stops and len(stops) == 1
+    stops.clear()
+    events(generator, previews=True)
+    assert None not in stops and len(stops) == 1
+
+
+def test_every_graph_is_watched_with_its_weights() -> None:
+    """Those that were checked: other bytes would be loaded after the next idle minutes."""
+    bundle = Bundle.open(STARTER)
+    generator, reader = Generator(bundle, Runtime(threads=1)), Reader.open(bundle, 0.5, Runtime(threads=1))
+    for session in (*generator.sessions, *reader.sessions):
+        name = session.path.relative_to(bundle.folder).as_posix()
+        assert session._files == bundle.files_of(name)
+        assert all(state.sha256 for state in session._files.values())
+
+
+def test_pixels_are_rounded_to_the_nearest_number_that_a_byte_holds() -> None:
+    colours = np.asarray([[[0.0, 0.4 / 255, 0.6 / 255], [127.6 / 255, 254.6 / 255, 1.0]]], np.float32)
+    assert Image(colours).pixels.tolist() == [[[0, 0, 1], [128, 255, 255]]]
+
+
+def test_a_preview_has_the_colours_that_the_bundle_maps_latents_to(bundle_copy: Path) -> None:
+    """Each channel adds its row to the constant; what is beyond black or white is black or white."""
+    _, states = Generator(Bundle.open(bundle_copy), Runtime(threads=1)).encode(PROMPT)
+    seen = {}
+    for name, rows in {
+        "constant": [[0.0, 0.0, 0.0]] * 4 + [[0.2, 1.5, -0.5]],
+        "second": [[0.0, 0.0, 0.0], [1e6, -1e6, 0.0], *[[0.0, 0.0, 0.0]] * 2, [0.0, 0.0, 0.4]],
+    }.items():
+        write_manifest(bundle_copy, latent_to_rgb=rows)
+        generator = Generator(Bundle.open(bundle_copy), Runtime(threads=1))
+        step = next(generator.generate(states, states, 42, 4, 1.0, previews=True))
+        assert isinstance(step, Step) and step.preview is not None and step.preview.shape == (64, 64, 3)
+        seen[name] = step.preview
+    assert (seen["constant"] == (51, 255, 0)).all()
+    red, green, blue = seen["second"].transpose(2, 0, 1)
+    assert (blue == 102).all() and (red.astype(int) + green == 255).mean() > 0.9 and len({*red.flat}) > 1
 
 
 @pytest.mark.parametrize("small", [True, False])
@@ -272,6 +314,26 @@ def test_previews_come_with_every_step_but_the_last_and_approach_the_image(gener
     assert distances[-1] < 0.5 * distances[0]
 
 
+def test_a_preview_is_of_what_its_step_expects_to_arrive_at(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clean latents, as the schedule estimates them of the denoiser's input and output."""
+    predict, calls, shown = generator.denoiser.predict, [], []
+
+    def seen(latents: np.ndarray, *given: Any, **how: Any) -> np.ndarray:
+        calls.append((latents, predict(latents, *given, **how)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(generator.denoiser, "predict", seen)
+    monkeypatch.setattr(generator, "_preview", lambda latents, *_: shown.append(latents))
+    events(generator, previews=True)
+    clean = generator._schedules[4].clean
+    assert len(shown) == len(calls) - 1 and len({*clean}) > 1
+    for (latents, output), (a, b), preview in zip(calls, clean, shown, strict=False):
+        np.testing.assert_allclose(preview, a * latents + b * output, rtol=1e-4, atol=1e-4)
+        assert preview.dtype == np.float32
+
+
 def test_a_prompts_states_are_the_text_encoders(
     pipeline: StableDiffusionPipeline, generator: Generator
 ) -> None:
@@ -324,6 +386,16 @@ def test_a_decoder_whose_numbers_are_not_finite_makes_no_image(
     run = session.run
     monkeypatch.setattr(session, "run", lambda *a, **k: [np.full_like(run(*a, **k)[0], value)])
     with pytest.raises(GenerationFailed, match=f"{as_shown(DECODER)} gave numbers that are not finite"):
+        events(generator)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_denoiser_whose_numbers_are_not_finite_makes_no_image(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    """Nor is the decoder blamed for what it would make of them."""
+    monkeypatch.setattr(generator.denoiser, "predict", lambda latents, *_, **__: np.full_like(latents, value))
+    with pytest.raises(GenerationFailed, match="the denoiser gave numbers that are not finite; try another"):
         events(generator)
 
 

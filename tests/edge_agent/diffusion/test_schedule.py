@@ -12,7 +12,7 @@ import pytest
 
 from edge_agent.diffusion.noise import TorchNoise
 from edge_agent.diffusion.schedule import Schedule
-from edge_agent.errors import BundleError
+from edge_agent.errors import BundleError, NewerBundle
 
 SCHEDULE = Schedule(
     scheduler="Made",
@@ -54,7 +54,7 @@ def test_comes_back_from_its_file_to_the_last_bit(tmp_path: Path) -> None:
         ({"noise": [[1.0], [], []]}, "lower-triangular"),
         ({"noise": [[], []]}, "lower-triangular"),
         ({"clean": []}, "lower-triangular"),
-        ({"noise": [[], [], [0.0] * 1000]}, "draws 1,000 noises for 2 calls"),
+        ({"noise": [[], [], [0.0] * 9]}, "draws 9 noises for 2 calls; at most 4 each"),
         ({"timesteps": []}, "lower-triangular"),
         ({"signal": [[1.0], [1.0, float("nan")], [1.0, 1.0, 1.0]]}, "finite"),
         ({"timesteps": [float("nan"), 100.0]}, "finite"),
@@ -81,3 +81,16 @@ def test_refuses_a_file_that_is_not_even_json(tmp_path: Path, text: str) -> None
     path.write_text(text)
     with pytest.raises(BundleError, match=r"2\.json is not a compiled schedule"):
         Schedule.load(path)
+
+
+def test_a_newer_format_is_told_from_a_damaged_file(tmp_path: Path) -> None:
+    path = tmp_path / "2.json"
+    SCHEDULE.save(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
+    with pytest.raises(NewerBundle):
+        Schedule.load(path)
+
+
+def test_a_missing_file_is_told_of_by_name(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"2\.json cannot be read: "):
+        Schedule.load(tmp_path / "2.json")
