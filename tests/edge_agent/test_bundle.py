@@ -14,7 +14,7 @@ import pytest
 from edge_agent import manifest as manifest_module
 from edge_agent.bundle import Bundle, put_file, write_manifest
 from edge_agent.errors import BundleError, NewerBundle, NotABundle
-from edge_agent.graph_files import file_states
+from edge_agent.graph_files import FileState, file_states
 from edge_agent.manifest import (
     CALIBRATION,
     DECODER,
@@ -60,6 +60,11 @@ def test_a_whole_bundle_opens_and_states_its_facts(miniature_bundle: Path) -> No
     assert all(bundle.path(name).is_file() for name in EVERY_BUNDLE_HAS)
     assert bundle.calibration is None
     assert bundle.predictor is None
+
+
+def test_step_counts_are_listed_in_their_order_however_they_were_written(bundle_copy: Path) -> None:
+    edit(bundle_copy, steps=[8, 4])
+    assert Bundle.open(bundle_copy).manifest.steps == (4, 8)
 
 
 @pytest.mark.parametrize("name", EVERY_BUNDLE_HAS)
@@ -176,6 +181,8 @@ def test_a_newer_schema_says_what_to_do(bundle_copy: Path) -> None:
         ({"name": None}, "name"),
         ({"steps": []}, "steps"),
         ({"steps": [4, "8"]}, "steps"),
+        ({"steps": [True, 4, 8]}, "steps"),
+        ({"text_tokens": True}, "text_tokens must be a int"),
         ({"steps": [4, 8, 16]}, r"schedules/16\.json"),
         ({"default_steps": 16}, "default_steps"),
         ({"guidance_embedding": "8"}, "guidance_embedding"),
@@ -212,6 +219,10 @@ def test_a_newer_schema_says_what_to_do(bundle_copy: Path) -> None:
         ({"files": {f"{MANIFEST}/a": ENTRY}}, "whose place another file has"),
         ({"files": {"a": ENTRY, "a/b/c": ENTRY}}, "'a/b/c', whose place another file has"),
         ({"files": {f"{n}.json": ENTRY for n in range(1001)}}, "1,001 files"),
+        (
+            {"files": {"a.json": ENTRY | {"bytes": 1 << 27}}},
+            "a.json has 134,217,728 bytes; .* at most 67,108,864",
+        ),
         ({"default_guidance": float("nan")}, "default_guidance must be a finite number"),
         ({"latent_scaling": 10**400}, "latent_scaling must be a finite number"),
         ({"width": 10**400}, "width must be from 1 to"),
@@ -307,6 +318,24 @@ def test_weights_that_lie_outside_the_graphs_folder_are_refused_by_name(
     words = rf"{as_shown(DENOISER)} has weights in {re.escape(repr(place))}, which is no file below"
     with pytest.raises(BundleError, match=words):
         Bundle.open(bundle_copy)
+
+
+def test_a_graphs_size_is_that_of_its_own_folder(bundle_copy: Path) -> None:
+    """Not of another whose name begins alike: how many threads it gets hangs on it."""
+    before = Bundle.open(bundle_copy).size_of(TEXT_ENCODER)
+    for name, size in ((TEXT_ENCODER_2, 10_000), ("text_encoder/weights.bin", 100)):
+        (bundle_copy / name).parent.mkdir(exist_ok=True)
+        (bundle_copy / name).write_bytes(bytes(size))
+    write_manifest(bundle_copy)
+    manifest = manifest_module.parse_unfinished((bundle_copy / MANIFEST).read_bytes(), "")
+    assert Bundle(bundle_copy, manifest, "", {}).size_of(TEXT_ENCODER) == before + 100
+
+
+def test_only_what_was_read_is_known_by_its_sha256(miniature_bundle: Path) -> None:
+    """A file that is replaced later may be taken for another of the same sha256, and for none that nobody checked."""
+    for verify in (True, False):
+        states = Bundle.open(miniature_bundle, verify=verify).files_of(DECODER)
+        assert {bool(state.sha256) for state in states.values()} == {verify}
 
 
 def test_files_that_no_graph_names_may_lie_in_a_bundle(bundle_copy: Path) -> None:
@@ -453,6 +482,9 @@ def test_joint_conditioning_that_no_transformer_has_is_refused(
 def test_a_model_has_one_kind_of_conditioning(bundle_copy: Path) -> None:
     with pytest.raises(BundleError, match="no model has joint conditioning besides"):
         write_manifest(bundle_copy, joint=JOINT, guidance_embedding=8)
+    added = AddedConditioning("hidden_states.1", "text_embeds", (64.0,) * 6, True)
+    with pytest.raises(BundleError, match="no model has joint conditioning besides"):
+        write_manifest(bundle_copy, joint=JOINT, added=added)
 
 
 def test_other_sizes_are_for_models_that_can_be_told_of_them(bundle_copy: Path) -> None:
@@ -506,6 +538,10 @@ def test_a_calibration_of_other_metrics_is_refused(routed_bundle: Path, tmp_path
     folder = Path(shutil.copytree(routed_bundle, tmp_path / "bundle"))
     assert Bundle.open(folder).advice == ""
     calibration = json.loads((folder / CALIBRATION).read_bytes())
+    del calibration["recipe"]["predictor_sha256"]  # as earlier versions wrote it
+    (folder / CALIBRATION).write_text(json.dumps(calibration))
+    write_manifest(folder)
+    assert Bundle.open(folder).advice == ""
     calibration["metrics"].reverse()
     (folder / CALIBRATION).write_text(json.dumps(calibration))
     write_manifest(folder)
@@ -519,10 +555,11 @@ def test_a_file_that_was_written_or_replaced_is_told_from_the_one_before(tmp_pat
     file.write_bytes(b"one")
     before = file_states([file, tmp_path / "missing"])
     assert list(before) == [file] and file_states([file]) == before
+    assert not before[file].replaced(FileState.of(file)._replace(sha256="0" * 64))
     file.write_bytes(b"two")
     os.utime(file, ns=(0, before[file][2] + 10**9))
-    assert file_states([file]) != before
+    assert file_states([file]) != before and before[file].replaced(FileState.of(file))
     other.write_bytes(b"two")
     os.utime(other, ns=(0, before[file][2]))
     other.replace(file)
-    assert file_states([file]) != before
+    assert file_states([file]) != before and before[file].replaced(FileState.of(file))

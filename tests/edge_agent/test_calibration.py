@@ -52,6 +52,15 @@ def test_alpha_sends_at_most_the_rate_and_is_at_most_one_half(rho: float, alpha:
     assert CALIBRATION.alpha(rho) == alpha
 
 
+def test_a_rate_above_one_half_is_kept_to_where_the_cloud_is_that_often_better() -> None:
+    assert replace(CALIBRATION, scores=(0.1, 0.2, 0.3, 0.4)).alpha(0.75) == 0.4
+
+
+def test_a_missing_file_is_told_of_by_name(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"calibration\.json cannot be read: "):
+        Calibration.load(tmp_path / "calibration.json")
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [

@@ -216,6 +216,22 @@ def test_a_folder_that_one_may_not_enter_is_refused_before_the_image_is_made() -
             image_file.checked(str(closed / "cat.png"))
 
 
+@pytest.mark.posix
+def test_others_may_read_a_new_image_as_far_as_the_umask_lets_them(tmp_path: Path) -> None:
+    """And the umask stays as it was."""
+    image: Any = SimpleNamespace(png=b"image", request_id="cat")
+    before = os.umask(0)
+    try:
+        for umask, mode in ((0o022, 0o644), (0o077, 0o600)):
+            os.umask(umask)
+            file = tmp_path / f"{umask}.png"
+            assert image_file.write(image, file) == str(file)
+            assert stat.S_IMODE(file.stat().st_mode) == mode and file.read_bytes() == b"image"
+            assert os.umask(umask) == umask
+    finally:
+        os.umask(before)
+
+
 @pytest.mark.usefixtures("daemon")
 def test_an_image_is_not_paid_for_where_the_disk_is_full(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

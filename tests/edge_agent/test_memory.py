@@ -1,7 +1,8 @@
-"""What is left for this process, as Linux says it."""
+"""What is left for this process, as Linux says it, and what glibc is asked for."""
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,36 @@ def test_a_system_that_says_nothing_of_use_has_no_number(
         (tmp_path / "meminfo").write_text(text)
     monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
     assert memory.available_bytes() is None
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
+    """What the C library is asked for, in order, and what is collected."""
+    calls: list[tuple[object, ...]] = []
+    monkeypatch.setattr(memory, "_of_libc", lambda name: lambda *given: calls.append((name, *given)))
+    monkeypatch.setattr(gc, "collect", lambda: calls.append(("collect",)))
+    monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
+    return calls
+
+
+def test_all_threads_share_one_heap_unless_a_person_chose(
+    asked: list[tuple[object, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory.share_one_heap()
+    assert asked == [("mallopt", -8, 1)]  # M_ARENA_MAX
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "4")
+    memory.share_one_heap()
+    assert len(asked) == 1
+
+
+def test_what_is_garbage_is_collected_before_free_memory_goes_back(asked: list[tuple[object, ...]]) -> None:
+    memory.give_back()
+    assert asked == [("collect",), ("malloc_trim", 0)]
+
+
+def test_a_c_library_that_keeps_nothing_is_asked_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As musl."""
+    monkeypatch.setattr(memory, "_of_libc", lambda _: None)
+    monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
+    memory.share_one_heap()
+    memory.give_back()

@@ -27,6 +27,7 @@ WORTH_IT: dict[str, Any] = {
         ({}, "cloud", Reason.PARETO_CLOUD),
         ({"prs": 0.4}, "edge", Reason.PARETO_EDGE),
         ({"prs": 0.41}, "edge", Reason.PARETO_EDGE),
+        ({"prs": float("nan")}, "edge", Reason.PARETO_EDGE),  # it costs nothing
         ({"quota_allows": False}, "edge", Reason.QUOTA_EXHAUSTED),
         ({"cloud_available": False}, "edge", Reason.CLOUD_UNAVAILABLE),
         ({"cloud_available": None}, "edge", Reason.CLOUD_UNAVAILABLE),

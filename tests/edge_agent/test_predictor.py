@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 
 from edge_agent.errors import BundleError, GenerationFailed
 from edge_agent.predictor import Predictor
@@ -108,6 +109,38 @@ def test_what_is_no_prediction_is_told_of_by_the_graphs_name(
     monkeypatch.setattr(predictor.sessions[0], "run", lambda _: made)
     with pytest.raises(GenerationFailed, match=rf"model\.onnx gave .*{why.removeprefix('gave ')}"):
         predictor.predict(np.zeros((1, TOKENS, WIDTH), np.float32), range(TOKENS), IDS)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_one_number_that_is_not_finite_is_no_prediction(
+    graph: Path, monkeypatch: pytest.MonkeyPatch, place: int
+) -> None:
+    predictor = Predictor.load(graph)
+    made = [np.full(shape, 0.5, np.float32) for shape in ((1, 10), (1, 10), (1, TOKENS, 10))]
+    made[place][..., -1] = np.nan
+    monkeypatch.setattr(predictor.sessions[0], "run", lambda _: made)
+    with pytest.raises(GenerationFailed, match=r"model\.onnx gave numbers that are not finite"):
+        predictor.predict(np.zeros((1, TOKENS, WIDTH), np.float32), range(TOKENS), IDS)
+
+
+def test_a_predictor_of_other_metrics_is_refused_by_name(tmp_path: Path) -> None:
+    """Its numbers would be taken for those of ours in the same places."""
+    shapes = {"edge": (1, 9), "cloud": (1, 9), "pull": (1, 1, 9)}
+    values = {name: numpy_helper.from_array(np.zeros(shape, np.float32)) for name, shape in shapes.items()}
+    kinds = {"states": TensorProto.FLOAT, "mask": TensorProto.BOOL, "ids": TensorProto.INT64}
+    model = helper.make_graph(
+        [helper.make_node("Constant", [], [name], value=value) for name, value in values.items()],
+        "made",
+        [
+            helper.make_tensor_value_info(name, kind, [1, "tokens", *([WIDTH] if name == "states" else [])])
+            for name, kind in kinds.items()
+        ],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()],
+    )
+    path = tmp_path / "model.onnx"
+    onnx.save(helper.make_model(model, opset_imports=[helper.make_opsetid("", 18)], ir_version=8), path)
+    with pytest.raises(BundleError, match=r"model\.onnx predicts 9 metrics; this version compares 10"):
+        Predictor.load(path)
 
 
 def test_a_file_that_is_no_predictor_is_refused_by_name(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -113,10 +115,9 @@ def test_alpha_is_one_half_at_rate_one_and_lets_nothing_through_at_rate_zero() -
 
 
 @pytest.mark.parametrize(
-    ("scores", "rho"), [([], 0.5), ([0.1, float("nan")], 0.5), ([0.1], -0.1), ([0.1], 1.1)]
+    ("scores", "rho"),
+    [([], 0.5), ([[0.1, 0.2]], 0.5), ([0.1, float("nan")], 0.5), ([0.1], -0.1), ([0.1], 1.1)],
 )
-def test_alpha_without_scores_or_with_a_rate_that_cannot_be_is_refused(
-    scores: list[float], rho: float
-) -> None:
+def test_alpha_without_scores_or_with_a_rate_that_cannot_be_is_refused(scores: list[Any], rho: float) -> None:
     with pytest.raises(ValueError, match=r"score|rate"):
         largest_alpha(scores, rho)
