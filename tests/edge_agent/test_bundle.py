@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from edge_agent import manifest as manifest_module
-from edge_agent.bundle import Bundle, put_file, write_manifest
+from edge_agent.bundle import Bundle, mode_of, put_file, write_manifest
 from edge_agent.errors import BundleError, NewerBundle, NotABundle
 from edge_agent.graph_files import FileState, file_states
 from edge_agent.manifest import (
@@ -215,6 +215,7 @@ def test_a_newer_schema_says_what_to_do(bundle_copy: Path) -> None:
         ({"files": {"a": {"bytes": -1, "sha256": "0" * 64}}}, "bytes, from 0 to"),
         ({"files": {"a": {"bytes": 1, "sha256": "0" * 63}}}, "sha256 in hex"),
         ({"files": {"a": {"bytes": 1, "sha256": "0" * 65}}}, "sha256 in hex"),
+        ({"files": {"a": {"bytes": 1, "sha256": "A" * 64}}}, "sha256 in hex"),
         ({"files": {MANIFEST: {"bytes": 1, "sha256": "0" * 64}}}, "whose place another file has"),
         ({"files": {f"{MANIFEST}/a": ENTRY}}, "whose place another file has"),
         ({"files": {"a": ENTRY, "a/b/c": ENTRY}}, "'a/b/c', whose place another file has"),
@@ -515,7 +516,6 @@ def test_what_a_crash_left_of_a_manifest_is_not_listed(bundle_copy: Path) -> Non
 def test_a_file_is_put_into_a_finished_bundle_and_another_taken_out(
     bundle_copy: Path, tmp_path: Path
 ) -> None:
-    (bundle_copy / "predictor").mkdir()
     for name in ("predictor/old.json", "predictor/new.json"):
         made = tmp_path / "made"
         made.write_text(name)
@@ -523,6 +523,15 @@ def test_a_file_is_put_into_a_finished_bundle_and_another_taken_out(
         assert not made.exists()
     assert set(Bundle.open(bundle_copy).manifest.files) >= {DENOISER, "predictor/new.json"}
     assert [path.name for path in (bundle_copy / "predictor").iterdir()] == ["new.json"]
+
+
+@pytest.mark.posix
+def test_what_is_not_there_has_no_mode_whatever_stands_in_its_way(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    assert mode_of(tmp_path / "file") != 0
+    for name in ("nothing", "file/below", "loop", "nu\0ll"):
+        assert mode_of(tmp_path / name) == 0
 
 
 @pytest.mark.linux

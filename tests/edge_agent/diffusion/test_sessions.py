@@ -109,6 +109,9 @@ def test_an_unloaded_graph_is_loaded_by_the_next_run_and_a_stop_ends_that_too(tm
         run_on()
     timer.join()
     assert stop._endings == []  # it holds on to nothing that has ended
+    other = Stop()
+    session.run({"x": np.eye(2)}, stop=other)
+    assert other._endings == []
     session.unload()
     with pytest.raises(Cancelled):
         session.run({"x": np.eye(2)}, stop=stop)
