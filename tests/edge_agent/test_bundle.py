@@ -205,6 +205,7 @@ def test_a_newer_schema_says_what_to_do(bundle_copy: Path) -> None:
         ({"other_sizes": [[96, 64], [64, 64]]}, "other_sizes must be others than width and height"),
         ({"other_sizes": [[96, 64], [96, 64]]}, "other_sizes must .* each named once"),
         ({"latent_to_rgb": [[0.1, 0.2, 0.3]] * 4}, "5 rows"),
+        ({"latent_to_rgb": [[0.1, 0.2]] * 5}, "rows of three numbers"),
         ({"latent_to_rgb": [["red", 0, 0]] * 5}, "latent_to_rgb must list numbers"),
         ({"added": {"text_output": "a", "pooled_output": "b", "time_ids": [1]}}, "zero_negative"),
         ({"added": {"text_output": "\x1b[2J"}}, "text_output must be printable"),

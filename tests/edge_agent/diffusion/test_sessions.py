@@ -521,6 +521,13 @@ def test_a_runtime_of_one_size_is_for_the_bundles_default_which_else_comes_last(
     assert Runtime(sizes={"width": 64}).sizes_of(facts) == ((64, 64),)
 
 
+def test_a_graph_that_asks_for_what_nobody_makes_is_refused_by_name(tmp_path: Path) -> None:
+    node = helper.make_node("Cast", ["x"], ["out"], to=TensorProto.FLOAT)
+    path = save(tmp_path / "odd.onnx", [node], {"x": (TensorProto.UINT8, [1])})
+    with pytest.raises(BundleError, match=r"odd\.onnx asks for inputs of the types \['tensor\(uint8\)'\]"):
+        Session(path, ["x"], ["out"], ONE_THREAD)
+
+
 def test_a_graph_with_another_signature_is_refused_by_name(tmp_path: Path) -> None:
     node = helper.make_node("Identity", ["x"], ["out"])
     path = save(tmp_path / "other.onnx", [node], {"x": (TensorProto.FLOAT, [1])})
