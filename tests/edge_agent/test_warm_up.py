@@ -28,7 +28,7 @@ from edge_agent.diffusion import generator as generator_module
 from edge_agent.diffusion import plugins, providers, rehearsal
 from edge_agent.diffusion.generator import Generator, Image
 from edge_agent.diffusion.sessions import Runtime, Session
-from edge_agent.errors import BundleError, GenerationFailed, OutOfMemory, RehearsalEnded, Unfit
+from edge_agent.errors import BundleError, OutOfMemory, RehearsalEnded, Unfit
 from edge_agent.loader import load
 from edge_agent.manifest import DECODER, DENOISER, FUSED, Size
 from edge_agent.settings import resolve

@@ -37,7 +37,7 @@ def part(monkeypatch: pytest.MonkeyPatch) -> Part:
 
 def planned(part: Part, bundle: Path) -> Any:
     nowhere = Path("none")
-    return part("plan").Plan.of(bundle, nowhere, nowhere, nowhere, quick=True)
+    return part("plan").Plan(bundle, nowhere, nowhere, nowhere, threads=1).quick
 
 
 def turns() -> Callable[[list[float]], Any]:

@@ -9,7 +9,7 @@ import pytest
 from export import evaluate as evaluation
 from export.bootstrap import resampled
 from export.errors import ExportError
-from export.evaluate import evaluate, oracle_gain, routed, spearman
+from export.evaluate import evaluate, oracle_gain, paired_gaps, routed, spearman
 
 RATE = 0.5
 
@@ -72,13 +72,13 @@ def test_pooled_dp_of_cloud_only_and_of_half_at_random() -> None:
 def test_pooled_dp_is_a_share_of_what_lies_between_the_models_on_each_metric() -> None:
     """Also where one is better by one metric and the other by another."""
     gaps = np.repeat([[[0.2, -0.1]]], 40, axis=0) + np.random.default_rng(0).normal(0, 1e-3, (40, 2, 2))
-    (random, *_) = evaluate({}, np.ones(40), Paired(gaps), 0.25, np.arange(40))
+    (random, *_) = evaluate({}, np.ones(40), gaps, 0.25, np.arange(40))
     assert random.pooled_dp.value == pytest.approx(100 * 0.25 * 0.05 / 0.15, rel=0.02)
 
 
 def test_one_image_of_each_prompt_makes_no_oracle() -> None:
     with pytest.raises(ExportError, match="the oracle needs two seeds of every test prompt on both models"):
-        Paired.of(SimpleNamespace(common_seeds=lambda: 1))  # type: ignore[arg-type]
+        paired_gaps(SimpleNamespace(common_seeds=lambda: 1))  # type: ignore[arg-type]
 
 
 def alike() -> np.ndarray:

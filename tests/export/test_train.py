@@ -194,10 +194,10 @@ def test_the_loss_of_training_is_a_mean_over_prompts_also_where_the_last_batch_i
     """Of three prompts an eighth is one, which is read without a token, and not none; at first no token pulls."""
     learning = world(35, 1)
     still = replace(RECIPE, steps=2, learning_rate=1e-12, dropout=0.0, masked=0.0, rank_weight=0.0)
-    plain, _ = train(learning, learning, SHAPE, replace(still, deletion_weight=0.0))
+    plain, _ = train(learning, learning, SHAPE, replace(still, deletion_weight=0.0), 0)
     assert isinstance(plain, Epoch)
     assert plain.training_loss == pytest.approx(plain.validation_loss, rel=1e-4)
-    deleting, _ = train(learning, learning, SHAPE, still)
+    deleting, _ = train(learning, learning, SHAPE, still, 0)
     assert isinstance(deleting, Epoch)
     assert deleting.training_loss == pytest.approx(plain.training_loss, rel=1e-4)
 
