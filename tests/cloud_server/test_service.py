@@ -33,6 +33,11 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")  # one server serves all o
 LONG = 140  # denoising steps: more than a test waits for
 
 
+def call_lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
+    """The fields of each call's line. It comes a moment after the caller has its answer."""
+    return [record.__dict__["fields"] for record in caplog.records if record.message == "call"]
+
+
 async def test_an_image_arrives_whole_and_is_what_diffusers_makes(running: Running) -> None:
     answer = await running.client.generate(
         width=256, height=128, steps=5, max_price_micro_usd=PRICE, app="demo"
@@ -238,7 +243,7 @@ async def test_a_caller_that_stops_reading_does_not_hold_the_model(
         assert running.passes[0] < 149
         await running.idle()  # though the status stands behind a message that nobody reads
         assert not call.done()
-    lines = [record.__dict__["fields"] for record in caplog.records if record.message == "call"]
+    lines = call_lines(caplog)
     assert [line["outcome"] for line in lines if line["rpc"] == "Generate"] == ["OK", "CANCELLED"]
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
@@ -539,7 +544,7 @@ async def test_an_image_whose_charge_cannot_be_written_down_is_not_charged_nor_d
         answer = await running.client.generate(request_id="r", steps=1)
         assert answer.error is not None and answer.result is None and answer.chunks == []
         await running.idle()
-        (line,) = [record.__dict__["fields"] for record in caplog.records if record.message == "call"]
+        (line,) = call_lines(caplog)
         assert "charged_micro_usd" not in line and line["outcome"] == answer.error.code
         assert not (await running.client.lookup("r")).charged
         assert await running.client.state("r") == "FAILED"
@@ -605,7 +610,7 @@ async def test_an_image_that_memory_does_not_hold_is_not_asked_for_again_at_once
     )
     assert "4711" not in str(answer.error)
     assert answer.error.details["RetryInfo"].retry_delay.seconds == 30
-    (line,) = [record.__dict__["fields"] for record in caplog.records if record.message == "call"]
+    (line,) = call_lines(caplog)
     assert line["cause"] == said
     assert await running.client.state("too-large") == "FAILED"
     assert (await running.client.generate(request_id="too-large")).error is None
@@ -702,7 +707,7 @@ async def test_one_log_line_a_request_and_no_prompt_in_it_or_in_a_file(
         await running.client.generate(request_id=name, prompt="a secret cat", steps=1, traceparent=trace)
         await running.client.generate(steps=0)
         await running.idle()
-    fields = [record.__dict__["fields"] for record in caplog.records if record.message == "call"]
+    fields = call_lines(caplog)
     assert [line["outcome"] for line in fields] == ["OK", "INVALID_ARGUMENT"]
     assert fields[0] | {"request_id": name, "tenant": "default", "traceparent": trace} == fields[0]
     assert fields[0]["charged_micro_usd"] == PRICE
@@ -728,7 +733,7 @@ async def test_the_log_says_what_a_caller_was_charged_who_leaves_at_that_moment(
         with pytest.raises(asyncio.CancelledError):
             await call
         await running.idle()
-    (line,) = [record.__dict__["fields"] for record in caplog.records if record.message == "call"]
+    (line,) = call_lines(caplog)
     assert (line["outcome"], line["charged_micro_usd"]) == ("CANCELLED", PRICE)
     assert (await running.client.lookup(name)).charged
 
@@ -746,8 +751,8 @@ async def test_no_caller_fills_the_log(
                 assert (await caller.generate(request_id=long, app=long, traceparent=long)).error is not None
                 with pytest.raises(grpc.aio.AioRpcError):
                     await caller.lookup(long)
-            await running.idle()
-    lines = [record.__dict__["fields"] for record in caplog.records if record.message == "call"]
+            await until(lambda: len(call_lines(caplog)) == 4)
+    lines = call_lines(caplog)
     assert [line["outcome"] for line in lines] == ["UNAUTHENTICATED"] * 2 + ["INVALID_ARGUMENT"] * 2
     assert all("request_id" not in line for line in lines[:2])
     assert max(len(str(value)) for line in lines for value in line.values()) <= 128
@@ -764,8 +769,8 @@ async def test_a_caller_with_a_wrong_token_finds_its_call_in_the_log(
             for name in ("mine", "a = line of my own"):
                 with pytest.raises(grpc.aio.AioRpcError):
                     await running.client.lookup(name)
-            await running.idle()
-    lines = [record.__dict__["fields"] for record in caplog.records if record.message == "call"]
+            await until(lambda: len(call_lines(caplog)) == 3)
+    lines = call_lines(caplog)
     assert [line["outcome"] for line in lines] == ["UNAUTHENTICATED"] * 3
     assert [line.get("request_id") for line in lines] == ["mine", "mine", None]
     assert all("app" not in line for line in lines)
