@@ -24,8 +24,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
-from edge_agent import bundle as bundle_module
-from edge_agent import loader, memory
+from edge_agent import graph_files, loader, memory
 from edge_agent.bundle import Bundle, put_file, write_manifest
 from edge_agent.device import Device
 from edge_agent.diffusion import sessions
@@ -300,8 +299,8 @@ def test_files_that_were_replaced_by_their_own_bytes_are_loaded_again(
     bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a copy does, and file systems that number a file anew once memory was short. Gigabytes are read once."""
-    sha256, read = bundle_module._sha256, []
-    monkeypatch.setattr(bundle_module, "_sha256", lambda path: read.append(path) or sha256(path))
+    sha256, read = graph_files.sha256_of, []
+    monkeypatch.setattr(graph_files, "sha256_of", lambda path: read.append(path) or sha256(path))
     decoder = Decoder(Bundle.open(bundle_copy), Runtime(threads=1))
     (session,), latents = decoder.sessions, np.zeros((1, 4, 8, 8), np.float32)
     before = decoder.decode(latents)

@@ -114,8 +114,8 @@ def test_every_graph_is_watched_with_its_weights() -> None:
     generator, reader = Generator(bundle, Runtime(threads=1)), Reader.open(bundle, 0.5, Runtime(threads=1))
     for session in (*generator.sessions, *reader.sessions):
         name = session.path.relative_to(bundle.folder).as_posix()
-        assert session._files == bundle.files_of(name)
-        assert all(state.sha256 for state in session._files.values())
+        assert session._files.states == bundle.files_of(name)
+        assert all(state.sha256 for state in session._files.states.values())
 
 
 def test_pixels_are_rounded_to_the_nearest_number_that_a_byte_holds() -> None:

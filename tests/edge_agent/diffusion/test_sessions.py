@@ -358,7 +358,7 @@ def test_each_provider_is_told_its_own_options_and_onnxruntime_to_be_quiet(
     Session(
         path, ["x"], ["out"], Runtime(providers=names, provider_options={names[0]: {"cache_dir": "here"}})
     )
-    assert told == [(3, [(names[0], {"cache_dir": "here"}), (names[1], {})])]
+    assert told == [(4, [(names[0], {"cache_dir": "here"}), (names[1], {})])]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
