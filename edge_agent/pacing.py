@@ -20,6 +20,8 @@ HOUR_S = 3_600
 DAY_H = 24
 KEPT_H = 7 * DAY_H
 """A week, whose days differ; few enough hours to follow a change."""
+MOST = 2**53
+"""More prompts an hour than ever come, and few enough to reckon with: a float holds no integer of 400 digits."""
 
 
 class Arrivals:
@@ -97,6 +99,9 @@ class Pacing:
 def _arrivals(noted: Any) -> dict[str | None, Arrivals]:
     """What was noted for each app; nothing where the file holds something else."""
     try:
-        return {app: Arrivals([(int(hour), int(count)) for hour, count in by_hour]) for app, by_hour in noted}
+        return {
+            app: Arrivals([(int(hour), int(count)) for hour, count in by_hour if 0 < count < MOST])
+            for app, by_hour in noted
+        }
     except (ValueError, TypeError, OverflowError):
         return {}

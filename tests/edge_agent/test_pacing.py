@@ -139,6 +139,8 @@ def test_what_came_outlives_the_process_for_each_app(tmp_path: Path) -> None:
         "[[null, 3]]",
         '[[null, [["a", 1]]]]',
         "[[null, [[1e999, 1]]]]",
+        f"[[null, [[{NOON // HOUR_S:.0f}, 1{'0' * 400}]]]]",
+        f"[[null, [[{NOON // HOUR_S:.0f}, -7], [{'9' * 400}, 7]]]]",
         "[" * 100_000,
         "[[[], []]]",
     ],
