@@ -212,13 +212,19 @@ class Agent:
 
     def alpha(self, quota: Sequence[BudgetState], ceiling_micro_usd: int | None = None) -> float | None:
         """Prompts with PRS below it are worth the cloud: alpha of the routing rate, or of the one that the budgets can
-        pay for. None where PRS means nothing.
+        pay for. Not of the latter where one of them has no room at all: what is worth the cloud must be told so. None
+        where PRS means nothing.
         """
         recent = self.reader.recent
         if recent is None or not self.calibrated:
             return None
-        rate = self.paced_rate(quota, ceiling_micro_usd)
-        return recent.alpha if rate is None or rate >= recent.routing_rate else recent.alpha_for(rate)
+        ceiling = self._terms.max_price_micro_usd if ceiling_micro_usd is None else ceiling_micro_usd
+        rate = self.paced_rate(quota, ceiling)
+        if rate is None or rate >= recent.routing_rate:
+            return recent.alpha
+        now = self.purchases.ledger.clock()
+        full = any(state.refusal(ceiling, now) for state in quota)
+        return recent.alpha if full else recent.alpha_for(rate)
 
     @property
     def calibrated(self) -> bool:
@@ -269,8 +275,7 @@ class Agent:
         reading = self.reader.read(request.prompt, stop)
         began = time.perf_counter()
         quota, allowed = self.quota(request.app), self._quota_allows(request)
-        # Once, as it may move. Not paced where there is no room at all: what is worth the cloud must be told so.
-        alpha = self.alpha(quota if allowed else (), self._ceiling(request))
+        alpha = self.alpha(quota, self._ceiling(request))  # once, as it may move
         route, reason = self._verdict(request, reading.prs, alpha, quota_allows=allowed)
         stages_ms = {"decide": _ms_since(began)}
         return reading, reading.decision(route, reason, alpha, quota, stages_ms)

@@ -217,6 +217,7 @@ async def test_the_daemon_sends_what_gains_most_while_there_is_money_and_says_wh
             "as it comes": {"budget": "1"},
             "paced": {"budget": "1", "pace_budget": "true"},
             "spent": {"budget": "0.001", "pace_budget": "true"},
+            "busy": {"budget": "1", "pace_budget": "true", "rate": "0/60"},
         }.items():
             (state := tmp_path / name).mkdir()
             busy_days(state)
@@ -227,15 +228,19 @@ async def test_the_daemon_sends_what_gains_most_while_there_is_money_and_says_wh
                 assert answer.decision is not None
                 assert (routed.reason, routed.alpha) == (answer.decision.reason, answer.decision.alpha)
                 found[name] = answer.reason, answer.decision.alpha, await here.app.status()
+                assert found[name][2].alpha == answer.decision.alpha
     reason, alpha, status = found["as it comes"]
     assert (reason, alpha) == ("pareto_cloud", 0.5)
     assert not status.HasField("paced_rate")
     reason, alpha, status = found["paced"]
     assert (reason, alpha) == ("pareto_edge", pytest.approx(most_urgent))
-    assert status.alpha == pytest.approx(most_urgent)
     assert 0 < status.paced_rate < 0.01
     reason, alpha, status = found["spent"]
     assert (reason, alpha) == ("quota_exhausted", 0.5), "it is worth the cloud all the same"
+    reason, alpha, status = found["busy"]
+    assert (reason, alpha) == ("pareto_edge", pytest.approx(most_urgent)), (
+        "there is money, and others gain more"
+    )
     assert len(cloud.received) == 1
 
 
