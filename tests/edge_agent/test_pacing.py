@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -198,13 +198,20 @@ def test_a_paced_budget_lasts_and_wins_more_than_one_that_goes_to_whoever_is_fir
     assert won[True] > 1.25 * won[False]
 
 
+@pytest.fixture
+def at_noon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For daemons it is noon: late in the evening what is left pays for all that is still to come."""
+    monkeypatch.setattr("edge_agent.daemon.Ledger.open", partial(Ledger.open, clock=lambda: NOON))
+
+
 def busy_days(state: Path) -> None:
     """Notes of so many prompts an hour that no budget here pays for many."""
-    hour = int(time.time() // HOUR_S)
+    hour = int(NOON // HOUR_S)
     notes = [[None, [[hour - back, 10**8] for back in range(DAY_H)]]]
     (state / "arrivals.json").write_text(json.dumps(notes))
 
 
+@pytest.mark.usefixtures("at_noon")
 async def test_the_daemon_sends_what_gains_most_while_there_is_money_and_says_why_when_there_is_none(
     routed_bundle: Path, tmp_path: Path
 ) -> None:
@@ -244,6 +251,7 @@ async def test_the_daemon_sends_what_gains_most_while_there_is_money_and_says_wh
     assert len(cloud.received) == 1
 
 
+@pytest.mark.usefixtures("at_noon")
 async def test_what_an_image_cost_says_what_the_budget_pays_for(routed_bundle: Path, tmp_path: Path) -> None:
     """Before the first one it is the most that one may cost."""
     calibration = Bundle.open(routed_bundle).calibration
@@ -257,7 +265,7 @@ async def test_what_an_image_cost_says_what_the_budget_pays_for(routed_bundle: P
             assert answer.result is not None
             assert answer.result.cost_micro_usd == cloud.PRICE == 5_000
             after = (await here.app.status()).paced_rate
-    assert after == pytest.approx(100 * before, rel=0.05)
+    assert after == pytest.approx(100 * before, rel=0.001)
 
 
 async def test_prompts_are_counted_that_may_go_anywhere_by_the_budgets_that_they_concern(
