@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_agent.budget import Budget, BudgetState
+from edge_agent.budget import Budget, BudgetState, window_bounds
 from edge_agent.bundle import Bundle
 from edge_agent.calibration import Calibration
 from edge_agent.errors import QuotaExhausted
@@ -196,6 +196,32 @@ def test_a_paced_budget_lasts_and_wins_more_than_one_that_goes_to_whoever_is_fir
     assert (last[False] - opening) / (closing - opening) < 0.35, "soon spent"
     assert (last[True] - opening) / (closing - opening) > 0.8, "it lasts"
     assert won[True] > 1.25 * won[False]
+
+
+@pytest.mark.parametrize("power", [3, 0.5], ids=["harder", "easier"])
+def test_it_lasts_among_prompts_unlike_the_calibrations_where_alpha_follows_them(
+    calibration: Calibration, power: float
+) -> None:
+    """A month with 1,500 prompts and money for 50."""
+    images, draw = 50, np.random.default_rng(0)
+    start, end = window_bounds("month", MONDAY)
+    assert end is not None
+    passed = np.sort(draw.random(1_500))  # of the month, when each comes
+    scores = 0.1 + 0.5 * draw.random(1_500) ** power
+    budget, bought = Budget("month", "month", images * PRICE), {}
+    for follow in (False, True):
+        recent, pacing, at = Recent(calibration, 0.5, follow=follow), Pacing([budget]), list[float]()
+        for share, prs in zip(passed.tolist(), scores.tolist(), strict=True):
+            now = start + share * (end - start)
+            rate = pacing.rate([state(budget, (images - len(at)) * PRICE)], PRICE, now)
+            if len(at) < images and prs < recent.alpha_for(min(rate, 0.5)):
+                at.append(share)
+            recent.add(prs)
+            pacing.add("any", now)
+        bought[follow] = at
+    assert len(bought[True]) == images
+    assert 0.3 < np.median(bought[True]) < 0.7, "half of the money by about half of the month"
+    assert np.median(bought[False]) < 0.2 or len(bought[False]) < 0.9 * images
 
 
 @pytest.fixture
