@@ -174,11 +174,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=0.5,
         help="the routing rate, which pacing never exceeds (default: %(default)s)",
     )
-    parser.add_argument("--months", type=int, default=20, help="to simulate (default: %(default)s)")
+    parser.add_argument("--months", type=int, default=40, help="to simulate (default: %(default)s)")
     parser.add_argument("--out", type=Path, help=f"default: {OUT}")
     options = parser.parse_args(argv)
     if not 0 < options.rate <= 1:
         parser.error("--rate must lie above 0, and not above 1")
+    if min(options.budget) < options.price:
+        parser.error("--budget must pay for one image at least, at --price")
     if not 1 <= options.prompts_a_day <= 100_000:
         parser.error("--prompts-a-day must lie between 1 and 100000")
     if not 2 <= options.months <= 10_000:

@@ -615,6 +615,7 @@ def test_a_months_budget_buys_more_where_it_is_paced(
     [
         (["--price", "0"], "lasts for ever"),
         (["--budget", "1,x"], "'x' is not an amount"),
+        (["--budget", "1,0.005"], "must pay for one image"),
         (["--rate", "0"], "--rate must lie above 0"),
         (["--prompts-a-day", "nan"], "--prompts-a-day must lie between"),
         (["--months", "1"], "--months must lie between"),
