@@ -205,10 +205,11 @@ class Agent:
         """
         if self._pacing is None:
             return None
-        price = self._terms.max_price_micro_usd if ceiling_micro_usd is None else ceiling_micro_usd
+        ceiling = self._terms.max_price_micro_usd if ceiling_micro_usd is None else ceiling_micro_usd
+        price = ceiling
         if self.tally.price_micro_usd is not None:
-            price = min(price, self.tally.price_micro_usd)
-        return self._pacing.rate(quota, price, self.purchases.ledger.clock())
+            price = min(ceiling, self.tally.price_micro_usd)
+        return self._pacing.rate(quota, price, self.purchases.ledger.clock(), ceiling)
 
     def alpha(self, quota: Sequence[BudgetState], ceiling_micro_usd: int | None = None) -> float | None:
         """Prompts with PRS below it are worth the cloud: alpha of the routing rate, or of the one that the budgets can

@@ -83,16 +83,21 @@ class Pacing:
         if self._notes is not None:
             self._notes.save(lambda: [(app, arrivals.by_hour) for app, arrivals in self._arrivals.items()])
 
-    def rate(self, states: Sequence[BudgetState], price_micro_usd: int, now: float) -> float:
+    def rate(
+        self, states: Sequence[BudgetState], price_micro_usd: int, now: float, ceiling_micro_usd: int = 0
+    ) -> float:
         """The largest share of prompts that all these budgets can pay for until their windows end, at most 1. One whose
-        window is `total` never ends.
+        window is `total` never ends. Where a call costs less than the ceiling that it needs room for, the difference is
+        left over in the end.
         """
+        left_over = max(0, ceiling_micro_usd - price_micro_usd)
         rate = 1.0
         for state in states:
             _, end = window_bounds(state.window, now)
             if end is not None and price_micro_usd:
                 expected = self._arrivals[state.app].expected(now, end)
-                rate = min(rate, state.remaining_micro_usd / price_micro_usd / max(1.0, expected))
+                images = max(0, state.remaining_micro_usd - left_over) / price_micro_usd
+                rate = min(rate, images / max(1.0, expected))
         return rate
 
 

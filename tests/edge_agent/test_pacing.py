@@ -98,6 +98,18 @@ def test_a_share_is_what_the_money_left_pays_for_of_what_is_to_come() -> None:
     assert pacing.rate([state(ALL, PRICE)], 0, now) == 1, "what costs nothing need not be spared"
 
 
+def test_what_a_call_needs_room_for_and_does_not_cost_pays_for_none() -> None:
+    pacing = Pacing([ALL])
+    for _ in range(200):
+        pacing.add("any", NOON)
+    now, ceiling = NOON + HOUR_S, 10 * PRICE
+    # The last of eleven begins with room for ten.
+    assert pacing.rate([state(ALL, 20 * PRICE)], PRICE, now, ceiling) == pytest.approx(11 / 2_200)
+    assert pacing.rate([state(ALL, 10 * PRICE)], PRICE, now, ceiling) == pytest.approx(1 / 2_200)
+    assert pacing.rate([state(ALL, 9 * PRICE)], PRICE, now, ceiling) == 0
+    assert pacing.rate([state(ALL, 20 * PRICE)], PRICE, now, PRICE) == pytest.approx(20 / 2_200)
+
+
 def test_the_budget_that_is_shortest_counts_and_one_that_never_ends_does_not() -> None:
     endless, hourly = Budget("total", "total", PRICE), Budget("hour", "hour", PRICE)
     pacing = Pacing([ALL, endless, hourly])
@@ -291,7 +303,8 @@ async def test_what_an_image_cost_says_what_the_budget_pays_for(routed_bundle: P
             assert answer.result is not None
             assert answer.result.cost_micro_usd == cloud.PRICE == 5_000
             after = (await here.app.status()).paced_rate
-    assert after == pytest.approx(100 * before, rel=0.001)
+    # Half a dollar a call; then half a cent, but for the last half dollar, which has room for one.
+    assert after == pytest.approx(before / 200 * 19_900)
 
 
 async def test_prompts_are_counted_that_may_go_anywhere_by_the_budgets_that_they_concern(
