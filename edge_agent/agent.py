@@ -206,9 +206,7 @@ class Agent:
         if self._pacing is None:
             return None
         ceiling = self._terms.max_price_micro_usd if ceiling_micro_usd is None else ceiling_micro_usd
-        price = ceiling
-        if self.tally.price_micro_usd is not None:
-            price = min(ceiling, self.tally.price_micro_usd)
+        price = ceiling if self.tally.price_micro_usd is None else min(ceiling, self.tally.price_micro_usd)
         return self._pacing.rate(quota, price, self.purchases.ledger.clock(), ceiling)
 
     def alpha(self, quota: Sequence[BudgetState], ceiling_micro_usd: int | None = None) -> float | None:

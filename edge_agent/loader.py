@@ -59,7 +59,9 @@ def _load(settings: Settings, taken: Collection[str], model: str) -> Resident:
     # Path.resolve would raise something of its own for a loop of links.
     bundle = Bundle.open(os.path.realpath(folder))
     generator, choice = _open(settings, bundle, taken)
-    followed = settings.state_folder if settings.follow_prompts else None
+    # What a budget pays for is a share of this device's prompts.
+    follow = settings.follow_prompts or settings.pace_budget
+    followed = settings.state_folder if follow else None
     reader = Reader(bundle, generator.tokenizer, generator.text_encoder, settings.routing_rate, followed)
     manifest = bundle.manifest
     limits = Limits(

@@ -356,7 +356,7 @@ class Settings:
         _switch,
         "BOOL",
         "whether budgets are to last: RHO then falls to what they can pay for until their hour, day or month ends, and "
-        "the prompts that gain most go to the cloud; keeps how many prompts came when under --state",
+        "the prompts that gain most go to the cloud; follows the prompts, and keeps how many came when under --state",
     )
     rate: tuple[Rate, ...] = _setting(
         "",

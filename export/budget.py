@@ -64,7 +64,7 @@ class Month:
     def bought(self, calibration: Calibration, routing_rate: float, images: int, *, paced: bool) -> Floats:
         """Which of them go to the cloud, [N] of 0 and 1, when there is money for so many images in all."""
         budget = Budget("month", "month", images)  # each costs one of its units
-        pacing, recent = Pacing([budget]), Recent(calibration, routing_rate)
+        pacing, recent = Pacing([budget]), Recent(calibration, routing_rate, follow=paced)
         chosen, left = np.zeros(len(self.prs)), images
         for row, (now, prs) in enumerate(zip(self.times.tolist(), self.prs.tolist(), strict=True)):
             if not left:
@@ -76,6 +76,7 @@ class Month:
             if prs < (recent.alpha if rate >= routing_rate else recent.alpha_for(rate)):
                 chosen[row], left = 1, left - 1
             pacing.add("", now)
+            recent.add(prs)
         return chosen
 
     def in_hindsight(self, routing_rate_alpha: float, images: int) -> Floats:

@@ -322,10 +322,16 @@ async def test_prompts_are_counted_that_may_go_anywhere_by_the_budgets_that_they
     assert {app: sum(count for _, count in hours) for app, hours in counted} == {None: 3, "kiosk": 2}
 
 
-async def test_a_reload_goes_on_counting(routed_bundle: Path, tmp_path: Path) -> None:
+async def test_a_reload_goes_on_counting_and_alpha_follows_the_prompts(
+    routed_bundle: Path, tmp_path: Path
+) -> None:
     async with daemon_here(routed_bundle, tmp_path, pace_budget="true") as here:
         await here.app.generate("a red moon")
         await here.daemon.reload()
         await here.app.generate("a red moon")
+        assert here.daemon.agent is not None
+        recent = here.daemon.agent.reader.recent
     ((_, hours),) = json.loads((tmp_path / "arrivals.json").read_text())
     assert sum(count for _, count in hours) == 2
+    assert recent is not None
+    assert len(json.loads((tmp_path / f"recent-{recent.calibration_id}.json").read_text())) == 2
