@@ -225,9 +225,8 @@ class Session:
         options.intra_op_num_threads = runtime.threads or 0  # 0: onnxruntime counts physical cores
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if runtime.spinning else "0")
         options.enable_mem_pattern = not self.large
-        options.log_severity_level = (
-            4  # errors are raised, too; the rest is about graphs nobody here can change
-        )
+        # Errors are raised, too; the rest is about graphs nobody here can change.
+        options.log_severity_level = 4
         if runtime.profile:
             options.enable_profiling, options.profile_file_prefix = True, runtime.profile
         for name, size in runtime.sizes.items():
