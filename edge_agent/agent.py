@@ -184,7 +184,7 @@ class Agent:
                 f"{failure.message}; no image has come from it since: if it goes on, check {failure.check}"
             )
         with suppress(LedgerError):  # which is told next
-            found += await self.purchases.advice(self._terms.max_price_micro_usd)
+            found += await self.purchases.advice(self.max_price_micro_usd)
         if ledger_failure := self.purchases.ledger.failure:
             found.append(
                 f"{ledger_failure}; until a call can be reserved again, prompts that are worth the cloud "
@@ -199,17 +199,22 @@ class Agent:
         except LedgerError:  # only an account is lost; an image on the edge costs nothing
             return ()
 
-    def paced_rate(self, quota: Sequence[BudgetState], ceiling_micro_usd: int | None = None) -> float | None:
+    @property
+    def max_price_micro_usd(self) -> int:
+        """The most that one cloud image may cost; a request may ask for less."""
+        return self._terms.max_price_micro_usd
+
+    def paced_rate(self, quota: Sequence[BudgetState], ceiling_micro_usd: int) -> float | None:
         """The largest share of prompts that these budgets can pay for, where they are paced, with images at no more
         than `ceiling_micro_usd`.
         """
         if self._pacing is None:
             return None
-        ceiling = self._terms.max_price_micro_usd if ceiling_micro_usd is None else ceiling_micro_usd
-        price = ceiling if self.tally.price_micro_usd is None else min(ceiling, self.tally.price_micro_usd)
-        return self._pacing.rate(quota, price, self.purchases.ledger.clock(), ceiling)
+        last = self.tally.price_micro_usd
+        price = ceiling_micro_usd if last is None else min(ceiling_micro_usd, last)
+        return self._pacing.rate(quota, price, self.purchases.ledger.clock(), ceiling_micro_usd)
 
-    def alpha(self, quota: Sequence[BudgetState], ceiling_micro_usd: int | None = None) -> float | None:
+    def alpha(self, quota: Sequence[BudgetState], ceiling_micro_usd: int) -> float | None:
         """Prompts with PRS below it are worth the cloud: alpha of the routing rate, or of the one that the budgets can
         pay for. Not of the latter where one of them has no room at all: what is worth the cloud must be told so. None
         where PRS means nothing.
@@ -217,12 +222,11 @@ class Agent:
         recent = self.reader.recent
         if recent is None or not self.calibrated:
             return None
-        ceiling = self._terms.max_price_micro_usd if ceiling_micro_usd is None else ceiling_micro_usd
-        rate = self.paced_rate(quota, ceiling)
+        rate = self.paced_rate(quota, ceiling_micro_usd)
         if rate is None or rate >= recent.routing_rate:
             return recent.alpha
         now = self.purchases.ledger.clock()
-        full = any(state.refusal(ceiling, now) for state in quota)
+        full = any(state.refusal(ceiling_micro_usd, now) for state in quota)
         return recent.alpha if full else recent.alpha_for(rate)
 
     @property
@@ -459,7 +463,7 @@ class Agent:
         return Result(request, decision, made, png, sha256, timings_ms)
 
     def _ceiling(self, request: ImageRequest) -> int:
-        own = self._terms.max_price_micro_usd
+        own = self.max_price_micro_usd
         return own if request.max_price_micro_usd is None else min(own, request.max_price_micro_usd)
 
     def _own_terms(self, request: ImageRequest, error: CloudError, purchase: Purchase) -> bool:
@@ -467,7 +471,7 @@ class Agent:
         cheap = odd = withheld = False
         if isinstance(error, CloudRefused):
             price, default = error.price_micro_usd, self.models.limits.sizes[0]
-            cheap = price is not None and self._ceiling(request) < price <= self._terms.max_price_micro_usd
+            cheap = price is not None and self._ceiling(request) < price <= self.max_price_micro_usd
             odd = error.field in SIDES and request.size != default
             withheld = error.withheld
         return cheap or odd or withheld or purchase.timeout_s < SLOW_CONNECTION_S

@@ -65,7 +65,7 @@ class Arrivals:
 
 
 class Pacing:
-    """The budgets that end, and the prompts that each of them is for. With a `folder` it outlives the process."""
+    """Budgets, and the prompts that each of them is for. With a `folder` what came outlives the process."""
 
     def __init__(self, budgets: Iterable[Budget], folder: Path | None = None) -> None:
         self._notes = Notes(folder / "arrivals.json") if folder else None

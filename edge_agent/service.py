@@ -209,7 +209,7 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
                 calibration_id=reader.calibration_id,
                 calibrated=agent.calibrated,
                 routing_rate=reader.routing_rate,
-                alpha=agent.alpha(quota),
+                alpha=agent.alpha(quota, agent.max_price_micro_usd),
                 cloud_address=cloud.address if cloud is not None else "",
                 cloud_health=_cloud_health(agent),
                 queue_length=agent.device.waiting,
@@ -232,7 +232,7 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
                 keep_alive_seconds=agent.models.keep_alive_s,
                 predecessors=agent.models.predecessors,
                 models_folder=await self._models_folder(),
-                paced_rate=agent.paced_rate(quota),
+                paced_rate=agent.paced_rate(quota, agent.max_price_micro_usd),
             )
 
     async def ReloadModel(

@@ -79,11 +79,11 @@ class Month:
             recent.add(prs)
         return chosen
 
-    def in_hindsight(self, routing_rate_alpha: float, images: int) -> Floats:
+    def in_hindsight(self, alpha: float, images: int) -> Floats:
         """The same for the prompts with the lowest PRS, of those below alpha."""
         chosen = np.zeros(len(self.prs))
         rows = np.argsort(self.prs, kind="stable")[:images]
-        chosen[rows] = self.prs[rows] < routing_rate_alpha
+        chosen[rows] = self.prs[rows] < alpha
         return chosen
 
 
