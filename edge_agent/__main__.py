@@ -18,11 +18,11 @@ with interruptible():
     import errno
     import io
     import logging
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from datetime import datetime
     from typing import Any
 
-    from edge_agent import image_file, log, memory, models, route, settings, version
+    from edge_agent import bench, image_file, log, memory, models, route, settings, version
     from edge_agent.client import BAD_INPUT, BROKEN, DONE, UNREACHABLE, CallFailed, Received
     from edge_agent.errors import (
         BundleError,
@@ -45,6 +45,7 @@ with interruptible():
     from edge_agent.terminal import (
         add_app,
         add_command,
+        add_image_options,
         add_timeout,
         client,
         on_terminal,
@@ -52,6 +53,7 @@ with interruptible():
         print_json,
         print_table,
         remark,
+        whole_number,
     )
 
 SWITCH_S = 1e-4
@@ -157,6 +159,7 @@ def parser() -> argparse.ArgumentParser:
     )
 
     models.add_commands(commands)
+    bench.add_command(commands)
     return top
 
 
@@ -170,23 +173,13 @@ def _add_generate(commands: Any) -> None:
         help="file to write; - is standard output (default: ID.png, ID being new)",
     )
     generate.add_argument(
-        "--seed", type=_number(MAX_SEED), metavar="N", help="same seed, same image (default: drawn)"
+        "--seed", type=whole_number(MAX_SEED), metavar="N", help="same seed, same image (default: drawn)"
     )
     wish = generate.add_mutually_exclusive_group()
     wish.add_argument("--local-only", action="store_true", help="the prompt does not leave this device")
     wish.add_argument("--cloud-only", action="store_true", help="from the cloud or not at all")
     generate.add_argument("--negative-prompt", metavar="TEXT", help="what the picture should not show")
-    generate.add_argument(
-        "--steps", type=_number(2**32 - 1), metavar="N", help="denoising steps; default: the model's"
-    )
-    generate.add_argument("--guidance-scale", type=float, metavar="X", help="default: the model's")
-    for side in ("width", "height"):
-        generate.add_argument(
-            f"--{side}",
-            type=_number(2**32 - 1),
-            metavar="PIXELS",
-            help="one that the model makes (`edge-agent models show edge`); default: its first",
-        )
+    add_image_options(generate)
     generate.add_argument("--max-price", type=_money, metavar="USD", help="most that this image may cost")
     generate.add_argument("--request-id", metavar="ID", help="name of this request (default: drawn)")
     add_app(generate)
@@ -399,18 +392,6 @@ def _shown(events: Iterable[Decision | Progress | Received]) -> Iterator[Decisio
             elif isinstance(event, Progress):
                 bars.update(bar, completed=event.step, total=event.steps)
             yield event
-
-
-MAX_DIGITS = 1000  # of a number; Python reads none of thousands
-
-
-def _number(maximum: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not text.isdecimal() or len(text) > MAX_DIGITS or int(text) > maximum:
-            raise argparse.ArgumentTypeError(f"must be a whole number from 0 to {maximum}, not {text[:40]!r}")
-        return int(text)
-
-    return number
 
 
 def _money(text: str) -> int:

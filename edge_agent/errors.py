@@ -31,7 +31,7 @@ RouteT2IError
 │   ├── SourceRefused      it has no such model, or not for us
 │   └── SourceLied         what it sent is not what its manifest promises
 └── GenerationFailed     the image could not be made on this device
-    ├── RehearsalEnded     a process that tried a graph was ended from outside, which says nothing of the graph
+    ├── ProcessEnded       a process that tried a graph was ended from outside, which says nothing of the graph
     └── Unfit              a provider runs nothing of a graph, or computes something else
 """
 
@@ -230,8 +230,8 @@ class GenerationFailed(RouteT2IError):
     """The image could not be made on this device."""
 
 
-class RehearsalEnded(GenerationFailed):
-    """A process that tried a graph was ended from outside, which says nothing of the graph."""
+class ProcessEnded(GenerationFailed):
+    """A process of ours was ended from outside, which says nothing of what it tried."""
 
 
 class Unfit(GenerationFailed):

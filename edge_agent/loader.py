@@ -20,7 +20,7 @@ from edge_agent.errors import (
     BundleError,
     GenerationFailed,
     OutOfMemory,
-    RehearsalEnded,
+    ProcessEnded,
     RouteT2IError,
     Unfit,
 )
@@ -78,9 +78,9 @@ def _load(settings: Settings, taken: Collection[str], model: str) -> Resident:
 
 def _open(settings: Settings, bundle: Bundle, taken: Collection[str]) -> tuple[Generator, Choice]:
     """On the best provider that opens and runs them, unless the settings name which: that does or nothing."""
-    unfit = _unfit(bundle.manifest)
+    passed_over = unfit(bundle.manifest)
     while True:
-        choice = providers.find(settings.providers, unfit)
+        choice = providers.find(settings.providers, passed_over)
         best, serving = choice.serving[0], tuple(map(providers.full_name, choice.serving))
         try:
             return _tried(bundle, Runtime(threads=settings.threads or None, providers=serving)), choice
@@ -91,7 +91,7 @@ def _open(settings: Settings, bundle: Bundle, taken: Collection[str]) -> tuple[G
                 raise providers.refusal(error.message)(said) from error
             if settings.providers or best == providers.CPU or in_the_way:
                 raise
-            unfit[best] = f"it does not run this model: {error.message}"
+            passed_over[best] = f"it does not run this model: {error.message}"
             _let_go(error)  # before the next provider takes as much
 
 
@@ -103,7 +103,7 @@ def _tried(bundle: Bundle, runtime: Runtime) -> Generator:
     return generator
 
 
-def _unfit(manifest: Manifest) -> dict[str, str]:
+def unfit(manifest: Manifest) -> dict[str, str]:
     """Providers that would take long over such models to run them badly, and why."""
     if "int8" not in map(manifest.dtype, (manifest.denoiser, DECODER)):
         return {}
@@ -135,7 +135,7 @@ def _open_better(settings: Settings, generator: Generator, choice: Choice, bundl
 
     try:
         return opened()
-    except (RehearsalEnded, Unfit, OutOfMemory):
+    except (ProcessEnded, Unfit, OutOfMemory):
         raise
     except RouteT2IError:
         if not kept:

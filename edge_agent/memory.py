@@ -12,6 +12,7 @@ from typing import Any
 
 _M_ARENA_MAX = -8  # of glibc's malloc.h
 _MEMINFO = Path("/proc/meminfo")
+_STATUS = Path("/proc/self/status")
 _OWN_GROUP = Path("/proc/self/cgroup")
 _GROUPS = Path("/sys/fs/cgroup")  # control groups, version 2
 
@@ -34,6 +35,15 @@ def give_back() -> None:
     trim = _of_libc("malloc_trim")
     if trim is not None:
         trim(0)
+
+
+def peak_bytes() -> int | None:
+    """The most that this process has held. None where the system does not say."""
+    try:
+        (line,) = (line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+    except (OSError, ValueError):
+        return None
+    return int(line.split()[1]) * 1024
 
 
 def available_bytes() -> int | None:

@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,16 @@ from edge_agent.client import BAD_INPUT, CONNECT_S, DONE, UNREACHABLE, AgentClie
 from edge_agent.errors import BundleError, InvalidRequest, NewerBundle, NotABundle, StoreError
 from edge_agent.manifest import schedule_file
 from edge_agent.store import RESERVED, STARTER_NAME, Store
-from edge_agent.terminal import add_command, client, on_terminal, print_facts, print_json, print_table, remark
+from edge_agent.terminal import (
+    add_command,
+    client,
+    on_terminal,
+    print_facts,
+    print_json,
+    print_table,
+    remark,
+    spinner,
+)
 
 if TYPE_CHECKING:
     from edge_agent.pull import Pulled
@@ -263,7 +272,7 @@ def _verify(options: argparse.Namespace) -> int:
         folder = store.path(name)
         error, size, what = None, None, ""
         try:
-            with _spinner(f"verifying {name}"):
+            with spinner(f"verifying {name}"):
                 bundle = Bundle.open(folder)
             size = bundle.manifest.total_bytes
             _ = bundle.advice  # reads the calibration
@@ -337,7 +346,7 @@ def _take_up(store: Store, name: str, options: argparse.Namespace) -> tuple[bool
 
 def _reloaded(daemon: AgentClient, store: Store, name: str) -> tuple[bool, str]:
     """Has the running daemon serve the model: whether it does, and what to say of it. Raises CallFailed."""
-    with _spinner(f"the daemon loads {name}"):
+    with spinner(f"the daemon loads {name}"):
         try:
             status = daemon.status()
         except CallFailed as error:
@@ -546,15 +555,6 @@ def _in_words(value: Any) -> Any:
 def _say_uncalibrated(advice: str) -> None:
     if advice:
         print(f"uncalibrated: {advice}")
-
-
-def _spinner(what: str) -> AbstractContextManager[Any]:
-    """Shows on a terminal that something is done, and nothing in a pipe."""
-    if not on_terminal(sys.stderr):
-        return nullcontext()
-    from rich.console import Console
-
-    return Console(stderr=True).status(what)
 
 
 @contextmanager

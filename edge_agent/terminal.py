@@ -8,8 +8,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
 from edge_agent import settings
@@ -68,6 +68,35 @@ def add_timeout(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_image_options(command: argparse.ArgumentParser) -> None:
+    """Adds what models differ in: --steps, --guidance-scale, --width and --height; None where it is not said."""
+    command.add_argument(
+        "--steps", type=whole_number(2**32 - 1), metavar="N", help="denoising steps; default: the model's"
+    )
+    command.add_argument("--guidance-scale", type=float, metavar="X", help="default: the model's")
+    for side in ("width", "height"):
+        command.add_argument(
+            f"--{side}",
+            type=whole_number(2**32 - 1),
+            metavar="PIXELS",
+            help="one that the model makes (`edge-agent models show edge`); default: its first",
+        )
+
+
+MAX_DIGITS = 1000  # of a number; Python reads none of thousands
+
+
+def whole_number(maximum: int) -> Callable[[str], int]:
+    """What an option takes: a number from 0 to `maximum`."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or len(text) > MAX_DIGITS or int(text) > maximum:
+            raise argparse.ArgumentTypeError(f"must be a whole number from 0 to {maximum}, not {text[:40]!r}")
+        return int(text)
+
+    return number
+
+
 def client(options: argparse.Namespace) -> AgentClient:
     """The daemon that the options, else the environment, name. Raises InvalidRequest or StartRefused."""
     address = options.agent or os.environ.get(settings.ADDRESS_VARIABLE) or ""
@@ -111,6 +140,21 @@ def remark(message: str) -> None:
     if sys.stderr is not None:
         with suppress(OSError):  # the exit code says it, too
             print(f"edge-agent: {message}", file=sys.stderr)
+
+
+@contextmanager
+def spinner(what: str) -> Iterator[Callable[[str], None]]:
+    """Shows on a terminal what is done and since when, and nothing in a pipe; the function says what is done now."""
+    if not on_terminal(sys.stderr):
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+        task = shown.add_task(what, total=None)
+        yield lambda now: shown.update(task, description=now)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -52,6 +52,10 @@ QUICK_TO_OPEN = frozenset({"cuda", "rocm", "directml", "webgpu", CPU})
 """Providers that run a graph as it is, for images of any size. Others are taken for compilers, which many are: their
 sessions take seconds to open, with TensorRT many minutes, and whether they run anything has to be seen."""
 
+_ELSEWHERE = "azure"  # which every onnxruntime for the CPU has, and no model runs on
+
+_BUILT_WITHOUT = "this onnxruntime is built without it"
+
 _PLACE = re.compile(
     r"^.*(\.(cc|cpp|h|cu)(:\d+|\(\d+\)\S*)\s+(onnxruntime::\S+\s+)?"
     r"|\[ONNXRuntimeError\] : \d+ : \w+ : | was false\. |(?=CUDA failure \d))(?=.)"
@@ -157,6 +161,13 @@ class Choice:
         )
 
 
+def names() -> tuple[str, ...]:
+    """What this onnxruntime has, whether or not it works here, best first."""
+    available = [_short(name) for name in _available()]
+    best = [name for name in PREFERENCE if name in available]
+    return tuple(name for name in dict.fromkeys((*best, *available)) if name != _ELSEWHERE)
+
+
 def find(wish: Sequence[str] = (), unfit: Mapping[str, str] | None = None) -> Choice:
     """What this machine offers, tried out. `wish` names the providers to use, best first; empty: whatever is best.
     `unfit` are those that run these models badly, and why: they are used only where the wish names them.
@@ -168,17 +179,14 @@ def find(wish: Sequence[str] = (), unfit: Mapping[str, str] | None = None) -> Ch
     """
     available = tuple(_short(name) for name in _available())
     failures = {
-        _short(name): with_origin(plugin.failure)
-        for name, plugin in plugins.found().items()
-        if plugin.failure
+        _short(name): failure(_short(name)) for name, plugin in plugins.found().items() if plugin.failure
     }
     if not wish:
         failures = dict(unfit or {}) | failures
     candidates = [
         name for name in (wish or PREFERENCE) if name in available and name != CPU and name not in failures
     ]
-    load_packaged_libraries(map(full_name, candidates))
-    failures |= {name: failure for name in candidates if (failure := probe(name))}
+    failures |= {name: said for name in candidates if (said := failure(name))}
     return choose(available, failures, wish, _builds())
 
 
@@ -216,12 +224,12 @@ def choose(
 
     def why_not(name: str) -> str:
         if name not in available:
-            return "this onnxruntime is built without it" + _collision(builds)
+            return _BUILT_WITHOUT + _collision(builds)
         if name in failures:
             return failures[name]
         if name in order:
             return f"{order[0]} comes before it"
-        if name == "azure":  # which every onnxruntime for the CPU has
+        if name == _ELSEWHERE:
             return "it runs nothing on this device"
         if wish:
             return "not among --providers"
@@ -235,6 +243,17 @@ def refusal(failure: str) -> type[StartRefused]:
     """What a start comes to for which a provider is named that says this: DeviceNotReady where it may pass."""
     lasts = _LACKING.search(failure) or any(words in failure for words in _LASTING)
     return StartRefused if lasts else DeviceNotReady
+
+
+def failure(name: str) -> str:
+    """Why provider `name` does not work here, in a phrase; empty when it does."""
+    if full_name(name) not in _available():
+        return _BUILT_WITHOUT + _collision(_builds())
+    plugin = plugins.found().get(full_name(name))
+    if plugin is not None and plugin.failure:
+        return with_origin(plugin.failure)
+    load_packaged_libraries([full_name(name)])
+    return probe(name)
 
 
 def probe(name: str) -> str:

@@ -28,7 +28,7 @@ from edge_agent.diffusion import generator as generator_module
 from edge_agent.diffusion import plugins, providers, rehearsal
 from edge_agent.diffusion.generator import Generator, Image
 from edge_agent.diffusion.sessions import Runtime, Session
-from edge_agent.errors import BundleError, OutOfMemory, RehearsalEnded, Unfit
+from edge_agent.errors import BundleError, OutOfMemory, ProcessEnded, Unfit
 from edge_agent.loader import load
 from edge_agent.manifest import DECODER, DENOISER, FUSED, Size
 from edge_agent.settings import resolve
@@ -419,7 +419,7 @@ def test_what_was_compiled_is_kept_where_trying_it_was_ended_from_outside(
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     (tmp_path / "python").write_text("#!/bin/sh\nkill -TERM $$\n")
     (tmp_path / "python").chmod(0o700)
-    with pytest.raises(RehearsalEnded):
+    with pytest.raises(ProcessEnded):
         open_better()
     assert engine.read_bytes() == b"minutes"
 

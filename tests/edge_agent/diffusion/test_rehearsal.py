@@ -15,7 +15,7 @@ from edge_agent.bundle import Bundle
 from edge_agent.diffusion.decoder import Decoder
 from edge_agent.diffusion.rehearsal import rehearse
 from edge_agent.diffusion.sessions import Runtime, Session
-from edge_agent.errors import GenerationFailed, RehearsalEnded
+from edge_agent.errors import GenerationFailed, ProcessEnded
 from edge_agent.manifest import DECODER
 from tests.running import as_shown, process_environment, until
 
@@ -53,9 +53,9 @@ def stand_in(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_crash_is_told(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = subprocess.run
+    start = subprocess.Popen
     crash = [sys.executable, "-c", "import faulthandler; faulthandler._read_null()"]
-    monkeypatch.setattr(subprocess, "run", lambda _, **how: run(crash, **how))
+    monkeypatch.setattr(subprocess, "Popen", lambda _, **how: start(crash, **how))
     how = "0xC0000005" if os.name == "nt" else "signal 11"
     with pytest.raises(GenerationFailed, match=f"{as_shown(DECODER)} crashed with {how}"):
         tried(session)
@@ -92,7 +92,7 @@ def test_a_process_that_fails_or_crashes_is_not_ours_and_what_it_said_last_is_th
     with pytest.raises(GenerationFailed) as failed:
         tried(session)
     assert failed.value.message == said.format(path=session.path)
-    assert not isinstance(failed.value, RehearsalEnded)
+    assert not isinstance(failed.value, ProcessEnded)
 
 
 @pytest.mark.posix
@@ -101,7 +101,7 @@ def test_a_process_that_is_ended_from_outside_says_nothing_of_the_graph(
     session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: str
 ) -> None:
     stand_in(tmp_path, f"kill -{number} $$", monkeypatch)
-    with pytest.raises(RehearsalEnded, match="ended from outside, or for want of memory"):
+    with pytest.raises(ProcessEnded, match="ended from outside, or for want of memory"):
         tried(session)
 
 
@@ -115,7 +115,7 @@ def test_a_process_that_runs_out_of_memory_says_nothing_of_the_graph(
         "memory.available_bytes = lambda: 0; sessions.LARGE_BYTES = 0; exec(sys.argv[2])"
     )
     stand_in(tmp_path, f"exec {sys.executable} -c '{full}' \"$@\"", monkeypatch)
-    with pytest.raises(RehearsalEnded, match="0 MB can be had"):
+    with pytest.raises(ProcessEnded, match="0 MB can be had"):
         tried(session)
 
 
@@ -148,13 +148,13 @@ def test_nothing_is_imported_from_the_working_folder_nor_left_there(
 @pytest.mark.linux
 def test_a_process_whose_daemon_has_gone_before_it_could_be_told_ends_too() -> None:
     """No process has the number 0."""
-    code = "from edge_agent.diffusion.rehearsal import _end_with; _end_with(0); print('it goes on')"
+    code = "from edge_agent.child import _end_with; _end_with(0); print('it goes on')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
     assert (done.returncode, done.stdout) == (1, b"")
 
 
 async def test_a_process_that_is_to_end_with_another_does(tmp_path: Path) -> None:
-    waits = "import os, time; from edge_agent.diffusion.rehearsal import _end_with; _end_with(os.getppid()); "
+    waits = "import os, time; from edge_agent.child import _end_with; _end_with(os.getppid()); "
     waits += "print(flush=True); time.sleep(120)"
     starts = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
     daemon = psutil.Popen(
