@@ -1,6 +1,7 @@
 """Simulate what a month's budget buys: spent as prompts come, paced, and as it would be in hindsight.
 
     edge-export budget LABELS BUNDLE [--budget 1,2,5,10] [--price 0.01] [--prompts-a-day 100] [--out budget.json]
+                         [--picture budget.png]
 
 Prompts are drawn from the test split and come from 8 to 22 o'clock of every day. The daemon's own code decides, with
 the bundle's predictor and calibration; what a cloud image is worth was measured on the labels: its mean quality above
@@ -35,9 +36,10 @@ from export.bootstrap import Estimate, Floats
 from export.calibrate import predicted
 from export.errors import ExportError
 from export.evaluate import TABLE_WIDTH, held_out, things_said
-from export.output import check_output, default_output, write_output
+from export.output import check_output, default_output, replacing, write_output
 from export.terminal import console, progress
 
+PICTURES = (".png", ".svg", ".pdf")
 OUT, BEGINS = "budget.json", '{\n "price_micro_usd":'
 DAYS, OPENS_H, CLOSES_H = 30, 8, 22
 NOVEMBER = 1_793_491_200  # its first moment in 2026, UTC: a month of 30 days
@@ -86,6 +88,11 @@ class Month:
         chosen[rows] = self.prs[rows] < alpha
         return chosen
 
+    def won_by_day(self, chosen: Floats) -> Floats:
+        """What the chosen prompts, [N] of 0 and 1, win until the end of each day, [DAYS]; a share of what all would."""
+        days = ((self.times - NOVEMBER) // (DAY_H * HOUR_S)).astype(int)
+        return np.cumsum(np.bincount(days, chosen * self.gains, DAYS)) / self.gains.sum()
+
 
 @dataclass(frozen=True)
 class Row:
@@ -98,6 +105,9 @@ class Row:
     as_it_comes: Estimate
     paced: Estimate
     in_hindsight: Estimate
+    as_it_comes_by_day: list[float]
+    """What is won by the end of each day, [DAYS], as a mean over the months."""
+    paced_by_day: list[float]
 
 
 def simulate(
@@ -105,7 +115,7 @@ def simulate(
 ) -> Row:
     """What a budget for so many images buys in these months."""
     alpha = calibration.alpha(routing_rate)
-    won: dict[str, list[float]] = {"lasts_days": [], "as_it_comes": [], "paced": [], "in_hindsight": []}
+    lasts_days, won = [], {name: [] for name in ("as_it_comes", "paced", "in_hindsight")}
     for month in months:
         ways: Mapping[str, Floats] = {
             "as_it_comes": month.bought(calibration, routing_rate, images, paced=False),
@@ -113,11 +123,19 @@ def simulate(
             "in_hindsight": month.in_hindsight(alpha, images),
         }
         for way, chosen in ways.items():
-            won[way].append(float(chosen @ month.gains / month.gains.sum()))
+            won[way].append(month.won_by_day(chosen))
         unpaced = ways["as_it_comes"]
         last = np.flatnonzero(unpaced)[-1] if unpaced.sum() == images else -1
-        won["lasts_days"].append((month.times[last] - NOVEMBER) / (DAY_H * HOUR_S) if last >= 0 else DAYS)
-    return Row(budget_micro_usd, images, **{name: _of_months(values) for name, values in won.items()})
+        lasts_days.append((month.times[last] - NOVEMBER) / (DAY_H * HOUR_S) if last >= 0 else DAYS)
+    by_day = {way: np.mean(days, axis=0).tolist() for way, days in won.items()}
+    return Row(
+        budget_micro_usd,
+        images,
+        lasts_days=_of_months(lasts_days),
+        as_it_comes_by_day=by_day["as_it_comes"],
+        paced_by_day=by_day["paced"],
+        **{way: _of_months([days[-1] for days in found]) for way, found in won.items()},
+    )
 
 
 def _of_months(values: Sequence[float]) -> Estimate:
@@ -140,12 +158,38 @@ def table(rows: Sequence[Row]) -> Table:
     return made
 
 
+def draw(rows: Sequence[Row], file: Path) -> None:
+    """How much of the quality is won by the end of each day, paced and as prompts come."""
+    from export.figure import figure  # slow to import
+
+    with figure(file, "quality won so far; 1: every prompt in the cloud") as axes:
+        axes.set_xlabel("day of the month")
+        for row in rows:
+            budget = dollars(row.budget_micro_usd)
+            (line,) = axes.plot(range(DAYS + 1), [0.0, *row.paced_by_day], label=f"{budget} a month, paced")
+            axes.plot(
+                range(DAYS + 1),
+                [0.0, *row.as_it_comes_by_day],
+                color=line.get_color(),
+                linestyle="--",
+                label=f"{budget}, as prompts come",
+            )
+        axes.set_xlim(0, DAYS)
+        axes.set_ylim(0)
+
+
 def _budgets(text: str) -> list[int]:
     try:
         found = [parse_dollars(part) for part in text.split(",")]
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return found
+
+
+def _picture(text: str) -> Path:
+    if not text.lower().endswith(PICTURES):
+        raise argparse.ArgumentTypeError(f"must end in {', '.join(PICTURES)}, not {text!r}")
+    return Path(text)
 
 
 def _price(text: str) -> int:
@@ -177,6 +221,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--months", type=int, default=40, help="to simulate (default: %(default)s)")
     parser.add_argument("--out", type=Path, help=f"default: {OUT}")
+    parser.add_argument(
+        "--picture", type=_picture, metavar="FILE", help="also draw it, as .png, .svg or .pdf"
+    )
     options = parser.parse_args(argv)
     if not 0 < options.rate <= 1:
         parser.error("--rate must lie above 0, and not above 1")
@@ -189,6 +236,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     out = options.out or default_output(OUT, BEGINS)
     check_output(out, options.labels)
+    if options.picture:
+        check_output(options.picture, options.labels, out, option="--picture")
     bundle = Bundle.open(options.bundle)
     test, scenes, calibration = held_out(options.labels, bundle)
     things_said(scenes)
@@ -199,8 +248,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ExportError(
             "on these test prompts the cloud's images are not better, so that there is nothing to buy"
         )
-    draw = np.random.default_rng(0)
-    months = [Month.drawn(prs, gains, options.prompts_a_day, draw) for _ in range(options.months)]
+    generator = np.random.default_rng(0)
+    months = [Month.drawn(prs, gains, options.prompts_a_day, generator) for _ in range(options.months)]
     with progress() as bars:
         rows = [
             simulate(months, calibration, options.rate, budget, budget // options.price)
@@ -215,8 +264,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rows": [asdict(row) for row in rows],
     }
     write_output(out, json.dumps(record, indent=1, allow_nan=False) + "\n")
+    if options.picture:
+        with replacing(options.picture) as file:
+            draw(rows, file)
     Console(width=None if sys.stdout.isatty() else TABLE_WIDTH).print(table(rows))
-    console.print(f"quality won, of what all prompts in the cloud would win; written to {out}")
+    written = f"{out} and {options.picture}" if options.picture else out
+    console.print(f"quality won, of what all prompts in the cloud would win; written to {written}")
     return 0
 
 

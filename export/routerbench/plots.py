@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 
 from export.bootstrap import Estimate, estimate
+from export.figure import figure
 from export.routerbench.decision import Decisions
 from export.routerbench.measure import Point
 from export.routerbench.report import REFERENCE, Curves, Facts
-
-mpl.use("Agg")  # files, no window
-
-from matplotlib import pyplot as plt
 
 BAND = ("routet2i", "ours")  # routers drawn with their interval, as the best baseline is
 
@@ -33,14 +28,14 @@ def write(folder: Path, curves: Curves, facts: Facts, decisions: Decisions | Non
     def served(points: Sequence[Point]) -> list[Estimate]:
         return [estimate(curves.edge), *(point.quality for point in points), curves.cloud_only.quality]
 
-    with _figure(folder / "deferral.png", "quality won, as a share of what cloud-only wins") as axes:
+    with figure(folder / "deferral.png", "quality won, as a share of what cloud-only wins") as axes:
         axes.set_xlabel("share of prompts sent to the cloud")
         axes.plot([0, 1], [0, 1], color="0.6", linestyle=":", label="random, expected")
         for name in shown:
             _line(axes, name, shares, won(curves.routers[name]), band=name in banded)
         _line(axes, "oracle, cross-fitted", shares, won(curves.oracle), color="0.2", linestyle="--")
         axes.set_xlim(0, 1)
-    with _figure(folder / "cost.png", "mean quality of the served images") as axes:
+    with figure(folder / "cost.png", "mean quality of the served images") as axes:
         axes.set_xlabel("cost of 1,000 prompts, in prices of a cloud image")
         ends = (float(curves.edge[0]), curves.cloud_only.quality.value)
         axes.plot([0, 1000], ends, color="0.6", linestyle=":", label="random, expected")
@@ -51,7 +46,7 @@ def write(folder: Path, curves: Curves, facts: Facts, decisions: Decisions | Non
         axes.set_xlim(0, 1000)
     if decisions is None:
         return
-    with _figure(folder / "calibration.png", "realised share in the cloud") as axes:
+    with figure(folder / "calibration.png", "realised share in the cloud") as axes:
         axes.set_xlabel("wanted routing rate")
         axes.plot([0, 1], [0, 1], color="0.6", linestyle=":", label="as wanted")
         for split, rates in decisions.rates.items():
@@ -64,7 +59,7 @@ def write(folder: Path, curves: Curves, facts: Facts, decisions: Decisions | Non
             )
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1)
-    with _figure(folder / "reliability.png", "realised PRS, mean over the prompts of a bin") as axes:
+    with figure(folder / "reliability.png", "realised PRS, mean over the prompts of a bin") as axes:
         axes.set_xlabel("predicted PRS")
         predicted = [one.predicted for one in decisions.bins]
         ends = (min(predicted), max(predicted))
@@ -75,17 +70,6 @@ def write(folder: Path, curves: Curves, facts: Facts, decisions: Decisions | Non
             [one.realised.high - one.realised.value for one in decisions.bins],
         ]
         axes.errorbar(predicted, values, yerr=spread, fmt="o", capsize=3, label="test prompts, 95 %")
-
-
-@contextmanager
-def _figure(file: Path, label: str) -> Iterator[Axes]:
-    figure, axes = plt.subplots(figsize=(7, 4.6), dpi=130, layout="constrained")
-    yield axes
-    axes.set_ylabel(label)
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    figure.savefig(file)
-    plt.close(figure)
 
 
 def _line(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -598,8 +599,9 @@ def test_an_altered_predictor_is_refused_by_name(tmp_path: Path, chain: Chain) -
 def test_a_months_budget_buys_more_where_it_is_paced(
     chain: Chain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report = tmp_path / "budget.json"
+    report, picture = tmp_path / "budget.json", tmp_path / "budget.png"
     how = ["--budget", "1.2,0.3", "--prompts-a-day", "40", "--months", "2", "--out", str(report)]
+    how += ["--picture", str(picture)]
     assert main(["budget", str(chain.labels), str(chain.bundle), *how]) == 0
     facts = json.loads(report.read_text())
     assert [row["images"] for row in facts["rows"]] == [120, 30]
@@ -608,11 +610,14 @@ def test_a_months_budget_buys_more_where_it_is_paced(
         assert found[0] < 0.9 * found[1] <= 0.95 * found[2] < 0.5
         assert row["lasts_days"]["value"] < 10
     assert "$0.30" in capsys.readouterr().out
+    with PIL.Image.open(picture) as drawn:
+        assert len(drawn.convert("RGB").getcolors(2**24) or ()) > 10  # axes, and curves of several colours
 
 
 @pytest.mark.parametrize(
     ("how", "why"),
     [
+        (["--picture", "budget.doc"], "must end in .png, .svg, .pdf, not 'budget.doc'"),
         (["--price", "0"], "lasts for ever"),
         (["--budget", "1,x"], "'x' is not an amount"),
         (["--budget", "1,0.005"], "must pay for one image"),
