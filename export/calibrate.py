@@ -219,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "the predictor finds the edge's image as good for every calibration prompt: none will be routed"
         )
     console.print(
-        f"a daemon takes it up by `edge-agent models pull {quoted(str(options.bundle))} --use`, where the bundle was "
-        "pulled before under another --name; one that was started with --bundle by a restart"
+        f"a daemon takes it up by `edge-agent models pull {quoted(str(options.bundle))} --use` (under another --name "
+        "where the bundle was pulled before), one that was started with --bundle by a restart"
     )
     return 0
