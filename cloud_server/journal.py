@@ -192,9 +192,16 @@ class Journal:
             raise
 
     def find(self, tenant: str, request_id: str, *, with_image: bool = True) -> Entry | None:
-        """What is known of a request id, with the image or without reading it; None when it was never accepted."""
-        with self._transaction():
-            return self._find(tenant, request_id, with_image)
+        """What is known of a request id, with the image or without reading it; None when it was never accepted.
+
+        An end that the disk has not taken yet is written first: an edge that asks has money set aside until it is told.
+        """
+        with self._lock:
+            if (tenant, request_id) in self._unsure:
+                with suppress(JournalError):
+                    self.end(tenant, request_id, State.FAILED)
+            with self._transaction():
+                return self._find(tenant, request_id, with_image)
 
     def begin(self, tenant: str, request_id: str, fingerprint: str) -> None:
         """Records that the image is being made. An id that failed or was cancelled may begin again.
@@ -242,16 +249,13 @@ class Journal:
         self._unsure.discard((tenant, request_id))
 
     def prune(self) -> bool:
-        """Does away with one image that is no longer kept, and with rows past their time; whether there was one. Before
-        that it writes the ends that the disk has not taken yet.
+        """Does away with one image that is no longer kept, and with rows past their time; whether there was one.
 
         One at a time: others come between, and what is overwritten in the file needs as much room in its log first.
         """
         with self._lock:
             if self._closed:
                 return False
-            for tenant, request_id in list(self._unsure):
-                self.end(tenant, request_id, State.FAILED)
             with self._transaction():
                 ran = self._ran()
                 if ran - self._noted >= NOTE_CLOCK_EVERY_S:
