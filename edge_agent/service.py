@@ -106,6 +106,7 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
         """
         line: Line = {"rpc": "Generate"}
         async with self._counted(), self._call(request, context, line) as agent:
+            line |= _who(request.image)
             wish = _image_request(request.image, request.routing, context, preview=request.preview)
             line |= _who(wish)
             if wish.resume_offset > 0:
@@ -134,6 +135,7 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
         """Only the decision."""
         line: Line = {"rpc": "Route"}
         async with self._counted(), self._call(request, context, line) as agent:
+            line |= _who(request.image)
             wish = _image_request(request.image, request.routing, context)
             line |= _who(wish)
             decision = await agent.route(wish, explain=request.explain)
@@ -509,12 +511,12 @@ def _cloud_health(agent: Agent) -> edge_pb2.CloudHealth:
     return edge_pb2.CLOUD_HEALTH_HEALTHY if agent.tally.cloud_digest else edge_pb2.CLOUD_HEALTH_UNTRIED
 
 
-def _who(request: ImageRequest) -> Line:
-    """Cut to what a valid request may have, as this is logged before the request is checked."""
-    line: Line = {"request_id": request.request_id[:MAX_ID_CHARS], "app": request.app[:MAX_ID_CHARS]}
-    if request.traceparent:
-        line["traceparent"] = request.traceparent[:MAX_ID_CHARS]
-    return line
+def _who(request: image_pb2.ImageRequest | ImageRequest) -> Line:
+    """What it says of these, which on the wire may be nothing. Cut to what a valid request may have, as this is logged
+    before the request is checked.
+    """
+    names = {name: getattr(request, name)[:MAX_ID_CHARS] for name in ("request_id", "app", "traceparent")}
+    return {name: said for name, said in names.items() if said}
 
 
 def _account(decision: Decision) -> Line:

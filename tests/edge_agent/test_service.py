@@ -320,6 +320,19 @@ async def test_a_long_field_makes_no_long_line_in_the_log(
     assert len(Lines(as_json=False).format(caplog.records[-1])) < 5_000
 
 
+@pytest.mark.parametrize("wish", [{"routing": 99}, {"privacy": 99}])
+async def test_the_log_says_whose_request_was_bad(
+    app: App, caplog: pytest.LogCaptureFixture, wish: dict[str, int]
+) -> None:
+    caplog.set_level(logging.INFO, "edge_agent")
+    await app.generate(request_id="r-1", app="newer", **wish)  # type: ignore[arg-type]
+    with pytest.raises(grpc.aio.AioRpcError):
+        await app.route(request_id="r-1", app="newer", **wish)  # type: ignore[arg-type]
+    await until(lambda: len(caplog.records) == 2)
+    for record in caplog.records:
+        assert "request_id=r-1 app=newer" in Lines(as_json=False).format(record)
+
+
 @pytest.mark.parametrize("prompt", ["猫", "🐈‍⬛ and ʼn e\u0301", "a\tb\nc", "عربى", "x" * 2_000])
 async def test_any_text_is_a_prompt(app: App, prompt: str) -> None:
     answer = await app.generate(prompt, seed=1)
