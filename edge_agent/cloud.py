@@ -138,6 +138,10 @@ _CHECKS = (
         ("WRONG_VERSION_NUMBER",),
         "what answers there speaks no TLS: check the port, and the proxy if there is one",
     ),
+    (
+        ("Too many open files",),
+        "edge-agent may open no more here: raise its limit (ulimit -n, or LimitNOFILE in the unit)",
+    ),
 )
 """GRPC's words for why there is no connection, and what to do about it; the first that is found counts."""
 

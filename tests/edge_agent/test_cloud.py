@@ -1079,6 +1079,20 @@ async def test_a_proxy_without_http_2_or_without_tls_is_called_that(certificate:
         server.close()
 
 
+@pytest.mark.posix
+async def test_no_more_files_that_may_be_open_are_no_fault_of_the_address(cloud: Cloud) -> None:
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))  # those that are open stay so
+    try:
+        error = await failure(CloudClient(cloud.address))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert error.never_ran
+    assert error.message.endswith("raise its limit (ulimit -n, or LimitNOFILE in the unit)")
+
+
 async def test_a_proxy_of_this_machines_own_that_refuses_is_called_that(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
