@@ -404,10 +404,12 @@ class CloudClient:
 
     async def _reason(self, channel: grpc.aio.Channel) -> str:
         """Why the channel failed. Only a call is told, so this makes one that has no effect."""
+        question = cloud_pb2.GetModelRequest()
         try:
-            await CloudServerServiceStub(channel).GetModel(cloud_pb2.GetModelRequest())
+            await CloudServerServiceStub(channel).GetModel(question, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
-            return printable(error.details() or error.code().name)
+            if sent_status(error) is None:  # else the cloud server said so itself, on a new connection
+                return printable(error.details() or error.code().name)
         return "it answers again just now"
 
     def _explained(self, error: grpc.aio.AioRpcError, *, accepted: bool, timeout_s: float) -> CloudError:

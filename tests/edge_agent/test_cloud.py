@@ -141,6 +141,7 @@ class Cloud(cloud_pb2_grpc.CloudServerServiceServicer):
     # Responses; a callable is awaited with the context. A function of the request gives them for each call.
     script: list[Any] | Callable[[cloud_pb2.GenerateRequest], list[Any]] = field(default_factory=list)
     digest: str = "cd" * 32
+    no_model: Callable[..., Any] | None = None  # awaited with the context of a question for it
     answer: cloud_pb2.LookupGenerationResponse = field(default_factory=cloud_pb2.LookupGenerationResponse)
     received: list[cloud_pb2.GenerateRequest] = field(default_factory=list)
     metadata: dict[str, str | bytes] = field(default_factory=dict)
@@ -170,6 +171,9 @@ class Cloud(cloud_pb2_grpc.CloudServerServiceServicer):
     async def GetModel(
         self, request: cloud_pb2.GetModelRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> cloud_pb2.GetModelResponse:
+        self.metadata = dict(context.invocation_metadata() or ())
+        if self.no_model is not None:
+            await self.no_model(context)
         return cloud_pb2.GetModelResponse(model_digest=self.digest)
 
     async def LookupGeneration(
@@ -1077,6 +1081,18 @@ async def test_a_proxy_without_http_2_or_without_tls_is_called_that(certificate:
         assert error.never_ran
         assert words in error.message
         server.close()
+
+
+@pytest.mark.parametrize("no_model", [None, abort(grpc.StatusCode.UNAVAILABLE, "it loads its model")])
+async def test_a_cloud_that_is_back_when_asked_why_it_was_not_reached_gives_no_other_reason(
+    cloud: Cloud, no_model: Callable[..., Any] | None
+) -> None:
+    """And is asked as it is by every call: it would log that the token is missing, and we that it refuses us."""
+    cloud.no_model = no_model
+    client = CloudClient(cloud.address, token="sesame")
+    async with client._connection(timeout_s=20.0) as channel:
+        assert await client._reason(channel) == "it answers again just now"
+    assert cloud.metadata["authorization"] == "Bearer sesame"
 
 
 @pytest.mark.posix
