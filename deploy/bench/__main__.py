@@ -1,6 +1,7 @@
 """`make bench`: the project's numbers, as ratios measured in one run.
 
     python deploy/bench [--only ROW] [--bundle DIR] [--model DIR] [--out bench-out] [--quick] [--full-size]
+        [--providers LIST]
 
 Ours and theirs take turns, each in a process that is alive all the while, and every ratio is one of a pair measured
 one right after the other: what else the machine does then weighs on both alike. No number here is a test.
@@ -14,7 +15,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import grpc
@@ -33,9 +34,11 @@ import operators
 import overhead
 import report
 import runtime
+from child import asked
 from edge_agent.bundle import Bundle
-from edge_agent.errors import BundleError
-from edge_agent.settings import STARTER
+from edge_agent.diffusion.providers import CPU
+from edge_agent.errors import BundleError, StartRefused
+from edge_agent.settings import STARTER, resolve
 from errors import BenchError
 from plan import Plan, cores
 from row import Row
@@ -45,6 +48,9 @@ STARTER_WEIGHTS = ROOT / "export" / "starter" / "weights" / "edge"
 PIPE_WIDTH = 180  # characters, where no terminal says how many there are
 
 GROUPS: dict[str, Callable[[Plan], list[Row]]] = {
+    images.PROVIDER: images.against_cpu,
+    images.FULL_SIZE_PROVIDER: images.full_size_against_cpu,
+    images.HALF: images.half_against_single,
     decision.GROUP: decision.rows,
     overhead.GROUP: overhead.rows,
     idle.GROUP: idle.rows,
@@ -53,14 +59,27 @@ GROUPS: dict[str, Callable[[Plan], list[Row]]] = {
     images.FULL_SIZE: images.full_size_against_optimum,
     images.FULL_SIZE_DIFFUSERS: images.full_size_against_diffusers,
     attention.GROUP: attention.rows,
+    attention.HALF_GROUP: attention.half_rows,
     operators.GROUP: operators.rows,
     installed.GROUP: installed.rows,
     imports.GROUP: imports.rows,
     cancellation.GROUP: cancellation.rows,
     runtime.GROUP: runtime.rows,
+    runtime.FULL_SIZE_GROUP: runtime.full_size_rows,
     headroom.GROUP: headroom.rows,
 }
 """The rows that are measured together, by the name that --only takes."""
+
+ELSEWHERE = (images.PROVIDER, images.FULL_SIZE_PROVIDER, images.HALF, attention.HALF_GROUP)
+"""Those that are about other providers than the CPU, and on the CPU measured only when they are asked for."""
+
+ON_CPU = {
+    decision.GROUP: "it is compared with bare calls on one core",
+    installed.GROUP: "it is the same whatever the models run on",
+    imports.GROUP: "it is the same whatever the models run on",
+    headroom.GROUP: "it is the same whatever the models run on",
+}
+"""Those that are about the CPU alone, and why."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -104,11 +123,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="DIR",
         help="where they are made and kept, 9 GB; default: runs/bench/full-size",
     )
+    parser.add_argument(
+        "--providers",
+        default=CPU,
+        metavar="LIST",
+        help="what ours runs on, as `edge-agent serve --providers` takes it, such as cuda,cpu; default: the CPU",
+    )
     options = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the daemons are stopped then, too
     try:
         return run(options)
-    except (BundleError, OSError) as error:
+    except (BundleError, BenchError, StartRefused, OSError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -116,28 +141,36 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measures, and writes after each group what there is. Raises BundleError, and OSError where nothing can be
-    written.
+    """Measures, and writes after each group what there is. Raises BundleError, StartRefused for what is no list of
+    providers, BenchError where they do not run the models, and OSError where nothing can be written.
     """
     options.out.mkdir(parents=True, exist_ok=True)  # before what takes minutes
     bundle = Bundle.open(options.bundle)
 
     # What is installed has its bytecode. Here the first process writes it, unless this says no.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-    plan = Plan(options.bundle, options.model, options.evaluation, options.full_size_models, cores())
+    providers = ",".join(resolve({"providers": options.providers}, {}).providers) or CPU
+    folders = (options.bundle, options.model, options.evaluation, options.full_size_models)
+    plan = Plan(*folders, cores(), providers)
     if options.quick:
         plan = plan.quick
     facts = {"machine": machine.facts(), "bundle": _bundle_facts(bundle), "quick": options.quick}
+    if not plan.on_cpu:
+        opened = asked(plan.threads, "opening.py", plan.bundle, plan.threads, plan.providers)
+        facts["providers"] = {"names": plan.providers, "opened_s": opened["opened_s"]}
     progress = Console(stderr=True)
     rows: list[Row] = []
     failed = False
     wanted = options.only or [
-        name for name in GROUPS if options.full_size or not name.startswith(images.FULL_SIZE)
+        name
+        for name in GROUPS
+        if (options.full_size or not name.startswith(images.FULL_SIZE))
+        and not (plan.on_cpu and name in ELSEWHERE)
     ]
     for name in wanted:
         with progress.status(f"measuring {name}"):
             try:
-                rows += GROUPS[name](plan)
+                rows += _measured(name, plan)
             except (BenchError, subprocess.SubprocessError, grpc.RpcError) as error:
                 failed = True
                 rows.append(Row.missing(name, name, str(error)))
@@ -146,6 +179,15 @@ def run(options: argparse.Namespace) -> int:
     Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(report.table(rows))
     print(f"written to {', '.join(map(str, written))}")
     return 1 if failed else 0
+
+
+def _measured(name: str, plan: Plan) -> list[Row]:
+    """The rows of that name. Elsewhere than on the CPU they have no targets, which are the CPU's."""
+    if plan.on_cpu:
+        return GROUPS[name](plan)
+    if name in ON_CPU:
+        return [Row.missing(name, name, ON_CPU[name])]
+    return [replace(row, target="", met=None) for row in GROUPS[name](plan)]
 
 
 def _bundle_facts(bundle: Bundle) -> dict[str, object]:

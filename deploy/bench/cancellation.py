@@ -1,12 +1,11 @@
 """Cancellations at random moments, from the caller's leaving to the device's being free, and what memory they leave.
 
-Its own process is started as `python deploy/bench/cancellation.py BUNDLE THREADS CANCELLATIONS`.
+Its own process is started as `python deploy/bench/cancellation.py BUNDLE THREADS CANCELLATIONS PROVIDERS`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import random
 import sys
 import tempfile
@@ -15,12 +14,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import grpc
+import numpy as np
 
 from child import Reply, answer, asked, held_bytes
 from edge_agent.daemon import Daemon
+from edge_agent.diffusion.providers import CPU, State
 from edge_agent.settings import resolve
 from errors import BenchError
 from estimate import Estimate, quantile
+from overhead import pixels, same
 from plan import PROMPTS, Plan
 from routet2i.edge.v1 import edge_pb2
 from routet2i.edge.v1.edge_pb2_grpc import EdgeAgentServiceStub
@@ -35,24 +37,29 @@ _POLL_S = 0.001
 
 def rows(plan: Plan) -> list[Row]:
     """From cancelling to a free device, p99; memory after the last cancellation over memory after a quarter of them."""
-    found = asked(plan.threads, "cancellation.py", plan.bundle, plan.threads, plan.cancellations)
+    return measured(plan, GROUP, plan.bundle, plan.cancellations)
+
+
+def measured(plan: Plan, group: str, bundle: Path, cancellations: int, prefix: str = "") -> list[Row]:
+    """The same of a bundle, and of so many cancellations of its images."""
+    found = asked(plan.threads, "cancellation.py", bundle, plan.threads, cancellations, plan.providers)
     free, memory = found["free_ms"], found["idle_mb"]
     few = -(-len(memory) // 8)  # one snapshot varies by as much as there may be
     before, after = quantile(memory[len(memory) // 4 :][:few]), quantile(memory[-few:])
     return [
         Row.at_most(
-            GROUP,
-            "from cancelling to a free device, p99",
+            group,
+            f"{prefix}from cancelling to a free device, p99",
             quantile(free, 0.99),
             "ms",
             FREE_MS,
             note=f"p50 {quantile(free).value:.1f} ms, longest {max(free):.0f} ms, of the {len(free)} of "
-            f"{plan.cancellations} that found an image on the device; another image was the same after every 50th",
+            f"{cancellations} that found an image on the device; another image was the same after every 50th",
             details=found,
         ),
         Row.at_most(
-            GROUP,
-            "memory grown by cancellations, models unloaded",
+            group,
+            f"{prefix}memory grown by cancellations, models unloaded",
             Estimate.exact(after.value - before.value, few),
             "MB",
             GROWTH_MB,
@@ -61,14 +68,14 @@ def rows(plan: Plan) -> list[Row]:
     ]
 
 
-async def measure(folder: Path, threads: int, cancellations: int) -> Reply:
+async def measure(folder: Path, threads: int, cancellations: int, providers: str = CPU) -> Reply:
     """A daemon in this process on a real socket, and a caller who leaves at random moments."""
     draw = random.Random(0)
     found: Reply = {"free_ms": [], "idle_mb": []}
     with tempfile.TemporaryDirectory() as state:
         address = f"unix:{state}/agent.sock"
         flags = {"listen": address, "state": state, "bundle": str(folder), "threads": str(threads)}
-        daemon = Daemon(resolve(flags, {}))
+        daemon = Daemon(resolve(flags | {"providers": providers}, {}))
         await daemon.startup()
         serving = asyncio.create_task(daemon.serve())
         await until(lambda: daemon.agent is not None or serving.done())
@@ -76,6 +83,12 @@ async def measure(folder: Path, threads: int, cancellations: int) -> Reply:
             await serving  # which raises what kept it from loading
         agent = daemon.agent
         assert agent is not None  # noqa: S101  # as was waited for
+        await until(
+            lambda: all(standing.state is not State.WARMING_UP for standing in agent.models.providers)
+        )
+        if (best := providers.split(",")[0]) != agent.models.providers[0].name:
+            reasons = {standing.name: standing.reason for standing in agent.models.providers}
+            raise BenchError(f"the daemon does not use {best}: {reasons[best]}")
         async with grpc.aio.insecure_channel(address) as channel:
             stub = EdgeAgentServiceStub(channel)  # type: ignore[no-untyped-call]
 
@@ -87,11 +100,8 @@ async def measure(folder: Path, threads: int, cancellations: int) -> Reply:
                 )
                 return stub.Generate(request)
 
-            async def whole(seed: int) -> str:
-                digest = hashlib.sha256()
-                async for response in call(seed):
-                    digest.update(response.image_chunk.data)
-                return digest.hexdigest()
+            async def whole(seed: int) -> np.ndarray:
+                return pixels(b"".join([response.image_chunk.data async for response in call(seed)]))
 
             async def whole_s() -> float:
                 began = time.perf_counter()
@@ -118,7 +128,7 @@ async def measure(folder: Path, threads: int, cancellations: int) -> Reply:
                 if drawing:
                     found["free_ms"].append((time.perf_counter() - began) * 1e3)
                 await asyncio.gather(reading, return_exceptions=True)
-                if number % 50 == 0 and await whole(0) != expected:
+                if number % 50 == 0 and not same(await whole(0), expected, providers):
                     raise BenchError(f"after {number + 1} cancellations an image is another than before")
         daemon.stop()
         await serving
@@ -133,5 +143,5 @@ async def until(holds: Callable[[], bool]) -> None:
 
 
 if __name__ == "__main__":
-    bundle_folder, thread_count, count = sys.argv[1:]
-    answer(lambda: lambda: asyncio.run(measure(Path(bundle_folder), int(thread_count), int(count))))
+    bundle_folder, thread_count, count, names = sys.argv[1:]
+    answer(lambda: lambda: asyncio.run(measure(Path(bundle_folder), int(thread_count), int(count), names)))

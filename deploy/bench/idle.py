@@ -25,7 +25,7 @@ def rows(plan: Plan) -> list[Row]:
     """Memory after the models were unloaded, and what it grew by from the first cycles to the last."""
     loaded, idle = [], []
     settings = ("--keep-alive-s", str(KEEP_ALIVE_S))
-    with running_agent(plan.bundle, plan.threads, *settings) as (stub, process):
+    with running_agent(plan.bundle, plan.threads, plan.providers, *settings) as (stub, process):
         for number in range(plan.unloads):
             answer = Answer(stub)
             answer.image(PROMPTS[number % len(PROMPTS)], number)

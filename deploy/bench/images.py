@@ -17,15 +17,25 @@ import full_size
 from child import Child, Reply
 from clock import settle
 from edge_agent.bundle import Bundle
+from edge_agent.manifest import Size
 from errors import BenchError
 from estimate import Estimate, calm_ratio, quantile, ratio
 from plan import PROMPTS, Plan
 from row import Row
 
 EDGE, OPTIMUM, DIFFUSERS = "edge", "optimum", "diffusers"  # kinds of pipelines, as painter.py calls them
-FULL_SIZE, FULL_SIZE_DIFFUSERS = "full-size", "full-size-diffusers"
+ON_CPU, SINGLE = "cpu", "single"  # the edge's as well
+FULL_SIZE, FULL_SIZE_DIFFUSERS, HALF = "full-size", "full-size-diffusers", "full-size-half"
+PROVIDER, FULL_SIZE_PROVIDER = "provider", "full-size-provider"
+NOT_THE_DEVICES = "what a process holds is not the memory of a GPU"
 TIME_RATIO, COLD_RATIO, MEMORY_RATIO, PIXELS = 0.9, 0.2, 0.4, 1e-3  # targets of the starter
 FULL_TIME_RATIO, FULL_MEMORY_RATIO = 1.02, 0.4  # targets at Stable Diffusion's size, memory above the weights
+_WHOSE = {
+    OPTIMUM: "optimum's",
+    DIFFUSERS: "diffusers'",
+    ON_CPU: "the CPU's",
+    SINGLE: "those in single precision",
+}
 _MB = 1e6
 
 
@@ -83,8 +93,10 @@ class Pairs:
 
 def against_optimum(plan: Plan) -> list[Row]:
     """Time, cold start and memory."""
+    if alone := _alone(plan, OPTIMUM):
+        return alone
     pairs = measure(plan, OPTIMUM, plan.bundle)
-    return [
+    rows = [
         pairs.row(OPTIMUM, "time of an image ÷ optimum's", "image_s", TIME_RATIO),
         pairs.row(OPTIMUM, "time of a step ÷ optimum's", "step_s"),
         pairs.row(OPTIMUM, "cold start to first image ÷ optimum's", "start_s", COLD_RATIO),
@@ -92,16 +104,19 @@ def against_optimum(plan: Plan) -> list[Row]:
         pairs.row(OPTIMUM, "memory held after an image ÷ optimum's", "held_mb"),
         _pixels(OPTIMUM, pairs),
     ]
+    return _told(plan, rows)
 
 
 def against_diffusers(plan: Plan) -> list[Row]:
     """Pixels; and time and memory, which have no target."""
+    if alone := _alone(plan, DIFFUSERS):
+        return alone
     if not (plan.model / "model_index.json").is_file():
         raise BenchError(
             f"no diffusers folder at {plan.model}; name one that has the bundle's weights with --model"
         )
     pairs = measure(plan, DIFFUSERS, plan.model)
-    return [
+    rows = [
         _pixels(DIFFUSERS, pairs),
         pairs.row(DIFFUSERS, "time of an image ÷ diffusers' on torch", "image_s"),
         pairs.row(DIFFUSERS, "time of a step ÷ diffusers' on torch", "step_s"),
@@ -109,6 +124,7 @@ def against_diffusers(plan: Plan) -> list[Row]:
         pairs.row(DIFFUSERS, "peak memory to first image ÷ diffusers'", "peak_mb"),
         pairs.row(DIFFUSERS, "memory held after an image ÷ diffusers'", "held_mb"),
     ]
+    return _told(plan, rows)
 
 
 def full_size_against_optimum(plan: Plan) -> list[Row]:
@@ -116,11 +132,13 @@ def full_size_against_optimum(plan: Plan) -> list[Row]:
 
     One process at a time holds such weights: each pair is two fresh processes, one after the other.
     """
+    if alone := _alone(plan, FULL_SIZE):
+        return alone
     _, bundle = full_size_folders(plan)
     weights_mb = _weights_mb(bundle)
     pairs = measure_apart(plan, OPTIMUM, bundle, bundle)
     above = f"memory above the weights ({weights_mb:.0f} MB) ÷ optimum's"
-    return [
+    rows = [
         pairs.row(FULL_SIZE, "full size: time of an image ÷ optimum's", "image_s", FULL_TIME_RATIO),
         pairs.row(FULL_SIZE, "full size: time of a step ÷ optimum's", "step_s"),
         pairs.row(FULL_SIZE, "full size: cold start to first image ÷ optimum's", "start_s"),
@@ -128,33 +146,107 @@ def full_size_against_optimum(plan: Plan) -> list[Row]:
         pairs.row(FULL_SIZE, "full size: memory held after an image ÷ optimum's", "held_mb"),
         _pixels(FULL_SIZE, pairs, "full size: "),
     ]
+    return _told(plan, rows)
 
 
 def full_size_against_diffusers(plan: Plan) -> list[Row]:
     """The same beside torch."""
+    if alone := _alone(plan, FULL_SIZE_DIFFUSERS):
+        return alone
     model, bundle = full_size_folders(plan)
     pairs = measure_apart(plan, DIFFUSERS, bundle, model)
-    return [
+    rows = [
         _pixels(FULL_SIZE_DIFFUSERS, pairs, "full size: "),
         pairs.row(FULL_SIZE_DIFFUSERS, "full size: time of an image ÷ diffusers' on torch", "image_s"),
         pairs.row(FULL_SIZE_DIFFUSERS, "full size: time of a step ÷ diffusers' on torch", "step_s"),
         pairs.row(FULL_SIZE_DIFFUSERS, "full size: cold start to first image ÷ diffusers'", "start_s"),
         pairs.row(FULL_SIZE_DIFFUSERS, "full size: peak memory to first image ÷ diffusers'", "peak_mb"),
     ]
+    return _told(plan, rows)
 
 
-def full_size_folders(plan: Plan) -> tuple[Path, Path]:
+def against_cpu(plan: Plan) -> list[Row]:
+    """The provider's images beside the CPU's of the same bundle, in each of its sizes."""
+    return [
+        row
+        for size in _sizes(plan, plan.bundle)
+        for row in _beside_cpu(PROVIDER, "", size, measure(plan, ON_CPU, plan.bundle, size))
+    ]
+
+
+def full_size_against_cpu(plan: Plan) -> list[Row]:
+    """The same at Stable Diffusion 1.5's size."""
+    _, bundle = full_size_folders(plan)
+    return [
+        row
+        for size in _sizes(plan, bundle)
+        for row in _beside_cpu(
+            FULL_SIZE_PROVIDER, "full size: ", size, measure_apart(plan, ON_CPU, bundle, bundle, size)
+        )
+    ]
+
+
+def half_against_single(plan: Plan) -> list[Row]:
+    """Half precision beside single precision, both on the provider."""
+    _, bundle = full_size_folders(plan)
+    pairs = measure_apart(plan, SINGLE, half_folder(plan), bundle)
+    return [
+        pairs.row(HALF, "full size: time of an image, in half precision ÷ in single", "image_s"),
+        pairs.row(HALF, "full size: cold start to first image, in half precision ÷ in single", "start_s"),
+        _pixels(HALF, pairs, "full size: "),
+    ]
+
+
+def _sizes(plan: Plan, bundle: Path) -> tuple[Size, ...]:
+    """Those that the bundle's images have there."""
+    if plan.on_cpu:
+        raise BenchError("name another provider than the CPU with --providers")
+    return Bundle.open(bundle, verify=False).manifest.sizes[: 1 if plan.compiled else None]
+
+
+def _beside_cpu(group: str, prefix: str, size: Size, pairs: Pairs) -> list[Row]:
+    prefix += "{} x {}: ".format(*size)
+    return [
+        pairs.row(group, f"{prefix}time of an image ÷ the CPU's", "image_s"),
+        pairs.row(group, f"{prefix}cold start to first image ÷ the CPU's", "start_s"),
+        _pixels(group, pairs, prefix),
+    ]
+
+
+def _alone(plan: Plan, group: str) -> list[Row]:
+    """The row that stands for all where there is nobody to compare with."""
+    if plan.on_cpu or plan.on_cuda:
+        return []
+    reason = f"optimum and torch are compared with on the CPU and on CUDA, and not on {plan.providers}"
+    return [Row.missing(group, group, reason)]
+
+
+def _told(plan: Plan, rows: Sequence[Row]) -> list[Row]:
+    """The rows, without those of memory where that is not all the memory that is taken."""
+    return [
+        Row.missing(row.group, row.what, NOT_THE_DEVICES) if "memory" in row.what and not plan.on_cpu else row
+        for row in rows
+    ]
+
+
+def full_size_folders(plan: Plan, *more: str) -> tuple[Path, Path]:
     """The diffusers folder and the bundle, made where they are not there yet."""
-    script = str(Path(full_size.__file__))
-    finished = subprocess.run([sys.executable, script, str(plan.full_size)], stdout=sys.stderr, check=False)
+    script = [sys.executable, str(Path(full_size.__file__)), str(plan.full_size), *more]
+    finished = subprocess.run(script, stdout=sys.stderr, check=False)
     if finished.returncode:
         raise BenchError("the models of full size could not be made; what the export said stands above")
     return full_size.folders(plan.full_size)
 
 
-def measure(plan: Plan, other: str, folder: Path) -> Pairs:
+def half_folder(plan: Plan) -> Path:
+    """The bundle in half precision, likewise."""
+    full_size_folders(plan, "--half")
+    return full_size.half_folder(plan.full_size)
+
+
+def measure(plan: Plan, other: str, folder: Path, size: Size | None = None) -> Pairs:
     """Fresh processes first; the last pair of them then paints in turns."""
-    pairs = Pairs(other)
+    pairs, sized = Pairs(other), {"size": size} if size else {}
     with ExitStack() as alive, tempfile.TemporaryDirectory() as kept:
         painters: list[Child] = []
         for number in range(plan.starts):
@@ -164,28 +256,28 @@ def measure(plan: Plan, other: str, folder: Path) -> Pairs:
                 with ExitStack() if last else painter:
                     if last:
                         painters.append(alive.enter_context(painter))
-                    noted.started(painter, painter.ask(prompt=PROMPTS[0], seed=0))
+                    noted.started(painter, painter.ask(prompt=PROMPTS[0], seed=0, **sized))
         for number in range(plan.images):
             files = [Path(kept) / f"{side}.npy" for side in (0, 1)]
             for side in (0, 1) if number % 2 else (1, 0):
                 prompt = PROMPTS[number % len(PROMPTS)]
                 settle()
-                found: Reply = painters[side].ask(prompt=prompt, seed=number, keep=str(files[side]))
+                found: Reply = painters[side].ask(prompt=prompt, seed=number, keep=str(files[side]), **sized)
                 pairs.sides[side].painted(found)
             pairs.differences.append(_difference(files))
     return pairs
 
 
-def measure_apart(plan: Plan, other: str, bundle: Path, folder: Path) -> Pairs:
+def measure_apart(plan: Plan, other: str, bundle: Path, folder: Path, size: Size | None = None) -> Pairs:
     """The same in processes that are never alive together: a first image, then one that counts."""
-    pairs = Pairs(other)
+    pairs, sized = Pairs(other), {"size": size} if size else {}
     with tempfile.TemporaryDirectory() as kept:
         for number in range(plan.full_size_pairs):
             files = [Path(kept) / f"{side}.npy" for side in (0, 1)]
             for side in (0, 1) if number % 2 else (1, 0):
                 with _start(plan, (EDGE, other)[side], (bundle, folder)[side], bundle) as painter:
-                    pairs.sides[side].started(painter, painter.ask(prompt=PROMPTS[0], seed=0))
-                    found = painter.ask(prompt=PROMPTS[1], seed=number, keep=str(files[side]))
+                    pairs.sides[side].started(painter, painter.ask(prompt=PROMPTS[0], seed=0, **sized))
+                    found = painter.ask(prompt=PROMPTS[1], seed=number, keep=str(files[side]), **sized)
                     pairs.sides[side].painted(found)
             pairs.differences.append(_difference(files))
     return pairs
@@ -194,8 +286,10 @@ def measure_apart(plan: Plan, other: str, bundle: Path, folder: Path) -> Pairs:
 def _start(plan: Plan, kind: str, folder: Path, bundle: Path) -> Child:
     """A process with that `kind` of pipeline, of what lies in `folder`, at the defaults of `bundle`."""
     facts = Bundle.open(bundle, verify=False).manifest
-    arguments = (str(folder), str(plan.threads), str(facts.default_steps), str(facts.default_guidance))
-    return Child("painter.py", kind, *arguments, threads=plan.threads, edge=kind == EDGE)
+    defaults = (str(facts.default_steps), str(facts.default_guidance))
+    arguments = (str(folder), str(plan.threads), *defaults, plan.providers)
+    edge = kind in (EDGE, ON_CPU, SINGLE)
+    return Child("painter.py", kind, *arguments, threads=plan.threads, edge=edge)
 
 
 def _difference(files: Sequence[Path]) -> float:
@@ -207,7 +301,7 @@ def _pixels(group: str, pairs: Pairs, prefix: str = "") -> Row:
     count = len(pairs.differences)
     return Row.at_most(
         group,
-        f"{prefix}pixels, largest difference from {pairs.other}'{'' if pairs.other.endswith('s') else 's'}",
+        f"{prefix}pixels, largest difference from {_WHOSE[pairs.other]}",
         Estimate.exact(max(pairs.differences), count),
         "",
         PIXELS,

@@ -8,15 +8,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
+
 from plan import cores
 
-PACKAGES = ("onnxruntime", "numpy", "tokenizers", "grpcio", "torch", "diffusers", "optimum", "optimum-onnx")
+PACKAGES = ("numpy", "tokenizers", "grpcio", "torch", "diffusers", "optimum", "optimum-onnx")
 
 
 def facts() -> dict[str, Any]:
     """Processor, cores, memory, load before the run, system, and the versions that matter."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    versions = {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+    versions = {"python": platform.python_version(), "onnxruntime": onnxruntime.__version__}
+    versions |= {name: _version(name) for name in PACKAGES}
     return {
         "processor": _processor(),
         "architecture": platform.machine(),

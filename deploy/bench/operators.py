@@ -16,6 +16,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+import cancellation
 from cancellation import FREE_MS
 from child import Reply, answer, asked
 from edge_agent.bundle import Bundle
@@ -37,8 +38,13 @@ _TYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
 
 
 def rows(plan: Plan) -> list[Row]:
-    """From a stop at a random moment of an image to the end of the operator that runs then."""
+    """From a stop at a random moment of an image to the end of the operator that runs then.
+
+    Elsewhere than on the CPU operators are begun and not waited for, so that images are cancelled there after all.
+    """
     _, bundle = full_size_folders(plan)
+    if not plan.on_cpu:
+        return cancellation.measured(plan, GROUP, bundle, plan.full_size_cancellations, "full size: ")
     found = asked(plan.threads, "operators.py", bundle, plan.threads)
     denoiser, decoder = found["denoiser_ms"], found["decoder_ms"]
     p99 = {calls: float(np.quantile(waits_ms([*denoiser * calls, *decoder]), 0.99)) for calls in CALLS}

@@ -1,6 +1,6 @@
 """A local image through the agent's socket, beside the same calls made directly. Neither process imports torch.
 
-Its own process is started as `python deploy/bench/overhead.py BUNDLE THREADS IMAGES`.
+Its own process is started as `python deploy/bench/overhead.py BUNDLE THREADS IMAGES PROVIDERS`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ import PIL.Image
 from child import Reply, answer, asked
 from clock import timed
 from edge_agent.bundle import Bundle
-from edge_agent.diffusion.generator import Generator, Image
-from edge_agent.diffusion.sessions import Runtime
+from edge_agent.diffusion.generator import MOST_DIFFERENCE, Image
+from edge_agent.diffusion.providers import CPU
 from edge_agent.image import encode_png
 from edge_agent.reader import Reader
 from edge_agent.settings import ENVIRONMENT_PREFIX
 from errors import BenchError
 from estimate import calm, calm_ratio, quantile
+from opening import opened
 from plan import PROMPTS, Plan
 from routet2i.edge.v1 import edge_pb2
 from routet2i.edge.v1.edge_pb2_grpc import EdgeAgentServiceStub
@@ -41,13 +42,13 @@ PERCENT, MILLISECONDS = 3.0, 3.0  # target: the larger of the two
 SERIES = ("agent_ms", "direct_ms", "status_ms", "stream_ms")
 DAEMONS = 3
 """One after the other: what one adds depends by 0.3 ms on where it came to lie in memory."""
-LOADED_S, STOPPED_S = 120.0, 60.0
+LOADED_S, WARMED_UP_S, STOPPED_S = 120.0, 1800.0, 60.0
 _POLL_S = 0.05
 
 
 def rows(plan: Plan) -> list[Row]:
     """What the agent adds: socket, service, decision's account, worker thread, facts in the PNG, checksum."""
-    found = asked(plan.threads, "overhead.py", plan.bundle, plan.threads, plan.answers)
+    found = asked(plan.threads, "overhead.py", plan.bundle, plan.threads, plan.answers, plan.providers)
     agent, direct = found["agent_ms"], found["direct_ms"]
     added = [ours - theirs for ours, theirs in zip(agent, direct, strict=True)]
     percent = quantile([100 * extra / theirs for extra, theirs in zip(added, direct, strict=True)])
@@ -77,11 +78,11 @@ def rows(plan: Plan) -> list[Row]:
     ]
 
 
-def measure(folder: Path, threads: int, images: int) -> Reply:
+def measure(folder: Path, threads: int, images: int, providers: str = CPU) -> Reply:
     """Images through the agent, directly, and messages alone, in turns, in milliseconds."""
     bundle = Bundle.open(folder)
     manifest = bundle.manifest
-    generator = Generator(bundle, Runtime(threads=threads))
+    generator = opened(folder, threads, providers)
     reader = Reader(bundle, generator.tokenizer, generator.text_encoder, routing_rate=0.5)
     negative = generator.encode_negative("")  # the agent keeps these too
 
@@ -94,7 +95,7 @@ def measure(folder: Path, threads: int, images: int) -> Reply:
 
     found: Reply = {name: [] for name in SERIES}
     for _ in range(DAEMONS):
-        with running_agent(folder, threads) as (stub, _), running_stream() as stream:
+        with running_agent(folder, threads, providers) as (stub, _), running_stream() as stream:
             here: Reply = {name: [] for name in SERIES}
             for number in range(images // DAEMONS + 1):
                 prompt, answer = PROMPTS[number % len(PROMPTS)], Answer(stub)
@@ -106,7 +107,7 @@ def measure(folder: Path, threads: int, images: int) -> Reply:
                     if name == "agent_ms":
                         with timed(here["status_ms"]):
                             answer.end()
-                if not np.array_equal(*map(pixels, pngs)):
+                if not same(*map(pixels, pngs), providers):
                     raise BenchError("the agent's image is not the one that the same calls make directly")
                 here["stream_ms"].append(stream(answer.sizes, here["direct_ms"][-1] / 1e3) * 1e3)
             for name, series in here.items():
@@ -146,14 +147,26 @@ def pixels(png: bytes) -> np.ndarray:
     return np.asarray(PIL.Image.open(io.BytesIO(png)))
 
 
+def same(one: np.ndarray, other: np.ndarray, providers: str) -> bool:
+    """Whether the pixels are those of one image. Elsewhere than on the CPU they may differ by what rounding makes of
+    them: CUDA's convolutions are chosen anew for each session, by how long they take.
+    """
+    allowed = 0.0 if providers == CPU else MOST_DIFFERENCE
+    return bool(np.linalg.norm(one - other.astype(float)) <= allowed * np.linalg.norm(other))
+
+
 @contextmanager
-def running_agent(folder: Path, threads: int, *more: str) -> Iterator[tuple[EdgeAgentServiceStub, int]]:
-    """`edge-agent serve` on a socket of its own, once its models are loaded, and its process id."""
+def running_agent(
+    folder: Path, threads: int, providers: str, *more: str
+) -> Iterator[tuple[EdgeAgentServiceStub, int]]:
+    """`edge-agent serve` on a socket of its own, once its models are loaded on the best of the providers, and its
+    process id.
+    """
     environment = {name: text for name, text in os.environ.items() if not name.startswith(ENVIRONMENT_PREFIX)}
     with tempfile.TemporaryDirectory() as state:
         address = f"unix:{state}/agent.sock"
         settings = ["--listen", address, "--state", state, "--bundle", str(folder), "--threads", str(threads)]
-        settings += more
+        settings += ["--providers", providers, *more]
         log = Path(state) / "edge-agent.log"  # not the terminal's: the table is to be read there
         with log.open("wb") as file:
             command = [sys.executable, "-m", "edge_agent", "serve", *settings]
@@ -161,7 +174,9 @@ def running_agent(folder: Path, threads: int, *more: str) -> Iterator[tuple[Edge
         try:
             _wait(daemon, log)
             with grpc.insecure_channel(address, options=IN_CALLERS_THREAD) as channel:
-                yield EdgeAgentServiceStub(channel), daemon.pid
+                stub = EdgeAgentServiceStub(channel)
+                _wait_until_warm(stub, providers.split(",")[0])
+                yield stub, daemon.pid
         finally:
             daemon.terminate()
             try:
@@ -181,6 +196,18 @@ def _wait(daemon: subprocess.Popen[bytes], log: Path) -> None:
         time.sleep(_POLL_S)
 
 
+def _wait_until_warm(stub: EdgeAgentServiceStub, best: str) -> None:
+    until = time.monotonic() + WARMED_UP_S
+    while True:
+        found = stub.GetStatus(edge_pb2.GetStatusRequest()).providers
+        standing = next(provider for provider in found if provider.name == best)
+        if standing.state == edge_pb2.PROVIDER_STATE_IN_USE:
+            return
+        if standing.state != edge_pb2.PROVIDER_STATE_WARMING_UP or time.monotonic() > until:
+            raise BenchError(f"edge-agent does not use {best}: {standing.reason}")
+        time.sleep(_POLL_S)
+
+
 if __name__ == "__main__":
-    bundle_folder, thread_count, image_count = sys.argv[1:]
-    answer(lambda: lambda: measure(Path(bundle_folder), int(thread_count), int(image_count)))
+    bundle_folder, thread_count, image_count, names = sys.argv[1:]
+    answer(lambda: lambda: measure(Path(bundle_folder), int(thread_count), int(image_count), names))

@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from edge_agent.diffusion.providers import CPU, QUICK_TO_OPEN
+
 PROMPTS = (
     "a cat",
     "two dogs on a beach",
@@ -25,6 +27,7 @@ class Plan:
     evaluation: Path
     full_size: Path  # where the models of full size are kept, or will be
     threads: int
+    providers: str = CPU  # what ours runs on, as `edge-agent serve --providers` takes it
     decisions: int = 600
     images: int = 30
     answers: int = 90  # of the daemon, whose share in an image is small beside the weather
@@ -32,6 +35,8 @@ class Plan:
     cancellations: int = 1000
     unloads: int = 200  # of the daemon's models
     full_size_pairs: int = 3
+    attention_pixels: tuple[int, ...] = (512, 768)  # of a side
+    full_size_cancellations: int = 30  # on another provider than the CPU, which takes too long
 
     @property
     def quick(self) -> Plan:
@@ -45,7 +50,24 @@ class Plan:
             cancellations=40,
             unloads=2,
             full_size_pairs=1,
+            attention_pixels=(64,),
+            full_size_cancellations=3,
         )
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether ours runs on nothing else, as that of everybody whom it is compared with."""
+        return self.providers == CPU
+
+    @property
+    def on_cuda(self) -> bool:
+        """Whether ours runs where torch and optimum can, too."""
+        return self.providers.split(",")[0] in ("cuda", "tensorrt")
+
+    @property
+    def compiled(self) -> bool:
+        """Whether ours is compiled first, for one image of the default size."""
+        return self.providers.split(",")[0] not in QUICK_TO_OPEN
 
 
 def cores() -> int:

@@ -45,6 +45,9 @@ def _markdown(rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
 
     machine, bundle = facts["machine"], facts["bundle"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    where = ()
+    if providers := facts.get("providers"):
+        where = ("", f"Ours on {providers['names']}; first opened in {providers['opened_s']:.1f} s.")
     return "\n".join(
         (
             f"{machine['processor']}, {machine['cores_used']} of {machine['cores']} cores, "
@@ -54,6 +57,7 @@ def _markdown(rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
             f"Bundle {bundle['name']} ({bundle['model_digest'][:16]}): {bundle['width']} x {bundle['height']} pixels, "
             f"{bundle['steps']} steps, guidance {bundle['guidance']:g}. Values are medians of pairs measured in turns, "
             "with 95 % bootstrap intervals.",
+            *where,
             "",
             line(COLUMNS),
             line(("---",) * len(COLUMNS)),

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -330,6 +331,32 @@ def test_a_row_that_cannot_be_measured_says_what_to_do(
     (only,) = record["rows"]
     assert only["measured"] is None and only["met"] is None
     assert says in only["note"]
+
+
+def test_a_provider_that_cannot_be_used_is_said_before_anything_is_measured(
+    miniature_bundle: Path, tmp_path: Path
+) -> None:
+    options = ("--providers", "abacus,cpu", "--bundle", str(miniature_bundle), "--only", "import")
+    finished, record = bench(*options, out=tmp_path)
+    assert finished.returncode == 2 and record == {}
+    assert "names abacus, which this onnxruntime" in finished.stderr and "Traceback" not in finished.stderr
+
+
+@pytest.mark.parametrize(("providers", "measured"), [("webgpu,cpu", 1), ("openvino,cpu", 0)])
+def test_elsewhere_guidance_alone_is_measured_of_the_runtime_where_it_can_be_batched(
+    part: Part, monkeypatch: pytest.MonkeyPatch, providers: str, measured: int
+) -> None:
+    runtime, asked = part("runtime"), []
+
+    def found(*arguments: Any) -> dict[str, Any]:
+        asked.append(arguments)
+        return {"separate": [[2.0], [1.0]]}
+
+    monkeypatch.setattr(runtime, "asked", found)
+    guidance, *threads = runtime.rows(replace(planned(part, Path("none")), providers=providers))
+    assert [arguments[-2:] for arguments in asked] == [(providers, "separate")] * measured
+    assert (guidance.measured is not None) == bool(measured) and guidance.what == runtime.WHAT["separate"]
+    assert [row.measured for row in threads] == [None] * 3
 
 
 @pytest.mark.posix
