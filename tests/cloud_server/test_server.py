@@ -46,8 +46,9 @@ async def test_it_loads_serves_drains_and_stops(
     number: int, start: Start, model_folder: Path, tmp_path: Path
 ) -> None:
     """Health follows the model, a request in flight survives the signal, and a new one is sent away."""
+    flags = ("--listen", "127.0.0.1:0", "--model", model_folder, "--state", tmp_path / "state")
     with hanging_up(signal.SIG_DFL) if os.name == "posix" else nullcontext():
-        process = start("--listen", "127.0.0.1:0", "--model", model_folder, "--state", tmp_path / "state")
+        process = start(*flags, module="tests.cloud_server.held_device")
     async with grpc.aio.insecure_channel(await process.address()) as channel:
         client = Client(channel)
         assert await client.health_status() == "NOT_SERVING", "the model takes seconds to load"
@@ -64,7 +65,7 @@ async def test_it_loads_serves_drains_and_stops(
         watching = client.health.Watch(health_pb2.HealthCheckRequest())
         unread = client.health.Watch(health_pb2.HealthCheckRequest())  # noqa: F841  # it is held till the end
         assert (await watching.read()).status == health_pb2.HealthCheckResponse.SERVING
-        long = client.call(request_id="in-flight", steps=30, width=256, height=256)
+        long = client.call(request_id="in-flight")
         await anext(aiter(long))
         process.popen.send_signal(number)
         await process.until('"draining"')
@@ -75,6 +76,7 @@ async def test_it_loads_serves_drains_and_stops(
         assert late.error is not None
         assert late.error.code == "UNAVAILABLE"
         assert "shutting down" in late.error.message
+        (tmp_path / "go").touch()
         answer = await client.read(long)
         assert answer.error is None
         assert answer.result is not None, "a request in flight is finished"
@@ -236,10 +238,13 @@ async def test_a_call_whose_method_is_no_text_ends_neither_the_server_nor_the_ca
     """At which gRPC 1.84 and 1.85 close the port for good, whoever calls, and write to memory that they have freed."""
     async with serve(tmp_path, model_folder) as running:
         address = f"127.0.0.1:{running.server.port}"
-        call = running.client.call(request_id="under-way", steps=50, width=256, height=256)
+        go = threading.Event()
+        running.pipeline.unet.register_forward_pre_hook(lambda *_: go.wait(30) and None)
+        call = running.client.call(request_id="under-way")
         await anext(aiter(call))
         await asyncio.to_thread(http2.call, address, b"/routet2i.\xec/x")
         await asyncio.sleep(0.5)  # by then they have
+        go.set()
         async with grpc.aio.insecure_channel(address) as channel:
             assert (await Client(channel).generate(request_id="new", steps=1)).result is not None
         assert (await running.client.read(call)).result is not None

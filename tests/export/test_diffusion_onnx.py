@@ -719,8 +719,9 @@ def test_images_of_every_size_equal_the_pipelines(make: Callable[[], Any], tmp_p
     for size in bundle.manifest.sizes:
         for reference in reference_images(pipeline, 2, 4.0, size):
             assert difference(generator, reference) <= 1e-3
-    one = export_bundle(make(), tmp_path / "one", steps=(2,), sizes=sizes[:1], report=silent)
-    assert one.model_digest == bundle.model_digest, "what one was calibrated for holds for the other"
+    if make is miniature_xl:  # the one whose facts know of its sizes
+        one = export_bundle(make(), tmp_path / "one", steps=(2,), sizes=sizes[:1], report=silent)
+        assert one.model_digest == bundle.model_digest, "what one was calibrated for holds for the other"
 
 
 def test_the_command_takes_several_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1699,16 +1700,16 @@ def test_the_command_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureF
     assert not (tmp_path / "bundle").exists()
 
 
-def test_an_export_whose_progress_nobody_can_read_is_done_all_the_same(saved: Path, tmp_path: Path) -> None:
+def test_an_export_whose_progress_nobody_can_read_is_done_all_the_same(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """As behind `| head -1`."""
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "export", "diffusion", saved, tmp_path / "bundle", "--steps", "1"]
-    try:
-        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
-    finally:
-        os.close(writer)
-    assert done.returncode == 0 and "rror" not in done.stderr
+    with os.fdopen(writer, "w") as nobody:  # which it writes to once more as it is closed
+        monkeypatch.setattr(sys, "stdout", nobody)
+        assert edge_export(["diffusion", str(saved), str(tmp_path / "bundle"), "--steps", "1"]) == 0
+    assert "rror" not in capfd.readouterr().err
     assert Bundle.open(tmp_path / "bundle").manifest.steps == (1,)
 
 

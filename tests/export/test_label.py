@@ -176,9 +176,10 @@ def test_an_earlier_matrix_is_extended_without_making_its_images_again(
     models, miniature_bundle, tmp_path, monkeypatch
 ):
     earlier, whole, out = (tmp_path / f"{name}.parquet" for name in ("earlier", "whole", "out"))
-    more = ("--train", "5", "--test", "3")
+    few = [f"--{split}=0" for split in COUNTS] + ["--train=1", "--validation=1", "--test=1"]
+    more = [*few, "--train=3", "--test=2"]
     monkeypatch.setattr(pieces, "PIECE", 1)  # a larger batch may round otherwise
-    assert label.main(arguments(models, miniature_bundle, earlier)) == 0
+    assert label.main(arguments(models, miniature_bundle, earlier, *few)) == 0
     table = pq.read_table(earlier)
     for name in INSPECTION:  # as `edge-export inspect` adds them
         table = table.append_column(name, pa.array(np.full(len(table), 0.5, np.float32)))
