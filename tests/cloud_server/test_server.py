@@ -239,7 +239,11 @@ async def test_a_call_whose_method_is_no_text_ends_neither_the_server_nor_the_ca
     async with serve(tmp_path, model_folder) as running:
         address = f"127.0.0.1:{running.server.port}"
         go = threading.Event()
-        running.pipeline.unet.register_forward_pre_hook(lambda *_: go.wait(30) and None)
+
+        def held(*_: Any) -> None:
+            go.wait(60)
+
+        running.pipeline.unet.register_forward_pre_hook(held)
         call = running.client.call(request_id="under-way")
         await anext(aiter(call))
         await asyncio.to_thread(http2.call, address, b"/routet2i.\xec/x")

@@ -79,7 +79,7 @@ def expected(pipeline: StableDiffusionPipeline, size: Size) -> np.ndarray:
 @pytest.mark.usefixtures("low")
 @pytest.mark.parametrize(
     ("sizes", "shapes"),
-    [([(64, 64)], "dynamic"), ([(64, 64), (48, 80), (32, 16)], "dynamic"), ([(80, 48)], "fixed")],
+    [([(64, 64), (48, 80), (32, 16)], "dynamic"), ([(80, 48)], "fixed")],
 )
 def test_bands_make_the_image_that_the_whole_makes(
     pipeline: StableDiffusionPipeline, tmp_path: Path, sizes: list[Size], shapes: str
