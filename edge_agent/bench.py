@@ -90,7 +90,7 @@ def _bench(options: argparse.Namespace) -> int:
         from edge_agent.loader import unfit
 
     if not 0 <= options.seconds <= _LONGEST_S:  # also refuses NaN
-        raise InvalidRequest("--seconds must be a number of seconds from 0 to those of a day")
+        raise InvalidRequest(f"--seconds must be a number from 0 to {_LONGEST_S:,.0f}")
     chosen = settings.resolve(vars(options), os.environ)
     bundle = Bundle.open(os.path.realpath(chosen.bundle_folder))
     manifest = bundle.manifest
@@ -183,7 +183,7 @@ def _asked(task: Mapping[str, Any]) -> dict[str, Any]:
         for answer in child.answers("edge_agent.measure", task, name):
             if "step" in answer:
                 say(f"{name}: image {answer['image']}, step {answer['step']} of {answer['steps']}")
-            else:
+            elif "images" in answer:
                 measured = answer
     images = measured.pop("images")
     medians = {part: statistics.median(image[part] for image in images) for part in _PARTS}

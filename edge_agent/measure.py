@@ -84,6 +84,8 @@ def _load(task: dict[str, Any]) -> tuple[Reader, Generator]:
     settings = Settings(bundle=task["bundle"], threads=task["threads"], providers=wish, cache=task["cache"])
     try:
         models = load(settings)
+        return models.reader, models.open_better() if models.open_better else models.generator
     except StartRefused as error:
         raise error.__cause__ or error from None  # without advice on a setting that nobody made
-    return models.reader, models.open_better() if models.open_better else models.generator
+    except OSError as error:  # of the cache's folder
+        raise GenerationFailed(str(error)) from error
