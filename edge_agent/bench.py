@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import base64
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,10 +31,10 @@ of the table. No daemon is asked: stop the one that runs, or both share cores an
 first builds what it needs, which takes minutes, is part of `first image`, and is kept in --cache for the daemon.
 
 `image` is from a prompt's token states to pixels, `step` one call of the network, `decode` from latents to pixels,
-`decision` from the prompt to PRS: medians of the images after the first, as many as --seconds allow, 1 to 30.
-`first image` begins with the process. `memory` is the most that it held, without a graphics card's own. `differs` is
-by how much of 255 a pixel of the first image differs at most from that of the first provider, which is the CPU where it
-is measured.
+`decision` from the prompt to PRS, of a bundle without predictor to token states: medians of the images after the
+first, as many as --seconds allow, 1 to 30. `first image` begins with the process. `memory` is the most that it held,
+without a graphics card's own. `differs` is by how much of 255 a pixel of the first image differs at most from that of
+the first provider, which is the CPU where it is measured.
 
 --json prints one object a line: provider, error, first_image_s, images, image_s, step_s, decode_s, decision_s,
 peak_memory_bytes, largest_difference, model_digest, width, height, steps, guidance_scale, threads, onnxruntime. What
@@ -157,27 +156,29 @@ def _measured(
 ) -> Iterator[dict[str, Any]]:
     """What --json has of each provider."""
     reference: NDArray[np.int64] | None = None
-    with tempfile.TemporaryDirectory() as folder:
-        for name in names:
-            pixels = Path(folder) / "pixels.npy"
-            found: dict[str, Any] = dict.fromkeys(_MEASURED)
-            error, difference = unfit.get(name), None
-            if not error:
-                try:
-                    found |= _asked({**task, "provider": name, "pixels": str(pixels), "began": time.time()})
-                except RouteT2IError as failure:
-                    error = failure.message
+    for name in names:
+        found: dict[str, Any] = dict.fromkeys(_MEASURED)
+        error, difference = unfit.get(name), None
+        if not error:
+            try:
+                measured, drawn = _asked({**task, "provider": name, "began": time.time()})
+            except RouteT2IError as failure:
+                error = failure.message
+            except OSError as failure:
+                error = f"no process can be started for it: {failure.strerror or failure}"
+            else:
+                found |= measured
+                if reference is None:
+                    reference = drawn
                 else:
-                    drawn = np.load(pixels).astype(int)
-                    if reference is None:
-                        reference = drawn
-                    else:
-                        difference = int(np.abs(drawn - reference).max())
-            yield {"provider": name, "error": error, **found, "largest_difference": difference}
+                    difference = int(np.abs(drawn - reference).max())
+        yield {"provider": name, "error": error, **found, "largest_difference": difference}
 
 
-def _asked(task: Mapping[str, Any]) -> dict[str, Any]:
-    """What the process for one provider measures; it is told on a terminal how far that is. Raises GenerationFailed."""
+def _asked(task: Mapping[str, Any]) -> tuple[dict[str, Any], NDArray[np.int64]]:
+    """What the process for one provider measures, and the colours of its first image, 0..255, in one row; it is told on
+    a terminal how far that is. Raises GenerationFailed, and OSError where there can be no such process.
+    """
     name, measured = task["provider"], {}
     with spinner(f"{name}: loading the models") as say:
         for answer in child.answers("edge_agent.measure", task, name):
@@ -187,7 +188,8 @@ def _asked(task: Mapping[str, Any]) -> dict[str, Any]:
                 measured = answer
     images = measured.pop("images")
     medians = {part: statistics.median(image[part] for image in images) for part in _PARTS}
-    return {**measured, "images": len(images), **medians}
+    pixels = np.frombuffer(base64.b64decode(measured.pop("pixels")), np.uint8)
+    return {**measured, "images": len(images), **medians}, pixels.astype(np.int64)
 
 
 def _row(found: Mapping[str, Any]) -> tuple[str, ...]:

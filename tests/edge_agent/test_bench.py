@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,16 +115,32 @@ def test_what_cannot_be_measured_is_refused(
     assert said in done.err
 
 
+def test_where_no_process_can_be_started_it_is_said(
+    benched: Callable[..., Finished], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not that the output cannot be written."""
+    with monkeypatch.context() as patched:  # pytest itself goes on after that
+        patched.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+        done = benched()
+    assert (done.code, done.err) == (2, "")
+    assert done.out.endswith("cpu: no process can be started for it: No such file or directory\n")
+
+
 @pytest.mark.posix
-async def test_ctrl_c_ends_both_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+async def test_a_signal_ends_both_processes_and_leaves_no_file(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    (temporary := tmp_path / "temporary").mkdir()
     command = [sys.executable, "-m", "edge_agent", "bench", "--seconds", "1000"]
-    program: Any = psutil.Popen(command, env=process_environment(tmp_path))
+    program: Any = psutil.Popen(command, env=process_environment(tmp_path, TMPDIR=str(temporary)))
     try:
         await until(program.children)
         (process,) = program.children()
-        program.send_signal(signal.SIGINT)
-        assert program.wait(30) == 130
-        assert not process.is_running()
+        program.send_signal(number)
+        assert program.wait(30) == code
+        await until(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE)
+        assert not list(temporary.iterdir())
     finally:
         if program.is_running():
             program.kill()
