@@ -314,9 +314,9 @@ def options(names: Iterable[str], cache: Path, *, half: bool) -> dict[str, dict[
         known["openvino"] = {"load_config": json.dumps(dict.fromkeys(plugins.KINDS, properties))}
     found = {full_name(name): known[name] for name in names if name in known}
     if found:
-        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         probe = cache / secrets.token_hex(8)  # tempfile may try for ever where it may not, on Windows
         try:
+            cache.mkdir(mode=0o700, parents=True, exist_ok=True)
             probe.touch()
             probe.unlink()
         except OSError as error:
