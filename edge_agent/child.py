@@ -68,7 +68,8 @@ def answers(
         ) as process:
             assert process.stdin is not None and process.stdout is not None  # noqa: S101  # pipes
             try:
-                with suppress(BrokenPipeError), process.stdin as given:  # it may have crashed before it read
+                # It may have crashed before it read: a broken pipe, which Windows calls an invalid argument.
+                with suppress(OSError), process.stdin as given:
                     json.dump({"parent": os.getpid(), "background": background, "task": task}, given)
                 for line in process.stdout:
                     answer = _object(line)
