@@ -235,9 +235,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--months must lie between 2 and 10000")
 
     out = options.out or default_output(OUT, BEGINS)
+    if options.picture and options.picture.resolve() == out.resolve():
+        parser.error("--picture must not name the file of --out")
     check_output(out, options.labels)
     if options.picture:
-        check_output(options.picture, options.labels, out, option="--picture")
+        check_output(options.picture, options.labels, option="--picture")
     bundle = Bundle.open(options.bundle)
     test, scenes, calibration = held_out(options.labels, bundle)
     things_said(scenes)

@@ -618,6 +618,7 @@ def test_a_months_budget_buys_more_where_it_is_paced(
     ("how", "why"),
     [
         (["--picture", "budget.doc"], "must end in .png, .svg, .pdf, not 'budget.doc'"),
+        (["--picture", "budget.png", "--out", "./budget.png"], "--picture must not name the file of --out"),
         (["--price", "0"], "lasts for ever"),
         (["--budget", "1,x"], "'x' is not an amount"),
         (["--budget", "1,0.005"], "must pay for one image"),
