@@ -25,6 +25,7 @@ from edge_agent.errors import (
     CloudError,
     CloudRefused,
     CloudUncalibrated,
+    DuplicateRequest,
     LedgerError,
     QuotaExhausted,
 )
@@ -120,12 +121,14 @@ class Agent:
         Raises any RouteT2IError; of the cloud's only to callers who asked for the cloud alone.
         """
         began = time.perf_counter()
-        request = validate(request, self.models.limits)
+        request = validate(request, self.models.limits, draw_seed=partial(self.purchases.seed, request))
         purchase, failure = None, ""
         with self.models:
             reading, decision = await self._read(request)
             self._learn(request, decision)
-            if decision.route == "cloud":
+            if request.named:
+                decision, purchase = await self._redeliver(request, decision)
+            if decision.route == "cloud" and purchase is None:
                 decision, purchase = await self._reserve(request, decision)
             if purchase is not None:
                 async with aclosing(purchase):
@@ -283,6 +286,18 @@ class Agent:
         stages_ms = {"decide": _ms_since(began)}
         return reading, reading.decision(route, reason, alpha, quota, stages_ms)
 
+    async def _redeliver(self, request: ImageRequest, decision: Decision) -> tuple[Decision, Purchase | None]:
+        """The decision, unless this request has paid for its image before: then the cloud is to send that."""
+        cloud, purchase = self.purchases.cloud, None
+        if cloud is None or request.local_only:
+            return decision, None
+        if cloud.record.healthy or request.routing is Routing.CLOUD_ONLY:
+            with suppress(LedgerError):  # which the status tells, and so does reserving
+                purchase = await self.purchases.redeliver(request, self._cloud_timeout_s(request))
+        if purchase is not None:
+            decision = decision._replace(route="cloud", reason=Reason.ALREADY_PAID)
+        return decision, purchase
+
     async def _reserve(self, request: ImageRequest, decision: Decision) -> tuple[Decision, Purchase | None]:
         """The decision that stands, and what it bought: others may have taken what the quota allowed a moment ago."""
         began = time.perf_counter()
@@ -374,7 +389,9 @@ class Agent:
         async with aclosing(purchase.images()) as events:
             async for event in events:
                 if isinstance(event, CloudAccepted):
-                    position, self.tally.cloud_digest = event.queue_position, event.model_digest
+                    position = event.queue_position
+                    if not purchase.redelivery:  # else it is the model of then
+                        self.tally.cloud_digest = event.model_digest
                     # Before it is paid for.
                     if decision.reason is Reason.PARETO_CLOUD and not self._cloud_fits:
                         raise CloudUncalibrated(
@@ -400,9 +417,16 @@ class Agent:
 
     def _fall_back(self, request: ImageRequest, error: CloudError, purchase: Purchase) -> str:
         """What the result says of the failure. Raises it where the caller wants the cloud or nothing."""
-        if not isinstance(error, CloudUncalibrated) and not self._own_terms(request, error, purchase):
+        # As one that is kept no longer is. Like the caller's own terms, it says nothing of the cloud.
+        gone = purchase.redelivery and isinstance(error, CloudRefused)
+        if not (gone or isinstance(error, CloudUncalibrated) or self._own_terms(request, error, purchase)):
             self.tally.failed(error)
         if request.routing is Routing.CLOUD_ONLY:
+            if gone:
+                raise DuplicateRequest(
+                    f"the image of the request id {request.request_id!r} was paid for and is not to be had any more; "
+                    f"use a new one for a new image ({error.message})"
+                ) from error
             raise error
         self.tally.fallbacks += 1
         return error.message

@@ -205,6 +205,8 @@ class CloudClient:
         ceiling_micro_usd: int,
         timeout_s: float,
         sending: Callable[[], None] = lambda: None,
+        *,
+        redelivery: bool = False,
     ) -> AsyncGenerator[CloudAccepted | Progress | CloudImage, None]:
         """Have the cloud make an image for at most `ceiling_micro_usd`, within `timeout_s` seconds in all.
 
@@ -213,13 +215,14 @@ class CloudClient:
         when the request goes out: until then nothing can have been charged, whatever ends the call.
 
         Where the answer breaks off and the image is paid for, as it is once its first byte comes, the rest of it is
-        asked for.
+        asked for. With `redelivery` all of it was paid for before, with at most `ceiling_micro_usd`: the cloud may send
+        what it has kept, and is offered nothing to make an image.
 
         Raises CloudUnavailable, CloudRefused or CloudLied; their `never_ran` says whether the call can be
         forgotten. Otherwise, also after a cancellation, `lookup` tells what it came to.
         """
         deadline = self._monotonic() + timeout_s
-        stream = ImageStream(request, ceiling_micro_usd)
+        stream = ImageStream(request, ceiling_micro_usd, redelivery=redelivery)
         broken: CloudError | None = None  # at first: what a later call comes to is not what the image came to
         asked = False
         for _ in range(MOST_RESUMES + 1):

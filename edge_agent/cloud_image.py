@@ -54,11 +54,12 @@ class CloudImage:
 
 
 class ImageStream:
-    """The answer to one call, checked as it comes in."""
+    """The answer to one call, checked as it comes in. With `redelivery` nothing is offered for it: it was paid for."""
 
-    def __init__(self, request: ImageRequest, ceiling_micro_usd: int) -> None:
+    def __init__(self, request: ImageRequest, ceiling_micro_usd: int, *, redelivery: bool = False) -> None:
         self.request = request
         self._ceiling_micro_usd = ceiling_micro_usd
+        self._offer_micro_usd = 0 if redelivery else ceiling_micro_usd
         own = math.prod(request.size) * MAX_PIXEL_BYTES + MAX_OTHER_BYTES
         self._max_image_bytes = min(MAX_IMAGE_BYTES, own)
         self.accepted: CloudAccepted | None = None
@@ -68,7 +69,7 @@ class ImageStream:
     def wire_request(self) -> cloud_pb2.GenerateRequest:
         """What to ask for next: the image, or what is left of it."""
         self._begun = False
-        return _wire_request(self.request, self._ceiling_micro_usd, len(self.received))
+        return _wire_request(self.request, self._offer_micro_usd, len(self.received))
 
     async def take(
         self, response: cloud_pb2.GenerateResponse | None
@@ -196,7 +197,7 @@ def _check_png(png: bytes, sha256: str, asked: tuple[int, int]) -> None:
 
 
 def _wire_request(
-    request: ImageRequest, ceiling_micro_usd: int, resume_offset: int
+    request: ImageRequest, max_price_micro_usd: int, resume_offset: int
 ) -> cloud_pb2.GenerateRequest:
     """What the cloud needs to know, and no more: the app's name stays here."""
     if request.local_only:
@@ -212,7 +213,7 @@ def _wire_request(
         guidance_scale=request.guidance_scale,
         media_type=request.media_type,
         privacy=image_pb2.PRIVACY_NORMAL,
-        max_price_micro_usd=ceiling_micro_usd,
+        max_price_micro_usd=max_price_micro_usd,
         traceparent=request.traceparent,
         resume_offset=resume_offset,
     )

@@ -30,6 +30,8 @@ class Reason(Enum):
     """The caller keeps the prompt on the device."""
     CLOUD_ONLY = "cloud_only"
     """The caller asks for the cloud."""
+    ALREADY_PAID = "already_paid"
+    """The caller repeats a request whose image the cloud has made and been paid for: it is sent again, for nothing."""
     UNCALIBRATED = "uncalibrated"
     """The models in use are not those the calibration was made for: PRS and alpha would mean nothing."""
 

@@ -4,6 +4,8 @@ A reservation is *settled* when the image has arrived; *released* when the call 
 that it never ran; and in every other case (broken off, cancelled, killed in between) the *resolver* asks the cloud
 by request id and settles or releases. Until it knows, the reservation counts as spent. Only the cloud that the call
 went to can know: another server, or the same one asked by another tenant, has never heard of it.
+
+Who repeats a request whose reservation is settled gets the image that was paid for, as long as the cloud keeps it.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from edge_agent.cloud import CloudClient
 from edge_agent.cloud_image import CloudAccepted, CloudImage
 from edge_agent.errors import (
     CloudError,
+    CloudRefused,
     DuplicateRequest,
     LedgerError,
     QuotaExhausted,
@@ -134,8 +137,25 @@ class Purchases:
             raise
         self._unsent.discard(key)  # that was an earlier call of this id, released since; this one may be sent
         self._arrived_by[key] = deadline
-        request = request._replace(request_id=key)
-        return Purchase(self, self.cloud, request, ceiling_micro_usd, timeout_s, deadline)
+        return Purchase(
+            self, self.cloud, request._replace(request_id=key), ceiling_micro_usd, timeout_s, deadline
+        )
+
+    async def redeliver(self, request: ImageRequest, timeout_s: float) -> Purchase | None:
+        """The image that this request id has paid for, once more and for nothing, within `timeout_s` seconds. None
+        where it has paid for none, as far as is known.
+
+        The caller closes the purchase. Raises LedgerError.
+        """
+        assert self.cloud is not None  # noqa: S101  # as in `reserve`
+        key, deadline = self.key(request), time.monotonic() + timeout_s
+        paid = await asyncio.to_thread(self.ledger.charged, key, self.cloud.identity)
+        if paid is None or self.full or key in self._under_way:
+            return None
+        self._under_way.add(key)
+        return Purchase(
+            self, self.cloud, request._replace(request_id=key), paid, timeout_s, deadline, redelivery=True
+        )
 
     async def advice(self, ceiling_micro_usd: int) -> list[str]:
         """One sentence for each thing that keeps calls of this ceiling, or what is unresolved, from their end.
@@ -182,6 +202,10 @@ class Purchases:
         """
         whole = "\0".join((self.ledger.device, request.app, request.request_id))
         return hashlib.sha256(whole.encode()).hexdigest()[:32]
+
+    def seed(self, request: ImageRequest) -> int:
+        """For who gives none: a request that is repeated asks for the same image."""
+        return int(self.key(request)[:8], 16)  # 32 bits, as a seed has
 
     def accepted(self, key: str) -> None:
         """The cloud has taken the call `key`: from now on it is released only where the cloud knows that it ended."""
@@ -321,7 +345,10 @@ class Purchases:
 
 
 class Purchase:
-    """One reservation, from the moment it is made. `aclose` it: what it has not concluded goes to the resolver."""
+    """One reservation, from the moment it is made. `aclose` it: what it has not concluded goes to the resolver.
+
+    With `redelivery` it was settled before, and nothing is paid.
+    """
 
     def __init__(
         self,
@@ -331,8 +358,11 @@ class Purchase:
         ceiling_micro_usd: int,
         timeout_s: float,
         deadline: float,
+        *,
+        redelivery: bool = False,
     ) -> None:
         self.timeout_s = timeout_s
+        self.redelivery = redelivery
         self._purchases = purchases
         self._cloud = cloud
         self._request = request
@@ -340,7 +370,7 @@ class Purchase:
         self._ceiling_micro_usd = ceiling_micro_usd
         self._deadline = deadline  # time.monotonic(), s
         self._sent = False
-        self._concluded = False
+        self._concluded = redelivery
 
     def images(self) -> CloudEvents:
         """The cloud's events, however slowly they are taken; the image comes when it is settled. Raises CloudError."""
@@ -348,19 +378,23 @@ class Purchase:
 
     async def _events(self) -> CloudEvents:
         timeout_s = max(0.0, self._deadline - time.monotonic())
-        calling = self._cloud.generate(self._request, self._ceiling_micro_usd, timeout_s, self._goes_out)
+        calling = self._cloud.generate(
+            self._request, self._ceiling_micro_usd, timeout_s, self._goes_out, redelivery=self.redelivery
+        )
         async with aclosing(calling) as events:
             try:
                 async for event in events:
-                    if isinstance(event, CloudAccepted):
+                    if isinstance(event, CloudAccepted) and not self.redelivery:
                         self._purchases.accepted(self._key)
-                    if isinstance(event, CloudImage):
+                    if isinstance(event, CloudImage) and not self.redelivery:
                         self._concluded = await self._purchases.settle(self._key, event.charged_micro_usd)
                         if self._concluded:  # its place is another's now, however slowly the image is read
                             self._purchases.concluded(self._key)
                     yield event
             except CloudError as error:
-                if error.never_ran:
+                if self.redelivery and isinstance(error, CloudRefused) and error.price_micro_usd is not None:
+                    raise CloudRefused(FORGOTTEN, never_ran=True) from error
+                if error.never_ran and not self.redelivery:
                     self._concluded = await self._purchases.release(self._key)
                 raise
 

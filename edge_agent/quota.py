@@ -307,6 +307,15 @@ class Ledger:
             ).fetchall()
         return [Reservation(*row) for row in rows]
 
+    def charged(self, request_id: str, cloud: str) -> int | None:
+        """What `cloud` was paid for this call, in micro-dollars; None where it was paid nothing that is known of."""
+        with self._alone() as connection:
+            found = connection.execute(
+                "SELECT cost_micro_usd FROM calls WHERE request_id = ? AND cloud = ? AND state = 'settled'",
+                (request_id, cloud),
+            ).fetchone()
+        return None if found is None else found[0]
+
     def is_open(self, request_id: str) -> bool:
         """Whether it is reserved, and neither settled nor released."""
         with self._alone() as connection:

@@ -68,7 +68,7 @@ class ImageRequest(NamedTuple):  # `validate` copies it in a quarter of a datacl
 
     `width` and `height` are in pixels, `seed` is in 0..MAX_SEED, `max_price_micro_usd` in micro-dollars.
     `resume_offset` is the number of image bytes that the caller already has. `deadline` is a reading of
-    `time.monotonic()`, in seconds; None means no deadline.
+    `time.monotonic()`, in seconds; None means no deadline. `named`: the id is the caller's own, who may repeat it.
     """
 
     request_id: str
@@ -88,6 +88,7 @@ class ImageRequest(NamedTuple):  # `validate` copies it in a quarter of a datacl
     traceparent: str = ""
     resume_offset: int = 0
     deadline: float | None = None
+    named: bool = False
 
     @property
     def size(self) -> tuple[int, int]:

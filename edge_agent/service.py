@@ -415,6 +415,7 @@ def _image_request(
         traceparent=image.traceparent,
         resume_offset=image.resume_offset,
         deadline=None if remaining_s is None else time.monotonic() + remaining_s,
+        named=bool(image.request_id),
     )
 
 

@@ -33,9 +33,10 @@ from edge_agent.errors import CloudUnavailable
 from edge_agent.quota import Ledger
 from edge_agent.recent import Recent
 from edge_agent.request import ImageRequest, Routing
+from routet2i.cloud.v1 import cloud_pb2
 from routet2i.edge.v1 import edge_pb2
 from routet2i.image.v1 import image_pb2
-from tests.edge_agent.test_cloud import Cloud, abort, accepted, stall
+from tests.edge_agent.test_cloud import Cloud, abort, accepted, chunks, png, result, stall
 from tests.running import (
     CLOUD,
     CLOUD_PROMPT,
@@ -366,13 +367,94 @@ async def test_callers_who_go_away_at_any_moment_leave_no_reservation(both: Both
 
 async def test_a_request_id_is_paid_for_once(both: Both) -> None:
     first = await both.app.generate(CLOUD_PROMPT, request_id="twice")
+    spent = await both.app.budget()
     second = await both.app.generate(CLOUD_PROMPT, request_id="twice")
-    assert (first.served_by, second.code) == ("cloud", "ALREADY_EXISTS")
+    assert [(answer.served_by, answer.reason) for answer in (first, second)] == [
+        ("cloud", "pareto_cloud"),
+        ("cloud", "already_paid"),
+    ]
+    assert second.result.image.seed == first.result.image.seed, "what is repeated is the same image"
+    assert second.picture.tobytes() == first.picture.tobytes()
+    assert (second.result.cost_micro_usd, await both.app.budget()) == (ScriptedCloud.PRICE, spent)
+    once, again = (received.image for received in both.cloud.received)
+    assert (once.max_price_micro_usd, again.max_price_micro_usd) == (CEILING, 0), "nothing is offered again"
+    again.max_price_micro_usd = CEILING
+    assert again == once
+    both.cloud.received.clear()
     together = await asyncio.gather(
         *(both.app.generate(CLOUD_PROMPT, request_id="at-once") for _ in range(4))
     )
     assert sorted(answer.code for answer in together) == ["ALREADY_EXISTS"] * 3 + ["OK"]
-    assert len(both.cloud.received) == 2
+    assert len(both.cloud.received) == 1
+
+
+async def test_an_image_that_its_app_has_lost_comes_again_also_once_the_budget_is_used_up(
+    routed_bundle: Path, digest: str, tmp_path: Path
+) -> None:
+    how: dict[str, Any] = {"budget": "0.01"}  # for one call
+    async with scripted_cloud(digest) as cloud:
+        async with daemon_here(routed_bundle, tmp_path, cloud=cloud.address, **how) as here:
+            cloud.manner = "break"  # when it was made
+            assert (await here.app.generate(CLOUD_PROMPT, request_id="lost")).result.fallback
+            await until(lambda: nothing_reserved(here.app))
+        cloud.manner = "honest"
+        async with daemon_here(routed_bundle, tmp_path, cloud=cloud.address, **how) as here:  # started anew
+            assert (await here.app.generate(CLOUD_PROMPT, request_id="another")).reason == "quota_exhausted"
+            for routing in (edge_pb2.ROUTING_AUTO, CLOUD):
+                answer = await here.app.generate(CLOUD_PROMPT, request_id="lost", routing=routing)
+                assert (answer.served_by, answer.reason) == ("cloud", "already_paid")
+            answer = await here.app.generate(CLOUD_PROMPT, request_id="lost", routing=LOCAL)
+            assert (answer.served_by, answer.reason) == ("edge", "local_only")
+            assert await here.app.budget() == (ScriptedCloud.PRICE, 0)
+
+
+@pytest.mark.parametrize(
+    ("refusal", "why"),
+    [
+        (
+            abort(grpc.StatusCode.ALREADY_EXISTS, "which is no longer kept", detail=ErrorInfo()),
+            "no longer kept",
+        ),
+        (
+            abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "too dear",
+                detail=ErrorInfo(reason="PRICE_ABOVE_CEILING", metadata={"price_micro_usd": "5000"}),
+            ),
+            "its journal deleted",  # it would make the image, and charge for it, a second time
+        ),
+    ],
+)
+async def test_where_the_image_that_was_paid_for_is_gone_the_edge_makes_one(
+    refusal: Any, why: str, routed_bundle: Path, digest: str, tmp_path: Path
+) -> None:
+    def honest(request: cloud_pb2.GenerateRequest) -> list[Any]:
+        wish = request.image
+        image = png(wish.width, wish.height)
+        facts: dict[str, Any] = {"request_id": wish.request_id, "seed": wish.seed, "side": wish.width}
+        return [
+            accepted(CEILING, digest),
+            *chunks(image),
+            result(image, charged=CEILING, digest=digest, **facts),
+        ]
+
+    async with (
+        counted(Cloud(honest)) as cloud,
+        daemon_here(routed_bundle, tmp_path, cloud=cloud.address) as here,
+    ):
+        wish = {"request_id": "gone"}
+        assert (await here.app.generate(CLOUD_PROMPT, **wish)).served_by == "cloud"
+        cloud.script = [refusal]
+        answer = await here.app.generate(CLOUD_PROMPT, **wish)
+        assert (answer.served_by, answer.reason) == ("edge", "already_paid")
+        assert why in answer.result.fallback_error
+        answer = await here.app.generate(CLOUD_PROMPT, routing=CLOUD, **wish)
+        assert answer.code == "ALREADY_EXISTS" and why in answer.message
+        status = await here.app.status()
+        assert status.cloud_health == edge_pb2.CLOUD_HEALTH_HEALTHY and not any(
+            "cloud" in a for a in status.advice
+        )
+        assert await here.app.budget() == (CEILING, 0)
 
 
 async def test_two_apps_may_choose_the_same_id(both: Both) -> None:
@@ -883,7 +965,8 @@ async def test_an_image_that_cost_nothing_was_made_all_the_same(
         cloud.manner = "lie"
         assert (await here.app.generate(CLOUD_PROMPT, request_id="free")).result.fallback
         await until(lambda: not here.daemon._purchases.ledger.unresolved())
-        assert (await here.app.generate(routing=CLOUD, request_id="free")).code == "ALREADY_EXISTS"
+        cloud.manner = "honest"
+        assert (await here.app.generate(routing=CLOUD, request_id="free")).reason == "already_paid"
         assert (await here.app.generate(CLOUD_PROMPT)).reason == "quota_exhausted"
 
 

@@ -6,7 +6,7 @@ import asyncio
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack, aclosing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +268,32 @@ async def test_an_id_that_is_used_again_is_refused_by_the_name_that_its_app_gave
     await first.aclose()
 
 
+@pytest.mark.parametrize("manner", ["honest", "drop", "break", "hang", "lie"])
+async def test_whatever_becomes_of_an_image_that_is_sent_again_the_money_stays_as_it_was(
+    begin: Begin, manner: str
+) -> None:
+    async with scripted_cloud("d" * 64) as cloud:
+        purchases = begin(cloud.address)
+        key = purchases.key(request("again"))
+        purchases.ledger.reserve(key, "default", CEILING, purchases.cloud.identity)
+        assert await purchases.redeliver(request("again"), 1.0) is None, (
+            "it is not known yet whether it is paid"
+        )
+        purchases.ledger.settle(key, cloud.PRICE)
+        cloud.manner = manner
+        for timeout_s in (1.0, 0.0):
+            purchase = await purchases.redeliver(request("again"), timeout_s)
+            assert purchase is not None
+            assert await purchases.redeliver(request("again"), 1.0) is None, "one at a time"
+            with suppress(CloudError):
+                async with aclosing(purchase), aclosing(purchase.images()) as events:
+                    kinds = [type(event) async for event in events]
+                    assert manner == "honest" and timeout_s and CloudImage in kinds
+            assert purchases._under_way == set() and unresolved(purchases) == ["left"]
+            assert purchases.ledger.charged(key, purchases.cloud.identity) == cloud.PRICE
+        assert purchases._arrived_by == {}, "which only what is open needs"
+
+
 async def test_the_names_of_apps_and_their_ids_do_not_run_together(begin: Begin) -> None:
     purchases = begin("127.0.0.1:1")
     names = [("kiosk", "1-a"), ("kiosk1", "-a"), ("desk", "1-a")]
@@ -298,7 +324,10 @@ async def test_a_call_has_the_time_that_its_reservation_left(
     """It must not outlast what the resolver waits for."""
     given: list[float] = []
 
-    async def generate(_request: Any, _ceiling: Any, timeout_s: float, _goes_out: Any) -> AsyncIterator[Any]:
+    async def generate(
+        _request: Any, _ceiling: Any, timeout_s: float, _goes_out: Any, *, redelivery: bool
+    ) -> AsyncIterator[Any]:
+        assert not redelivery
         given.append(timeout_s)
         for nothing in ():
             yield nothing

@@ -202,6 +202,19 @@ def test_a_second_reserve_of_the_same_request_is_refused_before_and_after_settli
     assert remaining(ledger) == [90]
 
 
+def test_what_a_call_was_charged_is_known_of_its_own_cloud_once_it_is_settled(open_ledger: Open) -> None:
+    ledger = open_ledger(DAY)
+    for request_id, charged in (("paid", 7), ("free", 0), ("open", None)):
+        ledger.reserve(request_id, "app", 10, "here:1")
+        if charged is not None:
+            ledger.settle(request_id, charged)
+    ledger.reserve("back", "app", 10, "here:1")
+    ledger.release("back")
+    known = [ledger.charged(request_id, "here:1") for request_id in ("paid", "free", "open", "back", "other")]
+    assert known == [7, 0, None, None, None]
+    assert ledger.charged("paid", "there:1") is None
+
+
 def test_settling_twice_counts_once_and_at_another_amount_is_refused(open_ledger: Open) -> None:
     ledger = open_ledger(DAY)
     ledger.reserve("r", "app", 10)

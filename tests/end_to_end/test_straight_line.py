@@ -154,6 +154,28 @@ async def test_a_daemon_killed_in_the_middle_of_a_cloud_call_learns_what_it_owes
         assert spent == sum(call.get("charged_micro_usd", 0) for call in told)
 
 
+async def test_an_image_that_was_paid_for_comes_again_from_a_daemon_that_was_killed(
+    world: World, start_edge: StartEdge, prompts: tuple[str, str]
+) -> None:
+    one = f"{PRICE / 1e6}"
+    how = ("--cloud", world.cloud_address, "--budget", one, "--max-price", one)
+    pictures, ids = [], []
+    for reason in ("pareto_cloud", "already_paid"):
+        edge = start_edge(*how)
+        async with grpc.aio.insecure_channel(edge.address) as channel:
+            app = App(channel)
+            answer = await app.generate(prompts[1], request_id="once", timeout=150)
+            assert (answer.reason, answer.served_by) == (reason, "cloud"), answer.result
+            assert (answer.result.cost_micro_usd, await app.budget()) == (PRICE, (PRICE, 0))
+            pictures.append(answer.picture.tobytes())
+        edge.process.kill()
+        ids += [call["purchase"] for call in edge.process.calls if "purchase" in call]
+    assert pictures[0] == pictures[1]
+    assert len(ids) == 2 and ids[0] == ids[1]
+    made = world.cloud.wait_for_calls(2, request_id=ids[0])
+    assert [call.get("charged_micro_usd") for call in made] == [PRICE, None]
+
+
 def test_the_clients_twenty_lines_work_as_they_stand(
     world: World, start_edge: StartEdge, tmp_path: Path
 ) -> None:

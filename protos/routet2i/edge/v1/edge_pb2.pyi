@@ -31,6 +31,7 @@ class DecisionReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DECISION_REASON_LOCAL_ONLY: _ClassVar[DecisionReason]
     DECISION_REASON_CLOUD_ONLY: _ClassVar[DecisionReason]
     DECISION_REASON_UNCALIBRATED: _ClassVar[DecisionReason]
+    DECISION_REASON_ALREADY_PAID: _ClassVar[DecisionReason]
 
 class ProviderState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -61,6 +62,7 @@ DECISION_REASON_CLOUD_UNAVAILABLE: DecisionReason
 DECISION_REASON_LOCAL_ONLY: DecisionReason
 DECISION_REASON_CLOUD_ONLY: DecisionReason
 DECISION_REASON_UNCALIBRATED: DecisionReason
+DECISION_REASON_ALREADY_PAID: DecisionReason
 PROVIDER_STATE_UNSPECIFIED: ProviderState
 PROVIDER_STATE_IN_USE: ProviderState
 PROVIDER_STATE_WARMING_UP: ProviderState
