@@ -18,6 +18,7 @@ with interruptible():
     import errno
     import io
     import logging
+    import secrets
     from collections.abc import Iterable, Iterator, Sequence
     from datetime import datetime
     from typing import Any
@@ -280,11 +281,12 @@ def _generate(options: argparse.Namespace) -> int:
             "--json and -o - would both write to standard output; name a file with -o, or leave out --json"
         )
     target = image_file.checked(_file(options))
+    request_id = options.request_id or secrets.token_hex(16)
     fields = {
         "prompt": options.prompt,
         "negative_prompt": options.negative_prompt,
         "app": options.app,
-        "request_id": options.request_id,
+        "request_id": request_id,
         "seed": options.seed,
         "width": options.width,
         "height": options.height,
@@ -299,14 +301,21 @@ def _generate(options: argparse.Namespace) -> int:
         routing = Routing.CLOUD_ONLY
     given = {name: value for name, value in fields.items() if value is not None}
     decision, received = None, None
-    for event in _shown(client(options).generate(routing=routing, **given)):
-        if isinstance(event, Decision):
-            decision = event
-        elif isinstance(event, Received):
-            received = event
-    if decision is None or received is None:
-        raise CallFailed("the daemon sent an image without its decision", BROKEN)
-    file = image_file.write(received, target)
+    try:
+        for event in _shown(client(options).generate(routing=routing, **given)):
+            if isinstance(event, Decision):
+                decision = event
+            elif isinstance(event, Received):
+                received = event
+        if decision is None or received is None:
+            raise CallFailed("the daemon sent an image without its decision", BROKEN)
+        file = image_file.write(received, target)
+    except RouteT2IError as error:
+        if _is_lost(error, decision, received):
+            error.message += (
+                f"; with --request-id {request_id} an image that the cloud has made comes again, for nothing"
+            )
+        raise
     if received.fallback_error:
         remark(f"made on this device, because {received.fallback_error}")
     if options.json:
@@ -319,6 +328,14 @@ def _generate(options: argparse.Namespace) -> int:
             f"({decision.reason.value}){cost}, {seconds:.2f} s"
         )
     return DONE
+
+
+def _is_lost(error: RouteT2IError, decision: Decision | None, received: Received | None) -> bool:
+    """Whether an image that may have been paid for did not come, or cannot be written."""
+    if received is not None:
+        return received.served_by == "cloud"
+    broke_off = isinstance(error, CallFailed) and error.exit_code in (BROKEN, UNREACHABLE)
+    return broke_off and decision is not None and decision.route == "cloud"
 
 
 def _quota(options: argparse.Namespace) -> int:

@@ -756,7 +756,9 @@ def test_what_is_asked_with_the_flags_of_generate_is_what_the_daemon_is_asked(ru
     names = ("seed", "steps", "guidance_scale", "width", "height", "max_price_micro_usd")
     assert [name for name in names if not image.HasField(name)] == []
     assert everything.routing == edge_pb2.ROUTING_AUTO
-    assert nothing.image == image_pb2.ImageRequest(prompt="a", app="default")
+    drawn = nothing.image.request_id
+    assert nothing.image == image_pb2.ImageRequest(prompt="a", app="default", request_id=drawn)
+    assert re.fullmatch("[0-9a-f]{32}", drawn)
     assert nothing.routing == edge_pb2.ROUTING_LOCAL_ONLY
 
 
@@ -775,6 +777,33 @@ def test_generate_tells_who_made_the_image_for_how_much_and_why_not_the_cloud(ru
     assert finished.out == "a.png: 64x32, seed 7, by the edge (pareto_cloud), 1.23 s\n"
     assert "made on this device, because the cloud broke off" in finished.err
     assert (facts["fallback"], facts["prs"], facts["alpha"]) == ("the cloud broke off", None, None)
+
+
+@pytest.mark.parametrize(
+    ("events", "named"),
+    [
+        ([decided(edge_pb2.ROUTE_CLOUD)], True),
+        ([decided(edge_pb2.ROUTE_CLOUD), part(b"a"), made("r-1", edge_pb2.ROUTE_CLOUD, b"other")], True),
+        (
+            [decided(edge_pb2.ROUTE_CLOUD), part(b"a"), made("r-1", edge_pb2.ROUTE_CLOUD, b"a")],
+            True,
+        ),  # but no room
+        ([decided(edge_pb2.ROUTE_CLOUD), part(b"a"), made("r-1", png=b"a")], False),
+        ([decided()], False),
+    ],
+)
+def test_who_lost_an_image_that_may_be_paid_for_is_told_its_id(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, events: list[Any], named: bool
+) -> None:
+    def full(*_: object, **__: object) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", full)
+    asked: list[edge_pb2.GenerateRequest] = []
+    with answering(*events, asked=asked) as address:
+        finished = run("generate", "a", "-o", str(tmp_path / "a.png"), "--agent", address)
+    assert finished.code != 0
+    assert (f"with --request-id {asked[0].image.request_id} an image" in finished.err) is named
 
 
 @pytest.mark.parametrize(
