@@ -457,6 +457,19 @@ async def test_where_the_image_that_was_paid_for_is_gone_the_edge_makes_one(
         assert await here.app.budget() == (CEILING, 0)
 
 
+async def test_an_image_that_is_sent_again_says_nothing_of_the_model_that_the_cloud_has_now(
+    routed_bundle: Path, digest: str, tmp_path: Path
+) -> None:
+    async with (
+        scripted_cloud("ab" * 32) as cloud,
+        daemon_here(routed_bundle, tmp_path, cloud=cloud.address) as here,
+    ):
+        for cloud.digest, request_id in (("ab" * 32, "old"), (digest, "new"), ("ab" * 32, "old")):
+            answer = await here.app.generate(routing=CLOUD, request_id=request_id)
+            assert answer.result.cloud_model_digest == cloud.digest
+        assert (answer.reason, (await here.app.status()).calibrated) == ("already_paid", True)
+
+
 async def test_two_apps_may_choose_the_same_id(both: Both) -> None:
     answers = [await both.app.generate(CLOUD_PROMPT, request_id="one", app=app) for app in ("a", "b")]
     assert [answer.served_by for answer in answers] == ["cloud", "cloud"]
