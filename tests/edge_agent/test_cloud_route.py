@@ -405,6 +405,9 @@ async def test_an_image_that_its_app_has_lost_comes_again_also_once_the_budget_i
                 assert (answer.served_by, answer.reason) == ("cloud", "already_paid")
             answer = await here.app.generate(CLOUD_PROMPT, request_id="lost", routing=LOCAL)
             assert (answer.served_by, answer.reason) == ("edge", "local_only")
+            here.daemon._purchases.cloud.record.leave_alone(60.0)
+            answer = await here.app.generate(CLOUD_PROMPT, request_id="lost")
+            assert (answer.served_by, answer.reason) == ("edge", "cloud_unavailable")
             assert await here.app.budget() == (ScriptedCloud.PRICE, 0)
 
 
