@@ -208,19 +208,13 @@ class Journal:
 
         Raises AlreadyExists when it is being made, or was made.
         """
-        began = False
-        try:
+        with self._lock:  # nobody finds the row before it is known to be live
             with self._transaction():
                 if not self._is_there():
                     raise sqlite3.OperationalError(_REMOVED)
                 self._begin(tenant, request_id, fingerprint)
-                self._live.add((tenant, request_id))  # before anybody can find the row
-                began = True
+            self._live.add((tenant, request_id))
             self._failure = ""
-        except BaseException:
-            if began:  # and the disk said no: a row that an earlier crash left is not running now, either
-                self._live.discard((tenant, request_id))
-            raise
 
     def finish(self, tenant: str, request_id: str, finished: Finished) -> None:
         """Writes the image and its charge, both or neither; only for an id that is running."""
@@ -315,30 +309,19 @@ class Journal:
 
     def _find(self, tenant: str, request_id: str, with_image: bool) -> Entry | None:
         row = self._connection.execute(
-            "SELECT state, fingerprint, charged_micro_usd, sha256, model_digest, spec "
-            "FROM generations WHERE tenant = ? AND request_id = ?",
-            (tenant, request_id),
+            "SELECT state, fingerprint, charged_micro_usd, sha256, model_digest, spec, "
+            "CASE WHEN ? AND ran >= ? THEN image END FROM generations WHERE tenant = ? AND request_id = ?",
+            (with_image, self._ran() - self._keep_images_s, tenant, request_id),
         ).fetchone()
         if row is None:
             return None
-        state, fingerprint, charged, sha256, model_digest, spec = row
+        state, fingerprint, charged, sha256, model_digest, spec, image = row
         if state == State.RUNNING.value and (tenant, request_id) not in self._live:
             return Entry(State.FAILED, fingerprint)
         if state != State.FINISHED.value:
             return Entry(State(state), fingerprint)
-        image = self._image(tenant, request_id) if with_image else None
-        return Entry(
-            State.FINISHED,
-            fingerprint,
-            Finished(charged, sha256, model_digest, Spec(**json.loads(spec)), image),
-        )
-
-    def _image(self, tenant: str, request_id: str) -> bytes | None:
-        image: bytes | None = self._connection.execute(
-            "SELECT CASE WHEN ran >= ? THEN image END FROM generations WHERE tenant = ? AND request_id = ?",
-            (self._ran() - self._keep_images_s, tenant, request_id),
-        ).fetchone()[0]
-        return image
+        finished = Finished(charged, sha256, model_digest, Spec(**json.loads(spec)), image)
+        return Entry(State.FINISHED, fingerprint, finished)
 
     def _note_clock(self, ran: float) -> None:
         self._connection.execute("DELETE FROM clock")
