@@ -24,8 +24,7 @@ CloudServerError
 from __future__ import annotations
 
 import grpc
-from google.protobuf import any_pb2, duration_pb2
-from google.protobuf.message import Message
+from google.protobuf import duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 
@@ -160,25 +159,19 @@ MAX_MESSAGE_CHARACTERS = 500  # a status travels in headers, of which gRPC takes
 def grpc_status(error: CloudServerError) -> status_pb2.Status:
     """`error` as a google.rpc.Status, with BadRequest, RetryInfo and ErrorInfo details where they apply."""
     message = error.message[:MAX_MESSAGE_CHARACTERS]
-    details: list[Message] = []
+    status = status_pb2.Status(code=GRPC_CODES[type(error)].value[0], message=message)
     if error.field is not None:
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=message)
-        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+        status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
     if error.retry_after_s is not None:
         delay = duration_pb2.Duration()
         delay.FromMilliseconds(round(error.retry_after_s * 1000))
-        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+        status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
     if error.facts:
-        details.append(
-            error_details_pb2.ErrorInfo(
-                reason=_upper_snake(type(error).__name__), domain=ERROR_DOMAIN, metadata=error.facts
-            )
-        )
-    packed = [any_pb2.Any() for _ in details]
-    for box, detail in zip(packed, details, strict=True):
-        box.Pack(detail)
-    code: int = GRPC_CODES[type(error)].value[0]
-    return status_pb2.Status(code=code, message=message, details=packed)
+        name = _upper_snake(type(error).__name__)
+        info = error_details_pb2.ErrorInfo(reason=name, domain=ERROR_DOMAIN, metadata=error.facts)
+        status.details.add().Pack(info)
+    return status
 
 
 def reason(error: BaseException) -> str:
