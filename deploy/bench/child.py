@@ -67,20 +67,16 @@ class Child:
             raise BenchError(f"{self._name} imported {', '.join(reply['heavy'])}, which the edge must not")
         return reply
 
-    def close(self) -> None:
-        """End the process."""
-        self._process.communicate(timeout=CLOSE_S)  # the end of its input ends its loop
-        self._errors.close()
-
     def __enter__(self) -> Child:
         return self
 
     def __exit__(self, *_: object) -> None:
         try:
-            self.close()
+            self._process.communicate(timeout=CLOSE_S)  # the end of its input ends its loop
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._errors.close()
 
 
 def asked(threads: int, script: str, *arguments: object) -> Reply:
