@@ -224,7 +224,12 @@ def run(options: argparse.Namespace, console: Console) -> int:
             demo.run(phase)
         if not edge.running:
             raise DidNotStart(f"edge-agent ended. The end of {edge.log_file}:\n{edge.tail()}")
-        notes = hints(wanted, options.routing_rate) or demo.agent.status()["advice"]
+        notes = demo.agent.status()["advice"]
+        if not wanted:
+            notes = [
+                f"no prompt went to the cloud at a routing rate of {options.routing_rate}: take harder prompts "
+                "(--prompts), or a higher rate (--routing-rate)"
+            ]
         budgets, _ = demo.agent.quota()
     sheet = demo.sheet(phases)
     account(console, demo, budgets, notes, sheet, time.monotonic() - began)
@@ -332,16 +337,6 @@ def waiting(console: Console, what: str) -> Iterator[None]:
     else:
         print(f"{what} ...", flush=True)
         yield
-
-
-def hints(wanted: int, routing_rate: str) -> list[str]:
-    """What kept the demo from showing all it could."""
-    if wanted:
-        return []
-    return [
-        f"no prompt went to the cloud at a routing rate of {routing_rate}: take harder prompts (--prompts), or a "
-        "higher rate (--routing-rate)"
-    ]
 
 
 def account(
