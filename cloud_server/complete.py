@@ -69,8 +69,7 @@ def pipeline(folder: Path, dtype: Any, **options: Any) -> Any:
 
     Raises ValueError, naming parts, files or weights that are missing, and whatever the libraries raise.
     """
-    found = diffusers.DiffusionPipeline.load_config(os.fspath(folder))
-    index = found[0] if isinstance(found, tuple) else found
+    index = diffusers.DiffusionPipeline.load_config(os.fspath(folder))
     model_index.check(index)
     made = model_index.pipeline_class(index)  # of its own, which alone knows the parts that it can be without
     options |= {name: None for name in _DISPENSABLE if name in index and name not in model_index.named(index)}
@@ -164,18 +163,19 @@ def _loaded(kind: Any, model: str | os.PathLike[str], **options: Any) -> Any:
     try:
         return kind.from_pretrained(model, **options)
     except Exception as error:  # each library fails in its own ways
-        if folder.is_dir():
-            part_files.refuse_unreadable(folder)
-        if folder.is_dir() and issubclass(kind, transformers.PreTrainedTokenizerBase):
-            _explain_tokenizer(kind, folder)
-        where = folder if folder.is_dir() else folder.as_posix()
         why = reason(error)[:_LONGEST_REASON]
-        if folder.is_dir() and issubclass(kind, diffusers.SchedulerMixin):  # which is nothing but its config
-            _explain_scheduler(kind, folder / kind.config_name)
+        if not folder.is_dir():
+            raise ValueError(f"{folder.as_posix()} cannot be loaded: {why}") from error
+        part_files.refuse_unreadable(folder)
+        if issubclass(kind, transformers.PreTrainedTokenizerBase):
+            _explain_tokenizer(kind, folder)
+        if issubclass(kind, diffusers.SchedulerMixin):  # which is nothing but its config
+            config = folder / kind.config_name
+            _explain_scheduler(kind, config)
             raise ValueError(
-                f"{folder / kind.config_name} makes no {kind.__name__}: {why}; correct it, or get it again"
+                f"{config} makes no {kind.__name__}: {why}; correct it, or get it again"
             ) from error
-        raise ValueError(f"{where} cannot be loaded: {why}") from error
+        raise ValueError(f"{folder} cannot be loaded: {why}") from error
 
 
 def _explain_tokenizer(kind: Any, folder: Path) -> None:
