@@ -158,6 +158,7 @@ class Generator:
         self.dtype = str(pipeline.dtype).removeprefix("torch.")
         self.lost: Future[DeviceLost] = Future()
         self._pipeline = pipeline
+        self._denoiser = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
         self._autoencoder_dtype = getattr(getattr(pipeline, "vae", None), "dtype", None)
         self._parameters = frozenset(inspect.signature(pipeline.__call__).parameters)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generator")
@@ -374,32 +375,27 @@ class Generator:
         return int(getattr(self._pipeline, "vae_scale_factor", MIN_SIDE_MULTIPLE))
 
     def _small(self) -> bool:
-        denoiser = getattr(self._pipeline, "unet", None) or getattr(self._pipeline, "transformer", None)
-        if denoiser is None:
+        if self._denoiser is None:
             return False
-        weights = sum(weight.numel() * weight.element_size() for weight in denoiser.parameters())
+        weights = sum(weight.numel() * weight.element_size() for weight in self._denoiser.parameters())
         width, height = self._size()
         return bool(weights * width * height / self._latent_factor() ** 2 < SMALL_WORK)
 
     def _size(self) -> tuple[int, int]:
-        """(width, height) in pixels of the images made unless a request says otherwise."""
+        """(width, height) in pixels of the images made unless a request says otherwise: what the card says, or else
+        what the denoiser was trained for. Raises StartRefused.
+        """
         card = self.model.card
-        if card.width is None or card.height is None:
-            return self._own_size()
-        return card.width, card.height
-
-    def _own_size(self) -> tuple[int, int]:
-        """(width, height) in pixels that the denoiser was trained for, as its config says."""
-        for name in ("unet", "transformer"):
-            config = getattr(getattr(self._pipeline, name, None), "config", None)
-            size = getattr(config, "sample_size", None)
-            if size is not None:
-                height, width = (size, size) if isinstance(size, int) else size
-                return width * self._latent_factor(), height * self._latent_factor()
-        raise StartRefused(
-            f"the model in {self.model.folder} does not say its image size; write width and height to "
-            "routet2i.json beside model_index.json"
-        )
+        if card.width is not None and card.height is not None:
+            return card.width, card.height
+        size = getattr(getattr(self._denoiser, "config", None), "sample_size", None)
+        if size is None:
+            raise StartRefused(
+                f"the model in {self.model.folder} does not say its image size; write width and height to "
+                "routet2i.json beside model_index.json"
+            )
+        height, width = (size, size) if isinstance(size, int) else size
+        return width * self._latent_factor(), height * self._latent_factor()
 
 
 def _names(said: str, words: tuple[str, ...]) -> bool:

@@ -77,7 +77,6 @@ class Server:
         self._told_to_stop = False
         self._hurry = asyncio.Event()
         self._health = Health(SERVICE)
-        self._loading: asyncio.Future[Serving] | None = None
 
     async def startup(self) -> None:
         """Opens the journal and the port; health says NOT_SERVING. Raises StartRefused."""
@@ -163,8 +162,8 @@ class Server:
     @property
     def still_working(self) -> bool:
         """Whether a thread is loading the model, or hangs in it, which nothing can interrupt."""
-        loading = self._loading is not None and not self._loading.done()
-        return loading or (self._service.serving is not None and self._service.serving.generator.busy)
+        serving = self._service.serving
+        return not self._loading.done() or (serving is not None and serving.generator.busy)
 
     async def _listen(self) -> None:
         # A character has at most four bytes.

@@ -184,7 +184,7 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
             line |= _who(request.image)  # not before: the log is not for strangers to fill
             wish = _wish(request.image)
             with closing(Stream(context)) as stream:
-                await self._generate(tenant, wish, request.preview, _remaining_s(context), line, stream)
+                await self._generate(tenant, wish, request.preview, context.time_remaining(), line, stream)
 
     async def GetModel(
         self,
@@ -364,7 +364,7 @@ class CloudServerService(cloud_pb2_grpc.CloudServerServiceServicer):
             trailing = (("grpc-status-details-bin", status.SerializeToString()),)
             await _abort(context, GRPC_CODES[type(error)], status.message, trailing)
         except (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit) as error:
-            line["outcome"] = "DEADLINE_EXCEEDED" if _remaining_s(context) == 0 else "CANCELLED"
+            line["outcome"] = "DEADLINE_EXCEEDED" if context.time_remaining() == 0 else "CANCELLED"
             if not self._cut_off or not isinstance(error, asyncio.CancelledError):
                 raise
             # Without details, by which an edge would take it that nothing ran: some of them are charged already.
@@ -452,11 +452,6 @@ def _fingerprint(wish: Wish) -> str:
 
 def _outcome(finished: Finished) -> dict[str, str]:
     return {"charged_micro_usd": str(finished.charged_micro_usd), "sha256": finished.sha256}
-
-
-def _remaining_s(context: Any) -> float | None:
-    remaining: float | None = context.time_remaining()
-    return remaining
 
 
 def _accepted(position: int, price: int, digest: str) -> cloud_pb2.GenerateResponse:
