@@ -178,7 +178,7 @@ async def test_a_price_above_the_ceiling_is_refused_before_anything_runs(running
 
 async def begun(client: Client, **wish: Any) -> Any:
     """A call that has reached its first denoising step."""
-    # On a busy machine such a call is expected to take longer than the usual minute.
+    # On a busy machine such a call, and who waits behind it, is expected to take longer than the usual minute.
     call = client.call(timeout=600, **({"steps": LONG, "width": 256, "height": 256} | wish))
     async for response in call:
         if response.WhichOneof("event") == "progress":
@@ -289,7 +289,7 @@ async def test_a_call_cancelled_at_any_moment_leaves_nothing_running(
 
 async def test_the_queue_holds_what_it_may_and_refuses_the_rest_at_once(running: Running) -> None:
     first = await begun(running.client)
-    second = running.client.call(request_id="second", steps=2)
+    second = running.client.call(timeout=600, request_id="second", steps=2)
     assert (await anext(aiter(second))).accepted.queue_position == 1
 
     third = await running.client.generate(request_id="third")
@@ -311,7 +311,7 @@ async def test_who_waits_in_the_queue_hears_something_all_the_while(
     monkeypatch.setattr(stream, "QUIET_S", 0.01)
     first = await begun(running.client)
     kinds = []
-    async for response in running.client.call(steps=2):
+    async for response in running.client.call(timeout=600, steps=2):
         kinds.append(response.WhichOneof("event"))
         if len(kinds) == 4:
             first.cancel()
@@ -330,7 +330,7 @@ async def test_thousands_of_calls_at_once_are_all_served_or_told_when_to_come_ba
 
 async def test_a_waiting_call_that_is_cancelled_never_runs(running: Running) -> None:
     first = await begun(running.client)
-    second = running.client.call(request_id="impatient", steps=2)
+    second = running.client.call(timeout=600, request_id="impatient", steps=2)
     await anext(aiter(second))
     second.cancel()
     first.cancel()
