@@ -27,6 +27,7 @@ try:
     import errno
     import logging
     from contextlib import suppress
+    from typing import NoReturn
 
     from cloud_server import log, settings, version
     from cloud_server.errors import DeviceLost, StartRefused
@@ -87,14 +88,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
+    """Runs the command; returns its exit code. A server that stopped ends the process with it."""
     try:
         parsed = parser().parse_args(arguments)
         if parsed.command == "digest":
             from cloud_server.model import open_model
 
             return _print(open_model(parsed.model).digest)
-        return _serve(settings.resolve(vars(parsed), os.environ))
+        _serve(settings.resolve(vars(parsed), os.environ))
     except StartRefused as refusal:
         return _complain(refusal.message, refusal.exit_code)
     except KeyboardInterrupt:
@@ -120,7 +121,7 @@ def _complain(message: str, code: int = 2) -> int:
     return code
 
 
-def _serve(chosen: settings.Settings) -> int:
+def _serve(chosen: settings.Settings) -> NoReturn:
     log.configure(as_json=chosen.log_format == "json")
     for advice in settings.unknown(os.environ):
         log.events(__name__).warning("advice", do=advice)
@@ -129,19 +130,17 @@ def _serve(chosen: settings.Settings) -> int:
         os.environ.setdefault(name, value)
     from cloud_server.server import run
 
+    code = 0
     try:
-        server = asyncio.run(run(chosen))
+        asyncio.run(run(chosen))
     except DeviceLost as lost:
         logging.shutdown()
         code = _complain(lost.message, lost.exit_code)
-        os._exit(code)  # torch might hang or crash as it lets go of the device
     finally:
         logging.shutdown()  # before anything else is said
-    if server.still_working:
-        # Everything is closed; only the loader's or the model's thread is left, deep in native code that cannot be
-        # interrupted and must not run while the interpreter is being taken down.
-        os._exit(0)
-    return 0
+    # Everything is closed. Taking torch down costs a second and more, and might hang or crash where the device is lost,
+    # or the loader's or the model's thread is deep in native code.
+    os._exit(code)
 
 
 if __name__ == "__main__":

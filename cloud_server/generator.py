@@ -163,7 +163,6 @@ class Generator:
         self._parameters = frozenset(inspect.signature(pipeline.__call__).parameters)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generator")
         self._worker.submit(int)  # which starts its thread now: later there may be none to be had
-        self._making: Future[Image | None] | None = None  # the newest
         if lacking := [name for name in ALWAYS_GIVEN if name not in self._parameters]:
             raise StartRefused(
                 f"{type(pipeline).__name__} takes no {', '.join(lacking)}, which every image needs; choose a "
@@ -243,8 +242,7 @@ class Generator:
         def tell(step: Step) -> None:
             loop.call_soon_threadsafe(steps.put_nowait, step)
 
-        self._making = self._worker.submit(self._make, spec, preview, stop, tell)
-        job = asyncio.wrap_future(self._making)
+        job = asyncio.wrap_future(self._worker.submit(self._make, spec, preview, stop, tell))
 
         def done(job: asyncio.Future[Image | None]) -> None:
             job.exception()  # seen: nobody may be left to await it
@@ -260,14 +258,9 @@ class Generator:
             stop.set()
             await asyncio.wait([job])
 
-    @property
-    def busy(self) -> bool:
-        """Whether the pipeline runs. After `generate` was cancelled twice, in a step that does not end."""
-        return self._making is not None and not self._making.done()
-
     def close(self) -> None:
-        """Waits for the worker thread to end unless it is `busy`. The caller has closed every generation before."""
-        self._worker.shutdown(wait=not self.busy)
+        """Ends the worker thread, which after `generate` was cancelled twice may be in a step that does not end."""
+        self._worker.shutdown(wait=False)
 
     def _make(
         self, spec: Spec, preview: bool, stop: threading.Event, tell: Callable[[Step], None]

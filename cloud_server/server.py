@@ -105,7 +105,7 @@ class Server:
 
         Raises StartRefused when the model cannot be loaded, and DeviceLost once its device is.
         """
-        loading = self._loading = self._load()
+        loading = self._load()
         stopped = asyncio.ensure_future(self._stop.wait())
         try:
             await asyncio.wait((stopped, loading), return_when=asyncio.FIRST_COMPLETED)
@@ -158,12 +158,6 @@ class Server:
     def drain(self) -> None:
         """Asks for the shutdown, however often: a terminal that closes may say so twice."""
         self._stop.set()
-
-    @property
-    def still_working(self) -> bool:
-        """Whether a thread is loading the model, or hangs in it, which nothing can interrupt."""
-        serving = self._service.serving
-        return not self._loading.done() or (serving is not None and serving.generator.busy)
 
     async def _listen(self) -> None:
         # A character has at most four bytes.
@@ -234,10 +228,10 @@ class Server:
         return Serving(generator, limits)
 
 
-async def run(settings: Settings) -> Server:
+async def run(settings: Settings) -> None:
     """Starts a server and serves until one of `STOP_SIGNALS`, a second one of which cuts the grace short, or SIGHUP.
 
-    Returns the stopped server. Raises StartRefused and DeviceLost.
+    Raises StartRefused and DeviceLost.
     """
     server = Server(settings)
     loop = asyncio.get_running_loop()
@@ -255,12 +249,11 @@ async def run(settings: Settings) -> Server:
         await server.serve()
     finally:
         await server.shutdown()
-    # Another one, as the interpreter ends, would make a failure of what has ended well.
+    # Another one, as the process ends, would make a failure of what has ended well.
     for number in (*STOP_SIGNALS, *HANG_UP_SIGNALS):
         if sys.platform != "win32":
             loop.remove_signal_handler(number)
         signal.signal(number, signal.SIG_IGN)
-    return server
 
 
 def _taken(address: str) -> bool:
