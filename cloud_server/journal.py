@@ -212,7 +212,17 @@ class Journal:
             with self._transaction():
                 if not self._is_there():
                     raise sqlite3.OperationalError(_REMOVED)
-                self._begin(tenant, request_id, fingerprint)
+                entry = self._find(tenant, request_id, with_image=False)
+                if entry is not None and entry.state in (State.RUNNING, State.FINISHED):
+                    raise AlreadyExists(
+                        f"request_id {request_id} is {entry.state.value}; ask LookupGeneration for its outcome",
+                        facts={"state": entry.state.value},
+                    )
+                self._connection.execute(
+                    "INSERT OR REPLACE INTO generations (tenant, request_id, fingerprint, state, began, ran) "
+                    "VALUES (?, ?, ?, ?, ?, ?)",
+                    (tenant, request_id, fingerprint, State.RUNNING.value, self._clock(), self._ran()),
+                )
             self._live.add((tenant, request_id))
             self._failure = ""
 
@@ -220,7 +230,24 @@ class Journal:
         """Writes the image and its charge, both or neither; only for an id that is running."""
         try:
             with self._transaction():
-                self._finish(tenant, request_id, finished)
+                changed = self._connection.execute(
+                    "UPDATE generations SET state = ?, charged_micro_usd = ?, sha256 = ?, model_digest = ?, spec = ?, "
+                    "image = ?, ran = ? WHERE tenant = ? AND request_id = ? AND state = ?",
+                    (
+                        State.FINISHED.value,
+                        finished.charged_micro_usd,
+                        finished.sha256,
+                        finished.model_digest,
+                        json.dumps(asdict(finished.spec) | _NO_PROMPTS),
+                        finished.image,
+                        self._ran(),  # from when it is kept: it may have waited for long
+                        tenant,
+                        request_id,
+                        State.RUNNING.value,
+                    ),
+                ).rowcount
+                if changed != 1:
+                    raise JournalError(f"request_id {request_id} is not running, so it cannot be charged")
         except BaseException:
             self._unsure.add((tenant, request_id))
             raise
@@ -273,39 +300,6 @@ class Journal:
                     self._note_clock(self._ran())
             self._closed = True
             self._connection.close()
-
-    def _begin(self, tenant: str, request_id: str, fingerprint: str) -> None:
-        entry = self._find(tenant, request_id, with_image=False)
-        if entry is not None and entry.state in (State.RUNNING, State.FINISHED):
-            raise AlreadyExists(
-                f"request_id {request_id} is {entry.state.value}; ask LookupGeneration for its outcome",
-                facts={"state": entry.state.value},
-            )
-        self._connection.execute(
-            "INSERT OR REPLACE INTO generations (tenant, request_id, fingerprint, state, began, ran) "
-            "VALUES (?, ?, ?, ?, ?, ?)",
-            (tenant, request_id, fingerprint, State.RUNNING.value, self._clock(), self._ran()),
-        )
-
-    def _finish(self, tenant: str, request_id: str, finished: Finished) -> None:
-        changed = self._connection.execute(
-            "UPDATE generations SET state = ?, charged_micro_usd = ?, sha256 = ?, model_digest = ?, spec = ?, "
-            "image = ?, ran = ? WHERE tenant = ? AND request_id = ? AND state = ?",
-            (
-                State.FINISHED.value,
-                finished.charged_micro_usd,
-                finished.sha256,
-                finished.model_digest,
-                json.dumps(asdict(finished.spec) | _NO_PROMPTS),
-                finished.image,
-                self._ran(),  # from when it is kept: it may have waited for long
-                tenant,
-                request_id,
-                State.RUNNING.value,
-            ),
-        ).rowcount
-        if changed != 1:
-            raise JournalError(f"request_id {request_id} is not running, so it cannot be charged")
 
     def _find(self, tenant: str, request_id: str, with_image: bool) -> Entry | None:
         row = self._connection.execute(
