@@ -62,7 +62,7 @@ CREATE TABLE generations (
 """
 _INDEXES = (
     "CREATE INDEX generations_ran ON generations (ran)",
-    # Without it each image made would read all rows whose image is gone, to find those whose image is old.
+    # Without it `prune` would read all rows whose image is gone, to find those whose image is old.
     "CREATE INDEX generations_kept ON generations (ran) WHERE image IS NOT NULL",
 )
 _CLOCK = "CREATE TABLE IF NOT EXISTS clock (ran REAL NOT NULL)"  # its one row: Journal._ran when that was last noted
