@@ -153,12 +153,13 @@ GRPC_CODES: dict[type[CloudServerError], grpc.StatusCode] = {
 }
 
 ERROR_DOMAIN = "cloud.routet2i"  # the `domain` of google.rpc.ErrorInfo
-MAX_MESSAGE_CHARACTERS = 500  # a status travels in headers, of which gRPC takes 8 KiB
+MAX_MESSAGE_BYTES = 1_000  # a message travels in headers, twice and escaped, and gRPC takes 8 KiB of them
 
 
 def grpc_status(error: CloudServerError) -> status_pb2.Status:
     """`error` as a google.rpc.Status, with BadRequest, RetryInfo and ErrorInfo details where they apply."""
-    message = error.message[:MAX_MESSAGE_CHARACTERS]
+    # What others say may be no text, as of a file whose name is not in UTF-8.
+    message = error.message.encode(errors="replace")[:MAX_MESSAGE_BYTES].decode(errors="ignore")
     status = status_pb2.Status(code=GRPC_CODES[type(error)].value[0], message=message)
     if error.field is not None:
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=message)

@@ -15,8 +15,9 @@ def test_every_error_that_a_call_can_meet_has_a_code() -> None:
         assert f"── {kind.__name__} " in (errors.__doc__ or "")
 
 
-def test_details_travel_and_long_messages_are_cut() -> None:
-    error = errors.QueueFull("x" * 9_000, field="prompt", retry_after_s=1.5, facts={"a": "b"})
+@pytest.mark.parametrize("character", ["x", "\U0001f989"])
+def test_details_travel_and_long_messages_are_cut(character: str) -> None:
+    error = errors.QueueFull(character * 9_000, field="prompt", retry_after_s=1.5, facts={"a": "b"})
     status = errors.grpc_status(error)
     assert status.code == 8
     assert len(status.SerializeToString()) < 4_096

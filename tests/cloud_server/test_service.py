@@ -590,6 +590,20 @@ async def test_a_pipeline_that_breaks_charges_nothing_and_the_next_call_is_serve
     assert (await running.client.generate(request_id=request_id)).error is None
 
 
+async def test_what_a_pipeline_says_is_told_also_where_it_is_no_text(running: Running) -> None:
+    """As where it names a file whose name is not in UTF-8. gRPC would say UNKNOWN, and log a traceback."""
+
+    def break_down(*_: Any) -> None:
+        raise RuntimeError("cannot read caf\udce9.bin")
+
+    hook = running.pipeline.unet.register_forward_hook(break_down)
+    answer = await running.client.generate()
+    hook.remove()
+    assert answer.error is not None
+    assert answer.error.code == "INTERNAL"
+    assert answer.error.message == "the pipeline failed: cannot read caf?.bin"
+
+
 async def test_an_image_that_memory_does_not_hold_is_not_asked_for_again_at_once_and_only_the_log_says_who_has_it(
     running: Running, caplog: pytest.LogCaptureFixture
 ) -> None:
