@@ -150,7 +150,7 @@ def open_model(model: str) -> Model:
 def digest(folder: Path) -> str:
     """The model's digest, as `Model` defines it."""
     lines = [f"{_sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in _model_files(folder)]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
 def _model_files(folder: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -44,6 +45,17 @@ def test_nothing_outside_the_folder_is_read_for_the_digest(folder: Path, name: s
     (folder / "README.md").write_text("prose")
     assert sorted(_model_files(folder)) == expected
     assert open_model(str(folder)).digest
+
+
+@pytest.mark.linux
+def test_a_file_whose_name_is_no_text_is_of_the_digest_like_others(folder: Path) -> None:
+    digests = {open_model(str(folder)).digest}
+    for name in (b"caf\xe8.txt", b"caf\xe9.txt"):
+        file = folder / "unet" / os.fsdecode(name)
+        file.write_text("")
+        digests.add(open_model(str(folder)).digest)
+        file.unlink()
+    assert len(digests) == 3
 
 
 def test_the_command_prints_the_digest(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
