@@ -44,10 +44,10 @@ class Prediction(NamedTuple):
 
 
 class Predictor:
-    """The predictor's graph: a mixture of experts, one a metric, that read a selection of the tokens (RouteT2I)."""
+    """A mixture of experts, one a metric, that read a selection of the tokens (RouteT2I). `session` is its graph."""
 
     def __init__(self, session: Session) -> None:
-        self._session = session
+        self.session = session
 
     @classmethod
     def load(
@@ -79,11 +79,6 @@ class Predictor:
             )
         return cls(session)
 
-    @property
-    def sessions(self) -> tuple[Session, ...]:
-        """Its graph."""
-        return (self._session,)
-
     def predict(self, states: NDArray[np.float32], own: Sequence[int], ids: NDArray[np.int64]) -> Prediction:
         """Predict from the `states` [1, L, d] and `ids` [1, L] of a prompt, whose `own` tokens have these T positions.
 
@@ -98,18 +93,18 @@ class Predictor:
         place = slice(first, first + count) if read[-1] < first + count else list(read)
         mask = _TRUE[:, :count] if own else _FALSE
         inputs = {"states": states[:, place], "mask": mask, "ids": ids[:, place]}
-        edge, cloud, pull = self._session.run(inputs)
+        edge, cloud, pull = self.session.run(inputs)
         metrics = len(METRICS)
         shapes = (1, metrics), (1, metrics), (1, count, metrics)
         if (edge.shape, cloud.shape, pull.shape) != shapes:  # which a graph need not tell before, nor keep to
             raise GenerationFailed(
-                f"{self._session.path} gave the shapes {edge.shape}, {cloud.shape} and {pull.shape} in the place of "
+                f"{self.session.path} gave the shapes {edge.shape}, {cloud.shape} and {pull.shape} in the place of "
                 f"{shapes}; make the predictor again"
             )
         found = Prediction(edge[0].tolist(), cloud[0].tolist(), pull[0].tolist())
         # The sum is not finite where a number is not; of a few numbers Python's is the quicker one.
         if not math.isfinite(sum(found.edge) + sum(found.cloud) + sum(map(sum, found.pull))):
             raise GenerationFailed(
-                f"{self._session.path} gave numbers that are not finite; make the predictor again"
+                f"{self.session.path} gave numbers that are not finite; make the predictor again"
             )
         return found if own else found._replace(pull=[])

@@ -87,15 +87,12 @@ class Reader:
         self.routing_rate = routing_rate
         self._tokenizer = tokenizer
         self._text_encoder = text_encoder
-        self._predictor = (
-            Predictor.load(bundle.predictor, bundle.manifest.text_hidden, bundle.files_of(PREDICTOR))
-            if bundle.predictor
-            else None
-        )
-        self.sessions: tuple[Session, ...] = (  # every graph
-            *text_encoder.sessions,
-            *(self._predictor.sessions if self._predictor else ()),
-        )
+        self._predictor: Predictor | None = None
+        self.sessions: tuple[Session, ...] = text_encoder.sessions  # every graph
+        if bundle.predictor is not None:
+            width, files = bundle.manifest.text_hidden, bundle.files_of(PREDICTOR)
+            self._predictor = Predictor.load(bundle.predictor, width, files)
+            self.sessions += (self._predictor.session,)
         self.calibration = bundle.calibration
         self.advice = bundle.advice
         fitting = self.calibration if not self.advice else None

@@ -61,8 +61,8 @@ def _compiler(folder: Path) -> Path:
 def _compile(python: Path, bundle: Bundle) -> int:
     generator = Generator(bundle)
     refused = 0
-    (drawing,), (decoding,) = generator.denoiser.sessions, generator.decoder.sessions
-    for graph, session in ((bundle.manifest.denoiser, drawing), (DECODER, decoding)):
+    denoiser, decoder = generator.denoiser.session, generator.decoder.session
+    for graph, session in ((bundle.manifest.denoiser, denoiser), (DECODER, decoder)):
         name = f"{bundle.folder.name}/{Path(graph).parent}"
         compiler = Path(__file__).with_name("compile.py")
         command = [python, compiler, bundle.path(graph), json.dumps(_shapes(session))]

@@ -46,7 +46,7 @@ measurement at each start, which other work on the device would turn around.
 
 
 class Denoiser:
-    """The bundle's UNet, or the transformer of Stable Diffusion 3.
+    """The bundle's UNet, or the transformer of Stable Diffusion 3. `session` is its graph.
 
     A graph made for one image at a time always runs separate passes.
     """
@@ -77,23 +77,18 @@ class Denoiser:
         if facts.dtype(graph) == "fp16" and runtime.on_cpu:
             # onnxruntime 1.23 to 1.27 fails where it fuses what it has cast for the CPU.
             runtime = replace(runtime, unfused=("SimplifiedLayerNormFusion",))
-        self._session = Session(bundle.path(graph), [*takes], [output], runtime, bundle.files_of(graph))
-        self._session.expect({name: shape for name, shape in takes.items() if shape is not None})
+        self.session = Session(bundle.path(graph), [*takes], [output], runtime, bundle.files_of(graph))
+        self.session.expect({name: shape for name, shape in takes.items() if shape is not None})
         for size in runtime.sizes_of(facts):
             latents = (None, *facts.latent_shape(size)[1:])
-            self._session.expect({self._latents: latents, output: latents})
+            self.session.expect({self._latents: latents, output: latents})
         # What a manifest alone says, nobody has weights for: it could ask for more than the memory.
-        if joint is not None and self._session.shapes["encoder_hidden_states"][-1] != joint.hidden:
-            raise BundleError(f"{self._session.path} does not say what size of a token's state it takes")
-        one_at_a_time = self._session.shapes[self._latents][0] == 1
+        if joint is not None and self.session.shapes["encoder_hidden_states"][-1] != joint.hidden:
+            raise BundleError(f"{self.session.path} does not say what size of a token's state it takes")
+        one_at_a_time = self.session.shapes[self._latents][0] == 1
         # By size and not by a measurement at each start: both round off differently, and a seed should stay a picture.
-        separate = one_at_a_time or (self._session.large and runtime.on_cpu)
+        separate = one_at_a_time or (self.session.large and runtime.on_cpu)
         self.passes: Passes = "separate" if separate else "batch"
-
-    @property
-    def sessions(self) -> tuple[Session, ...]:
-        """Its graph."""
-        return (self._session,)
 
     def guides(self, guidance_scale: float) -> bool:
         """Whether a negative prompt takes part: not with a guidance scale of 1 or below, and never where the scale
@@ -169,11 +164,11 @@ class Denoiser:
             inputs["timestep"] = np.full(count, timestep)
             inputs["encoder_hidden_states"] = np.pad(states, room)
             inputs["pooled_projections"] = np.concatenate(pooled)
-        (output,) = self._session.run(inputs, stop=stop, shrink=last)
+        (output,) = self.session.run(inputs, stop=stop, shrink=last)
         expected = (count, *latents.shape[1:])
         if output.shape != expected:  # which a graph need not tell before, nor keep to
             raise GenerationFailed(
-                f"{self._session.path} gave the shape {output.shape} where the manifest asks for {expected}; export "
+                f"{self.session.path} gave the shape {output.shape} where the manifest asks for {expected}; export "
                 "the bundle again"
             )
         return output

@@ -86,13 +86,13 @@ class Generator:
     @property
     def sessions(self) -> tuple[Session, ...]:
         """Every graph that an image of the default size takes."""
-        return (*self.text_encoder.sessions, *self.denoiser.sessions, *self.decoder.sessions)
+        return (*self.text_encoder.sessions, self.denoiser.session, self.decoder.session)
 
     @property
     def spare_sessions(self) -> tuple[Session, ...]:
         """Graphs that images of other sizes alone take."""
         denoiser, decoder = self.of_other_sizes
-        return () if denoiser is self.denoiser else (*denoiser.sessions, *decoder.sessions)
+        return () if denoiser is self.denoiser else (denoiser.session, decoder.session)
 
     def on(self, denoiser: Runtime, decoder: Runtime) -> Generator:
         """The same models with denoiser and decoder on other runtimes, opened for one image of the default size.
@@ -106,9 +106,10 @@ class Generator:
             GenerationFailed: they fail there, also in rehearsal.
             Unfit: nothing of the denoiser runs there, or one of them computes something else.
         """
-        denoiser, decoder = _fixed(denoiser, self.denoiser.sessions), _fixed(decoder, self.decoder.sessions)
+        drawing, decoding = self.denoiser.session, self.decoder.session
+        # With every size told: TensorRT builds anew for each it meets.
+        denoiser, decoder = replace(denoiser, sizes=drawing.sizes), replace(decoder, sizes=decoding.sizes)
         graph = self._bundle.path(graph_on(self._bundle, denoiser))
-        (drawing,), (decoding,) = self.denoiser.sessions, self.decoder.sessions
         best = denoiser.providers[0]
         if best not in rehearse(graph, drawing.inputs, drawing.outputs, denoiser):
             raise Unfit(f"{best} takes nothing of {graph}, and all would run on the others")
@@ -228,10 +229,3 @@ class Generator:
         factor = self._bundle.manifest.factor
         size = (small.width * factor, small.height * factor)
         return np.asarray(small.resize(size, PIL.Image.Resampling.BICUBIC))
-
-
-def _fixed(runtime: Runtime, sessions: tuple[Session, ...]) -> Runtime:
-    """The runtime for sessions with the same inputs and of one size. TensorRT builds anew for each it meets."""
-    return replace(
-        runtime, sizes={name: size for session in sessions for name, size in session.sizes.items()}
-    )

@@ -106,7 +106,7 @@ def test_what_is_no_prediction_is_told_of_by_the_graphs_name(
 ) -> None:
     predictor = Predictor.load(graph)
     made = [np.full(shape, number, np.float32) for shape in shapes]
-    monkeypatch.setattr(predictor.sessions[0], "run", lambda _: made)
+    monkeypatch.setattr(predictor.session, "run", lambda _: made)
     with pytest.raises(GenerationFailed, match=rf"model\.onnx gave .*{why.removeprefix('gave ')}"):
         predictor.predict(np.zeros((1, TOKENS, WIDTH), np.float32), range(TOKENS), IDS)
 
@@ -118,7 +118,7 @@ def test_one_number_that_is_not_finite_is_no_prediction(
     predictor = Predictor.load(graph)
     made = [np.full(shape, 0.5, np.float32) for shape in ((1, 10), (1, 10), (1, TOKENS, 10))]
     made[place][..., -1] = np.nan
-    monkeypatch.setattr(predictor.sessions[0], "run", lambda _: made)
+    monkeypatch.setattr(predictor.session, "run", lambda _: made)
     with pytest.raises(GenerationFailed, match=r"model\.onnx gave numbers that are not finite"):
         predictor.predict(np.zeros((1, TOKENS, WIDTH), np.float32), range(TOKENS), IDS)
 

@@ -212,7 +212,7 @@ async def test_a_decision_loads_no_more_than_it_reads(routed_bundle: Path, tmp_p
         models.unload()
         await here.app.route()
         assert all(session.loaded_at for session in models.reader.sessions)
-        assert all(session.loaded_at is None for session in models.generator.denoiser.sessions)
+        assert models.generator.denoiser.session.loaded_at is None
 
 
 async def test_no_request_is_dropped_while_the_models_come_and_go(
@@ -302,7 +302,7 @@ def test_files_that_were_replaced_by_their_own_bytes_are_loaded_again(
     sha256, read = graph_files.sha256_of, []
     monkeypatch.setattr(graph_files, "sha256_of", lambda path: read.append(path) or sha256(path))
     decoder = Decoder(Bundle.open(bundle_copy), Runtime(threads=1))
-    (session,), latents = decoder.sessions, np.zeros((1, 4, 8, 8), np.float32)
+    session, latents = decoder.session, np.zeros((1, 4, 8, 8), np.float32)
     before = decoder.decode(latents)
     content = (bundle_copy / DECODER).read_bytes()
     for _ in range(2):
@@ -330,7 +330,7 @@ def test_only_the_graph_and_its_weights_have_to_stay_as_they_were(bundle_copy: P
     move_weights(bundle_copy / DECODER, weights, weights.name)
     write_manifest(bundle_copy)
     decoder = Decoder(Bundle.open(bundle_copy), Runtime(threads=1))
-    (session,) = decoder.sessions
+    session = decoder.session
     latents = np.zeros((1, 4, 8, 8), np.float32)
     for name in (".DS_Store", "model.onnx~", "config.json"):
         session.unload()

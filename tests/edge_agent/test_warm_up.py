@@ -108,7 +108,7 @@ async def test_it_serves_while_it_warms_up_and_changes_over_between_images(here:
     found = await standings(here)
     assert (found["cpu"].state, found[SECOND].state) == (IN_USE, WARMING_UP)
     assert "cpu serves meanwhile" in found[SECOND].reason
-    first = weakref.ref(here.daemon.agent.models.generator.denoiser.sessions[0])
+    first = weakref.ref(here.daemon.agent.models.generator.denoiser.session)
     before = await here.app.generate(routing=LOCAL, seed=5)
 
     call = here.app.call(routing=LOCAL, seed=6, steps=SLOW_STEPS, preview=True)
@@ -119,7 +119,7 @@ async def test_it_serves_while_it_warms_up_and_changes_over_between_images(here:
         return bool((await standings(here))[SECOND].state == IN_USE)
 
     await until(changed)
-    assert here.daemon.agent.models.generator.denoiser.sessions[0] is not first()
+    assert here.daemon.agent.models.generator.denoiser.session is not first()
     rest = await here.app.read(call)
     assert rest.result is not None and rest.progress[-1].step == rest.progress[-1].steps
     await here.restless()
@@ -273,13 +273,13 @@ def test_the_better_generator_has_one_size_the_same_encoder_and_draws_the_same(
     monkeypatch.setattr("edge_agent.diffusion.generator.rehearse", watched)
     better = generator.on(BETTER, BETTER)
     # A provider that may not know onnxruntime's own operators gets the graph as it was traced.
-    assert generator.denoiser.sessions[0].path == routed_bundle / "unet" / FUSED
-    assert better.denoiser.sessions[0].path == routed_bundle / DENOISER
+    assert generator.denoiser.session.path == routed_bundle / "unet" / FUSED
+    assert better.denoiser.session.path == routed_bundle / DENOISER
     assert rehearsed == [routed_bundle / DENOISER, routed_bundle / DECODER]
     assert better.text_encoder is generator.text_encoder and better.denoiser is not generator.denoiser
     assert better.denoiser.passes == "separate" and generator.denoiser.passes == "batch"
     facts = bundle.manifest
-    assert better.denoiser.sessions[0].shapes["sample"] == (
+    assert better.denoiser.session.shapes["sample"] == (
         *(1, facts.latent_channels),
         *(facts.latent_height, facts.latent_width),
     )
@@ -293,7 +293,7 @@ def test_images_of_other_sizes_are_made_as_before_the_better_generator(bundle_co
     generator = Generator(Bundle.open(bundle_copy), Runtime(threads=1))
     before = drawn(generator, (96, 64))
     better = generator.on(BETTER, BETTER)
-    assert better.spare_sessions == (*generator.denoiser.sessions, *generator.decoder.sessions)
+    assert better.spare_sessions == (generator.denoiser.session, generator.decoder.session)
     for session in better.spare_sessions:
         session.unload()
     assert drawn(better).shape == (64, 64, 3)

@@ -72,7 +72,7 @@ def test_a_graph_that_gives_another_size_than_the_latents_makes_no_image(
     bundle = Bundle.open(miniature_bundle)
     denoiser, facts = Denoiser(bundle, Runtime(threads=1)), bundle.manifest
     shape = facts.latent_shape(facts.sizes[0])
-    monkeypatch.setattr(denoiser.sessions[0], "run", lambda *_, **__: [np.zeros((1, *shape[1:]), np.float32)])
+    monkeypatch.setattr(denoiser.session, "run", lambda *_, **__: [np.zeros((1, *shape[1:]), np.float32)])
     states = TextStates(np.zeros((1, facts.text_tokens, facts.text_hidden), np.float32))
     assert denoiser.predict(np.zeros(shape, np.float32), 1.0, states, states, 1.0).shape == shape
     with pytest.raises(GenerationFailed, match="where the manifest asks for"):
@@ -175,7 +175,7 @@ def test_half_precision_is_not_fused_on_the_cpu_where_that_fails(bundle_copy: Pa
         ({"vae_decoder": "fp16"}, azure[1:], ()),
     ):
         write_manifest(bundle_copy, dtypes=dtypes)
-        (session,) = Denoiser(Bundle.open(bundle_copy), Runtime(threads=1, providers=providers)).sessions
+        session = Denoiser(Bundle.open(bundle_copy), Runtime(threads=1, providers=providers)).session
         assert session._runtime.unfused == unfused
 
 
@@ -183,5 +183,5 @@ def test_the_starters_models_are_small_enough_for_one_thread() -> None:
     """On two they take half as long again, as was measured."""
     bundle, two = Bundle.open(STARTER), Runtime(threads=2)
     reader = Reader.open(bundle, 0.5, two)  # with text encoder and predictor
-    for session in (*reader.sessions, *Denoiser(bundle, two).sessions):
+    for session in (*reader.sessions, Denoiser(bundle, two).session):
         assert session._runtime.threads == 1

@@ -252,13 +252,13 @@ def test_guidance_in_two_passes_gives_the_picture_of_one(
 ) -> None:
     """Which is faster depends on the provider; the picture does not."""
     batches = []
-    run = generator.denoiser._session.run
+    run = generator.denoiser.session.run
 
     def counted(inputs: dict[str, np.ndarray], **options: Any) -> list[np.ndarray]:
         batches.append(len(inputs["sample"]))
         return run(inputs, **options)
 
-    monkeypatch.setattr(generator.denoiser._session, "run", counted)
+    monkeypatch.setattr(generator.denoiser.session, "run", counted)
     together = events(generator, steps=4)[1].colours
     monkeypatch.setattr(generator.denoiser, "passes", "separate")
     apart = events(generator, steps=4)[1].colours
@@ -288,7 +288,8 @@ def test_a_small_model_runs_on_one_thread(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def threads() -> int:
-        (session,) = model(Bundle.open(miniature_bundle), Runtime(threads=3)).sessions
+        opened = model(Bundle.open(miniature_bundle), Runtime(threads=3))
+        session = opened.session if isinstance(opened, Denoiser) else opened.sessions[0]
         assert session._session is not None
         return int(session._session.get_session_options().intra_op_num_threads)
 
@@ -382,7 +383,7 @@ def test_a_decoder_whose_numbers_are_not_finite_makes_no_image(
     generator: Generator, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
     """It would be a black or a white one."""
-    (session,) = generator.decoder.sessions
+    session = generator.decoder.session
     run = session.run
     monkeypatch.setattr(session, "run", lambda *a, **k: [np.full_like(run(*a, **k)[0], value)])
     with pytest.raises(GenerationFailed, match=f"{as_shown(DECODER)} gave numbers that are not finite"):

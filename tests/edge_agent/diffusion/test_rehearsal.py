@@ -24,8 +24,7 @@ HERE = Runtime(threads=1, sizes={"batch_size": 1, "latent_height": 8, "latent_wi
 
 @pytest.fixture
 def session(miniature_bundle: Path) -> Session:
-    (session,) = Decoder(Bundle.open(miniature_bundle), Runtime(threads=1)).sessions
-    return session
+    return Decoder(Bundle.open(miniature_bundle), Runtime(threads=1)).session
 
 
 def tried(session: Session, runtime: Runtime = HERE) -> frozenset[str]:
