@@ -452,12 +452,11 @@ class ScriptedCloud(cloud_pb2_grpc.CloudServerServiceServicer):
         accepted = cloud_pb2.Accepted(
             queue_position=2, charged_micro_usd=self.PRICE, model_digest=self.digest
         )
-        await context.write(cloud_pb2.GenerateResponse(accepted=accepted))
-        for step in (1, 2, 3):
-            await context.write(
-                cloud_pb2.GenerateResponse(progress=image_pb2.Progress(step=step, steps=3, preview=None))
-            )
         try:
+            await context.write(cloud_pb2.GenerateResponse(accepted=accepted))
+            for step in (1, 2, 3):
+                progress = image_pb2.Progress(step=step, steps=3, preview=None)
+                await context.write(cloud_pb2.GenerateResponse(progress=progress))
             if self.manner == "hang":
                 await asyncio.sleep(3600)
             if self.manner in ("flood", "previews"):
