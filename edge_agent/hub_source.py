@@ -31,24 +31,8 @@ class HubSource(WebSource):
 
     _how_to_be_patient = " (HF_HUB_DOWNLOAD_TIMEOUT may say to wait longer, in seconds)"
 
-    def __init__(
-        self,
-        endpoint: str,
-        repository: str,
-        revision: str,
-        token: str,
-        kept_in: str,
-        patience_s: float,
-    ) -> None:
-        super().__init__(f"{endpoint.rstrip('/')}/{repository}")
-        self._repository, self._revision = repository, revision
-        self._token, self._kept_in = token, kept_in
-        self._patience_s = patience_s
-        self._how_to_ask_more = "" if token else "; a token in HF_TOKEN raises the limit"
-
-    @classmethod
-    def named(cls, text: str, environment: Mapping[str, str]) -> HubSource:
-        """The repository that `text` names: hf:OWNER/NAME[@REVISION]. Raises InvalidRequest."""
+    def __init__(self, text: str, environment: Mapping[str, str]) -> None:
+        """The one that `text` names: hf:OWNER/NAME[@REVISION]. Raises InvalidRequest."""
         found = _HUB.fullmatch(text)
         if found is None or not text.isprintable():  # as what is no UTF-8
             raise InvalidRequest(
@@ -66,7 +50,11 @@ class HubSource(WebSource):
             raise InvalidRequest(
                 f"HF_HUB_DOWNLOAD_TIMEOUT is {patience_s!r}, which is no whole number of seconds below a million"
             )
-        return cls(endpoint, found[1], found[2] or "main", token, kept_in, float(patience_s))
+        super().__init__(f"{endpoint.rstrip('/')}/{found[1]}")
+        self._repository, self._revision = found[1], found[2] or "main"
+        self._token, self._kept_in = token, kept_in
+        self._patience_s = float(patience_s)
+        self._how_to_ask_more = "" if token else "; a token in HF_TOKEN raises the limit"
 
     @property
     def place(self) -> str:

@@ -42,7 +42,7 @@ def source_of(text: str, environment: Mapping[str, str]) -> Source:
     if not text:
         raise InvalidRequest("the source is empty; name a folder, https://... or hf:OWNER/NAME")
     if text.startswith("hf:"):
-        return HubSource.named(text, environment)
+        return HubSource(text, environment)
     if "://" in text:
         check_address(text, "the source", "others see the command line")
         return WebSource(text)

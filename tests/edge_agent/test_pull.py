@@ -834,11 +834,9 @@ def test_a_token_that_no_header_can_hold_is_refused_and_told_to_nobody(token: st
 def test_what_http_cannot_carry_is_refused_and_told_to_nobody(web: Web, store: Store) -> None:
     """Python's own words for it quote the whole address, or the whole header."""
     web.misbehave("redirect", at=DENOISER, to="http://[::1/x?sig=s3cret")
-    for asked in (
-        WebSource(f"{web.address}/b?sig=s3cret y"),
-        HubSource(web.address, "someone/hollow", "main", "s3cret\r", "HF_TOKEN", 0.0),
-        source(web),
-    ):
+    hub = HubSource("hf:someone/hollow", {"HF_ENDPOINT": web.address, "HF_TOKEN": "s3cret"})
+    hub._token += "\r"  # which it would have been refused for
+    for asked in (WebSource(f"{web.address}/b?sig=s3cret y"), hub, source(web)):
         with pytest.raises(SourceRefused, match=r"127\.0\.0\.1:\d+ cannot be asked") as raised:
             fetch(asked, store)
         assert "s3cret" not in raised.value.message
