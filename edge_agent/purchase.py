@@ -251,12 +251,11 @@ class Purchases:
     async def _resolve(self) -> None:
         loop = asyncio.get_running_loop()
         pause = FIRST_RETRY_S
-        timer: asyncio.TimerHandle | None = None
-        due: float | None = None  # when on the loop's clock the cloud is asked about the same ids again
+        timer: asyncio.TimerHandle | None = None  # until the cloud is asked about the same ids again
 
         def again() -> None:
-            nonlocal pause, due
-            pause, due = min(2 * pause, LONGEST_RETRY_S), None
+            nonlocal pause, timer
+            pause, timer = min(2 * pause, LONGEST_RETRY_S), None
             self._asked.clear()
             self._wake.set()
 
@@ -266,12 +265,11 @@ class Purchases:
             if timer is not None:
                 timer.cancel()
             if await self._all_resolved():
-                pause, timer, due = FIRST_RETRY_S, None, None
+                pause, timer = FIRST_RETRY_S, None
                 self._asked.clear()
             else:
                 # However often it is woken meanwhile: that neither asks again sooner nor puts it off.
-                due = loop.time() + pause if due is None else due
-                timer = loop.call_at(due, again)
+                timer = loop.call_at(loop.time() + pause if timer is None else timer.when(), again)
 
     async def _all_resolved(self) -> bool:
         """Go once through the open reservations; False when some have to be asked for again later."""
