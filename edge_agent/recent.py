@@ -47,19 +47,14 @@ class Recent:
     ) -> None:
         """With a `folder` the scores outlive the process, in a file for each calibration: two do not compare."""
         self.routing_rate = routing_rate
-        self._calibration = calibration
+        self.calibration_id = calibration.calibration_id  # of the one that gives the scores their meaning
         self._follow = follow
-        self._notes = Notes(folder / f"recent-{calibration.calibration_id}.json") if folder else None
+        self._notes = Notes(folder / f"recent-{self.calibration_id}.json") if folder else None
         self._scores: deque[float] = deque(_scores(self._notes.read()) if self._notes else (), KEPT)
         places = (np.arange(WEIGHT) + 0.5) / WEIGHT
         self._calibrated = np.array(calibration.scores)
         self._prior = np.quantile(self._calibrated, places, method="inverted_cdf").tolist()
         self.alpha = self.alpha_for(routing_rate)
-
-    @property
-    def calibration_id(self) -> str:
-        """Of the calibration that gives the scores their meaning."""
-        return self._calibration.calibration_id
 
     def add(self, prs: float) -> bool:
         """One more prompt that the policy was free to send anywhere. Returns whether it is time to `save`."""
@@ -93,7 +88,7 @@ class Recent:
         share = realised_rate(list(self._scores), self.alpha)
         apart = share - self.routing_rate
         spread = self.routing_rate * (1 - self.routing_rate)
-        chance = 3 * math.sqrt(spread * (1 / count + 1 / len(self._calibration.scores)))
+        chance = 3 * math.sqrt(spread * (1 / count + 1 / len(self._calibrated)))
         if abs(apart) <= max(chance, APART) or (apart < 0 and self.alpha >= ALPHA_BOUND):
             return ""
         return (
