@@ -11,11 +11,10 @@ import asyncio
 import time
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 
 from edge_agent import memory
 from edge_agent.diffusion.generator import Generator
-from edge_agent.diffusion.providers import Choice, Standing, WarmUp
+from edge_agent.diffusion.providers import Choice, Standing
 from edge_agent.diffusion.sessions import Session
 from edge_agent.log import events
 from edge_agent.reader import Reader
@@ -47,7 +46,7 @@ class Resident:
         self.limits = limits
         self.open_better = open_better
         self._choice = choice or Choice()
-        self._warm_up = WarmUp()
+        self._ready, self._failure = False, ""  # whether `take_up` was called, and with what `stay`
         self._made_at = time.monotonic()
         self.keep_alive_s = keep_alive_s
         self._uses = 0
@@ -62,7 +61,8 @@ class Resident:
     @property
     def providers(self) -> tuple[Standing, ...]:
         """What the models run on and what was passed over."""
-        return self._choice.standings(replace(self._warm_up, seconds=time.monotonic() - self._made_at))
+        opening_s = time.monotonic() - self._made_at
+        return self._choice.standings(opening_s, ready=self._ready, failure=self._failure)
 
     @property
     def warming(self) -> str:
@@ -73,14 +73,13 @@ class Resident:
         """Make images with `better` from now on. Those that have begun or wait end with the generator they have."""
         self.generator = better
         self.open_better = None  # it holds on to the generator before
-        self._warm_up = WarmUp(ready=True)
-        self._spare_due = True
+        self._ready = self._spare_due = True
         if not self._uses:
             self.rest()
 
     def stay(self, failure: str) -> None:
         """Go on as it is: the better providers cannot be had, for the reason given."""
-        self._warm_up = WarmUp(failure=failure)
+        self._failure = failure
         if not self._uses:  # trying them loaded what may have been unloaded meanwhile
             self.rest()
 

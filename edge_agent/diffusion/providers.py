@@ -123,15 +123,6 @@ class Standing:
 
 
 @dataclass(frozen=True)
-class WarmUp:
-    """How far the better sessions are: for how long they have been opening, whether they serve, why they cannot."""
-
-    seconds: float = 0.0
-    ready: bool = False
-    failure: str = ""
-
-
-@dataclass(frozen=True)
 class Choice:
     """What to run the models on, and why not on something else. Short names."""
 
@@ -144,16 +135,18 @@ class Choice:
     passed_over: Mapping[str, str] = field(default_factory=dict)
     """Why not, in a phrase, by provider."""
 
-    def standings(self, warm_up: WarmUp) -> tuple[Standing, ...]:
-        """Every provider once, the one in use first."""
-        used = self.better if warm_up.ready else self.serving
+    def standings(self, opening_s: float, *, ready: bool = False, failure: str = "") -> tuple[Standing, ...]:
+        """Every provider once, the one in use first. The better sessions have been opening for so long, are `ready` and
+        serve, or cannot for the reason in `failure`.
+        """
+        used = self.better if ready else self.serving
         shown = [Standing(used[0], State.IN_USE)]
         shown += [Standing(name, State.IN_USE, f"for what {used[0]} lacks") for name in used[1:]]
         passed_over = dict(self.passed_over)
-        if self.better and warm_up.failure:
-            passed_over = {self.better[0]: warm_up.failure} | passed_over
-        elif self.better and not warm_up.ready:
-            reason = f"opening its sessions since {warm_up.seconds:.0f} s; {used[0]} serves meanwhile"
+        if self.better and failure:
+            passed_over = {self.better[0]: failure} | passed_over
+        elif self.better and not ready:
+            reason = f"opening its sessions since {opening_s:.0f} s; {used[0]} serves meanwhile"
             shown.append(Standing(self.better[0], State.WARMING_UP, reason))
         return (
             *shown,

@@ -184,7 +184,7 @@ async def test_what_a_warm_up_that_failed_has_loaded_is_unloaded_again(
 
         await until(down)
         gate.open.set()
-        await until(lambda: models._warm_up.failure)
+        await until(lambda: models._failure)
         await until(down)
 
 

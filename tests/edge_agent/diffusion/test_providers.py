@@ -25,7 +25,6 @@ from edge_agent.diffusion.providers import (
     Choice,
     Standing,
     State,
-    WarmUp,
     _builds,
     choose,
     find,
@@ -139,19 +138,19 @@ def test_people_are_shown_what_serves_what_warms_up_and_what_was_passed_over() -
     choice = Choice(("cuda", "cpu"), ("tensorrt", "cuda", "cpu"), {"coreml": NOT_BUILT})
     without = Standing("coreml", State.PASSED_OVER, NOT_BUILT)
     spare = Standing("cpu", State.IN_USE, "for what cuda lacks")
-    assert choice.standings(WarmUp(seconds=12.3)) == (
+    assert choice.standings(12.3) == (
         Standing("cuda", State.IN_USE),
         spare,
         Standing("tensorrt", State.WARMING_UP, "opening its sessions since 12 s; cuda serves meanwhile"),
         without,
     )
-    assert choice.standings(WarmUp(failure="out of memory")) == (
+    assert choice.standings(12.3, failure="out of memory") == (
         Standing("cuda", State.IN_USE),
         spare,
         Standing("tensorrt", State.PASSED_OVER, "out of memory"),
         without,
     )
-    assert choice.standings(WarmUp(ready=True)) == (
+    assert choice.standings(12.3, ready=True) == (
         Standing("tensorrt", State.IN_USE),
         Standing("cuda", State.IN_USE, "for what tensorrt lacks"),
         Standing("cpu", State.IN_USE, "for what tensorrt lacks"),
