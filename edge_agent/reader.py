@@ -43,27 +43,21 @@ class Reading(NamedTuple):
         stages_ms: Mapping[str, float] = MappingProxyType({}),
     ) -> Decision:
         """The decision with everything the reading says for it, the quota's account, and the stages after reading."""
-        prediction = self.prediction
+        edge, cloud, pull = self.prediction or ((), (), ())
         timings_ms = {**self.timings_ms, **stages_ms}
         return Decision(
             route=route,
             reason=reason,
             prs=self.prs if alpha is not None else None,
             alpha=alpha,
-            edge_quality=tuple(prediction.edge) if prediction else (),
-            cloud_quality=tuple(prediction.cloud) if prediction else (),
-            tokens=self.token_pulls(),
+            edge_quality=tuple(edge),
+            cloud_quality=tuple(cloud),
+            tokens=tuple(map(TokenPull, self.tokens.texts, map(tuple, pull))),
             quota=quota,
             timings_ms={**timings_ms, "total": sum(timings_ms.values())},
             prompt_truncated=self.tokens.truncated,
             unfamiliar=self.unfamiliar,
         )
-
-    def token_pulls(self) -> tuple[TokenPull, ...]:
-        """The prompt's own tokens in order, and what each contributes to the predicted gap."""
-        if self.prediction is None:
-            return ()
-        return tuple(map(TokenPull, self.tokens.texts, map(tuple, self.prediction.pull)))
 
 
 class Reader:

@@ -19,6 +19,7 @@ from edge_agent.budget import Budget
 from edge_agent.bundle import Bundle
 from edge_agent.errors import InvalidRequest
 from edge_agent.image import encode_png, with_facts
+from edge_agent.policy import Reason
 from edge_agent.quota import Ledger
 from edge_agent.reader import Reader
 from edge_agent.request import ImageRequest, Limits, validate
@@ -84,7 +85,7 @@ def test_a_prompt_is_refused_by_its_name_or_read_scored_and_kept_as_it_is(
     for reader in readers:
         reading = reader.read(prompt)
         assert reading.prs is not None and math.isfinite(reading.prs) and 0 <= reading.prs <= 1
-        pulls = reading.token_pulls()
+        pulls = reading.decision("edge", Reason.PARETO_EDGE, reader.alpha).tokens
         assert all(math.isfinite(pull) for token in pulls for pull in token.pull)
         json.dumps([token.text for token in pulls]).encode()
         "".join(token.text for token in pulls).encode()  # as the wire does
