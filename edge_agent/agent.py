@@ -253,15 +253,14 @@ class Agent:
             self._asking.cancel()
         self.models.close()
 
-    async def _beside(self, work: Callable[..., Found], *arguments: Any) -> Found:
-        """What `work` returns, done in the reading thread while the event loop stays free."""
-        return await asyncio.get_running_loop().run_in_executor(self._reading, work, *arguments)
-
     async def _stoppably(self, work: Callable[..., Found], *arguments: Any) -> Found:
-        """The same of `work` that reads a prompt: it ends early when its caller goes away, as others wait behind it."""
+        """What `work` returns, which reads a prompt, done in the reading thread while the event loop stays free. It
+        ends early when its caller goes away, as others wait behind it.
+        """
         stop = Stop()
+        read = partial(work, *arguments, stop=stop)
         try:
-            return await self._beside(partial(work, *arguments, stop=stop))
+            return await asyncio.get_running_loop().run_in_executor(self._reading, read)
         except asyncio.CancelledError:
             stop.set()
             raise
