@@ -19,9 +19,9 @@ SAVED_EVERY = 20
 
 
 class Notes:
-    """A JSON file, and how much of what was to be noted it has."""
+    """A JSON file, and how much of what was to be noted it has. Without a `file` nothing is noted."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path | None) -> None:
         self._file = file
         # Each counted by one thread at a time: changes, and how many of them the file has.
         self._changes = self._saved = 0
@@ -30,14 +30,14 @@ class Notes:
     def read(self) -> Any:
         """What was saved last; None where it cannot be read, which costs no more than some time."""
         try:
-            return json.loads(self._file.read_text())
+            return json.loads(self._file.read_text()) if self._file is not None else None
         except (OSError, ValueError, RecursionError):
             return None
 
     def changed(self) -> bool:
         """There is something more to note. Returns whether it is time to `save`."""
         self._changes += 1
-        return (self._changes - self._saved) % SAVED_EVERY == 0
+        return self._file is not None and (self._changes - self._saved) % SAVED_EVERY == 0
 
     def save(self, document: Callable[[], Any]) -> None:
         """Write `document()` where anything changed since; waits for the disk, in any thread. A disk that takes nothing
@@ -45,7 +45,7 @@ class Notes:
         """
         with self._writing:
             changes = self._changes
-            if changes == self._saved:
+            if self._file is None or changes == self._saved:
                 return
             part = self._file.with_name(self._file.name + ".part")
             try:

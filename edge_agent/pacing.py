@@ -68,20 +68,19 @@ class Pacing:
     """Budgets, and the prompts that each of them is for. With a `folder` what came outlives the process."""
 
     def __init__(self, budgets: Iterable[Budget], folder: Path | None = None) -> None:
-        self._notes = Notes(folder / "arrivals.json") if folder else None
-        noted = _arrivals(self._notes.read()) if self._notes else {}
+        self._notes = Notes(folder / "arrivals.json" if folder else None)
+        noted = _arrivals(self._notes.read())
         self._arrivals = {budget.app: noted.get(budget.app, Arrivals()) for budget in budgets}
 
     def add(self, app: str, now: float) -> bool:
         """One more prompt of `app` that the policy was free to send anywhere. Returns whether it is time to `save`."""
         for counted in {None, app} & self._arrivals.keys():
             self._arrivals[counted].add(now)
-        return self._notes is not None and self._notes.changed()
+        return self._notes.changed()
 
     def save(self) -> None:
         """To the file, where there is one; waits for the disk, in any thread."""
-        if self._notes is not None:
-            self._notes.save(lambda: [(app, arrivals.by_hour) for app, arrivals in self._arrivals.items()])
+        self._notes.save(lambda: [(app, arrivals.by_hour) for app, arrivals in self._arrivals.items()])
 
     def rate(
         self, states: Sequence[BudgetState], price_micro_usd: int, now: float, ceiling_micro_usd: int = 0

@@ -49,8 +49,8 @@ class Recent:
         self.routing_rate = routing_rate
         self.calibration_id = calibration.calibration_id  # of the one that gives the scores their meaning
         self._follow = follow
-        self._notes = Notes(folder / f"recent-{self.calibration_id}.json") if folder else None
-        self._scores: deque[float] = deque(_scores(self._notes.read()) if self._notes else (), KEPT)
+        self._notes = Notes(folder / f"recent-{self.calibration_id}.json" if folder else None)
+        self._scores = deque(_scores(self._notes.read()), KEPT)
         places = (np.arange(WEIGHT) + 0.5) / WEIGHT
         self._calibrated = np.array(calibration.scores)
         self._prior = np.quantile(self._calibrated, places, method="inverted_cdf").tolist()
@@ -61,12 +61,11 @@ class Recent:
         self._scores.append(prs)
         if self._follow:
             self.alpha = self.alpha_for(self.routing_rate)
-        return self._notes is not None and self._notes.changed()
+        return self._notes.changed()
 
     def save(self) -> None:
         """To the file, where there is one; waits for the disk, in any thread."""
-        if self._notes is not None:
-            self._notes.save(lambda: list(self._scores))
+        self._notes.save(lambda: list(self._scores))
 
     def alpha_for(self, routing_rate: float) -> float:
         """Alpha for another share than the wanted one, as far as is known now."""
