@@ -185,10 +185,8 @@ class Store:
 
     @property
     def free_bytes(self) -> int:
-        """What the disk has left for this user."""
-        with self.explained("written"):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            return shutil.disk_usage(self.folder).free
+        """What the disk of the folder, which has to be there, has left for this user. Raises OSError."""
+        return shutil.disk_usage(self.folder).free
 
     @contextmanager
     def pulling(self, name: str) -> Iterator[Path]:
