@@ -213,16 +213,12 @@ def parse_manifest(text: bytes, place: Path | str) -> Manifest:
         BundleError: it is not one this program reads, too large, lists no plain paths, or not what every bundle has.
     """
     manifest = parse_unfinished(text, place)
-    for name in _required(manifest):
+    second = (TOKENIZER_2, TEXT_ENCODER_2) if manifest.second else ()
+    schedules = map(schedule_file, manifest.steps)
+    for name in (TOKENIZER, TEXT_ENCODER, *second, manifest.denoiser, DECODER, *schedules):
         if name not in manifest.files:
             raise BundleError(f"{place} does not list {name}, which every bundle must have")
     return manifest
-
-
-def _required(manifest: Manifest) -> list[str]:
-    second = [TOKENIZER_2, TEXT_ENCODER_2] if manifest.second else []
-    schedules = [schedule_file(steps) for steps in manifest.steps]
-    return [TOKENIZER, TEXT_ENCODER, *second, manifest.denoiser, DECODER, *schedules]
 
 
 def parse_unfinished(text: bytes, path: Path | str) -> Manifest:

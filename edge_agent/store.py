@@ -141,8 +141,11 @@ class Store:
             bundle = Bundle.open(self.path(name), verify=False)
             _ = bundle.advice  # a calibration that cannot be read would keep the daemon from starting
             yield
-            with self._exclusive(name):
-                self._set_current(name)
+            with self._exclusive(name), self.explained("written"):
+                if name == STARTER_NAME:
+                    (self.folder / _CURRENT).unlink(missing_ok=True)
+                else:
+                    write_durably(self.folder / _CURRENT, name + "\n")
 
     def choose(self, name: str) -> None:
         """Makes `name` the chosen model. Raises what `choosing` raises."""
@@ -237,13 +240,6 @@ class Store:
             f"there is no model {name[:MAX_NAME_CHARS]!r}: the folder {self.folder} is not there. Get models with "
             "`edge-agent models pull`, or name another folder with --models"
         )
-
-    def _set_current(self, name: str) -> None:
-        with self.explained("written"):
-            if name == STARTER_NAME:
-                (self.folder / _CURRENT).unlink(missing_ok=True)
-            else:
-                write_durably(self.folder / _CURRENT, name + "\n")
 
     def _delete(self, path: Path) -> int:
         with self.explained("written"):

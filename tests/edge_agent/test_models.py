@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 import socket
@@ -18,7 +20,7 @@ import pytest
 from edge_agent.__main__ import main
 from edge_agent.bundle import Bundle, write_manifest
 from edge_agent.client import UNREACHABLE, AgentClient, CallFailed
-from edge_agent.errors import Busy, StoreError
+from edge_agent.errors import Busy
 from edge_agent.manifest import CALIBRATION, DENOISER, MANIFEST, PREDICTOR, SCHEMA_VERSION
 from edge_agent.settings import STARTER
 from edge_agent.store import Store
@@ -507,10 +509,10 @@ def test_a_choice_that_cannot_be_written_is_told_with_what_is_served(
     run("pull", STARTER, "--name", "mine")
     start()
 
-    def full(store: Store, name: str) -> None:
-        raise StoreError(f"{store.folder} cannot be written: No space left on device; make room ({name})")
+    def full(path: Path, _: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 
-    monkeypatch.setattr(Store, "_set_current", full)
+    monkeypatch.setattr("edge_agent.store.write_durably", full)
     used = run("use", "mine")
     assert used.code == 2 and "make room" in used.err
     assert "starter stays the chosen model; the daemon serves mine until it restarts" in used.err
