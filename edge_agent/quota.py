@@ -237,19 +237,11 @@ class Ledger:
             refusal = self._refusal(account, app, ceiling_micro_usd, now)
             if refusal is not None:
                 raise refusal
+            # SQLite gives its row the highest number yet, also where it replaces that of a released call.
             connection.execute(
-                "INSERT OR REPLACE INTO calls (rowid, request_id, app, state, ceiling_micro_usd, cost_micro_usd, "
-                "reserved_at, cloud, expires_at) VALUES (?, ?, ?, 'reserved', ?, ?, ?, ?, ?)",
-                (
-                    _last_row(connection) + 1,
-                    request_id,
-                    app,
-                    ceiling_micro_usd,
-                    ceiling_micro_usd,
-                    now,
-                    cloud,
-                    now + timeout_s,
-                ),
+                "INSERT OR REPLACE INTO calls (request_id, app, state, ceiling_micro_usd, cost_micro_usd, "
+                "reserved_at, cloud, expires_at) VALUES (?, ?, 'reserved', ?, ?, ?, ?, ?)",
+                (request_id, app, ceiling_micro_usd, ceiling_micro_usd, now, cloud, now + timeout_s),
             )
 
     def settle(self, request_id: str, charged_micro_usd: int) -> None:
