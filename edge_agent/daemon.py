@@ -112,7 +112,7 @@ class Daemon:
             raise
 
     async def serve(self) -> None:
-        """Loads the bundle and serves it until `stop()`. Raises StartRefused, BundleError or LedgerError."""
+        """Loads the bundle and serves it until `stop()`. Raises what `loader.load` does, and LedgerError."""
         loading = self._load(self.settings)
         stopped = asyncio.ensure_future(self._stop.wait())
         try:
@@ -139,8 +139,8 @@ class Daemon:
     async def reload(self, model: str = "") -> Agent:
         """Takes up the model of that name, or what the settings name now, and returns the agent that serves it.
 
-        Both bundles' models are in memory until the requests that began with the old ones have ended. Raises
-        BundleError, or what else `Settings.bundle_folder` does, when the new one is refused: then the old one goes on.
+        Both bundles' models are in memory until the requests that began with the old ones have ended. Raises what
+        `loader.load` does when the new one is refused: then the old one goes on.
 
         A caller who goes away does not stop it once it has begun: what is loaded by then must be served or given back.
         """
@@ -363,7 +363,7 @@ def _log_refused(error: BaseException) -> None:
 async def run(settings: Settings) -> Daemon:
     """Starts a daemon and serves until one of `STOP_SIGNALS`, a second one of which cuts the grace short, or SIGHUP.
 
-    Returns the stopped daemon. Raises StartRefused, BundleError or LedgerError.
+    Returns the stopped daemon. Raises what its `startup` and `serve` do.
     """
     daemon = Daemon(settings)
     loop = asyncio.get_running_loop()

@@ -117,7 +117,7 @@ def _open_better(settings: Settings, generator: Generator, choice: Choice, bundl
     """The generator on the better providers, with what they compile kept for the next start.
 
     What was kept may be of another driver or half written: where it cannot be used it goes, and is made anew. Not where
-    memory ran out, or we are stopped, or nothing kept is to blame. Raises BundleError, GenerationFailed, OSError.
+    memory ran out, or we are stopped, or nothing kept is to blame. Raises what `Generator.on` does, and OSError.
     """
     cache = settings.cache_folder.absolute() / "engines" / f"{bundle.model_digest[:16]}-{ort.__version__}"
     kept = cache.is_dir() and any(cache.iterdir())

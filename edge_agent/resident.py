@@ -98,7 +98,7 @@ class Resident:
 
     @property
     def since(self) -> float:
-        """Since when that is so, or not so, in seconds since 1970."""
+        """Since when they are loaded, or are not, in seconds since 1970."""
         if self._unloaded_at is not None and not self.loaded:
             return self._unloaded_at
         return max(session.loaded_at or 0.0 for session in self._sessions)

@@ -103,7 +103,7 @@ class Generator:
 
         Raises:
             BundleError: they cannot be opened there.
-            GenerationFailed: they fail there, also in rehearsal.
+            GenerationFailed, OutOfMemory: they fail there, also in rehearsal.
             Unfit: nothing of the denoiser runs there, or one of them computes something else.
         """
         drawing, decoding = self.denoiser.session, self.decoder.session

@@ -250,13 +250,14 @@ def failure(name: str) -> str:
 
 
 def probe(name: str) -> str:
-    """Why provider `name` does not work here, in a phrase; empty when it does."""
+    """The same of one that worked here before, whose libraries are loaded."""
     provider = full_name(name)
     with sessions.turn([provider]):  # other models may be making an image on it
         return _tried(name, provider)
 
 
 def _tried(name: str, provider: str) -> str:
+    """Apart from `probe`, so that the session goes while it has the turn."""
     options = ort.SessionOptions()
     options.log_severity_level = _LOG_NOTHING
     ort.set_default_logger_severity(_LOG_NOTHING)  # what it would say comes back as the reason
