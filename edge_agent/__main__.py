@@ -362,7 +362,7 @@ def _quota(options: argparse.Namespace) -> int:
             print_table(
                 ("rate", "calls", "at most", "in seconds"),
                 (
-                    (rate.name, str(rate.calls), str(rate.max_calls), f"{rate.per_seconds:g}")
+                    (rate.name, str(rate.calls), str(rate.max_calls), f"{rate.per_seconds:.10g}")
                     for rate in rates
                 ),
             )

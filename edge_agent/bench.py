@@ -206,5 +206,7 @@ def _row(found: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _time(seconds: float) -> str:
-    """To three digits."""
-    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+    """To three digits, and from a thousand seconds on to one second."""
+    if seconds < 0.9995:
+        return f"{seconds * 1e3:.3g} ms"
+    return f"{seconds:.3g} s" if seconds < 999.5 else f"{seconds:.0f} s"

@@ -64,7 +64,7 @@ class Rate:
         # There is room again once the last `max_calls` calls but one are all that is recent.
         leaves = recent[len(recent) - self.max_calls] if self.max_calls else None
         return QuotaExhausted(
-            f"the rate {self.name!r} allows {self.max_calls} cloud calls in {self.per_seconds:g} s, "
+            f"the rate {self.name!r} allows {self.max_calls} cloud calls in {self.per_seconds:.10g} s, "
             f"and there were {len(recent)}",
             budget=self.name,
             retry_after_s=leaves + self.per_seconds - now if leaves is not None else None,

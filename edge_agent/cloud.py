@@ -367,7 +367,7 @@ class CloudClient:
                 if patience_s >= min(SLOW_CONNECTION_S, self._connect_timeout_s):
                     self.record.failed()
                 raise CloudUnavailable(
-                    f"the cloud at {self.address} gave no connection within {patience_s:.2g} s",
+                    f"the cloud at {self.address} gave no connection within {round(patience_s, 2):.10g} s",
                     never_ran=True,
                 )
             ready.result()

@@ -23,6 +23,21 @@ FIELDS = (
 )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [
+        (0.0123456, "12.3 ms"),
+        (0.99949, "999 ms"),
+        (0.9996, "1 s"),
+        (12.345, "12.3 s"),
+        (999.6, "1000 s"),
+        (1534.2, "1534 s"),  # a compiler's first image
+    ],
+)
+def test_a_time_is_told_in_digits_and_no_power_of_ten(seconds: float, told: str) -> None:
+    assert bench._time(seconds) == told
+
+
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
     return commands(tmp_path, monkeypatch, capfd)

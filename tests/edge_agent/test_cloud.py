@@ -827,6 +827,19 @@ async def test_a_peer_that_takes_the_connection_and_says_nothing_ran_nothing() -
         assert not client.record.healthy
 
 
+async def test_a_long_patience_with_a_connection_is_told_in_whole_seconds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def over(*_: Any, **__: Any) -> None:
+        """As if the time had passed."""
+
+    async with silent_listener() as address:
+        monkeypatch.setattr(asyncio, "wait", over)
+        error = await failure(CloudClient(address, connect_timeout_s=125), timeout_s=600)
+        monkeypatch.undo()
+    assert "no connection within 125 s" in error.message
+
+
 async def test_a_caller_in_a_hurry_does_not_make_the_cloud_unhealthy() -> None:
     async with silent_listener() as address:
         client = CloudClient(address, connect_timeout_s=5)

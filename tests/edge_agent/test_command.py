@@ -84,7 +84,7 @@ def daemon(folder: Path, routed_bundle: Path) -> Iterator[Process]:
         "--budget",
         "1,0.2/hour",
         "--rate",
-        "10/60",
+        "10/60,1000/2592000",
         "--max-queue",
         "7",
     )
@@ -527,6 +527,7 @@ def test_quota_prints_exactly_these_fields_for_each_budget(run: Run, daemon: Pro
     table = run("quota").out
     assert "$1.00" in table and "$0.20" in table
     assert re.search(r"\b0 +10 +60\b", table)  # the rate: none of ten calls in 60 s
+    assert re.search(r"\b0 +1000 +2592000\b", table)
 
 
 def test_status_and_models_tell_what_runs(run: Run, daemon: Process, routed_bundle: Path) -> None:

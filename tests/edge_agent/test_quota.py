@@ -485,6 +485,11 @@ def test_a_rate_lets_calls_through_again_as_the_earlier_ones_grow_old(open_ledge
     assert not ledger.allows("app", 5)
 
 
+def test_a_rate_over_a_month_is_told_in_whole_seconds(open_ledger: Open) -> None:
+    with pytest.raises(QuotaExhausted, match="0 cloud calls in 2592000 s"):
+        open_ledger(Rate("monthly", 0, 2_592_000.0)).reserve("a", "app", 5)
+
+
 def test_a_rate_that_was_lowered_says_when_all_but_as_many_calls_have_grown_old(open_ledger: Open) -> None:
     clock = Clock()
     ledger = open_ledger(Rate("burst", 3, 60.0), clock=clock)
