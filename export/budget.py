@@ -243,8 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     bundle = Bundle.open(options.bundle)
     test, scenes, calibration = held_out(options.labels, bundle)
     things_said(scenes)
-    edge, cloud = predicted(bundle, test.prompts)
-    prs = np.asarray(relative_superiority(edge, cloud, calibration.scale, calibration.weights), np.float64)
+    prs = relative_superiority(*predicted(bundle, test.prompts), calibration.scale, calibration.weights)
     gains = (test.cloud.astype(np.float64) - test.edge).mean(axis=1)
     if not gains.sum() > 0:
         raise ExportError(

@@ -38,6 +38,7 @@ from edge_agent.superiority import (
     relative_superiority,
 )
 from edge_agent.tokens import Tokenizer, Tokens
+from export.bootstrap import Floats
 from export.errors import ExportError
 from export.metrics import load_metrics
 from export.outcomes import CLOUD_DIGEST, JUDGE_DIGEST, WHOSE, Outcomes, unlike
@@ -65,7 +66,7 @@ def predicted(bundle: Bundle, prompts: Sequence[str]) -> tuple[Qualities, Qualit
     return np.stack([p.edge for p in predictions]), np.stack([p.cloud for p in predictions])
 
 
-def scale_of(train: Outcomes, gamma: float) -> NDArray[np.floating]:
+def scale_of(train: Outcomes, gamma: float) -> Floats:
     """Each metric's scale [M] from the training split; ExportError for a metric on which no two images ever differ."""
     gap = train.edge.astype(np.float64) - train.cloud
     scale = paper_scale(gap.mean(0), gap.std(0, ddof=1), gamma)
@@ -84,7 +85,7 @@ def familiar(train: Sequence[Tokens]) -> tuple[int, ...]:
     return tuple(ids[counts >= FAMILIAR].tolist())
 
 
-def weights_of(scale: NDArray[np.floating], kind: str) -> NDArray[np.floating]:
+def weights_of(scale: Floats, kind: str) -> Floats:
     """Each metric's weight [M] in PRS: `equal`, the paper's, or in proportion to its `spread`, ``scale`` [M].
 
     With the labels of the starter's first judge predicted PRS of validation prompts followed the realised one better
@@ -92,7 +93,7 @@ def weights_of(scale: NDArray[np.floating], kind: str) -> NDArray[np.floating]:
     0.38 at 50 %).
     """
     weights = scale if kind == "spread" else np.ones(len(scale))
-    return np.asarray(weights / weights.sum())
+    return weights / weights.sum()
 
 
 def calibrate(
@@ -151,7 +152,7 @@ def _refuse_unlearnt(bundle: Bundle, labels: Mapping[str, str]) -> None:
         )
 
 
-def _remark_chance(predictions: NDArray[np.floating], measured: NDArray[np.floating]) -> None:
+def _remark_chance(predictions: Floats, measured: Floats) -> None:
     """Say where the predicted PRS [N] of the calibration prompts need not have followed the measured one."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of predictions that are all the same, or of very few

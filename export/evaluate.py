@@ -220,9 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     gaps, said = paired_gaps(test), things_said(scenes)
 
     def prs(edge: NDArray[np.float32], cloud: NDArray[np.float32]) -> Floats:
-        return np.asarray(
-            relative_superiority(edge, cloud, calibration.scale, calibration.weights), np.float64
-        )
+        return relative_superiority(edge, cloud, calibration.scale, calibration.weights)
 
     scores = {
         "number of objects": -test.objects.astype(np.float64),

@@ -247,21 +247,12 @@ def _judged(judge: Judge, pictures: Sequence[NDArray[np.uint8]]) -> Floats:
 
 def _prs(folder: Path, source: Path, prompts: Sequence[str]) -> Floats | None:
     """PRS by the predictor and the calibration of the float32 bundle, whatever the digests say."""
-    calibration = Bundle.open(source).calibration
-    bundle = Bundle.open(folder)
+    calibration, bundle = Bundle.open(source).calibration, Bundle.open(folder)
     if calibration is None or bundle.predictor is None:
         return None
     reader = Reader.open(bundle, ROUTING_RATE)
-    scores = []
-    for prompt in prompts:
-        predicted = reader.read(prompt).prediction
-        assert predicted is not None
-        scores.append(
-            float(
-                relative_superiority(predicted.edge, predicted.cloud, calibration.scale, calibration.weights)
-            )
-        )
-    return np.array(scores)
+    edge, cloud, _ = zip(*(reader.read(prompt).prediction for prompt in prompts), strict=True)
+    return relative_superiority(edge, cloud, calibration.scale, calibration.weights)
 
 
 def spread(values: Floats, statistic: Callable[[Floats], np.float64] = np.mean) -> Estimate:

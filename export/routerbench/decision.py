@@ -158,10 +158,8 @@ class Decider:
         level = (ours + theirs) / 2
         without = theirs - ours - np.array(prediction.pull)  # [T, M]
         edge, cloud = (1 / (1 + np.exp(-(level + sign * without / 2))) for sign in (-1, 1))
-        moved: Floats = relative_superiority(
-            edge, cloud, self.calibration.scale, self.calibration.weights
-        ) - self.prs(prediction.edge, prediction.cloud)
-        return moved
+        without_each = relative_superiority(edge, cloud, self.calibration.scale, self.calibration.weights)
+        return without_each - self.prs(prediction.edge, prediction.cloud)
 
 
 def decisions(

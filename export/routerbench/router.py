@@ -54,7 +54,7 @@ class Prompts:
         """Those of each of ``splits``, of the training prompts also less a token each; ``scenes`` [N] numbers what each
         prompt of the matrix says. Token states are kept in the folder ``cache``.
         """
-        scale = np.asarray(scale_of(outcomes.split("train"), 1.0), np.float64)
+        scale = scale_of(outcomes.split("train"), 1.0)
         vocabulary = Tokenizer.open(bundle).vocabulary
         found = {}
         for split in splits:
@@ -92,7 +92,7 @@ class Prompts:
     def superiority(self, edge: torch.Tensor, cloud: torch.Tensor) -> Floats:
         """PRS [N] of qualities [N, M], all metrics weighing the same."""
         weights = np.full(len(self.scale), 1 / len(self.scale))
-        return np.asarray(relative_superiority(edge.numpy(), cloud.numpy(), self.scale, weights), np.float64)
+        return relative_superiority(edge.numpy(), cloud.numpy(), self.scale, weights)
 
     @property
     def wins(self) -> Floats:
