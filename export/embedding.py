@@ -16,6 +16,7 @@ from diffusers.loaders import TextualInversionLoaderMixin
 from diffusers.loaders.textual_inversion import TEXT_INVERSION_NAME, TEXT_INVERSION_NAME_SAFE
 from tokenizers import AddedToken
 
+from edge_agent import tokens
 from export import source, support, weights_file
 from export.errors import ExportError
 
@@ -119,9 +120,9 @@ def _refuse_taken(
             raise ExportError(
                 f"{file} cannot be added as {name!r}: {one!r} is a token of the model already; {cure}"
             )
-    several = support.concepts(added)
-    for other, count in several.items() | {(one, 1) for one in set(added) - several.keys()}:
-        if name == f"{other}_{count}":
+    several = tokens.concepts(added)
+    for other in added:
+        if name == f"{other}_{len(several.get(other, [other]))}":
             raise ExportError(
                 f"{file} cannot be added as {name!r}, which would be one more vector of {other!r}; {cure}"
             )

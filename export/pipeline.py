@@ -28,9 +28,9 @@ from export.support import (
     CLASSES,
     KINDS,
     denoiser_of,
-    file_of,
     idle,
     kind,
+    origin,
     refuse_class,
     refuse_t5,
     refuse_unsupported,
@@ -199,7 +199,7 @@ def size_of(pipeline: Any, size: Size | None) -> Size:
     part, denoiser = denoiser_of(pipeline)
     transformer = part == "transformer"
     factor, own = pipeline.vae_scale_factor, denoiser.config.sample_size
-    file = file_of(pipeline, part, "config.json")
+    file = origin(pipeline) / part / "config.json"
     height, width = sides = tuple(own) if isinstance(own, (list, tuple)) and len(own) == 2 else (own, own)
     # Whatever is asked for: optimum traces at the model's own.
     if own is not None and not all(type(side) is int and side > 0 for side in sides):

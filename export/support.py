@@ -78,7 +78,7 @@ def idle(made: type) -> set[str]:
 
 
 def origin(pipeline: Any) -> Path:
-    """The folder that the pipeline was loaded from."""
+    """The folder that the pipeline was loaded from; of another one its files have names alone."""
     return Path(pipeline.config.get("_name_or_path") or "")
 
 
@@ -89,11 +89,6 @@ def tell_of_checker(made: type, there: Collection[str], report: Report) -> None:
             "leaving out the safety checker, so that what is made here draws without one; the cloud server withholds "
             "pictures where its own model has one"
         )
-
-
-def file_of(pipeline: Any, *names: str) -> Path:
-    """A file of the pipeline's, in the folder that it was loaded from where it was."""
-    return origin(pipeline).joinpath(*names)
 
 
 def refuse_class(name: str, parts: Collection[str] | None = None) -> None:
@@ -193,7 +188,8 @@ def refuse_unsupported(pipeline: Any) -> None:
             raise ExportError(f"the pipeline has no {part}")
     for part in (part for part in kind(pipeline).parts if part.startswith("tokenizer")):
         _refuse_tokenizer(pipeline, part)
-    denoiser, vae = denoiser_of(pipeline)[1].config, pipeline.vae.config
+    part, network = denoiser_of(pipeline)
+    denoiser, vae = network.config, pipeline.vae.config
     xl, v3 = (isinstance(pipeline, made) for made in (StableDiffusionXLPipeline, StableDiffusion3Pipeline))
     encoders = [pipeline.text_encoder] + ([pipeline.text_encoder_2] if xl or v3 else [])
     if denoiser.in_channels != vae.latent_channels:
@@ -203,8 +199,8 @@ def refuse_unsupported(pipeline: Any) -> None:
             else "the autoencoder is another model's"
         )
         raise ExportError(
-            f"{file_of(pipeline, denoiser_of(pipeline)[0], 'config.json')}: the denoiser takes {denoiser.in_channels} "
-            f"input channels, and the latents have {vae.latent_channels}: {why}"
+            f"{origin(pipeline) / part / 'config.json'}: the denoiser takes {denoiser.in_channels} input channels, and "
+            f"the latents have {vae.latent_channels}: {why}"
         )
     checks: dict[str, Callable[[], Any]] = {
         "a text encoder that is no CLIP": lambda: any(
@@ -265,18 +261,18 @@ def _refuse_tokenizer(pipeline: Any, part: str) -> None:
     tokenizer, encoder = getattr(pipeline, part), getattr(pipeline, part.replace("tokenizer", "text_encoder"))
     added = tokenizer.added_tokens_encoder
     # The edge writes such a token out as all of its vectors' before it reads a prompt; diffusers does so elsewhere.
-    several = concepts(added)
+    several = tokens.concepts(added)
     if several and not isinstance(pipeline, TextualInversionLoaderMixin):
         raise ExportError(
             f"the {part}'s {next(iter(several))!r} is an embedding of several vectors, which {type(pipeline).__name__} "
             "does not read as such: export the model without it"
         )
-    if several != concepts(pipeline.tokenizer.added_tokens_encoder):
+    if several != tokens.concepts(pipeline.tokenizer.added_tokens_encoder):
         raise ExportError(
             "the two tokenizers have embeddings of different numbers of vectors, which is not supported: export the "
             "model without them"
         )
-    file = file_of(pipeline, part, "tokenizer_config.json")
+    file = origin(pipeline) / part / "tokenizer_config.json"
     length, positions = tokenizer.model_max_length, encoder.config.max_position_embeddings
     if type(length) is not int or not 2 < length <= positions:  # start, end and a word
         raise ExportError(
@@ -295,10 +291,3 @@ def _refuse_tokenizer(pipeline: Any, part: str) -> None:
             f"{file.parent}: the text encoder has {embeddings} embeddings, and none for the token {beyond[0]!r}{more}; "
             "take it out of the tokenizer, or get the text encoder that was trained with it"
         )
-
-
-def concepts(added: Collection[str]) -> dict[str, int]:
-    """Of the tokens that were `added` to a tokenizer, those that stand for several vectors, and for how many: those of
-    the others are called name_1, name_2, ...
-    """
-    return {name: len(vectors) for name, vectors in tokens.concepts(added).items()}

@@ -21,7 +21,6 @@ from transformers.convert_slow_tokenizer import CLIPConverter
 from edge_agent import tokens
 from export.errors import ExportError
 from export.source import quiet
-from export.support import concepts
 
 # What the written file is compared on: cases, contractions, digits, scripts, combining marks, emoji, blanks,
 # controls, the names of special tokens, more than fits.
@@ -148,7 +147,7 @@ def _probes(tokenizer: Any) -> list[str]:
 
 def _compare(tokenizer: Any, converted: tokens.Tokenizer) -> None:
     fix_text = getattr(tokenizer, "fix_text", None)
-    several = concepts(getattr(tokenizer, "added_tokens_encoder", ()))
+    several = tokens.concepts(getattr(tokenizer, "added_tokens_encoder", ()))
     for text in _probes(tokenizer):
         if fix_text is not None and fix_text(text) != text:
             continue
