@@ -10,6 +10,7 @@ use for, and layers of a LoRA that it does not have.
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import shutil
 from collections.abc import Collection, Mapping, Sequence
@@ -87,7 +88,7 @@ def convert(
                 parts[part].float()
         if single and not any(name.startswith(source.BEGINNINGS["vae"]) for name in names):
             report(f"{model} has no autoencoder: taking that of {base}")
-            parts["vae"], kept_in["vae"] = _autoencoder(base), Path(base, "vae")
+            parts["vae"], kept_in["vae"] = _autoencoder(base)
         if single:
             with folder.scratch(target) as scratch:
                 pipeline = single_file.load(Path(model), names, base, made, parts, scratch)
@@ -145,11 +146,13 @@ def _save(pipeline: Any, kept_in: Mapping[str, Path], single: Path | None, out: 
     pipelines.drop_origin(out)
 
 
-def _autoencoder(base: str) -> Any:
+def _autoencoder(base: str) -> tuple[Any, Path]:
+    """That of `base`, and the folder that its weights are in."""
     try:
-        with source.quiet(), complete.bars_on_terminals_alone():
+        with source.quiet(logging.ERROR), complete.bars_on_terminals_alone():
             kept = hub.out_of_reach(base)
-            return complete.part(AutoencoderKL, base, torch.float32, subfolder="vae", local_files_only=kept)
+            autoencoder = source.whole(AutoencoderKL, base, subfolder="vae", local_files_only=kept)
+            return autoencoder, source.loaded_from(base, f"vae/{AutoencoderKL.config_name}")
     except Exception as error:  # each library fails in its own ways
         raise ExportError(f"{base} gives no autoencoder: {source.why_not(base, error)}") from error
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from accelerate import init_empty_weights
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
-from huggingface_hub import hf_hub_download
 
 from cloud_server import complete, hub, part_files
 from export import source, weights_file
@@ -75,10 +74,7 @@ def load(model: str, part: str, base: str | Path, report: Report = silent) -> tu
         own, wanted = denoiser.config.get(name), config.get(name, defaults.get(name))
         if own != wanted:
             raise ExportError(f"{model} does not suit {base}: its {name} is {own}, and {wanted} is wanted")
-    if Path(model).is_dir():
-        return denoiser, Path(model)
-    # Which is here by now, beside the weights.
-    return denoiser, Path(hf_hub_download(model, made.config_name, local_files_only=True)).parent
+    return denoiser, source.loaded_from(model, made.config_name)
 
 
 def markers(model: str) -> list[str]:

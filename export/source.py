@@ -94,7 +94,7 @@ def load_part(
             kept = hub.out_of_reach(model)
             name = classes[0].load_config(os.fspath(model), local_files_only=kept).get("_class_name")
             if name in known:
-                return _whole(known[name], model, local_files_only=kept)
+                return whole(known[name], model, local_files_only=kept)
     except ExportError:
         raise
     except Exception as error:  # the hub's library fails in its own ways
@@ -102,9 +102,9 @@ def load_part(
     raise ExportError(f"{model} holds a {name}; as {what}, {' or '.join(known)} is wanted here")
 
 
-def _whole(made: Any, model: str | os.PathLike[str], **options: Any) -> Any:
-    """The network of class `made`, which may have only weights in half precision; `complete.part` sees that in folders
-    alone.
+def whole(made: Any, model: str | os.PathLike[str], **options: Any) -> Any:
+    """The network of class `made` in float32, which may have only weights in half precision; `complete.part` sees that
+    in folders alone.
     """
     try:
         return complete.part(made, model, torch.float32, **options)
@@ -113,6 +113,13 @@ def _whole(made: Any, model: str | os.PathLike[str], **options: Any) -> Any:
             with suppress(ValueError):
                 return complete.part(made, model, torch.float32, variant="fp16", **options)
         raise
+
+
+def loaded_from(model: str, config: str) -> Path:
+    """The folder here with the weights of a network that was loaded, beside the file `config` of the `model`."""
+    if Path(model).is_dir():
+        return Path(model, config).parent
+    return Path(hf_hub_download(model, config, local_files_only=True)).parent
 
 
 def from_first_code(made: Any, own: Any, weights: Mapping[str, torch.Tensor]) -> Any:

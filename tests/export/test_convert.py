@@ -604,6 +604,22 @@ def test_a_file_without_an_autoencoder_gets_that_of_its_base(model: Path, file: 
     )
 
 
+@pytest.mark.parametrize("variant", ["", ".fp16"])
+def test_the_autoencoder_of_a_base_on_the_hub_stays_in_half_precision(
+    model: Path, file: Path, tmp_path: Path, variant: str
+) -> None:
+    """Also where it is there in half precision alone."""
+    save_file(without("first_stage_model.")(load_file(file)), file)
+    weights = model / "vae" / "diffusion_pytorch_model.safetensors"
+    halves = {name: weight.half() for name, weight in load_file(weights).items()}
+    weights.unlink()
+    save_file(halves, weights.with_suffix(f"{variant}.safetensors"))
+    converted_from(model, tmp_path, str(file), base="owner/name")
+    found = load_file(tmp_path / "folder" / "vae" / weights.name)
+    assert {weight.dtype for weight in found.values()} == {torch.float16}
+    assert differ(found, halves) == []
+
+
 def test_a_base_without_an_autoencoder_gives_none(model: Path, file: Path, tmp_path: Path) -> None:
     save_file(without("first_stage_model.")(load_file(file)), file)
     (model / "vae" / "diffusion_pytorch_model.safetensors").unlink()
