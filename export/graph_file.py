@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import onnx
-from onnx.external_data_helper import uses_external_data
+from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 WEIGHTS = "model.onnx_data"  # as optimum names them
 LARGEST_GRAPH = 1 << 30  # bytes in one file; protobuf itself ends at 2 GiB
@@ -24,13 +24,8 @@ def save(model: onnx.ModelProto, graph: Path, *, apart: bool = False) -> None:
 def weights_files(graph: Path) -> set[Path]:
     """The files beside `graph` that have its weights."""
     tensors = onnx.load(graph, load_external_data=False).graph.initializer
-    return {
-        graph.parent / entry.value
-        for tensor in tensors
-        if uses_external_data(tensor)
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
+    apart = filter(uses_external_data, tensors)
+    return {graph.parent / ExternalDataInfo(tensor).location for tensor in apart}
 
 
 def size(graph: Path) -> int:
