@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from export.errors import DAMAGED_NPZ, ExportError
 from export.outcomes import MODELS
-from export.output import write_output
+from export.output import replacing, write_output
 from export.painter import Picture
 from export.prompts import CEILING_PROMPTS, Prompt
 
@@ -120,13 +119,8 @@ def keep_pictures(images: Path, piece: Piece, pictures: Sequence[Picture]) -> No
     arrays = {"images": np.stack([picture.pixels for picture in pictures])}
     if any(picture.withheld for picture in pictures):
         arrays[WITHHELD] = np.array([picture.withheld for picture in pictures])
-    partial = images_file(images, piece).with_suffix(f".{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            np.savez_compressed(file, **arrays)
-        partial.replace(images_file(images, piece))
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(images_file(images, piece)) as partial:
+        np.savez_compressed(partial, **arrays)
 
 
 def kept_pictures(images: Path, piece: Piece) -> list[Picture]:
@@ -143,7 +137,7 @@ def kept_pictures(images: Path, piece: Piece) -> list[Picture]:
 
 def all_pictures(images: Path) -> Iterator[tuple[Key, NDArray[np.uint8]]]:
     """Every picture in the folder, with its pixels. Raises ExportError for a file that is no piece."""
-    for file in sorted(images.glob("*.npz")):
+    for file in sorted(images.glob("[!.]*.npz")):  # not what one that was killed has left
         try:
             model, draw, first, last, number = file.stem.split("-")
             with np.load(file) as kept:
