@@ -17,6 +17,7 @@ import argparse
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -121,23 +122,14 @@ def inspect(
     if facts.get(INSPECTOR) != inspector.digest:
         table = table.drop_columns([name for name in INSPECTION if name in table.column_names])
     strict, share = (_column(table, name) for name in INSPECTION)
-    batch: list[tuple[Key, NDArray[np.uint8]]] = []
-
-    def look() -> None:
-        sights = inspector.look([Image.fromarray(image) for _, image in batch])
-        for (key, _), sight in zip(batch, sights, strict=True):
-            found[key] = verdict(sight, scenes[key[1]])
-            strict[rows[key]], share[rows[key]] = found[key].strict, found[key].share
-        batch.clear()
-
     with progress() as bar:
-        for key, image in bar.track(all_pictures(folder), len(table), description="inspect"):
-            if key in rows and key[1] in scenes:
-                batch.append((key, image))
-            if len(batch) == 64:
-                look()
-    if batch:
-        look()
+        pictures = bar.track(all_pictures(folder), len(table), description="inspect")
+        known = ((key, image) for key, image in pictures if key in rows and key[1] in scenes)
+        while batch := list(islice(known, 64)):
+            sights = inspector.look([Image.fromarray(image) for _, image in batch])
+            for (key, _), sight in zip(batch, sights, strict=True):
+                found[key] = verdict(sight, scenes[key[1]])
+                strict[rows[key]], share[rows[key]] = found[key].strict, found[key].share
     if not found:
         raise ExportError(
             f"{folder} holds no picture of these labels: name the folder `images` under --parts"
