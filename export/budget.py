@@ -272,9 +272,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     written = f"{out} and {options.picture}" if options.picture else out
     console.print(f"quality won, of what all prompts in the cloud would win; written to {written}")
     return 0
-
-
-if __name__ == "__main__":
-    from export.__main__ import run
-
-    sys.exit(run(main))
