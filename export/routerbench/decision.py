@@ -190,7 +190,9 @@ def decisions(
         for split in measured
     }
     middles = {split: np.stack([middle for _, _, middle in rows]) for split, rows in made.items()}
-    middles["train"] = of_prompts(cache, bundle, parts["train"].prompts).means()
+    known = of_prompts(cache, bundle, parts["train"].prompts).means()
+    border = np.quantile(_nearest(known, middles["calibration"]), 0.95)
+    met = {*familiar(tokens["train"])}
     bins, slope, offset = _reliability(predicted["test"], realised["test"], scenes["test"])
     return Decisions(
         rates={
@@ -208,8 +210,10 @@ def decisions(
         explanations=explanations,
         domains={
             split: Domain(
-                with_unknown=_with_unknown(tokens["train"], tokens[split]),
-                far=_far(middles, split),
+                with_unknown=float(
+                    np.mean([not met.issuperset(one.ids[0][one.own]) for one in tokens[split]])
+                ),
+                far=float(np.mean(_nearest(known, middles[split]) > border)),
                 correlation=_correlation(predicted[split], realised[split], scenes[split]),
             )
             for split in measured
@@ -292,16 +296,6 @@ def _explanations(decider: Decider, prompts: Sequence[Tokens], scenes: NDArray[n
 
 def _correlation(predicted: Floats, realised: Floats, scenes: NDArray[np.int64]) -> Estimate:
     return interval(lambda rows: spearman(predicted[rows], realised[rows]), scenes, RESAMPLES, SEED)
-
-
-def _with_unknown(train: Sequence[Tokens], prompts: Sequence[Tokens]) -> float:
-    known = familiar(train)
-    return float(np.mean([not np.isin(one.ids[0][one.own], known).all() for one in prompts]))
-
-
-def _far(middles: Mapping[str, NDArray[np.float32]], split: str) -> float:
-    border = np.quantile(_nearest(middles["train"], middles["calibration"]), 0.95)
-    return float(np.mean(_nearest(middles["train"], middles[split]) > border))
 
 
 def _nearest(known: NDArray[np.float32], rows: NDArray[np.float32]) -> Floats:
