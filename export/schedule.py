@@ -248,23 +248,20 @@ def _check(scheduler: Any, steps: Steps, schedule: Schedule, scale: float, loop:
         if drawn:
             expected = expected + np.asarray(schedule.noise[call]) @ noises[:drawn]
         difference = float(np.abs(values - expected).max() / max(1.0, np.abs(values).max()))
-        if not difference <= TOLERANCE and unseeded:
+        if difference <= TOLERANCE:  # which what is no number is not
+            continue
+        if unseeded:
             raise NotLinear(
                 f"{schedule.scheduler} draws noise in a way that cannot be repeated, from torch's own generator and "
                 f"not from the image's, which the seed sets; {_OTHER}"
             )
-        if not difference <= TOLERANCE:  # also when it is not a number
-            flags = [flag for flag in ("clip_sample", "thresholding") if scheduler.config.get(flag)]
-            off = ",".join(f"{flag}=false" for flag in flags)
-            name = schedule.scheduler.removesuffix("Scheduler")
-            why = (
-                f"it has {' and '.join(flags)} on; turn that off with --scheduler {name}:{off}"
-                if flags
-                else _OTHER
-            )
-            raise NotLinear(
-                f"{schedule.scheduler} is not linear: {why} ({where} off by {difference:.1e} from a weighted sum)"
-            )
+        why = _OTHER
+        if flags := [flag for flag in ("clip_sample", "thresholding") if scheduler.config.get(flag)]:
+            wanted = f"{schedule.scheduler.removesuffix('Scheduler')}:{'=false,'.join(flags)}=false"
+            why = f"it has {' and '.join(flags)} on; turn that off with --scheduler {wanted}"
+        raise NotLinear(
+            f"{schedule.scheduler} is not linear: {why} ({where} off by {difference:.1e} from a weighted sum)"
+        )
 
 
 def _clean(scheduler: Any, call: int) -> tuple[float, float]:
