@@ -196,7 +196,12 @@ def export_bundle(
 def _refuse_options(
     name: str, licence: str | None, guidance: float | None, sizes: Sequence[Size], shapes: Shapes
 ) -> None:
-    _refuse_name(name)
+    if not name.isprintable():
+        raise ExportError(f"a name of {name!r} does not work: it must be printable text on one line")
+    try:
+        name_from(name)  # what a pull will call it
+    except StoreError as error:
+        raise ExportError(error.message) from error
     if licence is not None and (not licence.strip() or not licence.isprintable()):
         raise ExportError(f"a licence of {licence!r} does not work: it must be printable text on one line")
     if guidance is not None and not 0 <= guidance <= MAX_GUIDANCE:
@@ -295,16 +300,6 @@ def _compare_and_fuse(
             f"the bundle's pixels differ from the torch pipeline's by {difference:.1e}; not written"
             + (_FEW_DIGITS if loudest > LOUD else "")
         )
-
-
-def _refuse_name(name: str) -> None:
-    """What a bundle says it is called is what a pull will call it."""
-    if not name.isprintable():
-        raise ExportError(f"a name of {name!r} does not work: it must be printable text on one line")
-    try:
-        name_from(name)
-    except StoreError as error:
-        raise ExportError(error.message) from error
 
 
 def _tokenizers(pipeline: Any, model: Any, report: Report) -> dict[str, Any]:
