@@ -339,8 +339,7 @@ def _largest_value(graph: Path, feeds: Sequence[Feeds]) -> float:
         session = ort.InferenceSession(watcher, options, providers=["CPUExecutionProvider"])
     finally:
         watcher.unlink(missing_ok=True)
-    reader = _Feeds(graph, feeds)
-    magnitudes = np.abs([session.run(None, inputs) for inputs in iter(reader.get_next, None)])
+    magnitudes = np.abs([session.run(None, inputs) for inputs in _Feeds(graph, feeds)])
     return float(magnitudes[magnitudes < _MASK].max(initial=0.0))
 
 

@@ -181,9 +181,9 @@ def train(
     folder = work / "judge"
     restorer, painted = frozen_autoencoder(work, autoencoder), sketches(work)
     metrics = load_metrics()
+    pairs = [text for metric in metrics for text in (metric.positive, metric.negative)]
     rng = np.random.default_rng(SEED)
-    corpus = [caption(scene, rng) for scene in sample_scenes("judge", 5000, seed=SEED)]
-    corpus += [text for metric in metrics for text in (metric.positive, metric.negative)] * 50
+    corpus = [caption(scene, rng) for scene in sample_scenes("judge", 5000, seed=SEED)] + 50 * pairs
     tokenizer = train_tokenizer(folder / "tokenizer", corpus)
     torch.manual_seed(SEED)
     run = Run(
@@ -196,7 +196,6 @@ def train(
         seconds=seconds,
     )
     restorer.to(run.device)
-    pairs = [text for metric in metrics for text in (metric.positive, metric.negative)]
     fast = CLIPTokenizerFast.from_pretrained(folder / "tokenizer")
 
     def batch_of(step: int) -> tuple[np.ndarray, ...]:

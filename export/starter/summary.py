@@ -70,10 +70,7 @@ def costs(painters: Sequence[Painter]) -> list[Cost]:
                 series.append(1e3 * (time.perf_counter() - began))
     return [
         Cost(
-            {
-                part: sum(weight.numel() for weight in getattr(painter.pipeline, part).parameters())
-                for part in PARTS
-            },
+            {part: getattr(painter.pipeline, part).num_parameters() for part in PARTS},
             painter.steps,
             painter.guidance_scale,
             multiply_adds(painter),
