@@ -27,6 +27,7 @@ from PIL import Image
 
 from export.bootstrap import interval
 from export.errors import ExportError
+from export.markdown import head, row
 from export.outcomes import INSPECTION, INSPECTOR, MODELS, Outcomes, facts_of, read_table, write_table
 from export.output import check_output, shown, write_output
 from export.pieces import Key, all_pictures, keys_of, made_with
@@ -233,7 +234,7 @@ def against_eye(
             f"{int((both[:, 1] & ~both[:, 0]).sum())}",
             f"{int((both[:, 0] & ~both[:, 1]).sum())}",
         )
-        lines.append(f"| {name} | {len(pairs)} | " + " | ".join(cells) + " |")
+        lines.append(row(name, str(len(pairs)), *cells))
     return lines
 
 
@@ -270,7 +271,7 @@ def of_models(
                 groups = by_kind.get((name, model), {})
                 means = [float(np.mean([pair[column] for pair in seen])) for seen in groups.values()]
                 cells.append(bootstrap(means, scenes=scenes_of_prompts(groups, prompts)))
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append(row(name, *cells))
     return lines
 
 
@@ -293,6 +294,7 @@ def report(
     """
     rendered = on_rendered(inspector, RENDERED)
     by_eye = against_eye(found, prompts)
+    asked = head("prompts", "number", "scenes", "everything, edge", "cloud", "share, edge", "cloud")
     lines = [
         "# What the inspector sees",
         "",
@@ -308,16 +310,14 @@ def report(
         "and where it was asked for. *Share*: the mean share of it that is. 95 % bootstrap intervals over scenes:",
         "sentences of one scene share its outcomes.",
         "",
-        "| prompts | number | scenes | everything, edge | cloud | share, edge | cloud |",
-        "|---|---|---|---|---|---|---|",
+        *asked,
         *of_models(said, prompts),
         "",
         "Of one object there are only as many scenes as kinds, sizes and places, so those of the test prompts are few.",
         "The same of the prompts of train, validation, calibration and test together; no generator, judge or inspector",
         "was trained on these scenes either, as they are said:",
         "",
-        "| prompts | number | scenes | everything, edge | cloud | share, edge | cloud |",
-        "|---|---|---|---|---|---|---|",
+        *asked,
         *of_models(said, prompts, SHARES),
         "",
         "## How far it can be trusted",
@@ -325,9 +325,8 @@ def report(
         f"On {RENDERED} rendered scenes of a split it was not trained on, strict, by what they show; and with each",
         "picture held against another scene's prompt, where every yes is a false one:",
         "",
-        "| rendered scenes | number | found to be as asked |",
-        "|---|---|---|",
-        *(f"| {name} | {len(values)} | {bootstrap(values)} |" for name, values in rendered.items()),
+        *head("rendered scenes", "number", "found to be as asked"),
+        *(row(name, str(len(values)), bootstrap(values)) for name, values in rendered.items()),
     ]
     if by_eye:
         lines += [

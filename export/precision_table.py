@@ -33,6 +33,7 @@ from edge_agent.superiority import METRICS, relative_superiority
 from export.arguments import at_least
 from export.bootstrap import Estimate, Floats, interval
 from export.errors import ExportError
+from export.markdown import head, row
 from export.output import check_output, default_output, write_output
 from export.precision import CALIBRATION_PROMPTS, DTYPES, Loss, drawn, shrink
 from export.prompts import numbered_lines, router_prompts
@@ -297,8 +298,7 @@ def report(source: Path, found: Sequence[Measured], command: str) -> str:
         "intervals; bold where the interval leaves zero out. The first column is fp32's mean and the standard "
         "deviation between its images, in hundredths.",
         "",
-        "| metric | fp32 | " + " | ".join(one.form.name for one in others) + " |",
-        "|---|---|" + "---|" * len(others),
+        *head("metric", "fp32", *(one.form.name for one in others)),
     ]
     for index, name in enumerate(METRICS):
         own = 100 * first.quality[:, index]
@@ -307,7 +307,7 @@ def report(source: Path, found: Sequence[Measured], command: str) -> str:
             change = spread(100 * (one.quality[:, index] - first.quality[:, index]))
             bold = "**" if change.low > 0 or change.high < 0 else ""
             cells.append(f"{bold}{change:+.2f}{bold}")
-        lines.append(f"| {name} | {own.mean():.1f} ± {own.std():.1f} | " + " | ".join(cells) + " |")
+        lines.append(row(name, f"{own.mean():.1f} ± {own.std():.1f}", *cells))
     calibration = bundle.calibration
     if first.prs is not None and calibration is not None:
         alpha = calibration.alpha(ROUTING_RATE)
@@ -318,8 +318,7 @@ def report(source: Path, found: Sequence[Measured], command: str) -> str:
             f"Only the text encoder takes part in them. The predictor and the calibration are fp32's; alpha is that of "
             f"a routing rate of {ROUTING_RATE:.0%}.",
             "",
-            "| form | largest change of PRS | prompts that go elsewhere | share to the cloud |",
-            "|---|---|---|---|",
+            *head("form", "largest change of PRS", "prompts that go elsewhere", "share to the cloud"),
         ]
         for one in found:
             assert one.prs is not None

@@ -30,6 +30,7 @@ from edge_agent.superiority import METRICS
 from export.bootstrap import Floats, intervals
 from export.errors import ExportError
 from export.evaluate import spearman
+from export.markdown import head, row
 from export.negatives import FAULTS, hard_negatives
 from export.outcomes import ADHERENCE, INSPECTED, JUDGE_DIGEST, MODELS, WHOSE, Outcomes, unlike
 from export.output import check_output, default_output, shown, write_output
@@ -258,11 +259,10 @@ def report(judge: Judge, labels: Path, name: Path | str = STARTER_JUDGE) -> str:
         "that is the prompt's. What is left to the seed no router can foresee. 95 % bootstrap intervals over the",
         f"{len(set(said))} scenes that these prompts say: sentences of one scene share its outcomes.",
         "",
-        "| metric | " + " | ".join(components) + " |",
-        "|---|" + "---|" * len(components),
+        *head("metric", *components),
     ]
     for index, name in enumerate(METRICS):
-        lines.append(f"| {name} | " + " | ".join(column[index] for column in components.values()) + " |")
+        lines.append(row(name, *(column[index] for column in components.values())))
     lines += [
         "",
         "## Adherence",
@@ -271,14 +271,13 @@ def report(judge: Judge, labels: Path, name: Path | str = STARTER_JUDGE) -> str:
         "finds a picture more like its own prompt than like the same sentence with one thing wrong. 0.5 is chance;",
         "intervals are over scenes.",
         "",
-        "| wrong | sentences | told apart |",
-        "|---|---|---|",
+        *head("wrong", "sentences", "told apart"),
     ]
     for fault, (told, of) in tells_apart(judge, scenes, samples).items():
         cell = (
             with_interval(lambda rows, told=told: told[rows].mean(keepdims=True), of)[0] if len(told) else ""
         )
-        lines.append(f"| {fault} | {len(told)} | {cell} |")
+        lines.append(row(fault, str(len(told)), cell))
     if found := agreement(labels):
         lines += [
             "",
@@ -286,13 +285,12 @@ def report(judge: Judge, labels: Path, name: Path | str = STARTER_JUDGE) -> str:
             "",
             "Rank correlation of each metric with whether the inspector finds in the image what was asked for.",
             "",
-            "| metric | " + " | ".join(found) + " |",
-            "|---|" + "---|" * len(found),
+            *head("metric", *found),
         ]
         measured = (*METRICS, ADHERENCE)[: len(next(iter(found.values())))]
         for index, name in enumerate(measured):
             cells = ("" if np.isnan(column[index]) else f"{column[index]:.2f}" for column in found.values())
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+            lines.append(row(name, *cells))
         higher, prompts = preferred(labels)
         lines += [
             "",
@@ -301,11 +299,10 @@ def report(judge: Judge, labels: Path, name: Path | str = STARTER_JUDGE) -> str:
             f"higher on that one; {prompts} prompts have such two, 0.5 is chance, intervals are over scenes. *Any two*",
             "are mostly one of either model's, and the cloud's is the better one in both respects:",
             "",
-            "| metric | " + " | ".join(higher) + " |",
-            "|---|" + "---|" * len(higher),
+            *head("metric", *higher),
         ]
         for index, name in enumerate(measured):
-            lines.append(f"| {name} | " + " | ".join(column[index] for column in higher.values()) + " |")
+            lines.append(row(name, *(column[index] for column in higher.values())))
     return "\n".join(lines) + "\n"
 
 
@@ -314,22 +311,18 @@ def _judged(judge: Judge, pictures: Sequence[np.ndarray]) -> NDArray[np.float32]
 
 
 def _table(corner: str, shares: Floats) -> list[str]:
-    lines = [f"| {corner} | " + " | ".join(METRICS) + " |", "|---|" + "---|" * len(METRICS)]
-    for row, name in enumerate(METRICS):
-        cells = [f"{100 * share:.0f}" for share in shares[row]]
-        cells[row] = f"**{cells[row]}**"
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines = head(corner, *METRICS)
+    for own, name in enumerate(METRICS):
+        cells = [f"{100 * share:.0f}" for share in shares[own]]
+        cells[own] = f"**{cells[own]}**"
+        lines.append(row(name, *cells))
     return lines
 
 
 def _by_severity(shares: Floats) -> list[str]:
-    lines = [
-        "| metric | " + " | ".join(f"{severity}" for severity in SEVERITIES) + " |",
-        "|---|" + "---|" * len(SEVERITIES),
-    ]
-    for name, row in zip(METRICS, shares.T, strict=True):
-        lines.append(f"| {name} | " + " | ".join(f"{100 * share:.0f}" for share in row) + " |")
-    return lines
+    by_metric = zip(METRICS, shares.T, strict=True)
+    rows = (row(name, *(f"{100 * share:.0f}" for share in of_metric)) for name, of_metric in by_metric)
+    return [*head("metric", *map(str, SEVERITIES)), *rows]
 
 
 def _how_far(known: Floats, foreign: Floats, by_severity: Floats) -> str:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from edge_agent.superiority import METRICS
 from export.bootstrap import Estimate, Floats
 from export.calibrate import FAMILIAR
+from export.markdown import head, row
 from export.mixture import Shape
 from export.routerbench.bundled import NAME as BUNDLED
 from export.routerbench.ceiling import Ceiling
@@ -221,7 +222,7 @@ def _report(
         "",
         "## At a routing rate of 50 %",
         "",
-        *_table(
+        *head(
             "router",
             "captured headroom",
             "each scene once",
@@ -238,7 +239,7 @@ def _report(
     for router, point in at_half.items():
         found = point.inspector_accuracy
         lines.append(
-            _row(
+            row(
                 f"{router} (100 %)" if router == CLOUD_ONLY else router,
                 f"{point.headroom:.2f}",
                 f"{facts.headroom_once[router]:.2f}" if router in facts.headroom_once else "",
@@ -267,12 +268,12 @@ def _report(
         *_ceiling(facts),
         "## Over all rates",
         "",
-        *_table(
+        *head(
             *("router", "APGR", "CPT 50", "CPT 80", "AIQ", "cloud share at dP 50 %"),
             *("decision, ms, median", "decision, ms, 95th percentile"),
         ),
         *(
-            _row(
+            row(
                 router,
                 *(f"{found:.3f}" for found in (one.apgr, one.cpt50, one.cpt80)),
                 *(f"{one.aiq:.4f}", f"{one.cloud_share_at_dp50:.3f}"),
@@ -303,9 +304,9 @@ def _report(
         "Cloud calls saved against random routing at the same dP, %; empty where either never reaches it. Intervals",
         "are of the samples in which both do:",
         "",
-        *_table("router", *(f"dP {wanted} %" for wanted in DELTA_P)),
+        *head("router", *(f"dP {wanted} %" for wanted in DELTA_P)),
         *(
-            _row(name, *(_percents(saved_at_dp(curve, curves.cloud_only, wanted)) for wanted in DELTA_P))
+            row(name, *(_percents(saved_at_dp(curve, curves.cloud_only, wanted)) for wanted in DELTA_P))
             for name, curve in curves.all.items()
         ),
     ]
@@ -317,16 +318,16 @@ def _report(
             "",
             "What is won over random at 50 %, in percent of what cloud-only wins, on prompts unlike the training's.",
             "",
-            *_table("router", *splits),
+            *head("router", *splits),
             *(
-                _row(router, *(f"{value:.1f}" for value in there.values()))
+                row(router, *(f"{value:.1f}" for value in there.values()))
                 for router, there in facts.elsewhere.items()
             ),
         ]
-    lines += ["", "## Settings", "", *_table("router", "setting")]
+    lines += ["", "## Settings", "", *head("router", "setting")]
     for router, setting in facts.settings.items():
         if setting:
-            lines.append(_row(router, ", ".join(f"{k} {v:g}" for k, v in setting.items())))
+            lines.append(row(router, ", ".join(f"{k} {v:g}" for k, v in setting.items())))
     lines += ["", "![deferral curves](deferral.png)", "", "![quality over cost](cost.png)", ""]
     return "\n".join(lines + _decisions(decisions))
 
@@ -372,8 +373,8 @@ def _ceiling(facts: Facts) -> list[str]:
         "",
         "Where the variance of the gain lies, one image a model, on the training scenes:",
         "",
-        *_table("part", "share"),
-        *(_row(kind, f"{share:.0%}") for kind, share in found.components.items()),
+        *head("part", "share"),
+        *(row(kind, f"{share:.0%}") for kind, share in found.components.items()),
         "",
         f"{alike} Of the expected gain, words and pairs of words explain {found.carried_over:.0%};",
         "only that part carries over to scenes that nobody trained on, and the oracle knows the rest as well. The",
@@ -385,8 +386,8 @@ def _ceiling(facts: Facts) -> list[str]:
         f"What the oracle wins over random at 50 % on {facts.oracle_prompts} test prompts, by the number of images",
         f"that it chooses by; headroom is measured against the one that chooses by {facts.images - 1}:",
         "",
-        *_table("images", "gain over random"),
-        *(_row(str(images), f"{gain:.4f}") for images, gain in facts.oracle),
+        *head("images", "gain over random"),
+        *(row(str(images), f"{gain:.4f}") for images, gain in facts.oracle),
         "",
         won,
         "",
@@ -401,8 +402,8 @@ def _inspected(facts: Facts) -> list[str]:
     return [
         "How much more often, at 50 %, the inspector finds in the served image what was asked for than by",
         "",
-        *_table("router", *next(iter(shown.values()))),
-        *(_row(name, *(f"{one:.3f}" for one in found.values() if one)) for name, found in shown.items()),
+        *head("router", *next(iter(shown.values()))),
+        *(row(name, *(f"{one:.3f}" for one in found.values() if one)) for name, found in shown.items()),
         "",
     ]
 
@@ -415,8 +416,8 @@ def _at_all_rates(
     return [
         f"{what}:",
         "",
-        *_table("router", *(f"{rate:.0%}" for rate in RATES)),
-        *(_row(name, *map(cell, curve)) for name, curve in curves.items()),
+        *head("router", *(f"{rate:.0%}" for rate in RATES)),
+        *(row(name, *map(cell, curve)) for name, curve in curves.items()),
         "",
     ]
 
@@ -427,18 +428,18 @@ def _differences(facts: Facts) -> list[str]:
     lines = [
         f"The best baseline on validation is {best}. Captured headroom above its, paired over scenes:",
         "",
-        *_table("router", *MEANS),
-        *(_row(name, *map("{:.3f}".format, apart[best].all)) for name, apart in facts.differences.items()),
+        *head("router", *MEANS),
+        *(row(name, *map("{:.3f}".format, apart[best].all)) for name, apart in facts.differences.items()),
         "",
         "Above every baseline's, that one in bold: it alone was chosen without the test prompts, and no interval is",
         "widened for the number of comparisons:",
         "",
-        *_table("router", "above", *MEANS),
+        *head("router", "above", *MEANS),
     ]
     for name in (name for name in TOLD_APART if name in facts.differences):
         for baseline, apart in facts.differences[name].items():
             lines.append(
-                _row(
+                row(
                     name,
                     f"**{baseline}**" if baseline == best else baseline,
                     *map("{:.3f}".format, apart.all),
@@ -454,9 +455,9 @@ def _ablations(facts: Facts) -> list[str]:
     return [
         "What the paper's method loses in headroom without one of its parts, paired:",
         "",
-        *_table("without", "beside", *MEANS, "does the part earn its place here?"),
+        *head("without", "beside", *MEANS, "does the part earn its place here?"),
         *(
-            _row(name, whole, *map("{:.2f}".format, costs.all), _verdict(costs))
+            row(name, whole, *map("{:.2f}".format, costs.all), _verdict(costs))
             for (name, whole), costs in facts.ablations.items()
         ),
         "",
@@ -498,7 +499,7 @@ def _decisions(made: Decisions | None) -> list[str]:
         "Realised share of prompts in the cloud for a wanted rate; the interval draws calibration prompts and the",
         "split's anew. Where alpha has reached 1/2 the rate may stay below. In bold: the wanted rate lies outside.",
         "",
-        *_table("split", *(f"{rate:.0%}" for rate in RATES), "largest rate"),
+        *head("split", *(f"{rate:.0%}" for rate in RATES), "largest rate"),
     ]
     for split, rates in made.rates.items():
         cells = [
@@ -506,7 +507,7 @@ def _decisions(made: Decisions | None) -> list[str]:
             + (" (1/2)" if rate.bounded else "")
             for rate in rates
         ]
-        lines.append(_row(split, *cells, f"{made.reachable[split]:.2f}"))
+        lines.append(row(split, *cells, f"{made.reachable[split]:.2f}"))
     told = made.explanations
     lines += [
         "",
@@ -515,9 +516,9 @@ def _decisions(made: Decisions | None) -> list[str]:
         f"Where alpha follows the prompts (`--follow-prompts true`), over {STREAM} of a split's, when half should go",
         "to the cloud:",
         "",
-        *_table("split", "calibrated alpha", f"following, the first {EARLY}", "after them"),
+        *head("split", "calibrated alpha", f"following, the first {EARLY}", "after them"),
         *(
-            _row(split, f"{one.fixed:.2f}", f"{one.early:.2f}", f"{one.later:.2f}")
+            row(split, f"{one.fixed:.2f}", f"{one.early:.2f}", f"{one.later:.2f}")
             for split, one in made.followed.items()
         ),
         "",
@@ -547,22 +548,14 @@ def _decisions(made: Decisions | None) -> list[str]:
         "prompts than 95 % of the calibration prompts are (nearest mean token state),",
         "and how well predicted PRS ranks realised PRS there.",
         "",
-        *_table("split", "with a rare token", "far", "rank correlation"),
+        *head("split", "with a rare token", "far", "rank correlation"),
         *(
-            _row(split, f"{one.with_unknown:.0%}", f"{one.far:.0%}", f"{one.correlation:.2f}")
+            row(split, f"{one.with_unknown:.0%}", f"{one.far:.0%}", f"{one.correlation:.2f}")
             for split, one in made.domains.items()
         ),
         "",
     ]
     return lines
-
-
-def _table(*names: str) -> list[str]:
-    return [_row(*names), "|" + "---|" * len(names)]
-
-
-def _row(*cells: str) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def _percents(share: Estimate) -> str:

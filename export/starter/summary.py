@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from edge_agent.superiority import METRICS
 from export.bootstrap import Estimate, Floats, intervals
 from export.evaluate import RESAMPLES
+from export.markdown import head, row
 from export.outcomes import Outcomes
 from export.output import check_output, default_output, write_output
 from export.painter import Painter, cloud_model
@@ -95,7 +96,7 @@ def report(
 ) -> str:
     """The whole as Markdown."""
 
-    def row(what: str, of_edge: float, of_cloud: float, digits: int) -> str:
+    def of_both(what: str, of_edge: float, of_cloud: float, digits: int) -> str:
         return f"| {what} | {of_edge:,.{digits}f} | {of_cloud:,.{digits}f} | {of_cloud / of_edge:.1f} x |"
 
     lines = [
@@ -117,7 +118,7 @@ def report(
         "| | edge | cloud | |",
         "|---|---|---|---|",
         *(
-            row(
+            of_both(
                 f"parameters of the {name}, million",
                 edge.parameters[part] / 1e6,
                 cloud.parameters[part] / 1e6,
@@ -125,10 +126,10 @@ def report(
             )
             for part, name in PARTS.items()
         ),
-        row("steps", edge.steps, cloud.steps, 0),
+        of_both("steps", edge.steps, cloud.steps, 0),
         f"| guidance scale | {edge.guidance_scale:.1f} | {cloud.guidance_scale:.1f} | |",
-        row("multiply-adds, thousand million", edge.multiply_adds / 1e9, cloud.multiply_adds / 1e9, 2),
-        row("time, ms", edge.milliseconds, cloud.milliseconds, 0),
+        of_both("multiply-adds, thousand million", edge.multiply_adds / 1e9, cloud.multiply_adds / 1e9, 2),
+        of_both("time, ms", edge.milliseconds, cloud.milliseconds, 0),
         "",
         "## How good it is",
         "",
@@ -136,12 +137,8 @@ def report(
         "scenes. [metrics.md](metrics.md) says how far each metric can be trusted, and [inspector.md](inspector.md)",
         "what an inspector that shares no weights, loss or scenes with the judge finds in the same images.",
         "",
-        "| metric | edge | cloud | cloud - edge |",
-        "|---|---|---|---|",
-        *(
-            f"| {metric} | {' | '.join(f'{value:.3f}' for value in values)} |"
-            for metric, values in quality.items()
-        ),
+        *head("metric", "edge", "cloud", "cloud - edge"),
+        *(row(metric, *map("{:.3f}".format, values)) for metric, values in quality.items()),
         "",
         "The model cards say how each was trained: [edge](../export/starter/weights/README.md),",
         "[cloud](../cloud_server/starter/README.md).",
