@@ -39,7 +39,7 @@ class TokenStates:
 
     def means(self) -> NDArray[np.float32]:
         """[N, d], the mean state of each prompt's own tokens."""
-        return np.stack([one.mean(axis=0) for one in np.split(self.tokens, self.starts[1:-1])])
+        return np.stack([mean(one) for one in np.split(self.tokens, self.starts[1:-1])])
 
     def padded(self, width: int = 0) -> tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.int64]]:
         """States [N, n, d], mask [N, n] and ids [N, n], n being the longest prompt's tokens or ``width``, if more."""
@@ -50,6 +50,11 @@ class TokenStates:
         ids = np.zeros(mask.shape, np.int64)
         ids[mask] = self.ids
         return states, mask, ids
+
+
+def mean(own: NDArray[np.float32]) -> NDArray[np.float32]:
+    """[d], of the states [T, d] of a prompt's own tokens; zeros where it has none."""
+    return own.sum(axis=0) / max(1, len(own))
 
 
 SHORTER_SEED = 0  # draws the token that a shorter prompt lacks

@@ -33,7 +33,7 @@ from export.evaluate import spearman
 from export.outcomes import Outcomes
 from export.routerbench.bundled import calibrated
 from export.routerbench.measure import RATES, RESAMPLES
-from export.states import of_prompts
+from export.states import mean, of_prompts
 
 EXPLAINED = 800  # test prompts whose tokens are deleted, one after the other
 BINS = 8  # of predicted PRS, with equally many prompts
@@ -144,8 +144,7 @@ class Decider:
         """PRS, the prediction it comes from, and the mean state [d] of the prompt's own tokens."""
         states = self._encoder.encode(tokens).tokens
         prediction = self._predictor.predict(states, tokens.own, tokens.ids)
-        own = states[0][tokens.own]
-        return self.prs(prediction.edge, prediction.cloud), prediction, own.mean(axis=0)
+        return self.prs(prediction.edge, prediction.cloud), prediction, mean(states[0][tokens.own])
 
     def prs(self, edge: Sequence[float], cloud: Sequence[float]) -> float:
         """Of qualities [M]."""

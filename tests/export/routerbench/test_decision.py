@@ -95,6 +95,19 @@ def test_an_unknown_word_is_told(routed: Routed, made: Decisions) -> None:
     assert made.domains["calibration"].far == pytest.approx(0.05, abs=0.02)
 
 
+def test_prompts_without_tokens_leave_the_others_as_far_away_as_they_are(
+    routed: Routed, tmp_path: Path
+) -> None:
+    """As one of an invisible character, which cleaning takes out."""
+    texts, splits = list(routed.outcomes.prompts), routed.outcomes.splits
+    for split in ("train", "calibration"):
+        texts[np.flatnonzero(splits == split)[0]] = "\u200b"
+    outcomes = replace(routed.outcomes, prompts=tuple(texts))
+    found = decisions(routed.bundle, outcomes, routed.scenes, tmp_path)
+    assert found is not None
+    assert found.domains["calibration"].far == pytest.approx(0.05, abs=0.02)
+
+
 def test_a_bundle_without_calibration_has_no_decisions_to_measure(routed: Routed, tmp_path: Path) -> None:
     bare = write_bundle(tmp_path / "bare")
     assert decisions(bare, routed.outcomes, routed.scenes, tmp_path) is None
