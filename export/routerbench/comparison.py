@@ -269,7 +269,8 @@ def _facts(
     scored = {one.name: one.scores["test"] for one in order}
     train, test, prompts = outcomes.split("train"), outcomes.split("test"), data.others["test"]
     superiority = prompts.superiority(prompts.examples.edge, prompts.examples.cloud)
-    every = (test.cloud_seeds.astype(np.float64) - test.edge_seeds).mean(axis=2)
+    most = (~np.isnan(test.edge_seeds[..., 0])).sum(axis=1).max()  # training prompts may have more images
+    every = (test.cloud_seeds[:, :most].astype(np.float64) - test.edge_seeds[:, :most]).mean(axis=2)
     with_most = ~np.isnan(every).any(axis=1)
     many = every[with_most]  # of the prompts with the most images
     best = max((fitted[kind.name] for kind in BASELINES), key=lambda one: one.validation)

@@ -267,6 +267,23 @@ def test_the_command_writes_its_tables_and_takes_a_router_of_one_s_own(
         assert len(re.findall(rf"^\| {row} \|( [^|]+ \[[^|]+\] \|){{5}}", overall, re.M)) == 1
 
 
+@pytest.mark.parametrize("models", [["edge"], ["edge", "cloud"]])
+def test_training_prompts_may_have_more_images_than_those_that_routers_are_measured_on(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, models: list[str]
+) -> None:
+    from export.routerbench import comparison
+
+    monkeypatch.setattr(comparison, "ROUTERS", few := (Random, NearestNeighbours))
+    monkeypatch.setattr(comparison, "BASELINES", few)
+    table = pq.read_table(world.labels)
+    learnt = pc.and_(pc.equal(table["split"], "train"), pc.is_in(table["model"], pa.array(models)))
+    more = table.filter(learnt)
+    more = more.set_column(table.column_names.index("seed"), "seed", pc.add(more["seed"], 2))
+    pq.write_table(pa.concat_tables([table, more]), labels := tmp_path / "labels.parquet")
+    command = ["routerbench", "--labels", str(labels), "--bundle", str(world.bundle.folder), "--seeds", "1"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+
+
 def test_a_router_is_found_in_the_folder_one_works_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
