@@ -90,10 +90,10 @@ class Run:
         self.folder = folder
         self.model = model
         self.steps = steps
-        self.batch = batch
-        self.learning_rate = learning_rate
-        self.seed = seed
         self.seconds = seconds
+        # What a run that goes on must have in common with the one that was interrupted.
+        self.recipe = {"batch": batch, "learning_rate": learning_rate, "seed": seed}
+        self.checkpoint = folder / "checkpoint.pt"
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.step = 0
         self.trained_seconds = 0.0
@@ -110,16 +110,6 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         if self.checkpoint.exists():
             self._resume()
-
-    @property
-    def checkpoint(self) -> Path:
-        """Where the run is kept."""
-        return self.folder / "checkpoint.pt"
-
-    @property
-    def _recipe(self) -> dict[str, float]:
-        """What a run that goes on must have in common with the one that was interrupted."""
-        return {"batch": self.batch, "learning_rate": self.learning_rate, "seed": self.seed}
 
     @property
     def done(self) -> bool:
@@ -152,7 +142,7 @@ class Run:
         first, remaining = self.step, range(self.step, self.steps)
         for step, batch in zip(remaining, made_ahead(make_batch, remaining), strict=True):
             for group in self.optimiser.param_groups:
-                group["lr"] = self.learning_rate * self._schedule(step)
+                group["lr"] = self.recipe["learning_rate"] * self._schedule(step)
             loss = loss_of_batch(step, batch)
             self.optimiser.zero_grad(set_to_none=True)
             loss.backward()
@@ -189,9 +179,7 @@ class Run:
         """What the model card tells of this run."""
         return {
             "steps": self.step,
-            "batch": self.batch,
-            "learning_rate": self.learning_rate,
-            "seed": self.seed,
+            **self.recipe,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "seconds": round(self.trained_seconds),
             "hardware": hardware(),
@@ -226,7 +214,7 @@ class Run:
             "model": self.model.state_dict(),
             "average": self.average,
             "optimiser": self.optimiser.state_dict(),
-            "recipe": self._recipe,
+            "recipe": self.recipe,
         }
         partial = self.checkpoint.with_suffix(".partial")
         partial.write_bytes(pickled(state))
@@ -234,7 +222,7 @@ class Run:
 
     def _resume(self) -> None:
         state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-        if state.get("recipe") != self._recipe:  # of one from before recipes were kept nothing is known
+        if state.get("recipe") != self.recipe:  # of one from before recipes were kept nothing is known
             raise ExportError(
                 f"{self.checkpoint} was made by another recipe: remove {self.folder}, or name another --work"
             )

@@ -62,7 +62,7 @@ def test_a_run_cut_into_pieces_ends_with_the_weights_of_an_unbroken_one(tmp_path
 def test_a_run_of_another_recipe_is_not_gone_on_with(tmp_path, changed):
     run = run_in(tmp_path, steps=60, seconds=0)
     run.train(batch_of, loss_of(run))
-    recipe = {"steps": 60, "batch": run.batch, "learning_rate": run.learning_rate, "seed": run.seed}
+    recipe = {"steps": 60, **run.recipe}
     if changed is None:  # as runs were kept before they said their recipe
         kept = torch.load(run.checkpoint, weights_only=True)
         del kept["recipe"]
