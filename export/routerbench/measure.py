@@ -94,14 +94,14 @@ class Bench:
         counted: NDArray[np.bool_],
         scenes: NDArray[np.int64],
     ) -> None:
-        """``superiority`` [N, S] is the PRS of every pair of images, ``counted`` [M] see `counted_metrics`, ``scenes``
-        [N] numbers what each prompt says. Raises ExportError where there is nothing to choose between.
+        """``superiority`` [N, S] is the PRS of every pair of images that counts, ``counted`` [M] see `counted_metrics`,
+        ``scenes`` [N] numbers what each prompt says. Raises ExportError where there is nothing to choose between.
         """
-        self.paired = paired_gaps(test)  # [N, S, M]
-        count = self.paired.shape[1]
+        count = superiority.shape[1]  # the prompts of a part may all have more
+        self.paired = paired_gaps(test)[:, :count]  # [N, S, M]
         self.gaps = self.paired.mean(axis=1)  # [N, M]
         # [N, S], 1 where the edge's image is the better one.
-        self.better = np.sign(superiority[:, :count] - 0.5)
+        self.better = np.sign(superiority - 0.5)
         self.counted = counted
         self.scenes = len(np.unique(scenes))
         self.verdicts: tuple[Floats, Floats] | None = None

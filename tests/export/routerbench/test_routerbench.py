@@ -132,6 +132,17 @@ def test_what_is_told_over_all_rates_is_told_of_each_resample_as_of_the_whole(be
     assert [each.high for each in whole] == pytest.approx(high.tolist())
 
 
+def test_the_first_prompts_of_scenes_are_measured_by_as_many_images_as_all_of_them(world: World) -> None:
+    """They may all be of those for the ceiling, which have more."""
+    prompts, test = world.data.others["test"], world.test
+    each = prompts.superiority(torch.from_numpy(test.edge_seeds), torch.from_numpy(test.cloud_seeds))
+    twice = {name: np.tile(getattr(test, name), (1, 2, 1)) for name in ("edge_seeds", "cloud_seeds")}
+    counted = counted_metrics(world.outcomes.split("train"))
+    benches = [Bench(part, each, counted, world.said("test")) for part in (test, replace(test, **twice))]
+    few, more = (each.oracle_points() for each in benches)
+    assert [point.win_gain for point in more] == [point.win_gain for point in few]
+
+
 def test_a_router_never_beats_itself(bench: Bench) -> None:
     points = bench.points([np.random.default_rng(0).random(len(bench.gaps))])
     apart = difference(points, points, RATES)
