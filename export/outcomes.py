@@ -154,9 +154,9 @@ class Outcomes:
         column = {name: table[name].to_numpy() for name in COLUMNS}
         ids, first, row_of = np.unique(column["prompt_id"], return_index=True, return_inverse=True)
         for name in ("prompt", "split", "objects"):
-            unlike = np.flatnonzero(column[name] != column[name][first][row_of])
-            if unlike.size:
-                raise ExportError(f"{path}: prompt {ids[row_of[unlike[0]]]} has more than one {name}")
+            other = np.flatnonzero(column[name] != column[name][first][row_of])
+            if other.size:
+                raise ExportError(f"{path}: prompt {ids[row_of[other[0]]]} has more than one {name}")
         prompts = tuple(column["prompt"][first].tolist())
         _distinct(path, ids, prompts)
         splits = column["split"][first].astype(str)
@@ -340,8 +340,8 @@ def _known_metrics(path: Path, stated: str | None) -> tuple[str, ...]:
             "again with `edge-export label`"
         ) from error
     if names[: len(METRICS)] != METRICS:
-        unlike = next((name for name in names if name not in METRICS), None)
-        what = f"unknown metric {unlike!r}" if unlike else f"metrics {', '.join(names)}"
+        unknown = next((name for name in names if name not in METRICS), None)
+        what = f"unknown metric {unknown!r}" if unknown else f"metrics {', '.join(names)}"
         raise ExportError(f"{path}: {what}; this version compares {', '.join(METRICS)}, in this order")
     return names
 

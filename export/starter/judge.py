@@ -120,7 +120,7 @@ def make_batch(
     for scene, text in zip(scenes, captions, strict=True):
         negatives = hard_negatives(text, scene)
         wrong.append(negatives[int(rng.integers(len(negatives)))].text)
-    said = {name: metrics[METRICS.index(name)].negative.lower() for name in METRICS}
+    said = {metric.name: metric.negative.lower() for metric in metrics}
     texts = [", ".join([text, *map(said.get, names)]) for text, names in zip(captions, blamed, strict=True)]
     targets = np.concatenate([np.zeros((len(scenes), len(METRICS)), np.float32), np.stack(harm)])
     return Batch(
