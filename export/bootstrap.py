@@ -19,6 +19,11 @@ class Estimate:
     low: float
     high: float
 
+    @property
+    def percent(self) -> Estimate:
+        """What is a share, in percent."""
+        return Estimate(100 * self.value, 100 * self.low, 100 * self.high)
+
     def __format__(self, form: str) -> str:
         """All three, each as ``form`` has it, such as ".2f"; nothing where the value is not a number."""
         if np.isnan(self.value):

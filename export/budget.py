@@ -150,10 +150,9 @@ def table(rows: Sequence[Row]) -> Table:
         made.add_column(name, no_wrap=True, justify="right")
     for row in rows:
         shares = (row.as_it_comes, row.paced, row.in_hindsight)
-        percent = (Estimate(100 * one.value, 100 * one.low, 100 * one.high) for one in shares)
         lasts = f"{row.lasts_days.value:.0f} days" if row.lasts_days.value < DAYS else ""
         made.add_row(
-            dollars(row.budget_micro_usd), str(row.images), lasts, *(f"{one:.1f}" for one in percent)
+            dollars(row.budget_micro_usd), str(row.images), lasts, *(f"{one.percent:.1f}" for one in shares)
         )
     return made
 

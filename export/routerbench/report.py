@@ -306,7 +306,7 @@ def _report(
         "",
         *head("router", *(f"dP {wanted} %" for wanted in DELTA_P)),
         *(
-            row(name, *(_percents(saved_at_dp(curve, curves.cloud_only, wanted)) for wanted in DELTA_P))
+            row(name, *(f"{saved_at_dp(curve, curves.cloud_only, wanted).percent:.0f}" for wanted in DELTA_P))
             for name, curve in curves.all.items()
         ),
     ]
@@ -556,7 +556,3 @@ def _decisions(made: Decisions | None) -> list[str]:
         "",
     ]
     return lines
-
-
-def _percents(share: Estimate) -> str:
-    return f"{Estimate(100 * share.value, 100 * share.low, 100 * share.high):.0f}"
