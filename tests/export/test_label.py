@@ -330,6 +330,14 @@ def test_pictures_that_found_no_room_leave_nothing_on_the_disk(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_process_was_writing_when_it_was_killed_is_no_piece(tmp_path):
+    piece = pieces.Piece(0, "edge", 0, tuple(router_prompts({"test": 1})))
+    pieces.keep_pictures(tmp_path, piece, [pieces.Picture(np.zeros((64, 64, 3), np.uint8))])
+    (whole,) = tmp_path.iterdir()
+    (tmp_path / f".1-{whole.name}").write_bytes(whole.read_bytes()[:100])
+    assert len(list(pieces.all_pictures(tmp_path))) == 1
+
+
 @pytest.mark.parametrize("fact", [label.PREPROCESSING, pieces.CLOUD_DTYPE])
 def test_pieces_and_a_matrix_that_say_nothing_of_what_was_not_recorded_yet_are_gone_on_with(
     relabelled, monkeypatch, fact
