@@ -218,7 +218,8 @@ class Ledger:
         `cloud` is who is to be asked what became of the call, which ends after `timeout_s` seconds.
 
         Raises QuotaExhausted, naming the budget or rate without room, and DuplicateRequest when this
-        request id is reserved or settled already. A released one may be reserved again: it never ran.
+        request id is reserved or settled already: with `retry_after_s` where it went to this `cloud`, which soon
+        tells what became of it, or sends it again. A released one may be reserved again: it never ran.
         """
         _check_money(ceiling_micro_usd)
         with self._transaction() as connection:
@@ -231,7 +232,7 @@ class Ledger:
             if earlier is not None and earlier[0] != "released":
                 raise DuplicateRequest(
                     f"the request id {request_id!r} is {earlier[0]} already; use a new one for a new image",
-                    retry_after_s=OUTCOME_RETRY_S if earlier == ("reserved", cloud) else None,
+                    retry_after_s=OUTCOME_RETRY_S if earlier[1] == cloud else None,
                 )
             account = self._remembered(now) or self._counted(connection, now)
             refusal = self._refusal(account, app, ceiling_micro_usd, now)

@@ -268,6 +268,21 @@ async def test_an_id_that_is_used_again_is_refused_by_the_name_that_its_app_gave
     await first.aclose()
 
 
+async def test_who_repeats_a_call_while_it_is_being_settled_is_told_to_come_back(begin: Begin) -> None:
+    """With a new id, as without it, the image would be paid for twice."""
+    purchases = begin("127.0.0.1:1")
+    key = purchases.key(request("again"))
+    purchases.ledger.reserve(key, "default", CEILING, purchases.cloud.identity)
+    assert await purchases.redeliver(request("again"), 1.0) is None
+    purchases.ledger.settle(key, 1)  # between the two
+    with pytest.raises(DuplicateRequest, match="repeat it in a moment") as duplicate:
+        await purchases.reserve(request("again"), CEILING, 1.0)
+    assert duplicate.value.retry_after_s
+    again = await purchases.redeliver(request("again"), 1.0)
+    assert again is not None
+    await again.aclose()
+
+
 @pytest.mark.parametrize("manner", ["honest", "drop", "break", "hang", "lie"])
 async def test_whatever_becomes_of_an_image_that_is_sent_again_the_money_stays_as_it_was(
     begin: Begin, manner: str
