@@ -399,7 +399,7 @@ class Agent:
                             never_ran=False,
                         )
                 elif isinstance(event, CloudImage):
-                    self.tally.delivered(event.charged_micro_usd)
+                    self.tally.delivered(None if purchase.redelivery else event.charged_micro_usd)
                     stages_ms = {f"cloud_{stage}": spent for stage, spent in event.timings_ms.items()}
                     yield Made(
                         png=event.png,

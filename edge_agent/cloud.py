@@ -276,7 +276,10 @@ class CloudClient:
                         if event is None:
                             continue
                         if isinstance(event, CloudAccepted):
-                            self.record.accepted(event.charged_micro_usd, stream.request.size)
+                            if stream.redelivery:  # which tells the price and the model of then
+                                self.record.recovered()
+                            else:
+                                self.record.accepted(event.charged_micro_usd, stream.request.size)
                         elif isinstance(event, CloudImage):
                             self.record.recovered()
                         yield event

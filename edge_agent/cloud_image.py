@@ -58,6 +58,7 @@ class ImageStream:
 
     def __init__(self, request: ImageRequest, ceiling_micro_usd: int, *, redelivery: bool = False) -> None:
         self.request = request
+        self.redelivery = redelivery
         self._ceiling_micro_usd = ceiling_micro_usd
         self._offer_micro_usd = 0 if redelivery else ceiling_micro_usd
         own = math.prod(request.size) * MAX_PIXEL_BYTES + MAX_OTHER_BYTES

@@ -50,9 +50,10 @@ class Tally:
         if before is None or before.check != failure.check:
             log.warning("cloud failing", error=failure.message, check=failure.check)
 
-    def delivered(self, price_micro_usd: int) -> None:
-        """Take note of an image from the cloud, and what it cost."""
-        self.price_micro_usd = price_micro_usd
+    def delivered(self, price_micro_usd: int | None) -> None:
+        """Take note of an image from the cloud, and what it cost; None of one that was bought before."""
+        if price_micro_usd is not None:
+            self.price_micro_usd = price_micro_usd
         if self.cloud_failure is not None:
             log.info("cloud delivers again")
         self.cloud_failure = None

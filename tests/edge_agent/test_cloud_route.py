@@ -380,6 +380,10 @@ async def test_a_request_id_is_paid_for_once(both: Both) -> None:
     assert (once.max_price_micro_usd, again.max_price_micro_usd) == (CEILING, 0), "nothing is offered again"
     again.max_price_micro_usd = CEILING
     assert again == once
+    tally = both.here.daemon.agent.tally
+    tally.price_micro_usd = ScriptedCloud.PRICE - 1  # of an image since then
+    assert (await both.app.generate(CLOUD_PROMPT, request_id="twice")).served_by == "cloud"
+    assert tally.price_micro_usd == ScriptedCloud.PRICE - 1, "which budgets are paced by"
     both.cloud.received.clear()
     together = await asyncio.gather(
         *(both.app.generate(CLOUD_PROMPT, request_id="at-once") for _ in range(4))

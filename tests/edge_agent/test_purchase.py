@@ -309,6 +309,21 @@ async def test_whatever_becomes_of_an_image_that_is_sent_again_the_money_stays_a
         assert purchases._arrived_by == {}, "which only what is open needs"
 
 
+async def test_what_an_image_has_cost_is_not_taken_for_what_the_next_one_costs(begin: Begin) -> None:
+    async with scripted_cloud("d" * 64) as cloud:
+        purchases = begin(cloud.address)
+        purchases.ledger.reserve(purchases.key(request("again")), "default", CEILING, cloud.address)
+        purchases.ledger.settle(purchases.key(request("again")), cloud.PRICE)
+        record = purchases.cloud.record
+        record.told_price(cloud.PRICE - 1)  # it has become cheaper, with a model that makes other sizes
+        record.refused_size((64, 64))
+        purchase = await purchases.redeliver(request("again"), 5.0)
+        async with aclosing(purchase), aclosing(purchase.images()) as events:
+            assert CloudImage in [type(event) async for event in events]
+        assert record.affordable(cloud.PRICE - 1) and not record.affordable(cloud.PRICE - 2)
+        assert not record.makes((64, 64))
+
+
 async def test_the_names_of_apps_and_their_ids_do_not_run_together(begin: Begin) -> None:
     purchases = begin("127.0.0.1:1")
     names = [("kiosk", "1-a"), ("kiosk1", "-a"), ("desk", "1-a")]
