@@ -369,6 +369,7 @@ class Purchase:
         self._deadline = deadline  # time.monotonic(), s
         self._sent = False
         self._concluded = redelivery
+        self._left = False  # whether its place is another's
 
     def images(self) -> CloudEvents:
         """The cloud's events, however slowly they are taken; the image comes when it is settled. Raises CloudError."""
@@ -384,10 +385,11 @@ class Purchase:
                 async for event in events:
                     if isinstance(event, CloudAccepted) and not self.redelivery:
                         self._purchases.accepted(self._key)
-                    if isinstance(event, CloudImage) and not self.redelivery:
-                        self._concluded = await self._purchases.settle(self._key, event.charged_micro_usd)
+                    if isinstance(event, CloudImage):
+                        if not self.redelivery:
+                            self._concluded = await self._purchases.settle(self._key, event.charged_micro_usd)
                         if self._concluded:  # its place is another's now, however slowly the image is read
-                            self._purchases.concluded(self._key)
+                            self._leave()
                     yield event
             except CloudError as error:
                 if self.redelivery and isinstance(error, CloudRefused) and error.price_micro_usd is not None:
@@ -406,9 +408,15 @@ class Purchase:
                 self._concluded = await self._purchases.release(self._key)
         finally:
             if self._concluded:
-                self._purchases.concluded(self._key)
+                self._leave()
             else:
                 self._purchases.hand_over(self._key, sent=self._sent)
+
+    def _leave(self) -> None:
+        """Once: after that its id may be under way anew, where its image is sent again."""
+        if not self._left:
+            self._left = True
+            self._purchases.concluded(self._key)
 
 
 async def _read_ahead(events: CloudEvents) -> CloudEvents:

@@ -309,6 +309,23 @@ async def test_whatever_becomes_of_an_image_that_is_sent_again_the_money_stays_a
         assert purchases._arrived_by == {}, "which only what is open needs"
 
 
+async def test_who_reads_slowly_takes_no_place_and_gives_none_away(begin: Begin) -> None:
+    async with scripted_cloud("d" * 64) as cloud:
+        purchases = begin(cloud.address)
+        slow = [await purchases.reserve(request("again"), CEILING, 5.0)]
+        for _ in range(2):
+            assert slow[-1] is not None
+            async with aclosing(slow[-1].images()) as events:
+                assert CloudImage in [type(event) async for event in events]
+            assert purchases._under_way == set()
+            slow.append(await purchases.redeliver(request("again"), 5.0))
+        for purchase in slow[:-1]:
+            await purchase.aclose()
+        assert purchases._under_way == {purchases.key(request("again"))}, "the last one's"
+        await slow[-1].aclose()
+        assert purchases._under_way == set()
+
+
 async def test_what_an_image_has_cost_is_not_taken_for_what_the_next_one_costs(begin: Begin) -> None:
     async with scripted_cloud("d" * 64) as cloud:
         purchases = begin(cloud.address)
