@@ -416,15 +416,15 @@ class Agent:
 
     def _fall_back(self, request: ImageRequest, error: CloudError, purchase: Purchase) -> str:
         """What the result says of the failure. Raises it where the caller wants the cloud or nothing."""
-        # As one that is kept no longer is. Like the caller's own terms, it says nothing of the cloud.
-        gone = purchase.redelivery and isinstance(error, CloudRefused)
+        # Like the caller's own terms, that says nothing of the cloud.
+        gone = purchase.redelivery and isinstance(error, CloudRefused) and error.gone
         if not (gone or isinstance(error, CloudUncalibrated) or self._own_terms(request, error, purchase)):
             self.tally.failed(error)
         if request.routing is Routing.CLOUD_ONLY:
             if gone:
                 raise DuplicateRequest(
-                    f"the image of the request id {request.request_id!r} was paid for and is not to be had any more; "
-                    f"use a new one for a new image ({error.message})"
+                    f"the image of the request id {request.request_id!r} was paid for and is not to be had; use a new "
+                    f"one for a new image ({error.message})"
                 ) from error
             raise error
         self.tally.fallbacks += 1

@@ -444,6 +444,7 @@ class CloudClient:
                 never_ran=never_ran or withheld,  # nothing is charged, and it is known by now
                 price_micro_usd=price,
                 withheld=withheld,
+                gone=code is grpc.StatusCode.ALREADY_EXISTS,
                 field=_field(status) if never_ran else "",
             )
         retry_after_s = _retry_after_s(status)

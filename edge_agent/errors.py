@@ -153,7 +153,8 @@ class CloudRefused(CloudError):
     """The cloud will not serve this request: price, size, credentials.
 
     `price_micro_usd` is what it asks, where that is why, `field` what it does not take of the request, where it names
-    that, and `withheld` whether its model's safety checker kept the image back.
+    that, `withheld` whether its model's safety checker kept the image back, `gone` whether the id is that of an image
+    which it does not send.
     """
 
     def __init__(
@@ -164,11 +165,13 @@ class CloudRefused(CloudError):
         price_micro_usd: int | None = None,
         field: str = "",
         withheld: bool = False,
+        gone: bool = False,
     ) -> None:
         super().__init__(message, never_ran=never_ran)
         self.price_micro_usd = price_micro_usd
         self.field = field
         self.withheld = withheld
+        self.gone = gone
 
 
 class CloudUncalibrated(CloudRefused):

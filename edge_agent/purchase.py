@@ -393,7 +393,7 @@ class Purchase:
                     yield event
             except CloudError as error:
                 if self.redelivery and isinstance(error, CloudRefused) and error.price_micro_usd is not None:
-                    raise CloudRefused(FORGOTTEN, never_ran=True) from error
+                    raise CloudRefused(FORGOTTEN, never_ran=True, gone=True) from error
                 if error.never_ran and not self.redelivery:
                     self._concluded = await self._purchases.release(self._key)
                 raise

@@ -477,6 +477,20 @@ async def test_an_image_that_is_sent_again_says_nothing_of_the_model_that_the_cl
         assert (answer.reason, (await here.app.status()).calibrated) == ("already_paid", True)
 
 
+async def test_a_cloud_that_refuses_for_now_to_send_an_image_again_costs_nobody_its_id(both: Both) -> None:
+    """As where its operator has mistaken a token: the image is still there, and a new id would be paid for."""
+    assert (await both.app.generate(CLOUD_PROMPT, request_id="kept")).served_by == "cloud"
+    both.cloud.manner = "refuse"
+    answer = await both.app.generate(CLOUD_PROMPT, routing=CLOUD, request_id="kept")
+    assert (answer.reason, answer.code) == ("already_paid", "FAILED_PRECONDITION")
+    assert "use a new one" not in answer.message
+    (advice,) = (await both.app.status()).advice
+    assert "too dear" in advice and "--cloud-token" in advice
+    both.cloud.manner = "honest"
+    answer = await both.app.generate(CLOUD_PROMPT, routing=CLOUD, request_id="kept")
+    assert (answer.reason, answer.served_by) == ("already_paid", "cloud")
+
+
 async def test_two_apps_may_choose_the_same_id(both: Both) -> None:
     answers = [await both.app.generate(CLOUD_PROMPT, request_id="one", app=app) for app in ("a", "b")]
     assert [answer.served_by for answer in answers] == ["cloud", "cloud"]
