@@ -125,11 +125,12 @@ class Agent:
         purchase, failure = None, ""
         with self.models:
             reading, decision = await self._read(request)
-            self._learn(request, decision)
             if request.named:
                 decision, purchase = await self._redeliver(request, decision)
-            if decision.route == "cloud" and purchase is None:
-                decision, purchase = await self._reserve(request, decision)
+            if purchase is None:
+                self._learn(request, decision)
+                if decision.route == "cloud":
+                    decision, purchase = await self._reserve(request, decision)
             if purchase is not None:
                 async with aclosing(purchase):
                     yield decision

@@ -477,6 +477,18 @@ async def test_an_image_that_is_sent_again_says_nothing_of_the_model_that_the_cl
         assert (answer.reason, (await here.app.status()).calibrated) == ("already_paid", True)
 
 
+async def test_what_was_paid_for_counts_once_among_the_prompts_that_alpha_follows(
+    both: Both, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learnt: list[float] = []
+    monkeypatch.setattr(Recent, "add", lambda _, prs: learnt.append(prs))
+    for reason in ("pareto_cloud", "already_paid", "already_paid"):
+        assert (await both.app.generate(CLOUD_PROMPT, request_id="counted")).reason == reason
+    assert len(learnt) == 1
+    await both.app.generate(CLOUD_PROMPT, request_id="counted-too")
+    assert len(learnt) == 2
+
+
 async def test_a_cloud_that_refuses_for_now_to_send_an_image_again_costs_nobody_its_id(both: Both) -> None:
     """As where its operator has mistaken a token: the image is still there, and a new id would be paid for."""
     assert (await both.app.generate(CLOUD_PROMPT, request_id="kept")).served_by == "cloud"
