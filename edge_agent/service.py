@@ -509,7 +509,8 @@ def _cloud_health(agent: Agent) -> edge_pb2.CloudHealth:
     failure = agent.tally.cloud_failure
     if not cloud.record.healthy or (failure is not None and failure.shut_out):
         return edge_pb2.CLOUD_HEALTH_UNREACHABLE
-    return edge_pb2.CLOUD_HEALTH_HEALTHY if agent.tally.cloud_digest else edge_pb2.CLOUD_HEALTH_UNTRIED
+    tried = agent.tally.cloud_digest or agent.tally.served["cloud"]  # one that is sent again tells no digest
+    return edge_pb2.CLOUD_HEALTH_HEALTHY if tried else edge_pb2.CLOUD_HEALTH_UNTRIED
 
 
 def _who(request: image_pb2.ImageRequest | ImageRequest) -> Line:

@@ -404,9 +404,11 @@ async def test_an_image_that_its_app_has_lost_comes_again_also_once_the_budget_i
         cloud.manner = "honest"
         async with daemon_here(routed_bundle, tmp_path, cloud=cloud.address, **how) as here:  # started anew
             assert (await here.app.generate(CLOUD_PROMPT, request_id="another")).reason == "quota_exhausted"
+            assert (await here.app.status()).cloud_health == edge_pb2.CLOUD_HEALTH_UNTRIED
             for routing in (edge_pb2.ROUTING_AUTO, CLOUD):
                 answer = await here.app.generate(CLOUD_PROMPT, request_id="lost", routing=routing)
                 assert (answer.served_by, answer.reason) == ("cloud", "already_paid")
+            assert (await here.app.status()).cloud_health == edge_pb2.CLOUD_HEALTH_HEALTHY
             answer = await here.app.generate(CLOUD_PROMPT, request_id="lost", routing=LOCAL)
             assert (answer.served_by, answer.reason) == ("edge", "local_only")
             here.daemon._purchases.cloud.record.leave_alone(60.0)
