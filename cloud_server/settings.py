@@ -117,7 +117,7 @@ class Settings:
         "LOCALAPPDATA",
     )
     keep_images_s: float = _setting(
-        3_600.0, float, "SECONDS", "how long a finished image is kept, so that a broken stream can be resumed"
+        3_600.0, float, "SECONDS", "how long a finished image is kept, for edges that lost it on its way"
     )
     grace_s: float = _setting(30.0, float, "SECONDS", "how long SIGTERM waits for requests in flight")
     log_format: str = _setting("text", str, "FORMAT", "one line a request as text or json", ("text", "json"))
