@@ -289,7 +289,7 @@ class Agent:
     async def _redeliver(self, request: ImageRequest, decision: Decision) -> tuple[Decision, Purchase | None]:
         """The decision, unless this request has paid for its image before: then the cloud is to send that."""
         cloud, purchase = self.purchases.cloud, None
-        if cloud is None or request.local_only:
+        if cloud is None or request.local_only or any(state.closed for state in decision.quota):
             return decision, None
         if cloud.record.healthy or request.routing is Routing.CLOUD_ONLY:
             with suppress(LedgerError):  # which the status tells, and so does reserving

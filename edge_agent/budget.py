@@ -82,10 +82,15 @@ class BudgetState(NamedTuple):
     remaining_micro_usd: int
     app: str | None = None
 
+    @property
+    def closed(self) -> bool:
+        """Whether it is for no cloud at all, also where a call costs nothing."""
+        return self.cap_micro_usd == 0
+
     def refusal(self, ceiling_micro_usd: int, now: float) -> QuotaExhausted | None:
         """Why it has no room for a call at this ceiling; None when it has."""
         cap, spent, reserved = self.cap_micro_usd, self.spent_micro_usd, self.reserved_micro_usd
-        closed = cap == 0  # no cloud, also where a call costs nothing
+        closed = self.closed
         if not closed and spent + reserved <= cap and ceiling_micro_usd <= self.remaining_micro_usd:
             return None
         held, retry_after_s = "", None

@@ -417,6 +417,20 @@ async def test_an_image_that_its_app_has_lost_comes_again_also_once_the_budget_i
             assert await here.app.budget() == (ScriptedCloud.PRICE, 0)
 
 
+async def test_a_budget_of_nothing_keeps_also_what_was_paid_for_from_the_cloud(
+    routed_bundle: Path, digest: str, tmp_path: Path
+) -> None:
+    wish = {"request_id": "paid"}
+    async with scripted_cloud(digest) as cloud:
+        async with daemon_here(routed_bundle, tmp_path, cloud=cloud.address) as here:
+            assert (await here.app.generate(CLOUD_PROMPT, **wish)).served_by == "cloud"
+        for budget, reason in (("1,0@default", "quota_exhausted"), ("1,0@other", "already_paid")):
+            cloud.received.clear()
+            async with daemon_here(routed_bundle, tmp_path, cloud=cloud.address, budget=budget) as here:
+                assert (await here.app.generate(CLOUD_PROMPT, **wish)).reason == reason
+                assert bool(cloud.received) is (reason == "already_paid")
+
+
 @pytest.mark.parametrize(
     ("refusal", "why"),
     [
