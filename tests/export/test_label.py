@@ -15,7 +15,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from transformers import CLIPImageProcessor, CLIPProcessor
+from transformers import CLIPImageProcessor
 
 from cloud_server import model as cloud_models
 from edge_agent.bundle import Bundle
@@ -31,10 +31,11 @@ from export.outcomes import ADHERENCE, INSPECTION, INSPECTOR, SPLITS, Outcomes
 from export.painter import BundlePainter, Painter, Picture, cloud_model
 from export.prompts import SHARES, Prompt, numbered_lines, own_prompts, router_prompts
 from export.quality import Judge
-from export.starter.judge import new_judge
-from export.starter.tokenizer import train_tokenizer
+from export.starter.tokenizer import MAX_LENGTH
 from tests.miniature import forget, miniature_pipeline, miniature_xl, save_miniature
+from tests.random_clip import save_clip
 
+SEEING = {"side": 64, "tokens": MAX_LENGTH}  # as the starter's judge
 CARD = {"steps": 2, "guidance_scale": 2.0, "width": 96, "height": 64}  # not the size that the weights name
 
 
@@ -44,11 +45,7 @@ def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     folder = save_miniature(root / "cloud", seed=1)
     (folder / "routet2i.json").write_text(json.dumps(CARD))
-    tokenizer = train_tokenizer(root / "tokenizer", ["a cat on a beach", "high definition photo"] * 5)
-    torch.manual_seed(0)
-    new_judge(tokenizer).save_pretrained(root / "judge")
-    images = CLIPImageProcessor(size={"shortest_edge": 64}, crop_size=64)
-    CLIPProcessor(images, tokenizer).save_pretrained(root / "judge")
+    save_clip(root / "judge", **SEEING)
     return root
 
 
@@ -157,13 +154,10 @@ def nothing_missing(_painters, images, wanted):
 
 
 def test_another_judge_measures_the_same_images_without_generating_them_again(
-    relabelled, models, tmp_path, monkeypatch
+    relabelled, tmp_path, monkeypatch
 ):
     out, command, _ = relabelled
-    other = tmp_path / "other"
-    shutil.copytree(models / "judge", other)
-    torch.manual_seed(1)
-    new_judge(CLIPProcessor.from_pretrained(other).tokenizer).save_pretrained(other)
+    other = save_clip(tmp_path / "other", **SEEING, seed=1)
     monkeypatch.setattr(label, "generate", nothing_missing)
     before = pq.read_table(out)
     assert label.main([*command, "--judge", str(other)]) == 0

@@ -6,36 +6,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+from transformers import CLIPModel, CLIPProcessor
 
 from edge_agent.superiority import METRICS
 from export.errors import ExportError
 from export.quality import VIEWS, Judge
 from export.starter.shipped import STARTER_JUDGE, STARTER_LABELS
 from export.starter.tokenizer import train_tokenizer
-
-SIDE = 96  # pixels; the starter's judge takes 64
-
-
-def save_clip(folder, *, side=SIDE):
-    """A random CLIP of another size than the starter's, with a tokenizer of its own."""
-    tokenizer = train_tokenizer(folder / "own", ["a photo of the sea", "sharp", "blurry"] * 4)
-    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = tower | {
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": 24,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    torch.manual_seed(0)
-    config = CLIPConfig(
-        text_config=text, vision_config=tower | {"image_size": SIDE, "patch_size": 16}, projection_dim=16
-    )
-    CLIPModel(config).save_pretrained(folder)
-    images = CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side)
-    CLIPProcessor(images, tokenizer).save_pretrained(folder)
-    return folder
+from tests.random_clip import SIDE, save_clip
 
 
 def test_a_clip_of_another_size_and_tokenizer_measures_pictures_of_any_size(tmp_path):
@@ -130,7 +108,7 @@ def test_a_clip_in_half_precision_measures_in_float32(tmp_path):
 
 def test_an_image_processor_of_another_size_is_refused(tmp_path):
     with pytest.raises(ExportError, match="image processor"):
-        Judge(save_clip(tmp_path, side=SIDE // 2))
+        Judge(save_clip(tmp_path, processed=SIDE // 2))
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):
