@@ -32,7 +32,7 @@ from edge_agent.errors import (
 from edge_agent.image import Progress, with_facts
 from edge_agent.pacing import Pacing
 from edge_agent.policy import Decision, Reason, Route, decide
-from edge_agent.purchase import Purchase, Purchases
+from edge_agent.purchase import Purchase, Purchases, Redelivery
 from edge_agent.reader import Reading
 from edge_agent.request import ImageRequest, Routing, validate
 from edge_agent.resident import Resident
@@ -385,12 +385,12 @@ class Agent:
 
     async def _buy(self, purchase: Purchase, decision: Decision) -> AsyncGenerator[Progress | Made, None]:
         began = time.perf_counter()
-        position = 0
+        position, again = 0, isinstance(purchase, Redelivery)
         async with aclosing(purchase.images()) as events:
             async for event in events:
                 if isinstance(event, CloudAccepted):
                     position = event.queue_position
-                    if not purchase.redelivery:  # else it is the model of then
+                    if not again:  # else it is the model of then
                         self.tally.cloud_digest = event.model_digest
                     # Before it is paid for.
                     if decision.reason is Reason.PARETO_CLOUD and not self._cloud_fits:
@@ -400,7 +400,7 @@ class Agent:
                             never_ran=False,
                         )
                 elif isinstance(event, CloudImage):
-                    self.tally.delivered(None if purchase.redelivery else event.charged_micro_usd)
+                    self.tally.delivered(None if again else event.charged_micro_usd)
                     stages_ms = {f"cloud_{stage}": spent for stage, spent in event.timings_ms.items()}
                     yield Made(
                         png=event.png,
@@ -418,7 +418,7 @@ class Agent:
     def _fall_back(self, request: ImageRequest, error: CloudError, purchase: Purchase) -> str:
         """What the result says of the failure. Raises it where the caller wants the cloud or nothing."""
         # Like the caller's own terms, that says nothing of the cloud.
-        gone = purchase.redelivery and isinstance(error, CloudRefused) and error.gone
+        gone = isinstance(purchase, Redelivery) and isinstance(error, CloudRefused) and error.gone
         if not (gone or isinstance(error, CloudUncalibrated) or self._own_terms(request, error, purchase)):
             self.tally.failed(error)
         if request.routing is Routing.CLOUD_ONLY:

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from datetime import datetime, timezone
+from functools import partial
 from typing import Any
 
 from edge_agent.cloud import CloudClient
@@ -92,7 +93,8 @@ class Purchases:
         key = self.key(request)
         if key in self._under_way:
             raise DuplicateRequest(
-                f"the request id {request.request_id!r} is under way; use a new one for a new image",
+                f"the request id {request.request_id!r} is under way: repeat it in a moment, or use a new one "
+                "for a new image",
                 retry_after_s=OUTCOME_RETRY_S,
             )
         if self.full:
@@ -141,21 +143,21 @@ class Purchases:
             self, self.cloud, request._replace(request_id=key), ceiling_micro_usd, timeout_s, deadline
         )
 
-    async def redeliver(self, request: ImageRequest, timeout_s: float) -> Purchase | None:
+    async def redeliver(self, request: ImageRequest, timeout_s: float) -> Redelivery | None:
         """The image that this request id has paid for, once more and for nothing, within `timeout_s` seconds. None
         where it has paid for none, as far as is known.
 
-        The caller closes the purchase. Raises LedgerError.
+        The caller closes it. Raises LedgerError.
         """
         assert self.cloud is not None  # noqa: S101  # as in `reserve`
         key, deadline = self.key(request), time.monotonic() + timeout_s
-        paid = await asyncio.to_thread(self.ledger.charged, key, self.cloud.identity)
+        look = partial(self.ledger.charged, key, self.cloud.identity)
+        # At once where nobody writes: turning to a thread and back takes ten times as long as looking.
+        paid = look() if self.ledger.idle else await asyncio.to_thread(look)
         if paid is None or self.full or key in self._under_way:
             return None
         self._under_way.add(key)
-        return Purchase(
-            self, self.cloud, request._replace(request_id=key), paid, timeout_s, deadline, redelivery=True
-        )
+        return Redelivery(self, self.cloud, request._replace(request_id=key), paid, timeout_s, deadline)
 
     async def advice(self, ceiling_micro_usd: int) -> list[str]:
         """One sentence for each thing that keeps calls of this ceiling, or what is unresolved, from their end.
@@ -343,10 +345,7 @@ class Purchases:
 
 
 class Purchase:
-    """One reservation, from the moment it is made. `aclose` it: what it has not concluded goes to the resolver.
-
-    With `redelivery` it was settled before, and nothing is paid.
-    """
+    """One reservation, from the moment it is made. `aclose` it: what it has not concluded goes to the resolver."""
 
     def __init__(
         self,
@@ -356,11 +355,8 @@ class Purchase:
         ceiling_micro_usd: int,
         timeout_s: float,
         deadline: float,
-        *,
-        redelivery: bool = False,
     ) -> None:
         self.timeout_s = timeout_s
-        self.redelivery = redelivery
         self._purchases = purchases
         self._cloud = cloud
         self._request = request
@@ -368,7 +364,7 @@ class Purchase:
         self._ceiling_micro_usd = ceiling_micro_usd
         self._deadline = deadline  # time.monotonic(), s
         self._sent = False
-        self._concluded = redelivery
+        self._concluded = False
         self._left = False  # whether its place is another's
 
     def images(self) -> CloudEvents:
@@ -377,24 +373,19 @@ class Purchase:
 
     async def _events(self) -> CloudEvents:
         timeout_s = max(0.0, self._deadline - time.monotonic())
-        calling = self._cloud.generate(
-            self._request, self._ceiling_micro_usd, timeout_s, self._goes_out, redelivery=self.redelivery
-        )
+        calling = self._cloud.generate(self._request, self._ceiling_micro_usd, timeout_s, self._goes_out)
         async with aclosing(calling) as events:
             try:
                 async for event in events:
-                    if isinstance(event, CloudAccepted) and not self.redelivery:
+                    if isinstance(event, CloudAccepted):
                         self._purchases.accepted(self._key)
                     if isinstance(event, CloudImage):
-                        if not self.redelivery:
-                            self._concluded = await self._purchases.settle(self._key, event.charged_micro_usd)
+                        self._concluded = await self._purchases.settle(self._key, event.charged_micro_usd)
                         if self._concluded:  # its place is another's now, however slowly the image is read
                             self._leave()
                     yield event
             except CloudError as error:
-                if self.redelivery and isinstance(error, CloudRefused) and error.price_micro_usd is not None:
-                    raise CloudRefused(FORGOTTEN, never_ran=True, gone=True) from error
-                if error.never_ran and not self.redelivery:
+                if error.never_ran:
                     self._concluded = await self._purchases.release(self._key)
                 raise
 
@@ -417,6 +408,28 @@ class Purchase:
         if not self._left:
             self._left = True
             self._purchases.concluded(self._key)
+
+
+class Redelivery(Purchase):
+    """An image that is settled, once more: nothing is paid for it, and nothing is left to resolve."""
+
+    async def _events(self) -> CloudEvents:
+        timeout_s = max(0.0, self._deadline - time.monotonic())
+        calling = self._cloud.generate(self._request, self._ceiling_micro_usd, timeout_s, redelivery=True)
+        async with aclosing(calling) as events:
+            try:
+                async for event in events:
+                    if isinstance(event, CloudImage):
+                        self._leave()
+                    yield event
+            except CloudRefused as error:
+                if error.price_micro_usd is not None:  # for making it, though it was made
+                    raise CloudRefused(FORGOTTEN, never_ran=True, gone=True) from error
+                raise
+
+    async def aclose(self) -> None:
+        """Another call may send it again."""
+        self._leave()
 
 
 async def _read_ahead(events: CloudEvents) -> CloudEvents:

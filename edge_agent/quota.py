@@ -341,6 +341,11 @@ class Ledger:
         """Whether `allows` and `states` answer from memory now, without waiting for the file or another thread."""
         return self._remembered(self.clock()) is not None
 
+    @property
+    def idle(self) -> bool:
+        """Whether no thread reads or writes the file now, so that looking a call up waits for nobody."""
+        return not self._lock.locked()
+
     def states(self, app: str | None = None) -> tuple[BudgetState, ...]:
         """The budgets in their current windows: those that apply to `app`, or all of them when it is None."""
         states = self._account_at(self.clock()).states

@@ -371,10 +371,7 @@ async def test_a_call_has_the_time_that_its_reservation_left(
     """It must not outlast what the resolver waits for."""
     given: list[float] = []
 
-    async def generate(
-        _request: Any, _ceiling: Any, timeout_s: float, _goes_out: Any, *, redelivery: bool
-    ) -> AsyncIterator[Any]:
-        assert not redelivery
+    async def generate(_request: Any, _ceiling: Any, timeout_s: float, _goes_out: Any) -> AsyncIterator[Any]:
         given.append(timeout_s)
         for nothing in ():
             yield nothing
