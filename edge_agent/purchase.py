@@ -107,7 +107,13 @@ class Purchases:
         deadline = time.monotonic() + timeout_s
         reserving = asyncio.ensure_future(
             asyncio.to_thread(
-                self.ledger.reserve, key, request.app, ceiling_micro_usd, self.cloud.identity, timeout_s
+                self.ledger.reserve,
+                key,
+                request.app,
+                ceiling_micro_usd,
+                self.cloud.identity,
+                timeout_s,
+                _asked(request),
             )
         )
         try:
@@ -151,7 +157,7 @@ class Purchases:
         """
         assert self.cloud is not None  # noqa: S101  # as in `reserve`
         key, deadline = self.key(request), time.monotonic() + timeout_s
-        look = partial(self.ledger.charged, key, self.cloud.identity)
+        look = partial(self.ledger.charged, key, self.cloud.identity, _asked(request))
         # At once where nobody writes: turning to a thread and back takes ten times as long as looking.
         paid = look() if self.ledger.idle else await asyncio.to_thread(look)
         if paid is None or self.full or key in self._under_way:
@@ -430,6 +436,19 @@ class Redelivery(Purchase):
     async def aclose(self) -> None:
         """Another call may send it again."""
         self._leave()
+
+
+def _asked(request: ImageRequest) -> str:
+    """A digest of what decides the image: under one id a caller asks for one."""
+    wanted = (
+        request.prompt,
+        request.negative_prompt,
+        request.seed,
+        request.size,
+        request.steps,
+        request.guidance_scale,
+    )
+    return hashlib.sha256(repr(wanted).encode()).hexdigest()[:32]
 
 
 async def _read_ahead(events: CloudEvents) -> CloudEvents:

@@ -45,7 +45,8 @@ _SCHEMA = (
         cost_micro_usd INTEGER NOT NULL, -- what counts: the ceiling, then what was charged, or 0
         reserved_at REAL NOT NULL,       -- seconds since 1970, UTC
         cloud TEXT NOT NULL,             -- `CloudClient.identity` of the only one that knows what became of it
-        expires_at REAL NOT NULL         -- until then the call may still be on its way to that cloud
+        expires_at REAL NOT NULL,        -- until then the call may still be on its way to that cloud
+        asked TEXT NOT NULL DEFAULT ''   -- tells what was asked for from what another call asks for; no prompt
     )
     """,
     "CREATE INDEX calls_by_time ON calls (reserved_at, app, state, cost_micro_usd)",
@@ -59,6 +60,7 @@ _ADDED = (
     "INSERT INTO device SELECT lower(hex(randomblob(16))) WHERE NOT EXISTS (SELECT * FROM device)",
 )
 """What later versions have added to a ledger of this schema; the first ones do not mind."""
+_ADDED_COLUMN = "ALTER TABLE calls ADD COLUMN asked TEXT NOT NULL DEFAULT ''"
 
 _LOCK_WAIT_S = 1.0
 """How long opening waits for another process to let go of the file: enough for one that is just closing."""
@@ -212,14 +214,16 @@ class Ledger:
         ceiling_micro_usd: int,
         cloud: str = "",
         timeout_s: float = 0.0,
+        asked: str = "",
     ) -> None:
         """Set aside `ceiling_micro_usd` for this call in every budget that applies, or in none.
 
-        `cloud` is who is to be asked what became of the call, which ends after `timeout_s` seconds.
+        `cloud` is who is to be asked what became of the call, which ends after `timeout_s` seconds. `asked` is a digest
+        of what was asked for.
 
         Raises QuotaExhausted, naming the budget or rate without room, and DuplicateRequest when this
         request id is reserved or settled already: with `retry_after_s` where it went to this `cloud`, which soon
-        tells what became of it, or sends it again. A released one may be reserved again: it never ran.
+        tells what became of it, or sends again what was `asked`. A released one may be reserved again: it never ran.
         """
         _check_money(ceiling_micro_usd)
         with self._transaction() as connection:
@@ -227,12 +231,13 @@ class Ledger:
                 raise sqlite3.OperationalError("no longer the file that was opened")
             now = self.clock()
             earlier = connection.execute(
-                "SELECT state, cloud FROM calls WHERE request_id = ?", (request_id,)
+                "SELECT state, cloud, asked FROM calls WHERE request_id = ?", (request_id,)
             ).fetchone()
             if earlier is not None and earlier[0] != "released":
+                soon = earlier in {("reserved", cloud, earlier[2]), ("settled", cloud, asked)}
                 raise DuplicateRequest(
                     f"the request id {request_id!r} is {earlier[0]} already; use a new one for a new image",
-                    retry_after_s=OUTCOME_RETRY_S if earlier[1] == cloud else None,
+                    retry_after_s=OUTCOME_RETRY_S if soon else None,
                 )
             account = self._remembered(now) or self._counted(connection, now)
             refusal = self._refusal(account, app, ceiling_micro_usd, now)
@@ -241,8 +246,8 @@ class Ledger:
             # SQLite gives its row the highest number yet, also where it replaces that of a released call.
             connection.execute(
                 "INSERT OR REPLACE INTO calls (request_id, app, state, ceiling_micro_usd, cost_micro_usd, "
-                "reserved_at, cloud, expires_at) VALUES (?, ?, 'reserved', ?, ?, ?, ?, ?)",
-                (request_id, app, ceiling_micro_usd, ceiling_micro_usd, now, cloud, now + timeout_s),
+                "reserved_at, cloud, expires_at, asked) VALUES (?, ?, 'reserved', ?, ?, ?, ?, ?, ?)",
+                (request_id, app, ceiling_micro_usd, ceiling_micro_usd, now, cloud, now + timeout_s, asked),
             )
 
     def settle(self, request_id: str, charged_micro_usd: int) -> None:
@@ -300,12 +305,15 @@ class Ledger:
             ).fetchall()
         return [Reservation(*row) for row in rows]
 
-    def charged(self, request_id: str, cloud: str) -> int | None:
-        """What `cloud` was paid for this call, in micro-dollars; None where it was paid nothing that is known of."""
+    def charged(self, request_id: str, cloud: str, asked: str) -> int | None:
+        """What `cloud` was paid for what was `asked` under this id, in micro-dollars; None where it was paid nothing
+        that is known of.
+        """
         with self._alone() as connection:
             found = connection.execute(
-                "SELECT cost_micro_usd FROM calls WHERE request_id = ? AND cloud = ? AND state = 'settled'",
-                (request_id, cloud),
+                "SELECT cost_micro_usd FROM calls "
+                "WHERE request_id = ? AND cloud = ? AND asked = ? AND state = 'settled'",
+                (request_id, cloud, asked),
             ).fetchone()
         return None if found is None else found[0]
 
@@ -562,6 +570,8 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
             connection.execute(statement)
     for statement in _ADDED:
         connection.execute(statement)
+    if "asked" not in {name for _, name, *_ in connection.execute("PRAGMA table_info(calls)")}:
+        connection.execute(_ADDED_COLUMN)
     connection.execute("COMMIT")
 
 

@@ -519,6 +519,15 @@ async def test_a_cloud_that_refuses_for_now_to_send_an_image_again_costs_nobody_
     assert (answer.reason, answer.served_by) == ("already_paid", "cloud")
 
 
+async def test_an_id_that_was_paid_for_is_not_another_prompts(both: Both) -> None:
+    assert (await both.app.generate(CLOUD_PROMPT, request_id="taken")).served_by == "cloud"
+    both.cloud.received.clear()
+    answer = await both.app.generate(f"{CLOUD_PROMPT} ", request_id="taken")
+    assert answer.code == "ALREADY_EXISTS" and "use a new one" in answer.message
+    assert (await both.app.generate(EDGE_PROMPT, request_id="taken")).reason == "pareto_edge"
+    assert both.cloud.received == [], "neither was sent there"
+
+
 async def test_two_apps_may_choose_the_same_id(both: Both) -> None:
     answers = [await both.app.generate(CLOUD_PROMPT, request_id="one", app=app) for app in ("a", "b")]
     assert [answer.served_by for answer in answers] == ["cloud", "cloud"]
@@ -1028,7 +1037,7 @@ async def test_an_image_that_cost_nothing_was_made_all_the_same(
         assert (await here.app.generate(CLOUD_PROMPT, request_id="free")).result.fallback
         await until(lambda: not here.daemon._purchases.ledger.unresolved())
         cloud.manner = "honest"
-        assert (await here.app.generate(routing=CLOUD, request_id="free")).reason == "already_paid"
+        assert (await here.app.generate(CLOUD_PROMPT, request_id="free")).reason == "already_paid"
         assert (await here.app.generate(CLOUD_PROMPT)).reason == "quota_exhausted"
 
 

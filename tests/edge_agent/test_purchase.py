@@ -16,7 +16,7 @@ from edge_agent.budget import Budget
 from edge_agent.cloud import CloudClient, Outcome
 from edge_agent.cloud_image import CloudImage
 from edge_agent.errors import CloudError, DuplicateRequest, LedgerError, QuotaExhausted
-from edge_agent.purchase import Purchase, Purchases
+from edge_agent.purchase import Purchase, Purchases, _asked
 from edge_agent.quota import Ledger, Reservation
 from edge_agent.request import ImageRequest
 from tests.running import ScriptedCloud, scripted_cloud, until
@@ -45,6 +45,12 @@ async def begin(tmp_path: Path) -> AsyncIterator[Begin]:
 
 def request(request_id: str) -> ImageRequest:
     return ImageRequest(request_id=request_id, prompt="a cat", seed=1, width=64, height=64)
+
+
+def reserve(purchases: Purchases, wish: ImageRequest) -> None:
+    """As an earlier run of the daemon did."""
+    key, cloud = purchases.key(wish), purchases.cloud.identity
+    purchases.ledger.reserve(key, wish.app, CEILING, cloud, asked=_asked(wish))
 
 
 def unresolved(purchases: Purchases) -> list[str]:
@@ -272,7 +278,7 @@ async def test_who_repeats_a_call_while_it_is_being_settled_is_told_to_come_back
     """With a new id, as without it, the image would be paid for twice."""
     purchases = begin("127.0.0.1:1")
     key = purchases.key(request("again"))
-    purchases.ledger.reserve(key, "default", CEILING, purchases.cloud.identity)
+    reserve(purchases, request("again"))
     assert await purchases.redeliver(request("again"), 1.0) is None
     purchases.ledger.settle(key, 1)  # between the two
     with pytest.raises(DuplicateRequest, match="repeat it in a moment") as duplicate:
@@ -283,6 +289,30 @@ async def test_who_repeats_a_call_while_it_is_being_settled_is_told_to_come_back
     await again.aclose()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": "a dog"},
+        {"negative_prompt": "a dog"},
+        {"seed": 2},
+        {"width": 32},
+        {"steps": 3},
+        {"guidance_scale": 2.0},
+    ],
+)
+async def test_another_request_under_an_id_that_was_paid_for_is_told_to_take_its_own(
+    begin: Begin, change: dict[str, Any]
+) -> None:
+    purchases, wish = begin("127.0.0.1:1"), request("again")
+    reserve(purchases, wish)
+    purchases.ledger.settle(purchases.key(wish), 1)
+    other = wish._replace(**change)
+    assert await purchases.redeliver(other, 1.0) is None
+    with pytest.raises(DuplicateRequest, match="use a new one") as duplicate:
+        await purchases.reserve(other, CEILING, 1.0)
+    assert duplicate.value.retry_after_s is None, "to repeat it would never help"
+
+
 @pytest.mark.parametrize("manner", ["honest", "drop", "break", "hang", "lie"])
 async def test_whatever_becomes_of_an_image_that_is_sent_again_the_money_stays_as_it_was(
     begin: Begin, manner: str
@@ -290,7 +320,7 @@ async def test_whatever_becomes_of_an_image_that_is_sent_again_the_money_stays_a
     async with scripted_cloud("d" * 64) as cloud:
         purchases = begin(cloud.address)
         key = purchases.key(request("again"))
-        purchases.ledger.reserve(key, "default", CEILING, purchases.cloud.identity)
+        reserve(purchases, request("again"))
         assert await purchases.redeliver(request("again"), 1.0) is None, (
             "it is not known yet whether it is paid"
         )
@@ -305,7 +335,7 @@ async def test_whatever_becomes_of_an_image_that_is_sent_again_the_money_stays_a
                     kinds = [type(event) async for event in events]
                     assert manner == "honest" and timeout_s and CloudImage in kinds
             assert purchases._under_way == set() and unresolved(purchases) == ["left"]
-            assert purchases.ledger.charged(key, purchases.cloud.identity) == cloud.PRICE
+            assert purchases.ledger.charged(key, cloud.address, _asked(request("again"))) == cloud.PRICE
         assert purchases._arrived_by == {}, "which only what is open needs"
 
 
@@ -329,7 +359,7 @@ async def test_who_reads_slowly_takes_no_place_and_gives_none_away(begin: Begin)
 async def test_what_an_image_has_cost_is_not_taken_for_what_the_next_one_costs(begin: Begin) -> None:
     async with scripted_cloud("d" * 64) as cloud:
         purchases = begin(cloud.address)
-        purchases.ledger.reserve(purchases.key(request("again")), "default", CEILING, cloud.address)
+        reserve(purchases, request("again"))
         purchases.ledger.settle(purchases.key(request("again")), cloud.PRICE)
         record = purchases.cloud.record
         record.told_price(cloud.PRICE - 1)  # it has become cheaper, with a model that makes other sizes

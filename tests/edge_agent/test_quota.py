@@ -205,14 +205,15 @@ def test_a_second_reserve_of_the_same_request_is_refused_before_and_after_settli
 def test_what_a_call_was_charged_is_known_of_its_own_cloud_once_it_is_settled(open_ledger: Open) -> None:
     ledger = open_ledger(DAY)
     for request_id, charged in (("paid", 7), ("free", 0), ("open", None)):
-        ledger.reserve(request_id, "app", 10, "here:1")
+        ledger.reserve(request_id, "app", 10, "here:1", asked="cat")
         if charged is not None:
             ledger.settle(request_id, charged)
-    ledger.reserve("back", "app", 10, "here:1")
+    ledger.reserve("back", "app", 10, "here:1", asked="cat")
     ledger.release("back")
-    known = [ledger.charged(request_id, "here:1") for request_id in ("paid", "free", "open", "back", "other")]
-    assert known == [7, 0, None, None, None]
-    assert ledger.charged("paid", "there:1") is None
+    ids = ("paid", "free", "open", "back", "other")
+    assert [ledger.charged(request_id, "here:1", "cat") for request_id in ids] == [7, 0, None, None, None]
+    assert ledger.charged("paid", "there:1", "cat") is None
+    assert ledger.charged("paid", "here:1", "dog") is None
 
 
 def test_settling_twice_counts_once_and_at_another_amount_is_refused(open_ledger: Open) -> None:
@@ -258,6 +259,7 @@ def test_a_ledger_of_an_earlier_version_gets_an_id_and_its_open_calls_are_found_
     with sqlite3.connect(path) as earlier:
         earlier.execute("DROP TABLE device")
         earlier.execute("DROP INDEX calls_open")
+        earlier.execute("ALTER TABLE calls DROP COLUMN asked")
     earlier.close()
     ledger = open_ledger(DAY)
     assert remaining(ledger) == [90] and len(ledger.device) == 32

@@ -8,8 +8,8 @@ Errors:
   INVALID_ARGUMENT     a field is wrong; google.rpc.BadRequest names it.
   PERMISSION_DENIED    the app is not one of those in the settings.
   ALREADY_EXISTS       this request_id went to the cloud before and may have been charged: RetryInfo where that is not
-                       known yet, or another call of it is under way. Without it: another cloud server made its image,
-                       or for ROUTING_CLOUD_ONLY the cloud sends the image no more; use a new request_id.
+                       known yet, or another call of it is under way. Without it use a new one: it was paid for by another
+                       request, or at another cloud server, or for ROUTING_CLOUD_ONLY the cloud sends the image no more.
   NOT_FOUND            resume_offset asks for the rest of an image; the edge keeps none.
   RESOURCE_EXHAUSTED   the device's queue is full, or it has no room to load its models again (google.rpc.RetryInfo
                        says when to try again), or, for ROUTING_CLOUD_ONLY, the quota is used up
