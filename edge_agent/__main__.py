@@ -182,7 +182,11 @@ def _add_generate(commands: Any) -> None:
     generate.add_argument("--negative-prompt", metavar="TEXT", help="what the picture should not show")
     add_image_options(generate)
     generate.add_argument("--max-price", type=_money, metavar="USD", help="most that this image may cost")
-    generate.add_argument("--request-id", metavar="ID", help="name of this request (default: drawn)")
+    generate.add_argument(
+        "--request-id",
+        metavar="ID",
+        help="name of this request (default: drawn); the same again brings the image that it has paid for",
+    )
     add_app(generate)
     add_timeout(generate)
 
