@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from edge_agent import purchase as purchase_module
 from edge_agent.budget import Budget
 from edge_agent.cloud import CloudClient, Outcome
 from edge_agent.cloud_image import CloudImage
@@ -337,6 +338,21 @@ async def test_whatever_becomes_of_an_image_that_is_sent_again_the_money_stays_a
             assert purchases._under_way == set() and unresolved(purchases) == ["left"]
             assert purchases.ledger.charged(key, cloud.address, _asked(request("again"))) == cloud.PRICE
         assert purchases._arrived_by == {}, "which only what is open needs"
+
+
+async def test_an_image_that_is_sent_again_takes_a_place_among_the_calls_under_way(
+    begin: Begin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    purchases = begin("127.0.0.1:1")
+    reserve(purchases, request("again"))
+    purchases.ledger.settle(purchases.key(request("again")), 1)
+    monkeypatch.setattr(purchase_module, "MOST_UNDER_WAY", 1)
+    other = await purchases.reserve(request("other"), CEILING, 60.0)
+    assert await purchases.redeliver(request("again"), 1.0) is None
+    await other.aclose()
+    again = await purchases.redeliver(request("again"), 1.0)
+    assert again is not None and purchases.full
+    await again.aclose()
 
 
 async def test_who_reads_slowly_takes_no_place_and_gives_none_away(begin: Begin) -> None:
