@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import math
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, closing, suppress
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from functools import partial
 from typing import Any, TypeVar
 
 from edge_agent import version
-from edge_agent.budget import BudgetState
 from edge_agent.bundle import LEARN, TAKE_UP
 from edge_agent.cloud import SIDES, CloudClient
 from edge_agent.cloud_image import CloudAccepted, CloudImage
+from edge_agent.decider import Decider
 from edge_agent.device import Device, Drawing, Drawn, Job
 from edge_agent.diffusion.sessions import Stop
 from edge_agent.diffusion.text_encoder import TextStates
@@ -31,7 +31,7 @@ from edge_agent.errors import (
 )
 from edge_agent.image import Progress, with_facts
 from edge_agent.pacing import Pacing
-from edge_agent.policy import Decision, Reason, Route, decide
+from edge_agent.policy import Decision, Reason, Route
 from edge_agent.purchase import Purchase, Purchases, Redelivery
 from edge_agent.reader import Reading
 from edge_agent.request import ImageRequest, Routing, validate
@@ -108,6 +108,7 @@ class Agent:
         self.tally = tally or Tally()
         self._terms = terms
         self._pacing = pacing
+        self.decider = Decider(self.reader, purchases, self.tally, terms.max_price_micro_usd, pacing)
         # Apart from the device's worker: a decision must not wait for the image before it.
         self._reading = ThreadPoolExecutor(1, thread_name_prefix="reading")
         self._reading_ms = math.inf  # what the last one took
@@ -156,7 +157,7 @@ class Agent:
         request = validate(request, self.models.limits)
         with self.models:
             reading, decision = await self._read(request)
-            if explain and self.calibrated:
+            if explain and self.decider.calibrated:
                 # One by one, so that other decisions come between.
                 decision = decision.explained(
                     [
@@ -170,7 +171,7 @@ class Agent:
         """One sentence for each thing that keeps prompts unanswered, or from the cloud: what it is, and what to do."""
         calibration = self.reader.calibration
         found = [each for each in (self.models.fault, self.reader.advice) if each]
-        if calibration is not None and not self._cloud_fits:
+        if calibration is not None and not self.decider.cloud_fits:
             found.append(
                 f"the cloud server runs model {self.tally.cloud_digest[:16]} and the calibration was made for "
                 f"{calibration.cloud_digest[:16]}, so no prompt is routed: {LEARN} for that model, {TAKE_UP}; "
@@ -180,7 +181,7 @@ class Agent:
             found.append(
                 "no cloud server is configured, so every prompt stays on the edge: start with --cloud HOST:PORT"
             )
-        elif self.calibrated and self.reader.recent is not None and self.reader.recent.advice:
+        elif self.decider.calibrated and self.reader.recent is not None and self.reader.recent.advice:
             found.append(self.reader.recent.advice)
         failure = self.tally.cloud_failure
         if failure is not None:
@@ -188,55 +189,13 @@ class Agent:
                 f"{failure.message}; no image has come from it since: if it goes on, check {failure.check}"
             )
         with suppress(LedgerError):  # which is told next
-            found += await self.purchases.advice(self.max_price_micro_usd)
+            found += await self.purchases.advice(self.decider.max_price_micro_usd)
         if ledger_failure := self.purchases.ledger.failure:
             found.append(
                 f"{ledger_failure}; until a call can be reserved again, prompts that are worth the cloud "
                 "stay on the edge as quota_exhausted"
             )
         return found
-
-    def quota(self, app: str) -> tuple[BudgetState, ...]:
-        """The budgets that count for `app` as they stand; none where the ledger cannot tell."""
-        try:
-            return self.purchases.ledger.states(app)
-        except LedgerError:  # only an account is lost; an image on the edge costs nothing
-            return ()
-
-    @property
-    def max_price_micro_usd(self) -> int:
-        """The most that one cloud image may cost; a request may ask for less."""
-        return self._terms.max_price_micro_usd
-
-    def paced_rate(self, quota: Sequence[BudgetState], ceiling_micro_usd: int) -> float | None:
-        """The largest share of prompts that these budgets can pay for, where they are paced, with images at no more
-        than `ceiling_micro_usd`.
-        """
-        if self._pacing is None:
-            return None
-        last = self.tally.price_micro_usd
-        price = ceiling_micro_usd if last is None else min(ceiling_micro_usd, last)
-        return self._pacing.rate(quota, price, self.purchases.ledger.clock(), ceiling_micro_usd)
-
-    def alpha(self, quota: Sequence[BudgetState], ceiling_micro_usd: int) -> float | None:
-        """Prompts with PRS below it are worth the cloud: alpha of the routing rate, or of the one that the budgets can
-        pay for. Not of the latter where one of them has no room at all: what is worth the cloud must be told so. None
-        where PRS means nothing.
-        """
-        recent = self.reader.recent
-        if recent is None or not self.calibrated:
-            return None
-        rate = self.paced_rate(quota, ceiling_micro_usd)
-        if rate is None or rate >= recent.routing_rate:
-            return recent.alpha
-        now = self.purchases.ledger.clock()
-        full = any(state.refusal(ceiling_micro_usd, now) for state in quota)
-        return recent.alpha if full else recent.alpha_for(rate)
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether PRS and alpha mean something for the two models in use, as far as they are known."""
-        return self.reader.alpha is not None and self._cloud_fits
 
     def succeeded_by(self, models: Resident) -> Agent:
         """An agent with other models and the same device, purchases and tally. This one ends what it has begun."""
@@ -270,21 +229,11 @@ class Agent:
         """The prompt considered: at once where that takes no longer than turning to another thread and back."""
         quick = self._reading_ms < SHORT_READING_MS and len(request.prompt) <= SHORT_PROMPT
         if quick and self.models.reads_at_once and self.purchases.ledger.at_hand:
-            reading, decision = self._consider(request)
+            reading, decision = self.decider.consider(request)
         else:
-            reading, decision = await self._stoppably(self._consider, request)
+            reading, decision = await self._stoppably(self.decider.consider, request)
         self._reading_ms = decision.timings_ms["total"]
         return reading, decision
-
-    def _consider(self, request: ImageRequest, stop: Stop | None = None) -> tuple[Reading, Decision]:
-        """In one go, since each change of threads costs a tenth of the whole."""
-        reading = self.reader.read(request.prompt, stop)
-        began = time.perf_counter()
-        quota, allowed = self.quota(request.app), self._quota_allows(request)
-        alpha = self.alpha(quota, self._ceiling(request))  # once, as it may move
-        route, reason = self._verdict(request, reading.prs, alpha, quota_allows=allowed)
-        stages_ms = {"decide": _ms_since(began)}
-        return reading, reading.decision(route, reason, alpha, quota, stages_ms)
 
     async def _redeliver(self, request: ImageRequest, decision: Decision) -> tuple[Decision, Purchase | None]:
         """The decision, unless this request has paid for its image before: then the cloud is to send that."""
@@ -302,22 +251,22 @@ class Agent:
         """The decision that stands, and what it bought: others may have taken what the quota allowed a moment ago."""
         began = time.perf_counter()
         # Meanwhile another may have begun to find out whether the cloud is back.
-        route, reason = self._verdict(request, decision.prs, decision.alpha, quota_allows=True)
+        route, reason = self.decider.verdict(request, decision.prs, decision.alpha, quota_allows=True)
         if route == "edge":
             return decision._replace(route=route, reason=reason), None
         purchase = None
         try:
             purchase = await self.purchases.reserve(
-                request, self._ceiling(request), self._cloud_timeout_s(request)
+                request, self.decider.ceiling(request), self._cloud_timeout_s(request)
             )
         except (QuotaExhausted, LedgerError):
             if request.routing is Routing.CLOUD_ONLY:
                 raise
-            route, reason = self._verdict(request, decision.prs, decision.alpha, quota_allows=False)
+            route, reason = self.decider.verdict(request, decision.prs, decision.alpha, quota_allows=False)
         try:
             # Not beside: the money is set aside, and prompts that came later would be read first.
-            at_hand = self.purchases.ledger.at_hand
-            quota = self.quota(request.app) if at_hand else await asyncio.to_thread(self.quota, request.app)
+            look = partial(self.decider.quota, request.app)
+            quota = look() if self.purchases.ledger.at_hand else await asyncio.to_thread(look)
         except BaseException:
             if purchase is not None:
                 await purchase.aclose()
@@ -326,47 +275,12 @@ class Agent:
         timings_ms["total"] += timings_ms["reserve"]
         return decision._replace(route=route, reason=reason, quota=quota, timings_ms=timings_ms), purchase
 
-    def _verdict(
-        self, request: ImageRequest, prs: float | None, alpha: float | None, *, quota_allows: bool
-    ) -> tuple[Route, Reason]:
-        cloud, available = self.purchases.cloud, None
-        if cloud is not None:
-            available = cloud.record.lets_through(request.size, self._ceiling(request))
-        return decide(
-            prs,
-            alpha,
-            routing=request.routing,
-            privacy=request.privacy,
-            cloud_available=available,
-            quota_allows=quota_allows,
-        )
-
-    def _quota_allows(self, request: ImageRequest) -> bool:
-        try:
-            allowed = self.purchases.ledger.allows(request.app, self._ceiling(request))
-        except LedgerError:  # the status says why
-            return False
-        return allowed and not self.purchases.full
-
     def _learn(self, request: ImageRequest, decision: Decision) -> None:
-        """For later decisions: whether the cloud has its model back, and what the routing rate is a share of, which is
-        prompts that may go to the cloud and need not.
-        """
+        """For later decisions: whether the cloud has its model back, and what the routing rate is a share of."""
         if decision.reason is Reason.UNCALIBRATED:
             self._ask_for_model()
-        recent, pacing = self.reader.recent, self._pacing
-        if (
-            request.routing is not Routing.AUTO
-            or request.local_only
-            or decision.prs is None
-            or recent is None
-        ):
-            return
-        loop = asyncio.get_running_loop()
-        if recent.add(decision.prs):
-            loop.run_in_executor(self._reading, recent.save)
-        if pacing is not None and pacing.add(request.app, self.purchases.ledger.clock()):
-            loop.run_in_executor(self._reading, pacing.save)
+        for save in self.decider.learn(request, decision):
+            asyncio.get_running_loop().run_in_executor(self._reading, save)
 
     def _ask_for_model(self) -> None:
         """Where another model in the cloud is all that keeps prompts from it, ask whether it is still there.
@@ -374,7 +288,7 @@ class Agent:
         Beside the image, which the edge makes: only later decisions can profit.
         """
         cloud, now = self.purchases.cloud, time.monotonic()
-        if cloud is None or not cloud.record.healthy or self._cloud_fits or now < self._ask_again_at:
+        if cloud is None or not cloud.record.healthy or self.decider.cloud_fits or now < self._ask_again_at:
             return
         self._ask_again_at = now + ASK_AGAIN_S
         self._asking = asyncio.create_task(self._learn_model(cloud))
@@ -393,7 +307,7 @@ class Agent:
                     if not again:  # else it is the model of then
                         self.tally.cloud_digest = event.model_digest
                     # Before it is paid for.
-                    if decision.reason is Reason.PARETO_CLOUD and not self._cloud_fits:
+                    if decision.reason is Reason.PARETO_CLOUD and not self.decider.cloud_fits:
                         raise CloudUncalibrated(
                             f"the cloud server runs model {event.model_digest[:16]}, for which the calibration that "
                             "chose it was not made; `edge-agent status` says what to do",
@@ -486,16 +400,13 @@ class Agent:
         timings_ms = {**decision.timings_ms, **made.timings_ms, "total": _ms_since(began)}
         return Result(request, decision, made, png, sha256, timings_ms)
 
-    def _ceiling(self, request: ImageRequest) -> int:
-        own = self.max_price_micro_usd
-        return own if request.max_price_micro_usd is None else min(own, request.max_price_micro_usd)
-
     def _own_terms(self, request: ImageRequest, error: CloudError, purchase: Purchase) -> bool:
         """Whether the caller's price, size, haste or prompt is what failed, which says nothing of the cloud."""
         cheap = odd = withheld = False
         if isinstance(error, CloudRefused):
             price, default = error.price_micro_usd, self.models.limits.sizes[0]
-            cheap = price is not None and self._ceiling(request) < price <= self.max_price_micro_usd
+            ceiling, own = self.decider.ceiling(request), self.decider.max_price_micro_usd
+            cheap = price is not None and ceiling < price <= own
             odd = error.field in SIDES and request.size != default
             withheld = error.withheld
         return cheap or odd or withheld or purchase.timeout_s < SLOW_CONNECTION_S
@@ -512,15 +423,6 @@ class Agent:
             own_s = self.device.expected_s(request.size, self._steps(request))
             left = min(max(left / 2, left - 2 * own_s), 0.9 * left)
         return min(self._terms.cloud_timeout_s, left)
-
-    @property
-    def _cloud_fits(self) -> bool:
-        calibration = self.reader.calibration
-        return (
-            not self.tally.cloud_digest
-            or calibration is None
-            or calibration.cloud_digest == self.tally.cloud_digest
-        )
 
 
 def _facts(request: ImageRequest, decision: Decision, made: Made) -> dict[str, Any]:

@@ -328,7 +328,7 @@ class Daemon:
     async def _log_serving(self) -> None:
         assert self.agent is not None  # noqa: S101  # which has been made
         bundle, named = self.agent.reader.bundle, self.settings.models and not self.settings.bundle
-        calibrated = self.agent.calibrated
+        calibrated = self.agent.decider.calibrated
         log.info("serving", bundle=bundle.folder, digest=bundle.model_digest, calibrated=calibrated)
         advice = await self.agent.advice()
         if named and not self.settings.store.there:  # it may be misspelt

@@ -198,7 +198,7 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
         """What the daemon is doing, and what to do when it is not routing."""
         async with self._call(request, context, {"rpc": "GetStatus"}) as agent:
             reader, cloud = agent.reader, agent.purchases.cloud
-            quota = await asyncio.to_thread(agent.quota, "")  # of apps without a budget of their own
+            quota = await asyncio.to_thread(agent.decider.quota, "")  # of apps without a budget of their own
             unresolved = list[Reservation]()
             with suppress(LedgerError):  # the agent's advice says so
                 unresolved = await asyncio.to_thread(agent.purchases.ledger.unresolved)
@@ -209,9 +209,9 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
                 edge_model_digest=reader.bundle.model_digest,
                 cloud_model_digest=_cloud_digest(agent),
                 calibration_id=reader.calibration_id,
-                calibrated=agent.calibrated,
+                calibrated=agent.decider.calibrated,
                 routing_rate=reader.routing_rate,
-                alpha=agent.alpha(quota, agent.max_price_micro_usd),
+                alpha=agent.decider.alpha(quota, agent.decider.max_price_micro_usd),
                 cloud_address=cloud.address if cloud is not None else "",
                 cloud_health=_cloud_health(agent),
                 queue_length=agent.device.waiting,
@@ -234,7 +234,7 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
                 keep_alive_seconds=agent.models.keep_alive_s,
                 predecessors=agent.models.predecessors,
                 models_folder=await self._models_folder(),
-                paced_rate=agent.paced_rate(quota, agent.max_price_micro_usd),
+                paced_rate=agent.decider.paced_rate(quota, agent.decider.max_price_micro_usd),
             )
 
     async def ReloadModel(
@@ -252,7 +252,7 @@ class EdgeAgentService(edge_pb2_grpc.EdgeAgentServiceServicer):
             return edge_pb2.ReloadModelResponse(
                 bundle=str(agent.reader.bundle.folder),
                 edge_model_digest=agent.reader.bundle.model_digest,
-                calibrated=agent.calibrated,
+                calibrated=agent.decider.calibrated,
             )
 
     @property

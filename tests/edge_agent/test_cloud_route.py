@@ -653,7 +653,7 @@ async def test_a_cloud_that_has_the_right_model_again_is_noticed(
             assert (await here.app.generate(routing=CLOUD)).served_by == "cloud"
         else:
             assert (await here.app.generate(CLOUD_PROMPT)).reason == "uncalibrated"
-            await until(lambda: here.daemon.agent is not None and here.daemon.agent.calibrated)
+            await until(lambda: here.daemon.agent is not None and here.daemon.agent.decider.calibrated)
         assert (await here.app.generate(CLOUD_PROMPT)).reason == "pareto_cloud"
 
 
