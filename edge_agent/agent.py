@@ -100,7 +100,6 @@ class Agent:
         tally: Tally | None = None,
         pacing: Pacing | None = None,
     ) -> None:
-        """With `pacing` no larger share of prompts than the budgets can pay for goes to the cloud."""
         self.models = models
         self.reader = models.reader
         self.device = device

@@ -17,8 +17,8 @@ from edge_agent.tally import Tally
 
 
 class Decider:
-    """The policy, told what it asks for. Reserves nothing and calls nobody; its methods may wait for the ledger's disk
-    and are safe to call from several threads.
+    """The policy, told what it asks for. Reserves nothing and calls nobody. Its methods may wait for the ledger's disk;
+    all but `learn` are safe to call from several threads.
     """
 
     def __init__(
