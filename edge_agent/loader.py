@@ -6,7 +6,9 @@ import os
 import shutil
 import traceback
 from collections.abc import Collection
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 import onnxruntime as ort
 
@@ -29,6 +31,10 @@ from edge_agent.reader import Reader
 from edge_agent.request import Limits
 from edge_agent.resident import Resident
 from edge_agent.settings import Settings
+
+KEPT = 4
+"""Models whose compiled graphs are kept, those used last. TensorRT's take gigabytes, and a device takes up one version
+of a model after the other."""
 
 
 def load(settings: Settings, taken: Collection[str] = (), model: str = "") -> Resident:
@@ -134,11 +140,22 @@ def _open_better(settings: Settings, generator: Generator, choice: Choice, bundl
         return generator.on(runtime(bundle.manifest.denoiser), runtime(DECODER))
 
     try:
-        return opened()
+        better = opened()
     except (ProcessEnded, Unfit, OutOfMemory):
         raise
     except RouteT2IError:
         if not kept:
             raise
         shutil.rmtree(cache)
-        return opened()
+        better = opened()
+    _forget_others(cache)
+    return better
+
+
+def _forget_others(cache: Path) -> None:
+    """Remove what was compiled for models that were not among the last ones used; `cache` is that of the one in use."""
+    with suppress(OSError):  # it holds nothing, or another daemon does the same
+        os.utime(cache)
+        latest_first = sorted(cache.parent.iterdir(), key=lambda each: each.stat().st_mtime, reverse=True)
+        for each in latest_first[KEPT:]:
+            shutil.rmtree(each, ignore_errors=True)

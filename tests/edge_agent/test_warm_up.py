@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import shutil
 import sys
 import threading
+import time
 import weakref
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -408,6 +410,21 @@ def test_a_provider_that_would_fail_again_costs_no_second_time_what_was_compiled
         monkeypatch.setattr(generator_module, "MOST_DIFFERENCE", -1.0)
     with pytest.raises(Unfit, match=fault):
         open_better()
+    assert engine.read_bytes() == b"minutes"
+
+
+def test_what_was_compiled_for_models_of_long_ago_is_removed(
+    compiled: tuple[Callable[[], Generator], Path],
+) -> None:
+    open_better, engine = compiled
+    ages_s = {engine.parent.name: 9.0, "last": 1.0, "second": 2.0, "third": 3.0, "fourth": 4.0}
+    for name, age_s in ages_s.items():
+        folder = engine.parents[1] / name
+        folder.mkdir(exist_ok=True)
+        (folder / "unet.engine").write_bytes(b"minutes")
+        os.utime(folder, (time.time() - age_s,) * 2)
+    open_better()
+    assert {each.name for each in engine.parents[1].iterdir()} == ages_s.keys() - {"fourth"}
     assert engine.read_bytes() == b"minutes"
 
 
