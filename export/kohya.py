@@ -70,7 +70,9 @@ def _layers(pipeline: Any) -> dict[str, torch.nn.Module]:
     for part, network in pipelines.networks(pipeline).items():
         firsts = first_code.unet_names(network) if part == "unet" else {}
         for name, layer in network.named_modules():
-            for one in {name, firsts.get(name, name)} if hasattr(layer, "weight") else ():
+            # transformers 5 leaves out `text_model` in the names of a CLIP that ends in no projection.
+            known = {name, firsts.get(name, name), name.removeprefix("text_model.")}
+            for one in known if hasattr(layer, "weight") else ():
                 for beginning in _BEGINNINGS.get(part, ()):
                     found[beginning + one.replace(".", "_")] = layer
     return found

@@ -8,7 +8,9 @@ of them for all.
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from diffusers.loaders.lora_base import (
     LORA_WEIGHT_NAME,
     LORA_WEIGHT_NAME_SAFE,
 )
+from safetensors.torch import save_file
 
 from export import kohya, source, weights_file
 from export import pipeline as pipelines
@@ -26,6 +29,8 @@ from export.errors import ExportError, misfit
 _PAIRS = (("lora_A.weight", "lora_B.weight"), (".down.weight", ".up.weight"))
 # Until its version 0.16 diffusers trained the attention of a denoiser alone, and left out which part that is.
 _PROCESSOR, _PARTS = ".processor.", ("unet.", "text_encoder.")
+# transformers 5 leaves out `text_model` in the names of a CLIP that ends in no projection.
+_SHORT = re.compile(r"^(text_encoder(?:_2)?\.)(?=encoder\.)")
 _ADAPTER = "lora"
 _LENGTHS = "lora_magnitude_vector"  # of a DoRA as peft writes it: of the weights to an output
 
@@ -44,7 +49,7 @@ def fuse(pipeline: Any, file: Path, scale: float) -> None:
     Raises ExportError where it is no whole LoRA, of a kind that is not known, or was made for another model.
     """
     weights_file.refuse_quantized(file)
-    weights = {name: weight.float() for name, weight in weights_file.read(file).items()}
+    weights = {_in_full(name): weight.float() for name, weight in weights_file.read(file).items()}
     if all(_PROCESSOR in name for name in weights) and not any(name.startswith(_PARTS) for name in weights):
         weights = {f"unet.{name}": weight for name, weight in weights.items()}
     if any(name.startswith("bundle_emb.") for name in weights):
@@ -59,16 +64,22 @@ def fuse(pipeline: Any, file: Path, scale: float) -> None:
         _fuse_by_peft(pipeline, file, weights, scale)
 
 
+def _in_full(name: str) -> str:
+    return _SHORT.sub(r"\1text_model.", name)
+
+
 def _fuse_by_peft(pipeline: Any, file: Path, weights: dict[str, torch.Tensor], scale: float) -> None:
     # Newer files hold peft's own account of what scales the layers, which diffusers and peft follow.
-    accounted = LORA_ADAPTER_METADATA_KEY in weights_file.metadata(file)
+    told = weights_file.metadata(file)
+    accounted = LORA_ADAPTER_METADATA_KEY in told
     layers = _scaled(file, weights, by_alpha=not accounted)
     dora = any(name.endswith(_LENGTHS) for name in weights)
     try:
         with source.quiet(logging.ERROR):
-            # With its name, for which diffusers would ask the hub.
-            told = {"weight_name": file.name} if accounted else {}
-            pipeline.load_lora_weights(str(file) if accounted else weights, adapter_name=_ADAPTER, **told)
+            if accounted:
+                _load_file(pipeline, weights, told)
+            else:
+                pipeline.load_lora_weights(weights, adapter_name=_ADAPTER)
             # The layers that peft has put in the place of plain ones.
             changed = [
                 layer
@@ -92,6 +103,15 @@ def _fuse_by_peft(pipeline: Any, file: Path, weights: dict[str, torch.Tensor], s
             f"named such as {next(iter(weights))}: it was made for another, or written in a layout that diffusers does "
             "not read"
         )
+
+
+def _load_file(pipeline: Any, weights: dict[str, torch.Tensor], told: dict[str, str]) -> None:
+    """Load `weights` through a file, the one place where diffusers reads what it is `told` of them."""
+    # Windows deletes no file whose weights are in use.
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        save_file(weights, Path(folder, LORA_WEIGHT_NAME_SAFE), told)
+        # With its name, for which diffusers would ask the hub.
+        pipeline.load_lora_weights(folder, weight_name=LORA_WEIGHT_NAME_SAFE, adapter_name=_ADAPTER)
 
 
 def _scaled(file: Path, weights: dict[str, torch.Tensor], *, by_alpha: bool) -> int:

@@ -420,6 +420,33 @@ def test_a_lora_of_stable_diffusion_3_is_added_too(
         torch.testing.assert_close(after[name], before[name] + change, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("make", [miniature_pipeline, miniature_xl])
+@pytest.mark.parametrize("peft_says", [True, False])
+def test_a_lora_of_a_text_encoder_is_added_by_its_shorter_names_too(
+    tmp_path: Path, make: Callable[[], Any], peft_says: bool
+) -> None:
+    """Those of transformers 5, which has `encoder` where earlier ones have `text_model.encoder`."""
+    pipeline = make()
+    pipeline.save_pretrained(tmp_path / "model")
+    before = weights_of(pipeline)
+    found, added = {}, {}
+    for seed, (name, layer) in enumerate(attentive(pipeline.text_encoder)):
+        down, up = matrices(layer, 4, seed)
+        stem = f"text_encoder.{name.removeprefix('text_model.')}"
+        found |= {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
+        added[f"text_encoder.{name}.weight"] = (0.5 if peft_says else 1.0) * up @ down
+    targets = ["q_proj", "k_proj", "v_proj", "out_proj"]
+    account = {"r": 4, "lora_alpha": 2, "target_modules": targets, "rank_pattern": {}, "alpha_pattern": {}}
+    account = {f"text_encoder.{key}": value for key, value in account.items()}
+    told = {"lora_adapter_metadata": json.dumps(account)} if peft_says else {}
+    save_file(found, lora := tmp_path / "style.safetensors", {"format": "pt"} | told)
+    convert(str(tmp_path / "model"), str(tmp_path / "folder"), loras=[(str(lora), 1.0)], report=silent)
+    after = weights_at(tmp_path / "folder")
+    assert sorted(differ(after, before)) == sorted(added)
+    for name, change in added.items():
+        torch.testing.assert_close(after[name], before[name] + change, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 def test_of_a_dora_in_peft_s_layout_a_share_goes_part_of_the_way(
     model: Path, tmp_path: Path, scale: float

@@ -205,6 +205,15 @@ def test_a_layer_is_known_by_its_name_in_the_first_code(name: str, in_first_code
         assert torch.equal(layer_of(changed, name).weight.data, before + 1)
 
 
+def test_a_layer_of_a_text_encoder_is_known_by_its_shorter_name_too(pipeline: Any) -> None:
+    """Of transformers 5, which has `encoder` where earlier ones have `text_model.encoder`."""
+    layer = pipeline.text_encoder.text_model.encoder.layers[0].self_attn.q_proj
+    before = layer.weight.data.clone()
+    change = {"lora_te1_encoder_layers_0_self_attn_q_proj.diff": torch.ones(before.shape)}
+    kohya.fuse(pipeline, Path("style.safetensors"), change, 1.0)
+    assert torch.equal(layer.weight.data, before + 1)
+
+
 @pytest.mark.parametrize(
     "lost", ["lora_up.weight", "hada_w1_b", "hada_w2_a", "lokr_w1_b", "lokr_w2_a", "lokr_w1"]
 )
