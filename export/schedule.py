@@ -28,9 +28,9 @@ _MOST_DRAWS = 4  # fresh noises in one step; no scheduler known draws more than 
 
 _OTHER = "choose another scheduler with --scheduler"
 _CHANGE = f"change its scheduler_config.json, or {_OTHER}"
-# What Python itself raises where a scheduler is made for another kind of loop, or has a null in its config. Its words
-# are about code.
-_MISFITS = (AttributeError, LookupError, TypeError)
+# What Python itself raises where a scheduler is made for another kind of loop, has a null in its config, or values that
+# do not go together. Its words are about code.
+_MISFITS = (AttributeError, LookupError, NameError, TypeError)
 
 Doubles = NDArray[np.float64]
 
@@ -138,7 +138,7 @@ def _fresh(scheduler: Any, steps: Steps, loop: Loop) -> Any:
         what, cure = f"the timesteps {', '.join(map(str, steps))}", "name --steps instead"
         if not wanted.keys() & inspect.signature(copy.set_timesteps).parameters.keys():
             raise ExportError(
-                f"{type(copy).__name__} chooses its timesteps by itself; {_OTHER}, such as EulerDiscrete"
+                f"{type(copy).__name__} chooses its timesteps by itself; {cure}, or {_OTHER}, such as EulerDiscrete"
             )
     try:
         copy.set_timesteps(**wanted, **({} if loop.mu is None else {"mu": loop.mu}))

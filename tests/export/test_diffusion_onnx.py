@@ -753,7 +753,7 @@ def test_steps_may_be_named_by_their_timesteps(tmp_path: Path) -> None:
             miniature_pipeline,
             "DDIM:clip_sample=false",
             [(999, 499)],
-            "DDIMScheduler chooses its timesteps by itself",
+            "DDIMScheduler chooses its timesteps by itself; name --steps instead, or choose another",
         ),
         (
             miniature_pipeline,

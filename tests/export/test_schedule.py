@@ -309,6 +309,11 @@ def test_many_steps_are_compiled_in_little_memory() -> None:
         ),  # it takes a timestep for each image
         ("ScoreSdeVeScheduler", {}, " as the pipeline runs a scheduler"),
         ("PNDMScheduler", {"steps_offset": None}, " as the pipeline runs a scheduler"),
+        (  # which has no third order of this algorithm
+            "EDMDPMSolverMultistepScheduler",
+            {"algorithm_type": "sde-dpmsolver++", "solver_order": 3, "lower_order_final": False},
+            " as the pipeline runs a scheduler",
+        ),
     ],
 )
 def test_a_scheduler_that_fails_is_refused_in_its_own_words_unless_they_are_about_code(
