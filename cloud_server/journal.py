@@ -312,9 +312,12 @@ class Journal:
         state, fingerprint, charged, sha256, model_digest, spec, image = row
         if state == State.RUNNING.value and (tenant, request_id) not in self._live:
             return Entry(State.FAILED, fingerprint)
-        if state != State.FINISHED.value:
-            return Entry(State(state), fingerprint)
-        finished = Finished(charged, sha256, model_digest, Spec(**json.loads(spec)), image)
+        try:
+            if state != State.FINISHED.value:
+                return Entry(State(state), fingerprint)
+            finished = Finished(charged, sha256, model_digest, Spec(**json.loads(spec)), image)
+        except (ValueError, TypeError) as error:  # SQLite looks at pages, and not at what is in them
+            raise sqlite3.DatabaseError(f"malformed row: {error}") from error
         return Entry(State.FINISHED, fingerprint, finished)
 
     def _note_clock(self, ran: float) -> None:

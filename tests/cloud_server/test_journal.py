@@ -422,6 +422,32 @@ def test_a_damaged_journal_says_what_to_move_and_what_that_forgets(
         damaged.begin("t", "another", "f")
 
 
+@pytest.mark.parametrize(
+    ("column", "value"), [("state", "finishe$"), ("spec", '{"seed"'), ("spec", '{"sead": 1}'), ("spec", "[]")]
+)
+def test_a_row_that_makes_no_sense_is_damage_and_spoils_no_other(
+    tmp_path: Path, clock: Clock, column: str, value: str
+) -> None:
+    journal = opened(tmp_path, clock)
+    for request_id in ("spoilt", "whole"):
+        journal.begin("t", request_id, "f")
+        journal.finish("t", request_id, FINISHED)
+    journal.close()
+    connection = sqlite3.connect(tmp_path / "state" / "j.sqlite")
+    with connection:
+        connection.execute(
+            f"UPDATE generations SET {column} = ? WHERE request_id = 'spoilt'",  # noqa: S608
+            (value,),
+        )
+    connection.close()
+    damaged = opened(tmp_path, clock)
+    with pytest.raises(JournalError, match=r"malformed.*; it is damaged: .* with the -wal beside it"):
+        damaged.find("t", "spoilt")
+    with pytest.raises(JournalError, match="malformed"):
+        damaged.begin("t", "spoilt", "f")
+    assert state(damaged, "whole") is State.FINISHED
+
+
 def test_a_journal_that_another_server_has_may_be_had_later(tmp_path: Path, journal: Journal) -> None:
     with pytest.raises(JournalNotReady, match="another cloud-server uses it"):
         Journal.open(tmp_path / "state" / "j.sqlite", keep_images_s=1.0)
