@@ -115,9 +115,11 @@ def test_the_models_are_others_and_say_so(small: tuple[str, Path, Loss], miniatu
 
 
 def test_optimums_own_pipeline_makes_the_same_picture(small: tuple[str, Path, Loss]) -> None:
+    """Within what the form may lose: on some processors a rounding to eight bits falls the other way here or there."""
     from optimum.onnxruntime import ORTStableDiffusionPipeline
 
-    pipeline = ORTStableDiffusionPipeline.from_pretrained(small[1])
+    dtype, folder, _ = small
+    pipeline = ORTStableDiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(
         "two cats",
@@ -126,7 +128,8 @@ def test_optimums_own_pipeline_makes_the_same_picture(small: tuple[str, Path, Lo
         generator=torch.Generator("cpu").manual_seed(3),
         output_type="np",
     ).images[0]
-    assert np.abs(colours(small[1]) - theirs).max() <= 1e-2
+    assert Loss.between([colours(folder)], [theirs]).share <= BOUNDS[dtype]
+    assert Loss.between([colours(folder, seed=4)], [theirs]).share > BOUNDS["int8"]
 
 
 def test_a_part_that_is_kept_keeps_its_bytes(bundle_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
