@@ -395,49 +395,36 @@ def test_two_loras_and_a_scheduler_make_one_folder(model: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("peft_says", [True, False])
-def test_a_lora_of_stable_diffusion_3_is_added_too(
-    tmp_path: Path, peft_says: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("make", "part", "left_out"),
+    [
+        (miniature_v3, "transformer", ""),
+        (miniature_pipeline, "text_encoder", "text_model."),  # as transformers 5 names its layers
+        (miniature_xl, "text_encoder", "text_model."),
+    ],
+)
+def test_a_lora_in_the_layout_that_diffusers_writes_is_added(
+    tmp_path: Path,
+    make: Callable[[], Any],
+    part: str,
+    left_out: str,
+    peft_says: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In the layout that diffusers writes, with its account of the scale beside the weights, and without; offline."""
+    """With peft's account of the scale beside the weights, and without; offline."""
     monkeypatch.setattr("diffusers.loaders.lora_base.HF_HUB_OFFLINE", True)
-    pipeline = miniature_v3()
-    pipeline.save_pretrained(tmp_path / "model")
-    before = weights_of(pipeline)
-    found, added = {}, {}
-    for seed, (name, layer) in enumerate(attentive(pipeline.transformer)):
-        down, up = matrices(layer, 4, seed)
-        found |= {f"transformer.{name}.lora_A.weight": down, f"transformer.{name}.lora_B.weight": up}
-        added[f"transformer.{name}.weight"] = (0.5 if peft_says else 1.0) * up @ down
-    targets = sorted({name for name, _ in attentive(pipeline.transformer)})
-    account = {"r": 4, "lora_alpha": 2, "target_modules": targets, "rank_pattern": {}, "alpha_pattern": {}}
-    account = {f"transformer.{key}": value for key, value in account.items()}
-    told = {"lora_adapter_metadata": json.dumps(account)} if peft_says else {}
-    save_file(found, lora := tmp_path / "style.safetensors", {"format": "pt"} | told)
-    convert(str(tmp_path / "model"), str(tmp_path / "folder"), loras=[(str(lora), 1.0)], report=silent)
-    after = weights_at(tmp_path / "folder")
-    assert sorted(differ(after, before)) == sorted(added)
-    for name, change in added.items():
-        torch.testing.assert_close(after[name], before[name] + change, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("make", [miniature_pipeline, miniature_xl])
-@pytest.mark.parametrize("peft_says", [True, False])
-def test_a_lora_of_a_text_encoder_is_added_by_its_shorter_names_too(
-    tmp_path: Path, make: Callable[[], Any], peft_says: bool
-) -> None:
-    """Those of transformers 5, which has `encoder` where earlier ones have `text_model.encoder`."""
     pipeline = make()
     pipeline.save_pretrained(tmp_path / "model")
     before = weights_of(pipeline)
-    found, added = {}, {}
-    for seed, (name, layer) in enumerate(attentive(pipeline.text_encoder)):
+    found, added, targets = {}, {}, []
+    for seed, (name, layer) in enumerate(attentive(getattr(pipeline, part))):
         down, up = matrices(layer, 4, seed)
-        stem = f"text_encoder.{name.removeprefix('text_model.')}"
+        targets.append(name.removeprefix(left_out))
+        stem = f"{part}.{targets[-1]}"
         found |= {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
-        added[f"text_encoder.{name}.weight"] = (0.5 if peft_says else 1.0) * up @ down
-    targets = ["q_proj", "k_proj", "v_proj", "out_proj"]
+        added[f"{part}.{name}.weight"] = (0.5 if peft_says else 1.0) * up @ down
     account = {"r": 4, "lora_alpha": 2, "target_modules": targets, "rank_pattern": {}, "alpha_pattern": {}}
-    account = {f"text_encoder.{key}": value for key, value in account.items()}
+    account = {f"{part}.{key}": value for key, value in account.items()}
     told = {"lora_adapter_metadata": json.dumps(account)} if peft_says else {}
     save_file(found, lora := tmp_path / "style.safetensors", {"format": "pt"} | told)
     convert(str(tmp_path / "model"), str(tmp_path / "folder"), loras=[(str(lora), 1.0)], report=silent)
